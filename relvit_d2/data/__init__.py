@@ -1,0 +1,1 @@
+"""Readers, catalogs, mappers and loaders."""

@@ -1,0 +1,1 @@
+"""Images to token maps. Imports torch, torchvision and timm only."""

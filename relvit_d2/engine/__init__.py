@@ -1,0 +1,1 @@
+"""The one trainer under all scripts."""

@@ -1,0 +1,1 @@
+"""Patch layouts to targets, views, heads and losses, as pure tensor code."""

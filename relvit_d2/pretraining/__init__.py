@@ -1,0 +1,1 @@
+"""An encoder with the pretext heads: the model of the pre-training script."""

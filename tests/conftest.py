@@ -1,0 +1,22 @@
+"""What several test files share."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tests may run beside each other; small tensors gain nothing from a second thread."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def samples() -> Path:
+    """The folder of real data samples; tests that need it skip where it is not given."""
+    value = os.environ.get("RELVIT_SAMPLES")
+    if not value:
+        pytest.skip("RELVIT_SAMPLES is unset: no real data samples here")
+    return Path(value)
