@@ -1,0 +1,41 @@
+"""Pre-train an encoder from images alone, on the spatial relations of their patches."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from relvit_d2.encoders.weights import load_encoder
+from relvit_d2.engine.cli import load_config, run_script, start_run
+from relvit_d2.errors import UserError
+from relvit_d2.pretraining.model import build_pretraining_model, export_encoder
+from relvit_d2.pretraining.run import build_trainer, evaluate
+
+logger = logging.getLogger("relvit_d2.pretrain_ssl")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run one process."""
+    cfg = load_config(args.config_file, args.opts)
+    cfg.freeze()
+    start_run(cfg, args)
+    model = build_pretraining_model(cfg)
+    trainer = build_trainer(cfg, model)
+    resumed = args.resume and trainer.resume()
+    if cfg.MODEL.WEIGHTS and not resumed:
+        if not cfg.MODEL.WEIGHTS.endswith(".safetensors"):
+            raise UserError(
+                f"MODEL.WEIGHTS '{cfg.MODEL.WEIGHTS}' is no encoder.safetensors; "
+                "pre-training starts from one or from scratch"
+            )
+        logger.info(str(load_encoder(model.encoder, Path(cfg.MODEL.WEIGHTS))))
+    if args.eval_only:
+        evaluate(cfg, model)
+        return
+    trainer.train()
+    path = export_encoder(cfg, model, trainer.results.get("held_out", {}))
+    logger.info(f"encoder kept in {path}; fine-tune with: python train_net.py --config-file ... MODEL.WEIGHTS {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, "python pretrain_ssl.py --config-file configs/demo/ssl_streets.yaml"))

@@ -1,0 +1,87 @@
+"""Every key that this project adds to Detectron2's, with its default."""
+
+import torch
+from fvcore.common.config import CfgNode
+
+_C = CfgNode()
+
+# The encoder, the same keys for pre-training and for the detector.
+_C.MODEL = CfgNode()
+_C.MODEL.ENCODER = CfgNode()
+_C.MODEL.ENCODER.NAME = "vit_small"  # a name in relvit_d2.encoders.ENCODERS
+_C.MODEL.ENCODER.PATCH_SIZE = 16  # side of a patch in pixels
+_C.MODEL.ENCODER.IMG_SIZE = 224  # side of the image whose grid the position embedding is stored for
+_C.MODEL.ENCODER.POS_EMBED = True  # off in the method's pre-training: positions are what it predicts
+_C.MODEL.ENCODER.DROP_PATH = 0.0  # stochastic depth of the last block, 0..1
+_C.MODEL.ENCODER.DROPOUT = 0.0  # 0..1
+_C.MODEL.PYRAMID = CfgNode()
+_C.MODEL.PYRAMID.STRIDES = [4, 8, 16, 32]  # pixels per cell of each level, powers of two
+_C.MODEL.PYRAMID.TOP_BLOCK = True  # one more level, the last one at every second cell (p6)
+_C.MODEL.PYRAMID.OUT_CHANNELS = 256
+_C.MODEL.PYRAMID.NORM = "LN"  # Detectron2's norm names
+
+# The pretext tasks.
+_C.PRETEXT = CfgNode()
+_C.PRETEXT.WEIGHTS = CfgNode()  # a task of weight 0 is not built
+_C.PRETEXT.WEIGHTS.RELATION = 1.0
+_C.PRETEXT.WEIGHTS.POSITION = 1.0
+_C.PRETEXT.LABEL_SMOOTHING = 0.0  # 0..1, of every cross entropy
+_C.PRETEXT.IMAGE_SIZE = 224  # side of the square views in pixels
+_C.PRETEXT.CROP_SCALE = [0.08, 1.0]  # share of the image's area in a random crop
+_C.PRETEXT.FLIP = 0.5  # probability of a horizontal flip
+_C.PRETEXT.PATCH_CROP = 1.15  # a patch is cropped by this factor and resized back; 1.0 turns it off
+_C.PRETEXT.JITTER = [0.4, 0.4, 0.4, 0.1]  # brightness, contrast, saturation, hue, drawn for every patch
+_C.PRETEXT.JITTER_PROB = 0.8  # share of patches whose colours are changed
+_C.PRETEXT.GRAY_PROB = 0.2  # share of patches turned gray
+_C.PRETEXT.PERMUTE = False  # shuffle the patches; changes nothing for a ViT without position embedding
+
+# Data.
+_C.DATASETS = CfgNode()
+_C.DATASETS.TRAIN_DIFFICULT = True  # train on VOC's difficult objects, as Detectron2 does
+_C.DATASETS.IGNORE_DIFFICULT = True  # neither hits nor misses in evaluation, as VOC does
+_C.INPUT = CfgNode()
+_C.INPUT.LOAD_SIZE = 512  # pre-training: larger images are reduced to this longer side (pixels) when read; 0: never
+
+# Solver.
+_C.SOLVER = CfgNode()
+_C.SOLVER.PRECISION = "auto"  # auto, float32 or bfloat16; auto: bfloat16 where the device multiplies it natively
+_C.SOLVER.LR_END = 0.0  # learning rate at the end of a cosine, absolute
+
+# Test.
+_C.TEST = CfgNode()
+_C.TEST.BATCH_SIZE = 1  # images a batch in evaluation, per process
+
+# Detectron2's own keys whose defaults differ here.
+_CHANGED = {
+    "SEED": 0,
+    "INPUT.FORMAT": "RGB",
+    "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],  # ImageNet's, RGB
+    "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
+    "MODEL.BACKBONE.NAME": "build_encoder_pyramid_backbone",
+    "MODEL.BACKBONE.FREEZE_AT": 0,
+    "MODEL.WEIGHTS": "",
+    "MODEL.ROI_HEADS.NUM_CLASSES": 0,  # 0: as many as the data set has
+    "SOLVER.LR_SCHEDULER_NAME": "WarmupCosineLR",
+    "SOLVER.WEIGHT_DECAY": 0.1,
+    "SOLVER.WEIGHT_DECAY_NORM": 0.0,
+    "SOLVER.WEIGHT_DECAY_BIAS": 0.0,
+    "SOLVER.BASE_LR": 5e-4,
+    "SOLVER.CLIP_GRADIENTS.ENABLED": True,
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "full_model",  # the global norm
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": 1.0,
+}
+
+
+def add_relvit_config(cfg: CfgNode) -> None:
+    """Add this project's keys to a config of ``detectron2.config.get_cfg()``, in place."""
+
+    def merge(ours: CfgNode, theirs: CfgNode) -> None:
+        for key, value in ours.items():
+            if isinstance(value, CfgNode) and key in theirs:
+                merge(value, theirs[key])
+            else:
+                theirs[key] = value
+
+    merge(_C.clone(), cfg)
+    cfg.merge_from_list([item for pair in _CHANGED.items() for item in pair])
+    cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

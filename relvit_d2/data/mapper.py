@@ -1,0 +1,55 @@
+"""One record to what a detector takes."""
+
+from typing import Any
+
+import torch
+from detectron2.data import DatasetMapper
+from torch import Tensor
+
+from relvit_d2.data.decode import read_rgb, reading
+
+
+class DetectionMapper(DatasetMapper):
+    """Detectron2's mapper; a damaged image is one sentence instead of a traceback."""
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """Map one record; arguments and result as Detectron2's.
+
+        Raises:
+            UserError: if the image is missing, damaged or not of the size that the record says.
+        """
+        with reading(dataset_dict["file_name"]):
+            return super().__call__(dataset_dict)
+
+
+class ImageReader:
+    """Path -> uint8 image ``(3, H, W)``.
+
+    Args:
+        longest: see :func:`relvit_d2.data.decode.read_rgb`.
+    """
+
+    def __init__(self, longest: int) -> None:
+        self._longest = longest
+
+    def __call__(self, path: Any) -> Tensor:
+        """Read one image."""
+        return torch.from_numpy(read_rgb(path, self._longest)).permute(2, 0, 1)
+
+
+def pad_images(images: list[Tensor]) -> dict[str, Tensor]:
+    """Stack images of any size.
+
+    Args:
+        images: uint8, ``(3, H, W)`` each.
+
+    Returns:
+        ``images``: uint8 ``(B, 3, max H, max W)``, padded with zeros right and below;
+        ``sizes``: int64 ``(B, 2)``, the true height and width of each.
+    """
+    sizes = torch.tensor([image.shape[1:] for image in images])
+    height, width = sizes.max(dim=0).values.tolist()
+    batch = torch.zeros(len(images), images[0].shape[0], height, width, dtype=torch.uint8)
+    for row, image in zip(batch, images, strict=True):
+        row[:, : image.shape[1], : image.shape[2]] = image
+    return {"images": batch, "sizes": sizes}

@@ -1,0 +1,137 @@
+"""A detector's data, training and evaluation, from a config."""
+
+import logging
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators, inference_on_dataset, print_csv_format
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.utils import comm
+from fvcore.common.config import CfgNode
+
+from relvit_d2.data import catalog
+from relvit_d2.data.loader import Batches, EndlessOrder, endless_batches, ordered_batches
+from relvit_d2.data.mapper import DetectionMapper
+from relvit_d2.engine.precision import choose_precision
+from relvit_d2.engine.trainer import Trainer
+from relvit_d2.engine.writers import write_json
+from relvit_d2.errors import UserError
+from relvit_d2.evaluation.coco import CocoStyleEvaluator
+from relvit_d2.evaluation.voc07 import Voc07Evaluator
+
+Records = list[dict[str, Any]]
+
+logger = logging.getLogger(__name__)
+
+
+def settle(cfg: CfgNode) -> CfgNode:
+    """Return the config with what the data sets decide: the number of classes, and whether there are masks.
+
+    Raises:
+        UserError: if a data set is unknown, the sets have different classes, or ``NUM_CLASSES`` contradicts them.
+    """
+    cfg = cfg.clone()
+    catalog.register_all()
+    names = [catalog.resolve(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)]
+    if not cfg.DATASETS.TRAIN:
+        raise UserError("DATASETS.TRAIN is empty; name a data set, such as ('voc_2007_trainval',)")
+    classes = {name: catalog.get_metadata(name).thing_classes for name in names}
+    first = names[0]
+    for name in names:
+        if list(classes[name]) != list(classes[first]):
+            raise UserError(
+                f"data sets '{first}' and '{name}' have different classes; train and test on one class list"
+            )
+    heads = cfg.MODEL.ROI_HEADS
+    count = len(classes[first])
+    if heads.NUM_CLASSES not in (0, count):
+        raise UserError(
+            f"MODEL.ROI_HEADS.NUM_CLASSES {heads.NUM_CLASSES} contradicts data set '{first}', which has {count} "
+            f"classes; set it to {count}, or to 0 to follow the data"
+        )
+    heads.NUM_CLASSES = count
+    if cfg.MODEL.MASK_ON and not any("segmentation" in a for r in training_records(cfg) for a in r["annotations"]):
+        cfg.MODEL.MASK_ON = False
+        print(f"'{first}' has boxes but no masks: the mask head is off")
+    cfg.freeze()
+    return cfg
+
+
+def training_records(cfg: CfgNode) -> Records:
+    """Return the records of ``DATASETS.TRAIN`` that training uses.
+
+    VOC's difficult objects are left out unless ``DATASETS.TRAIN_DIFFICULT``, images without objects if
+    ``DATALOADER.FILTER_EMPTY_ANNOTATIONS``.
+    """
+    records = [record for name in cfg.DATASETS.TRAIN for record in catalog.get_records(name)]
+    if not cfg.DATASETS.TRAIN_DIFFICULT:
+        records = [r | {"annotations": [a for a in r["annotations"] if not a.get("difficult")]} for r in records]
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        records = [r for r in records if any(not a.get("iscrowd") for a in r["annotations"])]
+    if not records:
+        raise UserError(
+            f"DATASETS.TRAIN {list(cfg.DATASETS.TRAIN)} holds no image with an object; check the annotations"
+        )
+    return records
+
+
+def training_batches(cfg: CfgNode, records: Records, start: int) -> Batches:
+    """Return the endless batches of this process from iteration ``start`` on."""
+    order = EndlessOrder(
+        len(records), cfg.SOLVER.IMS_PER_BATCH, cfg.SEED, start, comm.get_rank(), comm.get_world_size()
+    )
+    mapper = DetectionMapper(cfg, is_train=True)
+    return endless_batches(records, mapper, list, order, cfg.SEED, cfg.DATALOADER.NUM_WORKERS)
+
+
+def build_trainer(cfg: CfgNode, model: GeneralizedRCNN) -> Trainer:
+    """Return the trainer of a detector, with evaluation on ``DATASETS.TEST``."""
+    records = training_records(cfg)
+    logger.info(f"{sum(len(r['annotations']) for r in records)} training objects")
+    make_batches = partial(training_batches, cfg, records)
+    return Trainer(cfg, model, len(records), make_batches, partial(evaluate, cfg, model))
+
+
+def evaluate(cfg: CfgNode, model: GeneralizedRCNN) -> dict[str, Any]:
+    """Evaluate on every set of ``DATASETS.TEST``; write ``inference/results.json``.
+
+    Returns:
+        For one data set its results, such as ``{"bbox": {"AP": ...}, "voc07": {"AP50": ...}}``, in percent; for
+        several, those under each name. Empty in all processes but the first.
+    """
+    results: dict[str, Any] = {}
+    autocast = choose_precision(cfg.SOLVER.PRECISION, next(model.parameters()).device).autocast
+    for name in cfg.DATASETS.TEST:
+        records = catalog.get_records(name)
+        batches = ordered_batches(
+            records,
+            DetectionMapper(cfg, is_train=False),
+            list,
+            cfg.TEST.BATCH_SIZE,
+            cfg.DATALOADER.NUM_WORKERS,
+            comm.get_rank(),
+            comm.get_world_size(),
+        )
+        with autocast():
+            result = inference_on_dataset(model, batches, DatasetEvaluators(list(_evaluators(cfg, name, records))))
+        if comm.is_main_process():
+            results[name] = result
+            logger.info(f"results on {name}:")
+            print_csv_format(result)
+    if comm.is_main_process() and results:
+        write_json(Path(cfg.OUTPUT_DIR) / "inference" / "results.json", results)
+    return next(iter(results.values())) if len(results) == 1 else results
+
+
+def _evaluators(cfg: CfgNode, name: str, records: Records) -> Iterable[DatasetEvaluator]:
+    classes = catalog.get_metadata(name).thing_classes
+    metrics = catalog.get_entry(name).metrics
+    output = Path(cfg.OUTPUT_DIR) / "inference"
+    output.mkdir(parents=True, exist_ok=True)
+    ignore = cfg.DATASETS.IGNORE_DIFFICULT
+    if "coco" in metrics:
+        yield CocoStyleEvaluator(name, records, classes, output, ignore_difficult=ignore)
+    if "voc07" in metrics:
+        yield Voc07Evaluator(name, records, classes, ignore_difficult=ignore)

@@ -1,0 +1,121 @@
+"""What an encoder is, and the table of the encoders that exist."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from relvit_d2.errors import UserError, nearest
+from relvit_d2.registry import Registry
+
+
+class Encoder(nn.Module):
+    """Images to token maps.
+
+    A subclass sets, before its first forward pass:
+
+    Attributes:
+        name: the registered name that built it.
+        arguments: the keyword arguments it was built with, plain numbers and booleans.
+        strides: pixels per token of each map, by the map's name, finest first (``{"s16": 16}``).
+        channels: channels of each map, under the same names.
+
+    The last map is the one the pretext heads and the simple feature pyramid read.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    strides: dict[str, int]
+    channels: dict[str, int]
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Map normalised images ``(B, in_chans, H, W)`` to maps ``(B, C, ceil(H / stride), ceil(W / stride))``."""
+        raise NotImplementedError
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Return the last map as a sequence ``(B, h * w, C)``, row by row."""
+        maps = self(images)
+        return maps[self.last].flatten(2).transpose(1, 2)
+
+    @property
+    def last(self) -> str:
+        """Name of the last (coarsest) map."""
+        return next(reversed(self.strides))
+
+    @property
+    def dim(self) -> int:
+        """Channels of the last map."""
+        return self.channels[self.last]
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the last map for an image of ``height`` x ``width`` pixels."""
+        stride = self.strides[self.last]
+        return -(-height // stride), -(-width // stride)
+
+    def to_config(self) -> dict[str, Any]:
+        """Return what :func:`build_encoder` needs to build the same encoder again."""
+        return {"name": self.name, **self.arguments}
+
+    def fresh(self, source: dict[str, Any]) -> set[str]:
+        """Name the parameters that weights saved from the configuration ``source`` cannot hold by design."""
+        return set()
+
+    def adapt(self, name: str, value: Tensor, source: dict[str, Any]) -> Tensor | None:
+        """Resize the tensor ``name`` of an encoder configured as ``source``, or None where that makes no sense."""
+        return None
+
+    def without(self, fresh: set[str]) -> "_Muted":
+        """Context in which the parameters in ``fresh`` are zero, to compare with an encoder that lacks them."""
+        return _Muted([p for n, p in self.named_parameters() if n in fresh])
+
+
+class _Muted:
+    """Sets parameters to zero inside a ``with`` block."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._kept: list[Tensor] = []
+
+    @torch.no_grad()
+    def __enter__(self) -> None:
+        self._kept = [p.detach().clone() for p in self._parameters]
+        for p in self._parameters:
+            p.zero_()
+
+    @torch.no_grad()
+    def __exit__(self, *exc: object) -> None:
+        for p, kept in zip(self._parameters, self._kept, strict=True):
+            p.copy_(kept)
+
+
+ENCODERS: Registry[Callable[..., Encoder]] = Registry("encoder")
+
+
+def build_encoder(name: str, **arguments: Any) -> Encoder:
+    """Build a registered encoder.
+
+    Args:
+        name: a name in :data:`ENCODERS`.
+        arguments: the keyword arguments of its builder.
+
+    Raises:
+        UserError: for an unknown name or argument, or a value that the encoder cannot have.
+    """
+    builder = ENCODERS[name]
+    known = list(inspect.signature(builder).parameters)
+    for key in arguments:
+        if key not in known:
+            raise UserError(f"encoder '{name}' has no argument '{key}'{nearest(key, known)}")
+    encoder = builder(**arguments)
+    bound = inspect.signature(builder).bind(**arguments)
+    bound.apply_defaults()
+    encoder.name = name
+    encoder.arguments = dict(bound.arguments)
+    return encoder
+
+
+def encoder_from_keys(keys: Mapping[str, Any]) -> Encoder:
+    """Build the encoder that the config node ``MODEL.ENCODER`` describes: the arguments' names in capitals."""
+    return build_encoder(**{key.lower(): value for key, value in keys.items()})

@@ -1,0 +1,155 @@
+"""Encoders on disk: one safetensors file with the tensors and what they mean."""
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from relvit_d2 import __version__
+from relvit_d2.encoders.base import Encoder, build_encoder
+from relvit_d2.errors import UserError
+
+# Below this share of matched values, something else was loaded than meant.
+ENOUGH = 0.9
+
+
+def save_encoder(encoder: Encoder, path: Path, info: dict[str, Any]) -> None:
+    """Write ``encoder`` with its metadata; the file appears whole or not at all.
+
+    Args:
+        encoder: what to write; its tensors go under the encoder's own names.
+        path: the file, usually ``encoder.safetensors``.
+        info: further metadata (pixel mean and std, image size, iteration, pretext settings), JSON values.
+    """
+    metadata = {"encoder": encoder.to_config(), "version": __version__, **info}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in encoder.state_dict().items()}
+    part = path.with_name(path.name + ".part")
+    save_file(tensors, str(part), {key: json.dumps(value) for key, value in metadata.items()})
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def read_encoder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the tensors and the metadata of an encoder file.
+
+    Raises:
+        UserError: if the file is missing, is no safetensors file, or is not one of :func:`save_encoder`.
+    """
+    if not path.is_file():
+        raise UserError(f"weights file '{path}' does not exist; give the path of an encoder.safetensors")
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"'{path}' is not a readable safetensors file ({error}); write it anew with pretrain_ssl.py"
+        ) from error
+    if "encoder" not in metadata:
+        raise UserError(
+            f"'{path}' holds tensors but no description of an encoder; "
+            "use the encoder.safetensors that pretrain_ssl.py writes"
+        )
+    return tensors, {key: json.loads(value) for key, value in metadata.items()}
+
+
+@dataclass
+class MatchReport:
+    """What became of every tensor of a file and of every parameter of the encoder it went into."""
+
+    path: str
+    loaded: list[str] = field(default_factory=list)
+    resized: list[str] = field(default_factory=list)
+    fresh: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    share: float = 0.0
+
+    def __str__(self) -> str:
+        lines = [f"weights '{self.path}': {self.share:.1%} of the encoder's values matched"]
+        for what in ("loaded", "resized", "fresh", "missing", "unexpected"):
+            names = getattr(self, what)
+            shown = "" if what == "loaded" or not names else ": " + ", ".join(names[:6])
+            lines.append(f"  {what:<10} {len(names):>4}{shown}{', ...' if shown and len(names) > 6 else ''}")
+        return "\n".join(lines)
+
+
+def load_encoder(encoder: Encoder, path: Path) -> MatchReport:
+    """Load the weights in ``path`` into ``encoder`` and say what matched.
+
+    Tensors of another size are resized where the encoder knows how (position embeddings).
+    Parameters that the file cannot hold by design count as fresh, not as missing.
+
+    Raises:
+        UserError: if the file is of another encoder, or fewer than 90 % of the values match. The encoder
+            is left untouched then.
+    """
+    tensors, metadata = read_encoder(path)
+    source = metadata["encoder"]
+    for key, ours in (("name", encoder.name), ("patch_size", encoder.arguments.get("patch_size"))):
+        if source.get(key) != ours:
+            option = {"name": "NAME", "patch_size": "PATCH_SIZE"}[key]
+            raise UserError(
+                f"'{path}' holds weights of encoder {source['name']} with {key} {source.get(key)}, "
+                f"the config asks for {ours}; set MODEL.ENCODER.{option} {source.get(key)} or give other weights"
+            )
+    report = MatchReport(str(path))
+    own = encoder.state_dict()
+    fresh = encoder.fresh(source)
+    found: dict[str, Tensor] = {}
+    for name, value in own.items():
+        if name in fresh:
+            report.fresh.append(name)
+        elif name not in tensors:
+            report.missing.append(name)
+        elif tensors[name].shape == value.shape:
+            found[name] = tensors[name]
+            report.loaded.append(name)
+        elif (adapted := encoder.adapt(name, tensors[name], source)) is not None:
+            found[name] = adapted
+            report.resized.append(name)
+        else:
+            report.missing.append(name)
+    report.unexpected = [name for name in tensors if name not in own]
+    wanted = sum(value.numel() for name, value in own.items() if name not in fresh)
+    report.share = sum(value.numel() for value in found.values()) / max(wanted, 1)
+    if report.share < ENOUGH:
+        raise UserError(
+            f"only {report.share:.1%} of the encoder's values match '{path}' ({ENOUGH:.0%} are needed; "
+            f"first missing: {', '.join(report.missing[:3])}); give weights of this very encoder"
+        )
+    encoder.load_state_dict(found, strict=False)
+    return report
+
+
+@torch.no_grad()
+def feature_difference(encoder: Encoder, path: Path) -> float:
+    """Compare ``encoder`` with the encoder that ``path`` describes, on one image.
+
+    The encoder of the file is built anew from its own metadata. Parameters that are fresh in ``encoder``
+    are zero during the comparison, since the file's encoder lacks them.
+
+    Returns:
+        The largest absolute difference of a feature, relative to the features' largest absolute value.
+    """
+    tensors, metadata = read_encoder(path)
+    source = build_encoder(**metadata["encoder"])
+    source.load_state_dict(tensors)
+    source = source.to(next(encoder.parameters()).device).eval()
+    size = encoder.arguments["img_size"]
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, encoder.arguments["in_chans"], size, size, generator=generator)
+    image = image.to(next(encoder.parameters()).device)
+    was_training = encoder.training
+    encoder.eval()
+    with encoder.without(encoder.fresh(metadata["encoder"])):
+        ours, theirs = encoder(image), source(image)
+    encoder.train(was_training)
+    return max(((ours[k] - theirs[k]).abs().max() / theirs[k].abs().max()).item() for k in theirs)

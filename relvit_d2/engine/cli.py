@@ -1,0 +1,179 @@
+"""What the scripts share: arguments, the config, the log, errors as one sentence."""
+
+import argparse
+import logging
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import yaml  # type: ignore[import-untyped]
+from detectron2.config import get_cfg
+from detectron2.engine import default_argument_parser, launch
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from fvcore.common.config import CfgNode
+from torch.multiprocessing import ProcessExitedException
+
+from relvit_d2 import __version__
+from relvit_d2.config import add_relvit_config
+from relvit_d2.engine.checkpoint import write_text
+from relvit_d2.engine.randomness import seed_everything
+from relvit_d2.errors import UserError, nearest
+
+logger = logging.getLogger(__name__)
+
+
+def guard(function: Callable[[], None]) -> int:
+    """Run ``function`` and return the exit status: 0, or 1 after printing the sentence of a :class:`UserError`.
+
+    ``RELVIT_DEBUG=1`` shows the traceback instead.
+    """
+    try:
+        function()
+    except UserError as error:
+        if os.environ.get("RELVIT_DEBUG") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except ProcessExitedException as error:  # a worker process said its sentence already
+        return error.exit_code or 1
+    return 0
+
+
+def run_script(main: Callable[[argparse.Namespace], None], example: str) -> int:
+    """Parse Detectron2's command line and run ``main`` in as many processes as it asks for.
+
+    Args:
+        main: what a process does with the arguments; importable by name, since processes are spawned.
+        example: a command line that runs, for ``--help``.
+
+    Returns:
+        The exit status.
+    """
+    parser = default_argument_parser(epilog=f"example:\n  {example}")
+    args = parser.parse_args()
+
+    def start() -> None:
+        if not args.config_file:
+            raise UserError(f"--config-file is missing; for example: {example}")
+        if args.num_gpus * args.num_machines > 1:
+            launch(
+                _process,
+                args.num_gpus,
+                args.num_machines,
+                args.machine_rank,
+                args.dist_url,
+                args=(main, args),
+            )
+        else:
+            main(args)
+
+    return guard(start)
+
+
+def _process(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """One of several processes: the sentence of an error is printed here, the parent sees the exit status."""
+    status = guard(lambda: main(args))
+    if status:
+        sys.exit(status)
+
+
+def load_config(config_file: str, overrides: list[str]) -> CfgNode:
+    """Return Detectron2's defaults and ours, overridden by a yaml file and then by ``KEY VALUE`` pairs.
+
+    Raises:
+        UserError: for a missing or unreadable file, an unknown key (the nearest one is named) or a value of
+            the wrong type.
+    """
+    cfg = get_cfg()
+    add_relvit_config(cfg)
+    path = Path(config_file)
+    if not path.is_file():
+        raise UserError(
+            f"config file '{config_file}' does not exist; the ones that come with the project are in configs/"
+        )
+    try:
+        cfg.merge_from_file(str(path), allow_unsafe=False)
+    except yaml.YAMLError as error:
+        raise UserError(f"config file '{config_file}' is not valid yaml: {' '.join(str(error).split())}") from error
+    except FileNotFoundError as error:
+        raise UserError(f"config file '{config_file}' builds on '{error.filename}', which does not exist") from error
+    except (KeyError, ValueError, AssertionError, AttributeError, TypeError) as error:
+        raise _config_error(error, f"config file '{config_file}'", cfg) from error
+    if len(overrides) % 2:
+        raise UserError(
+            f"overrides come as KEY VALUE pairs, but '{overrides[-1]}' has no partner; flags go before them"
+        )
+    for key, value in zip(overrides[::2], overrides[1::2], strict=True):
+        try:
+            cfg.merge_from_list([key, value])
+        except (KeyError, ValueError, AssertionError, AttributeError, TypeError) as error:
+            raise _config_error(error, f"override '{key} {value}'", cfg, key) from error
+    return cfg
+
+
+def _config_error(error: Exception, where: str, cfg: CfgNode, key: str = "") -> UserError:
+    """Put one of yacs's complaints into a sentence."""
+    text = str(error.args[0]) if error.args else str(error)
+    if mismatch := re.search(
+        r"Type mismatch \((.+?) vs\. (.+?)\) with values \((.+?) vs\. (.+)\) for config key: (\S+)",
+        text,
+        re.S,
+    ):
+        wants, got, _, value, full = mismatch.groups()
+
+        def kind(s: str) -> str:
+            return re.sub(r"<class '(.+?)'>", r"\1", s)
+
+        return UserError(f"{where}: key {full} wants a value of type {kind(wants)}, not {value} of type {kind(got)}")
+    unknown = re.search(r"Non-existent (?:config )?key: (\S+)", text)
+    name = unknown.group(1) if unknown else key
+    if name and (unknown or isinstance(error, KeyError | AssertionError)):
+        return UserError(
+            f"{where}: unknown config key '{name}'{nearest(name, _keys(cfg)) or '; see relvit_d2/config.py'}"
+        )
+    return UserError(f"{where}: {' '.join(text.split())}")
+
+
+def _keys(node: CfgNode, prefix: str = "") -> list[str]:
+    """All dotted keys of a config."""
+    keys = []
+    for name, value in node.items():
+        keys += _keys(value, f"{prefix}{name}.") if isinstance(value, CfgNode) else [prefix + name]
+    return keys
+
+
+def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Make ``OUTPUT_DIR``, start its log, say what runs on what, keep the config, seed the generators.
+
+    Raises:
+        UserError: if ``OUTPUT_DIR`` cannot be written or the device is not there.
+    """
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"MODEL.DEVICE '{cfg.MODEL.DEVICE}' is asked for, but torch sees no GPU; set MODEL.DEVICE cpu")
+    if cfg.SEED < 0:
+        raise UserError(f"SEED {cfg.SEED} is negative; every draw is a function of it, so give 0 or more")
+    if cfg.SOLVER.IMS_PER_BATCH % comm.get_world_size():
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is no multiple of the {comm.get_world_size()} processes"
+        )
+    output = Path(cfg.OUTPUT_DIR)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        setup_logger(str(output), distributed_rank=comm.get_rank(), name="relvit_d2", abbrev_name="relvit")
+        setup_logger(str(output), distributed_rank=comm.get_rank(), name="detectron2", abbrev_name="d2")
+        setup_logger(str(output), distributed_rank=comm.get_rank(), name="fvcore")
+        if comm.is_main_process():
+            write_text(output / "config.yaml", cfg.dump())
+    except OSError as error:
+        raise UserError(f"OUTPUT_DIR '{output}' cannot be written ({error.strerror}); choose another folder") from error
+    on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
+    device = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    logger.info(f"relvit_d2 {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {device}")
+    logger.info(f"command: {' '.join(sys.argv)}")
+    logger.info(f"config kept in {output / 'config.yaml'}")
+    seed_everything(cfg.SEED, "model")

@@ -1,0 +1,41 @@
+"""Every random draw as a function of the seed, its purpose and its place in the run.
+
+No generator state is ever saved: a resumed run asks for the same (seed, purpose, place) and draws
+what the straight run would have drawn, whatever the number of loader workers.
+"""
+
+import random
+import zlib
+
+import numpy as np
+import torch
+
+
+def sequence(seed: int, purpose: str, *place: int) -> np.random.SeedSequence:
+    """Return the seed sequence of a draw.
+
+    Args:
+        seed: the run's seed, at least 0.
+        purpose: what is drawn ("order", "sample", "iteration", ...); purposes are independent of each other.
+        place: non-negative integers such as the epoch, the index or the iteration and rank.
+    """
+    return np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), *place])
+
+
+def generator(seed: int, purpose: str, *place: int) -> np.random.Generator:
+    """Return a NumPy generator of its own for a draw; arguments as for :func:`sequence`."""
+    return np.random.Generator(np.random.Philox(sequence(seed, purpose, *place)))
+
+
+def torch_generator(seed: int, purpose: str, *place: int) -> torch.Generator:
+    """Return a CPU torch generator of its own for a draw; arguments as for :func:`sequence`."""
+    state = int(sequence(seed, purpose, *place).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return torch.Generator().manual_seed(state)
+
+
+def seed_everything(seed: int, purpose: str, *place: int) -> None:
+    """Seed the global generators of torch (all devices), NumPy and Python; arguments as for :func:`sequence`."""
+    words = sequence(seed, purpose, *place).generate_state(3, np.uint64)
+    torch.manual_seed(int(words[0] >> np.uint64(1)))
+    np.random.seed(int(words[1] & np.uint64(0xFFFFFFFF)))
+    random.seed(int(words[2]))

@@ -1,0 +1,58 @@
+"""Learning rates as pure functions of progress."""
+
+import math
+from collections.abc import Callable
+
+from fvcore.common.config import CfgNode
+
+from relvit_d2.errors import UserError, nearest
+
+Schedule = Callable[[int], float]
+
+
+def quarter_cosine(step: int, steps: int, base: float, end: float, warmup: int) -> float:
+    """Return the learning rate of the method's authors at ``step`` of ``steps``.
+
+    Linear from 0 to ``base`` during ``warmup`` steps, then a quarter cosine from ``base`` to ``end`` measured
+    from step 0, so that it drops a little right after the warm-up and ends steeply
+    (authors' code, ``utils.py:260-295``; there ``warmup`` is a tenth of the steps and ``end`` 1.25e-6).
+    """
+    if step < warmup:
+        return base * step / warmup
+    share = 1 - math.cos(math.pi / 2 * step / steps)
+    return share * end + (1 - share) * base
+
+
+def warmup_cosine(step: int, steps: int, base: float, end: float, warmup: int) -> float:
+    """Return a half cosine from ``base`` to ``end`` after a linear warm-up whose first step is not 0."""
+    if step < warmup:
+        return base * (step + 1) / (warmup + 1)
+    share = (step - warmup) / max(steps - warmup, 1)
+    return end + (base - end) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def warmup_multistep(step: int, base: float, milestones: list[int], gamma: float, warmup: int) -> float:
+    """Return ``base`` times ``gamma`` for each milestone passed, after a linear warm-up."""
+    ramp = min(1.0, (step + 1) / (warmup + 1))
+    return base * ramp * gamma ** sum(step >= m for m in milestones)
+
+
+def build_schedule(cfg: CfgNode) -> Schedule:
+    """Return the learning rate of each iteration, from the ``SOLVER`` keys.
+
+    Raises:
+        UserError: for an unknown ``SOLVER.LR_SCHEDULER_NAME``.
+    """
+    solver = cfg.SOLVER
+    steps, base, end, warmup = solver.MAX_ITER, solver.BASE_LR, solver.LR_END, solver.WARMUP_ITERS
+    known: dict[str, Schedule] = {
+        "QuarterCosineLR": lambda i: quarter_cosine(i, steps, base, end, warmup),
+        "WarmupCosineLR": lambda i: warmup_cosine(i, steps, base, end, warmup),
+        "WarmupMultiStepLR": lambda i: warmup_multistep(i, base, list(solver.STEPS), solver.GAMMA, warmup),
+    }
+    name = solver.LR_SCHEDULER_NAME
+    if name not in known:
+        raise UserError(
+            f"SOLVER.LR_SCHEDULER_NAME '{name}' is unknown{nearest(name, list(known))} known: {', '.join(known)}"
+        )
+    return known[name]

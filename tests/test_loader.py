@@ -1,0 +1,98 @@
+"""The order of the samples: a pure function of the seed and the iteration."""
+
+import itertools
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from relvit_d2.data.decode import read_rgb
+from relvit_d2.data.loader import EndlessOrder, endless_batches, ordered_batches
+from relvit_d2.data.mapper import pad_images
+from relvit_d2.errors import UserError
+
+
+def take(order: EndlessOrder, count: int) -> list[list[tuple[int, int]]]:
+    return list(itertools.islice(iter(order), count))
+
+
+@given(count=st.integers(1, 30), batch=st.integers(1, 12), start=st.integers(0, 20))
+def test_starting_late_gives_what_the_straight_run_gives(count: int, batch: int, start: int) -> None:
+    straight = take(EndlessOrder(count, batch, 3, 0), start + 5)
+    assert take(EndlessOrder(count, batch, 3, start), 5) == straight[start:]
+
+
+@given(count=st.integers(1, 30), share=st.integers(1, 5), world=st.integers(1, 4))
+def test_processes_together_read_the_batches_of_one(count: int, share: int, world: int) -> None:
+    one = take(EndlessOrder(count, share * world, 5, 2), 4)
+    ranks = [take(EndlessOrder(count, share * world, 5, 2, rank, world), 4) for rank in range(world)]
+    assert [list(itertools.chain(*parts)) for parts in zip(*ranks, strict=True)] == one
+
+
+def test_an_epoch_holds_every_sample_once_and_epochs_differ() -> None:
+    keys = list(itertools.chain(*take(EndlessOrder(10, 4, 0, 0), 5)))
+    assert Counter(index for epoch, index in keys if epoch == 0) == Counter(range(10))
+    assert [i for e, i in keys if e == 0] != [i for e, i in keys if e == 1]
+
+
+def draw(sample: int) -> tuple[int, float, float]:
+    return sample, float(np.random.rand()), random.random()
+
+
+def test_the_draws_of_a_sample_do_not_depend_on_the_workers() -> None:
+    def batches(workers: int) -> list[list[tuple[int, float, float]]]:
+        loader = endless_batches(range(7), draw, list, EndlessOrder(7, 3, 1, 4), 1, workers)
+        return list(itertools.islice(iter(loader), 6))
+
+    alone = batches(0)
+    assert alone == batches(2)
+    assert len({item[1] for batch in alone for item in batch}) == 18
+
+
+def refuse(sample: int) -> int:
+    if sample == 3:
+        raise UserError("sample 3 is damaged; replace it")
+    return sample
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_workers_user_error_arrives_as_it_was_raised(workers: int) -> None:
+    with pytest.raises(UserError, match=r"^sample 3 is damaged; replace it$"):
+        list(ordered_batches(range(5), refuse, list, 2, workers))
+
+
+@pytest.mark.parametrize(("count", "world"), [(7, 3), (2, 3), (6, 2)])
+def test_evaluation_reads_every_sample_in_exactly_one_process(count: int, world: int) -> None:
+    shares = [ordered_batches(range(count), int, list, 2, 0, rank, world) for rank in range(world)]
+    assert [i for share in shares for batch in share for i in batch] == list(range(count))
+
+
+def test_padding_keeps_the_pixels_and_says_the_sizes() -> None:
+    images = [torch.full((3, 5, 2), 7, dtype=torch.uint8), torch.full((3, 3, 4), 9, dtype=torch.uint8)]
+    batch = pad_images(images)
+    assert batch["images"].shape == (2, 3, 5, 4)
+    assert batch["sizes"].tolist() == [[5, 2], [3, 4]]
+    assert (batch["images"][0, :, :, :2] == 7).all()
+    assert batch["images"].sum() == 7 * 30 + 9 * 36
+
+
+def test_large_images_are_reduced_when_read(tmp_path: Path) -> None:
+    Image.new("RGB", (300, 100), (10, 200, 30)).save(tmp_path / "wide.jpg")
+    assert read_rgb(tmp_path / "wide.jpg", longest=60).shape == (20, 60, 3)
+    assert read_rgb(tmp_path / "wide.jpg", longest=400).shape == (100, 300, 3)
+
+
+def test_bad_images_are_named(tmp_path: Path) -> None:
+    Image.effect_noise((64, 64), 50).convert("RGB").save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:900])
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "text.jpg").write_text("no picture")
+    for name in ("cut.jpg", "empty.jpg", "text.jpg", "absent.jpg"):
+        with pytest.raises(UserError, match=name):
+            read_rgb(tmp_path / name)

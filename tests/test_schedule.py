@@ -1,0 +1,65 @@
+"""Learning rates against closed forms and an independent implementation."""
+
+import math
+
+import pytest
+from detectron2.config import get_cfg
+from fvcore.common.param_scheduler import CosineParamScheduler
+
+from relvit_d2.config import add_relvit_config
+from relvit_d2.engine.schedule import build_schedule, quarter_cosine, warmup_cosine, warmup_multistep
+from relvit_d2.errors import UserError
+
+
+# Values read off the authors' schedule at base rate 5e-4 (share of the run: rate).
+@pytest.mark.parametrize(
+    ("share", "rate"),
+    [
+        (0, 0.0),
+        (0.05, 2.5e-4),
+        (0.1, 4.9386e-4),
+        (0.25, 4.6203e-4),
+        (0.5, 3.5392e-4),
+        (0.75, 1.9211e-4),
+        (0.9, 7.9272e-5),
+        (1, 1.25e-6),
+    ],
+)
+def test_quarter_cosine_has_the_published_values(share: float, rate: float) -> None:
+    assert quarter_cosine(int(share * 10_000), 10_000, 5e-4, 1.25e-6, 1000) == pytest.approx(rate, rel=2e-4, abs=1e-12)
+
+
+def test_warmup_cosine_is_fvcores_cosine_after_the_warmup() -> None:
+    oracle = CosineParamScheduler(3e-4, 1e-5)
+    for step in range(20, 120):
+        assert warmup_cosine(step, 120, 3e-4, 1e-5, 20) == pytest.approx(oracle((step - 20) / 100), rel=1e-9)
+
+
+def test_warmup_rises_to_the_base_rate_and_never_starts_at_zero() -> None:
+    rates = [warmup_cosine(step, 100, 1.0, 0.0, 10) for step in range(11)]
+    assert rates[0] > 0
+    assert rates == sorted(rates)
+    assert rates[10] == 1.0
+
+
+def test_multistep_multiplies_by_gamma_at_each_milestone() -> None:
+    rates = [warmup_multistep(step, 1.0, [4, 8], 0.1, 0) for step in range(10)]
+    assert rates == pytest.approx([1] * 4 + [0.1] * 4 + [0.01] * 2)
+
+
+@pytest.mark.parametrize("name", ["QuarterCosineLR", "WarmupCosineLR", "WarmupMultiStepLR"])
+def test_every_schedule_by_name_is_finite_and_below_the_base_rate(name: str) -> None:
+    cfg = get_cfg()
+    add_relvit_config(cfg)
+    cfg.merge_from_list(["SOLVER.LR_SCHEDULER_NAME", name, "SOLVER.MAX_ITER", 50, "SOLVER.WARMUP_ITERS", 5])
+    schedule = build_schedule(cfg)
+    rates = [schedule(step) for step in range(50)]
+    assert all(math.isfinite(rate) and 0 <= rate <= cfg.SOLVER.BASE_LR * (1 + 1e-12) for rate in rates)
+
+
+def test_an_unknown_schedule_names_the_nearest() -> None:
+    cfg = get_cfg()
+    add_relvit_config(cfg)
+    cfg.SOLVER.LR_SCHEDULER_NAME = "QuaterCosineLR"
+    with pytest.raises(UserError, match="did you mean 'QuarterCosineLR'"):
+        build_schedule(cfg)

@@ -1,0 +1,92 @@
+"""Encoder files: what is written is what arrives, and what does not fit is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from relvit_d2.encoders import ENCODERS, Encoder, build_encoder
+from relvit_d2.encoders.weights import feature_difference, load_encoder, read_encoder, save_encoder
+from relvit_d2.errors import UserError
+
+
+def small(**arguments: object) -> Encoder:
+    return build_encoder("vit_nano", **({"patch_size": 4, "img_size": 32} | arguments))
+
+
+@pytest.mark.parametrize("name", list(ENCODERS))
+def test_every_encoder_survives_the_file(name: str, tmp_path: Path) -> None:
+    source, target = build_encoder(name, img_size=32), build_encoder(name, img_size=32)
+    save_encoder(source, tmp_path / "encoder.safetensors", {"iteration": 7})
+    report = load_encoder(target, tmp_path / "encoder.safetensors")
+    assert report.share == 1.0
+    assert not report.missing + report.unexpected + report.resized + report.fresh
+    assert all(
+        torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True)
+    )
+    assert feature_difference(target, tmp_path / "encoder.safetensors") == 0.0
+    assert read_encoder(tmp_path / "encoder.safetensors")[1]["iteration"] == 7
+
+
+def test_a_position_embedding_that_pretraining_lacked_is_fresh_not_missing(tmp_path: Path) -> None:
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(small(pos_embed=False), path, {})
+    target = small(pos_embed=True)
+    before = target.state_dict()["vit.pos_embed"].clone()
+    report = load_encoder(target, path)
+    assert report.fresh == ["vit.pos_embed"]
+    assert report.share == 1.0
+    assert feature_difference(target, path) < 1e-6
+    assert torch.equal(target.state_dict()["vit.pos_embed"], before)
+
+
+def test_a_position_embedding_of_another_grid_is_resized_and_proved(tmp_path: Path) -> None:
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(small(img_size=32), path, {})
+    target = small(img_size=48)
+    report = load_encoder(target, path)
+    assert report.resized == ["vit.pos_embed"]
+    assert feature_difference(target, path) < 1e-6
+
+
+def test_a_wrong_tensor_shows_in_the_features(tmp_path: Path) -> None:
+    path = tmp_path / "encoder.safetensors"
+    target = small()
+    save_encoder(target, path, {})
+    with torch.no_grad():
+        target.state_dict()["vit.blocks.3.mlp.fc2.weight"][0].add_(0.5)
+    assert feature_difference(target, path) > 1e-3
+
+
+def test_weights_that_do_not_fit_are_refused_and_change_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(small(), path, {})
+    with pytest.raises(UserError, match=r"vit_nano.*vit_tiny.*MODEL.ENCODER.NAME"):
+        load_encoder(build_encoder("vit_tiny", patch_size=4, img_size=32), path)
+    with pytest.raises(UserError, match=r"MODEL.ENCODER.PATCH_SIZE 4"):
+        load_encoder(small(patch_size=8), path)
+    tensors, _ = read_encoder(path)
+    poor = small()
+    kept = {name: value.clone() for name, value in poor.state_dict().items()}
+    save_encoder(poor, path, {})
+    tensors = {name: value for name, value in tensors.items() if ".mlp." not in name}
+    save_file(
+        tensors, str(path), {"encoder": '{"name": "vit_nano", "patch_size": 4, "img_size": 32, "pos_embed": true}'}
+    )
+    with pytest.raises(UserError, match="% of the encoder's values match"):
+        load_encoder(poor, path)
+    assert all(torch.equal(kept[name], value) for name, value in poor.state_dict().items())
+
+
+def test_files_that_are_no_encoder_are_named(tmp_path: Path) -> None:
+    text, bare = tmp_path / "text.safetensors", tmp_path / "bare.safetensors"
+    text.write_text("these are no weights")
+    save_file({"x": torch.zeros(1)}, str(bare))
+    for path, words in (
+        (text, "not a readable safetensors"),
+        (bare, "no description"),
+        (tmp_path / "no.safetensors", "does not exist"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_encoder(small(), path)

@@ -1,0 +1,44 @@
+"""Train or evaluate a Mask R-CNN whose backbone is a relational vision transformer."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from detectron2.modeling import build_model
+
+from relvit_d2.detection import backbone  # noqa: F401  (registers the backbone)
+from relvit_d2.detection.run import build_trainer, evaluate, settle
+from relvit_d2.detection.weights import load_weights
+from relvit_d2.engine.checkpoint import Checkpointer
+from relvit_d2.engine.cli import load_config, run_script, start_run
+from relvit_d2.errors import UserError
+
+logger = logging.getLogger("relvit_d2.train_net")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run one process."""
+    cfg = settle(load_config(args.config_file, args.opts))
+    start_run(cfg, args)
+    model = build_model(cfg)
+    if args.eval_only:
+        weights = cfg.MODEL.WEIGHTS
+        if args.resume:
+            weights = Checkpointer(model, cfg.OUTPUT_DIR).get_checkpoint_file()
+        if not weights or weights.endswith(".safetensors"):
+            raise UserError("--eval-only needs a trained detector: add MODEL.WEIGHTS path/to/model_final.pth")
+        Checkpointer(model).load(weights, checkpointables=[])
+        evaluate(cfg, model)
+        return
+    trainer = build_trainer(cfg, model)
+    if not (args.resume and trainer.resume()):
+        load_weights(cfg, model)
+    trainer.train()
+    final = Path(cfg.OUTPUT_DIR) / "model_final.pth"
+    again = f"python train_net.py --config-file {args.config_file} --eval-only MODEL.WEIGHTS {final}"
+    logger.info(f"trained; evaluate again with: {again}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, "python train_net.py --config-file configs/demo/streets.yaml"))
