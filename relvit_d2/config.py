@@ -1,7 +1,7 @@
 """Every key that this project adds to Detectron2's, with its default."""
 
 import torch
-from fvcore.common.config import CfgNode
+from detectron2.config import CfgNode
 
 _C = CfgNode()
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from relvit_d2.engine.randomness import generator, sequence
+from relvit_d2.engine.randomness import generator, sequence, torch_generator
 from relvit_d2.errors import UserError
 
 Key = tuple[int, int]  # epoch, index
@@ -112,8 +112,10 @@ def endless_batches(
         workers: loader processes; 0 reads in this process. The batches are the same for any number.
     """
     dataset = _Mapped(samples, mapper, seed)
+    # A loader draws a seed when it starts: from its own generator, lest the first iteration's draws shift.
+    own = torch_generator(seed, "loader")
     return Batches(
-        DataLoader(dataset, batch_sampler=order, num_workers=workers, collate_fn=_Collate(collate), pin_memory=False)
+        DataLoader(dataset, batch_sampler=order, num_workers=workers, collate_fn=_Collate(collate), generator=own)
     )
 
 

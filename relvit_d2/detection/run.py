@@ -126,12 +126,13 @@ def evaluate(cfg: CfgNode, model: GeneralizedRCNN) -> dict[str, Any]:
 
 
 def _evaluators(cfg: CfgNode, name: str, records: Records) -> Iterable[DatasetEvaluator]:
-    classes = catalog.get_metadata(name).thing_classes
-    metrics = catalog.get_entry(name).metrics
+    metadata = catalog.get_metadata(name)
+    metrics = metadata.get("metrics", ("coco",))
     output = Path(cfg.OUTPUT_DIR) / "inference"
     output.mkdir(parents=True, exist_ok=True)
     ignore = cfg.DATASETS.IGNORE_DIFFICULT
     if "coco" in metrics:
-        yield CocoStyleEvaluator(name, records, classes, output, ignore_difficult=ignore)
+        truth = None if metadata.get("json_file") else records
+        yield CocoStyleEvaluator(name, truth, metadata.thing_classes, output, ignore_difficult=ignore)
     if "voc07" in metrics:
-        yield Voc07Evaluator(name, records, classes, ignore_difficult=ignore)
+        yield Voc07Evaluator(name, records, metadata.thing_classes, ignore_difficult=ignore)

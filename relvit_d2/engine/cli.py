@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -171,6 +172,9 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
             write_text(output / "config.yaml", cfg.dump())
     except OSError as error:
         raise UserError(f"OUTPUT_DIR '{output}' cannot be written ({error.strerror}); choose another folder") from error
+    # Said at every start by code of Detectron2 and fvcore that a user of this project cannot mend.
+    warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming release")
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
     device = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     logger.info(f"relvit_d2 {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {device}")

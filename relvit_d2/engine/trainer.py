@@ -149,6 +149,7 @@ class Trainer(TrainerBase):
 
     def _register_hooks(self) -> None:
         output = Path(self.cfg.OUTPUT_DIR)
+        output.mkdir(parents=True, exist_ok=True)
         self.register_hooks([hooks.IterationTimer()])
         if comm.is_main_process():
             period = self.cfg.SOLVER.CHECKPOINT_PERIOD

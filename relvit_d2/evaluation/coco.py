@@ -1,0 +1,175 @@
+"""COCO-style average precision for any data set that is given as Detectron2 records."""
+
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import BoxMode, PolygonMasks
+from pycocotools import mask as mask_util
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+logger = logging.getLogger(__name__)
+
+
+class CocoStyleEvaluator(COCOEvaluator):
+    """Detectron2's ``COCOEvaluator`` with the ground truth taken from the records it is given.
+
+    Results, tables and ``coco_instances_results.json`` are Detectron2's: AP, AP50, AP75, APs, APm, APl
+    and ``AP-<class>`` in percent under ``"bbox"`` and, where masks are predicted, ``"segm"``. The official
+    pycocotools computes them. Three things differ from Detectron2:
+
+    * the ground truth is written anew to ``<output_dir>/<dataset_name>_ground_truth.json`` by every
+      evaluator, so an earlier run's file is never read, and the data set's metadata is left as it was;
+    * no detection at all gives AP 0, not NaN (NaN is kept for "there was nothing to find");
+    * an AP of 0 or NaN comes with a line in the log that says why.
+    """
+
+    def __init__(
+        self,
+        dataset_name: str,
+        records: Sequence[dict[str, Any]] | None,
+        class_names: Sequence[str],
+        output_dir: str | Path,
+        ignore_difficult: bool,
+    ) -> None:
+        """Write the ground truth and load it.
+
+        Args:
+            dataset_name: the data set's name; characters that do not suit a file name become ``_`` in it.
+            records: Detectron2 dicts (see :func:`coco_ground_truth`), whose image ids the model's inputs
+                carry; None takes the ``json_file`` of the data set's own metadata, as ``coco_2017_val`` has.
+            class_names: names of the contiguous class ids 0..K-1; unused when ``records`` is None.
+            output_dir: folder of all files; made when missing.
+            ignore_difficult: see :func:`coco_ground_truth`; unused when ``records`` is None.
+
+        Raises:
+            ValueError: ``records`` is None and the data set's metadata has no ``json_file``.
+        """
+        output_dir = Path(output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if records is None:
+            if MetadataCatalog.get(dataset_name).get("json_file") is None:
+                raise ValueError(f"data set '{dataset_name}' has no json_file of its own: give its records")
+            super().__init__(dataset_name, output_dir=str(output_dir), use_fast_impl=False)
+            return
+
+        stem = re.sub(r"[^\w.-]+", "_", dataset_name)
+        json_file = output_dir / f"{stem}_ground_truth.json"
+        _write_whole(json_file, json.dumps(coco_ground_truth(records, class_names, ignore_difficult)))
+        # Detectron2 reads the path from the global catalog, where it cannot be set twice: an entry of this
+        # evaluator's own stands in while the base class starts, and is taken out again.
+        entry = f"{dataset_name} as written to {json_file}"
+        MetadataCatalog.get(entry).set(json_file=str(json_file), thing_classes=list(class_names))
+        try:
+            super().__init__(entry, output_dir=str(output_dir), use_fast_impl=False)
+        finally:
+            MetadataCatalog.remove(entry)
+
+    def _derive_coco_results(
+        self, coco_eval: COCOeval | None, iou_type: str, class_names: Sequence[str] | None = None
+    ) -> dict[str, float]:
+        if coco_eval is None:
+            coco_eval = _evaluate_no_detections(self._coco_api, iou_type)
+        results: dict[str, float] = super()._derive_coco_results(coco_eval, iou_type, class_names)
+        if results["AP"] == 0 or math.isnan(results["AP"]):
+            objects = sum(not a.get("iscrowd", 0) for a in coco_eval.cocoGt.anns.values())
+            reason = why_no_precision(objects, len(coco_eval.cocoDt.anns))
+            logger.warning("COCO-style %s AP is %s: %s.", iou_type, results["AP"], reason)
+        return results
+
+
+def coco_ground_truth(
+    records: Sequence[dict[str, Any]], class_names: Sequence[str], ignore_difficult: bool
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the COCO annotation format's dict for Detectron2 records.
+
+    Category ids are the contiguous class ids. Areas, which decide small, medium and large, are those of
+    the segmentation where there is one and of the box elsewhere.
+
+    Args:
+        records: dicts with ``file_name``, ``image_id`` (str or int), ``height``, ``width`` and
+            ``annotations``, each with ``bbox``, ``bbox_mode``, ``category_id`` and, where known,
+            ``iscrowd``, ``difficult`` (1 for an object marked so) and ``segmentation`` (polygons or RLE).
+        class_names: names of the classes 0..K-1.
+        ignore_difficult: make difficult objects ``iscrowd`` regions, COCO's only way to ignore an object:
+            a miss of one costs nothing, and any number of detections of its class may fall on it, matched
+            by intersection over the detection's own area (COCOeval.evaluateImg, maskApi.c:bbIou). False
+            keeps them as ordinary objects.
+
+    Returns:
+        ``{"images": [...], "categories": [...], "annotations": [...]}``, ready for ``json.dumps``.
+    """
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for record in records:
+        images.append(
+            {
+                "id": record["image_id"],
+                "file_name": str(record["file_name"]),
+                "height": int(record["height"]),
+                "width": int(record["width"]),
+            }
+        )
+        for annotation in record.get("annotations", []):
+            box = np.asarray([annotation["bbox"]], dtype=np.float64)
+            x, y, width, height = BoxMode.convert(box, annotation["bbox_mode"], BoxMode.XYWH_ABS)[0].tolist()
+            ignored = annotation.get("iscrowd", 0) or (ignore_difficult and annotation.get("difficult", 0))
+            entry = {
+                "id": len(annotations) + 1,  # COCOeval reads 0 as "not matched"
+                "image_id": record["image_id"],
+                "category_id": int(annotation["category_id"]),
+                "bbox": [x, y, width, height],
+                "area": width * height,
+                "iscrowd": int(bool(ignored)),
+            }
+            if "segmentation" in annotation:
+                entry["segmentation"], entry["area"] = _segmentation_and_area(annotation["segmentation"])
+            annotations.append(entry)
+    categories = [{"id": index, "name": name} for index, name in enumerate(class_names)]
+    return {"images": images, "categories": categories, "annotations": annotations}
+
+
+def why_no_precision(objects: int, detections: int) -> str:
+    """Return the reason for an AP of 0 or NaN, from the counts of objects to find and of detections."""
+    if objects == 0:
+        return "there is no ground truth, not one object that counts"
+    if detections == 0:
+        return "there are no detections at all"
+    return f"none of the {detections} detections overlaps an object of its class enough (IoU 0.5)"
+
+
+def _segmentation_and_area(segmentation: list[list[float]] | dict[str, Any]) -> tuple[Any, float]:
+    """Return polygons or compressed RLE as JSON can hold them, and their area in square pixels."""
+    if isinstance(segmentation, list):
+        return segmentation, float(PolygonMasks([segmentation]).area()[0])
+    counts = segmentation["counts"]
+    text = counts.decode("ascii") if isinstance(counts, bytes) else counts
+    return {**segmentation, "counts": text}, float(mask_util.area(segmentation))
+
+
+def _evaluate_no_detections(ground_truth: COCO, iou_type: str) -> COCOeval:
+    """Return the finished COCO evaluation of an empty list, which ``COCO.loadRes`` does not take."""
+    detections = COCO()
+    detections.dataset = {**ground_truth.dataset, "annotations": []}
+    detections.createIndex()
+    coco_eval = COCOeval(ground_truth, detections, iou_type)
+    coco_eval.evaluate()
+    coco_eval.accumulate()
+    coco_eval.summarize()
+    return coco_eval
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write ``text`` so that ``path`` is never seen half-written, several processes at once included."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)

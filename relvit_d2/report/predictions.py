@@ -1,0 +1,183 @@
+"""One picture of what a detector sees: true boxes beside detected ones, image by image."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib import get_data_path
+from PIL import Image, ImageColor, ImageDraw, ImageFont
+
+Color = tuple[int, int, int]
+Box = tuple[float, float, float, float]
+
+# Okabe and Ito, "Color Universal Design" (2008): told apart with every common form of colour blindness.
+HUES = ("#0072B2", "#E69F00", "#CC79A7", "#009E73", "#D55E00", "#56B4E9", "#F0E442")
+INK, PAPER = (33, 33, 33), (255, 255, 255)
+
+PANEL_WIDTH, PANEL_HEIGHT = 448, 256  # pixels an image is scaled to fit, up or down
+SHEET_WIDTH = 1800  # no wider unless a single pair is; at most three pairs a row
+BOX_WIDTH, HALO = 3, 1  # pixels of a box's line and of the contrasting rim on either side of it
+FONT_SIZE, LABEL_PADDING = 15, 3
+STRIP = 22  # pixels above and below an image, for the labels of boxes at its edge
+PAIR_GAP, GAP, BORDER = 10, 36, 16
+TITLE_HEIGHT, CAPTION_HEIGHT = 40, 20
+
+
+class DetectionRow(NamedTuple):
+    """One image with its truth and its detections; boxes are XYXY in pixels of the image."""
+
+    image: np.ndarray  # (H, W, 3) uint8, RGB
+    truth_boxes: np.ndarray  # (T, 4)
+    truth_classes: np.ndarray  # (T,) indices into the class names
+    boxes: np.ndarray  # (P, 4)
+    classes: np.ndarray  # (P,) indices into the class names
+    scores: np.ndarray  # (P,) in [0, 1]
+
+
+def draw_detections(
+    rows: Sequence[DetectionRow], class_names: Sequence[str], path: str | Path, title: str | None = None
+) -> None:
+    """Write a PNG contact sheet with, for each image, the truth on the left and the detections on the right.
+
+    Images are scaled to fit 448 x 256 pixels, small ones up, so that boxes of a few pixels and their labels
+    can be read. Each class has its colour (:func:`class_color`) and its name on every box; detections carry
+    the score too. Labels stand outside their box where there is room and avoid each other. All detections
+    given are drawn: leave out what scores too low beforehand. Equal arguments give equal files.
+
+    Args:
+        rows: 1 to about 12 images, drawn in this order, row by row.
+        class_names: names of the class indices.
+        path: the file to write; it appears whole or not at all, in a folder that exists.
+        title: a line above the sheet.
+
+    Raises:
+        ValueError: ``rows`` is empty.
+    """
+    if not rows:
+        raise ValueError("draw_detections needs at least one image")
+    panels = [_fit(row.image) for row in rows]
+    cell_width = max(PANEL_HEIGHT, *(panel.width for panel in panels))  # never too narrow for a label
+    pair_width = 2 * cell_width + PAIR_GAP
+    columns = max(1, min(3, len(rows), (SHEET_WIDTH - 2 * BORDER + GAP) // (pair_width + GAP)))
+    line_heights = [
+        max(panel.height for panel in panels[first : first + columns]) + 2 * STRIP
+        for first in range(0, len(panels), columns)
+    ]
+    header = BORDER + (TITLE_HEIGHT if title else 0)
+    tops = list(accumulate(line_heights, initial=header + CAPTION_HEIGHT))
+    sheet = Image.new("RGB", (2 * BORDER + columns * (pair_width + GAP) - GAP, tops[-1] + BORDER), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    if title:
+        draw.text((BORDER, BORDER), title, INK, _font(FONT_SIZE + 7), anchor="lt")
+    for column in range(columns):
+        left = BORDER + column * (pair_width + GAP)
+        for caption, x in (("truth", left), ("detections", left + cell_width + PAIR_GAP)):
+            draw.text((x + cell_width // 2, header), caption, INK, _font(FONT_SIZE + 3), anchor="mt")
+
+    for index, (row, panel) in enumerate(zip(rows, panels, strict=True)):
+        line, column = divmod(index, columns)
+        left, top = BORDER + column * (pair_width + GAP), tops[line]
+        truth = [class_names[c] for c in row.truth_classes]
+        found = [f"{class_names[c]} {s:.2f}" for c, s in zip(row.classes, row.scores, strict=True)]
+        for x, boxes, classes, texts in (
+            (left, row.truth_boxes, row.truth_classes, truth),
+            (left + cell_width + PAIR_GAP, row.boxes, row.classes, found),
+        ):
+            cell = (x, top, x + cell_width, top + line_heights[line])
+            corner = (x + (cell_width - panel.width) // 2, top + (line_heights[line] - panel.height) // 2)
+            sheet.paste(panel, corner)
+            scale = np.array([panel.width / row.image.shape[1], panel.height / row.image.shape[0]] * 2)
+            limit = np.array([panel.width - 1, panel.height - 1] * 2)
+            scaled = np.clip(np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * scale, 0, limit)
+            placed = [tuple(box) for box in (scaled + np.array(corner * 2)).tolist()]
+            _draw_boxes(draw, placed, [class_color(int(c)) for c in classes], texts, cell)
+
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.partial")
+    sheet.save(temporary, format="PNG")
+    temporary.replace(path)
+
+
+def class_color(index: int) -> Color:
+    """Return the RGB colour of a class index: seven hues, then the same darker, then lighter, 21 in all.
+
+    From index 21 on the colours come again.
+    """
+    hue = np.array(ImageColor.getrgb(HUES[index % len(HUES)]), dtype=np.float64)
+    shade = index // len(HUES) % 3
+    mixed = (hue, 0.55 * hue, 0.5 * hue + 127.5)[shade].round().astype(int).tolist()
+    return mixed[0], mixed[1], mixed[2]
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+
+
+def _fit(image: np.ndarray) -> Image.Image:
+    """Return the (H, W, 3) image scaled to the greatest size that fits a panel, its aspect kept."""
+    height, width = image.shape[:2]
+    scale = min(PANEL_WIDTH / width, PANEL_HEIGHT / height)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
+
+
+def _contrast(color: Color) -> Color:
+    """Return black or white, whichever stands out more: the contrast ratio of WCAG 2.1 is at least 4.5."""
+    value = np.array(color) / 255
+    linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+    luminance = float(linear @ (0.2126, 0.7152, 0.0722))
+    return (0, 0, 0) if (luminance + 0.05) ** 2 > 0.05 * 1.05 else (255, 255, 255)
+
+
+def _draw_boxes(draw: ImageDraw.ImageDraw, boxes: list[Box], colors: list[Color], texts: list[str], cell: Box) -> None:
+    """Draw boxes, in pixels of the sheet, and on top of all of them their labels, inside the cell."""
+    font = _font(FONT_SIZE)
+    for (x0, y0, x1, y1), color in zip(boxes, colors, strict=True):
+        rim = (x0 - HALO, y0 - HALO, x1 + HALO, y1 + HALO)
+        draw.rectangle(rim, outline=_contrast(color), width=BOX_WIDTH + 2 * HALO)
+        draw.rectangle((x0, y0, x1, y1), outline=color, width=BOX_WIDTH)
+    taken: list[Box] = []
+    for box, color, text in zip(boxes, colors, texts, strict=True):
+        width, height = font.getlength(text) + 2 * LABEL_PADDING, sum(font.getmetrics())
+        label = _place_label(box, width, height, cell, boxes, taken)
+        taken.append(label)
+        draw.rectangle(label, fill=color)
+        draw.text((label[0] + LABEL_PADDING, label[1] + height / 2), text, _contrast(color), font, anchor="lm")
+
+
+def _place_label(box: Box, width: float, height: float, cell: Box, boxes: list[Box], taken: list[Box]) -> Box:
+    """Return the place, near its box and inside the cell, where a label hides least.
+
+    Above the box is tried first, then below, then a line or two further off, then inside. The cost is the
+    area hidden, other labels' four times that of boxes, and a part of the label's own for being far off.
+    """
+    x0, y0, x1, y1 = box
+    above, below = y0 - HALO - 1 - height, y1 + HALO + 1
+    best, lowest = box, float("inf")
+    for y, distance in (
+        (above, 0.0),
+        (below, 0.0),
+        (above - height, 0.3),
+        (below + height, 0.3),
+        (above - 2 * height, 0.6),
+        (below + 2 * height, 0.6),
+        (y0, 0.6),
+    ):
+        for x in (x0 - HALO, x1 + HALO - width, (x0 + x1 - width) / 2):
+            left, top = min(max(x, cell[0]), cell[2] - width), min(max(y, cell[1]), cell[3] - height - 1)
+            spot = (left, top, left + width, top + height)
+            cost = distance * width * height
+            cost += 4 * sum(_overlap(spot, other) for other in taken)
+            cost += sum(_overlap(spot, other) for other in boxes)
+            if cost < lowest:
+                best, lowest = spot, cost
+    return best
+
+
+def _overlap(a: Box, b: Box) -> float:
+    """Return the area in which two XYXY boxes meet."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    return width * height if width > 0 and height > 0 else 0.0

@@ -1,0 +1,111 @@
+"""The backbone under Detectron2's contract: padding, levels, gradients, refusals."""
+
+import pytest
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, ImageList, Instances, PolygonMasks
+from detectron2.utils.events import EventStorage
+
+from relvit_d2.config import add_relvit_config
+from relvit_d2.detection import backbone  # noqa: F401  (registers the backbone)
+from relvit_d2.encoders import ENCODERS
+from relvit_d2.engine.cli import load_config
+from relvit_d2.errors import UserError
+
+
+def tiny_config(*overrides: object) -> CfgNode:
+    cfg = load_config("configs/demo/streets.yaml", [])
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.NUM_CLASSES", 10, *overrides])
+    return cfg
+
+
+def image(height: int, width: int) -> torch.Tensor:
+    return torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(height * width)).float()
+
+
+@pytest.mark.parametrize("name", list(ENCODERS))
+@pytest.mark.parametrize("sizes", [[(225, 301), (200, 300)], [(33, 47)], [(64, 64)]])
+def test_every_pixel_is_inside_the_padded_batch_and_under_the_maps(name: str, sizes: list[tuple[int, int]]) -> None:
+    cfg = get_cfg()
+    add_relvit_config(cfg)
+    overrides = ["MODEL.ENCODER.NAME", name, "MODEL.PYRAMID.OUT_CHANNELS", 16, "MODEL.RPN.IN_FEATURES", ["p2"]]
+    cfg.merge_from_list([*overrides, "MODEL.ROI_HEADS.IN_FEATURES", ["p2"]])
+    net = backbone.build_encoder_pyramid_backbone(cfg, None).eval()
+    batch = ImageList.from_tensors(
+        [image(*size) for size in sizes], net.size_divisibility, padding_constraints=net.padding_constraints
+    )
+    height, width = batch.tensor.shape[-2:]
+    assert net.size_divisibility == 32
+    assert height % 32 == width % 32 == 0
+    assert height >= max(h for h, _ in sizes)
+    assert width >= max(w for _, w in sizes)
+    with torch.no_grad():
+        maps = net(batch.tensor)
+    assert list(maps) == ["p2", "p3", "p4", "p5", "p6"]
+    for level, shape in net.output_shape().items():
+        expected = (-(-height // shape.stride), -(-width // shape.stride))
+        assert maps[level].shape == (len(sizes), shape.channels, *expected)
+
+
+def test_the_last_pixels_of_an_odd_image_reach_the_features() -> None:
+    """Detectron2's own pyramid never pads (a misspelt key), so that these pixels would be cut off."""
+    model = build_model(tiny_config()).eval()
+    first = image(45, 51)
+    second = first.clone()
+    second[:, -1, -1] = 255 - second[:, -1, -1]
+    with torch.no_grad():
+        maps = [model.backbone(model.preprocess_image([{"image": i}]).tensor)["p2"] for i in (first, second)]
+    assert (maps[0] - maps[1]).abs().max() > 1e-4
+
+
+def records(sizes: list[tuple[int, int]]) -> list[dict[str, object]]:
+    batch = []
+    for height, width in sizes:
+        instances = Instances((height, width))
+        instances.gt_boxes = Boxes(torch.tensor([[4.0, 4.0, 16.0, 24.0], [20.0, 8.0, 30.0, 30.0]]))
+        instances.gt_classes = torch.tensor([1, 2])
+        batch.append({"image": image(height, width), "instances": instances, "height": height, "width": width})
+    return batch
+
+
+def test_a_training_step_reaches_every_parameter_and_odd_sizes_infer() -> None:
+    torch.manual_seed(0)
+    model = build_model(tiny_config())
+    with EventStorage():
+        losses = model(records([(47, 61), (64, 33)]))
+    assert set(losses) == {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"}
+    sum(losses.values()).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+    model.eval()
+    with torch.no_grad():
+        outputs = model(records([(47, 61), (64, 33)]))
+    for output, (height, width) in zip(outputs, [(47, 61), (64, 33)], strict=True):
+        boxes = output["instances"].pred_boxes.tensor
+        assert output["instances"].image_size == (height, width)
+        assert (boxes >= 0).all()
+        assert (boxes[:, 2] <= width).all()
+        assert (boxes[:, 3] <= height).all()
+
+
+def test_masks_train_where_the_data_has_them() -> None:
+    model = build_model(tiny_config("MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NUM_CONV", 1))
+    batch = records([(47, 61)])
+    polygons = [[box[[0, 1, 2, 1, 2, 3, 0, 3]].double().numpy()] for box in batch[0]["instances"].gt_boxes.tensor]  # type: ignore[attr-defined]
+    batch[0]["instances"].gt_masks = PolygonMasks(polygons)  # type: ignore[attr-defined]
+    with EventStorage():
+        assert model(batch)["loss_mask"].isfinite()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["MODEL.PYRAMID.STRIDES", [4, 16]], r"MODEL.PYRAMID.STRIDES \[4, 16\].*stride 4"),
+        (["MODEL.PYRAMID.STRIDES", [16, 32]], "MODEL.PYRAMID.STRIDES"),
+        (["MODEL.RPN.IN_FEATURES", ["p2", "p6"]], r"MODEL.RPN.IN_FEATURES names \['p6'\]"),
+        (["MODEL.ENCODER.NAME", "vit_nanno"], "did you mean 'vit_nano'"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(overrides: list[object], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        build_model(tiny_config(*overrides))

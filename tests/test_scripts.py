@@ -1,0 +1,200 @@
+"""The scripts as a user runs them: subprocesses, real files, exit statuses."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from relvit_d2.data.streets import generate
+
+TINY_SSL = (
+    "SOLVER.MAX_ITER 6 SOLVER.IMS_PER_BATCH 8 SOLVER.WARMUP_ITERS 2 PRETEXT.IMAGE_SIZE 32 SOLVER.CHECKPOINT_PERIOD 3"
+)
+TINY_DETECTION = "SOLVER.MAX_ITER 4 SOLVER.IMS_PER_BATCH 4 SOLVER.WARMUP_ITERS 2 SOLVER.CHECKPOINT_PERIOD 2"
+
+
+def run(root: Path, *command: object, status: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run a script with ``root`` as the data root; its exit status must be ``status``."""
+    environment = os.environ | {
+        "DETECTRON2_DATASETS": str(root),
+        "OMP_NUM_THREADS": "1",
+        "XDG_CACHE_HOME": str(root / "cache"),
+    }
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def fails(root: Path, *command: object) -> str:
+    """Run a script that must fail the right way; return its sentence."""
+    done = run(root, *command, status=1)
+    assert "Traceback" not in done.stdout + done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    return errors[0]
+
+
+def pretrain(root: Path, output: Path, *more: object) -> tuple[object, ...]:
+    names = ["DATASETS.TRAIN", "('svhn_train',)", "DATASETS.TEST", "('svhn_test',)", "OUTPUT_DIR", output]
+    return ("pretrain_ssl.py", "--config-file", "configs/demo/ssl_streets.yaml", *more, *TINY_SSL.split(), *names)
+
+
+def detect(root: Path, output: Path, *more: object, flags: tuple[str, ...] = ()) -> tuple[object, ...]:
+    names = ["DATASETS.TRAIN", "('svhn_train',)", "DATASETS.TEST", "('svhn_test',)", "OUTPUT_DIR", output]
+    script = ("train_net.py", "--config-file", "configs/demo/streets.yaml", *flags)
+    return (*script, *TINY_DETECTION.split(), *names, *more)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root with a few street numbers in SVHN's place and format."""
+    folder = tmp_path_factory.mktemp("datasets")
+    (folder / "svhn").mkdir()
+    generate(folder / "svhn/train", 12, seed=1)
+    generate(folder / "svhn/test", 6, seed=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(root: Path) -> Path:
+    run(root, *pretrain(root, root / "ssl"))
+    return root / "ssl/encoder.safetensors"
+
+
+def test_pretraining_writes_what_it_promises(root: Path, encoder: Path) -> None:
+    output = encoder.parent
+    rows = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == list(range(7))  # the last holds the held-out figures
+    for task, chance in (("relation", 7 * 7 / 256), ("position", 1 / 64)):
+        assert rows[0][f"chance_{task}"] == pytest.approx(chance)
+        assert 0 <= rows[5][f"accuracy_{task}"] <= 1
+        assert 0 <= rows[-1][f"held_out/accuracy_{task}"] <= 1
+    assert (output / "last_checkpoint").read_text() == "model_final.pth"
+    assert {"model", "optimizer", "iteration"} <= torch.load(output / "model_final.pth", weights_only=True).keys()
+    assert list(output.glob("events.out.tfevents.*"))
+    assert (output / "config.yaml").is_file()
+    with safe_open(str(encoder), "pt") as file:
+        metadata = {key: json.loads(value) for key, value in file.metadata().items()}
+    assert metadata["encoder"]["name"] == "vit_nano"
+    assert metadata["iteration"] == 6
+    assert metadata["patch"] == 4
+    assert metadata["image_size"] == 32
+    assert {"pixel_mean", "pixel_std", "pretext", "version"} <= metadata.keys()
+    log = (output / "log.txt").read_text()
+    assert "(chance 19.1%)" in log
+    assert "eta" not in log.splitlines()[-1]
+
+
+def test_a_killed_and_resumed_pretraining_is_the_straight_one(root: Path, encoder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "ssl"
+    run(root, *pretrain(root, output), "SOLVER.CHECKPOINT_PERIOD", 4)
+    # What a kill in iteration 5 leaves: the checkpoint of iteration 3 and lines beyond it.
+    for name in ("model_final.pth", "encoder.safetensors"):
+        (output / name).unlink()
+    (output / "last_checkpoint").write_text("model_0000003.pth")
+    command = pretrain(root, output)
+    done = run(root, *command[:3], "--resume", *command[3:], "DATALOADER.NUM_WORKERS", 1)
+    assert "resumed at iteration 4" in done.stdout
+    straight, resumed = (torch.load(p / "model_final.pth", weights_only=True) for p in (encoder.parent, output))
+    assert all(torch.equal(straight["model"][name], resumed["model"][name]) for name in straight["model"])
+
+
+def test_detection_from_the_encoder_then_evaluation_again(root: Path, encoder: Path, tmp_path: Path) -> None:
+    done = run(root, *detect(root, tmp_path, "MODEL.WEIGHTS", encoder))
+    for words in (
+        "100.0% of the encoder's values matched",
+        "loaded",
+        "fresh         1: vit.pos_embed",
+        "features of the pre-trained encoder and of the detector's backbone agree",
+    ):
+        assert words in done.stdout, words
+    first = json.loads((tmp_path / "inference/results.json").read_text())["svhn_test"]["bbox"]
+    again = tmp_path / "again"
+    weights = ("MODEL.WEIGHTS", tmp_path / "model_final.pth", "OUTPUT_DIR", again)
+    run(root, *detect(root, again, *weights, flags=("--eval-only",)))
+    second = json.loads((again / "inference/results.json").read_text())["svhn_test"]["bbox"]
+    assert {"AP", "AP50", "AP75"} <= first.keys()
+    assert [first[k] for k in ("AP", "AP50", "AP75")] == [second[k] for k in ("AP", "AP50", "AP75")]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    assert "bbox/AP50" in rows[-1]
+
+
+def test_box_only_data_turns_the_mask_head_off_and_says_so(root: Path, tmp_path: Path) -> None:
+    done = run(root, *detect(root, tmp_path, "MODEL.MASK_ON", "True", "SOLVER.MAX_ITER", 1))
+    assert "the mask head is off" in done.stdout
+    assert not any("mask" in name for name in torch.load(tmp_path / "model_final.pth", weights_only=True)["model"])
+
+
+def test_pretraining_takes_a_plain_folder_of_images(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "images/deep").mkdir(parents=True)
+    for number, size in enumerate([(40, 30), (64, 64), (33, 90)]):
+        Image.effect_noise(size, 60).save(tmp_path / f"images/deep/{number}.png")
+    command = pretrain(root, tmp_path / "out", "SOLVER.MAX_ITER", 2)
+    run(root, *command, "DATASETS.TRAIN", f"('{tmp_path}/images',)", "DATASETS.TEST", "()", "SOLVER.MAX_ITER", 2)
+    assert (tmp_path / "out/encoder.safetensors").is_file()
+
+
+def test_two_processes_train_and_evaluate_every_image_once(root: Path, tmp_path: Path) -> None:
+    run(root, *detect(root, tmp_path, flags=("--num-gpus", "2")))
+    found = json.loads((tmp_path / "inference/coco_instances_results.json").read_text())
+    assert (tmp_path / "inference/results.json").is_file()
+    assert (tmp_path / "model_final.pth").is_file()
+    assert {d["image_id"] for d in found} <= set(json.loads(json.dumps([*range(1, 7), *map(str, range(1, 7))])))
+
+
+BAD = {
+    "misspelt key": (["SOLVER.MAX_ITTER", "3"], "did you mean 'SOLVER.MAX_ITER'"),
+    "wrong type": (["SOLVER.MAX_ITER", "soon"], "SOLVER.MAX_ITER wants a value of type int"),
+    "unknown data set": (["DATASETS.TRAIN", "('svhn_trian',)"], "did you mean 'svhn_train'"),
+    "missing data": (["DATASETS.TRAIN", "('voc_2007_train',)", "DATASETS.TEST", "()"], "make demo"),
+    "weights are absent": (["MODEL.WEIGHTS", "no/encoder.safetensors"], "'no/encoder.safetensors' does not exist"),
+    "weights are text": (["MODEL.WEIGHTS", "{text}"], "not a readable safetensors file"),
+    "checkpoint is text": (["MODEL.WEIGHTS", "{pth}"], "not a readable checkpoint"),
+    "another encoder": (
+        ["MODEL.WEIGHTS", "{encoder}", "MODEL.ENCODER.NAME", "vit_tiny"],
+        "MODEL.ENCODER.NAME vit_nano",
+    ),
+    "class count": (["MODEL.ROI_HEADS.NUM_CLASSES", "7"], "NUM_CLASSES 7 contradicts data set 'svhn_train'"),
+    "gpu": (["MODEL.DEVICE", "cuda"], "MODEL.DEVICE cpu"),
+    "output is a file": (["OUTPUT_DIR", "{text}"], "choose another folder"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence(case: str, root: Path, encoder: Path, tmp_path: Path) -> None:
+    if case == "gpu" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    text, pth = tmp_path / "text.safetensors", tmp_path / "text.pth"
+    text.write_text("no weights")
+    pth.write_text("no weights")
+    overrides, words = BAD[case]
+    given = [part.format(text=text, pth=pth, encoder=encoder) for part in overrides]
+    output = tmp_path / "out"
+    assert words in fails(root, *detect(root, output, *given))
+    assert not list(output.glob("*.pth"))
+
+
+def test_a_truncated_image_is_named(root: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "data"
+    shutil.copytree(root / "svhn", broken / "svhn")
+    victim = broken / "svhn/train/3.png"
+    victim.write_bytes(victim.read_bytes()[:-400])
+    for workers in (0, 1):
+        sentence = fails(
+            broken, *detect(broken, tmp_path / "out", "DATALOADER.NUM_WORKERS", workers, "SOLVER.MAX_ITER", 9)
+        )
+        assert "train/3.png" in sentence
+
+
+def test_debug_shows_the_traceback(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RELVIT_DEBUG", "1")
+    assert "Traceback" in run(root, *detect(root, tmp_path, "MODEL.ENCODER.NAME", "vit_huge"), status=1).stderr

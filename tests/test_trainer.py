@@ -1,0 +1,174 @@
+"""The trainer's promises: exact resume, metrics once, readable checkpoints, faults as sentences."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import CfgNode, get_cfg
+from torch import Tensor, nn
+
+from relvit_d2.config import add_relvit_config
+from relvit_d2.data.loader import Batches, EndlessOrder, endless_batches
+from relvit_d2.engine.checkpoint import Checkpointer
+from relvit_d2.engine.optimizer import build_clipper, build_optimizer
+from relvit_d2.engine.precision import choose_precision
+from relvit_d2.engine.trainer import Trainer
+from relvit_d2.errors import UserError
+
+
+class Regression(nn.Module):
+    """A model whose every step draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Dropout(0.3), nn.Linear(8, 1))
+
+    def forward(self, batch: Tensor) -> dict[str, Tensor]:
+        return {"loss_square": (self.net(batch) - batch.sum(1, keepdim=True)).square().mean()}
+
+
+def config(output: Path, iterations: int) -> CfgNode:
+    cfg = get_cfg()
+    add_relvit_config(cfg)
+    cfg.merge_from_list(["OUTPUT_DIR", str(output), "MODEL.DEVICE", "cpu", "SOLVER.PRECISION", "float32"])
+    cfg.merge_from_list(["SOLVER.MAX_ITER", iterations, "SOLVER.WARMUP_ITERS", 2, "SOLVER.IMS_PER_BATCH", 4])
+    cfg.merge_from_list(["SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", "SOLVER.CHECKPOINT_PERIOD", 5])
+    return cfg
+
+
+def noisy(sample: int) -> Tensor:
+    import numpy as np
+
+    return torch.from_numpy(np.random.standard_normal(4)).float() + sample
+
+
+def trainer(output: Path, iterations: int, workers: int = 0) -> Trainer:
+    torch.manual_seed(0)
+    cfg = config(output, iterations)
+
+    def batches(start: int) -> Batches:
+        order = EndlessOrder(10, 4, cfg.SEED, start)
+        return endless_batches(range(10), noisy, torch.stack, order, cfg.SEED, workers)
+
+    return Trainer(cfg, Regression(), 10, batches)
+
+
+def state(output: Path) -> dict[str, object]:
+    return torch.load(output / "model_final.pth", weights_only=True)
+
+
+def equal(a: object, b: object) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_is_the_straight_run(workers: int, tmp_path: Path) -> None:
+    trainer(tmp_path / "straight", 20).train()
+    trainer(tmp_path / "halves", 10, workers).train()
+    second = trainer(tmp_path / "halves", 20, workers)
+    assert second.resume()
+    assert second.start_iter == 10
+    second.train()
+    assert equal(state(tmp_path / "straight"), state(tmp_path / "halves"))
+
+
+def test_metrics_hold_every_iteration_once_also_after_a_cut_line(tmp_path: Path) -> None:
+    trainer(tmp_path, 10).train()
+    metrics = tmp_path / "metrics.json"
+    # What a run that was killed in iteration 12 leaves beyond the checkpoint of iteration 9.
+    lines = metrics.read_text() + '{"iteration": 10, "total_loss": 9}\n{"iteration": 11, "tot'
+    metrics.write_text(lines)
+    second = trainer(tmp_path, 20)
+    second.resume()
+    second.train()
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == list(range(20))
+    assert all({"total_loss", "loss_square", "grad_norm", "lr"} <= row.keys() for row in rows)
+    assert rows[10]["total_loss"] != 9
+
+
+def test_resume_without_a_checkpoint_starts_at_zero(tmp_path: Path) -> None:
+    assert not trainer(tmp_path, 3).resume()
+
+
+def test_checkpoints_hold_tensors_and_plain_values_only(tmp_path: Path) -> None:
+    trainer(tmp_path, 6).train()
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    assert sorted(p.name for p in tmp_path.glob("*.pth")) == ["model_0000004.pth", "model_final.pth"]
+    assert state(tmp_path)["iteration"] == 5
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_loss_that_is_not_finite_names_itself(tmp_path: Path) -> None:
+    class Broken(Regression):
+        def forward(self, batch: Tensor) -> dict[str, Tensor]:
+            return {"loss_square": super().forward(batch)["loss_square"] * float("nan")}
+
+    def batches(start: int) -> Iterator[Tensor]:
+        while True:
+            yield torch.zeros(4, 4)
+
+    with pytest.raises(UserError, match="'loss_square' became nan at iteration 0"):
+        Trainer(config(tmp_path, 3), Broken(), 10, batches).train()
+
+
+def test_decay_reaches_matrices_only() -> None:
+    cfg = get_cfg()
+    add_relvit_config(cfg)
+    model = Regression()
+    model.pos_embed = nn.Parameter(torch.zeros(3, 3))
+    optimizer = build_optimizer(cfg, model)
+    decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] > 0 for p in g["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in decayed}
+    assert names == {"net.0.weight", "net.3.weight"}
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def test_clipping_is_by_the_global_norm() -> None:
+    cfg = get_cfg()
+    add_relvit_config(cfg)
+    model = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 2.0)
+    before = torch.cat([p.grad.flatten() for p in model.parameters()])  # type: ignore[union-attr]
+    norm = build_clipper(cfg, model)()
+    after = torch.cat([p.grad.flatten() for p in model.parameters()])  # type: ignore[union-attr]
+    torch.testing.assert_close(norm, before.norm())
+    torch.testing.assert_close(after, before / before.norm(), atol=1e-6, rtol=1e-5)
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "value"
+    with pytest.raises(UserError, match="CLIP_TYPE 'value'"):
+        build_clipper(cfg, model)
+
+
+def test_precision_says_why() -> None:
+    cpu = torch.device("cpu")
+    assert choose_precision("float32", cpu).dtype == torch.float32
+    assert choose_precision("bfloat16", cpu).dtype == torch.bfloat16
+    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    assert choose_precision("auto", cpu).dtype == (torch.bfloat16 if native else torch.float32)
+    with pytest.raises(UserError, match="float16"):
+        choose_precision("float16", cpu)
+    with choose_precision("bfloat16", cpu).autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    with choose_precision("float32", cpu).autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+def test_files_that_are_no_checkpoint_are_named(tmp_path: Path) -> None:
+    (tmp_path / "text.pth").write_text("no weights")
+    torch.save({"model": {"other.weight": torch.zeros(2)}}, tmp_path / "other.pth")
+    for name, words in (
+        ("text.pth", "not a readable checkpoint"),
+        ("other.pth", "no tensor"),
+        ("no.pth", "does not exist"),
+    ):
+        with pytest.raises(UserError, match=words):
+            Checkpointer(Regression(), "").load(str(tmp_path / name))
