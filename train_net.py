@@ -5,9 +5,7 @@ import logging
 import sys
 from pathlib import Path
 
-from detectron2.modeling import build_model
-
-from relvit_d2.detection import backbone  # noqa: F401  (registers the backbone)
+from relvit_d2.detection.model import build_detector
 from relvit_d2.detection.run import build_trainer, evaluate, settle
 from relvit_d2.detection.weights import load_weights
 from relvit_d2.engine.checkpoint import Checkpointer
@@ -21,7 +19,7 @@ def main(args: argparse.Namespace) -> None:
     """Run one process."""
     cfg = settle(load_config(args.config_file, args.opts))
     start_run(cfg, args)
-    model = build_model(cfg)
+    model = build_detector(cfg)
     if args.eval_only:
         weights = cfg.MODEL.WEIGHTS
         if args.resume:

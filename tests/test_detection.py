@@ -3,12 +3,12 @@
 import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import build_model
 from detectron2.structures import Boxes, ImageList, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
 from relvit_d2.config import add_relvit_config
-from relvit_d2.detection import backbone  # noqa: F401  (registers the backbone)
+from relvit_d2.detection import backbone
+from relvit_d2.detection.model import build_detector
 from relvit_d2.encoders import ENCODERS
 from relvit_d2.engine.cli import load_config
 from relvit_d2.errors import UserError
@@ -50,7 +50,7 @@ def test_every_pixel_is_inside_the_padded_batch_and_under_the_maps(name: str, si
 
 def test_the_last_pixels_of_an_odd_image_reach_the_features() -> None:
     """Detectron2's own pyramid never pads (a misspelt key), so that these pixels would be cut off."""
-    model = build_model(tiny_config()).eval()
+    model = build_detector(tiny_config()).eval()
     first = image(45, 51)
     second = first.clone()
     second[:, -1, -1] = 255 - second[:, -1, -1]
@@ -71,7 +71,7 @@ def records(sizes: list[tuple[int, int]]) -> list[dict[str, object]]:
 
 def test_a_training_step_reaches_every_parameter_and_odd_sizes_infer() -> None:
     torch.manual_seed(0)
-    model = build_model(tiny_config())
+    model = build_detector(tiny_config())
     with EventStorage():
         losses = model(records([(47, 61), (64, 33)]))
     assert set(losses) == {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"}
@@ -89,7 +89,7 @@ def test_a_training_step_reaches_every_parameter_and_odd_sizes_infer() -> None:
 
 
 def test_masks_train_where_the_data_has_them() -> None:
-    model = build_model(tiny_config("MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NUM_CONV", 1))
+    model = build_detector(tiny_config("MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NUM_CONV", 1))
     batch = records([(47, 61)])
     polygons = [[box[[0, 1, 2, 1, 2, 3, 0, 3]].double().numpy()] for box in batch[0]["instances"].gt_boxes.tensor]  # type: ignore[attr-defined]
     batch[0]["instances"].gt_masks = PolygonMasks(polygons)  # type: ignore[attr-defined]
@@ -108,4 +108,13 @@ def test_masks_train_where_the_data_has_them() -> None:
 )
 def test_what_does_not_fit_is_one_sentence(overrides: list[object], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        build_model(tiny_config(*overrides))
+        build_detector(tiny_config(*overrides))
+
+
+def test_scores_are_float32_under_autocast() -> None:
+    model = build_detector(tiny_config("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = model(records([(47, 61)]))[0]["instances"]
+    assert len(found) > 0
+    assert found.scores.dtype == found.pred_boxes.tensor.dtype == torch.float32
+    assert len(found.scores.bfloat16().float().unique()) < len(found.scores.unique())

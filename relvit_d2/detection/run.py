@@ -33,7 +33,6 @@ def settle(cfg: CfgNode) -> CfgNode:
         UserError: if a data set is unknown, the sets have different classes, or ``NUM_CLASSES`` contradicts them.
     """
     cfg = cfg.clone()
-    catalog.register_all()
     names = [catalog.resolve(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)]
     if not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty; name a data set, such as ('voc_2007_trainval',)")

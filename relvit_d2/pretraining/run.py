@@ -25,7 +25,6 @@ def image_files(names: Sequence[str]) -> list[Any]:
     Raises:
         UserError: if a name is neither a data set nor a folder, or nothing was found.
     """
-    catalog.register_all()
     files = [path for name in names for path in catalog.get_images(name)]
     if not files:
         raise UserError("DATASETS.TRAIN names no image; give a data set or a folder, such as \"('path/to/images',)\"")

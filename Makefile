@@ -1,0 +1,30 @@
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup demo test test-slow check clean
+
+setup:
+	@$(PYTHON) tools/setup_env.py
+
+$(READY): requirements.txt requirements-detectron2.txt tools/setup_env.py tools/install_detectron2.py
+	@$(PYTHON) tools/setup_env.py
+
+demo: $(READY)
+	@$(BIN)/python tools/demo.py
+
+test: check
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,167 @@
+"""SVHN format 1: whole photographs and ``digitStruct.mat``, a MATLAB 7.3 file, which is HDF5.
+
+``/digitStruct/name`` and ``/digitStruct/bbox`` are columns of references, one an image. A name is a column of UTF-16
+codes. A bbox is a group of five columns, ``left top width height label``, one row a digit; MATLAB stores the number
+itself where there is one digit and references to numbers where there are more. Label 10 is the digit 0.
+"""
+
+import logging
+import math
+from pathlib import Path
+from typing import Literal
+
+import h5py
+import numpy as np
+from detectron2.structures import BoxMode
+from h5py import h5d, h5r, h5s, h5t
+
+from relvit_d2.data.records import Record, check_unique, checked_name, image_size
+from relvit_d2.errors import UserError
+
+CLASS_NAMES = tuple("0123456789")
+LABELS_FILE = "digitStruct.mat"
+FIELDS = ("left", "top", "width", "height", "label")
+LABELS = frozenset(range(1, 11))
+
+LONGEST_COLUMN = 255
+"""Most characters in a name, most digits in an image: a damaged file must not ask for gigabytes of memory."""
+
+_REFERENCE = h5t.py_create(h5py.ref_dtype)
+
+logger = logging.getLogger(__name__)
+
+
+def load_svhn(folder: Path, missing: Literal["error", "skip"] = "error") -> list[Record]:
+    """Read one split, in the order of its ``digitStruct.mat``.
+
+    ``left`` and ``top`` are taken as distances from the image's edge in pixels. SVHN's boxes are known to leave
+    their images: they are clipped, and a box of which nothing is left is dropped and counted in the log.
+
+    Args:
+        folder: holds ``digitStruct.mat`` and the images it names.
+        missing: what a row without an image is: an ``"error"``, or something to ``"skip"`` and count in the log.
+
+    Returns:
+        One record an image (see ``relvit_d2.data.records``): ``category_id`` is the digit 0..9, ``image_id`` the
+        image's name without its ending.
+
+    Raises:
+        UserError: the file is missing or damaged, or an image is missing (see ``missing``) or unreadable.
+    """
+    path = folder / LABELS_FILE
+    rows = _read_rows(path)
+    check_unique([name for name, _ in rows], str(path))
+    present = [(folder / name, digits) for name, digits in rows if (folder / name).is_file()]
+    if absent := len(rows) - len(present):
+        if missing == "error" or not present:
+            first = next(name for name, _ in rows if not (folder / name).is_file())
+            raise UserError(
+                f"the image {folder / first} is missing but named by {path} (as are {absent - 1} more): "
+                "unpack the whole archive"
+            )
+        logger.warning("%d of the %d rows of %s have no image and are left out", absent, len(rows), path)
+    sizes = [image_size(image) for image, _ in present]
+    boxes, kept = _clip([digits for _, digits in present], sizes)
+    if dropped := int((~kept).sum()):
+        logger.warning("%d boxes of %s lie outside their images and are left out", dropped, path)
+
+    records = []
+    start = 0
+    for (image, digits), (width, height) in zip(present, sizes, strict=True):
+        rows_of_image = range(start, start + len(digits))
+        start += len(digits)
+        records.append(
+            {
+                "file_name": str(image),
+                "image_id": image.stem,
+                "height": height,
+                "width": width,
+                "annotations": [
+                    {
+                        "bbox": boxes[row].tolist(),
+                        "bbox_mode": BoxMode.XYXY_ABS,
+                        "category_id": int(digit[4]) % 10,
+                        "iscrowd": 0,
+                    }
+                    for row, digit in zip(rows_of_image, digits, strict=True)
+                    if kept[row]
+                ],
+            }
+        )
+    return records
+
+
+def svhn_images(folder: Path) -> list[Path]:
+    """Return the images of one split, ``2.png`` before ``10.png``; no label is read.
+
+    Raises:
+        UserError: the folder is missing or holds no PNG.
+    """
+    images = sorted(folder.glob("*.png"), key=lambda path: (len(path.stem), path.stem))
+    if not images:
+        raise UserError(f"the folder {folder} does not exist or holds no PNG: unpack the archive there")
+    return images
+
+
+def _clip(digits: list[list[tuple[float, ...]]], sizes: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the boxes of all digits of all images, clipped, as (K, 4) corners, and (K,) which have an area."""
+    flat = np.array([digit for image in digits for digit in image], dtype=np.float64).reshape(-1, len(FIELDS))
+    limit = np.repeat(np.array(sizes, dtype=np.float64), [len(image) for image in digits], axis=0)
+    low = np.maximum(flat[:, :2], 0)
+    high = np.minimum(flat[:, :2] + flat[:, 2:4], limit)
+    return np.hstack([low, high]), np.all(high > low, axis=1)
+
+
+def _read_rows(path: Path) -> list[tuple[str, list[tuple[float, ...]]]]:
+    """Return for every image its name and its digits, each ``FIELDS`` as floats."""
+    if not path.is_file():
+        raise UserError(f"the label file {path} is missing: unpack SVHN's format 1 archive there")
+    try:
+        with h5py.File(path, "r") as file:
+            names, boxes = (file["digitStruct"][column][()].ravel() for column in ("name", "bbox"))
+            pairs = zip(names, boxes, strict=True)
+            return [_read_row(file, *pair, f"{path}, row {row}") for row, pair in enumerate(pairs, start=1)]
+    # What h5py raises on a damaged file depends on where the damage is.
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, MemoryError) as error:
+        raise UserError(f"{path} is damaged or no SVHN label file ({error}): unpack the archive again") from error
+
+
+def _read_row(
+    file: h5py.File, name: h5py.Reference, bbox: h5py.Reference, where: str
+) -> tuple[str, list[tuple[float, ...]]]:
+    # h5py's low-level calls: one image takes some thirty of them, and full SVHN has 33,402 to 202,353 images.
+    codes = _column(h5r.dereference(name, file.id), np.dtype(np.uint16), h5t.NATIVE_UINT16)
+    text = checked_name(codes.tobytes().decode("utf-16"), where)
+    group = h5r.dereference(bbox, file.id)
+    columns = [_numbers(file, h5d.open(group, field.encode())) for field in FIELDS]
+    digits = list(zip(*columns, strict=True))
+    for digit in digits:
+        if digit[4] not in LABELS or not all(map(math.isfinite, digit)):
+            raise UserError(
+                f"{where} ({text}) has a digit with {dict(zip(FIELDS, digit, strict=True))}: "
+                "its box must be finite and its label 1 to 10"
+            )
+    return text, digits
+
+
+def _numbers(file: h5py.File, column: h5d.DatasetID) -> list[float]:
+    """Return one field's numbers: stored as such, or each behind a reference."""
+    if column.get_type().get_class() != h5t.REFERENCE:
+        return _column(column, np.dtype(np.float64), h5t.NATIVE_DOUBLE).tolist()
+    references = _column(column, h5py.ref_dtype, _REFERENCE)
+    # A reference that leads to anything but one number (itself included) fails in the read.
+    value, one = np.empty(1), h5s.create_simple((1,))
+    numbers = []
+    for reference in references:
+        h5r.dereference(reference, file.id).read(one, h5s.ALL, value, mtype=h5t.NATIVE_DOUBLE)
+        numbers.append(value.item())
+    return numbers
+
+
+def _column(dataset: h5d.DatasetID, dtype: np.dtype, memory_type: h5t.TypeID) -> np.ndarray:
+    length = math.prod(dataset.shape)
+    if length > LONGEST_COLUMN:
+        raise ValueError(f"a column of {length} entries")
+    values = np.empty(dataset.shape, dtype)
+    dataset.read(h5s.ALL, h5s.ALL, values, mtype=memory_type)
+    return values.ravel()

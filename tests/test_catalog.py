@@ -1,0 +1,220 @@
+"""Data sets by name: Detectron2's catalogs, subsets, images without labels, and what a missing one says."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
+from PIL import Image
+
+from relvit_d2.data import streets
+from relvit_d2.data.catalog import (
+    DATASETS,
+    dataset_root,
+    get_images,
+    get_metadata,
+    get_records,
+    register_all,
+    resolve,
+)
+from relvit_d2.data.folder import list_images
+from relvit_d2.errors import UserError
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data root with a small drawn streets in it."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    monkeypatch.setattr(streets, "SPLITS", {"train": (1, 12), "test": (2, 5)})
+    register_all()
+    return tmp_path
+
+
+@pytest.fixture
+def real(samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data root with a copy of the real samples."""
+    for name in ("VOC2007", "coco", "svhn"):
+        shutil.copytree(samples / name, tmp_path / name, copy_function=os.symlink)
+    for folder in tmp_path.rglob("*/"):
+        folder.chmod(0o755)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    register_all()
+    return tmp_path
+
+
+def check_contract(name: str) -> None:
+    """What every entry of the registry promises."""
+    records = get_records(name)
+    assert records == DatasetCatalog.get(name)
+    classes = get_metadata(name).thing_classes
+    assert list(DATASETS[name].classes) == classes
+    assert get_metadata(name).metrics == DATASETS[name].metrics
+    assert len({record["image_id"] for record in records}) == len(records) > 0
+    assert [Path(record["file_name"]) for record in records] == get_images(name)
+    for record in records:
+        assert Path(record["file_name"]).is_file()
+        for thing in record["annotations"]:
+            assert 0 <= thing["category_id"] < len(classes)
+            assert thing["iscrowd"] in (0, 1)
+            assert thing["bbox_mode"] in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
+            x0, y0, x1, y1 = BoxMode.convert(thing["bbox"], thing["bbox_mode"], BoxMode.XYXY_ABS)
+            assert 0 <= x0 < x1 <= record["width"] + 0.01
+            assert 0 <= y0 < y1 <= record["height"] + 0.01
+
+
+@pytest.mark.parametrize("name", [name for name in DATASETS if name.startswith("streets")])
+def test_drawn_entries_keep_the_contract(root: Path, name: str) -> None:
+    check_contract(name)
+    assert (root / "streets" / "streets.json").is_file()
+
+
+@pytest.mark.parametrize("name", [name for name in DATASETS if not name.startswith("streets")])
+def test_real_entries_keep_the_contract(real: Path, name: str) -> None:
+    check_contract(name)
+
+
+def test_registration_is_idempotent_and_replaces_detectron2s_voc(real: Path) -> None:
+    register_all()
+    register_all()
+    record = DatasetCatalog.get("voc_2007_test")[0]
+    assert all("difficult" in thing for thing in record["annotations"])
+    metadata = MetadataCatalog.get("voc_2007_test")
+    assert (metadata.year, metadata.split, metadata.evaluator_type) == (2007, "test", "pascal_voc")
+    assert Path(metadata.dirname, "Annotations").is_dir()
+    assert len(MetadataCatalog.get("coco_2017_val").thing_dataset_id_to_contiguous_id) == 80
+
+
+def test_voc_is_found_in_vocdevkit_too(real: Path) -> None:
+    expected = [path.name for path in get_images("voc_2007_train")]
+    (real / "VOCdevkit").mkdir()
+    (real / "VOC2007").rename(real / "VOCdevkit" / "VOC2007")
+    assert [path.name for path in get_images("voc_2007_train")] == expected
+    register_all()
+    assert Path(MetadataCatalog.get("voc_2007_train").dirname, "Annotations").is_dir()
+
+
+@pytest.mark.parametrize("amount", [1, 8, 11, 12, 99])
+def test_subset_by_count(root: Path, amount: int) -> None:
+    name = f"streets_train[:{amount}]"
+    assert resolve(name) == name
+    assert DatasetCatalog.get(name) == get_records("streets_train")[:amount]
+    assert get_images(name) == get_images("streets_train")[:amount]
+
+
+@pytest.mark.parametrize(("percent", "count"), [("100", 12), ("50", 6), ("10", 1), ("24.9", 2), ("25", 3), ("0.1", 1)])
+def test_subset_by_percent(root: Path, percent: str, count: int) -> None:
+    name = f"streets_train[:{percent}%]"
+    assert get_records(name) == get_records("streets_train")[:count]
+    assert get_images(name) == get_images("streets_train")[:count]
+
+
+@pytest.mark.parametrize("base", ["voc_2007_test", "coco_2017_val", "svhn_test"])
+def test_subset_metadata_names_no_truth_of_the_whole_set(real: Path, base: str) -> None:
+    metadata = get_metadata(f"{base}[:2]")
+    assert metadata.thing_classes == get_metadata(base).thing_classes
+    assert metadata.metrics == get_metadata(base).metrics
+    assert not {"json_file", "image_root", "dirname", "split"} & metadata.as_dict().keys()
+    assert len(get_records(f"{base}[:2]")) == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["streets_train[:0]", "streets_train[:0%]", "streets_train[:101%]", "streets_train[:1.5]"]
+)
+def test_a_subset_of_nothing_is_refused(root: Path, name: str) -> None:
+    with pytest.raises(UserError, match="is no subset"):
+        resolve(name)
+
+
+@pytest.mark.parametrize("name", ["streets_trian", "streets_trian[:8]", "streets_train[8]", "streets_train[:4][:2]"])
+@pytest.mark.parametrize("ask", [resolve, get_records, get_images, get_metadata])
+def test_an_unknown_name_names_the_nearest(root: Path, name: str, ask: object) -> None:
+    assert callable(ask)
+    with pytest.raises(UserError, match="did you mean 'streets_train'"):
+        ask(name)
+
+
+def test_a_users_own_registration_is_accepted(root: Path) -> None:
+    rows = [{"file_name": f"{index}.jpg", "image_id": index, "annotations": []} for index in range(4)]
+    DatasetCatalog.register("own_set", lambda: rows)
+    try:
+        assert get_records("own_set[:50%]") == rows[:2]
+        assert get_images("own_set[:3]") == [Path(f"{index}.jpg") for index in range(3)]
+    finally:
+        DatasetCatalog.remove("own_set")
+        DatasetCatalog.remove("own_set[:50%]")
+
+
+def test_images_need_no_labels(real: Path) -> None:
+    labelled = {name: get_images(name) for name in ("voc_2007_trainval", "svhn_train")}
+    shutil.rmtree(real / "VOC2007" / "Annotations")
+    (real / "svhn" / "train" / "digitStruct.mat").unlink()
+    for name, images in labelled.items():
+        assert get_images(name) == images
+        with pytest.raises(UserError):
+            get_records(name)
+    coco = get_images("coco_2017_val")
+    shutil.rmtree(real / "coco" / "annotations")
+    assert sorted(get_images("coco_2017_val")) == sorted(coco)
+    with pytest.raises(UserError, match=r"instances_val2017\.json"):
+        get_records("coco_2017_val")
+
+
+def test_damaged_coco_annotations_name_the_file(real: Path) -> None:
+    path = real / "coco" / "annotations" / "instances_val2017.json"
+    text = path.read_text()
+    path.unlink()
+    for damaged in ("", text[:1000], "{}", "[]"):
+        path.write_text(damaged)
+        for ask in (get_records, get_images):
+            with pytest.raises(UserError, match=r"instances_val2017\.json"):
+                ask("coco_2017_val")
+
+
+@pytest.mark.parametrize("name", [name for name in DATASETS if not name.startswith("streets")])
+@pytest.mark.parametrize("ask", [get_records, get_images])
+def test_missing_data_say_where_to_put_them(root: Path, name: str, ask: object) -> None:
+    assert callable(ask)
+    with pytest.raises(UserError) as caught:
+        ask(name)
+    message = str(caught.value)
+    assert f"DETECTRON2_DATASETS is '{root}'" in message
+    assert "'make demo'" in message
+    if name.startswith("voc"):
+        assert "$DETECTRON2_DATASETS/VOC2007 or $DETECTRON2_DATASETS/VOCdevkit/VOC2007" in message
+
+
+def test_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+    assert dataset_root() == Path("datasets")
+    with pytest.raises(UserError, match="DETECTRON2_DATASETS is not set"):
+        get_images("voc_2007_train")
+    monkeypatch.setenv("DETECTRON2_DATASETS", "~/somewhere")
+    assert dataset_root() == Path.home() / "somewhere"
+
+
+@pytest.mark.parametrize("state", ["unset", "absent"])
+def test_streets_falls_back_to_the_users_cache(root: Path, monkeypatch: pytest.MonkeyPatch, state: str) -> None:
+    cache = root / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    if state == "unset":
+        monkeypatch.delenv("DETECTRON2_DATASETS")
+    else:
+        monkeypatch.setenv("DETECTRON2_DATASETS", str(root / "nowhere"))
+    assert get_images("streets_test")[0] == cache / "relvit_d2" / "streets" / "test" / "1.png"
+
+
+def test_a_folder_of_images(root: Path) -> None:
+    folder = root / "photos"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("b.JPG", "a.png", "sub/c.jpeg", "._a.png", "notes.txt"):
+        Image.new("RGB", (4, 4)).save(folder / name, format="png")
+    expected = [folder / "a.png", folder / "b.JPG", folder / "sub" / "c.jpeg"]
+    assert list_images(folder) == get_images(str(folder)) == expected
+    assert get_images(f"{folder}/") == expected
+    with pytest.raises(UserError, match="does not exist"):
+        get_images(str(root / "nowhere"))
+    (root / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no image"):
+        get_images(str(root / "empty"))

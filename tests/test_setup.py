@@ -1,0 +1,227 @@
+"""The set-up from nothing: make setup, the Detectron2 installer, their failures and the second run.
+
+A wheel of a few lines, shaped like the real one, stands in for the download, so that all but one of these
+tests need no network; the real wheel is installed by ``test_doctor.py``.
+"""
+
+import ast
+import csv
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SET_UP_FILES = ("Makefile", "requirements-detectron2.txt", "tools/setup_env.py", "tools/install_detectron2.py")
+NO_NETWORK = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "PIP_FIND_LINKS": ""}
+WHEEL_FILES = {
+    "detectron2/__init__.py": "__version__ = '0.7.2'\n",
+    "detectron2/modeling/__init__.py": "",
+    "detectron2/_C.cpython-310-x86_64-linux-gnu.so": "compiled for another Python and torch",
+    "tools/train_net.py": "raise RuntimeError('stray')\n",
+    "sal_detectron2-0.7.2.dist-info/METADATA": "Metadata-Version: 2.1\nName: sal-detectron2\nVersion: 0.7.2\n",
+    "sal_detectron2-0.7.2.dist-info/WHEEL": (
+        "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: false\nTag: cp310-none-any\n"
+    ),
+}
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The variables of this process without pip's own settings, and ``changes``."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "PYTHON", "MAKE", "VIRTUAL_ENV"))}
+    return {**kept, "PIP_CONFIG_FILE": os.devnull, "PYTHONDONTWRITEBYTECODE": "1", **changes}
+
+
+def run(*command: object, cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(part) for part in command], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def one_sentence(stderr: str) -> str:
+    """The only line on stderr beside make's own; fails where there are more, or a traceback."""
+    lines = [line for line in stderr.splitlines() if not line.startswith("make")]
+    assert len(lines) == 1, stderr
+    assert lines[0].endswith(".")
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the small wheel, and with a requirements file that pins its hash."""
+    folder = tmp_path_factory.mktemp("wheels")
+    wheel = folder / "sal_detectron2-0.7.2-cp310-none-any.whl"
+    record = "sal_detectron2-0.7.2.dist-info/RECORD"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, text in WHEEL_FILES.items():
+            archive.writestr(name, text)
+        archive.writestr(record, "".join(f"{name},,\n" for name in [*WHEEL_FILES, record]))
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    (folder / "pinned.txt").write_text(f"sal-detectron2==0.7.2 --hash=sha256:{digest}\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base_venv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment that sees pip and nothing else."""
+    folder = tmp_path_factory.mktemp("base")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
+    (folder / "pip").symlink_to(Path(sysconfig.get_path("purelib"), "pip"))
+    (site_packages(folder / "venv") / "pip.pth").write_text(str(folder))
+    return folder / "venv"
+
+
+@pytest.fixture
+def python(base_venv: Path) -> Iterator[Path]:
+    """The Python of an environment that has no Detectron2."""
+    yield base_venv / "bin" / "python"
+    for left in site_packages(base_venv).glob("*detectron2*"):
+        shutil.rmtree(left)
+
+
+def site_packages(venv: Path) -> Path:
+    return next(venv.glob("lib/python3*/site-packages"))
+
+
+def found(python: Path) -> list[str]:
+    """What of Detectron2 lies in the environment, hidden leftovers included."""
+    site = site_packages(python.parent.parent)
+    return sorted(path.name for path in site.iterdir() if "detectron2" in path.name or path.name == "tools")
+
+
+def install(python: Path, requirements: Path, wheels: Path) -> subprocess.CompletedProcess[str]:
+    env = environment(PIP_NO_INDEX="1", PIP_FIND_LINKS=str(wheels))
+    script = ROOT / "tools" / "install_detectron2.py"
+    return run(python, script, "--requirements", requirements, cwd=wheels, env=env)
+
+
+INSTALLED = ["detectron2", "sal_detectron2-0.7.2.dist-info"]
+
+
+def test_the_package_is_kept_without_its_compiled_part(python: Path, wheels: Path) -> None:
+    done = install(python, wheels / "pinned.txt", wheels)
+    assert done.returncode == 0, done.stderr
+    assert found(python) == INSTALLED
+    site = site_packages(python.parent.parent)
+    assert not list(site.glob("detectron2/_C*"))
+    with (site / INSTALLED[1] / "RECORD").open(newline="") as file:
+        recorded = {row[0] for row in csv.reader(file)}
+    on_disk = {str(p.relative_to(site)) for name in INSTALLED for p in (site / name).rglob("*") if p.is_file()}
+    assert recorded == on_disk
+
+
+def test_pip_uninstalls_all_of_it(python: Path, wheels: Path) -> None:
+    assert install(python, wheels / "pinned.txt", wheels).returncode == 0
+    done = run(python, "-m", "pip", "uninstall", "-y", "sal-detectron2", cwd=wheels, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert found(python) == []
+
+
+def test_a_wrong_hash_is_one_sentence_and_leaves_nothing(python: Path, wheels: Path, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.txt"
+    wrong.write_text(f"sal-detectron2==0.7.2 --hash=sha256:{'0' * 64}\n")
+    done = install(python, wrong, wheels)
+    assert done.returncode == 1
+    assert "hash" in one_sentence(done.stderr)
+    assert found(python) == []
+    assert install(python, wheels / "pinned.txt", wheels).returncode == 0
+
+
+def test_no_network_is_one_sentence(python: Path, wheels: Path) -> None:
+    script = ROOT / "tools" / "install_detectron2.py"
+    done = run(python, script, cwd=wheels, env=environment(**NO_NETWORK))
+    assert done.returncode == 1
+    assert "could not be reached" in one_sentence(done.stderr)
+    assert found(python) == []
+
+
+def test_what_a_killed_run_left_is_replaced(python: Path, wheels: Path) -> None:
+    site = site_packages(python.parent.parent)
+    (site / "detectron2").mkdir()
+    (site / "detectron2" / "__init__.py").write_text("import a_part_that_is_not_there\n")
+    (site / "sal_detectron2-0.7.1.dist-info").mkdir()
+    (site / ".detectron2-staging-x" / "wheel").mkdir(parents=True)
+    assert install(python, wheels / "pinned.txt", wheels).returncode == 0
+    assert found(python) == INSTALLED
+
+
+def test_a_detectron2_that_imports_is_left_as_it_is(python: Path, wheels: Path) -> None:
+    own = site_packages(python.parent.parent) / "detectron2"
+    (own / "modeling").mkdir(parents=True)
+    (own / "__init__.py").write_text("__version__ = '0.6+own'\n")
+    done = install(python, wheels / "pinned.txt", wheels)
+    assert done.returncode == 0
+    assert "0.6+own" in done.stdout
+    assert found(python) == ["detectron2"]
+
+
+def test_an_official_detectron2_that_is_broken_is_not_replaced(python: Path, wheels: Path) -> None:
+    site = site_packages(python.parent.parent)
+    (site / "detectron2").mkdir()
+    (site / "detectron2" / "__init__.py").write_text("raise ImportError('undefined symbol')\n")
+    (site / "detectron2-0.6.dist-info").mkdir()
+    (site / "detectron2-0.6.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: detectron2\nVersion: 0.6\n"
+    )
+    done = install(python, wheels / "pinned.txt", wheels)
+    assert done.returncode == 1
+    sentence = one_sentence(done.stderr)
+    assert "undefined symbol" in sentence
+    assert "pip uninstall detectron2" in sentence
+    assert found(python) == ["detectron2", "detectron2-0.6.dist-info"]
+
+
+def test_make_setup_fails_in_one_sentence_and_repairs(wheels: Path, tmp_path: Path) -> None:
+    for name in SET_UP_FILES:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    requirements, pinned = tmp_path / "requirements.txt", tmp_path / "requirements-detectron2.txt"
+    ready = tmp_path / ".venv" / ".ready"
+    make = ("make", f"PYTHON={sys.executable}", "setup")
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)  # a broken environment, to be made anew
+    (tmp_path / ".venv" / "bin" / "python").symlink_to("gone")
+
+    requirements.write_text("safetensors==0.7.0\n")
+    done = run(*make, cwd=tmp_path, env=environment(**NO_NETWORK))
+    assert done.returncode != 0
+    assert "could not be reached" in one_sentence(done.stderr)
+    assert str(tmp_path / ".venv" / "setup.log") in done.stderr
+    assert not ready.exists()
+
+    requirements.write_text("# nothing\n")
+    offline = environment(PIP_NO_INDEX="1", PIP_FIND_LINKS=str(wheels))
+    done = run(*make, cwd=tmp_path, env=offline)  # the pin is the real wheel's, the file is not
+    assert done.returncode != 0
+    assert "hash" in one_sentence(done.stderr)
+    assert not ready.exists()
+
+    shutil.copy(wheels / "pinned.txt", pinned)
+    done = run(*make, cwd=tmp_path, env=offline)
+    assert done.returncode == 0, done.stderr
+    assert ready.exists()
+    assert found(tmp_path / ".venv" / "bin" / "python") == INSTALLED
+
+    up_to_date = run("make", "--question", ".venv/.ready", cwd=tmp_path, env=offline)
+    assert up_to_date.returncode == 0
+    os.utime(requirements, (ready.stat().st_mtime + 10,) * 2)
+    assert run("make", "--question", ".venv/.ready", cwd=tmp_path, env=offline).returncode == 1
+
+
+def test_a_python_that_does_not_fit_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    from setup_env import check_python
+
+    assert all(check_python((3, minor, 0)) is None for minor in (10, 11, 12))
+    for version in ((2, 7, 18), (3, 6, 15), (3, 9, 18), (3, 13, 0)):
+        sentence = check_python(version)
+        assert ".".join(map(str, version)) in sentence
+        assert "make PYTHON=python3.11 setup" in sentence
+
+
+def test_an_old_python_can_read_the_set_up_script() -> None:
+    ast.parse((ROOT / "tools" / "setup_env.py").read_text(), feature_version=(3, 6))

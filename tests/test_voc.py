@@ -1,0 +1,170 @@
+"""The VOC reader, on small files made here and on real ones."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from detectron2.data.datasets.pascal_voc import CLASS_NAMES, load_voc_instances
+from PIL import Image
+
+from relvit_d2.data.voc import load_voc, voc_images
+from relvit_d2.errors import UserError
+
+OBJECT = (
+    "<object><name>dog</name><difficult>1</difficult><bndbox><xmin>2</xmin><ymin>3</ymin><xmax>20</xmax>"
+    "<ymax>30</ymax></bndbox></object>"
+)
+ANNOTATION = f"<annotation><size><width>40</width><height>30</height></size>{OBJECT}</annotation>"
+
+
+def make_voc(root: Path, annotation: str | bytes = ANNOTATION, split: bytes = b"000001\n") -> Path:
+    for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    for stem in ("000001", "000002"):
+        Image.new("RGB", (40, 30)).save(root / "JPEGImages" / f"{stem}.jpg")
+        data = annotation.encode() if isinstance(annotation, str) else annotation
+        (root / "Annotations" / f"{stem}.xml").write_bytes(data)
+    (root / "ImageSets" / "Main" / "train.txt").write_bytes(split)
+    return root
+
+
+def test_the_box_and_the_flags(tmp_path: Path) -> None:
+    (record,) = load_voc(make_voc(tmp_path), "train", CLASS_NAMES)
+    assert (record["image_id"], record["width"], record["height"]) == ("000001", 40, 30)
+    (thing,) = record["annotations"]
+    assert thing["bbox"] == [1, 2, 20, 30]
+    assert CLASS_NAMES[thing["category_id"]] == "dog"
+    assert (thing["difficult"], thing["iscrowd"]) == (1, 0)
+
+
+def test_real_sample_equals_detectron2s_own_reader(samples: Path) -> None:
+    root = samples / "VOC2007"
+    records = []
+    for split in ("trainval", "test"):
+        ours = load_voc(root, split, CLASS_NAMES)
+        theirs = load_voc_instances(str(root), split, CLASS_NAMES)
+        for mine, other in zip(ours, theirs, strict=True):
+            for key in ("file_name", "image_id", "height", "width"):
+                assert mine[key] == other[key]
+            for a, b in zip(mine["annotations"], other["annotations"], strict=True):
+                assert all(a[key] == b[key] for key in b)
+        records += ours
+    things = [thing for record in records for thing in record["annotations"]]
+    # The counts stand in the README of the samples; 15 nested <part> boxes are not among them.
+    assert (len(records), len(things), sum(thing["difficult"] for thing in things)) == (80, 333, 112)
+    assert {thing["category_id"] for thing in things} == set(range(20))
+
+
+def test_parts_are_no_objects(tmp_path: Path) -> None:
+    part = "<part><name>head</name><bndbox><xmin>5</xmin><ymin>5</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></part>"
+    # The part stands before the object's own box: a search through all descendants would take its corners.
+    nested = ANNOTATION.replace("<difficult>1", f"{part}<difficult>1")
+    (record,) = load_voc(make_voc(tmp_path, nested), "train", CLASS_NAMES)
+    assert [thing["bbox"] for thing in record["annotations"]] == [[1, 2, 20, 30]]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("<xmin>2<", "<xmin>20<", "without area"),
+        ("<xmin>2<", "<xmin>21<", "without area"),
+        ("<ymax>30<", "<ymax>3<", "without area"),
+        ("<xmin>2<", "<xmin>nan<", "finite"),
+        ("<xmax>20<", "<xmax>inf<", "finite"),
+        ("<xmin>2<", "<xmin>two<", "not a number"),
+        ("<xmin>2</xmin>", "", "<xmin>"),
+        ("<xmin>2<", "<xmin><", "<xmin>"),
+        ("<xmax>20<", "<xmax>42<", "outside"),
+        ("<ymax>30<", "<ymax>31.5<", "outside"),
+        ("<xmin>2<", "<xmin>-1<", "outside"),
+        ("<name>dog<", "<name>dgo<", "did you mean 'dog'"),
+        ("<name>dog</name>", "", "<name>"),
+        ("<difficult>1<", "<difficult>yes<", "<difficult>"),
+        ("<width>40</width>", "", "<size/width>"),
+        ("<height>30<", "<height>0<", "<size/height>"),
+        ("<height>30<", "<height>inf<", "<size/height>"),
+        ("<bndbox>", "<box>", "not sound XML"),
+        ("</annotation>", "", "not sound XML"),
+        (ANNOTATION, "", "not sound XML"),
+        ("<annotation>", '<?xml version="1.0" encoding="no-such"?><annotation>', "not sound XML"),
+        (
+            "<annotation>",
+            '<!DOCTYPE a [<!ENTITY b "x"><!ENTITY c "&b;&b;&b;">]><annotation>',
+            "not sound XML",
+        ),
+    ],
+)
+def test_bad_annotation_is_one_sentence_that_names_the_file(tmp_path: Path, old: str, new: str, says: str) -> None:
+    assert old in ANNOTATION
+    root = make_voc(tmp_path, ANNOTATION.replace(old, new))
+    with pytest.raises(UserError) as caught:
+        load_voc(root, "train", CLASS_NAMES)
+    message = str(caught.value)
+    assert "000001.xml" in message
+    assert says in message
+    assert "\n" not in message
+
+
+def test_every_truncation_is_refused(tmp_path: Path) -> None:
+    root = make_voc(tmp_path)
+    path = root / "Annotations" / "000001.xml"
+    for length in range(len(ANNOTATION)):
+        path.write_text(ANNOTATION[:length])
+        with pytest.raises(UserError, match=r"000001\.xml"):
+            load_voc(root, "train", CLASS_NAMES)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "box"),
+    [
+        ("<xmin>2<", "<xmin>0<", [0, 2, 20, 30]),  # counted from 0
+        ("<xmax>20<", "<xmax>40.6<", [1, 2, 40, 30]),  # rescaled and rounded
+        ("<xmin>2<", "<xmin>2.25<", [1.25, 2, 20, 30]),
+    ],
+)
+def test_a_box_less_than_a_pixel_off_is_clipped(tmp_path: Path, old: str, new: str, box: list[float]) -> None:
+    (record,) = load_voc(make_voc(tmp_path, ANNOTATION.replace(old, new)), "train", CLASS_NAMES)
+    assert record["annotations"][0]["bbox"] == box
+
+
+@pytest.mark.parametrize(
+    ("split", "ids"),
+    [
+        (b"000001", ["000001"]),
+        (b"000002\r\n000001\r\n", ["000002", "000001"]),
+        (b"\n000001 -1\n\n000002  1\n", ["000001", "000002"]),
+    ],
+)
+def test_forms_of_the_list(tmp_path: Path, split: bytes, ids: list[str]) -> None:
+    root = make_voc(tmp_path, split=split)
+    assert [path.stem for path in voc_images(root, "train")] == ids
+    assert [record["image_id"] for record in load_voc(root, "train", CLASS_NAMES)] == ids
+
+
+def test_official_lists_with_windows_line_ends(samples: Path, tmp_path: Path) -> None:
+    root = make_voc(tmp_path)
+    for split, count in (("train", 2501), ("val", 2510), ("trainval", 5011), ("test", 4952)):
+        shutil.copy(samples / "VOC2007_official_lists" / f"{split}.txt", root / "ImageSets" / "Main")
+        ids = (root / "ImageSets" / "Main" / f"{split}.txt").read_bytes().split()
+        assert len(ids) == count
+        for name in ids:
+            (root / "JPEGImages" / f"{name.decode()}.jpg").touch()
+        assert [path.stem.encode() for path in voc_images(root, split)] == ids
+
+
+@pytest.mark.parametrize("split", [b"", b"\n\n", b"../000001\n", b"000001\n000001\n", b"000003\n", b"\xff\n"])
+def test_bad_list_names_a_file(tmp_path: Path, split: bytes) -> None:
+    with pytest.raises(UserError, match=r"train\.txt"):
+        voc_images(make_voc(tmp_path, split=split), "train")
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    root = make_voc(tmp_path)
+    with pytest.raises(UserError, match=r"val\.txt"):
+        load_voc(root, "val", CLASS_NAMES)
+    (root / "Annotations" / "000001.xml").unlink()
+    with pytest.raises(UserError, match=r"000001\.xml"):
+        load_voc(root, "train", CLASS_NAMES)
+    (root / "JPEGImages" / "000001.jpg").unlink()
+    with pytest.raises(UserError, match=r"000001\.jpg"):
+        load_voc(root, "train", CLASS_NAMES)

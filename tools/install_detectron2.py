@@ -1,0 +1,169 @@
+"""Install Detectron2's Python code into the running environment, without a compiler.
+
+Detectron2 has no release on the package index. The wheel pinned in ``requirements-detectron2.txt`` carries
+its code of August 2024 (ViTDet included) beside a ``_C`` that was compiled for Python 3.10 and
+another torch, and a stray top-level package ``tools``. Mask R-CNN on a transformer needs no ``_C``, so the
+package without it and the wheel's metadata are all that is kept; ``pip uninstall sal-detectron2`` removes
+them. A Detectron2 that imports already is left as it is.
+
+The wheel's metadata asks for ``numpy<2`` and ``black``, and ``pip check`` says so; the code runs with
+NumPy 2, and black only formats the files of ``LazyConfig.to_py``.
+
+Usage: python tools/install_detectron2.py [--requirements FILE]
+"""
+
+import argparse
+import csv
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements-detectron2.txt"
+STAGING = ".detectron2-staging-"
+
+# What pip prints, and what it means for the user; the first that matches counts.
+PIP_FAILURES = (
+    (
+        r"DO NOT MATCH THE HASHES",
+        "a downloaded file does not have the pinned hash; check pip's index settings, and try again",
+    ),
+    (r"No space left on device", "the disk is full; free about 10 GB, and try again"),
+    (
+        r"NewConnectionError|NameResolutionError|Connect(ion)?Timeout|ReadTimeout|Read timed out|ProxyError"
+        r"|SSLError|Temporary failure in name resolution|Network is unreachable|from versions: none",
+        "the package index could not be reached or lacks a package; check the network and pip's index "
+        "settings, and try again",
+    ),
+)
+
+
+class InstallError(Exception):
+    """A failure that the user can mend; the message is one sentence."""
+
+
+def explain_pip(output: str) -> str:
+    """Return why pip failed and the mend, as half a sentence, from all that it printed."""
+    for pattern, reason in PIP_FAILURES:
+        if re.search(pattern, output):
+            return reason
+    lines = [line for line in output.splitlines() if line.strip()] or ["nothing"]
+    errors = [line for line in lines if line.startswith("ERROR:")] or lines
+    return f"pip's last words were: {errors[-1].strip()}"
+
+
+def probe() -> tuple[bool, str]:
+    """Import Detectron2 in a fresh process; return (True, its version) or (False, the import's error)."""
+    code = "import detectron2, detectron2.modeling; print(detectron2.__version__)"
+    # The working directory is first on the path of ``python -c``: a folder named detectron2 must not count.
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=sys.prefix)
+    words = (done.stdout if done.returncode == 0 else done.stderr).strip() or f"exit status {done.returncode}"
+    return done.returncode == 0, words.splitlines()[-1]
+
+
+def download(requirements: Path, target: Path) -> None:
+    """Let pip put the pinned wheel's files under ``target``; raise InstallError where it cannot."""
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--disable-pip-version-check",
+        "--no-input",
+        "--no-compile",
+    ]
+    command += ["--no-deps", "--only-binary=:all:", "--python-version", "3.10", "--implementation", "cp"]
+    command += ["--target", str(target), "--require-hashes", "-r", str(requirements)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise InstallError(f"Detectron2 was not installed: {explain_pip(done.stdout)}")
+
+
+def prune(package: Path, info: Path) -> None:
+    """Delete the compiled part of ``package``, and from RECORD in ``info`` every file that is not kept."""
+    for compiled in package.glob("_C*"):
+        compiled.unlink()
+    record = info / "RECORD"
+    with record.open(newline="") as file:
+        rows = list(csv.reader(file))
+    owned = (package.name, info.name)
+    kept = [row for row in rows if Path(row[0]).parts[0] in owned and (package.parent / row[0]).exists()]
+    with record.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(kept)
+
+
+def install(requirements: Path, site: Path) -> None:
+    """Put the pinned Detectron2 into ``site`` (a site-packages folder), in place of what an earlier try left.
+
+    Everything is made ready in a temporary folder inside ``site``; what appears there is renamed into place.
+
+    Raises:
+        InstallError: if pip fails (hash, network, disk).
+        OSError: if ``site`` cannot be written.
+    """
+    for left in site.glob(f"{STAGING}*"):
+        shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(dir=site, prefix=STAGING) as staging:
+        wheel, old = Path(staging, "wheel"), Path(staging, "old")
+        download(requirements, wheel)
+        package = wheel / "detectron2"
+        (info,) = wheel.glob("*.dist-info")
+        prune(package, info)
+        old.mkdir()
+        for path in [site / package.name, *site.glob("sal_detectron2-*.dist-info")]:
+            if path.exists():
+                path.rename(old / path.name)
+        info.rename(site / info.name)
+        package.rename(site / package.name)
+
+
+def ensure(requirements: Path) -> str:
+    """Install Detectron2 unless one imports; return what was found or done, as a line for the user.
+
+    Raises:
+        InstallError: if it cannot be installed, does not import afterwards, or if an official Detectron2 is
+            installed that does not import (it is not replaced).
+    """
+    works, words = probe()
+    if works:
+        return f"Detectron2 {words} is installed and imports; it is left as it is"
+    if any(metadata.distributions(name="detectron2")):
+        raise InstallError(
+            f"the installed Detectron2 {metadata.version('detectron2')} does not import ({words}); "
+            f"mend it, or run {sys.executable} -m pip uninstall detectron2 and try again"
+        )
+    site = Path(sysconfig.get_path("purelib"))
+    try:
+        install(requirements, site)
+    except OSError as error:
+        raise InstallError(f"{site} cannot be written ({error}); use a virtual environment of your own") from error
+    works, words = probe()
+    if not works:
+        raise InstallError(
+            f"Detectron2 is in {site} but does not import ({words}); "
+            f"run {sys.executable} -m pip install -r requirements.txt and try again"
+        )
+    return f"Detectron2 {words} is installed in {site}"
+
+
+def main() -> int:
+    """Run the script; return the exit status."""
+    parser = argparse.ArgumentParser(description="Install Detectron2's Python code without a compiler.")
+    parser.add_argument("--requirements", type=Path, default=REQUIREMENTS, help="file that pins the wheel and its hash")
+    try:
+        print(ensure(parser.parse_args().requirements))
+    except InstallError as error:
+        print(f"{error}.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Detectron2 was not installed: interrupted; run the same command again.", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""Prove that a detector can learn: train it on a few images until it finds their objects.
+
+Trains without augmentation on the first images of the config's training set, in rounds; after each round
+`train_net.py --eval-only` measures box AP50 on those same images from the checkpoint. Passing 95 ends it with
+exit status 0; a detector that has not got there after the last round ends it with 1.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from relvit_d2.engine.cli import guard, load_config  # noqa: E402
+from relvit_d2.errors import UserError  # noqa: E402
+
+PASS = 95.0
+FIRST_ROUND, ROUND, LAST = 200, 100, 1000  # iterations
+
+
+def main() -> int:
+    """Parse the command line and run the check."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  python tools/overfit_check.py --config-file configs/voc_vit_s_224.yaml --images 8",
+    )
+    parser.add_argument("--config-file", required=True, help="a detection config; its first training set is used")
+    parser.add_argument("--images", type=int, default=8, help="how many images to learn by heart (default 8)")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs over the config")
+    args = parser.parse_args()
+    return guard(lambda: check(args.config_file, args.images, args.opts))
+
+
+def check(config_file: str, images: int, opts: list[str]) -> None:
+    """Train in rounds until AP50 passes.
+
+    Raises:
+        UserError: if it does not pass.
+    """
+    if images < 1:
+        raise UserError(f"--images {images}: give at least 1")
+    cfg = load_config(config_file, opts)
+    if not cfg.DATASETS.TRAIN:
+        raise UserError(f"config file '{config_file}' names no training set (DATASETS.TRAIN)")
+    name = f"{cfg.DATASETS.TRAIN[0]}[:{images}]"
+    output = f"output/overfit/{Path(config_file).stem}"
+    overrides: dict[str, object] = {
+        "DATASETS.TRAIN": (name,),
+        "INPUT.RANDOM_FLIP": "none",
+        "INPUT.MIN_SIZE_TRAIN": (cfg.INPUT.MIN_SIZE_TEST,),
+        "INPUT.MAX_SIZE_TRAIN": cfg.INPUT.MAX_SIZE_TEST,
+        "MODEL.ENCODER.DROP_PATH": 0.0,
+        "MODEL.ENCODER.DROPOUT": 0.0,
+        "MODEL.RPN.POST_NMS_TOPK_TRAIN": 200,
+        "MODEL.RPN.POST_NMS_TOPK_TEST": 200,
+        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 64,
+        "MODEL.ROI_BOX_HEAD.FC_DIM": 512,
+        "SOLVER.IMS_PER_BATCH": 2,
+        "SOLVER.BASE_LR": 2e-4,
+        "SOLVER.WARMUP_ITERS": 50,
+        # A rate that does not depend on the end, so that a later round goes on where the earlier one stopped.
+        "SOLVER.LR_SCHEDULER_NAME": "WarmupMultiStepLR",
+        "SOLVER.STEPS": (),
+        "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": 5.0,
+        "OUTPUT_DIR": output,
+    }
+    pairs = [str(item) for pair in overrides.items() for item in pair] + opts
+    start = time.monotonic()
+    for end in range(FIRST_ROUND, LAST + 1, ROUND):
+        resume = ["--resume"] if end > FIRST_ROUND else []
+        train_net(config_file, resume, [*pairs, "DATASETS.TEST", "()", "SOLVER.MAX_ITER", str(end)])
+        weights = ["MODEL.WEIGHTS", f"{output}/model_final.pth"]
+        train_net(config_file, ["--eval-only"], [*pairs, "DATASETS.TEST", f"({name!r},)", *weights])
+        ap50 = json.loads(Path(output, "inference/results.json").read_text())[name]["bbox"]["AP50"]
+        print(
+            f"after {end} iterations and {time.monotonic() - start:.0f} s: AP50 {ap50:.1f} on {images} images",
+            flush=True,
+        )
+        if ap50 > PASS:
+            print(f"passed: AP50 {ap50:.1f} is above {PASS:.0f}")
+            return
+    raise UserError(f"AP50 stayed at or below {PASS:.0f} after {LAST} iterations on '{name}': see {output}/log.txt")
+
+
+def train_net(config_file: str, flags: list[str], pairs: list[str]) -> None:
+    """Run the training script as a user would.
+
+    Raises:
+        UserError: with the script's own sentence if it fails.
+    """
+    command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", config_file, *flags, *pairs]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(
+            done.stderr.strip().splitlines()[-1].removeprefix("error: ") if done.stderr else "train_net.py failed"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
