@@ -222,12 +222,16 @@ def _colour(rng: np.random.Generator, luma_range: tuple[float, float]) -> np.nda
 
 
 def _gradient(rng: np.random.Generator, luma_range: tuple[float, float]) -> np.ndarray:
-    """Return (SIDE, SIDE, 3): one colour turning into another along a random direction."""
-    angle = rng.uniform(0, 2 * np.pi)
+    """Return (SIDE, SIDE, 3): one colour turning into another, the lighter one above.
+
+    Streets are lit from the sky. It gives the images what photographs have and pre-training lives on: places differ.
+    """
+    angle = rng.normal(np.pi / 2, 0.35)
     ramp = np.linspace(-1, 1, SIDE)
     along = np.cos(angle) * ramp[None, :] + np.sin(angle) * ramp[:, None]
     share = ((along - along.min()) / np.ptp(along))[:, :, None]
-    return (1 - share) * _colour(rng, luma_range) + share * _colour(rng, luma_range)
+    below, above = sorted((_colour(rng, luma_range), _colour(rng, luma_range)), key=_LUMA.dot)
+    return (1 - share) * above + share * below
 
 
 def _with_clutter(

@@ -1,0 +1,54 @@
+"""What reads the relations and the positions from an encoder's tokens."""
+
+from torch import Tensor, nn
+
+from relvit_d2.errors import UserError
+
+RELATION_MAPS = 9
+INIT_STD = 0.02  # of the truncated normal that initialises a ViT's linear layers
+
+
+class RelationHead(nn.Module):
+    """Queries and keys of nine score maps, one a relation class.
+
+    Each map has width floor(dim / 9) and no bias (authors' code, models/relvit.py:66-81,138). The authors'
+    value projections never reach a loss and are left out.
+
+    Args:
+        dim: width of a token.
+
+    Raises:
+        UserError: tokens too narrow for nine maps.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.width = dim // RELATION_MAPS
+        if not self.width:
+            raise UserError(
+                f"tokens of width {dim} are too narrow for the relation head's {RELATION_MAPS} score maps: "
+                f"choose an encoder of width {RELATION_MAPS} or more"
+            )
+        self.query_key = nn.Linear(dim, 2 * RELATION_MAPS * self.width, bias=False)
+        nn.init.trunc_normal_(self.query_key.weight, std=INIT_STD)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn ``(B, N, dim)`` tokens into queries and keys, ``(B, 9, N, width)`` each."""
+        batch, count, _ = tokens.shape
+        maps = self.query_key(tokens).view(batch, count, 2, RELATION_MAPS, self.width)
+        queries, keys = maps.permute(2, 0, 3, 1, 4)
+        return queries, keys
+
+
+class PositionHead(nn.Linear):
+    """A linear layer with bias from a token to the cells of the grid (authors' code, models/relvit.py:149).
+
+    Args:
+        dim: width of a token.
+        cells: number of cells of the grid.
+    """
+
+    def __init__(self, dim: int, cells: int) -> None:
+        super().__init__(dim, cells)
+        nn.init.trunc_normal_(self.weight, std=INIT_STD)
+        nn.init.zeros_(self.bias)

@@ -1,0 +1,289 @@
+"""Views against torchvision's operations, image by image and patch by patch, and their laws."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision.transforms.functional as F
+from torch import Tensor
+from torchvision.io import read_image
+from torchvision.transforms import RandomResizedCrop
+
+from relvit_d2.errors import UserError
+from relvit_d2.pretext import views as module
+from relvit_d2.pretext.color import BRIGHTNESS, CONTRAST, HUE, ORDERS, SATURATION, blend_, grayscale_, hue_
+from relvit_d2.pretext.layout import PatchLayout
+from relvit_d2.pretext.views import (
+    ViewConfig,
+    Views,
+    augment_patches,
+    draw_patches,
+    random_boxes,
+    resample,
+)
+
+PLAIN = ViewConfig(24, 8, patch_crop=None, jitter_prob=0, gray_prob=0, mean=(0, 0, 0), std=(1, 1, 1))
+FULL = ViewConfig((16, 24), 8, permute=True, mean=(0, 0, 0), std=(1, 1, 1))
+ADJUST = {
+    BRIGHTNESS: F.adjust_brightness,
+    CONTRAST: F.adjust_contrast,
+    SATURATION: F.adjust_saturation,
+    HUE: F.adjust_hue,
+}
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def batch_of(count: int, height: int = 30, width: int = 40, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Images of noise with gray and black stretches, where hue and saturation have no direction."""
+    images = torch.randint(0, 256, (count, 3, height, width), generator=seeded(seed), dtype=torch.uint8)
+    images[:, :, :8] = images[:, :1, :8]
+    images[:, :, 8:12] = 0
+    return images, torch.tensor([[height, width]]).repeat(count, 1)
+
+
+def color_patches() -> Tensor:
+    """``(3, L, P)`` random colours, with white, black, gray and pure colours among them."""
+    pixels = torch.rand(3, 16, 40, generator=seeded())
+    pixels[:, 0], pixels[:, 1], pixels[1:, 2], pixels[:, 3] = 0, 1, 0, 0.5
+    pixels[2, 4] = pixels[1, 4]
+    pixels[1, 5] = pixels[0, 5]
+    return pixels
+
+
+def one_by_one(pixels: Tensor, function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
+    """Call a torchvision function on each patch of ``(3, L, P)`` with its own arguments."""
+    columns = [function(pixels[:, :, n, None], *(a[n].item() for a in arguments)) for n in range(pixels.shape[2])]
+    return torch.cat(columns, 2)
+
+
+@pytest.mark.parametrize("operation", [BRIGHTNESS, CONTRAST, SATURATION])
+def test_blends_are_torchvisions(operation: int) -> None:
+    pixels, factor = color_patches(), torch.rand(40, generator=seeded(1)) * 2
+    expected = one_by_one(pixels, ADJUST[operation], factor)
+    torch.testing.assert_close(blend_(pixels, torch.full((40,), operation), factor), expected)
+
+
+def test_hue_is_torchvisions() -> None:
+    pixels, turn = color_patches(), torch.rand(40, generator=seeded(1)) - 0.5
+    turn[:5] = torch.tensor([0, 0.5, -0.5, 1 / 3, -1 / 6])
+    expected = one_by_one(pixels, F.adjust_hue, turn)
+    torch.testing.assert_close(hue_(pixels, turn), expected, rtol=0, atol=1e-5)
+
+
+def test_grayscale_is_torchvisions_where_chosen() -> None:
+    pixels, chosen = color_patches(), torch.arange(40) % 3 == 0
+    expected = torch.where(chosen, F.rgb_to_grayscale(pixels, 3), pixels)
+    result = grayscale_(pixels.clone(), chosen)
+    torch.testing.assert_close(result, expected)
+    assert torch.equal(result[:, :, ~chosen], pixels[:, :, ~chosen])
+
+
+def test_resample_is_torchvisions_resized_crop() -> None:
+    """Enlarged and reduced, flipped and not, down to a box of one pixel, channels last as decoders give."""
+    images = batch_of(5, 50, 60)[0].to(memory_format=torch.channels_last)
+    boxes = torch.tensor([[0, 0, 50, 60], [7, 3, 9, 50], [10, 20, 40, 11], [49, 59, 1, 1], [5, 6, 16, 24]])
+    flip = torch.tensor([False, True, False, True, True])
+    views = resample(images, boxes, flip, (16, 24))
+    for b, (top, left, height, width) in enumerate(boxes.tolist()):
+        crop = F.resized_crop(images[b] / 255, top, left, height, width, [16, 24], antialias=True)
+        torch.testing.assert_close(views[:, b], F.hflip(crop) if flip[b] else crop, rtol=0, atol=1e-6)
+
+
+def test_boxes_lie_inside_their_images_and_ranges() -> None:
+    sizes = torch.tensor([[300, 400], [400, 300], [64, 64]]).repeat_interleave(300, 0)
+    boxes = random_boxes(sizes, (0.2, 0.5), (0.5, 2.0), seeded())
+    corner, crop = boxes[:, :2], boxes[:, 2:]
+    assert (corner >= 0).all() and (corner + crop <= sizes).all()
+    share, ratio = crop.prod(1) / sizes.prod(1), crop[:, 1] / crop[:, 0]
+    assert 0.19 < share.min() < 0.22 and 0.46 < share.max() < 0.51
+    assert 0.48 < ratio.min() < 0.55 and 1.8 < ratio.max() < 2.06
+    # Every place that a crop may take is taken, the last row and column included.
+    room = random_boxes(torch.tensor([[4, 4]]).repeat(200, 1), (0.5, 0.6), (1, 1.01), seeded())
+    assert room[:, 2:].unique().tolist() == [3] and room[:, :2].unique().tolist() == [0, 1]
+
+
+def test_boxes_are_spread_as_torchvisions() -> None:
+    sizes = torch.tensor([[90, 160]]).repeat(3000, 1)
+    ours = random_boxes(sizes, (0.08, 1.0), (3 / 4, 4 / 3), seeded()).double()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        image = torch.empty(3, 90, 160)
+        params = [RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in sizes]
+    theirs = torch.tensor(params).double()
+    error = (ours.var(0) / len(ours) + theirs.var(0) / len(theirs)).sqrt()
+    assert ((ours.mean(0) - theirs.mean(0)).abs() < 4 * error).all()
+    torch.testing.assert_close(ours.std(0), theirs.std(0), rtol=0.06, atol=0)
+
+
+@pytest.mark.parametrize("size", [(20, 400), (400, 20), (50, 50), (51, 60)])
+def test_boxes_that_never_fit_are_torchvisions_centre(size: tuple[int, int]) -> None:
+    """A share of 1.5 of the area leaves nothing but the fallback."""
+    expected = RandomResizedCrop.get_params(torch.empty(3, *size), [1.5, 1.5], [3 / 4, 4 / 3])
+    boxes = random_boxes(torch.tensor([size]), (1.5, 1.5), (3 / 4, 4 / 3), seeded())
+    assert boxes.tolist() == [list(expected)]
+
+
+def test_flips_come_with_their_probability() -> None:
+    images, sizes = batch_of(400, 8, 8)
+    never = replace(PLAIN, size=8, crop_scale=(1, 1), crop_ratio=(1, 1), flip=0.0)
+    straight, _ = Views(never).train(images, sizes, seeded())
+    always, _ = Views(replace(never, flip=1.0)).train(images, sizes, seeded())
+    torch.testing.assert_close(straight, images / 255)
+    torch.testing.assert_close(always, straight.flip(3))
+    half, _ = Views(replace(never, flip=0.5)).train(images, sizes, seeded())
+    flipped = (half - straight).abs().amax((1, 2, 3)) > 1e-3
+    assert 160 < flipped.sum() < 240
+
+
+def loop_over_patches(view: Tensor, config: ViewConfig, draws: module.PatchDraws) -> Tensor:
+    """The same patches one after the other with torchvision's functions: the oracle."""
+    patch, window, (_, cols) = config.patch_size, config.window, config.grid
+    result = torch.empty_like(view)
+    for b in range(view.shape[1]):
+        patches = []
+        for n in range(draws.gray.shape[1]):
+            top, left = n // cols * patch, n % cols * patch
+            y, x = draws.offset[b, n].tolist()
+            one = view[:, b, top + y : top + y + window, left + x : left + x + window]
+            one = F.resize(one, [patch, patch], antialias=True)
+            if draws.jittered[b, n]:
+                for operation in ORDERS[draws.order[b, n]]:
+                    one = ADJUST[operation](one, draws.factors[b, n, operation].item())
+            patches.append(F.rgb_to_grayscale(one, 3) if draws.gray[b, n] else one)
+        for slot, n in enumerate(draws.slot[b].tolist()):
+            top, left = slot // cols * patch, slot % cols * patch
+            result[:, b, top : top + patch, left : left + patch] = patches[n]
+    return result
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ViewConfig((16, 24), 4, permute=True),
+        ViewConfig((16, 24), 8),
+        ViewConfig(32, 16, permute=True),
+        ViewConfig(32, 8, patch_crop=2.0, jitter=(0.9, 0.8, 1.5, 0.5), jitter_prob=1.0),
+        ViewConfig(32, 8, patch_crop=None),
+        ViewConfig(32, 8, jitter_prob=0, permute=True),
+        ViewConfig(32, 8, gray_prob=0),
+    ],
+    ids=str,
+)
+def test_patches_are_those_of_a_loop_over_torchvision(config: ViewConfig) -> None:
+    view = torch.rand(3, 4, *config.shape, generator=seeded())
+    draws = draw_patches(config, 4, seeded(1))
+    expected = loop_over_patches(view, config, draws)
+    torch.testing.assert_close(augment_patches(view, config, draws), expected, rtol=0, atol=2e-5)
+
+
+def test_patches_of_a_photograph_are_those_of_a_loop(samples: Path) -> None:
+    photo = read_image(str(sorted((samples / "VOC2007/JPEGImages").glob("*.jpg"))[0]))
+    config = ViewConfig(224, 16, permute=True)
+    view = resample(photo[None], torch.tensor([[0, 0, *photo.shape[1:]]]), torch.tensor([False]), (224, 224))
+    draws = draw_patches(config, 1, seeded())
+    expected = loop_over_patches(view, config, draws)
+    torch.testing.assert_close(augment_patches(view, config, draws), expected, rtol=0, atol=2e-5)
+
+
+def test_draws_keep_their_probabilities_and_ranges() -> None:
+    draws = draw_patches(replace(FULL, jitter=(0.4, 0.3, 1.5, 0.1)), 1000, seeded())
+    assert draws.jittered.float().mean().item() == pytest.approx(0.8, abs=0.02)
+    assert draws.gray.float().mean().item() == pytest.approx(0.2, abs=0.02)
+    assert draws.order.unique().numel() == 24 and draws.offset.unique().tolist() == [0, 1]
+    low, high = draws.factors.flatten(0, 1).aminmax(dim=0)
+    torch.testing.assert_close(low, torch.tensor([0.6, 0.7, 0.0, -0.1]), rtol=0, atol=0.01)
+    torch.testing.assert_close(high, torch.tensor([1.4, 1.3, 2.5, 0.1]), rtol=0, atol=0.01)
+    assert torch.equal(draws.slot.sort(1).values, torch.arange(6).expand(1000, -1))
+
+
+def unshuffled(view: Tensor, layout: PatchLayout, patch: int) -> Tensor:
+    """Put each patch of ``(B, 3, h, w)`` back where the layout says that it comes from."""
+    result = torch.empty_like(view)
+    for b in range(len(view)):
+        for slot in range(layout.row.shape[1]):
+            y, x = (slot // layout.grid[1]) * patch, (slot % layout.grid[1]) * patch
+            row, col = int(layout.row[b, slot]) * patch, int(layout.col[b, slot]) * patch
+            result[b, :, row : row + patch, col : col + patch] = view[b, :, y : y + patch, x : x + patch]
+    return result
+
+
+@pytest.mark.parametrize("config", [PLAIN, replace(FULL, permute=False)], ids=["plain", "augmented"])
+def test_the_layout_undoes_the_permutation(config: ViewConfig) -> None:
+    images, sizes = batch_of(4)
+    straight, whole = Views(config).train(images, sizes, seeded())
+    moved, layout = Views(replace(config, permute=True)).train(images, sizes, seeded())
+    assert not torch.equal(moved, straight)
+    assert torch.equal(unshuffled(moved, layout, 8), straight)
+    assert torch.equal(unshuffled(straight, whole, 8), straight)
+    assert layout.valid.all() and layout.grid == config.grid
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_padding_is_never_seen(train: bool) -> None:
+    images, _ = batch_of(3, 40, 50)
+    sizes = torch.tensor([[20, 50], [40, 13], [40, 50]])
+    inside = (torch.arange(40)[:, None] < sizes[:, 0, None, None]) & (torch.arange(50) < sizes[:, 1, None, None])
+    views = Views(FULL)
+
+    def make(batch: Tensor) -> Tensor:
+        return (views.train(batch, sizes, seeded()) if train else views.evaluate(batch, sizes))[0]
+
+    assert torch.equal(make(images), make(images * inside[:, None]))
+
+
+def test_the_generator_decides_alone() -> None:
+    images, sizes = batch_of(3)
+    before = torch.get_rng_state()
+    first, second, other = (Views(FULL).train(images, sizes, seeded(s))[0] for s in (3, 3, 4))
+    assert torch.equal(first, second) and not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_passes_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, sizes = batch_of(5)
+    whole, _ = Views(FULL).train(images, sizes, seeded())
+    monkeypatch.setattr(module, "CPU_PASS_PIXELS", 2 * 16 * 24)
+    split, _ = Views(FULL).train(images, sizes, seeded())
+    torch.testing.assert_close(split, whole, rtol=0, atol=1e-6)
+
+
+def test_normalisation_comes_last_and_colours_stay_in_range() -> None:
+    images, sizes = batch_of(6)
+    colors, _ = Views(FULL).train(images, sizes, seeded())
+    assert colors.min() >= -1e-6 and colors.max() <= 1 + 1e-6
+    mean, std = (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)
+    normal, _ = Views(replace(FULL, mean=mean, std=std)).train(images, sizes, seeded())
+    torch.testing.assert_close(normal, F.normalize(colors, list(mean), list(std)))
+
+
+def test_autocast_does_not_blur() -> None:
+    images, sizes = batch_of(2)
+    exact, _ = Views(FULL).train(images, sizes, seeded())
+    with torch.autocast("cpu", torch.bfloat16):
+        cast, _ = Views(FULL).train(images, sizes, seeded())
+    assert cast.dtype == torch.float32 and torch.equal(cast, exact)
+
+
+def test_evaluation_shows_the_largest_centred_crop() -> None:
+    images, sizes = batch_of(1, 30, 40)
+    square, layout = Views(PLAIN).evaluate(images, sizes)
+    crop = F.resized_crop(images[0] / 255, 0, 5, 30, 30, [24, 24], antialias=True)
+    torch.testing.assert_close(square[0], crop, rtol=0, atol=1e-6)
+    assert layout.row.tolist() == [[0, 0, 0, 1, 1, 1, 2, 2, 2]]
+    tall, _ = Views(replace(PLAIN, size=(48, 16))).evaluate(images, sizes)
+    crop = F.resized_crop(images[0] / 255, 0, 15, 30, 10, [48, 16], antialias=True)
+    torch.testing.assert_close(tall[0], crop, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"size": 30}, "multiple of 8"), ({"size": (32, 20)}, "32x20"), ({"patch_crop": 0.5}, "patch_crop")],
+)
+def test_impossible_views_are_told(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ViewConfig(**({"size": 32, "patch_size": 8} | arguments))  # type: ignore[arg-type]
