@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from relvit_d2.detection.model import build_detector
-from relvit_d2.detection.run import build_trainer, evaluate, settle
+from relvit_d2.detection.run import build_trainer, evaluate, evaluation_records, settle, training_records
 from relvit_d2.detection.weights import load_weights
 from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.engine.cli import load_config, run_script, start_run
@@ -17,8 +17,12 @@ logger = logging.getLogger("relvit_d2.train_net")
 
 def main(args: argparse.Namespace) -> None:
     """Run one process."""
-    cfg = settle(load_config(args.config_file, args.opts))
+    asked = load_config(args.config_file, args.opts)
+    records = evaluation_records(asked) if args.eval_only else training_records(asked)
+    cfg = settle(asked, records)
     start_run(cfg, args)
+    if asked.MODEL.MASK_ON and not cfg.MODEL.MASK_ON:
+        logger.info("the data have boxes but no masks: the mask head is off")
     model = build_detector(cfg)
     if args.eval_only:
         weights = cfg.MODEL.WEIGHTS
@@ -29,7 +33,7 @@ def main(args: argparse.Namespace) -> None:
         Checkpointer(model).load(weights, checkpointables=[])
         evaluate(cfg, model)
         return
-    trainer = build_trainer(cfg, model)
+    trainer = build_trainer(cfg, model, records)
     if not (args.resume and trainer.resume()):
         load_weights(cfg, model)
     trainer.train()

@@ -1,5 +1,7 @@
 """The backbone under Detectron2's contract: padding, levels, gradients, refusals."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -9,6 +11,7 @@ from detectron2.utils.events import EventStorage
 from relvit_d2.config import add_relvit_config
 from relvit_d2.detection import backbone
 from relvit_d2.detection.model import build_detector
+from relvit_d2.detection.run import training_records
 from relvit_d2.encoders import ENCODERS
 from relvit_d2.engine.cli import load_config
 from relvit_d2.errors import UserError
@@ -109,6 +112,18 @@ def test_masks_train_where_the_data_has_them() -> None:
 def test_what_does_not_fit_is_one_sentence(overrides: list[object], words: str) -> None:
     with pytest.raises(UserError, match=words):
         build_detector(tiny_config(*overrides))
+
+
+def test_difficult_objects_train_unless_told_otherwise(samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(samples))
+    names = ["DATASETS.TRAIN", ("voc_2007_trainval", "voc_2007_test"), "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False]
+    with_difficult = training_records(tiny_config(*names))
+    without = training_records(tiny_config(*names, "DATASETS.TRAIN_DIFFICULT", False))
+    assert sum(len(r["annotations"]) for r in with_difficult) == 333
+    assert sum(len(r["annotations"]) for r in without) == 333 - 112
+    # All objects of some images are difficult: such an image is an empty one by then.
+    filtered = training_records(tiny_config(*names[:2], "DATASETS.TRAIN_DIFFICULT", False))
+    assert len(filtered) == sum(bool(r["annotations"]) for r in without)
 
 
 def test_scores_are_float32_under_autocast() -> None:

@@ -26,16 +26,18 @@ Records = list[dict[str, Any]]
 logger = logging.getLogger(__name__)
 
 
-def settle(cfg: CfgNode) -> CfgNode:
-    """Return the config with what the data sets decide: the number of classes, and whether there are masks.
+def settle(cfg: CfgNode, records: Records) -> CfgNode:
+    """Return the config with what the data decide: the number of classes, and no mask head where there are no masks.
+
+    Args:
+        cfg: the config as it was asked for.
+        records: the images to train on, or to evaluate on.
 
     Raises:
         UserError: if a data set is unknown, the sets have different classes, or ``NUM_CLASSES`` contradicts them.
     """
     cfg = cfg.clone()
     names = [catalog.resolve(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)]
-    if not cfg.DATASETS.TRAIN:
-        raise UserError("DATASETS.TRAIN is empty; name a data set, such as ('voc_2007_trainval',)")
     classes = {name: catalog.get_metadata(name).thing_classes for name in names}
     first = names[0]
     for name in names:
@@ -51,9 +53,7 @@ def settle(cfg: CfgNode) -> CfgNode:
             f"classes; set it to {count}, or to 0 to follow the data"
         )
     heads.NUM_CLASSES = count
-    if cfg.MODEL.MASK_ON and not any("segmentation" in a for r in training_records(cfg) for a in r["annotations"]):
-        cfg.MODEL.MASK_ON = False
-        print(f"'{first}' has boxes but no masks: the mask head is off")
+    cfg.MODEL.MASK_ON &= any("segmentation" in a for r in records for a in r["annotations"])
     cfg.freeze()
     return cfg
 
@@ -63,7 +63,12 @@ def training_records(cfg: CfgNode) -> Records:
 
     VOC's difficult objects are left out unless ``DATASETS.TRAIN_DIFFICULT``, images without objects if
     ``DATALOADER.FILTER_EMPTY_ANNOTATIONS``.
+
+    Raises:
+        UserError: if the data are missing or damaged, or no image is left.
     """
+    if not cfg.DATASETS.TRAIN:
+        raise UserError("DATASETS.TRAIN is empty; name a data set, such as ('voc_2007_trainval',)")
     records = [record for name in cfg.DATASETS.TRAIN for record in catalog.get_records(name)]
     if not cfg.DATASETS.TRAIN_DIFFICULT:
         records = [r | {"annotations": [a for a in r["annotations"] if not a.get("difficult")]} for r in records]
@@ -85,9 +90,19 @@ def training_batches(cfg: CfgNode, records: Records, start: int) -> Batches:
     return endless_batches(records, mapper, list, order, cfg.SEED, cfg.DATALOADER.NUM_WORKERS)
 
 
-def build_trainer(cfg: CfgNode, model: GeneralizedRCNN) -> Trainer:
-    """Return the trainer of a detector, with evaluation on ``DATASETS.TEST``."""
-    records = training_records(cfg)
+def evaluation_records(cfg: CfgNode) -> Records:
+    """Return the records of all of ``DATASETS.TEST``.
+
+    Raises:
+        UserError: if there is none, or the data are missing or damaged.
+    """
+    if not cfg.DATASETS.TEST:
+        raise UserError("DATASETS.TEST is empty; name a data set, such as ('voc_2007_test',)")
+    return [record for name in cfg.DATASETS.TEST for record in catalog.get_records(name)]
+
+
+def build_trainer(cfg: CfgNode, model: GeneralizedRCNN, records: Records) -> Trainer:
+    """Return the trainer of a detector on ``records``, with evaluation on ``DATASETS.TEST``."""
     logger.info(f"{sum(len(r['annotations']) for r in records)} training objects")
     make_batches = partial(training_batches, cfg, records)
     return Trainer(cfg, model, len(records), make_batches, partial(evaluate, cfg, model))

@@ -61,6 +61,8 @@ def run_script(main: Callable[[argparse.Namespace], None], example: str) -> int:
     def start() -> None:
         if not args.config_file:
             raise UserError(f"--config-file is missing; for example: {example}")
+        if torch.cuda.is_available() and args.num_gpus > torch.cuda.device_count():
+            raise UserError(f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()} GPUs")
         if args.num_gpus * args.num_machines > 1:
             launch(
                 _process,

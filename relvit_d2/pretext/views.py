@@ -63,10 +63,10 @@ class ViewConfig:
                 f"a view of {height}x{width} pixels is no whole number of patches of {self.patch_size} pixels: "
                 f"choose a multiple of {self.patch_size} for both sides"
             )
-        if not 1 <= self.window <= self.patch_size:
+        if (self.patch_crop is not None and self.patch_crop < 1) or self.window < 1:
             raise UserError(
-                f"patch_crop {self.patch_crop} asks for windows of {self.window} pixels in patches of "
-                f"{self.patch_size} pixels: choose at least 1, or None for whole patches"
+                f"patch_crop {self.patch_crop} gives no window inside patches of {self.patch_size} pixels: "
+                f"choose 1 (whole patches) to {self.patch_size}"
             )
 
     @property
