@@ -26,6 +26,7 @@ from relvit_d2.data.decode import read_rgb  # noqa: E402
 from relvit_d2.encoders.weights import read_encoder  # noqa: E402
 from relvit_d2.engine.checkpoint import write_text  # noqa: E402
 from relvit_d2.engine.cli import guard, load_config  # noqa: E402
+from relvit_d2.engine.machine import device_name  # noqa: E402
 from relvit_d2.engine.precision import choose_precision  # noqa: E402
 from relvit_d2.engine.writers import write_json  # noqa: E402
 from relvit_d2.errors import UserError  # noqa: E402
@@ -119,14 +120,9 @@ def scores(folder: Path) -> dict[str, float]:
 def machine(opts: list[str]) -> dict[str, Any]:
     """Say what the numbers were measured on."""
     cfg = load_config(DETECT, opts)
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        model = next((s.split(":", 1)[1].strip() for s in info.read_text().splitlines() if "model name" in s), model)
-    gpu = cfg.MODEL.DEVICE.startswith("cuda")
     precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE)).dtype
     return {
-        "device": torch.cuda.get_device_name() if gpu else f"{model}, {os.cpu_count()} cores",
+        "device": device_name(cfg.MODEL.DEVICE),
         "precision": str(precision).removeprefix("torch."),
         "torch": torch.__version__,
         "python": platform.python_version(),

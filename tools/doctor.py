@@ -94,24 +94,14 @@ def check_packages() -> list[str]:
     return list(dict.fromkeys(mends))
 
 
-def processor() -> str:
-    """Return the name of the processor."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def check_device() -> None:
     """Print the device that training takes, and the precision that ``auto`` takes on it."""
     import torch
 
+    from relvit_d2.engine.machine import processor
     from relvit_d2.engine.precision import choose_precision
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    row("processor", f"{processor()}, {cores} cores")
+    row("processor", processor())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     gpus = [f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" for gpu in properties]

@@ -22,6 +22,7 @@ from torch.multiprocessing import ProcessExitedException
 from relvit_d2 import __version__
 from relvit_d2.config import add_relvit_config
 from relvit_d2.engine.checkpoint import write_text
+from relvit_d2.engine.machine import device_name
 from relvit_d2.engine.randomness import seed_everything
 from relvit_d2.errors import UserError, nearest
 
@@ -177,8 +178,7 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     # Said at every start by code of Detectron2 and fvcore that a user of this project cannot mend.
     warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming release")
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
-    on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
-    device = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    device = f"{device_name(cfg.MODEL.DEVICE)}, {torch.get_num_threads()} threads"
     logger.info(f"relvit_d2 {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {device}")
     logger.info(f"command: {' '.join(sys.argv)}")
     logger.info(f"config kept in {output / 'config.yaml'}")

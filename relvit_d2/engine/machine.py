@@ -1,0 +1,23 @@
+"""What a run runs on, in words."""
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+
+def processor() -> str:
+    """Return the processor's name and the number of cores that this process may use."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = (line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line)
+        name = next(models, name)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {cores} cores"
+
+
+def device_name(device: str) -> str:
+    """Return the name of the GPU for a ``MODEL.DEVICE`` of CUDA, else the processor's."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else processor()
