@@ -24,12 +24,11 @@ from tqdm import tqdm  # noqa: E402
 from relvit_d2.data import catalog  # noqa: E402
 from relvit_d2.data.decode import read_rgb  # noqa: E402
 from relvit_d2.encoders.weights import read_encoder  # noqa: E402
-from relvit_d2.engine.checkpoint import write_text  # noqa: E402
 from relvit_d2.engine.cli import guard, load_config  # noqa: E402
 from relvit_d2.engine.machine import device_name  # noqa: E402
 from relvit_d2.engine.precision import choose_precision  # noqa: E402
-from relvit_d2.engine.writers import write_json  # noqa: E402
 from relvit_d2.errors import UserError  # noqa: E402
+from relvit_d2.files import write_json, write_text  # noqa: E402
 from relvit_d2.report.predictions import DetectionRow, draw_detections  # noqa: E402
 
 SSL, DETECT = "configs/demo/ssl_streets.yaml", "configs/demo/streets.yaml"

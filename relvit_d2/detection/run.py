@@ -16,10 +16,10 @@ from relvit_d2.data.loader import Batches, EndlessOrder, endless_batches, ordere
 from relvit_d2.data.mapper import DetectionMapper
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.trainer import Trainer
-from relvit_d2.engine.writers import write_json
 from relvit_d2.errors import UserError
 from relvit_d2.evaluation.coco import CocoStyleEvaluator
 from relvit_d2.evaluation.voc07 import Voc07Evaluator
+from relvit_d2.files import write_json
 
 Records = list[dict[str, Any]]
 

@@ -1,7 +1,6 @@
 """Encoders on disk: one safetensors file with the tensors and what they mean."""
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from relvit_d2 import __version__
 from relvit_d2.encoders.base import Encoder, build_encoder
 from relvit_d2.errors import UserError
+from relvit_d2.files import appearing
 
 # Below this share of matched values, something else was loaded than meant.
 ENOUGH = 0.9
@@ -29,11 +29,8 @@ def save_encoder(encoder: Encoder, path: Path, info: dict[str, Any]) -> None:
     """
     metadata = {"encoder": encoder.to_config(), "version": __version__, **info}
     tensors = {name: t.detach().cpu().contiguous() for name, t in encoder.state_dict().items()}
-    part = path.with_name(path.name + ".part")
-    save_file(tensors, str(part), {key: json.dumps(value) for key, value in metadata.items()})
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    part.replace(path)
+    with appearing(path) as part:
+        save_file(tensors, str(part), {key: json.dumps(value) for key, value in metadata.items()})
 
 
 def read_encoder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

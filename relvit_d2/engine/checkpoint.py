@@ -1,6 +1,5 @@
 """Detectron2 checkpoints that appear whole or not at all."""
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
 from relvit_d2.errors import UserError
+from relvit_d2.files import appearing, write_text
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -30,16 +30,11 @@ class Checkpointer(DetectionCheckpointer):
         data |= {key: obj.state_dict() for key, obj in self.checkpointables.items()}
         data |= kwargs
         path = Path(self.save_dir) / f"{name}.pth"
-        part = path.with_name(path.name + ".part")
         try:
-            with part.open("wb") as file:
-                torch.save(data, file)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
+            with appearing(path) as part:
+                torch.save(data, part)
             self.tag_last_checkpoint(path.name)
         except (OSError, RuntimeError) as error:
-            part.unlink(missing_ok=True)
             raise UserError(
                 f"checkpoint '{path}' could not be written ({error}); the previous one is untouched: "
                 "free space or choose another OUTPUT_DIR, then go on with --resume"
@@ -76,13 +71,3 @@ class Checkpointer(DetectionCheckpointer):
                 "give a checkpoint of the same kind of model (MODEL.WEIGHTS)"
             )
         return super()._load_model(checkpoint)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small text file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

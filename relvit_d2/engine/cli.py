@@ -21,10 +21,10 @@ from torch.multiprocessing import ProcessExitedException
 
 from relvit_d2 import __version__
 from relvit_d2.config import add_relvit_config
-from relvit_d2.engine.checkpoint import write_text
 from relvit_d2.engine.machine import device_name
 from relvit_d2.engine.randomness import seed_everything
 from relvit_d2.errors import UserError, nearest
+from relvit_d2.files import write_text
 
 logger = logging.getLogger(__name__)
 

@@ -4,12 +4,11 @@ import datetime
 import json
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
 
-from relvit_d2.engine.checkpoint import write_text
+from relvit_d2.files import write_text
 
 _WINDOW = 20
 
@@ -73,9 +72,3 @@ def drop_later_metrics(path: Path, start: int) -> None:
         except (ValueError, KeyError):
             continue
     write_text(path, "".join(kept))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, whole or not at all; the folder is made if missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(value, indent=1) + "\n")

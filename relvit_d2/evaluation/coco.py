@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,8 @@ from detectron2.structures import BoxMode, PolygonMasks
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+
+from relvit_d2.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class CocoStyleEvaluator(COCOEvaluator):
 
         stem = re.sub(r"[^\w.-]+", "_", dataset_name)
         json_file = output_dir / f"{stem}_ground_truth.json"
-        _write_whole(json_file, json.dumps(coco_ground_truth(records, class_names, ignore_difficult)))
+        write_text(json_file, json.dumps(coco_ground_truth(records, class_names, ignore_difficult)))
         # Detectron2 reads the path from the global catalog, where it cannot be set twice: an entry of this
         # evaluator's own stands in while the base class starts, and is taken out again.
         entry = f"{dataset_name} as written to {json_file}"
@@ -166,10 +167,3 @@ def _evaluate_no_detections(ground_truth: COCO, iou_type: str) -> COCOeval:
     coco_eval.accumulate()
     coco_eval.summarize()
     return coco_eval
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write ``text`` so that ``path`` is never seen half-written, several processes at once included."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)

@@ -9,6 +9,8 @@ import numpy as np
 from matplotlib import get_data_path
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
+from relvit_d2.files import appearing
+
 Color = tuple[int, int, int]
 Box = tuple[float, float, float, float]
 
@@ -94,10 +96,8 @@ def draw_detections(
             placed = [tuple(box) for box in (scaled + np.array(corner * 2)).tolist()]
             _draw_boxes(draw, placed, [class_color(int(c)) for c in classes], texts, cell)
 
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.partial")
-    sheet.save(temporary, format="PNG")
-    temporary.replace(path)
+    with appearing(Path(path)) as part:
+        sheet.save(part, format="PNG")
 
 
 def class_color(index: int) -> Color:
