@@ -5,11 +5,14 @@ import logging
 import sys
 from pathlib import Path
 
+from detectron2.utils import comm
+
 from relvit_d2.encoders.weights import load_encoder
+from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.engine.cli import load_config, run_script, start_run
 from relvit_d2.errors import UserError
 from relvit_d2.pretraining.model import build_pretraining_model, export_encoder
-from relvit_d2.pretraining.run import build_trainer, evaluate
+from relvit_d2.pretraining.run import build_trainer, evaluate, image_files
 
 logger = logging.getLogger("relvit_d2.pretrain_ssl")
 
@@ -20,21 +23,27 @@ def main(args: argparse.Namespace) -> None:
     cfg.freeze()
     start_run(cfg, args)
     model = build_pretraining_model(cfg)
+    weights = cfg.MODEL.WEIGHTS
+    if args.eval_only:
+        checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
+        checkpoint = checkpointer.get_checkpoint_file() if args.resume else weights
+        if not checkpoint.endswith(".pth"):
+            raise UserError("--eval-only needs trained heads: add MODEL.WEIGHTS path/to/model_final.pth or --resume")
+        checkpointer.load(checkpoint, checkpointables=[])
+        evaluate(cfg, model, image_files("DATASETS.TEST", cfg.DATASETS.TEST))
+        return
     trainer = build_trainer(cfg, model)
     resumed = args.resume and trainer.resume()
-    if cfg.MODEL.WEIGHTS and not resumed:
-        if not cfg.MODEL.WEIGHTS.endswith(".safetensors"):
+    if weights and not resumed:
+        if not weights.endswith(".safetensors"):
             raise UserError(
-                f"MODEL.WEIGHTS '{cfg.MODEL.WEIGHTS}' is no encoder.safetensors; "
-                "pre-training starts from one or from scratch"
+                f"MODEL.WEIGHTS '{weights}' is no encoder.safetensors; pre-training starts from one or from scratch"
             )
-        logger.info(str(load_encoder(model.encoder, Path(cfg.MODEL.WEIGHTS))))
-    if args.eval_only:
-        evaluate(cfg, model)
-        return
+        logger.info(str(load_encoder(model.encoder, Path(weights))))
     trainer.train()
-    path = export_encoder(cfg, model, trainer.results.get("held_out", {}))
-    logger.info(f"encoder kept in {path}; fine-tune with: python train_net.py --config-file ... MODEL.WEIGHTS {path}")
+    if comm.is_main_process():
+        path = export_encoder(cfg, model, trainer.results.get("held_out", {}))
+        logger.info(f"encoder kept; fine-tune with: python train_net.py --config-file FILE MODEL.WEIGHTS {path}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from relvit_d2.detection.model import build_detector
-from relvit_d2.detection.run import build_trainer, evaluate, evaluation_records, settle, training_records
+from relvit_d2.detection.run import build_trainer, evaluate, evaluation_sets, settle, training_records
 from relvit_d2.detection.weights import load_weights
 from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.engine.cli import load_config, run_script, start_run
@@ -18,27 +18,30 @@ logger = logging.getLogger("relvit_d2.train_net")
 def main(args: argparse.Namespace) -> None:
     """Run one process."""
     asked = load_config(args.config_file, args.opts)
-    records = evaluation_records(asked) if args.eval_only else training_records(asked)
+    tests = evaluation_sets(asked)
+    records = [record for test in tests.values() for record in test] if args.eval_only else training_records(asked)
     cfg = settle(asked, records)
     start_run(cfg, args)
     if asked.MODEL.MASK_ON and not cfg.MODEL.MASK_ON:
-        logger.info("the data have boxes but no masks: the mask head is off")
+        logger.info("the data have boxes without masks: the mask head is off")
     model = build_detector(cfg)
     if args.eval_only:
         weights = cfg.MODEL.WEIGHTS
         if args.resume:
             weights = Checkpointer(model, cfg.OUTPUT_DIR).get_checkpoint_file()
+        if not tests:
+            raise UserError("DATASETS.TEST is empty; name a data set to evaluate on, such as ('voc_2007_test',)")
         if not weights or weights.endswith(".safetensors"):
             raise UserError("--eval-only needs a trained detector: add MODEL.WEIGHTS path/to/model_final.pth")
         Checkpointer(model).load(weights, checkpointables=[])
-        evaluate(cfg, model)
+        evaluate(cfg, model, tests)
         return
-    trainer = build_trainer(cfg, model, records)
+    trainer = build_trainer(cfg, model, records, tests)
     if not (args.resume and trainer.resume()):
         load_weights(cfg, model)
     trainer.train()
-    final = Path(cfg.OUTPUT_DIR) / "model_final.pth"
-    again = f"python train_net.py --config-file {args.config_file} --eval-only MODEL.WEIGHTS {final}"
+    output = Path(cfg.OUTPUT_DIR)
+    again = f"python train_net.py --config-file {output / 'config.yaml'} --eval-only --resume"
     logger.info(f"trained; evaluate again with: {again}")
 
 

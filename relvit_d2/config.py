@@ -45,7 +45,6 @@ _C.INPUT.LOAD_SIZE = 512  # pre-training: larger images are reduced to this long
 # Solver.
 _C.SOLVER = CfgNode()
 _C.SOLVER.PRECISION = "auto"  # auto, float32 or bfloat16; auto: bfloat16 where the device multiplies it natively
-_C.SOLVER.LR_END = 0.0  # learning rate at the end of a cosine, absolute
 
 # Test.
 _C.TEST = CfgNode()
@@ -69,6 +68,22 @@ _CHANGED = {
     "SOLVER.CLIP_GRADIENTS.ENABLED": True,
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "full_model",  # the global norm
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": 1.0,
+}
+
+
+# Detectron2's keys that mean nothing to this trainer, and what to set instead.
+WITHOUT_EFFECT = {
+    "SOLVER.AMP.ENABLED": "SOLVER.PRECISION",
+    "SOLVER.MOMENTUM": "nothing, the optimiser is AdamW",
+    "SOLVER.NESTEROV": "nothing, the optimiser is AdamW",
+    "SOLVER.BIAS_LR_FACTOR": "SOLVER.BASE_LR",
+    "SOLVER.WARMUP_FACTOR": "SOLVER.WARMUP_ITERS",
+    "SOLVER.WARMUP_METHOD": "SOLVER.WARMUP_ITERS",
+    "SOLVER.REFERENCE_WORLD_SIZE": "SOLVER.IMS_PER_BATCH, which counts all processes together",
+    "TEST.AUG.ENABLED": "INPUT.MIN_SIZE_TEST",
+    "DATALOADER.SAMPLER_TRAIN": "nothing, the order is a function of SEED",
+    "DATALOADER.REPEAT_THRESHOLD": "nothing, the order is a function of SEED",
+    "VIS_PERIOD": "tools of your own on inference/coco_instances_results.json",
 }
 
 

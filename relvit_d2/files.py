@@ -1,11 +1,14 @@
 """Files that appear whole or not at all."""
 
 import json
+import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from relvit_d2.errors import UserError
 
 
 @contextmanager
@@ -14,15 +17,38 @@ def appearing(path: Path) -> Iterator[Path]:
 
     If the block or the flush fails, the temporary file is removed and what was at ``path`` stays. The name holds the
     process's number, so that two processes do not meet.
+
+    Raises:
+        UserError: if the disk is full or the folder cannot be written.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
+        _flush(part)
         part.replace(path)
+        _flush(path.parent)
+    except OSError as error:
+        raise UserError(
+            f"'{path}' could not be written ({error.strerror or error}); what was there is untouched: free space or "
+            "choose another folder (OUTPUT_DIR), then go on with --resume"
+        ) from error
     finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed while writing left in ``folder`` and below."""
+    for part in folder.rglob(".*.part"):
         part.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -32,6 +58,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON; the folder is made if missing."""
+    """Write ``value`` as indented JSON, NaN as null; the folder is made if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    write_text(path, json.dumps(_without_nan(value), indent=1, allow_nan=False) + "\n")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -33,7 +33,8 @@ class Registry(Generic[T]):
     def __getitem__(self, name: str) -> T:
         if name not in self._entries:
             raise UserError(
-                f"unknown {self.kind} '{name}'{nearest(name, list(self._entries))} known: {', '.join(self._entries)}"
+                f"unknown {self.kind} '{name}'; known are {', '.join(self._entries)}"
+                f"{nearest(name, list(self._entries))}"
             )
         return self._entries[name]
 

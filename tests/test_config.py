@@ -1,11 +1,15 @@
 """Configs: every file loads, faults are one sentence that names the key."""
 
+import functools
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from detectron2.config import get_cfg
 
-from relvit_d2.config import add_relvit_config
+from relvit_d2.config import _CHANGED, WITHOUT_EFFECT, add_relvit_config
+from relvit_d2.encoders import ENCODERS
 from relvit_d2.engine.cli import load_config
 from relvit_d2.errors import UserError
 
@@ -16,7 +20,17 @@ CONFIGS = sorted(str(path) for path in Path("configs").rglob("*.yaml"))
 def test_every_config_loads(path: str) -> None:
     cfg = load_config(path, ["SOLVER.MAX_ITER", "3"])
     assert cfg.SOLVER.MAX_ITER == 3
-    assert cfg.SOLVER.WARMUP_ITERS >= 0
+    assert cfg.MODEL.ENCODER.NAME in ENCODERS
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if "voc" in path])
+def test_the_arithmetic_in_a_header_is_that_of_the_schedule(path: str) -> None:
+    found = re.search(r"= (\d+) \* (\d+) / (\d+) = (\d+) iterations", Path(path).read_text().replace(",", ""))
+    assert found
+    epochs, images, batch, iterations = map(int, found.groups())
+    cfg = load_config(path, [])
+    assert (batch, iterations) == (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER)
+    assert abs(epochs * images / batch - iterations) < 5
 
 
 def test_our_keys_leave_detectron2s_as_they_are_but_for_the_named_ones() -> None:
@@ -30,6 +44,20 @@ def test_our_keys_leave_detectron2s_as_they_are_but_for_the_named_ones() -> None
         return found
 
     assert keys(stock) < keys(ours)
+    changed = {key for key in keys(stock) if value(stock, key) != value(ours, key)}
+    assert changed <= {*_CHANGED, "MODEL.DEVICE"}
+
+
+def value(node: Any, key: str) -> Any:
+    return functools.reduce(lambda inner, part: inner[part], key.split("."), node)
+
+
+def test_keys_without_effect_are_refused_and_exist() -> None:
+    stock = get_cfg()
+    for key in WITHOUT_EFFECT:
+        value(stock, key)
+    with pytest.raises(UserError, match=r"SOLVER.AMP.ENABLED has no effect here; .* SOLVER.PRECISION"):
+        load_config("configs/demo/streets.yaml", ["SOLVER.AMP.ENABLED", "True"])
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,13 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.structures import Boxes, ImageList, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
+from torch.utils._pytree import tree_leaves
 
 from relvit_d2.config import add_relvit_config
 from relvit_d2.detection import backbone
 from relvit_d2.detection.model import build_detector
 from relvit_d2.detection.run import training_records
-from relvit_d2.encoders import ENCODERS
+from relvit_d2.encoders import ENCODERS, build_encoder
 from relvit_d2.engine.cli import load_config
 from relvit_d2.errors import UserError
 
@@ -32,20 +33,23 @@ def image(height: int, width: int) -> torch.Tensor:
 def test_every_pixel_is_inside_the_padded_batch_and_under_the_maps(name: str, sizes: list[tuple[int, int]]) -> None:
     cfg = get_cfg()
     add_relvit_config(cfg)
-    overrides = ["MODEL.ENCODER.NAME", name, "MODEL.PYRAMID.OUT_CHANNELS", 16, "MODEL.RPN.IN_FEATURES", ["p2"]]
-    cfg.merge_from_list([*overrides, "MODEL.ROI_HEADS.IN_FEATURES", ["p2"]])
+    encoder = build_encoder(name)
+    strides = [int(encoder.strides[encoder.last] / scale) for scale in (4, 2, 1, 0.5)]
+    levels = [f"p{stride.bit_length() - 1}" for stride in strides]
+    overrides = ["MODEL.ENCODER.NAME", name, "MODEL.PYRAMID.OUT_CHANNELS", 16, "MODEL.PYRAMID.STRIDES", strides]
+    cfg.merge_from_list([*overrides, "MODEL.RPN.IN_FEATURES", levels, "MODEL.ROI_HEADS.IN_FEATURES", levels])
     net = backbone.build_encoder_pyramid_backbone(cfg, None).eval()
     batch = ImageList.from_tensors(
         [image(*size) for size in sizes], net.size_divisibility, padding_constraints=net.padding_constraints
     )
     height, width = batch.tensor.shape[-2:]
-    assert net.size_divisibility == 32
-    assert height % 32 == width % 32 == 0
+    assert net.size_divisibility == strides[-1]
+    assert height % strides[-1] == width % strides[-1] == 0
     assert height >= max(h for h, _ in sizes)
     assert width >= max(w for _, w in sizes)
     with torch.no_grad():
         maps = net(batch.tensor)
-    assert list(maps) == ["p2", "p3", "p4", "p5", "p6"]
+    assert list(maps) == [*levels, f"p{strides[-1].bit_length()}"]
     for level, shape in net.output_shape().items():
         expected = (-(-height // shape.stride), -(-width // shape.stride))
         assert maps[level].shape == (len(sizes), shape.channels, *expected)
@@ -126,10 +130,15 @@ def test_difficult_objects_train_unless_told_otherwise(samples: Path, monkeypatc
     assert len(filtered) == sum(bool(r["annotations"]) for r in without)
 
 
-def test_scores_are_float32_under_autocast() -> None:
-    model = build_detector(tiny_config("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)).eval()
+def test_scores_and_offsets_are_float32_under_autocast() -> None:
+    model = build_detector(tiny_config()).eval()
+    seen: list[torch.Tensor] = []
+    rpn, box = model.proposal_generator.rpn_head, model.roi_heads.box_predictor
+    for head in (rpn, box):
+        head.register_forward_hook(lambda module, inputs, outputs: seen.extend(tree_leaves(outputs)))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        found = model(records([(47, 61)]))[0]["instances"]
-    assert len(found) > 0
-    assert found.scores.dtype == found.pred_boxes.tensor.dtype == torch.float32
-    assert len(found.scores.bfloat16().float().unique()) < len(found.scores.unique())
+        model(records([(47, 61)]))
+    assert len(seen) == 6  # scores and offsets of two levels, then of the boxes
+    for values in seen:
+        assert values.dtype == torch.float32
+        assert not torch.equal(values, values.bfloat16().float())

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ def run(root: Path, *command: object, status: int = 0) -> subprocess.CompletedPr
     """Run a script with ``root`` as the data root; its exit status must be ``status``."""
     environment = os.environ | {
         "DETECTRON2_DATASETS": str(root),
+        "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
         "XDG_CACHE_HOME": str(root / "cache"),
     }
@@ -108,6 +111,15 @@ def test_a_killed_and_resumed_pretraining_is_the_straight_one(root: Path, encode
     assert all(torch.equal(straight["model"][name], resumed["model"][name]) for name in straight["model"])
 
 
+# No detection is dropped for its score: something to compare even after a few iterations.
+EVERYTHING = ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
+
+
+def detections(output: Path) -> list[dict[str, Any]]:
+    found = json.loads((output / "inference/coco_instances_results.json").read_text())
+    return sorted(found, key=lambda d: (d["image_id"], d["category_id"], -d["score"], d["bbox"]))
+
+
 def test_detection_from_the_encoder_then_evaluation_again(root: Path, encoder: Path, tmp_path: Path) -> None:
     done = run(root, *detect(root, tmp_path, "MODEL.WEIGHTS", encoder))
     for words in (
@@ -118,12 +130,13 @@ def test_detection_from_the_encoder_then_evaluation_again(root: Path, encoder: P
     ):
         assert words in done.stdout, words
     first = json.loads((tmp_path / "inference/results.json").read_text())["svhn_test"]["bbox"]
-    again = tmp_path / "again"
-    weights = ("MODEL.WEIGHTS", tmp_path / "model_final.pth", "OUTPUT_DIR", again)
-    run(root, *detect(root, again, *weights, flags=("--eval-only",)))
-    second = json.loads((again / "inference/results.json").read_text())["svhn_test"]["bbox"]
     assert {"AP", "AP50", "AP75"} <= first.keys()
-    assert [first[k] for k in ("AP", "AP50", "AP75")] == [second[k] for k in ("AP", "AP50", "AP75")]
+    weights = ("MODEL.WEIGHTS", tmp_path / "model_final.pth", *EVERYTHING)
+    run(root, *detect(root, tmp_path / "again", *weights, flags=("--eval-only",)))
+    run(root, *detect(root, tmp_path / "two", *weights, flags=("--eval-only", "--num-gpus", "2")))
+    alone, two = (detections(tmp_path / folder) for folder in ("again", "two"))
+    assert {d["image_id"] for d in alone} == set("123456")
+    assert alone == two
     rows = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     assert "bbox/AP50" in rows[-1]
 
@@ -143,12 +156,16 @@ def test_pretraining_takes_a_plain_folder_of_images(root: Path, tmp_path: Path) 
     assert (tmp_path / "out/encoder.safetensors").is_file()
 
 
-def test_two_processes_train_and_evaluate_every_image_once(root: Path, tmp_path: Path) -> None:
-    run(root, *detect(root, tmp_path, flags=("--num-gpus", "2")))
-    found = json.loads((tmp_path / "inference/coco_instances_results.json").read_text())
-    assert (tmp_path / "inference/results.json").is_file()
-    assert (tmp_path / "model_final.pth").is_file()
-    assert {d["image_id"] for d in found} <= set(json.loads(json.dumps([*range(1, 7), *map(str, range(1, 7))])))
+def test_two_processes_train_both_stages(root: Path, tmp_path: Path) -> None:
+    command = pretrain(root, tmp_path / "ssl")
+    run(root, *command[:3], "--num-gpus", 2, *command[3:], "SOLVER.MAX_ITER", 2)
+    encoder = tmp_path / "ssl/encoder.safetensors"
+    with safe_open(str(encoder), "pt") as file:
+        assert "accuracy_relation" in json.loads(file.metadata()["results"])
+    run(root, *detect(root, tmp_path / "detector", "MODEL.WEIGHTS", encoder, flags=("--num-gpus", "2")))
+    rows = [json.loads(line) for line in (tmp_path / "detector/metrics.json").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == list(range(5))
+    assert (tmp_path / "detector/model_final.pth").is_file()
 
 
 BAD = {
@@ -165,6 +182,9 @@ BAD = {
         ["MODEL.WEIGHTS", "{encoder}", "MODEL.ENCODER.NAME", "vit_tiny"],
         "MODEL.ENCODER.NAME vit_nano",
     ),
+    "detector of another size": (["MODEL.WEIGHTS", "{detector}", "MODEL.PYRAMID.OUT_CHANNELS", "32"], "fits only"),
+    "a key without effect": (["SOLVER.AMP.ENABLED", "True"], "set SOLVER.PRECISION"),
+    "a batch of nothing": (["SOLVER.IMS_PER_BATCH", "0"], "give 1 or more"),
     "class count": (["MODEL.ROI_HEADS.NUM_CLASSES", "7"], "NUM_CLASSES 7 contradicts data set 'svhn_train'"),
     "gpu": (["MODEL.DEVICE", "cuda"], "MODEL.DEVICE cpu"),
     "output is a file": (["OUTPUT_DIR", "{text}"], "choose another folder"),
@@ -179,7 +199,10 @@ def test_bad_input_is_one_sentence(case: str, root: Path, encoder: Path, tmp_pat
     text.write_text("no weights")
     pth.write_text("no weights")
     overrides, words = BAD[case]
-    given = [part.format(text=text, pth=pth, encoder=encoder) for part in overrides]
+    detector = root / "detector/model_final.pth"
+    if case == "detector of another size" and not detector.exists():
+        run(root, *detect(root, detector.parent, "SOLVER.MAX_ITER", 1))
+    given = [part.format(text=text, pth=pth, encoder=encoder, detector=detector) for part in overrides]
     output = tmp_path / "out"
     assert words in fails(root, *detect(root, output, *given))
     assert not list(output.glob("*.pth"))
@@ -195,6 +218,54 @@ def test_a_truncated_image_is_named(root: Path, tmp_path: Path) -> None:
             broken, *detect(broken, tmp_path / "out", "DATALOADER.NUM_WORKERS", workers, "SOLVER.MAX_ITER", 9)
         )
         assert "train/3.png" in sentence
+
+
+def test_damaged_voc_files_are_named(samples: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(samples / "VOC2007", data / "VOC2007")
+    ids = (data / "VOC2007/ImageSets/Main/train.txt").read_text().split()[:2]
+    image, xml = data / f"VOC2007/JPEGImages/{ids[0]}.jpg", data / f"VOC2007/Annotations/{ids[1]}.xml"
+    names = ["DATASETS.TRAIN", "('voc_2007_train[:2]',)", "DATASETS.TEST", "()", "MODEL.PYRAMID.OUT_CHANNELS", "16"]
+    whole = xml.read_text()
+    for bad in ("<xmin>99999</xmin>", "<xmin>-40</xmin>"):
+        xml.write_text(re.sub(r"<xmin>.*?</xmin>", bad, whole))
+        assert xml.name in fails(data, *detect(data, tmp_path / "out", *names))
+    xml.write_text(whole)
+    image.write_bytes(image.read_bytes()[:3000])
+    assert image.name in fails(data, *detect(data, tmp_path / "out", *names))
+
+
+def test_evaluation_of_pretraining_needs_its_heads(root: Path, encoder: Path, tmp_path: Path) -> None:
+    command = pretrain(root, tmp_path)
+    script = (*command[:3], "--eval-only", *command[3:], "MODEL.WEIGHTS")
+    assert "model_final.pth" in fails(root, *script, encoder)
+    run(root, *script, encoder.parent / "model_final.pth")
+    again = json.loads((tmp_path / "inference/results.json").read_text())["held_out"]
+    assert again == json.loads((encoder.parent / "inference/results.json").read_text())["held_out"]
+
+
+def test_the_demo_runs_from_nothing_to_a_table_and_a_picture(tmp_path: Path) -> None:
+    copy = tmp_path / "project"
+    for name in ("relvit_d2", "configs", "tools"):
+        shutil.copytree(name, copy / name)
+    for name in ("train_net.py", "pretrain_ssl.py"):
+        shutil.copy(name, copy / name)
+    run(tmp_path, copy / "tools/demo.py", "SOLVER.MAX_ITER", 2)
+    results = json.loads((copy / "output/demo/results.json").read_text())
+    assert results.keys() == {"finetune", "supervised", "pretrain", "machine"}
+    for arm in ("finetune", "supervised"):
+        assert results[arm].keys() == {"AP", "AP50", "AP75", "seconds"}
+    chances = {"relation_chance": 49 / 256, "position_chance": 1 / 64}
+    assert {name: results["pretrain"][name] for name in chances} == pytest.approx(chances)
+    assert {"relation_accuracy", "position_accuracy", "seconds"} <= results["pretrain"].keys()
+    assert "One seed proves nothing" in (copy / "output/demo/results.md").read_text()
+    assert Image.open(copy / "output/demo/predictions.png").width > 1000
+
+
+@pytest.mark.slow
+def test_the_detector_learns_eight_real_images_by_heart(samples: Path) -> None:
+    config = ("--config-file", "configs/voc_vit_s_224.yaml", "--images", 8)
+    assert "passed" in run(samples, "tools/overfit_check.py", *config).stdout
 
 
 def test_debug_shows_the_traceback(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

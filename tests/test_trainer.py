@@ -172,3 +172,19 @@ def test_files_that_are_no_checkpoint_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=words):
             Checkpointer(Regression(), "").load(str(tmp_path / name))
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
+    model = Regression()
+    torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
+    model.net[0] = nn.Linear(5, 8)
+    with pytest.raises(UserError, match=r"fits only .* \(net.0.weight \[8, 4\], here \[8, 5\]\)"):
+        Checkpointer(model, "").load(str(tmp_path / "model.pth"))
+
+
+def test_resuming_with_other_parameters_is_one_sentence(tmp_path: Path) -> None:
+    trainer(tmp_path, 3).train()
+    second = trainer(tmp_path, 6)
+    second.checkpointer.checkpointables["optimizer"] = torch.optim.AdamW([nn.Parameter(torch.zeros(2))])
+    with pytest.raises(UserError, match="parameter group"):
+        second.resume()

@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from running import run_script  # noqa: E402
 
 from relvit_d2.data import catalog  # noqa: E402
 from relvit_d2.data.decode import read_rgb  # noqa: E402
@@ -27,11 +26,11 @@ from relvit_d2.encoders.weights import read_encoder  # noqa: E402
 from relvit_d2.engine.cli import guard, load_config  # noqa: E402
 from relvit_d2.engine.machine import device_name  # noqa: E402
 from relvit_d2.engine.precision import choose_precision  # noqa: E402
-from relvit_d2.errors import UserError  # noqa: E402
 from relvit_d2.files import write_json, write_text  # noqa: E402
 from relvit_d2.report.predictions import DetectionRow, draw_detections  # noqa: E402
 
 SSL, DETECT = "configs/demo/ssl_streets.yaml", "configs/demo/streets.yaml"
+TASKS = ("relation", "position")
 SHOWN, SCORE = 12, 0.5
 
 
@@ -62,11 +61,9 @@ def demo(opts: list[str]) -> None:
         title = f"{number}/4 {'fine-tuning' if weights else 'the same detector from scratch'}"
         seconds[arm] = run(title, "train_net.py", DETECT, output / arm, [*weights, *opts])
     figures = read_encoder(encoder)[1]["results"]
+    pretext = {f"{task}_{what}": figures[f"{what}_{task}"] for task in TASKS for what in ("accuracy", "chance")}
     results: dict[str, Any] = {arm: scores(output / arm) | {"seconds": seconds[arm]} for arm in arms}
-    names = [f"{task}_{what}" for task in ("relation", "position") for what in ("accuracy", "chance")]
-    results["pretrain"] = {n: figures["_".join(reversed(n.split("_")))] for n in names} | {
-        "seconds": seconds["pretrain"]
-    }
+    results["pretrain"] = pretext | {"seconds": seconds["pretrain"]}
     results["machine"] = machine(opts)
     write_json(output / "results.json", results)
     text = table(results, len(records), time.monotonic() - started)
@@ -76,38 +73,11 @@ def demo(opts: list[str]) -> None:
 
 
 def run(title: str, script: str, config: str, output: Path, opts: list[str]) -> float:
-    """Run a script with its log in ``output/console.txt`` and a progress bar; return its wall-clock seconds.
-
-    Raises:
-        UserError: if the script fails, with the script's own sentence.
-    """
-    output.mkdir(parents=True)
-    total = load_config(config, opts).SOLVER.MAX_ITER
-    command = [sys.executable, script, "--config-file", config, "OUTPUT_DIR", str(output), *opts]
+    """Run a script for one phase, with a progress bar; return its wall-clock seconds."""
     start = time.monotonic()
-    console = output / "console.txt"
-    pause = 0.5 if sys.stderr.isatty() else 10.0
-    with console.open("w") as log, tqdm(total=total, desc=title, unit="it", mininterval=pause) as bar:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            while process.poll() is None:
-                time.sleep(0.5)
-                bar.update(iterations_done(output / "metrics.json", total) - bar.n)
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
-        if process.returncode == 0:
-            bar.update(total - bar.n)
-    if process.returncode:
-        lines = console.read_text().strip().splitlines() or ["it said nothing"]
-        raise UserError(f"{script} failed: {lines[-1].removeprefix('error: ')} (whole log: {console})")
+    command = [script, "--config-file", config, "OUTPUT_DIR", str(output), *opts]
+    run_script(title, command, output, load_config(config, opts).SOLVER.MAX_ITER)
     return round(time.monotonic() - start, 1)
-
-
-def iterations_done(metrics: Path, total: int) -> int:
-    """Count the iterations that ``metrics.json`` holds."""
-    return min(metrics.read_bytes().count(b"\n"), total) if metrics.exists() else 0
 
 
 def scores(folder: Path) -> dict[str, float]:
@@ -152,10 +122,7 @@ def table(results: dict[str, Any], images: int, seconds: float) -> str:
             *lines,
             "",
             "Pre-training on held-out images: "
-            + ", ".join(
-                f"{t} accuracy {pre[t + '_accuracy']:.1%} (chance {pre[t + '_chance']:.1%})"
-                for t in ("relation", "position")
-            )
+            + ", ".join(f"{t} accuracy {pre[t + '_accuracy']:.1%} (chance {pre[t + '_chance']:.1%})" for t in TASKS)
             + ".",
             "One seed proves nothing: another seed may change the difference by a few points either way.",
             f"Measured on {machine_['device']}, {machine_['precision']}, torch {machine_['torch']}, Python "

@@ -7,13 +7,14 @@ exit status 0; a detector that has not got there after the last round ends it wi
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from running import run_script  # noqa: E402
 
 from relvit_d2.engine.cli import guard, load_config  # noqa: E402
 from relvit_d2.errors import UserError  # noqa: E402
@@ -42,16 +43,17 @@ def check(config_file: str, images: int, opts: list[str]) -> None:
     Raises:
         UserError: if it does not pass.
     """
+    config_file = str(Path(config_file).resolve())
     if images < 1:
         raise UserError(f"--images {images}: give at least 1")
     cfg = load_config(config_file, opts)
     if not cfg.DATASETS.TRAIN:
         raise UserError(f"config file '{config_file}' names no training set (DATASETS.TRAIN)")
     name = f"{cfg.DATASETS.TRAIN[0]}[:{images}]"
-    output = f"output/overfit/{Path(config_file).stem}"
     overrides: dict[str, object] = {
         "DATASETS.TRAIN": (name,),
         "INPUT.RANDOM_FLIP": "none",
+        "INPUT.CROP.ENABLED": False,
         "INPUT.MIN_SIZE_TRAIN": (cfg.INPUT.MIN_SIZE_TEST,),
         "INPUT.MAX_SIZE_TRAIN": cfg.INPUT.MAX_SIZE_TEST,
         "MODEL.ENCODER.DROP_PATH": 0.0,
@@ -67,38 +69,25 @@ def check(config_file: str, images: int, opts: list[str]) -> None:
         "SOLVER.LR_SCHEDULER_NAME": "WarmupMultiStepLR",
         "SOLVER.STEPS": (),
         "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": 5.0,
-        "OUTPUT_DIR": output,
+        "OUTPUT_DIR": f"output/overfit/{Path(config_file).stem}",
     }
     pairs = [str(item) for pair in overrides.items() for item in pair] + opts
+    output = Path(load_config(config_file, pairs).OUTPUT_DIR)
+    script = ["train_net.py", "--config-file", config_file]
     start = time.monotonic()
     for end in range(FIRST_ROUND, LAST + 1, ROUND):
         resume = ["--resume"] if end > FIRST_ROUND else []
-        train_net(config_file, resume, [*pairs, "DATASETS.TEST", "()", "SOLVER.MAX_ITER", str(end)])
-        weights = ["MODEL.WEIGHTS", f"{output}/model_final.pth"]
-        train_net(config_file, ["--eval-only"], [*pairs, "DATASETS.TEST", f"({name!r},)", *weights])
-        ap50 = json.loads(Path(output, "inference/results.json").read_text())[name]["bbox"]["AP50"]
-        print(
-            f"after {end} iterations and {time.monotonic() - start:.0f} s: AP50 {ap50:.1f} on {images} images",
-            flush=True,
-        )
+        goal = ["DATASETS.TEST", "()", "SOLVER.MAX_ITER", str(end)]
+        run_script(f"training to {end}", [*script, *resume, *pairs, *goal], output, end)
+        test = ["DATASETS.TEST", f"({name!r},)", "MODEL.WEIGHTS", str(output / "model_final.pth")]
+        run_script("evaluating", [*script, "--eval-only", *pairs, *test], output, 0)
+        ap50 = json.loads((output / "inference/results.json").read_text())[name]["bbox"]["AP50"] or 0.0
+        seconds = time.monotonic() - start
+        print(f"after {end} iterations and {seconds:.0f} s: AP50 {ap50:.1f} on {images} images", flush=True)
         if ap50 > PASS:
             print(f"passed: AP50 {ap50:.1f} is above {PASS:.0f}")
             return
     raise UserError(f"AP50 stayed at or below {PASS:.0f} after {LAST} iterations on '{name}': see {output}/log.txt")
-
-
-def train_net(config_file: str, flags: list[str], pairs: list[str]) -> None:
-    """Run the training script as a user would.
-
-    Raises:
-        UserError: with the script's own sentence if it fails.
-    """
-    command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", config_file, *flags, *pairs]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(
-            done.stderr.strip().splitlines()[-1].removeprefix("error: ") if done.stderr else "train_net.py failed"
-        )
 
 
 if __name__ == "__main__":

@@ -102,7 +102,13 @@ def get_records(name: str) -> list[Record]:
     Raises:
         UserError: an unknown name, or missing or damaged data.
     """
-    return DatasetCatalog.get(resolve(name))
+    try:
+        return DatasetCatalog.get(resolve(name))
+    except OSError as error:
+        raise UserError(
+            f"data set '{name}' cannot be read: '{error.filename}' {(error.strerror or 'is missing').lower()}; "
+            f"put it there (DETECTRON2_DATASETS is '{dataset_root()}')"
+        ) from error
 
 
 def get_images(name: str) -> list[Path]:
@@ -185,10 +191,17 @@ def _svhn_folder(split: str) -> Path:
 
 
 def _streets_folder(split: str) -> Path:
+    return ensure_streets(streets_root()) / split
+
+
+def streets_root() -> Path:
+    """Return the folder that holds ``streets`` or will: the data root, or the user's cache if that is not writable."""
     root = dataset_root()
-    if not (os.environ.get("DETECTRON2_DATASETS") and root.is_dir() and os.access(root, os.W_OK)):
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "relvit_d2"
-    return ensure_streets(root) / split
+    if (root / "streets").is_dir() or (
+        os.environ.get("DETECTRON2_DATASETS") and root.is_dir() and os.access(root, os.W_OK)
+    ):
+        return root
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "relvit_d2"
 
 
 def _coco_metadata(split: str) -> dict[str, Any]:

@@ -4,9 +4,11 @@ from typing import Any
 
 import torch
 from detectron2.data import DatasetMapper
+from detectron2.data.detection_utils import SizeMismatchError
 from torch import Tensor
 
-from relvit_d2.data.decode import read_rgb, reading
+from relvit_d2.data.decode import read_rgb
+from relvit_d2.errors import UserError
 
 
 class DetectionMapper(DatasetMapper):
@@ -18,8 +20,13 @@ class DetectionMapper(DatasetMapper):
         Raises:
             UserError: if the image is missing, damaged or not of the size that the record says.
         """
-        with reading(dataset_dict["file_name"]):
+        try:
             return super().__call__(dataset_dict)
+        except SizeMismatchError as error:
+            raise UserError(f"{' '.join(str(error).split())} Correct the annotation or the image") from error
+        except (OSError, SyntaxError, ValueError):
+            read_rgb(dataset_dict["file_name"])  # says so if the image is the reason
+            raise
 
 
 class ImageReader:

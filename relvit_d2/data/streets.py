@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from tqdm import tqdm
 
 from relvit_d2.data.svhn import FIELDS, LABELS_FILE
+from relvit_d2.engine.randomness import generator
 from relvit_d2.errors import UserError
 
 VERSION = 1
@@ -126,14 +127,9 @@ def ensure_streets(root: Path) -> Path:
     return folder
 
 
-def generator(seed: int, index: int) -> np.random.Generator:
-    """Return the source of every random choice in image ``index`` of ``seed``."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, index])))
-
-
 def draw_image(seed: int, index: int) -> tuple[Image.Image, Number]:
     """Return image ``index`` of ``seed``, RGB and SIDE x SIDE, and the number in it."""
-    rng = generator(seed, index)
+    rng = generator(seed, "street", index)
     number = place_number(rng)
     edge = rng.uniform(0.35, 0.65)
     dark, light = (0.02, edge - MIN_CONTRAST / 2), (edge + MIN_CONTRAST / 2, 0.98)

@@ -48,6 +48,11 @@ class EncoderPyramid(SimpleFeaturePyramid):
         """See Detectron2's :class:`Backbone`."""
         return {"size_divisibility": self._size_divisibility}
 
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Map images ``(B, 3, H, W)`` to the levels, in float32: Detectron2's RoIAlign takes boxes in their number
+        format, and bfloat16 has no pixel's accuracy beyond 256."""
+        return {name: level.float() for name, level in super().forward(x).items()}
+
     @property
     def encoder(self) -> Encoder:
         """The encoder below the pyramid."""
@@ -69,10 +74,11 @@ def build_encoder_pyramid_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Enco
     own = encoder.strides[encoder.last]
     scales = [own / stride for stride in keys.STRIDES]
     steps = [math.log2(b / a) for a, b in zip(keys.STRIDES, keys.STRIDES[1:], strict=False)]
-    if not scales or not set(scales) <= {4.0, 2.0, 1.0, 0.5} or any(step != 1 for step in steps):
+    powers = all(stride & (stride - 1) == 0 for stride in keys.STRIDES)
+    if not scales or not powers or not set(scales) <= {4.0, 2.0, 1.0, 0.5} or any(step != 1 for step in steps):
         raise UserError(
-            f"MODEL.PYRAMID.STRIDES {list(keys.STRIDES)} do not fit an encoder of stride {own}: each level doubles the "
-            f"one before, from {max(own // 4, 1)} at the finest to {own * 2} at the coarsest"
+            f"MODEL.PYRAMID.STRIDES {list(keys.STRIDES)} do not fit an encoder of stride {own}: powers of two, each "
+            f"twice the one before, from {max(own // 4, 1)} at the finest to {own * 2} at the coarsest"
         )
     top = None
     if keys.TOP_BLOCK:

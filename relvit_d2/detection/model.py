@@ -1,30 +1,38 @@
 """The detector of a config."""
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from detectron2.modeling import GeneralizedRCNN, build_model
 from fvcore.common.config import CfgNode
-from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch import Tensor
 
 from relvit_d2.detection import backbone  # noqa: F401  (registers the backbone)
+from relvit_d2.errors import UserError
 
 
 def build_detector(cfg: CfgNode) -> GeneralizedRCNN:
     """Build Detectron2's model on ``MODEL.DEVICE``, with every score and box offset in float32.
 
-    Under autocast the last layers return bfloat16, whose eight significant bits make neighbouring scores tie:
-    that would shuffle proposals and detections and coarsen the losses.
+    Under autocast the last layers would return bfloat16, whose eight significant bits make neighbouring scores
+    tie: that shuffles proposals and detections and coarsens the losses. Those layers are small.
+
+    Raises:
+        UserError: for a ``MODEL.META_ARCHITECTURE`` other than GeneralizedRCNN.
     """
+    if cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
+        raise UserError(f"MODEL.META_ARCHITECTURE '{cfg.MODEL.META_ARCHITECTURE}' is not offered; set GeneralizedRCNN")
     model = build_model(cfg)
-    heads = [model.proposal_generator.rpn_head, model.roi_heads.box_predictor]
+    rpn, box = model.proposal_generator.rpn_head, model.roi_heads.box_predictor
+    last = [rpn.objectness_logits, rpn.anchor_deltas, box.cls_score, box.bbox_pred]
     if cfg.MODEL.MASK_ON:
-        heads.append(model.roi_heads.mask_head.predictor)
-    for head in heads:
-        head.register_forward_hook(_to_float32)
+        last.append(model.roi_heads.mask_head.predictor)
+    for layer in last:
+        layer.forward = partial(_in_float32, layer.forward)
     return model
 
 
-def _to_float32(module: nn.Module, inputs: Any, outputs: Any) -> Any:
-    return tree_map_only(torch.Tensor, torch.Tensor.float, outputs)
+def _in_float32(forward: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
+    with torch.autocast(features.device.type, enabled=False):
+        return forward(features.float())

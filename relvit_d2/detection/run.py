@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def settle(cfg: CfgNode, records: Records) -> CfgNode:
-    """Return the config with what the data decide: the number of classes, and no mask head where there are no masks.
+    """Return the config with what the data decide: the number of classes, and a mask head only where all have masks.
 
     Args:
         cfg: the config as it was asked for.
@@ -53,7 +53,8 @@ def settle(cfg: CfgNode, records: Records) -> CfgNode:
             f"classes; set it to {count}, or to 0 to follow the data"
         )
     heads.NUM_CLASSES = count
-    cfg.MODEL.MASK_ON &= any("segmentation" in a for r in records for a in r["annotations"])
+    objects = [a for r in records for a in r.get("annotations", []) if not a.get("iscrowd")]
+    cfg.MODEL.MASK_ON &= bool(objects) and all("segmentation" in a for a in objects)
     cfg.freeze()
     return cfg
 
@@ -90,26 +91,26 @@ def training_batches(cfg: CfgNode, records: Records, start: int) -> Batches:
     return endless_batches(records, mapper, list, order, cfg.SEED, cfg.DATALOADER.NUM_WORKERS)
 
 
-def evaluation_records(cfg: CfgNode) -> Records:
-    """Return the records of all of ``DATASETS.TEST``.
+def evaluation_sets(cfg: CfgNode) -> dict[str, Records]:
+    """Return the records of each set of ``DATASETS.TEST``.
 
     Raises:
-        UserError: if there is none, or the data are missing or damaged.
+        UserError: if the data are missing or damaged.
     """
-    if not cfg.DATASETS.TEST:
-        raise UserError("DATASETS.TEST is empty; name a data set, such as ('voc_2007_test',)")
-    return [record for name in cfg.DATASETS.TEST for record in catalog.get_records(name)]
+    return {name: catalog.get_records(name) for name in cfg.DATASETS.TEST}
 
 
-def build_trainer(cfg: CfgNode, model: GeneralizedRCNN, records: Records) -> Trainer:
-    """Return the trainer of a detector on ``records``, with evaluation on ``DATASETS.TEST``."""
+def build_trainer(cfg: CfgNode, model: GeneralizedRCNN, records: Records, tests: dict[str, Records]) -> Trainer:
+    """Return the trainer of a detector on ``records``, with evaluation on ``tests``."""
     logger.info(f"{sum(len(r['annotations']) for r in records)} training objects")
     make_batches = partial(training_batches, cfg, records)
-    return Trainer(cfg, model, len(records), make_batches, partial(evaluate, cfg, model))
+    return Trainer(cfg, model, len(records), make_batches, partial(evaluate, cfg, model, tests) if tests else None)
 
 
-def evaluate(cfg: CfgNode, model: GeneralizedRCNN) -> dict[str, Any]:
-    """Evaluate on every set of ``DATASETS.TEST``; write ``inference/results.json``.
+def evaluate(cfg: CfgNode, model: GeneralizedRCNN, tests: dict[str, Records]) -> dict[str, Any]:
+    """Evaluate on each of ``tests``; write ``inference/results.json``.
+
+    Detections go into ``inference/``, of several sets each into a folder of the set's name there.
 
     Returns:
         For one data set its results, such as ``{"bbox": {"AP": ...}, "voc07": {"AP50": ...}}``, in percent; for
@@ -117,8 +118,7 @@ def evaluate(cfg: CfgNode, model: GeneralizedRCNN) -> dict[str, Any]:
     """
     results: dict[str, Any] = {}
     autocast = choose_precision(cfg.SOLVER.PRECISION, next(model.parameters()).device).autocast
-    for name in cfg.DATASETS.TEST:
-        records = catalog.get_records(name)
+    for name, records in tests.items():
         batches = ordered_batches(
             records,
             DetectionMapper(cfg, is_train=False),
@@ -129,7 +129,9 @@ def evaluate(cfg: CfgNode, model: GeneralizedRCNN) -> dict[str, Any]:
             comm.get_world_size(),
         )
         with autocast():
-            result = inference_on_dataset(model, batches, DatasetEvaluators(list(_evaluators(cfg, name, records))))
+            output = Path(cfg.OUTPUT_DIR) / "inference" / (name if len(tests) > 1 else "")
+            evaluators = DatasetEvaluators(list(_evaluators(cfg, name, records, output)))
+            result = inference_on_dataset(model, batches, evaluators)
         if comm.is_main_process():
             results[name] = result
             logger.info(f"results on {name}:")
@@ -139,11 +141,9 @@ def evaluate(cfg: CfgNode, model: GeneralizedRCNN) -> dict[str, Any]:
     return next(iter(results.values())) if len(results) == 1 else results
 
 
-def _evaluators(cfg: CfgNode, name: str, records: Records) -> Iterable[DatasetEvaluator]:
+def _evaluators(cfg: CfgNode, name: str, records: Records, output: Path) -> Iterable[DatasetEvaluator]:
     metadata = catalog.get_metadata(name)
     metrics = metadata.get("metrics", ("coco",))
-    output = Path(cfg.OUTPUT_DIR) / "inference"
-    output.mkdir(parents=True, exist_ok=True)
     ignore = cfg.DATASETS.IGNORE_DIFFICULT
     if "coco" in metrics:
         truth = None if metadata.get("json_file") else records

@@ -6,7 +6,7 @@ from pathlib import Path
 from detectron2.modeling import GeneralizedRCNN
 from fvcore.common.config import CfgNode
 
-from relvit_d2.encoders.weights import feature_difference, load_encoder, read_encoder
+from relvit_d2.encoders.weights import ENOUGH, feature_difference, load_encoder, read_encoder
 from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.errors import UserError
 
@@ -45,7 +45,9 @@ def load_weights(cfg: CfgNode, model: GeneralizedRCNN) -> None:
             f"features of the pre-trained encoder and of the detector's backbone agree to {difference:.1e}{note}"
         )
     else:
-        Checkpointer(model).load(weights, checkpointables=[])
+        checkpointer = Checkpointer(model)
+        checkpointer.enough = ENOUGH
+        checkpointer.load(weights, checkpointables=[])
 
 
 def _check_pixels(cfg: CfgNode, path: Path) -> None:

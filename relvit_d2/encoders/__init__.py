@@ -1,4 +1,4 @@
-"""Images to token maps. Imports torch, torchvision and timm only.
+"""Images to token maps. Imports torch, torchvision, timm and safetensors only.
 
 Importing this package fills :data:`ENCODERS`; a new member is one file and one line here.
 """

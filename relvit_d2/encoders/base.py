@@ -22,7 +22,8 @@ class Encoder(nn.Module):
         strides: pixels per token of each map, by the map's name, finest first (``{"s16": 16}``).
         channels: channels of each map, under the same names.
 
-    The last map is the one the pretext heads and the simple feature pyramid read.
+    The last map is the one the pretext heads and the simple feature pyramid read. Every builder takes the keys of
+    ``MODEL.ENCODER`` in small letters and ``in_chans``.
     """
 
     name: str

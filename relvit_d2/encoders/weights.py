@@ -138,6 +138,10 @@ def feature_difference(encoder: Encoder, path: Path) -> float:
     """
     tensors, metadata = read_encoder(path)
     source = build_encoder(**metadata["encoder"])
+    if odd := sorted(tensors.keys() ^ source.state_dict().keys()):
+        raise UserError(
+            f"'{path}' does not hold the encoder that its metadata describes ({', '.join(odd[:3])}); write it anew"
+        )
     source.load_state_dict(tensors)
     source = source.to(next(encoder.parameters()).device).eval()
     size = encoder.arguments["img_size"]

@@ -10,13 +10,20 @@ from detectron2.checkpoint import DetectionCheckpointer
 from relvit_d2.errors import UserError
 from relvit_d2.files import appearing, write_text
 
+_UNREADABLE = (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, ValueError, AttributeError, TypeError)
+
 
 class Checkpointer(DetectionCheckpointer):
     """Detectron2's checkpointer with atomic writes and files that hold tensors and plain values only.
 
     A file is written under a temporary name in the same folder, flushed to the disk and renamed; then the
     pointer ``last_checkpoint`` the same way. A process killed at any moment leaves the previous checkpoint.
+
+    Attributes:
+        enough: share of the model's values that a checkpoint must fit, 0..1; the rest is logged and stays as it is.
     """
+
+    enough = 1.0
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``NAME.pth`` and point ``last_checkpoint`` to it.
@@ -33,12 +40,12 @@ class Checkpointer(DetectionCheckpointer):
         try:
             with appearing(path) as part:
                 torch.save(data, part)
-            self.tag_last_checkpoint(path.name)
-        except (OSError, RuntimeError) as error:
+        except RuntimeError as error:  # how torch.save reports a full disk
             raise UserError(
-                f"checkpoint '{path}' could not be written ({error}); the previous one is untouched: "
-                "free space or choose another OUTPUT_DIR, then go on with --resume"
+                f"checkpoint '{path}' could not be written ({str(error).splitlines()[0]}); the previous one is "
+                "untouched: free space or choose another OUTPUT_DIR, then go on with --resume"
             ) from error
+        self.tag_last_checkpoint(path.name)
         self.logger.info(f"Saved checkpoint {path}")
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
@@ -49,25 +56,35 @@ class Checkpointer(DetectionCheckpointer):
         """Load a checkpoint; arguments and result as Detectron2's.
 
         Raises:
-            UserError: if the file is missing or is not a checkpoint, or none of its tensors fit the model.
+            UserError: if the file is missing, is not a checkpoint, or does not fit the model or the optimiser.
         """
         if path and "://" not in path and not Path(path).is_file():
-            raise UserError(f"weights file '{path}' does not exist; check MODEL.WEIGHTS")
+            raise UserError(
+                f"checkpoint '{path}' does not exist; check MODEL.WEIGHTS, or last_checkpoint when resuming"
+            )
         try:
             return super().load(path, *args, **kwargs)
-        except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, AttributeError, TypeError) as error:
+        except _UNREADABLE as error:
             self._parsed_url_during_load = None
             first = str(error).split("\n", 1)[0]
             raise UserError(
-                f"'{path}' is not a readable checkpoint ({first}); give a model_*.pth or an encoder.safetensors"
+                f"'{path}' is not a checkpoint of this configuration that can be read ({first}); give a model_*.pth "
+                "written with it, or an encoder.safetensors"
             ) from error
 
     def _load_model(self, checkpoint: Any) -> Any:
-        own = set(self.model.state_dict())
-        given = {name.removeprefix("module.") for name in checkpoint["model"]}
-        if not own & given:
+        total = sum(value.numel() for value in self.model.state_dict().values())
+        incompatible = super()._load_model(checkpoint)
+        own = self.model.state_dict()
+        poor = [*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes)]
+        share = 1 - sum(own[name].numel() for name in poor) / max(total, 1)
+        if share < self.enough:
+            shapes = [
+                f"{name} {list(theirs)}, here {list(ours)}" for name, theirs, ours in incompatible.incorrect_shapes
+            ]
+            first = "; ".join((shapes or poor)[:2])
             raise UserError(
-                "no tensor of the weights file has the name of a tensor of this model; "
-                "give a checkpoint of the same kind of model (MODEL.WEIGHTS)"
+                f"the checkpoint fits only {share:.1%} of the model's values ({first}); "
+                "give one of this very model, or set the keys that it was trained with"
             )
-        return super()._load_model(checkpoint)
+        return incompatible

@@ -20,11 +20,11 @@ from fvcore.common.config import CfgNode
 from torch.multiprocessing import ProcessExitedException
 
 from relvit_d2 import __version__
-from relvit_d2.config import add_relvit_config
+from relvit_d2.config import WITHOUT_EFFECT, add_relvit_config
 from relvit_d2.engine.machine import device_name
 from relvit_d2.engine.randomness import seed_everything
 from relvit_d2.errors import UserError, nearest
-from relvit_d2.files import write_text
+from relvit_d2.files import remove_leftovers, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +117,16 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
             cfg.merge_from_list([key, value])
         except (KeyError, ValueError, AssertionError, AttributeError, TypeError) as error:
             raise _config_error(error, f"override '{key} {value}'", cfg, key) from error
+    defaults = get_cfg()
+    for key, instead in WITHOUT_EFFECT.items():
+        if _value(cfg, key) != _value(defaults, key):
+            raise UserError(f"key {key} has no effect here; leave it out and set {instead}")
+    return cfg
+
+
+def _value(cfg: CfgNode, key: str) -> object:
+    for part in key.split("."):
+        cfg = cfg[part]
     return cfg
 
 
@@ -161,6 +171,9 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         raise UserError(f"MODEL.DEVICE '{cfg.MODEL.DEVICE}' is asked for, but torch sees no GPU; set MODEL.DEVICE cpu")
     if cfg.SEED < 0:
         raise UserError(f"SEED {cfg.SEED} is negative; every draw is a function of it, so give 0 or more")
+    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+    if cfg.SOLVER.IMS_PER_BATCH < 1:
+        raise UserError(f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is no number of images; give 1 or more")
     if cfg.SOLVER.IMS_PER_BATCH % comm.get_world_size():
         raise UserError(
             f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is no multiple of the {comm.get_world_size()} processes"
@@ -172,6 +185,7 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         setup_logger(str(output), distributed_rank=comm.get_rank(), name="detectron2", abbrev_name="d2")
         setup_logger(str(output), distributed_rank=comm.get_rank(), name="fvcore")
         if comm.is_main_process():
+            remove_leftovers(output)
             write_text(output / "config.yaml", cfg.dump())
     except OSError as error:
         raise UserError(f"OUTPUT_DIR '{output}' cannot be written ({error.strerror}); choose another folder") from error

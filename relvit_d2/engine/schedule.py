@@ -44,7 +44,7 @@ def build_schedule(cfg: CfgNode) -> Schedule:
         UserError: for an unknown ``SOLVER.LR_SCHEDULER_NAME``.
     """
     solver = cfg.SOLVER
-    steps, base, end, warmup = solver.MAX_ITER, solver.BASE_LR, solver.LR_END, solver.WARMUP_ITERS
+    steps, base, end, warmup = solver.MAX_ITER, solver.BASE_LR, solver.BASE_LR_END, solver.WARMUP_ITERS
     known: dict[str, Schedule] = {
         "QuarterCosineLR": lambda i: quarter_cosine(i, steps, base, end, warmup),
         "WarmupCosineLR": lambda i: warmup_cosine(i, steps, base, end, warmup),
@@ -53,6 +53,6 @@ def build_schedule(cfg: CfgNode) -> Schedule:
     name = solver.LR_SCHEDULER_NAME
     if name not in known:
         raise UserError(
-            f"SOLVER.LR_SCHEDULER_NAME '{name}' is unknown{nearest(name, list(known))} known: {', '.join(known)}"
+            f"SOLVER.LR_SCHEDULER_NAME '{name}' is unknown; known are {', '.join(known)}{nearest(name, list(known))}"
         )
     return known[name]

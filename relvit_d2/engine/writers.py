@@ -36,7 +36,7 @@ class ProgressPrinter(EventWriter):
             seconds = _median(storage, "time")
             left = storage.history("time").median(1000) * (self._max_iter - storage.iter - 1)
             parts.append(f"eta {datetime.timedelta(seconds=int(left))}")
-        losses = [n for n in names if "loss" in n]
+        losses = [n for n in names if n == "total_loss" or n.startswith("loss_")]
         parts += [f"{n} {_median(storage, n):.4g}" for n in sorted(losses, key=lambda n: (n != "total_loss", n))]
         for name in (n for n in names if n.startswith("accuracy_")):
             task = name.removeprefix("accuracy_")

@@ -71,7 +71,10 @@ class CocoStyleEvaluator(COCOEvaluator):
         entry = f"{dataset_name} as written to {json_file}"
         MetadataCatalog.get(entry).set(json_file=str(json_file), thing_classes=list(class_names))
         try:
-            super().__init__(entry, output_dir=str(output_dir), use_fast_impl=False)
+            masks = any("segmentation" in a for record in records for a in record.get("annotations", []))
+            # Masks that a model predicts for data without masks cannot be judged.
+            tasks = None if masks else ("bbox",)
+            super().__init__(entry, tasks=tasks, output_dir=str(output_dir), use_fast_impl=False)
         finally:
             MetadataCatalog.remove(entry)
 

@@ -259,12 +259,13 @@ def resample(images: Tensor, boxes: Tensor, flip: Tensor, shape: tuple[int, int]
     # Only the rectangle around this pass's boxes takes part in the products.
     top, left = boxes[:, :2].amin(0).tolist()
     bottom, right = (boxes[:, :2] + boxes[:, 2:]).amax(0).tolist()
+    boxes, flip = boxes.to(images.device), flip.to(images.device)
     window = images[:, :, top:bottom, left:right]
     window = window.to(torch.float32, memory_format=torch.contiguous_format)
     batch, _, height, width = window.shape
     along_y = resize_weights(boxes[:, 0] - top, boxes[:, 2], torch.zeros_like(flip), height, shape[0])
     along_x = resize_weights(boxes[:, 1] - left, boxes[:, 3], flip, width, shape[1])
-    along_y, along_x = along_y.to(images.device), along_x.div_(255).to(images.device)
+    along_x.div_(255)
 
     view = window.new_empty(3, batch, *shape)
     rows = torch.bmm(window.view(batch, 3 * height, width), along_x.mT).view(batch, 3, height, shape[1])

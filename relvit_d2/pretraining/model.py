@@ -53,6 +53,9 @@ def build_pretraining_model(cfg: CfgNode) -> PretrainingModel:
     """
     encoder = encoder_from_keys(cfg.MODEL.ENCODER)
     pretext = cfg.PRETEXT
+    for key, count in (("CROP_SCALE", 2), ("JITTER", 4)):
+        if len(pretext[key]) != count:
+            raise UserError(f"PRETEXT.{key} {list(pretext[key])} has {len(pretext[key])} numbers; give {count}")
     stride = encoder.strides[encoder.last]
     if pretext.IMAGE_SIZE % stride:
         below = pretext.IMAGE_SIZE // stride * stride

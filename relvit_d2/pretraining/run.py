@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from detectron2.utils import comm
@@ -14,27 +15,34 @@ from relvit_d2.data.mapper import ImageReader, pad_images
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.trainer import Trainer
 from relvit_d2.errors import UserError
+from relvit_d2.files import write_json
 from relvit_d2.pretraining.model import PretrainingModel, evaluate_pretext
 
 logger = logging.getLogger(__name__)
 
 
-def image_files(names: Sequence[str]) -> list[Any]:
+def image_files(key: str, names: Sequence[str]) -> list[Any]:
     """Return the image files of registered data sets and of folders; no label is read.
 
+    Args:
+        key: the config key that names them, for the message.
+        names: data sets, subsets and paths of folders.
+
     Raises:
-        UserError: if a name is neither a data set nor a folder, or nothing was found.
+        UserError: if a name is neither a data set nor a folder, or there is none.
     """
     files = [path for name in names for path in catalog.get_images(name)]
     if not files:
-        raise UserError("DATASETS.TRAIN names no image; give a data set or a folder, such as \"('path/to/images',)\"")
+        raise UserError(f"{key} names no image; give a data set or a folder, such as \"('path/to/images',)\"")
     return files
 
 
 def build_trainer(cfg: CfgNode, model: PretrainingModel) -> Trainer:
     """Return the trainer of pre-training on ``DATASETS.TRAIN``, with held-out figures on ``DATASETS.TEST``."""
-    files = image_files(cfg.DATASETS.TRAIN)
-    held_out = partial(evaluate, cfg, model) if cfg.DATASETS.TEST else None
+    files = image_files("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
+    held_out = None
+    if cfg.DATASETS.TEST:
+        held_out = partial(evaluate, cfg, model, image_files("DATASETS.TEST", cfg.DATASETS.TEST))
     return Trainer(cfg, model, len(files), partial(_training_batches, cfg, files), held_out)
 
 
@@ -44,24 +52,21 @@ def _training_batches(cfg: CfgNode, files: list[Any], start: int) -> Batches:
     return endless_batches(files, reader, pad_images, order, cfg.SEED, cfg.DATALOADER.NUM_WORKERS)
 
 
-def evaluate(cfg: CfgNode, model: PretrainingModel) -> dict[str, dict[str, float]]:
-    """Return ``{"held_out": figures}``: losses and accuracies on the images of ``DATASETS.TEST``, views fixed.
+def evaluate(cfg: CfgNode, model: PretrainingModel, files: list[Any]) -> dict[str, dict[str, float]]:
+    """Return ``{"held_out": figures}``, losses and accuracies with fixed views; write ``inference/results.json``.
 
-    Every process goes through the whole set; empty in all but the first.
+    Every process goes through all ``files``; the result is empty in all but the first.
     """
-    files = image_files(cfg.DATASETS.TEST)
-    batches = ordered_batches(
-        files,
-        ImageReader(cfg.INPUT.LOAD_SIZE),
-        pad_images,
-        cfg.SOLVER.IMS_PER_BATCH,
-        cfg.DATALOADER.NUM_WORKERS,
-    )
+    batch = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
+    batches = ordered_batches(files, ImageReader(cfg.INPUT.LOAD_SIZE), pad_images, batch, cfg.DATALOADER.NUM_WORKERS)
     with choose_precision(cfg.SOLVER.PRECISION, next(model.parameters()).device).autocast():
         figures = evaluate_pretext(model, batches)
-    for task in (name.removeprefix("accuracy_") for name in figures if name.startswith("accuracy_")):
+    if not comm.is_main_process():
+        return {}
+    for task, chance in model.task.chance().items():
         logger.info(
-            f"held out: {task} accuracy {figures['accuracy_' + task]:.1%} (chance {figures['chance_' + task]:.1%}) "
-            f"on {len(files)} images"
+            f"held out: {task} accuracy {figures['accuracy_' + task]:.1%} (chance {chance:.1%}) on {len(files)} images"
         )
-    return {"held_out": figures} if comm.is_main_process() else {}
+    results = {"held_out": figures}
+    write_json(Path(cfg.OUTPUT_DIR) / "inference" / "results.json", results)
+    return results

@@ -1,0 +1,44 @@
+"""Files appear whole or not at all."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from relvit_d2.errors import UserError
+from relvit_d2.files import appearing, remove_leftovers, write_json, write_text
+
+
+def test_a_failure_leaves_what_was_there_and_no_leftovers(tmp_path: Path) -> None:
+    path = tmp_path / "kept.txt"
+    write_text(path, "old")
+    with pytest.raises(ZeroDivisionError), appearing(path) as part:
+        part.write_text("half of the n")
+        raise ZeroDivisionError
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["kept.txt"]
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has no /dev/full")
+    path = tmp_path / "kept.txt"
+    write_text(path, "old")
+    with pytest.raises(UserError, match=r"kept.txt.*No space left.*OUTPUT_DIR"), appearing(path) as part:
+        part.symlink_to(full)
+        part.write_text("new")
+    assert path.read_text() == "old"
+
+
+def test_nan_becomes_null(tmp_path: Path) -> None:
+    write_json(tmp_path / "deep/results.json", {"AP": float("nan"), "rows": [1.5, float("nan")]})
+    assert json.loads((tmp_path / "deep/results.json").read_text()) == {"AP": None, "rows": [1.5, None]}
+
+
+def test_leftovers_of_killed_processes_go(tmp_path: Path) -> None:
+    (tmp_path / "inference").mkdir()
+    for name in (".model_final.pth.123.part", "inference/.results.json.9.part", "model_final.pth"):
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path)
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["model_final.pth"]

@@ -1,0 +1,57 @@
+"""Run one of the scripts as a user would, with a progress bar."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from relvit_d2.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_script(title: str, command: list[str], output: Path, total: int) -> None:
+    """Run ``command``, whose ``OUTPUT_DIR`` is ``output``; what it prints goes to ``output/console.txt``.
+
+    The bar counts the iterations up to ``total`` in ``output/metrics.json`` and says what happens before and after.
+
+    Args:
+        title: the phase, shown beside the bar.
+        command: a script of the repository's root and its arguments.
+        output: the script's output folder; made if missing.
+        total: iteration at which the script stops; 0 for one that does not train.
+
+    Raises:
+        UserError: if the script fails, with the script's own sentence.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    console, metrics = output / "console.txt", output / "metrics.json"
+    pause = 0.5 if sys.stderr.isatty() else 10.0
+    with console.open("w") as log, tqdm(desc=title, total=total, unit="it", mininterval=pause) as bar:
+        full = [sys.executable, str(ROOT / command[0]), *command[1:]]
+        before = _iterations(metrics, total)
+        process = subprocess.Popen(full, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            while process.poll() is None:
+                time.sleep(0.5)
+                done = _iterations(metrics, total)
+                phase = "evaluating" if done == total else "training" if done > before else "starting"
+                bar.set_postfix_str(phase, refresh=False)
+                bar.update(done - bar.n)
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+        if process.returncode == 0:
+            bar.set_postfix_str("done", refresh=False)
+            bar.update(total - bar.n)
+    if process.returncode:
+        lines = console.read_text().strip().splitlines() or ["it said nothing"]
+        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        raise UserError(f"{command[0]} failed: {(errors or lines)[-1]} (whole log: {console})")
+
+
+def _iterations(metrics: Path, total: int) -> int:
+    return min(metrics.read_bytes().count(b"\n"), total) if metrics.exists() else 0
