@@ -167,7 +167,7 @@ def test_files_that_are_no_checkpoint_are_named(tmp_path: Path) -> None:
     torch.save({"model": {"other.weight": torch.zeros(2)}}, tmp_path / "other.pth")
     for name, words in (
         ("text.pth", "not a readable checkpoint"),
-        ("other.pth", "no tensor"),
+        ("other.pth", "fits only 0.0%"),
         ("no.pth", "does not exist"),
     ):
         with pytest.raises(UserError, match=words):

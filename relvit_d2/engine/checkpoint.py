@@ -10,8 +10,6 @@ from detectron2.checkpoint import DetectionCheckpointer
 from relvit_d2.errors import UserError
 from relvit_d2.files import appearing, write_text
 
-_UNREADABLE = (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, ValueError, AttributeError, TypeError)
-
 
 class Checkpointer(DetectionCheckpointer):
     """Detectron2's checkpointer with atomic writes and files that hold tensors and plain values only.
@@ -64,13 +62,15 @@ class Checkpointer(DetectionCheckpointer):
             )
         try:
             return super().load(path, *args, **kwargs)
-        except _UNREADABLE as error:
+        except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, AttributeError, TypeError) as error:
             self._parsed_url_during_load = None
-            first = str(error).split("\n", 1)[0]
             raise UserError(
-                f"'{path}' is not a checkpoint of this configuration that can be read ({first}); give a model_*.pth "
-                "written with it, or an encoder.safetensors"
+                f"'{path}' is not a readable checkpoint of tensors and plain values; give a model_*.pth or an "
+                "encoder.safetensors"
             ) from error
+        except ValueError as error:  # how an optimiser refuses the state of another
+            self._parsed_url_during_load = None
+            raise UserError(f"'{path}' was written with another configuration: {error}") from error
 
     def _load_model(self, checkpoint: Any) -> Any:
         total = sum(value.numel() for value in self.model.state_dict().values())
