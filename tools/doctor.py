@@ -119,8 +119,8 @@ def check_data() -> None:
     row("data root", f"{catalog.dataset_root()}   ($DETECTRON2_DATASETS {state})")
     reasons: dict[str, int] = {}
     for name in catalog.DATASETS:
-        if name.startswith("streets_"):
-            row(f"  {name}", "drawn on first use")
+        if name.startswith("streets_") and not (catalog.streets_root() / "streets").is_dir():
+            row(f"  {name}", f"drawn on first use, in {catalog.streets_root()}")
             continue
         try:
             row(f"  {name}", f"{len(catalog.get_images(name))} images")

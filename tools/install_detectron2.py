@@ -12,6 +12,8 @@ NumPy 2, and black only formats the files of ``LazyConfig.to_py``.
 Usage: python tools/install_detectron2.py [--requirements FILE]
 """
 
+from __future__ import annotations  # an old Python gets a sentence, not a syntax error
+
 import argparse
 import csv
 import re
@@ -22,6 +24,8 @@ import sysconfig
 import tempfile
 from importlib import metadata
 from pathlib import Path
+
+from setup_env import check_python
 
 REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements-detectron2.txt"
 STAGING = ".detectron2-staging-"
@@ -154,6 +158,10 @@ def main() -> int:
     """Run the script; return the exit status."""
     parser = argparse.ArgumentParser(description="Install Detectron2's Python code without a compiler.")
     parser.add_argument("--requirements", type=Path, default=REQUIREMENTS, help="file that pins the wheel and its hash")
+    problem = check_python(sys.version_info)
+    if problem:
+        print(problem, file=sys.stderr)
+        return 1
     try:
         print(ensure(parser.parse_args().requirements))
     except InstallError as error:
