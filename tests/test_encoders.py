@@ -35,8 +35,10 @@ def test_tokens_are_the_last_map_row_by_row(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_reach_every_parameter(name: str) -> None:
     encoder = build_encoder(name, img_size=64)
-    encoder(torch.randn(1, 3, 64, 64))[encoder.last].square().sum().backward()
-    without = [n for n, p in encoder.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    features = encoder(torch.randn(2, 3, 64, 64))[encoder.last]
+    # A random projection: the sum of squares behind a norm is constant, its gradient rounding noise.
+    (features * torch.randn_like(features)).sum().backward()
+    without = [n for n, p in encoder.named_parameters() if p.grad is None or not p.grad.abs().max() > 1e-6]
     assert without == []
 
 
