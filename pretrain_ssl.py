@@ -21,6 +21,9 @@ def main(args: argparse.Namespace) -> None:
     """Run one process."""
     cfg = load_config(args.config_file, args.opts)
     cfg.freeze()
+    wanted = args.eval_only or cfg.DATASETS.TEST
+    tests = image_files("DATASETS.TEST", cfg.DATASETS.TEST) if wanted else []
+    files = [] if args.eval_only else image_files("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
     start_run(cfg, args)
     model = build_pretraining_model(cfg)
     weights = cfg.MODEL.WEIGHTS
@@ -30,9 +33,9 @@ def main(args: argparse.Namespace) -> None:
         if not checkpoint.endswith(".pth"):
             raise UserError("--eval-only needs trained heads: add MODEL.WEIGHTS path/to/model_final.pth or --resume")
         checkpointer.load(checkpoint, checkpointables=[])
-        evaluate(cfg, model, image_files("DATASETS.TEST", cfg.DATASETS.TEST))
+        evaluate(cfg, model, tests)
         return
-    trainer = build_trainer(cfg, model)
+    trainer = build_trainer(cfg, model, files, tests)
     resumed = args.resume and trainer.resume()
     if weights and not resumed:
         if not weights.endswith(".safetensors"):

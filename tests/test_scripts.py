@@ -131,10 +131,12 @@ def test_detection_from_the_encoder_then_evaluation_again(root: Path, encoder: P
         assert words in done.stdout, words
     first = json.loads((tmp_path / "inference/results.json").read_text())["svhn_test"]["bbox"]
     assert {"AP", "AP50", "AP75"} <= first.keys()
+    config = (tmp_path / "config.yaml").read_text()
+    run(root, *detect(root, tmp_path, *EVERYTHING, flags=("--eval-only", "--resume")))
+    assert (tmp_path / "config.yaml").read_text() == config
     weights = ("MODEL.WEIGHTS", tmp_path / "model_final.pth", *EVERYTHING)
-    run(root, *detect(root, tmp_path / "again", *weights, flags=("--eval-only",)))
     run(root, *detect(root, tmp_path / "two", *weights, flags=("--eval-only", "--num-gpus", "2")))
-    alone, two = (detections(tmp_path / folder) for folder in ("again", "two"))
+    alone, two = detections(tmp_path), detections(tmp_path / "two")
     assert {d["image_id"] for d in alone} == set("123456")
     assert alone == two
     rows = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]

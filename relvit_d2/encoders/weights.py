@@ -90,12 +90,12 @@ def load_encoder(encoder: Encoder, path: Path) -> MatchReport:
     """
     tensors, metadata = read_encoder(path)
     source = metadata["encoder"]
-    for key, ours in (("name", encoder.name), ("patch_size", encoder.arguments.get("patch_size"))):
+    for key, what in (("name", "of encoder"), ("patch_size", "for a patch size of")):
+        ours = encoder.to_config().get(key)
         if source.get(key) != ours:
-            option = {"name": "NAME", "patch_size": "PATCH_SIZE"}[key]
             raise UserError(
-                f"'{path}' holds weights of encoder {source['name']} with {key} {source.get(key)}, "
-                f"the config asks for {ours}; set MODEL.ENCODER.{option} {source.get(key)} or give other weights"
+                f"'{path}' holds weights {what} {source.get(key)}, the config asks for {ours}; "
+                f"set MODEL.ENCODER.{key.upper()} {source.get(key)} or give other weights"
             )
     report = MatchReport(str(path))
     own = encoder.state_dict()

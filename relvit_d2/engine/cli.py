@@ -41,8 +41,8 @@ def guard(function: Callable[[], None]) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except ProcessExitedException as error:  # a worker process said its sentence already
-        return error.exit_code or 1
+    except ProcessExitedException:  # that process said its sentence already
+        return 1
     return 0
 
 
@@ -84,6 +84,9 @@ def _process(main: Callable[[argparse.Namespace], None], args: argparse.Namespac
     status = guard(lambda: main(args))
     if status:
         sys.exit(status)
+    # A process that leaves while another still talks to it takes that one down.
+    comm.synchronize()
+    torch.distributed.destroy_process_group()
 
 
 def load_config(config_file: str, overrides: list[str]) -> CfgNode:
@@ -186,7 +189,8 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         setup_logger(str(output), distributed_rank=comm.get_rank(), name="fvcore")
         if comm.is_main_process():
             remove_leftovers(output)
-            write_text(output / "config.yaml", cfg.dump())
+            if not (args.eval_only and (output / "config.yaml").exists()):  # that one is the training's
+                write_text(output / "config.yaml", cfg.dump())
     except OSError as error:
         raise UserError(f"OUTPUT_DIR '{output}' cannot be written ({error.strerror}); choose another folder") from error
     # Said at every start by code of Detectron2 and fvcore that a user of this project cannot mend.
@@ -195,5 +199,4 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     device = f"{device_name(cfg.MODEL.DEVICE)}, {torch.get_num_threads()} threads"
     logger.info(f"relvit_d2 {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {device}")
     logger.info(f"command: {' '.join(sys.argv)}")
-    logger.info(f"config kept in {output / 'config.yaml'}")
     seed_everything(cfg.SEED, "model")

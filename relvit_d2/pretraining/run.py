@@ -37,12 +37,9 @@ def image_files(key: str, names: Sequence[str]) -> list[Any]:
     return files
 
 
-def build_trainer(cfg: CfgNode, model: PretrainingModel) -> Trainer:
-    """Return the trainer of pre-training on ``DATASETS.TRAIN``, with held-out figures on ``DATASETS.TEST``."""
-    files = image_files("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
-    held_out = None
-    if cfg.DATASETS.TEST:
-        held_out = partial(evaluate, cfg, model, image_files("DATASETS.TEST", cfg.DATASETS.TEST))
+def build_trainer(cfg: CfgNode, model: PretrainingModel, files: list[Any], tests: list[Any]) -> Trainer:
+    """Return the trainer of pre-training on the images ``files``, with held-out figures on ``tests`` if any."""
+    held_out = partial(evaluate, cfg, model, tests) if tests else None
     return Trainer(cfg, model, len(files), partial(_training_batches, cfg, files), held_out)
 
 
