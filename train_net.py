@@ -19,6 +19,8 @@ def main(args: argparse.Namespace) -> None:
     """Run one process."""
     asked = load_config(args.config_file, args.opts)
     tests = evaluation_sets(asked)
+    if args.eval_only and not tests:
+        raise UserError("DATASETS.TEST is empty; name a data set to evaluate on, such as ('voc_2007_test',)")
     records = [record for test in tests.values() for record in test] if args.eval_only else training_records(asked)
     cfg = settle(asked, records)
     start_run(cfg, args)
@@ -29,8 +31,6 @@ def main(args: argparse.Namespace) -> None:
         weights = cfg.MODEL.WEIGHTS
         if args.resume:
             weights = Checkpointer(model, cfg.OUTPUT_DIR).get_checkpoint_file()
-        if not tests:
-            raise UserError("DATASETS.TEST is empty; name a data set to evaluate on, such as ('voc_2007_test',)")
         if not weights or weights.endswith(".safetensors"):
             raise UserError("--eval-only needs a trained detector: add MODEL.WEIGHTS path/to/model_final.pth")
         Checkpointer(model).load(weights, checkpointables=[])

@@ -178,7 +178,8 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
     model = Regression()
     torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
     model.net[0] = nn.Linear(5, 8)
-    with pytest.raises(UserError, match=r"fits only .* \(net.0.weight \[8, 4\], here \[8, 5\]\)"):
+    # 40 of the 73 values that the model has now: 8 x 5 weights of another shape.
+    with pytest.raises(UserError, match=r"fits only 45.2%.* \(net.0.weight \[8, 4\], here \[8, 5\]\)"):
         Checkpointer(model, "").load(str(tmp_path / "model.pth"))
 
 

@@ -76,7 +76,8 @@ class Checkpointer(DetectionCheckpointer):
         total = sum(value.numel() for value in self.model.state_dict().values())
         incompatible = super()._load_model(checkpoint)
         own = self.model.state_dict()
-        poor = [*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes)]
+        # What has another shape is listed as missing too.
+        poor = list(dict.fromkeys([*incompatible.missing_keys, *(n for n, *_ in incompatible.incorrect_shapes)]))
         share = 1 - sum(own[name].numel() for name in poor) / max(total, 1)
         if share < self.enough:
             shapes = [
