@@ -149,6 +149,16 @@ def test_box_only_data_turns_the_mask_head_off_and_says_so(root: Path, tmp_path:
     assert not any("mask" in name for name in torch.load(tmp_path / "model_final.pth", weights_only=True)["model"])
 
 
+def test_masks_are_trained_and_evaluated_where_the_data_have_them(samples: Path, tmp_path: Path) -> None:
+    names = ["DATASETS.TRAIN", "('coco_2017_train[:4]',)", "DATASETS.TEST", "('coco_2017_val[:2]',)"]
+    small = ["MODEL.MASK_ON", "True", "MODEL.ROI_MASK_HEAD.NUM_CONV", 1, "MODEL.ROI_MASK_HEAD.CONV_DIM", 16]
+    done = run(samples, *detect(samples, tmp_path, *names, *small, *EVERYTHING, "SOLVER.MAX_ITER", 1))
+    assert "the mask head is off" not in done.stdout
+    results = json.loads((tmp_path / "inference/results.json").read_text())["coco_2017_val[:2]"]
+    assert {"AP", "AP50", "AP75"} <= results["bbox"].keys() & results["segm"].keys()
+    assert "loss_mask" in json.loads((tmp_path / "metrics.json").read_text().splitlines()[0])
+
+
 def test_pretraining_takes_a_plain_folder_of_images(root: Path, tmp_path: Path) -> None:
     (tmp_path / "images/deep").mkdir(parents=True)
     for number, size in enumerate([(40, 30), (64, 64), (33, 90)]):
