@@ -6,7 +6,7 @@ from pathlib import Path
 from detectron2.modeling import GeneralizedRCNN
 from fvcore.common.config import CfgNode
 
-from relvit_d2.encoders.weights import ENOUGH, feature_difference, load_encoder, read_encoder
+from relvit_d2.encoders.weights import ENOUGH, MatchReport, feature_difference, load_encoder
 from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.errors import UserError
 
@@ -32,7 +32,7 @@ def load_weights(cfg: CfgNode, model: GeneralizedRCNN) -> None:
         encoder = model.backbone.encoder
         path = Path(weights)
         report = load_encoder(encoder, path)
-        _check_pixels(cfg, path)
+        _check_pixels(cfg, report)
         logger.info(str(report))
         difference = feature_difference(encoder, path)
         if not difference <= TOLERANCE:
@@ -50,13 +50,13 @@ def load_weights(cfg: CfgNode, model: GeneralizedRCNN) -> None:
         checkpointer.load(weights, checkpointables=[])
 
 
-def _check_pixels(cfg: CfgNode, path: Path) -> None:
+def _check_pixels(cfg: CfgNode, report: MatchReport) -> None:
     """Refuse to feed an encoder pixels of another scale or channel order than it was pre-trained on."""
-    metadata = read_encoder(path)[1]
     for key, ours, name in (
         ("INPUT.FORMAT", cfg.INPUT.FORMAT, "input_format"),
         ("MODEL.PIXEL_MEAN", list(cfg.MODEL.PIXEL_MEAN), "pixel_mean"),
         ("MODEL.PIXEL_STD", list(cfg.MODEL.PIXEL_STD), "pixel_std"),
     ):
-        if name in metadata and metadata[name] != ours:
-            raise UserError(f"'{path}' was pre-trained with {key} {metadata[name]}, not {ours}; set {key} to that")
+        theirs = report.metadata.get(name, ours)
+        if theirs != ours:
+            raise UserError(f"'{report.path}' was pre-trained with {key} {theirs}, not {ours}; set {key} to that")

@@ -1,10 +1,10 @@
 """What an encoder is, and the table of the encoders that exist."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from relvit_d2.errors import UserError, nearest
@@ -67,28 +67,18 @@ class Encoder(nn.Module):
         """Resize the tensor ``name`` of an encoder configured as ``source``, or None where that makes no sense."""
         return None
 
-    def without(self, fresh: set[str]) -> "_Muted":
-        """Context in which the parameters in ``fresh`` are zero, to compare with an encoder that lacks them."""
-        return _Muted([p for n, p in self.named_parameters() if n in fresh])
-
-
-class _Muted:
-    """Sets parameters to zero inside a ``with`` block."""
-
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self._parameters = parameters
-        self._kept: list[Tensor] = []
-
-    @torch.no_grad()
-    def __enter__(self) -> None:
-        self._kept = [p.detach().clone() for p in self._parameters]
-        for p in self._parameters:
-            p.zero_()
-
-    @torch.no_grad()
-    def __exit__(self, *exc: object) -> None:
-        for p, kept in zip(self._parameters, self._kept, strict=True):
-            p.copy_(kept)
+    @contextmanager
+    def without(self, fresh: set[str]) -> Iterator[None]:
+        """Keep the parameters in ``fresh`` at zero inside the block, to compare with an encoder that lacks them."""
+        muted = [p.data for n, p in self.named_parameters() if n in fresh]
+        kept = [value.clone() for value in muted]
+        for value in muted:
+            value.zero_()
+        try:
+            yield
+        finally:
+            for value, before in zip(muted, kept, strict=True):
+                value.copy_(before)
 
 
 ENCODERS: Registry[Callable[..., Encoder]] = Registry("encoder")

@@ -69,8 +69,7 @@ class ViT(Encoder):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """See :class:`Encoder`; a side that is no multiple of the patch is padded with zeros, right and bottom."""
         rows, cols = self.grid(*images.shape[-2:])
-        tokens = self.vit.forward_features(images)[:, self.vit.num_prefix_tokens :]
-        return {self.last: tokens.transpose(1, 2).unflatten(2, (rows, cols))}
+        return {self.last: self.tokens(images).transpose(1, 2).unflatten(2, (rows, cols))}
 
     def tokens(self, images: Tensor) -> Tensor:
         """See :class:`Encoder`; the sequence is the transformer's own, without the class token."""

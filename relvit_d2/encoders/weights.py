@@ -62,6 +62,7 @@ class MatchReport:
     """What became of every tensor of a file and of every parameter of the encoder it went into."""
 
     path: str
+    metadata: dict[str, Any]
     loaded: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
@@ -97,7 +98,7 @@ def load_encoder(encoder: Encoder, path: Path) -> MatchReport:
                 f"'{path}' holds weights {what} {source.get(key)}, the config asks for {ours}; "
                 f"set MODEL.ENCODER.{key.upper()} {source.get(key)} or give other weights"
             )
-    report = MatchReport(str(path))
+    report = MatchReport(str(path), metadata)
     own = encoder.state_dict()
     fresh = encoder.fresh(source)
     found: dict[str, Tensor] = {}

@@ -73,11 +73,11 @@ class Checkpointer(DetectionCheckpointer):
             raise UserError(f"'{path}' was written with another configuration: {error}") from error
 
     def _load_model(self, checkpoint: Any) -> Any:
-        total = sum(value.numel() for value in self.model.state_dict().values())
         incompatible = super()._load_model(checkpoint)
         own = self.model.state_dict()
         # What has another shape is listed as missing too.
         poor = list(dict.fromkeys([*incompatible.missing_keys, *(n for n, *_ in incompatible.incorrect_shapes)]))
+        total = sum(value.numel() for value in own.values())
         share = 1 - sum(own[name].numel() for name in poor) / max(total, 1)
         if share < self.enough:
             shapes = [
