@@ -9,7 +9,8 @@ from detectron2.utils import comm
 
 from relvit_d2.encoders.weights import load_encoder
 from relvit_d2.engine.checkpoint import Checkpointer
-from relvit_d2.engine.cli import load_config, run_script, start_run
+from relvit_d2.engine.cli import run_script, start_run
+from relvit_d2.engine.config_file import load_config
 from relvit_d2.errors import UserError
 from relvit_d2.pretraining.model import build_pretraining_model, export_encoder
 from relvit_d2.pretraining.run import build_trainer, evaluate, image_files

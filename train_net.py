@@ -9,7 +9,8 @@ from relvit_d2.detection.model import build_detector
 from relvit_d2.detection.run import build_trainer, evaluate, evaluation_sets, settle, training_records
 from relvit_d2.detection.weights import load_weights
 from relvit_d2.engine.checkpoint import Checkpointer
-from relvit_d2.engine.cli import load_config, run_script, start_run
+from relvit_d2.engine.cli import run_script, start_run
+from relvit_d2.engine.config_file import load_config
 from relvit_d2.errors import UserError
 
 logger = logging.getLogger("relvit_d2.train_net")

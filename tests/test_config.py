@@ -10,7 +10,7 @@ from detectron2.config import get_cfg
 
 from relvit_d2.config import _CHANGED, WITHOUT_EFFECT, add_relvit_config
 from relvit_d2.encoders import ENCODERS
-from relvit_d2.engine.cli import load_config
+from relvit_d2.engine.config_file import load_config
 from relvit_d2.errors import UserError
 
 CONFIGS = sorted(str(path) for path in Path("configs").rglob("*.yaml"))

@@ -14,7 +14,7 @@ from relvit_d2.detection import backbone
 from relvit_d2.detection.model import build_detector
 from relvit_d2.detection.run import training_records
 from relvit_d2.encoders import ENCODERS, build_encoder
-from relvit_d2.engine.cli import load_config
+from relvit_d2.engine.config_file import load_config
 from relvit_d2.errors import UserError
 
 

@@ -16,7 +16,8 @@ sys.path.insert(0, str(ROOT))
 
 from running import run_script  # noqa: E402
 
-from relvit_d2.engine.cli import guard, load_config  # noqa: E402
+from relvit_d2.engine.cli import guard  # noqa: E402
+from relvit_d2.engine.config_file import load_config  # noqa: E402
 from relvit_d2.errors import UserError  # noqa: E402
 
 PASS = 95.0
