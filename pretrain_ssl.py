@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> None:
         evaluate(cfg, model, tests)
         return
     trainer = build_trainer(cfg, model, files, tests)
-    resumed = args.resume and trainer.resume()
+    resumed = args.resume and trainer.resume(args.allow_changes)
     if weights and not resumed:
         if not weights.endswith(".safetensors"):
             raise UserError(

@@ -38,7 +38,7 @@ def main(args: argparse.Namespace) -> None:
         evaluate(cfg, model, tests)
         return
     trainer = build_trainer(cfg, model, records, tests)
-    if not (args.resume and trainer.resume()):
+    if not (args.resume and trainer.resume(args.allow_changes)):
         load_weights(cfg, model)
     trainer.train()
     output = Path(cfg.OUTPUT_DIR)

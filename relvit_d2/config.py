@@ -44,11 +44,18 @@ _C.INPUT.LOAD_SIZE = 512  # pre-training: larger images are reduced to this long
 
 # Solver.
 _C.SOLVER = CfgNode()
+_C.SOLVER.REFERENCE_BATCH = (
+    0  # the batch that BASE_LR is meant for: rates are scaled by IMS_PER_BATCH over it; 0: never
+)
+_C.SOLVER.ACCUMULATE = 1  # parts that every batch is computed in, one after the other, to save memory
+_C.SOLVER.CHECKPOINT_MAX_TO_KEEP = 0  # numbered checkpoints that stay, the newest; 0: all
 _C.SOLVER.PRECISION = "auto"  # auto, float32 or bfloat16; auto: bfloat16 where the device multiplies it natively
 
 # Test.
 _C.TEST = CfgNode()
 _C.TEST.BATCH_SIZE = 1  # images a batch in evaluation, per process
+_C.TEST.BEST_METRIC = ""  # such as "bbox/AP": its best value, or least if it is a loss, decides model_best.pth
+_C.TEST.PATIENCE = 0  # evaluations in a row without a better BEST_METRIC that end the run; 0: none do
 
 # Detectron2's own keys whose defaults differ here.
 _CHANGED = {
@@ -85,6 +92,20 @@ WITHOUT_EFFECT = {
     "DATALOADER.REPEAT_THRESHOLD": "nothing, the order is a function of SEED",
     "VIS_PERIOD": "tools of your own on inference/coco_instances_results.json",
 }
+
+
+# Keys that a resumed run may change, by how they begin: they do not decide what is learnt.
+FREE_ON_RESUME = (
+    "VERSION",
+    "OUTPUT_DIR",
+    "MODEL.DEVICE",
+    "MODEL.WEIGHTS",  # read at the start only
+    "CUDNN_BENCHMARK",
+    "DATALOADER.NUM_WORKERS",
+    "DATASETS.TEST",
+    "TEST.",
+    "SOLVER.CHECKPOINT_",
+)
 
 
 def add_relvit_config(cfg: CfgNode) -> None:

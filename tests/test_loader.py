@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from relvit_d2.data.decode import read_rgb
-from relvit_d2.data.loader import EndlessOrder, endless_batches, ordered_batches
+from relvit_d2.data.loader import EndlessBatches, EndlessOrder, ordered_batches
 from relvit_d2.data.mapper import pad_images
 from relvit_d2.errors import UserError
 
@@ -47,7 +47,7 @@ def draw(sample: int) -> tuple[int, float, float]:
 
 def test_the_draws_of_a_sample_do_not_depend_on_the_workers() -> None:
     def batches(workers: int) -> list[list[tuple[int, float, float]]]:
-        loader = endless_batches(range(7), draw, list, EndlessOrder(7, 3, 1, 4), 1, workers)
+        loader = EndlessBatches(range(7), draw, list, EndlessOrder(7, 3, 1, 4), 1, workers)
         return list(itertools.islice(iter(loader), 6))
 
     alone = batches(0)

@@ -23,8 +23,8 @@ from running import run_script  # noqa: E402
 from relvit_d2.data import catalog  # noqa: E402
 from relvit_d2.data.decode import read_rgb  # noqa: E402
 from relvit_d2.encoders.weights import read_encoder  # noqa: E402
-from relvit_d2.engine.cli import guard  # noqa: E402
 from relvit_d2.engine.config_file import load_config  # noqa: E402
+from relvit_d2.engine.failures import guard  # noqa: E402
 from relvit_d2.engine.machine import device_name  # noqa: E402
 from relvit_d2.engine.precision import choose_precision  # noqa: E402
 from relvit_d2.files import write_json, write_text  # noqa: E402

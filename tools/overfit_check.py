@@ -16,8 +16,8 @@ sys.path.insert(0, str(ROOT))
 
 from running import run_script  # noqa: E402
 
-from relvit_d2.engine.cli import guard  # noqa: E402
 from relvit_d2.engine.config_file import load_config  # noqa: E402
+from relvit_d2.engine.failures import guard  # noqa: E402
 from relvit_d2.errors import UserError  # noqa: E402
 
 PASS = 95.0
@@ -65,6 +65,7 @@ def check(config_file: str, images: int, opts: list[str]) -> None:
         "MODEL.ROI_BOX_HEAD.FC_DIM": 512,
         "SOLVER.IMS_PER_BATCH": 2,
         "SOLVER.BASE_LR": 2e-4,
+        "SOLVER.REFERENCE_BATCH": 0,
         "SOLVER.WARMUP_ITERS": 50,
         # A rate that does not depend on the end, so that a later round goes on where the earlier one stopped.
         "SOLVER.LR_SCHEDULER_NAME": "WarmupMultiStepLR",
@@ -77,7 +78,7 @@ def check(config_file: str, images: int, opts: list[str]) -> None:
     script = ["train_net.py", "--config-file", config_file]
     start = time.monotonic()
     for end in range(FIRST_ROUND, LAST + 1, ROUND):
-        resume = ["--resume"] if end > FIRST_ROUND else []
+        resume = ["--resume", "--allow-changes"] if end > FIRST_ROUND else []
         goal = ["DATASETS.TEST", "()", "SOLVER.MAX_ITER", str(end)]
         run_script(f"training to {end}", [*script, *resume, *pairs, *goal], output, end)
         test = ["DATASETS.TEST", f"({name!r},)", "MODEL.WEIGHTS", str(output / "model_final.pth")]

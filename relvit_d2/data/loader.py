@@ -1,16 +1,21 @@
 """Batches whose order is a pure function of the seed and the iteration."""
 
+import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
+import signal
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from relvit_d2.engine.randomness import generator, sequence, torch_generator
 from relvit_d2.errors import UserError
 
 Key = tuple[int, int]  # epoch, index
+
+_LAST_BATCHES = 30  # seconds that a worker goes on after SIGTERM
 
 
 class EndlessOrder(Sampler[list[Key]]):
@@ -22,29 +27,45 @@ class EndlessOrder(Sampler[list[Key]]):
 
     Args:
         count: number of samples.
-        batch: samples an iteration, all processes together; a multiple of ``world``.
+        batch: samples an iteration, all processes and parts together; a multiple of ``world * parts``.
         seed: the run's seed.
         start: first iteration.
         rank, world: number of this process and of processes.
+        parts: batches that each process reads an iteration, one after the other.
     """
 
-    def __init__(self, count: int, batch: int, seed: int, start: int, rank: int = 0, world: int = 1) -> None:
-        self._count, self._batch, self._seed, self._start = count, batch, seed, start
-        self._rank, self._world = rank, world
+    def __init__(
+        self, count: int, batch: int, seed: int, start: int, rank: int = 0, world: int = 1, parts: int = 1
+    ) -> None:
+        self._count, self._batch, self._seed, self.start = count, batch, seed, start
+        self._rank, self._world, self.parts = rank, world, parts
+        self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def __iter__(self) -> Iterator[list[Key]]:
+        for iteration in itertools.count(self.start):
+            keys = self.keys(iteration)
+            for part in range(self.parts):
+                first, end = self.share(part)
+                own = self._rank * (self._batch // self._world)
+                yield keys[first - own : end - own]
+
+    def share(self, part: int) -> tuple[int, int]:
+        """Return the first place and the end of a part of this process within the iteration's whole batch."""
+        size = self._batch // (self._world * self.parts)
+        first = (self._rank * self.parts + part) * size
+        return first, first + size
+
+    def keys(self, iteration: int) -> list[Key]:
+        """Return the epochs and indices of this process's samples in an iteration."""
         share = self._batch // self._world
-        position = self._start * self._batch + self._rank * share
-        epoch, order = -1, np.empty(0, np.int64)
-        while True:
-            keys = []
-            for place in range(position, position + share):
-                if place // self._count != epoch:
-                    epoch = place // self._count
-                    order = generator(self._seed, "order", epoch).permutation(self._count)
-                keys.append((epoch, int(order[place % self._count])))
-            yield keys
-            position += self._batch
+        position = iteration * self._batch + self._rank * share
+        return [self._key(place) for place in range(position, position + share)]
+
+    def _key(self, place: int) -> Key:
+        epoch, rest = divmod(place, self._count)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, generator(self._seed, "order", epoch).permutation(self._count)
+        return epoch, int(self._order[rest])
 
 
 class _Mapped(Dataset[Any]):
@@ -86,22 +107,15 @@ class Batches:
     def __len__(self) -> int:
         return len(self._loader)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Generator[Any, None, None]:
         for batch in self._loader:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
 
 
-def endless_batches(
-    samples: Sequence[Any],
-    mapper: Callable[[Any], Any],
-    collate: Callable[[list[Any]], Any],
-    order: EndlessOrder,
-    seed: int,
-    workers: int,
-) -> Batches:
-    """Return the endless batches of one process.
+class EndlessBatches(Batches):
+    """The endless batches of one process.
 
     Args:
         samples: what the mapper takes, one a sample.
@@ -111,12 +125,49 @@ def endless_batches(
         seed: the run's seed.
         workers: loader processes; 0 reads in this process. The batches are the same for any number.
     """
-    dataset = _Mapped(samples, mapper, seed)
-    # A loader draws a seed when it starts: from its own generator, lest the first iteration's draws shift.
-    own = torch_generator(seed, "loader")
-    return Batches(
-        DataLoader(dataset, batch_sampler=order, num_workers=workers, collate_fn=_Collate(collate), generator=own)
+
+    def __init__(
+        self,
+        samples: Sequence[Any],
+        mapper: Callable[[Any], Any],
+        collate: Callable[[list[Any]], Any],
+        order: EndlessOrder,
+        seed: int,
+        workers: int,
+    ) -> None:
+        self._samples, self._order = samples, order
+        dataset = _Mapped(samples, mapper, seed)
+        # A loader draws a seed when it starts: from its own generator, lest the first iteration's draws shift.
+        own = torch_generator(seed, "loader")
+        super().__init__(_loader(dataset, order, collate, workers, generator=own))
+
+    def names(self, iteration: int) -> list[Any]:
+        """Return what names the images of an iteration: the file, for a record the image's id too."""
+        samples = [self._samples[index] for _, index in self._order.keys(iteration)]
+        return [{k: s[k] for k in ("file_name", "image_id")} if isinstance(s, dict) else str(s) for s in samples]
+
+
+def _loader(
+    dataset: Dataset[Any], order: Any, collate: Callable[[list[Any]], Any], workers: int, **more: Any
+) -> DataLoader[Any]:
+    return DataLoader(
+        dataset,
+        batch_sampler=order,
+        num_workers=workers,
+        collate_fn=_Collate(collate),
+        worker_init_fn=_start_worker,
+        **more,
     )
+
+
+def _start_worker(number: int) -> None:
+    """Die with the parent, but not before it has the batches of its last iteration.
+
+    Ctrl-C and Slurm's SIGTERM reach every process of a run; Python too ends forgotten workers by SIGTERM.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_LAST_BATCHES))
+    _prctl_pr_set_pdeathsig(signal.SIGKILL)
 
 
 def ordered_batches(
@@ -132,4 +183,4 @@ def ordered_batches(
     share = np.array_split(np.arange(len(samples)), world)[rank].tolist()
     batches = [share[i : i + batch] for i in range(0, len(share), batch)]
     dataset = _Mapped(samples, mapper, seed=0)
-    return Batches(DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=_Collate(collate)))
+    return Batches(_loader(dataset, batches, collate, workers))

@@ -12,7 +12,7 @@ from detectron2.utils import comm
 from fvcore.common.config import CfgNode
 
 from relvit_d2.data import catalog
-from relvit_d2.data.loader import Batches, EndlessOrder, endless_batches, ordered_batches
+from relvit_d2.data.loader import EndlessBatches, EndlessOrder, ordered_batches
 from relvit_d2.data.mapper import DetectionMapper
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.trainer import Trainer
@@ -82,13 +82,13 @@ def training_records(cfg: CfgNode) -> Records:
     return records
 
 
-def training_batches(cfg: CfgNode, records: Records, start: int) -> Batches:
+def training_batches(cfg: CfgNode, records: Records, start: int) -> EndlessBatches:
     """Return the endless batches of this process from iteration ``start`` on."""
-    order = EndlessOrder(
-        len(records), cfg.SOLVER.IMS_PER_BATCH, cfg.SEED, start, comm.get_rank(), comm.get_world_size()
-    )
+    solver = cfg.SOLVER
+    rank, world = comm.get_rank(), comm.get_world_size()
+    order = EndlessOrder(len(records), solver.IMS_PER_BATCH, cfg.SEED, start, rank, world, solver.ACCUMULATE)
     mapper = DetectionMapper(cfg, is_train=True)
-    return endless_batches(records, mapper, list, order, cfg.SEED, cfg.DATALOADER.NUM_WORKERS)
+    return EndlessBatches(records, mapper, list, order, cfg.SEED, cfg.DATALOADER.NUM_WORKERS)
 
 
 def evaluation_sets(cfg: CfgNode) -> dict[str, Records]:

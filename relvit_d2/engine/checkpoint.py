@@ -1,6 +1,7 @@
 """Detectron2 checkpoints that appear whole or not at all."""
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ class Checkpointer(DetectionCheckpointer):
 
     Attributes:
         enough: share of the model's values that a checkpoint must fit, 0..1; the rest is logged and stays as it is.
+        accept: called with the content of a file before anything is loaded from it; raises to refuse it.
     """
 
     enough = 1.0
+    accept: Callable[[dict[str, Any]], None] | None = None
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``NAME.pth`` and point ``last_checkpoint`` to it.
@@ -33,8 +36,19 @@ class Checkpointer(DetectionCheckpointer):
             return
         data = {"model": self.model.state_dict()}
         data |= {key: obj.state_dict() for key, obj in self.checkpointables.items()}
-        data |= kwargs
-        path = Path(self.save_dir) / f"{name}.pth"
+        self._write(f"{name}.pth", data | kwargs)
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def save_best(self, **kwargs: Any) -> None:
+        """Write ``model_best.pth``, the weights without the optimiser; ``last_checkpoint`` stays.
+
+        Raises:
+            UserError: as :meth:`save`.
+        """
+        self._write("model_best.pth", {"model": self.model.state_dict(), **kwargs})
+
+    def _write(self, name: str, data: dict[str, Any]) -> None:
+        path = Path(self.save_dir) / name
         try:
             with appearing(path) as part:
                 torch.save(data, part)
@@ -43,7 +57,6 @@ class Checkpointer(DetectionCheckpointer):
                 f"checkpoint '{path}' could not be written ({str(error).splitlines()[0]}); the previous one is "
                 "untouched: free space or choose another OUTPUT_DIR, then go on with --resume"
             ) from error
-        self.tag_last_checkpoint(path.name)
         self.logger.info(f"Saved checkpoint {path}")
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
@@ -73,6 +86,8 @@ class Checkpointer(DetectionCheckpointer):
             raise UserError(f"'{path}' was written with another configuration: {error}") from error
 
     def _load_model(self, checkpoint: Any) -> Any:
+        if self.accept is not None:
+            self.accept(checkpoint)
         incompatible = super()._load_model(checkpoint)
         own = self.model.state_dict()
         # What has another shape is listed as missing too.

@@ -2,21 +2,20 @@
 
 import argparse
 import logging
-import os
 import platform
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from detectron2.engine import default_argument_parser, launch
+from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from fvcore.common.config import CfgNode
-from torch.multiprocessing import ProcessExitedException
 
 from relvit_d2 import __version__
+from relvit_d2.engine import distributed
+from relvit_d2.engine.failures import guard
 from relvit_d2.engine.machine import device_name
 from relvit_d2.engine.randomness import seed_everything
 from relvit_d2.errors import UserError
@@ -25,24 +24,7 @@ from relvit_d2.files import remove_leftovers, write_text
 logger = logging.getLogger(__name__)
 
 
-def guard(function: Callable[[], None]) -> int:
-    """Run ``function`` and return the exit status: 0, or 1 after printing the sentence of a :class:`UserError`.
-
-    ``RELVIT_DEBUG=1`` shows the traceback instead.
-    """
-    try:
-        function()
-    except UserError as error:
-        if os.environ.get("RELVIT_DEBUG") == "1":
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except ProcessExitedException:  # that process said its sentence already
-        return 1
-    return 0
-
-
-def run_script(main: Callable[[argparse.Namespace], None], example: str) -> int:
+def run_script(main: distributed.Main, example: str) -> int:
     """Parse Detectron2's command line and run ``main`` in as many processes as it asks for.
 
     Args:
@@ -50,43 +32,25 @@ def run_script(main: Callable[[argparse.Namespace], None], example: str) -> int:
         example: a command line that runs, for ``--help``.
 
     Returns:
-        The exit status.
+        The exit status (see :func:`relvit_d2.engine.failures.guard`).
     """
+    logging.raiseExceptions = False  # a log that cannot be written must not hide why
     parser = default_argument_parser(epilog=f"example:\n  {example}")
+    parser.add_argument(
+        "--allow-changes", action="store_true", help="with --resume: go on although the config is another"
+    )
     args = parser.parse_args()
 
-    def start() -> None:
+    def start() -> int:
         if not args.config_file:
             raise UserError(f"--config-file is missing; for example: {example}")
-        if torch.cuda.is_available() and args.num_gpus > torch.cuda.device_count():
-            raise UserError(f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()} GPUs")
-        if args.num_gpus * args.num_machines > 1:
-            launch(
-                _process,
-                args.num_gpus,
-                args.num_machines,
-                args.machine_rank,
-                args.dist_url,
-                args=(main, args),
-            )
-        else:
-            main(args)
+        return distributed.run(main, args, parser.get_default("dist_url"))
 
     return guard(start)
 
 
-def _process(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """One of several processes: the sentence of an error is printed here, the parent sees the exit status."""
-    status = guard(lambda: main(args))
-    if status:
-        sys.exit(status)
-    # A process that leaves while another still talks to it takes that one down.
-    comm.synchronize()
-    torch.distributed.destroy_process_group()
-
-
 def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Make ``OUTPUT_DIR``, start its log, say what runs on what, keep the config, seed the generators.
+    """Make ``OUTPUT_DIR``, start its log, say what runs on what, seed the generators.
 
     Raises:
         UserError: if ``OUTPUT_DIR`` cannot be written or the device is not there.
@@ -98,9 +62,16 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     if cfg.SOLVER.IMS_PER_BATCH < 1:
         raise UserError(f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is no number of images; give 1 or more")
-    if cfg.SOLVER.IMS_PER_BATCH % comm.get_world_size():
+    solver, processes = cfg.SOLVER, comm.get_world_size()
+    if not args.eval_only and (solver.ACCUMULATE < 1 or solver.IMS_PER_BATCH % (processes * solver.ACCUMULATE)):
         raise UserError(
-            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is no multiple of the {comm.get_world_size()} processes"
+            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is no multiple of {processes} processes times "
+            f"SOLVER.ACCUMULATE {solver.ACCUMULATE}: choose numbers that divide it"
+        )
+    if processes > 1 and torch.cuda.is_available() and not cfg.MODEL.DEVICE.startswith("cuda"):
+        raise UserError(
+            f"several processes use the GPUs of this machine, but MODEL.DEVICE is '{cfg.MODEL.DEVICE}': leave it "
+            "out, or hide the GPUs with CUDA_VISIBLE_DEVICES=''"
         )
     output = Path(cfg.OUTPUT_DIR)
     try:
@@ -110,7 +81,7 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         setup_logger(str(output), distributed_rank=comm.get_rank(), name="fvcore")
         if comm.is_main_process():
             remove_leftovers(output)
-            if not (args.eval_only and (output / "config.yaml").exists()):  # that one is the training's
+            if args.eval_only and not (output / "config.yaml").exists():  # a training writes it when it starts
                 write_text(output / "config.yaml", cfg.dump())
     except OSError as error:
         raise UserError(f"OUTPUT_DIR '{output}' cannot be written ({error.strerror}); choose another folder") from error

@@ -2,6 +2,8 @@
 
 import os
 import platform
+import resource
+import sys
 from pathlib import Path
 
 import torch
@@ -21,3 +23,11 @@ def processor() -> str:
 def device_name(device: str) -> str:
     """Return the name of the GPU for a ``MODEL.DEVICE`` of CUDA, else the processor's."""
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else processor()
+
+
+def peak_memory(device: str) -> float:
+    """Return the most memory held so far, in GiB: of the GPU for a device of CUDA, else of this process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)

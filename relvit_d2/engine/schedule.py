@@ -37,8 +37,17 @@ def warmup_multistep(step: int, base: float, milestones: list[int], gamma: float
     return base * ramp * gamma ** sum(step >= m for m in milestones)
 
 
+def batch_factor(cfg: CfgNode) -> float:
+    """Return what rates are scaled by: ``IMS_PER_BATCH`` over ``REFERENCE_BATCH``, 1 where that is 0.
+
+    The linear rule of "Accurate, Large Minibatch SGD" (Goyal et al., 2017, section 2.1).
+    """
+    reference = cfg.SOLVER.REFERENCE_BATCH
+    return cfg.SOLVER.IMS_PER_BATCH / reference if reference else 1.0
+
+
 def build_schedule(cfg: CfgNode) -> Schedule:
-    """Return the learning rate of each iteration, from the ``SOLVER`` keys.
+    """Return the learning rate of each iteration, from the ``SOLVER`` keys, scaled by :func:`batch_factor`.
 
     Raises:
         UserError: for an unknown ``SOLVER.LR_SCHEDULER_NAME``.
@@ -55,4 +64,5 @@ def build_schedule(cfg: CfgNode) -> Schedule:
         raise UserError(
             f"SOLVER.LR_SCHEDULER_NAME '{name}' is unknown; known are {', '.join(known)}{nearest(name, list(known))}"
         )
-    return known[name]
+    schedule, factor = known[name], batch_factor(cfg)
+    return lambda iteration: factor * schedule(iteration)

@@ -2,30 +2,46 @@
 
 import logging
 import math
+import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from detectron2.engine import HookBase, TrainerBase, hooks
+from detectron2.engine import TrainerBase, hooks
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage, JSONWriter, TensorboardXWriter
+from detectron2.utils.events import EventStorage
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from relvit_d2.engine import interrupts
 from relvit_d2.engine.checkpoint import Checkpointer
+from relvit_d2.engine.hooks import CheckpointHook, EvaluationHook
+from relvit_d2.engine.interrupts import Interrupted
 from relvit_d2.engine.optimizer import build_clipper, build_optimizer
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.randomness import seed_everything
-from relvit_d2.engine.schedule import build_schedule
-from relvit_d2.engine.writers import ProgressPrinter, drop_later_metrics
+from relvit_d2.engine.resume import check_same_run
+from relvit_d2.engine.schedule import batch_factor, build_schedule
+from relvit_d2.engine.writers import WriterHook
 from relvit_d2.errors import UserError
-
-PRINT_PERIOD = 20
+from relvit_d2.files import write_json, write_text
 
 logger = logging.getLogger(__name__)
+
+
+class Batches(Protocol):
+    """What the trainer reads: endless parts of batches, ``SOLVER.ACCUMULATE`` an iteration."""
+
+    def __iter__(self) -> Generator[Any, None, None]: ...
+
+    def names(self, iteration: int) -> list[Any]:
+        """Return what names the images of this process in an iteration, plain values."""
+        ...
 
 
 class Trainer(TrainerBase):
@@ -34,17 +50,26 @@ class Trainer(TrainerBase):
     Every iteration starts from generators seeded by ``(SEED, iteration, rank)`` and reads the batch that
     belongs to it, so a resumed run does what the straight run would have done.
 
+    Hooks of a user's own, such as a ``detectron2.engine.hooks.PeriodicWriter`` with an ``EventWriter``, are registered
+    with ``register_hooks`` before :meth:`train` and run after the trainer's.
+
     Args:
         cfg: the full config.
         model: batch -> dict; entries whose name starts with ``loss`` are summed and minimised, the others are
             metrics to log.
-        samples: number of training images, for the log.
-        make_loader: first iteration -> endless iterable of batches.
+        samples: number of training images.
+        make_batches: first iteration -> batches from there on.
         evaluate: returns results to log (Detectron2's nested dict); run every ``TEST.EVAL_PERIOD``
             iterations and at the end. None: no evaluation.
 
     Attributes:
         results: what the last evaluation returned.
+        interrupt: number of the signal that asked the run to end, 0 for none; the same in all processes.
+        stopped: whether patience ended the run.
+        first_row: the first iteration that this run writes to ``metrics.json``.
+
+    Raises:
+        UserError: for keys that contradict each other.
     """
 
     def __init__(
@@ -52,119 +77,231 @@ class Trainer(TrainerBase):
         cfg: CfgNode,
         model: nn.Module,
         samples: int,
-        make_loader: Callable[[int], Iterable[Any]],
+        make_batches: Callable[[int], Batches],
         evaluate: Callable[[], dict[str, Any]] | None = None,
     ) -> None:
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.samples = cfg, samples
         self.precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE))
-        logger.info(f"precision: {str(self.precision.dtype).removeprefix('torch.')} ({self.precision.reason})")
-        seen = cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH
-        logger.info(
-            f"{samples} training images; {cfg.SOLVER.MAX_ITER} iterations of {cfg.SOLVER.IMS_PER_BATCH} "
-            f"are {seen / samples:.1f} epochs"
-        )
+        self._evaluates = evaluate is not None
+        self._describe()
         self.optimizer = build_optimizer(cfg, model)
         self.clip = build_clipper(cfg, model)
         self.schedule = build_schedule(cfg)
         self.model = _distributed(model)
-        self.make_loader = make_loader
+        self.make_batches = make_batches
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, optimizer=self.optimizer)
         self.results: dict[str, Any] = {}
-        self._batches: Iterator[Any]
-        self._writers: list[HookBase] = []
-        self._evaluate = evaluate
+        self.interrupt, self.stopped = 0, False
+        self._scalars: dict[str, tuple[float, bool]] = {}
+        self._batches: Batches
+        self._parts: Generator[Any, None, None]
+        self.register_hooks([hooks.IterationTimer()])
+        self.register_hooks([CheckpointHook(cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP)])
+        if evaluate is not None:
+            evaluation = EvaluationHook(evaluate, cfg.TEST.BEST_METRIC, cfg.TEST.PATIENCE)
+            self.checkpointer.add_checkpointable("evaluation", evaluation)
+            self.register_hooks([evaluation])
+        if comm.is_main_process():
+            self.register_hooks([WriterHook()])
 
-    def resume(self) -> bool:
-        """Go on from the last checkpoint in ``OUTPUT_DIR``; return whether there was one."""
-        if not self.checkpointer.has_checkpoint():
+    def _describe(self) -> None:
+        """Log what decides the training, and refuse what cannot be."""
+        solver, test = self.cfg.SOLVER, self.cfg.TEST
+        if (test.BEST_METRIC or test.PATIENCE) and not (self._evaluates and test.EVAL_PERIOD > 0):
+            raise UserError(
+                "TEST.BEST_METRIC and TEST.PATIENCE need evaluations: set TEST.EVAL_PERIOD and DATASETS.TEST"
+            )
+        if test.PATIENCE and not test.BEST_METRIC:
+            raise UserError(f'TEST.PATIENCE {test.PATIENCE} needs a TEST.BEST_METRIC to look at, such as "bbox/AP"')
+        logger.info(f"precision: {str(self.precision.dtype).removeprefix('torch.')} ({self.precision.reason})")
+        parts = f", each in {solver.ACCUMULATE} parts" if solver.ACCUMULATE > 1 else ""
+        logger.info(
+            f"{self.samples} training images; {solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH}{parts} are "
+            f"{solver.MAX_ITER * solver.IMS_PER_BATCH / self.samples:.1f} epochs"
+        )
+        if (factor := batch_factor(self.cfg)) != 1:
+            logger.info(
+                f"learning rate {factor * solver.BASE_LR:.3g}: SOLVER.BASE_LR {solver.BASE_LR:.3g} times "
+                f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} / SOLVER.REFERENCE_BATCH {solver.REFERENCE_BATCH} "
+                "(the linear rule; a reference of 0 turns it off)"
+            )
+
+    def evaluates_after(self, done: int) -> bool:
+        """Whether an evaluation follows when ``done`` iterations are done."""
+        period = self.cfg.TEST.EVAL_PERIOD
+        return self._evaluates and (done == self.max_iter or (period > 0 and done % period == 0))
+
+    @property
+    def first_row(self) -> int:
+        """See the class; the iteration of the checkpoint is finished first, with its evaluation."""
+        return max(self.start_iter - 1, 0)
+
+    def save(self, name: str) -> None:
+        """Write the checkpoint ``NAME.pth`` with all that :meth:`resume` needs."""
+        smooth = self.storage.smoothing_hints()
+        scalars = {key: [value, smooth[key]] for key, (value, at) in self.storage.latest().items() if at == self.iter}
+        self.checkpointer.save(
+            name,
+            iteration=self.iter,
+            scalars=scalars,
+            config=self.cfg.dump(),
+            samples=self.samples,
+            processes=comm.get_world_size(),
+        )
+
+    def resume(self, allow_changes: bool = False) -> bool:
+        """Go on from the last checkpoint in ``OUTPUT_DIR``; return whether there was one.
+
+        Args:
+            allow_changes: accept a checkpoint of another config.
+
+        Raises:
+            UserError: if the checkpoint is of another config or does not fit, or not every process sees it.
+        """
+        found = comm.all_gather(self.checkpointer.has_checkpoint())
+        if len(set(found)) > 1:
+            raise UserError(
+                f"OUTPUT_DIR '{self.cfg.OUTPUT_DIR}' holds a checkpoint for some processes only: give a folder that "
+                "all machines share"
+            )
+        if not found[0]:
             logger.info(f"no checkpoint in '{self.cfg.OUTPUT_DIR}': starting at iteration 0")
             return False
+        if not allow_changes:
+            self.checkpointer.accept = partial(check_same_run, self.cfg, self.samples)
         extra = self.checkpointer.load(self.checkpointer.get_checkpoint_file())
-        self.start_iter = extra["iteration"] + 1
+        self.start_iter, self._scalars = extra["iteration"] + 1, extra["scalars"]
         logger.info(f"resumed at iteration {self.start_iter}")
+        if extra["processes"] != comm.get_world_size():
+            logger.warning(
+                f"the run goes on with {comm.get_world_size()} processes, it had {extra['processes']}: its draws, and "
+                "so its result, are other ones from here on"
+            )
         return True
 
     def train(self) -> None:  # type: ignore[override]
-        """Run from the first iteration that is left to the last."""
-        self._register_hooks()
+        """Run from the first iteration that is left to the last.
+
+        Raises:
+            Interrupted: after SIGINT or SIGTERM, with the running iteration done and kept.
+        """
+        self._settle_output()
         self.iter = self.start_iter
         self.model.train()
-        with EventStorage(self.start_iter) as self.storage:
+        with EventStorage(self.start_iter) as self.storage, interrupts.deferred():
             try:
                 self.before_train()
-                if self.start_iter < self.max_iter:
-                    self._batches = iter(self.make_loader(self.start_iter))
-                for self.iter in range(self.start_iter, self.max_iter):  # noqa: B020  (Detectron2's hooks read it)
-                    self.before_step()
-                    self.run_step()
-                    self.after_step()
+                if self.start_iter:
+                    self._finish_iteration()
+                if self.start_iter < self.max_iter and not self.stopped:
+                    self._batches = self.make_batches(self.start_iter)
+                    with closing(iter(self._batches)) as self._parts:  # ends the loader's processes
+                        self._iterate()
+                if self.stopped:
+                    self.save("model_final")
             except BaseException:
-                for writer in self._writers:
-                    writer.after_train()
+                for hook in self._hooks:
+                    if isinstance(hook, WriterHook | hooks.PeriodicWriter):
+                        hook.after_train()
                 raise
-            self.iter = self.max_iter
             self.after_train()
 
+    def _settle_output(self) -> None:
+        """Keep the config, and forget an earlier run's checkpoint unless this run goes on with it."""
+        if not comm.is_main_process():
+            return
+        output = Path(self.cfg.OUTPUT_DIR)
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(output / "config.yaml", self.cfg.dump())
+        if self.start_iter == 0 and self.checkpointer.has_checkpoint():
+            logger.warning(f"'{output}' holds an earlier run, whose files this one replaces; --resume goes on with it")
+            # Else a kill before the first checkpoint and --resume would go on with that run.
+            (output / "last_checkpoint").unlink()
+
+    def _finish_iteration(self) -> None:
+        """Do what follows the checkpoint in its iteration: a kill may have come before the evaluation and the row."""
+        self.iter = self.start_iter - 1
+        self.before_step()
+        for name, (value, smooth) in self._scalars.items():
+            self.storage.put_scalar(name, value, smoothing_hint=smooth)
+        self.after_step()
+
+    def _iterate(self) -> None:
+        for self.iter in range(self.start_iter, self.max_iter):  # noqa: B020  (Detectron2's hooks read it)
+            self.before_step()
+            self.run_step()
+            self.after_step()
+            if self.interrupt:
+                logger.info(f"stopping after iteration {self.iter}, which is kept; go on with --resume")
+                raise Interrupted(self.interrupt)
+            if self.stopped:
+                break
+
     def run_step(self) -> None:
-        """Read one batch and take one optimisation step."""
+        """Read one batch, in parts, and take one optimisation step."""
         seed_everything(self.cfg.SEED, "iteration", self.iter, comm.get_rank())
-        start = time.perf_counter()
-        batch = next(self._batches)
-        data_time = time.perf_counter() - start
         rate = self.schedule(self.iter)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with self.precision.autocast():
-            outputs: dict[str, Tensor] = self.model(batch)
-        losses = [value for name, value in outputs.items() if name.startswith("loss")]
-        total = torch.stack([loss.float() for loss in losses]).sum()
         self.optimizer.zero_grad()
-        total.backward()
-        norm = self.clip()
-        self._log(outputs, total, norm, rate, data_time)
+        parts = self.cfg.SOLVER.ACCUMULATE
+        shared = self.model if isinstance(self.model, DistributedDataParallel) else None
+        data_time = 0.0
+        means: dict[str, Tensor] = {}
+        for part in range(parts):
+            start = time.perf_counter()
+            batch = next(self._parts)
+            data_time += time.perf_counter() - start
+            with shared.no_sync() if shared and part < parts - 1 else nullcontext():  # one exchange of gradients
+                outputs = self._forward(batch)
+                total = torch.stack([v.float() for name, v in outputs.items() if name.startswith("loss")]).sum() / parts
+                total.backward()
+            for name, value in (*outputs.items(), ("total_loss", total * parts)):
+                share = value.detach().float().to(total.device) / parts
+                means[name] = means[name] + share if name in means else share
+        means["grad_norm"] = self.clip()
+        self._log(means, rate, data_time)
         self.optimizer.step()
 
-    def _log(self, outputs: dict[str, Tensor], total: Tensor, norm: Tensor, rate: float, data_time: float) -> None:
+    def _forward(self, batch: Any) -> dict[str, Tensor]:
+        try:
+            with self.precision.autocast():
+                return self.model(batch)
+        except FloatingPointError as error:  # Detectron2's, for proposals
+            raise self._not_finite("proposals", float("nan"), [True]) from error
+
+    def _log(self, means: dict[str, Tensor], rate: float, data_time: float) -> None:
         """Put the step's numbers into the storage, the mean over processes; stop before a step that is not finite."""
-        names = [*outputs, "total_loss", "grad_norm"]
-        values = torch.stack([v.detach().float().to(total.device) for v in (*outputs.values(), total, norm)])
+        own = torch.stack([*means.values(), torch.zeros_like(means["total_loss"])])
+        own[-1] = interrupts.received()  # all processes stop after the same iteration
+        shared = own
         if comm.get_world_size() > 1:
-            torch.distributed.all_reduce(values)
-            values /= comm.get_world_size()
-        numbers = dict(zip(names, values.tolist(), strict=True))
-        for name, number in numbers.items():
+            shared = own.clone()
+            torch.distributed.all_reduce(shared)
+            shared /= comm.get_world_size()
+        *numbers, interrupt = shared.tolist()
+        for name, number in zip(means, numbers, strict=True):
             if not math.isfinite(number):
-                raise UserError(
-                    f"'{name}' became {number} at iteration {self.iter}; lower SOLVER.BASE_LR, lengthen "
-                    "SOLVER.WARMUP_ITERS or set SOLVER.PRECISION float32, then go on with --resume"
-                )
-        self.storage.put_scalars(**numbers, lr=rate, data_time=data_time, smoothing_hint=False)
+                raise self._not_finite(name, number, own.isfinite().logical_not().tolist())
+        if interrupt:
+            self.interrupt = interrupts.received() or signal.SIGTERM
+        self.storage.put_scalars(
+            **dict(zip(means, numbers, strict=True)), lr=rate, data_time=data_time, smoothing_hint=False
+        )
 
-    def _run_evaluation(self) -> dict[str, Any]:
-        assert self._evaluate is not None
-        self.results = self._evaluate()
-        return self.results
-
-    def _register_hooks(self) -> None:
+    def _not_finite(self, name: str, number: float, own: list[bool]) -> UserError:
+        """Write which images of this process led to it, if it was this process; return the error."""
         output = Path(self.cfg.OUTPUT_DIR)
-        output.mkdir(parents=True, exist_ok=True)
-        self.register_hooks([hooks.IterationTimer()])
-        if comm.is_main_process():
-            period = self.cfg.SOLVER.CHECKPOINT_PERIOD
-            self.register_hooks([hooks.PeriodicCheckpointer(self.checkpointer, period, self.max_iter)])
-        if self._evaluate is not None:
-            self.register_hooks([hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._run_evaluation)])
-        if comm.is_main_process():
-            drop_later_metrics(output / "metrics.json", self.start_iter)
-            printer = ProgressPrinter(self.max_iter, self.cfg.SOLVER.IMS_PER_BATCH)
-            board = TensorboardXWriter(str(output), window_size=1, purge_step=self.start_iter)
-            self._writers = [
-                hooks.PeriodicWriter([JSONWriter(str(output / "metrics.json"), window_size=1)], period=1),
-                hooks.PeriodicWriter([printer, board], period=PRINT_PERIOD),
-            ]
-            self.register_hooks(self._writers)
+        if any(own):
+            images = {"iteration": self.iter, "term": name, "images": self._batches.names(self.iter)}
+            write_json(output / f"not_finite_{comm.get_rank()}.json", images)
+        return UserError(
+            f"'{name}' became {number} at iteration {self.iter}, the images are in {output}/not_finite_*.json and the "
+            "last checkpoint is good: look at them, lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS or set "
+            "SOLVER.PRECISION float32, then go on with --resume --allow-changes"
+        )
 
 
 def _distributed(model: nn.Module) -> nn.Module:

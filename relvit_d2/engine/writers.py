@@ -1,39 +1,88 @@
-"""What a run tells about itself: the console line and metrics.json."""
+"""What a run tells about itself: the console line, metrics.json, TensorBoard."""
 
 import datetime
 import json
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
+from detectron2.engine import HookBase
+from detectron2.utils.events import EventStorage, EventWriter, JSONWriter, TensorboardXWriter, get_event_storage
+from fvcore.common.config import CfgNode
 
+from relvit_d2.engine.machine import peak_memory
 from relvit_d2.files import write_text
 
-_WINDOW = 20
+if TYPE_CHECKING:
+    from relvit_d2.engine.trainer import Trainer
+
+PERIOD = 20  # iterations between lines on the console and points in TensorBoard
+SLOW_DATA = 0.5  # share of the time spent waiting for data that is worth a word
+
+logger = logging.getLogger(__name__)
+
+
+class WriterHook(HookBase):
+    """Runs Detectron2's writers: ``metrics.json`` every iteration, console and TensorBoard every ``PERIOD``.
+
+    What a killed run wrote beyond the first iteration of this one is taken out of both files.
+    """
+
+    trainer: "Trainer"
+
+    def __init__(self) -> None:
+        self._often: list[EventWriter] = []
+        self._seldom: list[EventWriter] = []
+
+    def before_train(self) -> None:
+        """Open the files."""
+        trainer, output = self.trainer, Path(self.trainer.cfg.OUTPUT_DIR)
+        drop_later_metrics(output / "metrics.json", trainer.first_row)
+        self._often = [JSONWriter(str(output / "metrics.json"), window_size=1)]
+        self._seldom = [
+            ProgressPrinter(trainer.cfg),
+            _Board(str(output), window_size=1, purge_step=trainer.first_row),
+        ]
+
+    def after_step(self) -> None:
+        """Write what the iteration left in the storage."""
+        done = self.trainer.iter + 1
+        for writer in self._often:
+            writer.write()
+        if done % PERIOD == 0 or done == self.trainer.max_iter or self.trainer.stopped:
+            for writer in self._seldom:
+                writer.write()
+
+    def after_train(self) -> None:
+        """Close the files, after a last row of what an iteration that was cut short had measured."""
+        for writer in self._often:
+            writer.write()
+        for writer in (*self._often, *self._seldom):
+            writer.close()
+
+
+class _Board(TensorboardXWriter):
+    """Detectron2's writer, whose points reach the file when they are written: a killed run loses none."""
+
+    def write(self) -> None:
+        super().write()
+        self._writer.flush()
 
 
 class ProgressPrinter(EventWriter):
-    """One line a period: progress, time left, losses, accuracies beside their chance levels, speed, memory.
+    """One line a period: progress, time left, losses, accuracies beside their chance levels, speed, memory."""
 
-    Args:
-        max_iter: iterations of the whole run.
-        batch: images an iteration, all processes together.
-    """
-
-    def __init__(self, max_iter: int, batch: int) -> None:
-        self._max_iter, self._batch = max_iter, batch
-        self._logger = logging.getLogger("relvit_d2.progress")
+    def __init__(self, cfg: CfgNode) -> None:
+        self._max_iter, self._batch, self._device = cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH, cfg.MODEL.DEVICE
+        self._workers = cfg.DATALOADER.NUM_WORKERS
+        self._said_slow = False
 
     def write(self) -> None:
-        """Log the line; silent after the last iteration, when there is no progress left to tell."""
+        """Log the line; once, that reading the data takes most of the time."""
         storage = get_event_storage()
-        if storage.iter >= self._max_iter:
-            return
         names = storage.histories().keys()
         parts = [f"iter {storage.iter + 1}/{self._max_iter}"]
         if "time" in names:
-            seconds = _median(storage, "time")
             left = storage.history("time").median(1000) * (self._max_iter - storage.iter - 1)
             parts.append(f"eta {datetime.timedelta(seconds=int(left))}")
         losses = [n for n in names if n == "total_loss" or n.startswith("loss_")]
@@ -45,16 +94,25 @@ class ProgressPrinter(EventWriter):
             )
         if "lr" in names:
             parts.append(f"lr {storage.history('lr').latest():.3g}")
+        waiting = 0.0
         if "time" in names:
-            waiting = _median(storage, "data_time") / max(seconds, 1e-9)
-            parts.append(f"{seconds:.3f} s/iter  {self._batch / max(seconds, 1e-9):.1f} images/s  data {waiting:.0%}")
-        if torch.cuda.is_available():
-            parts.append(f"memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-        self._logger.info("  ".join(parts))
+            # A median would not see that one batch in a few is late.
+            count = storage.count_samples("time", PERIOD)
+            seconds = max(storage.history("time").avg(count), 1e-9)
+            waiting = storage.history("data_time").avg(count) / seconds
+            parts.append(f"{seconds:.3f} s/iter  {self._batch / seconds:.1f} images/s  data {waiting:.0%}")
+        parts.append(f"memory {peak_memory(self._device):.1f} GiB")
+        logger.info("  ".join(parts))
+        if waiting > SLOW_DATA and not self._said_slow:
+            self._said_slow = True
+            logger.warning(
+                f"reading the data is the bottleneck: {waiting:.0%} of the time is spent waiting for it; raise "
+                f"DATALOADER.NUM_WORKERS (now {self._workers}) or store smaller images"
+            )
 
 
 def _median(storage: EventStorage, name: str) -> float:
-    return storage.history(name).median(storage.count_samples(name, _WINDOW))
+    return storage.history(name).median(storage.count_samples(name, PERIOD))
 
 
 def drop_later_metrics(path: Path, start: int) -> None:

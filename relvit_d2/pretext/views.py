@@ -116,7 +116,9 @@ class Views:
         self.config = config
 
     @torch.no_grad()
-    def train(self, images: Tensor, sizes: Tensor, generator: torch.Generator) -> tuple[Tensor, PatchLayout]:
+    def train(
+        self, images: Tensor, sizes: Tensor, generator: torch.Generator, share: tuple[int, int, int] | None = None
+    ) -> tuple[Tensor, PatchLayout]:
         """Make one random view of each image.
 
         Every choice is drawn from ``generator`` on the generator's own device and then moved: a CPU
@@ -126,18 +128,23 @@ class Views:
             images: ``(B, 3, H, W)`` uint8 RGB; what lies outside an image's own size is never looked at.
             sizes: ``(B, 2)`` integer heights and widths of the images inside the batch.
             generator: the only source of randomness.
+            share: first place, end and size of a larger batch of which these images are a part: all of its choices
+                are drawn, so that its parts, wherever they are computed, are together what it would be whole.
 
         Returns:
             ``(B, 3, h, w)`` float32 normalised views, and where their patches truly lie.
         """
         config = self.config
-        sizes = sizes.to(generator.device)
-        boxes = random_boxes(sizes, config.crop_scale, config.crop_ratio, generator)
-        flip = torch.rand(len(images), generator=generator, device=generator.device) < config.flip
+        first, end, whole = share or (0, len(images), len(images))
+        part = slice(first, end)
+        all_sizes = sizes.new_ones(whole, 2, device=generator.device)
+        all_sizes[part] = sizes.to(generator.device)
+        boxes = random_boxes(all_sizes, config.crop_scale, config.crop_ratio, generator)[part]
+        flip = (torch.rand(whole, generator=generator, device=generator.device) < config.flip)[part]
         layout = PatchLayout.full(len(images), config.grid, images.device)
         if not (config.augments_patches or config.permute):
             return self._make(images, boxes, flip, None), layout
-        draws = draw_patches(config, len(images), generator)
+        draws = PatchDraws(*(x[part] for x in draw_patches(config, whole, generator)))
         if config.permute:
             layout = layout.permuted(draws.slot.to(images.device))
         return self._make(images, boxes, flip, draws), layout

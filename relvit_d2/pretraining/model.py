@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from detectron2.utils import comm
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
@@ -27,17 +28,18 @@ class PretrainingModel(nn.Module):
         super().__init__()
         self.encoder, self.task, self.views = encoder, task, views
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Take a batch of :func:`relvit_d2.data.mapper.pad_images`; return scalars.
 
-        In training the views are random, drawn from torch's global CPU generator; in evaluation they are fixed.
-        Beside each ``accuracy_T`` stands ``chance_T``, the accuracy of the best constant answer.
+        In training the views are random, and the batch holds their ``generator`` and its ``share`` of the whole batch
+        too (see :meth:`Views.train`). In evaluation they are fixed. Beside each ``accuracy_T`` stands ``chance_T``, the
+        accuracy of the best constant answer.
         """
         device = next(self.parameters()).device
         images, sizes = batch["images"].to(device, non_blocking=True), batch["sizes"]
         with torch.no_grad():
             if self.training:
-                pixels, layout = self.views.train(images, sizes, torch.default_generator)
+                pixels, layout = self.views.train(images, sizes, batch["generator"], batch["share"])
             else:
                 pixels, layout = self.views.evaluate(images, sizes)
         outputs = self.task(self.encoder.tokens(pixels), layout)
@@ -86,18 +88,23 @@ def build_pretraining_model(cfg: CfgNode) -> PretrainingModel:
 
 @torch.no_grad()
 def evaluate_pretext(model: PretrainingModel, batches: Any) -> dict[str, float]:
-    """Return the mean of every loss, accuracy and chance level over batches with fixed views."""
+    """Return the mean of every loss, accuracy and chance level over the batches of all processes, with fixed views.
+
+    Empty in all processes but the first.
+    """
     was_training = model.training
     model.eval()
-    total: dict[str, float] = {}
-    count = 0
+    total = {"images": 0.0}
     for batch in batches:
         size = len(batch["sizes"])
+        total["images"] += size
         for name, value in model(batch).items():
             total[name] = total.get(name, 0.0) + value.item() * size
-        count += size
     model.train(was_training)
-    return {name: value / count for name, value in total.items()}
+    parts = comm.gather(total)
+    whole = {name: sum(part.get(name, 0.0) for part in parts) for part in parts for name in part}
+    count = whole.pop("images", 0.0)
+    return {name: value / count for name, value in whole.items()}
 
 
 def export_encoder(cfg: CfgNode, model: PretrainingModel, results: dict[str, float]) -> Path:

@@ -1,0 +1,143 @@
+"""How several processes start and end: Detectron2's ``launch``, or ``torchrun``."""
+
+import argparse
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+import torch
+from detectron2.engine import launch
+from detectron2.utils import comm
+from torch import distributed
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+from relvit_d2.engine import interrupts
+from relvit_d2.engine.failures import guard, say
+from relvit_d2.errors import UserError
+
+Main = Callable[[argparse.Namespace], None]
+
+
+def run(main: Main, args: argparse.Namespace, default_url: str) -> int:
+    """Run ``main`` in as many processes as the command line or ``torchrun`` asks for; return the exit status.
+
+    Args:
+        main: what each process does with ``args``; importable by name, since processes are spawned.
+        args: Detectron2's arguments.
+        default_url: the ``--dist-url`` of a user who gave none.
+
+    Raises:
+        UserError: for numbers of processes or machines that cannot be.
+    """
+    if distributed.is_torchelastic_launched():
+        if args.num_gpus > 1 or args.num_machines > 1:
+            raise UserError("torchrun starts the processes: leave --num-gpus and --num-machines to it")
+        _process(main, args)
+        return 0
+    url = _meeting_point(args, default_url)
+    if args.num_gpus * args.num_machines > 1:
+        return _spawn(main, args, url)
+    interrupts.install(patient=False)
+    main(args)
+    return 0
+
+
+def _join_torchrun() -> None:
+    """Join the processes of ``torchrun`` as Detectron2's ``launch`` joins its own."""
+    local_rank, local_world = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    on_gpu = torch.cuda.is_available()
+    if on_gpu and local_world > torch.cuda.device_count():
+        raise UserError(
+            f"torchrun started {local_world} processes on a machine with {torch.cuda.device_count()} GPUs: "
+            "give --nproc-per-node that many at most"
+        )
+    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    comm.create_local_process_group(local_world)
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    comm.synchronize()
+
+
+def _meeting_point(args: argparse.Namespace, default_url: str) -> str:
+    """Check the numbers of processes and machines and return where the processes meet."""
+    if args.num_gpus < 0 or args.num_machines < 1:
+        raise UserError(f"--num-gpus {args.num_gpus} --num-machines {args.num_machines}: give 1 or more of both")
+    if not 0 <= args.machine_rank < args.num_machines:
+        raise UserError(
+            f"--machine-rank {args.machine_rank} of {args.num_machines} machines: they count from 0 to "
+            f"{args.num_machines - 1}"
+        )
+    if torch.cuda.is_available() and args.num_gpus > torch.cuda.device_count():
+        raise UserError(f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()} GPUs")
+    if args.dist_url != default_url:
+        return args.dist_url
+    if args.num_machines > 1:
+        raise UserError("--num-machines needs --dist-url tcp://FIRST_MACHINE:PORT, the same on every machine")
+    return "auto"  # a free port: two runs on one machine do not meet
+
+
+def _spawn(main: Main, args: argparse.Namespace, url: str) -> int:
+    """Run ``main`` in processes of Detectron2's ``launch``.
+
+    The first SIGINT or SIGTERM is passed on to them, a second one kills them.
+    """
+    asked: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        for child in multiprocessing.active_children():
+            if child.pid:
+                os.kill(child.pid, number if len(asked) == 1 else signal.SIGKILL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, forward)
+    # It names the processes that it ends after a failure, none of which failed.
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    try:
+        launch(_process, args.num_gpus, args.num_machines, args.machine_rank, url, args=(main, args))
+    except ProcessExitedException as error:
+        if asked:
+            return 128 + asked[0]
+        if not error.signal_name:
+            return error.exit_code  # that process said its sentence
+        say(
+            UserError(
+                f"process {error.error_index} was killed ({error.signal_name}), which the system does where memory "
+                "runs out: lower SOLVER.IMS_PER_BATCH or raise SOLVER.ACCUMULATE, then go on with --resume"
+            )
+        )
+        return 1
+    except ProcessRaisedException as error:  # before main: the processes did not meet
+        reason = str(error).strip().splitlines()[-1]
+        say(
+            UserError(
+                f"the processes could not meet at '{url}' ({reason}): give --dist-url tcp://FIRST_MACHINE:PORT with a "
+                "free port that every machine reaches"
+            )
+        )
+        return 1
+    return 0
+
+
+def _process(main: Main, args: argparse.Namespace) -> None:
+    """Run one of several processes; it ends here if it fails."""
+    interrupts.install(patient=True)
+    status = guard(lambda: _work(main, args))
+    if status:
+        # No tidy end: threads of the process group may wait for a process that is gone.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _work(main: Main, args: argparse.Namespace) -> None:
+    if not distributed.is_initialized():
+        _join_torchrun()
+    main(args)
+    # A process that leaves while another still talks to it takes that one down.
+    comm.synchronize()
+    distributed.destroy_process_group()
