@@ -1,11 +1,9 @@
 """The scripts as a user runs them: subprocesses, real files, exit statuses."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,48 +11,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from scripts import command, fails, run
 
 from relvit_d2.data.streets import generate
 
-TINY_SSL = (
-    "SOLVER.MAX_ITER 6 SOLVER.IMS_PER_BATCH 8 SOLVER.WARMUP_ITERS 2 PRETEXT.IMAGE_SIZE 32 SOLVER.CHECKPOINT_PERIOD 3"
-)
-TINY_DETECTION = "SOLVER.MAX_ITER 4 SOLVER.IMS_PER_BATCH 4 SOLVER.WARMUP_ITERS 2 SOLVER.CHECKPOINT_PERIOD 2"
-
-
-def run(root: Path, *command: object, status: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run a script with ``root`` as the data root; its exit status must be ``status``."""
-    environment = os.environ | {
-        "DETECTRON2_DATASETS": str(root),
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "XDG_CACHE_HOME": str(root / "cache"),
-    }
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
-
-
-def fails(root: Path, *command: object) -> str:
-    """Run a script that must fail the right way; return its sentence."""
-    done = run(root, *command, status=1)
-    assert "Traceback" not in done.stdout + done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, done.stderr
-    return errors[0]
-
-
-def pretrain(root: Path, output: Path, *more: object) -> tuple[object, ...]:
-    names = ["DATASETS.TRAIN", "('svhn_train',)", "DATASETS.TEST", "('svhn_test',)", "OUTPUT_DIR", output]
-    return ("pretrain_ssl.py", "--config-file", "configs/demo/ssl_streets.yaml", *more, *TINY_SSL.split(), *names)
-
-
-def detect(root: Path, output: Path, *more: object, flags: tuple[str, ...] = ()) -> tuple[object, ...]:
-    names = ["DATASETS.TRAIN", "('svhn_train',)", "DATASETS.TEST", "('svhn_test',)", "OUTPUT_DIR", output]
-    script = ("train_net.py", "--config-file", "configs/demo/streets.yaml", *flags)
-    return (*script, *TINY_DETECTION.split(), *names, *more)
+pretrain, detect = partial(command, "pretrain_ssl.py"), partial(command, "train_net.py")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +30,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def encoder(root: Path) -> Path:
-    run(root, *pretrain(root, root / "ssl"))
+    run(root, *pretrain(root / "ssl"))
     return root / "ssl/encoder.safetensors"
 
 
@@ -99,13 +60,12 @@ def test_pretraining_writes_what_it_promises(root: Path, encoder: Path) -> None:
 
 def test_a_killed_and_resumed_pretraining_is_the_straight_one(root: Path, encoder: Path, tmp_path: Path) -> None:
     output = tmp_path / "ssl"
-    run(root, *pretrain(root, output), "SOLVER.CHECKPOINT_PERIOD", 4)
+    run(root, *pretrain(output), "SOLVER.CHECKPOINT_PERIOD", 4)
     # What a kill in iteration 5 leaves: the checkpoint of iteration 3 and lines beyond it.
     for name in ("model_final.pth", "encoder.safetensors"):
         (output / name).unlink()
     (output / "last_checkpoint").write_text("model_0000003.pth")
-    command = pretrain(root, output)
-    done = run(root, *command[:3], "--resume", *command[3:], "DATALOADER.NUM_WORKERS", 1)
+    done = run(root, *pretrain(output, "DATALOADER.NUM_WORKERS", 1, flags=("--resume",)))
     assert "resumed at iteration 4" in done.stdout
     straight, resumed = (torch.load(p / "model_final.pth", weights_only=True) for p in (encoder.parent, output))
     assert all(torch.equal(straight["model"][name], resumed["model"][name]) for name in straight["model"])
@@ -121,7 +81,7 @@ def detections(output: Path) -> list[dict[str, Any]]:
 
 
 def test_detection_from_the_encoder_then_evaluation_again(root: Path, encoder: Path, tmp_path: Path) -> None:
-    done = run(root, *detect(root, tmp_path, "MODEL.WEIGHTS", encoder))
+    done = run(root, *detect(tmp_path, "MODEL.WEIGHTS", encoder))
     for words in (
         "100.0% of the encoder's values matched",
         "loaded",
@@ -132,10 +92,10 @@ def test_detection_from_the_encoder_then_evaluation_again(root: Path, encoder: P
     first = json.loads((tmp_path / "inference/results.json").read_text())["svhn_test"]["bbox"]
     assert {"AP", "AP50", "AP75"} <= first.keys()
     config = (tmp_path / "config.yaml").read_text()
-    run(root, *detect(root, tmp_path, *EVERYTHING, flags=("--eval-only", "--resume")))
+    run(root, *detect(tmp_path, *EVERYTHING, flags=("--eval-only", "--resume")))
     assert (tmp_path / "config.yaml").read_text() == config
     weights = ("MODEL.WEIGHTS", tmp_path / "model_final.pth", *EVERYTHING)
-    run(root, *detect(root, tmp_path / "two", *weights, flags=("--eval-only", "--num-gpus", "2")))
+    run(root, *detect(tmp_path / "two", *weights, flags=("--eval-only", "--num-gpus", "2")))
     alone, two = detections(tmp_path), detections(tmp_path / "two")
     assert {d["image_id"] for d in alone} == set("123456")
     assert alone == two
@@ -144,7 +104,7 @@ def test_detection_from_the_encoder_then_evaluation_again(root: Path, encoder: P
 
 
 def test_box_only_data_turns_the_mask_head_off_and_says_so(root: Path, tmp_path: Path) -> None:
-    done = run(root, *detect(root, tmp_path, "MODEL.MASK_ON", "True", "SOLVER.MAX_ITER", 1))
+    done = run(root, *detect(tmp_path, "MODEL.MASK_ON", "True", "SOLVER.MAX_ITER", 1))
     assert done.stdout.count("the mask head is off") == 1
     assert not any("mask" in name for name in torch.load(tmp_path / "model_final.pth", weights_only=True)["model"])
 
@@ -152,7 +112,7 @@ def test_box_only_data_turns_the_mask_head_off_and_says_so(root: Path, tmp_path:
 def test_masks_are_trained_and_evaluated_where_the_data_have_them(samples: Path, tmp_path: Path) -> None:
     names = ["DATASETS.TRAIN", "('coco_2017_train[:4]',)", "DATASETS.TEST", "('coco_2017_val[:2]',)"]
     small = ["MODEL.MASK_ON", "True", "MODEL.ROI_MASK_HEAD.NUM_CONV", 1, "MODEL.ROI_MASK_HEAD.CONV_DIM", 16]
-    done = run(samples, *detect(samples, tmp_path, *names, *small, *EVERYTHING, "SOLVER.MAX_ITER", 1))
+    done = run(samples, *detect(tmp_path, *names, *small, *EVERYTHING, "SOLVER.MAX_ITER", 1))
     assert "the mask head is off" not in done.stdout
     results = json.loads((tmp_path / "inference/results.json").read_text())["coco_2017_val[:2]"]
     assert {"AP", "AP50", "AP75"} <= results["bbox"].keys() & results["segm"].keys()
@@ -163,18 +123,17 @@ def test_pretraining_takes_a_plain_folder_of_images(root: Path, tmp_path: Path) 
     (tmp_path / "images/deep").mkdir(parents=True)
     for number, size in enumerate([(40, 30), (64, 64), (33, 90)]):
         Image.effect_noise(size, 60).save(tmp_path / f"images/deep/{number}.png")
-    command = pretrain(root, tmp_path / "out", "SOLVER.MAX_ITER", 2)
-    run(root, *command, "DATASETS.TRAIN", f"('{tmp_path}/images',)", "DATASETS.TEST", "()", "SOLVER.MAX_ITER", 2)
+    names = ("DATASETS.TRAIN", f"('{tmp_path}/images',)", "DATASETS.TEST", "()")
+    run(root, *pretrain(tmp_path / "out", *names, "SOLVER.MAX_ITER", 2))
     assert (tmp_path / "out/encoder.safetensors").is_file()
 
 
 def test_two_processes_train_both_stages(root: Path, tmp_path: Path) -> None:
-    command = pretrain(root, tmp_path / "ssl")
-    run(root, *command[:3], "--num-gpus", 2, *command[3:], "SOLVER.MAX_ITER", 2)
+    run(root, *pretrain(tmp_path / "ssl", "SOLVER.MAX_ITER", 2, flags=("--num-gpus", 2)))
     encoder = tmp_path / "ssl/encoder.safetensors"
     with safe_open(str(encoder), "pt") as file:
         assert "accuracy_relation" in json.loads(file.metadata()["results"])
-    run(root, *detect(root, tmp_path / "detector", "MODEL.WEIGHTS", encoder, flags=("--num-gpus", "2")))
+    run(root, *detect(tmp_path / "detector", "MODEL.WEIGHTS", encoder, flags=("--num-gpus", "2")))
     rows = [json.loads(line) for line in (tmp_path / "detector/metrics.json").read_text().splitlines()]
     assert [row["iteration"] for row in rows] == list(range(4))
     assert (tmp_path / "detector/model_final.pth").is_file()
@@ -213,10 +172,10 @@ def test_bad_input_is_one_sentence(case: str, root: Path, encoder: Path, tmp_pat
     overrides, words = BAD[case]
     detector = root / "detector/model_final.pth"
     if case == "detector of another size" and not detector.exists():
-        run(root, *detect(root, detector.parent, "SOLVER.MAX_ITER", 1))
+        run(root, *detect(detector.parent, "SOLVER.MAX_ITER", 1))
     given = [part.format(text=text, pth=pth, encoder=encoder, detector=detector) for part in overrides]
     output = tmp_path / "out"
-    assert words in fails(root, *detect(root, output, *given))
+    assert words in fails(root, *detect(output, *given))
     assert not list(output.glob("*.pth"))
 
 
@@ -226,9 +185,7 @@ def test_a_truncated_image_is_named(root: Path, tmp_path: Path) -> None:
     victim = broken / "svhn/train/3.png"
     victim.write_bytes(victim.read_bytes()[:-400])
     for workers in (0, 1):
-        sentence = fails(
-            broken, *detect(broken, tmp_path / "out", "DATALOADER.NUM_WORKERS", workers, "SOLVER.MAX_ITER", 9)
-        )
+        sentence = fails(broken, *detect(tmp_path / "out", "DATALOADER.NUM_WORKERS", workers, "SOLVER.MAX_ITER", 9))
         assert "train/3.png" in sentence
 
 
@@ -241,15 +198,14 @@ def test_damaged_voc_files_are_named(samples: Path, tmp_path: Path) -> None:
     whole = xml.read_text()
     for bad in ("<xmin>99999</xmin>", "<xmin>-40</xmin>"):
         xml.write_text(re.sub(r"<xmin>.*?</xmin>", bad, whole))
-        assert xml.name in fails(data, *detect(data, tmp_path / "out", *names))
+        assert xml.name in fails(data, *detect(tmp_path / "out", *names))
     xml.write_text(whole)
     image.write_bytes(image.read_bytes()[:3000])
-    assert image.name in fails(data, *detect(data, tmp_path / "out", *names))
+    assert image.name in fails(data, *detect(tmp_path / "out", *names))
 
 
 def test_evaluation_of_pretraining_needs_its_heads(root: Path, encoder: Path, tmp_path: Path) -> None:
-    command = pretrain(root, tmp_path)
-    script = (*command[:3], "--eval-only", *command[3:], "MODEL.WEIGHTS")
+    script = pretrain(tmp_path, "MODEL.WEIGHTS", flags=("--eval-only",))
     assert "model_final.pth" in fails(root, *script, encoder)
     run(root, *script, encoder.parent / "model_final.pth")
     again = json.loads((tmp_path / "inference/results.json").read_text())["held_out"]
@@ -282,4 +238,4 @@ def test_the_detector_learns_eight_real_images_by_heart(samples: Path) -> None:
 
 def test_debug_shows_the_traceback(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RELVIT_DEBUG", "1")
-    assert "Traceback" in run(root, *detect(root, tmp_path, "MODEL.ENCODER.NAME", "vit_huge"), status=1).stderr
+    assert "Traceback" in run(root, *detect(tmp_path, "MODEL.ENCODER.NAME", "vit_huge"), status=1).stderr

@@ -5,9 +5,12 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
 import sys
+import time
 from collections.abc import Callable
 from types import FrameType
+from urllib.parse import urlparse
 
 import torch
 from detectron2.engine import launch
@@ -20,6 +23,9 @@ from relvit_d2.engine.failures import guard, say
 from relvit_d2.errors import UserError
 
 Main = Callable[[argparse.Namespace], None]
+
+# Seconds that a process which failed stays, for others that fail too to learn that the user was told.
+_REACH = 0.5
 
 
 def run(main: Main, args: argparse.Namespace, default_url: str) -> int:
@@ -74,6 +80,12 @@ def _meeting_point(args: argparse.Namespace, default_url: str) -> str:
     if torch.cuda.is_available() and args.num_gpus > torch.cuda.device_count():
         raise UserError(f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()} GPUs")
     if args.dist_url != default_url:
+        address = urlparse(args.dist_url)
+        try:
+            if address.scheme == "tcp":
+                socket.getaddrinfo(address.hostname, address.port)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--dist-url '{args.dist_url}' is no address: give tcp://FIRST_MACHINE:PORT") from error
         return args.dist_url
     if args.num_machines > 1:
         raise UserError("--num-machines needs --dist-url tcp://FIRST_MACHINE:PORT, the same on every machine")
@@ -95,7 +107,8 @@ def _spawn(main: Main, args: argparse.Namespace, url: str) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, forward)
-    # It names the processes that it ends after a failure, none of which failed.
+    # Of a failure the user gets one sentence, not how each process lost the others.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     try:
         launch(_process, args.num_gpus, args.num_machines, args.machine_rank, url, args=(main, args))
@@ -128,6 +141,7 @@ def _process(main: Main, args: argparse.Namespace) -> None:
     interrupts.install(patient=True)
     status = guard(lambda: _work(main, args))
     if status:
+        time.sleep(_REACH)
         # No tidy end: threads of the process group may wait for a process that is gone.
         sys.stdout.flush()
         sys.stderr.flush()

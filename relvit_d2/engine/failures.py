@@ -64,9 +64,10 @@ def say(error: UserError) -> None:
 
 
 def may_tell() -> bool:
-    """Whether this process is the one that tells the user what failed: the first that asks."""
+    """Whether this process, which failed, is the one that tells the user: the first that asks."""
     if comm.get_world_size() == 1:
         return True
+    interrupts.uninstall()  # who started the processes now ends them all
     try:
         return _get_default_store().add("relvit_d2/failed", 1) == 1
     except RuntimeError:  # the process that kept the store is gone, so it told
@@ -78,7 +79,7 @@ def _lost_another(error: Exception) -> bool:
 
 
 def _tell_of_loss(error: Exception) -> None:
-    interrupts.uninstall()  # who started this process ends it if it knows the reason
+    interrupts.uninstall()  # who started the processes ends this one if it knows the reason
     time.sleep(_PATIENCE)
     if may_tell():
         reason = str(error).strip().splitlines()[0]

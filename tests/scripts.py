@@ -1,0 +1,62 @@
+"""Scripts as a user runs them: subprocesses, real files, exit statuses."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TINY = {
+    "pretrain_ssl.py": "SOLVER.MAX_ITER 6 SOLVER.IMS_PER_BATCH 8 SOLVER.WARMUP_ITERS 2 PRETEXT.IMAGE_SIZE 32 "
+    "SOLVER.CHECKPOINT_PERIOD 3",
+    "train_net.py": "SOLVER.MAX_ITER 4 SOLVER.IMS_PER_BATCH 4 SOLVER.WARMUP_ITERS 2 SOLVER.CHECKPOINT_PERIOD 2",
+}
+CONFIGS = {"pretrain_ssl.py": "configs/demo/ssl_streets.yaml", "train_net.py": "configs/demo/streets.yaml"}
+SCRIPTS = tuple(CONFIGS)
+
+
+def command(script: str, output: Path, *more: object, flags: tuple[object, ...] = ()) -> tuple[object, ...]:
+    """A tiny run of ``script`` on what the data root holds as SVHN; ``more`` overrides its keys."""
+    names = ("DATASETS.TRAIN", "('svhn_train',)", "DATASETS.TEST", "('svhn_test',)", "OUTPUT_DIR", output)
+    return (script, "--config-file", CONFIGS[script], *flags, *TINY[script].split(), *names, *more)
+
+
+def start(root: Path, *command: object, fault: str = "") -> subprocess.Popen[str]:
+    """Start a script with ``root`` as the data root, as the first process of a group of its own.
+
+    Args:
+        fault: see ``tests/faults/sitecustomize.py``.
+    """
+    environment = os.environ | {
+        "DETECTRON2_DATASETS": str(root),
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "XDG_CACHE_HOME": str(root / "cache"),
+    }
+    if fault:
+        here = Path(__file__).parent
+        environment |= {"PYTHONPATH": f"{here / 'faults'}:{here.parent}", "RELVIT_FAULT": fault}
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def run(root: Path, *command: object, status: int = 0, fault: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a script to its end; its exit status must be ``status``, a negative one for a signal."""
+    process = start(root, *command, fault=fault)
+    output, errors = process.communicate()
+    assert process.returncode == status, output[-3000:] + errors[-3000:]
+    return subprocess.CompletedProcess([*map(str, command)], status, output, errors)
+
+
+def fails(root: Path, *command: object, fault: str = "") -> str:
+    """Run a script that must fail the right way; return its sentence."""
+    done = run(root, *command, status=1, fault=fault)
+    assert "Traceback" not in done.stdout + done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    return errors[0]
