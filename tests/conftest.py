@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from relvit_d2.data.streets import generate
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
@@ -20,3 +22,12 @@ def samples() -> Path:
     if not value:
         pytest.skip("RELVIT_SAMPLES is unset: no real data samples here")
     return Path(value)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root with a few street numbers in SVHN's place and format."""
+    folder = tmp_path_factory.mktemp("datasets")
+    generate(folder / "svhn/train", 12, seed=1)
+    generate(folder / "svhn/test", 5, seed=2)
+    return folder

@@ -1,8 +1,11 @@
 """Scripts as a user runs them: subprocesses, real files, exit statuses."""
 
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 TINY = {
@@ -20,8 +23,9 @@ def command(script: str, output: Path, *more: object, flags: tuple[object, ...] 
     return (script, "--config-file", CONFIGS[script], *flags, *TINY[script].split(), *names, *more)
 
 
-def start(root: Path, *command: object, fault: str = "") -> subprocess.Popen[str]:
-    """Start a script with ``root`` as the data root, as the first process of a group of its own.
+@contextmanager
+def started(root: Path, *command: object, fault: str = "") -> Iterator[subprocess.Popen[str]]:
+    """Start a script with ``root`` as the data root; nothing of it is left when the block ends.
 
     Args:
         fault: see ``tests/faults/sitecustomize.py``.
@@ -35,7 +39,7 @@ def start(root: Path, *command: object, fault: str = "") -> subprocess.Popen[str
     if fault:
         here = Path(__file__).parent
         environment |= {"PYTHONPATH": f"{here / 'faults'}:{here.parent}", "RELVIT_FAULT": fault}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, *map(str, command)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -43,12 +47,18 @@ def start(root: Path, *command: object, fault: str = "") -> subprocess.Popen[str
         env=environment,
         start_new_session=True,
     )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 def run(root: Path, *command: object, status: int = 0, fault: str = "") -> subprocess.CompletedProcess[str]:
     """Run a script to its end; its exit status must be ``status``, a negative one for a signal."""
-    process = start(root, *command, fault=fault)
-    output, errors = process.communicate()
+    with started(root, *command, fault=fault) as process:
+        output, errors = process.communicate()
     assert process.returncode == status, output[-3000:] + errors[-3000:]
     return subprocess.CompletedProcess([*map(str, command)], status, output, errors)
 

@@ -244,6 +244,18 @@ def test_the_generator_decides_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_parts_of_a_batch_are_together_the_whole() -> None:
+    images, sizes = torch.randint(0, 256, (6, 3, 40, 48), dtype=torch.uint8), torch.tensor([[40, 48]] * 5 + [[31, 20]])
+    whole, layout = Views(replace(FULL, permute=True)).train(images, sizes, seeded())
+    parts = [
+        Views(replace(FULL, permute=True)).train(images[a:b], sizes[a:b], seeded(), (a, b, 6))
+        for a, b in ((0, 1), (1, 4), (4, 6))
+    ]
+    torch.testing.assert_close(torch.cat([pixels for pixels, _ in parts]), whole, rtol=0, atol=1e-5)
+    assert torch.equal(torch.cat([part.row for _, part in parts]), layout.row)
+    assert torch.equal(torch.cat([part.col for _, part in parts]), layout.col)
+
+
 def test_passes_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     images, sizes = batch_of(5)
     whole, _ = Views(FULL).train(images, sizes, seeded())

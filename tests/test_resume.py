@@ -13,11 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from scripts import SCRIPTS, command, fails, run, start
+from scripts import SCRIPTS, command, fails, run, started
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_trainer import equal
-
-from relvit_d2.data.streets import generate
 
 ITERATIONS = 44
 RUN = f"SOLVER.MAX_ITER {ITERATIONS} SOLVER.CHECKPOINT_PERIOD 5 TEST.EVAL_PERIOD 12 DATALOADER.NUM_WORKERS".split()
@@ -29,14 +27,6 @@ KILLS = [
     ("pointer:1", 24),
     ("evaluation:2", 36),  # the first one is that of iteration 23, done once more
 ]
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("datasets")
-    generate(folder / "svhn/train", 12, seed=1)
-    generate(folder / "svhn/test", 5, seed=2)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -99,17 +89,16 @@ def test_killed_at_random_moments_25_times(
     given = command(script, tmp_path, *RUN, workers, "SOLVER.CHECKPOINT_PERIOD", 1, flags=("--resume",))
     while kills < 25:
         before = metrics.stat().st_mtime_ns if metrics.exists() else 0
-        process = start(root, *given)
-        if draw.random() < 0.1:  # while it starts
-            time.sleep(draw.uniform(0, 6))
-        else:
-            while process.poll() is None and not (metrics.exists() and metrics.stat().st_mtime_ns > before):
-                time.sleep(0.01)
-            time.sleep(draw.uniform(0, stretch))
-            trained += 1
-        assert process.poll() is None, "".join(process.communicate())
-        process.kill()
-        process.communicate()
+        with started(root, *given) as process:
+            if draw.random() < 0.1:  # while it starts
+                time.sleep(draw.uniform(0, 6))
+            else:
+                while process.poll() is None and not (metrics.exists() and metrics.stat().st_mtime_ns > before):
+                    time.sleep(0.01)
+                time.sleep(draw.uniform(0, stretch))
+                trained += 1
+            assert process.poll() is None, "".join(process.communicate())
+            process.kill()
         kills += 1
     run(root, *given)
     assert trained > 12
@@ -160,11 +149,11 @@ def test_a_signal_ends_the_run_after_the_iteration_with_a_checkpoint(
     number: int, script: str, flags: tuple[str, ...], root: Path, tmp_path: Path
 ) -> None:
     given = command(script, tmp_path, "SOLVER.MAX_ITER", 10_000, "DATALOADER.NUM_WORKERS", 2, flags=flags)
-    process = start(root, *given)
     metrics = tmp_path / "metrics.json"
-    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 3, process)
-    os.killpg(process.pid, number)  # as a terminal and Slurm do: the loader's processes get it too
-    output, errors = process.communicate(timeout=60)
+    with started(root, *given) as process:
+        wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 3, process)
+        os.killpg(process.pid, number)  # as a terminal and Slurm do: the loader's processes get it too
+        output, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + number, output + errors
     assert errors.count("stopped by") == 1
     assert "Traceback" not in output + errors
@@ -176,13 +165,14 @@ def test_a_signal_ends_the_run_after_the_iteration_with_a_checkpoint(
 
 def test_the_loaders_processes_die_with_the_script(root: Path, tmp_path: Path) -> None:
     given = command("train_net.py", tmp_path, "SOLVER.MAX_ITER", 10_000, "DATALOADER.NUM_WORKERS", 2)
-    process, metrics = start(root, *given), tmp_path / "metrics.json"
-    wait_for(lambda: metrics.exists() and bool(metrics.read_text()), process)
-    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-    assert len(children) >= 2
-    process.kill()
-    process.communicate()  # returns only when nobody holds the pipes any more
-    wait_for(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in children), None, seconds=10)
+    metrics = tmp_path / "metrics.json"
+    with started(root, *given) as process:
+        wait_for(lambda: metrics.exists() and bool(metrics.read_text()), process)
+        children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        assert len(children) >= 2
+        process.kill()
+        process.communicate()  # returns only when nobody holds the pipes any more
+        wait_for(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in children), None, seconds=10)
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | None, seconds: float = 120) -> None:

@@ -13,19 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 from scripts import command, fails, run
 
-from relvit_d2.data.streets import generate
-
 pretrain, detect = partial(command, "pretrain_ssl.py"), partial(command, "train_net.py")
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data root with a few street numbers in SVHN's place and format."""
-    folder = tmp_path_factory.mktemp("datasets")
-    (folder / "svhn").mkdir()
-    generate(folder / "svhn/train", 12, seed=1)
-    generate(folder / "svhn/test", 6, seed=2)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +85,7 @@ def test_detection_from_the_encoder_then_evaluation_again(root: Path, encoder: P
     weights = ("MODEL.WEIGHTS", tmp_path / "model_final.pth", *EVERYTHING)
     run(root, *detect(tmp_path / "two", *weights, flags=("--eval-only", "--num-gpus", "2")))
     alone, two = detections(tmp_path), detections(tmp_path / "two")
-    assert {d["image_id"] for d in alone} == set("123456")
+    assert {d["image_id"] for d in alone} == set("12345")  # which two processes cannot share evenly
     assert alone == two
     rows = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     assert "bbox/AP50" in rows[-1]
