@@ -20,16 +20,17 @@ logger = logging.getLogger("relvit_d2.pretrain_ssl")
 
 def main(args: argparse.Namespace) -> None:
     """Run one process."""
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(args.config_file, args.opts, "pretrain_ssl.py")
     cfg.freeze()
     wanted = args.eval_only or cfg.DATASETS.TEST
-    tests = image_files("DATASETS.TEST", cfg.DATASETS.TEST) if wanted else []
-    files = [] if args.eval_only else image_files("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
-    start_run(cfg, args)
+    data, skip = cfg.DATASETS, cfg.DATASETS.SKIP_MISSING
+    tests = image_files("DATASETS.TEST", data.TEST, skip) if wanted else []
+    files = [] if args.eval_only else image_files("DATASETS.TRAIN", data.TRAIN, skip)
+    start_run(cfg, args, "pretrain_ssl.py")
     model = build_pretraining_model(cfg)
     weights = cfg.MODEL.WEIGHTS
     if args.eval_only:
-        checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
+        checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
         checkpoint = checkpointer.get_checkpoint_file() if args.resume else weights
         if not checkpoint.endswith(".pth"):
             raise UserError("--eval-only needs trained heads: add MODEL.WEIGHTS path/to/model_final.pth or --resume")

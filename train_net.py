@@ -18,13 +18,13 @@ logger = logging.getLogger("relvit_d2.train_net")
 
 def main(args: argparse.Namespace) -> None:
     """Run one process."""
-    asked = load_config(args.config_file, args.opts)
+    asked = load_config(args.config_file, args.opts, "train_net.py")
     tests = evaluation_sets(asked)
     if args.eval_only and not tests:
         raise UserError("DATASETS.TEST is empty; name a data set to evaluate on, such as ('voc_2007_test',)")
     records = [record for test in tests.values() for record in test] if args.eval_only else training_records(asked)
     cfg = settle(asked, records)
-    start_run(cfg, args)
+    start_run(cfg, args, "train_net.py")
     if asked.MODEL.MASK_ON and not cfg.MODEL.MASK_ON:
         logger.info("the data have boxes without masks: the mask head is off")
     model = build_detector(cfg)
@@ -34,7 +34,7 @@ def main(args: argparse.Namespace) -> None:
             weights = Checkpointer(model, cfg.OUTPUT_DIR).get_checkpoint_file()
         if not weights or weights.endswith(".safetensors"):
             raise UserError("--eval-only needs a trained detector: add MODEL.WEIGHTS path/to/model_final.pth")
-        Checkpointer(model).load(weights, checkpointables=[])
+        Checkpointer(model, allow_pickle=cfg.MODEL.ALLOW_PICKLE).load(weights, checkpointables=[])
         evaluate(cfg, model, tests)
         return
     trainer = build_trainer(cfg, model, records, tests)

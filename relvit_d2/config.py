@@ -20,6 +20,8 @@ _C.MODEL.PYRAMID.TOP_BLOCK = True  # one more level, the last one at every secon
 _C.MODEL.PYRAMID.OUT_CHANNELS = 256
 _C.MODEL.PYRAMID.NORM = "LN"  # Detectron2's norm names
 
+_C.MODEL.ALLOW_PICKLE = False  # read weights that are pickles, such as *.pkl: reading one can run any code in it
+
 # The pretext tasks.
 _C.PRETEXT = CfgNode()
 _C.PRETEXT.WEIGHTS = CfgNode()  # a task of weight 0 is not built
@@ -37,6 +39,7 @@ _C.PRETEXT.PERMUTE = False  # shuffle the patches; changes nothing for a ViT wit
 
 # Data.
 _C.DATASETS = CfgNode()
+_C.DATASETS.SKIP_MISSING = False  # leave out images that are listed but absent, instead of refusing to start
 _C.DATASETS.TRAIN_DIFFICULT = True  # train on VOC's difficult objects, as Detectron2 does
 _C.DATASETS.IGNORE_DIFFICULT = True  # neither hits nor misses in evaluation, as VOC does
 _C.INPUT = CfgNode()
@@ -93,6 +96,32 @@ WITHOUT_EFFECT = {
     "VIS_PERIOD": "tools of your own on inference/coco_instances_results.json",
 }
 
+
+# Keys that one script alone reads, by how they begin.
+READ_BY_ONE = {
+    "pretrain_ssl.py": ("PRETEXT.", "INPUT.LOAD_SIZE"),
+    "train_net.py": (
+        "MODEL.META_ARCHITECTURE",
+        "MODEL.MASK_ON",
+        "MODEL.BACKBONE.",
+        "MODEL.PYRAMID.",
+        "MODEL.ANCHOR_GENERATOR.",
+        "MODEL.PROPOSAL_GENERATOR.",
+        "MODEL.RPN.",
+        "MODEL.ROI_",
+        "INPUT.MIN_SIZE_",
+        "INPUT.MAX_SIZE_",
+        "INPUT.RANDOM_FLIP",
+        "INPUT.CROP.",
+        "INPUT.FORMAT",
+        "INPUT.MASK_FORMAT",
+        "DATASETS.TRAIN_DIFFICULT",
+        "DATASETS.IGNORE_DIFFICULT",
+        "DATALOADER.FILTER_EMPTY_ANNOTATIONS",
+        "TEST.BATCH_SIZE",
+        "TEST.DETECTIONS_PER_IMAGE",
+    ),
+}
 
 # Keys that a resumed run may change, by how they begin: they do not decide what is learnt.
 FREE_ON_RESUME = (

@@ -177,7 +177,7 @@ def test_files_that_are_no_checkpoint_are_named(tmp_path: Path) -> None:
     for name, words in (
         ("text.pth", "not a readable checkpoint"),
         ("other.pth", "fits only 0.0%"),
-        ("no.pth", "does not exist"),
+        ("no.pth", "is no file that exists"),
     ):
         with pytest.raises(UserError, match=words):
             Checkpointer(Regression(), "").load(str(tmp_path / name))

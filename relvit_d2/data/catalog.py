@@ -19,7 +19,7 @@ from detectron2.data.datasets.builtin_meta import _get_builtin_metadata
 from detectron2.data.datasets.pascal_voc import CLASS_NAMES as VOC_CLASSES
 
 from relvit_d2.data.folder import list_images
-from relvit_d2.data.records import Record
+from relvit_d2.data.records import Record, existing
 from relvit_d2.data.streets import ensure_streets
 from relvit_d2.data.svhn import CLASS_NAMES as DIGITS
 from relvit_d2.data.svhn import load_svhn, svhn_images
@@ -36,15 +36,16 @@ class DatasetEntry:
 
     Attributes:
         classes: names in the order of the category ids.
-        records: reads the labelled images (see ``relvit_d2.data.records``).
-        images: lists the images in the records' order without reading a label.
+        records: reads the labelled images (see ``relvit_d2.data.records``); takes whether to leave out images that are
+            listed but absent.
+        images: lists the images in the records' order without reading a label; takes the same.
         metrics: how it is evaluated: ``"coco"``, ``"voc07"``.
         metadata: what Detectron2's evaluators want to know beside ``thing_classes``.
     """
 
     classes: tuple[str, ...]
-    records: Callable[[], list[Record]]
-    images: Callable[[], list[Path]]
+    records: Callable[[bool], list[Record]]
+    images: Callable[[bool], list[Path]]
     metrics: tuple[str, ...] = ("coco",)
     metadata: Callable[[], dict[str, Any]] = lambda: {"evaluator_type": "coco"}
 
@@ -67,7 +68,7 @@ def register_all() -> None:
         for catalog in (DatasetCatalog, MetadataCatalog):
             if name in catalog:
                 catalog.remove(name)
-        DatasetCatalog.register(name, entry.records)
+        DatasetCatalog.register(name, partial(entry.records, False))
         MetadataCatalog.get(name).set(
             **{"thing_classes": list(entry.classes), **entry.metadata()}, metrics=entry.metrics
         )
@@ -96,25 +97,35 @@ def resolve(name: str) -> str:
     return name
 
 
-def get_records(name: str) -> list[Record]:
+def get_records(name: str, skip_missing: bool = False) -> list[Record]:
     """Return the records of a data set or subset, freshly read (see ``relvit_d2.data.records``).
+
+    Args:
+        name: of the data set.
+        skip_missing: leave out images that are listed but absent, with a word in the log.
 
     Raises:
         UserError: an unknown name, or missing or damaged data.
     """
+    resolve(name)
+    base, take = _subset(name)
     try:
-        return DatasetCatalog.get(resolve(name))
+        if base in DATASETS:
+            return take(DATASETS[base].records(skip_missing))
+        records = DatasetCatalog.get(base)
     except OSError as error:
         raise UserError(
             f"data set '{name}' cannot be read: '{error.filename}' {(error.strerror or 'is missing').lower()}; "
             f"put it there (DETECTRON2_DATASETS is '{dataset_root()}')"
         ) from error
+    return take(_existing_records(records, f"data set '{base}'", skip_missing))
 
 
-def get_images(name: str) -> list[Path]:
+def get_images(name: str, skip_missing: bool = False) -> list[Path]:
     """Return the images of a data set, a subset or a folder (its path), without a need for labels.
 
-    The name of a data set goes before a folder of that name; ``./name`` is always a folder.
+    The name of a data set goes before a folder of that name; ``./name`` is always a folder. Arguments are those of
+    :func:`get_records`.
 
     Raises:
         UserError: an unknown name, or missing data.
@@ -124,8 +135,13 @@ def get_images(name: str) -> list[Path]:
         return list_images(Path(name))
     resolve(name)
     if base in DATASETS:
-        return take(DATASETS[base].images())
-    return [Path(record["file_name"]) for record in get_records(name)]
+        return take(DATASETS[base].images(skip_missing))
+    return [Path(record["file_name"]) for record in get_records(name, skip_missing)]
+
+
+def _existing_records(records: list[Record], where: str, skip_missing: bool) -> list[Record]:
+    found = set(existing([Path(record["file_name"]) for record in records], where, skip_missing))
+    return [record for record in records if Path(record["file_name"]) in found]
 
 
 def get_metadata(name: str) -> Metadata:
@@ -214,32 +230,34 @@ def _coco_metadata(split: str) -> dict[str, Any]:
     }
 
 
-def _coco_records(split: str) -> list[Record]:
+def _coco_records(split: str, skip_missing: bool) -> list[Record]:
     place = f"coco/annotations/instances_{split}2017.json"
     json_file = _find(f"COCO 2017's {Path(place).name}", place)
     try:
-        return load_coco_json(str(json_file), str(dataset_root() / f"coco/{split}2017"), f"coco_2017_{split}")
+        records = load_coco_json(str(json_file), str(dataset_root() / f"coco/{split}2017"), f"coco_2017_{split}")
     except (ValueError, KeyError, TypeError, AssertionError) as error:
         raise UserError(f"{json_file} is damaged or no COCO annotation file ({error!r}): restore it") from error
+    return _existing_records(records, str(json_file), skip_missing)
 
 
-def _coco_images(split: str) -> list[Path]:
+def _coco_images(split: str, skip_missing: bool) -> list[Path]:
     folder = _find(f"COCO 2017's image folder {split}2017", f"coco/{split}2017")
     json_file = dataset_root() / f"coco/annotations/instances_{split}2017.json"
     if not json_file.is_file():
         return list_images(folder)
     try:
         images = json.loads(json_file.read_text())["images"]
-        return [folder / image["file_name"] for image in sorted(images, key=lambda image: image["id"])]
+        listed = [folder / image["file_name"] for image in sorted(images, key=lambda image: image["id"])]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{json_file} is damaged or no COCO annotation file ({error!r}): restore it") from error
+    return existing(listed, str(json_file), skip_missing)
 
 
 def _voc_entry(split: str) -> DatasetEntry:
     return DatasetEntry(
         classes=tuple(VOC_CLASSES),
-        records=lambda: load_voc(_voc_folder(), split, VOC_CLASSES),
-        images=lambda: voc_images(_voc_folder(), split),
+        records=lambda skip_missing: load_voc(_voc_folder(), split, VOC_CLASSES, skip_missing),
+        images=lambda skip_missing: voc_images(_voc_folder(), split, skip_missing),
         metrics=("coco", "voc07"),
         metadata=partial(_voc_metadata, split),
     )
@@ -254,11 +272,11 @@ def _coco_entry(split: str) -> DatasetEntry:
     )
 
 
-def _digits_entry(folder: Callable[[], Path], missing: Any) -> DatasetEntry:
+def _digits_entry(folder: Callable[[], Path]) -> DatasetEntry:
     return DatasetEntry(
         classes=DIGITS,
-        records=lambda: load_svhn(folder(), missing),
-        images=lambda: svhn_images(folder()),
+        records=lambda skip_missing: load_svhn(folder(), skip_missing),
+        images=lambda skip_missing: svhn_images(folder()),
     )
 
 
@@ -267,7 +285,6 @@ for _split in ("trainval", "train", "val", "test"):
 for _split in ("train", "val"):
     DATASETS.add(f"coco_2017_{_split}", _coco_entry(_split))
 for _split in ("train", "test", "extra"):
-    # Cuts of SVHN keep the whole digitStruct.mat: rows without an image are counted in the log.
-    DATASETS.add(f"svhn_{_split}", _digits_entry(partial(_svhn_folder, _split), "skip"))
+    DATASETS.add(f"svhn_{_split}", _digits_entry(partial(_svhn_folder, _split)))
 for _split in ("train", "test"):
-    DATASETS.add(f"streets_{_split}", _digits_entry(partial(_streets_folder, _split), "error"))
+    DATASETS.add(f"streets_{_split}", _digits_entry(partial(_streets_folder, _split)))

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import SizeMismatchError
+from PIL import Image
 from torch import Tensor
 
 from relvit_d2.data.decode import read_rgb
@@ -24,7 +25,7 @@ class DetectionMapper(DatasetMapper):
             return super().__call__(dataset_dict)
         except SizeMismatchError as error:
             raise UserError(f"{' '.join(str(error).split())} Correct the annotation or the image") from error
-        except (OSError, SyntaxError, ValueError):
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
             read_rgb(dataset_dict["file_name"])  # says so if the image is the reason
             raise
 

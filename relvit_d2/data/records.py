@@ -6,6 +6,7 @@ A record is Detectron2's standard data set dict: ``file_name`` (str), ``image_id
 pixel coordinates: the image spans ``[0, width] x [0, height]``.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from PIL import Image, UnidentifiedImageError
 from relvit_d2.errors import UserError
 
 Record = dict[str, Any]
+
+logger = logging.getLogger(__name__)
 
 BORDER_SLACK = 1.0
 """Pixels a box may stick out of its image before it counts as wrong; such a box is clipped.
@@ -77,6 +80,35 @@ def check_unique(names: Sequence[str], where: str) -> None:
         if name in seen:
             raise UserError(f"{where} names '{name}' more than once: remove the second")
         seen.add(name)
+
+
+def existing(images: Sequence[Path], where: str, skip_missing: bool) -> list[Path]:
+    """Return those of ``images`` that exist, in their order.
+
+    Args:
+        images: what a data set lists.
+        where: what lists them, for the messages.
+        skip_missing: leave out the absent ones and name the first few in the log.
+
+    Raises:
+        UserError: an image is absent and ``skip_missing`` is not set, or none exists.
+    """
+    # One listing a folder: asking for each of 100,000 files takes minutes on a network disk.
+    folders = {
+        folder: {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        for folder in {image.parent for image in images}
+    }
+    found = [image for image in images if image.name in folders[image.parent]]
+    if len(found) == len(images):
+        return found
+    missing = [image for image in images if image.name not in folders[image.parent]]
+    if not skip_missing or not found:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        mend = "" if skip_missing else ", or set DATASETS.SKIP_MISSING True to go on without"
+        raise UserError(f"the image {missing[0]}{more} is missing but listed in {where}: restore it{mend}")
+    names = ", ".join(image.name for image in missing[:5]) + (", ..." if len(missing) > 5 else "")
+    logger.warning(f"{len(missing)} of the {len(images)} images listed in {where} are missing and left out: {names}")
+    return found
 
 
 def image_size(path: Path) -> tuple[int, int]:

@@ -8,14 +8,13 @@ itself where there is one digit and references to numbers where there are more. 
 import logging
 import math
 from pathlib import Path
-from typing import Literal
 
 import h5py
 import numpy as np
 from detectron2.structures import BoxMode
 from h5py import h5d, h5r, h5s, h5t
 
-from relvit_d2.data.records import Record, check_unique, checked_name, image_size
+from relvit_d2.data.records import Record, check_unique, checked_name, existing, image_size
 from relvit_d2.errors import UserError
 
 CLASS_NAMES = tuple("0123456789")
@@ -31,7 +30,7 @@ _REFERENCE = h5t.py_create(h5py.ref_dtype)
 logger = logging.getLogger(__name__)
 
 
-def load_svhn(folder: Path, missing: Literal["error", "skip"] = "error") -> list[Record]:
+def load_svhn(folder: Path, skip_missing: bool = False) -> list[Record]:
     """Read one split, in the order of its ``digitStruct.mat``.
 
     ``left`` and ``top`` are taken as distances from the image's edge in pixels. SVHN's boxes are known to leave
@@ -39,27 +38,20 @@ def load_svhn(folder: Path, missing: Literal["error", "skip"] = "error") -> list
 
     Args:
         folder: holds ``digitStruct.mat`` and the images it names.
-        missing: what a row without an image is: an ``"error"``, or something to ``"skip"`` and count in the log.
+        skip_missing: see :func:`relvit_d2.data.records.existing`.
 
     Returns:
         One record an image (see ``relvit_d2.data.records``): ``category_id`` is the digit 0..9, ``image_id`` the
         image's name without its ending.
 
     Raises:
-        UserError: the file is missing or damaged, or an image is missing (see ``missing``) or unreadable.
+        UserError: the file is missing or damaged, or an image is missing or unreadable.
     """
     path = folder / LABELS_FILE
     rows = _read_rows(path)
     check_unique([name for name, _ in rows], str(path))
-    present = [(folder / name, digits) for name, digits in rows if (folder / name).is_file()]
-    if absent := len(rows) - len(present):
-        if missing == "error" or not present:
-            first = next(name for name, _ in rows if not (folder / name).is_file())
-            raise UserError(
-                f"the image {folder / first} is missing but named by {path} (as are {absent - 1} more): "
-                "unpack the whole archive"
-            )
-        logger.warning("%d of the %d rows of %s have no image and are left out", absent, len(rows), path)
+    found = set(existing([folder / name for name, _ in rows], str(path), skip_missing))
+    present = [(folder / name, digits) for name, digits in rows if folder / name in found]
     sizes = [image_size(image) for image, _ in present]
     boxes, kept = _clip([digits for _, digits in present], sizes)
     if dropped := int((~kept).sum()):

@@ -7,13 +7,13 @@ from xml.etree.ElementTree import Element, ParseError
 from defusedxml import ElementTree
 from detectron2.structures import BoxMode
 
-from relvit_d2.data.records import Record, check_unique, checked_box, checked_name
+from relvit_d2.data.records import Record, check_unique, checked_box, checked_name, existing
 from relvit_d2.errors import UserError, nearest
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
-def load_voc(root: Path, split: str, class_names: Sequence[str]) -> list[Record]:
+def load_voc(root: Path, split: str, class_names: Sequence[str], skip_missing: bool = False) -> list[Record]:
     """Read one split, in the order of its list.
 
     Boxes follow Detectron2: the file counts pixels from 1 and includes both ends, so 1 is taken from the minima
@@ -24,6 +24,7 @@ def load_voc(root: Path, split: str, class_names: Sequence[str]) -> list[Record]
         root: the folder that holds ``Annotations``, ``ImageSets`` and ``JPEGImages``.
         split: name of a list in ``ImageSets/Main``, without ``.txt``.
         class_names: in the order of the category ids.
+        skip_missing: see :func:`relvit_d2.data.records.existing`.
 
     Returns:
         One record an image (see ``relvit_d2.data.records``); ``image_id`` is the name without its ending.
@@ -34,11 +35,11 @@ def load_voc(root: Path, split: str, class_names: Sequence[str]) -> list[Record]
     category_ids = {name: index for index, name in enumerate(class_names)}
     return [
         _read_annotation(root / "Annotations" / f"{image.stem}.xml", image, category_ids)
-        for image in voc_images(root, split)
+        for image in voc_images(root, split, skip_missing)
     ]
 
 
-def voc_images(root: Path, split: str) -> list[Path]:
+def voc_images(root: Path, split: str, skip_missing: bool = False) -> list[Path]:
     """Return the images of one split in the order of its list; no annotation is touched.
 
     A line of the list is an id, or an id and a flag as in the lists of single classes; blank lines are skipped
@@ -56,11 +57,7 @@ def voc_images(root: Path, split: str) -> list[Path]:
     if not ids:
         raise UserError(f"the image list {path} is empty: restore it")
     check_unique(ids, f"the image list {path}")
-    images = [root / "JPEGImages" / f"{image_id}.jpg" for image_id in ids]
-    for image in images:
-        if not image.is_file():
-            raise UserError(f"the image {image} is missing but listed in {path}: restore it or remove its line")
-    return images
+    return existing([root / "JPEGImages" / f"{image_id}.jpg" for image_id in ids], str(path), skip_missing)
 
 
 def _read_annotation(path: Path, image: Path, category_ids: dict[str, int]) -> Record:

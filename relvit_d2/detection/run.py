@@ -70,7 +70,7 @@ def training_records(cfg: CfgNode) -> Records:
     """
     if not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty; name a data set, such as ('voc_2007_trainval',)")
-    records = [record for name in cfg.DATASETS.TRAIN for record in catalog.get_records(name)]
+    records = [record for name in cfg.DATASETS.TRAIN for record in catalog.get_records(name, cfg.DATASETS.SKIP_MISSING)]
     if not cfg.DATASETS.TRAIN_DIFFICULT:
         records = [r | {"annotations": [a for a in r["annotations"] if not a.get("difficult")]} for r in records]
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
@@ -97,14 +97,15 @@ def evaluation_sets(cfg: CfgNode) -> dict[str, Records]:
     Raises:
         UserError: if the data are missing or damaged.
     """
-    return {name: catalog.get_records(name) for name in cfg.DATASETS.TEST}
+    return {name: catalog.get_records(name, cfg.DATASETS.SKIP_MISSING) for name in cfg.DATASETS.TEST}
 
 
 def build_trainer(cfg: CfgNode, model: GeneralizedRCNN, records: Records, tests: dict[str, Records]) -> Trainer:
     """Return the trainer of a detector on ``records``, with evaluation on ``tests``."""
     logger.info(f"{sum(len(r['annotations']) for r in records)} training objects")
     make_batches = partial(training_batches, cfg, records)
-    return Trainer(cfg, model, len(records), make_batches, partial(evaluate, cfg, model, tests) if tests else None)
+    measure = partial(evaluate, cfg, model, tests) if tests else None
+    return Trainer(cfg, model, len(records), make_batches, measure, "train_net.py")
 
 
 def evaluate(cfg: CfgNode, model: GeneralizedRCNN, tests: dict[str, Records]) -> dict[str, Any]:
@@ -146,7 +147,8 @@ def _evaluators(cfg: CfgNode, name: str, records: Records, output: Path) -> Iter
     metrics = metadata.get("metrics", ("coco",))
     ignore = cfg.DATASETS.IGNORE_DIFFICULT
     if "coco" in metrics:
-        truth = None if metadata.get("json_file") else records
+        # The file of a data set that lacks images asks for objects that cannot be found.
+        truth = None if metadata.get("json_file") and not cfg.DATASETS.SKIP_MISSING else records
         yield CocoStyleEvaluator(name, truth, metadata.thing_classes, output, ignore_difficult=ignore)
     if "voc07" in metrics:
         yield Voc07Evaluator(name, records, metadata.thing_classes, ignore_difficult=ignore)

@@ -45,8 +45,7 @@ def load_weights(cfg: CfgNode, model: GeneralizedRCNN) -> None:
             f"features of the pre-trained encoder and of the detector's backbone agree to {difference:.1e}{note}"
         )
     else:
-        checkpointer = Checkpointer(model)
-        checkpointer.enough = ENOUGH
+        checkpointer = Checkpointer(model, enough=ENOUGH, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
         checkpointer.load(weights, checkpointables=[])
 
 

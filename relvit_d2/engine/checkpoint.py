@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
 
 from relvit_d2.errors import UserError
 from relvit_d2.files import appearing, write_text
+
+_PICKLE = "; reading a pickle can run any code in it: if you trust where it comes from, set MODEL.ALLOW_PICKLE True"
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -18,13 +21,30 @@ class Checkpointer(DetectionCheckpointer):
     A file is written under a temporary name in the same folder, flushed to the disk and renamed; then the
     pointer ``last_checkpoint`` the same way. A process killed at any moment leaves the previous checkpoint.
 
-    Attributes:
+    Args:
+        model: as Detectron2's.
+        save_dir: folder of the checkpoints.
         enough: share of the model's values that a checkpoint must fit, 0..1; the rest is logged and stays as it is.
+        allow_pickle: read files that are pickles, whose reading can run any code.
+        checkpointables: as Detectron2's.
+
+    Attributes:
         accept: called with the content of a file before anything is loaded from it; raises to refuse it.
     """
 
-    enough = 1.0
     accept: Callable[[dict[str, Any]], None] | None = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        enough: float = 1.0,
+        allow_pickle: bool = False,
+        **checkpointables: Any,
+    ) -> None:
+        super().__init__(model, save_dir, **checkpointables)
+        self._enough, self._allow_pickle = enough, allow_pickle
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``NAME.pth`` and point ``last_checkpoint`` to it.
@@ -71,7 +91,7 @@ class Checkpointer(DetectionCheckpointer):
         """
         if path and "://" not in path and not Path(path).is_file():
             raise UserError(
-                f"checkpoint '{path}' does not exist; check MODEL.WEIGHTS, or last_checkpoint when resuming"
+                f"checkpoint '{path}' is no file that exists; check MODEL.WEIGHTS, or last_checkpoint when resuming"
             )
         try:
             return super().load(path, *args, **kwargs)
@@ -79,11 +99,19 @@ class Checkpointer(DetectionCheckpointer):
             self._parsed_url_during_load = None
             raise UserError(
                 f"'{path}' is not a readable checkpoint of tensors and plain values; give a model_*.pth or an "
-                "encoder.safetensors"
+                f"encoder.safetensors{'' if self._allow_pickle else _PICKLE}"
             ) from error
         except ValueError as error:  # how an optimiser refuses the state of another
             self._parsed_url_during_load = None
             raise UserError(f"'{path}' was written with another configuration: {error}") from error
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        if filename.endswith((".pkl", ".pyth")) and not self._allow_pickle:
+            raise UserError(f"'{filename}' is a pickle{_PICKLE}")
+        return super()._load_file(filename)
+
+    def _torch_load(self, f: str) -> dict[str, Any]:
+        return torch.load(f, map_location="cpu", weights_only=not self._allow_pickle)
 
     def _load_model(self, checkpoint: Any) -> Any:
         if self.accept is not None:
@@ -94,7 +122,7 @@ class Checkpointer(DetectionCheckpointer):
         poor = list(dict.fromkeys([*incompatible.missing_keys, *(n for n, *_ in incompatible.incorrect_shapes)]))
         total = sum(value.numel() for value in own.values())
         share = 1 - sum(own[name].numel() for name in poor) / max(total, 1)
-        if share < self.enough:
+        if share < self._enough:
             shapes = [
                 f"{name} {list(theirs)}, here {list(ours)}" for name, theirs, ours in incompatible.incorrect_shapes
             ]

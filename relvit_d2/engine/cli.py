@@ -15,6 +15,7 @@ from fvcore.common.config import CfgNode
 
 from relvit_d2 import __version__
 from relvit_d2.engine import distributed
+from relvit_d2.engine.config_file import dump_config
 from relvit_d2.engine.failures import guard
 from relvit_d2.engine.machine import device_name
 from relvit_d2.engine.randomness import seed_everything
@@ -49,7 +50,7 @@ def run_script(main: distributed.Main, example: str) -> int:
     return guard(start)
 
 
-def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
+def start_run(cfg: CfgNode, args: argparse.Namespace, script: str) -> None:
     """Make ``OUTPUT_DIR``, start its log, say what runs on what, seed the generators.
 
     Raises:
@@ -82,7 +83,7 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         if comm.is_main_process():
             remove_leftovers(output)
             if args.eval_only and not (output / "config.yaml").exists():  # a training writes it when it starts
-                write_text(output / "config.yaml", cfg.dump())
+                write_text(output / "config.yaml", dump_config(cfg, script))
     except OSError as error:
         raise UserError(f"OUTPUT_DIR '{output}' cannot be written ({error.strerror}); choose another folder") from error
     # Said at every start by code of Detectron2 and fvcore that a user of this project cannot mend.

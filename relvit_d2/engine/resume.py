@@ -6,6 +6,7 @@ import yaml  # type: ignore[import-untyped]
 from fvcore.common.config import CfgNode
 
 from relvit_d2.config import FREE_ON_RESUME
+from relvit_d2.engine.config_file import flat
 from relvit_d2.errors import UserError
 
 
@@ -20,7 +21,7 @@ def check_same_run(cfg: CfgNode, samples: int, checkpoint: dict[str, Any]) -> No
     Raises:
         UserError: naming the first key that differs and that decides what is learnt (all but ``FREE_ON_RESUME``).
     """
-    theirs, ours = (_flat(yaml.safe_load(text)) for text in (checkpoint["config"], cfg.dump()))
+    theirs, ours = (flat(yaml.safe_load(text)) for text in (checkpoint["config"], cfg.dump()))
     theirs["the number of training images"], ours["the number of training images"] = checkpoint["samples"], samples
     for key in ours:
         if key in theirs and theirs[key] != ours[key] and not key.startswith(FREE_ON_RESUME):
@@ -28,10 +29,3 @@ def check_same_run(cfg: CfgNode, samples: int, checkpoint: dict[str, Any]) -> No
                 f"OUTPUT_DIR '{cfg.OUTPUT_DIR}' holds a run with {key} {theirs[key]}, but now it is {ours[key]}: set "
                 "it as it was, choose another OUTPUT_DIR, or go on with the change by --resume --allow-changes"
             )
-
-
-def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from relvit_d2.engine import interrupts
 from relvit_d2.engine.checkpoint import Checkpointer
+from relvit_d2.engine.config_file import dump_config
 from relvit_d2.engine.hooks import CheckpointHook, EvaluationHook
 from relvit_d2.engine.interrupts import Interrupted
 from relvit_d2.engine.optimizer import build_clipper, build_optimizer
@@ -61,6 +62,7 @@ class Trainer(TrainerBase):
         make_batches: first iteration -> batches from there on.
         evaluate: returns results to log (Detectron2's nested dict); run every ``TEST.EVAL_PERIOD``
             iterations and at the end. None: no evaluation.
+        script: the script whose keys ``config.yaml`` shall hold; None for all keys.
 
     Attributes:
         results: what the last evaluation returned.
@@ -79,9 +81,10 @@ class Trainer(TrainerBase):
         samples: int,
         make_batches: Callable[[int], Batches],
         evaluate: Callable[[], dict[str, Any]] | None = None,
+        script: str | None = None,
     ) -> None:
         super().__init__()
-        self.cfg, self.samples = cfg, samples
+        self.cfg, self.samples, self.config = cfg, samples, dump_config(cfg, script)
         self.precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE))
         self._evaluates = evaluate is not None
         self._describe()
@@ -146,7 +149,7 @@ class Trainer(TrainerBase):
             name,
             iteration=self.iter,
             scalars=scalars,
-            config=self.cfg.dump(),
+            config=self.config,
             samples=self.samples,
             processes=comm.get_world_size(),
         )
@@ -214,7 +217,7 @@ class Trainer(TrainerBase):
             return
         output = Path(self.cfg.OUTPUT_DIR)
         output.mkdir(parents=True, exist_ok=True)
-        write_text(output / "config.yaml", self.cfg.dump())
+        write_text(output / "config.yaml", self.config)
         if self.start_iter == 0 and self.checkpointer.has_checkpoint():
             logger.warning(f"'{output}' holds an earlier run, whose files this one replaces; --resume goes on with it")
             # Else a kill before the first checkpoint and --resume would go on with that run.

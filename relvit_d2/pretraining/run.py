@@ -22,17 +22,18 @@ from relvit_d2.pretraining.model import PretrainingModel, evaluate_pretext
 logger = logging.getLogger(__name__)
 
 
-def image_files(key: str, names: Sequence[str]) -> list[Any]:
+def image_files(key: str, names: Sequence[str], skip_missing: bool) -> list[Any]:
     """Return the image files of registered data sets and of folders; no label is read.
 
     Args:
         key: the config key that names them, for the message.
         names: data sets, subsets and paths of folders.
+        skip_missing: leave out images that are listed but absent.
 
     Raises:
         UserError: if a name is neither a data set nor a folder, or there is none.
     """
-    files = [path for name in names for path in catalog.get_images(name)]
+    files = [path for name in names for path in catalog.get_images(name, skip_missing)]
     if not files:
         raise UserError(f"{key} names no image; give a data set or a folder, such as \"('path/to/images',)\"")
     return files
@@ -41,7 +42,7 @@ def image_files(key: str, names: Sequence[str]) -> list[Any]:
 def build_trainer(cfg: CfgNode, model: PretrainingModel, files: list[Any], tests: list[Any]) -> Trainer:
     """Return the trainer of pre-training on the images ``files``, with held-out figures on ``tests`` if any."""
     held_out = partial(evaluate, cfg, model, tests) if tests else None
-    return Trainer(cfg, model, len(files), partial(TrainingBatches, cfg, files), held_out)
+    return Trainer(cfg, model, len(files), partial(TrainingBatches, cfg, files), held_out, "pretrain_ssl.py")
 
 
 class TrainingBatches(EndlessBatches):
