@@ -9,6 +9,10 @@ import torch
 from relvit_d2.data.streets import generate
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-golden", action="store_true", help="write tests/golden instead of comparing with it")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Tests may run beside each other; small tensors gain nothing from a second thread."""

@@ -1,0 +1,170 @@
+"""The first losses of every encoder in both stages are the recorded ones.
+
+The records lie in ``tests/golden``; ``--write-golden`` writes them anew.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from detectron2.config import CfgNode
+
+import relvit_d2.detection.run as detection
+import relvit_d2.pretraining.run as pretraining
+from relvit_d2.data.streets import generate
+from relvit_d2.detection.model import build_detector
+from relvit_d2.encoders import ENCODERS, build_encoder
+from relvit_d2.engine.checkpoint import Checkpointer
+from relvit_d2.engine.config_file import load_config
+from relvit_d2.engine.randomness import seed_everything
+from relvit_d2.engine.trainer import Trainer
+from relvit_d2.pretraining.model import build_pretraining_model
+from tools.compare_runs import Losses, compare, read_losses
+
+GOLDEN = Path(__file__).parent / "golden"
+# Relative. Other kernels (scalar and AVX2 loops, SSE4.1 oneDNN, MKL's portable branch, two threads) were seen to change
+# a loss by up to 7e-7, a learning rate 1 % higher by at least 3e-4.
+TOLERANCE = 2e-5
+ITERATIONS = 4
+
+SHARED = {
+    "DATASETS.TRAIN": ("svhn_train",),
+    "DATASETS.TEST": (),
+    "DATALOADER.NUM_WORKERS": 0,
+    "MODEL.DEVICE": "cpu",
+    "MODEL.ENCODER.PATCH_SIZE": 16,
+    "MODEL.ENCODER.IMG_SIZE": 64,
+    # torch draws Bernoulli numbers differently on processors of different makers.
+    "MODEL.ENCODER.DROP_PATH": 0.0,
+    "SOLVER.PRECISION": "float32",
+    "SOLVER.MAX_ITER": ITERATIONS,
+    "SOLVER.WARMUP_ITERS": 1,
+    "SOLVER.BASE_LR": 1e-3,
+}
+
+
+def pretraining_trainer(encoder: str, overrides: dict[str, object]) -> Trainer:
+    size = {"PRETEXT.IMAGE_SIZE": 4 * stride(encoder), "SOLVER.IMS_PER_BATCH": 4}
+    cfg = config("configs/base/ssl.yaml", encoder, size | overrides)
+    files = pretraining.image_files("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
+    seed_everything(cfg.SEED, "model")
+    return pretraining.build_trainer(cfg, build_pretraining_model(cfg), files, [])
+
+
+def detection_trainer(encoder: str, overrides: dict[str, object]) -> Trainer:
+    strides = [stride(encoder) // 2, stride(encoder)]
+    levels = [f"p{stride.bit_length() - 1}" for stride in strides]
+    # Every anchor becomes a proposal and every proposal is trained on: which ones are chosen would hang on the last
+    # bit of their scores. Which anchors train the proposal network is still drawn, without a look at any score.
+    every = 10_000
+    # Few anchors and narrow heads: the gradient of a ReLU jumps at zero, and the more of them there are, the sooner
+    # one is so near that the last bit decides.
+    small = {
+        "SOLVER.IMS_PER_BATCH": 2,
+        "MODEL.PYRAMID.STRIDES": strides,
+        "MODEL.PYRAMID.OUT_CHANNELS": 16,
+        "MODEL.ANCHOR_GENERATOR.SIZES": [[12], [24]],
+        "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [[1.5]],
+        "MODEL.RPN.IN_FEATURES": levels,
+        "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 16,
+        "MODEL.RPN.NMS_THRESH": 1.0,
+        "MODEL.RPN.PRE_NMS_TOPK_TRAIN": every,
+        "MODEL.RPN.POST_NMS_TOPK_TRAIN": every,
+        "MODEL.ROI_HEADS.IN_FEATURES": levels,
+        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": every,
+        "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
+    }
+    asked = config("configs/demo/streets.yaml", encoder, small | overrides)
+    records = detection.training_records(asked)
+    cfg = detection.settle(asked, records)
+    seed_everything(cfg.SEED, "model")
+    return detection.build_trainer(cfg, build_detector(cfg), records, {})
+
+
+STAGES: dict[str, Callable[[str, dict[str, object]], Trainer]] = {
+    "pretraining": pretraining_trainer,
+    "detection": detection_trainer,
+}
+
+
+def stride(encoder: str) -> int:
+    built = build_encoder(encoder, patch_size=16, img_size=64)
+    return built.strides[built.last]
+
+
+def config(path: str, encoder: str, overrides: dict[str, object]) -> CfgNode:
+    values = SHARED | {"MODEL.ENCODER.NAME": encoder} | overrides
+    return load_config(path, [str(part) for pair in values.items() for part in pair])
+
+
+Train = Callable[[str, str, dict[str, object]], Losses]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root with a few street numbers in SVHN's place and format."""
+    root = tmp_path_factory.mktemp("datasets")
+    (root / "svhn").mkdir()
+    generate(root / "svhn/train", 12, seed=1)
+    return root
+
+
+@pytest.fixture
+def train(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
+    """Run a stage of an encoder with overrides of the config; return its losses."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(data))
+    monkeypatch.setattr(Checkpointer, "save", lambda *args, **more: None)  # ViT-B's is a gigabyte
+
+    def run(stage: str, encoder: str, overrides: dict[str, object]) -> Losses:
+        STAGES[stage](encoder, {"OUTPUT_DIR": tmp_path, **overrides}).train()
+        return read_losses(tmp_path)
+
+    return run
+
+
+def golden_file(stage: str, encoder: str) -> Path:
+    return GOLDEN / f"{stage}_{encoder}.json"
+
+
+def how_to_write(stage: str, encoder: str) -> str:
+    return f"python -m pytest tests/test_golden.py --write-golden -k 'golden_ones and {stage}-{encoder}'"
+
+
+def golden(stage: str, encoder: str) -> Losses:
+    path = golden_file(stage, encoder)
+    if not path.exists():
+        pytest.fail(f"{path} is missing; write it with: {how_to_write(stage, encoder)}", pytrace=False)
+    return read_losses(path)
+
+
+@pytest.mark.parametrize("encoder", list(ENCODERS))
+@pytest.mark.parametrize("stage", STAGES)
+def test_losses_are_the_golden_ones(stage: str, encoder: str, train: Train, pytestconfig: pytest.Config) -> None:
+    if pytestconfig.getoption("--write-golden"):
+        losses = train(stage, encoder, {})
+        rows = [json.dumps({"iteration": step, **values}) + "\n" for step, values in losses.items()]
+        golden_file(stage, encoder).write_text("".join(rows))
+        return
+    expected = golden(stage, encoder)
+    found = compare(expected, train(stage, encoder, {}), TOLERANCE)
+    if found.differences:
+        lines = [f"A is {golden_file(stage, encoder)}, B this run", *found.differences]
+        pytest.fail("\n".join([*lines, f"if that is meant: {how_to_write(stage, encoder)}"]), pytrace=False)
+    assert found.steps == ITERATIONS
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("change", [{"SOLVER.BASE_LR": 1.01e-3}, {"SEED": 1}], ids=["rate", "seed"])
+def test_a_small_change_is_caught(stage: str, change: dict[str, object], train: Train) -> None:
+    assert compare(golden(stage, "vit_nano"), train(stage, "vit_nano", change), TOLERANCE).differences
+
+
+def test_an_encoder_without_a_golden_file_is_told_how_to_write_it() -> None:
+    with pytest.raises(pytest.fail.Exception, match=r"detection_vit_new\.json is missing.*--write-golden"):
+        golden("detection", "vit_new")
+
+
+def test_no_golden_file_is_left_over() -> None:
+    known = {golden_file(stage, encoder) for stage in STAGES for encoder in ENCODERS}
+    assert not set(GOLDEN.iterdir()) - known

@@ -1,0 +1,148 @@
+"""Compare the losses of two runs step by step: are they the same run?
+
+A run is an output folder with a `metrics.json`, or a file in that format. Compared is `total_loss` and every name that
+starts with `loss`, at every step; the exit status is 0 if all are equal and 1 if not.
+"""
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from relvit_d2.engine.cli import guard  # noqa: E402
+from relvit_d2.errors import UserError  # noqa: E402
+
+Losses = dict[int, dict[str, float]]
+"""The losses of a run by name, by iteration."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the comparison of two runs found.
+
+    Attributes:
+        steps: number of iterations that both runs have.
+        names: losses that both runs have, sorted.
+        largest: largest relative difference of a loss that both have.
+        differences: what is not equal, a line each; empty if the runs are.
+    """
+
+    steps: int
+    names: list[str]
+    largest: float
+    differences: list[str]
+
+
+def main() -> int:
+    """Parse the command line and compare."""
+    golden = "tests/golden/detection_vit_nano.json"
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"example:\n  python tools/compare_runs.py {golden} {golden}",
+    )
+    parser.add_argument("a", metavar="A", type=Path, help="output folder of a run, or its metrics.json")
+    parser.add_argument("b", metavar="B", type=Path, help="the run to compare it with")
+    parser.add_argument(
+        "--tolerance",
+        metavar="T",
+        type=float,
+        default=0.0,
+        help="relative difference that is no difference (default 0)",
+    )
+    args = parser.parse_args()
+    return guard(lambda: check(args.a, args.b, args.tolerance))
+
+
+def check(a: Path, b: Path, tolerance: float) -> None:
+    """Print that the runs are equal, or what differs.
+
+    Raises:
+        UserError: if they are not equal.
+    """
+    if not tolerance >= 0:
+        raise UserError(f"--tolerance {tolerance}: give 0 or more")
+    found = compare(read_losses(a), read_losses(b), tolerance)
+    if found.differences:
+        print("\n".join(found.differences))
+        raise UserError(f"the runs A '{a}' and B '{b}' differ")
+    within = f", largest relative difference {found.largest:.3g}" if tolerance else ""
+    print(f"equal: {found.steps} steps, names {', '.join(found.names)}{within}")
+
+
+def read_losses(run: Path) -> Losses:
+    """Return the losses of a run from its output folder or its ``metrics.json``; lines without a loss are skipped.
+
+    Raises:
+        UserError: if the file is missing, damaged or without losses.
+    """
+    path = run / "metrics.json" if run.is_dir() else run
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise UserError(
+            f"'{path}' cannot be read ({reason}); give the output folder of a run or its metrics.json"
+        ) from error
+    losses: Losses = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            step = row["iteration"]
+            values = {name: float(row[name]) for name in row if name.startswith("loss") or name == "total_loss"}
+            if not (isinstance(step, int) and all(map(math.isfinite, values.values()))):
+                raise ValueError
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"'{path}' line {number} is no JSON object of an 'iteration' and finite losses; if the run was killed "
+                "while writing, go on with --resume"
+            ) from error
+        if values:
+            losses.setdefault(step, {}).update(values)
+    if not losses:
+        raise UserError(f"'{path}' holds no losses; give the output folder of a run that has trained")
+    return losses
+
+
+def compare(a: Losses, b: Losses, tolerance: float = 0.0) -> Comparison:
+    """Compare two runs; a loss differs if ``|x - y| > tolerance * max(|x|, |y|)``."""
+    lines = [
+        f"only {run} has step{'s' * (len(steps) > 1)} {', '.join(map(str, sorted(steps)))}"
+        for run, steps in (("A", a.keys() - b.keys()), ("B", b.keys() - a.keys()))
+        if steps
+    ]
+    alone: dict[str, int] = {}
+    apart: list[tuple[float, int, str]] = []
+    names: set[str] = set()
+    common = sorted(a.keys() & b.keys())
+    for step in common:
+        for run, extra in (("A", a[step].keys() - b[step].keys()), ("B", b[step].keys() - a[step].keys())):
+            for name in sorted(extra):
+                alone.setdefault(f"only {run} has {name}", step)
+        shared = a[step].keys() & b[step].keys()
+        names |= shared
+        apart += [(_relative(a[step][name], b[step][name]), step, name) for name in sorted(shared)]
+    lines += [f"{words}, first at step {step}" for words, step in alone.items()]
+    largest, at, worst = max(apart, default=(0.0, 0, ""))
+    if largest > tolerance:
+        first = next(step for difference, step, _ in apart if difference > tolerance)
+        lines += [
+            f"first difference at step {step}: {name} {a[step][name]!r} in A, {b[step][name]!r} in B"
+            for difference, step, name in apart
+            if step == first and difference > tolerance
+        ]
+        lines.append(f"largest relative difference: {largest:.3g} ({worst} at step {at})")
+    return Comparison(len(common), sorted(names), largest, lines)
+
+
+def _relative(x: float, y: float) -> float:
+    return 0.0 if x == y else abs(x - y) / max(abs(x), abs(y))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
