@@ -12,7 +12,6 @@ from detectron2.config import CfgNode
 
 import relvit_d2.detection.run as detection
 import relvit_d2.pretraining.run as pretraining
-from relvit_d2.data.streets import generate
 from relvit_d2.detection.model import build_detector
 from relvit_d2.encoders import ENCODERS, build_encoder
 from relvit_d2.engine.checkpoint import Checkpointer
@@ -41,13 +40,14 @@ SHARED = {
     "SOLVER.MAX_ITER": ITERATIONS,
     "SOLVER.WARMUP_ITERS": 1,
     "SOLVER.BASE_LR": 1e-3,
+    "SOLVER.REFERENCE_BATCH": 0,
 }
 
 
 def pretraining_trainer(encoder: str, overrides: dict[str, object]) -> Trainer:
     size = {"PRETEXT.IMAGE_SIZE": 4 * stride(encoder), "SOLVER.IMS_PER_BATCH": 4}
     cfg = config("configs/base/ssl.yaml", encoder, size | overrides)
-    files = pretraining.image_files("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
+    files = pretraining.image_files("DATASETS.TRAIN", cfg.DATASETS.TRAIN, skip_missing=False)
     seed_everything(cfg.SEED, "model")
     return pretraining.build_trainer(cfg, build_pretraining_model(cfg), files, [])
 
@@ -101,19 +101,10 @@ def config(path: str, encoder: str, overrides: dict[str, object]) -> CfgNode:
 Train = Callable[[str, str, dict[str, object]], Losses]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data root with a few street numbers in SVHN's place and format."""
-    root = tmp_path_factory.mktemp("datasets")
-    (root / "svhn").mkdir()
-    generate(root / "svhn/train", 12, seed=1)
-    return root
-
-
 @pytest.fixture
-def train(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
+def train(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
     """Run a stage of an encoder with overrides of the config; return its losses."""
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(data))
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(root))
     monkeypatch.setattr(Checkpointer, "save", lambda *args, **more: None)  # ViT-B's is a gigabyte
 
     def run(stage: str, encoder: str, overrides: dict[str, object]) -> Losses:

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from relvit_d2.engine.cli import guard  # noqa: E402
+from relvit_d2.engine.failures import guard  # noqa: E402
 from relvit_d2.errors import UserError  # noqa: E402
 
 Losses = dict[int, dict[str, float]]
