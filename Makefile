@@ -13,8 +13,9 @@ $(READY): requirements.txt requirements-detectron2.txt tools/setup_env.py tools/
 demo: $(READY)
 	@$(BIN)/python tools/demo.py
 
+# Two files of tests at a time, with a thread each.
 test: check
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

@@ -9,27 +9,30 @@ from detectron2.utils import comm
 
 from relvit_d2.encoders.weights import load_encoder
 from relvit_d2.engine.checkpoint import Checkpointer
-from relvit_d2.engine.cli import run_script, start_run
+from relvit_d2.engine.cli import keep_config, run_script, start_run
 from relvit_d2.engine.config_file import load_config
 from relvit_d2.errors import UserError
 from relvit_d2.pretraining.model import build_pretraining_model, export_encoder
 from relvit_d2.pretraining.run import build_trainer, evaluate, image_files
+
+SCRIPT = "pretrain_ssl.py"
 
 logger = logging.getLogger("relvit_d2.pretrain_ssl")
 
 
 def main(args: argparse.Namespace) -> None:
     """Run one process."""
-    cfg = load_config(args.config_file, args.opts, "pretrain_ssl.py")
+    cfg = load_config(args.config_file, args.opts, SCRIPT)
     cfg.freeze()
+    start_run(cfg, args)
     wanted = args.eval_only or cfg.DATASETS.TEST
     data, skip = cfg.DATASETS, cfg.DATASETS.SKIP_MISSING
     tests = image_files("DATASETS.TEST", data.TEST, skip) if wanted else []
     files = [] if args.eval_only else image_files("DATASETS.TRAIN", data.TRAIN, skip)
-    start_run(cfg, args, "pretrain_ssl.py")
     model = build_pretraining_model(cfg)
     weights = cfg.MODEL.WEIGHTS
     if args.eval_only:
+        keep_config(cfg, SCRIPT)
         checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
         checkpoint = checkpointer.get_checkpoint_file() if args.resume else weights
         if not checkpoint.endswith(".pth"):

@@ -9,26 +9,29 @@ from relvit_d2.detection.model import build_detector
 from relvit_d2.detection.run import build_trainer, evaluate, evaluation_sets, settle, training_records
 from relvit_d2.detection.weights import load_weights
 from relvit_d2.engine.checkpoint import Checkpointer
-from relvit_d2.engine.cli import run_script, start_run
+from relvit_d2.engine.cli import keep_config, run_script, start_run
 from relvit_d2.engine.config_file import load_config
 from relvit_d2.errors import UserError
+
+SCRIPT = "train_net.py"
 
 logger = logging.getLogger("relvit_d2.train_net")
 
 
 def main(args: argparse.Namespace) -> None:
     """Run one process."""
-    asked = load_config(args.config_file, args.opts, "train_net.py")
+    asked = load_config(args.config_file, args.opts, SCRIPT)
+    start_run(asked, args)
     tests = evaluation_sets(asked)
     if args.eval_only and not tests:
         raise UserError("DATASETS.TEST is empty; name a data set to evaluate on, such as ('voc_2007_test',)")
     records = [record for test in tests.values() for record in test] if args.eval_only else training_records(asked)
     cfg = settle(asked, records)
-    start_run(cfg, args, "train_net.py")
     if asked.MODEL.MASK_ON and not cfg.MODEL.MASK_ON:
         logger.info("the data have boxes without masks: the mask head is off")
     model = build_detector(cfg)
     if args.eval_only:
+        keep_config(cfg, SCRIPT)
         weights = cfg.MODEL.WEIGHTS
         if args.resume:
             weights = Checkpointer(model, cfg.OUTPUT_DIR).get_checkpoint_file()

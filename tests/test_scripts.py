@@ -127,56 +127,6 @@ def test_two_processes_train_both_stages(root: Path, tmp_path: Path) -> None:
     assert (tmp_path / "detector/model_final.pth").is_file()
 
 
-BAD = {
-    "misspelt key": (["SOLVER.MAX_ITTER", "3"], "did you mean 'SOLVER.MAX_ITER'"),
-    "wrong type": (["SOLVER.MAX_ITER", "soon"], "SOLVER.MAX_ITER wants a value of type int"),
-    "unknown data set": (["DATASETS.TRAIN", "('svhn_trian',)"], "did you mean 'svhn_train'"),
-    "missing data": (["DATASETS.TRAIN", "('voc_2007_train',)", "DATASETS.TEST", "()"], "make demo"),
-    "weights are absent": (["MODEL.WEIGHTS", "no/encoder.safetensors"], "'no/encoder.safetensors' does not exist"),
-    "weights are text": (["MODEL.WEIGHTS", "{text}"], "not a readable safetensors file"),
-    "checkpoint is text": (["MODEL.WEIGHTS", "{pth}"], "not a readable checkpoint"),
-    "other pixels": (["MODEL.WEIGHTS", "{encoder}", "INPUT.FORMAT", "BGR"], "INPUT.FORMAT RGB, not BGR"),
-    "no training set": (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
-    "another encoder": (
-        ["MODEL.WEIGHTS", "{encoder}", "MODEL.ENCODER.NAME", "vit_tiny"],
-        "MODEL.ENCODER.NAME vit_nano",
-    ),
-    "detector of another size": (["MODEL.WEIGHTS", "{detector}", "MODEL.PYRAMID.OUT_CHANNELS", "32"], "fits only"),
-    "a key without effect": (["SOLVER.AMP.ENABLED", "True"], "set SOLVER.PRECISION"),
-    "a batch of nothing": (["SOLVER.IMS_PER_BATCH", "0"], "give 1 or more"),
-    "class count": (["MODEL.ROI_HEADS.NUM_CLASSES", "7"], "NUM_CLASSES 7 contradicts data set 'svhn_train'"),
-    "gpu": (["MODEL.DEVICE", "cuda"], "MODEL.DEVICE cpu"),
-    "output is a file": (["OUTPUT_DIR", "{text}"], "choose another folder"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_sentence(case: str, root: Path, encoder: Path, tmp_path: Path) -> None:
-    if case == "gpu" and torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    text, pth = tmp_path / "text.safetensors", tmp_path / "text.pth"
-    text.write_text("no weights")
-    pth.write_text("no weights")
-    overrides, words = BAD[case]
-    detector = root / "detector/model_final.pth"
-    if case == "detector of another size" and not detector.exists():
-        run(root, *detect(detector.parent, "SOLVER.MAX_ITER", 1))
-    given = [part.format(text=text, pth=pth, encoder=encoder, detector=detector) for part in overrides]
-    output = tmp_path / "out"
-    assert words in fails(root, *detect(output, *given))
-    assert not list(output.glob("*.pth"))
-
-
-def test_a_truncated_image_is_named(root: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "data"
-    shutil.copytree(root / "svhn", broken / "svhn")
-    victim = broken / "svhn/train/3.png"
-    victim.write_bytes(victim.read_bytes()[:-400])
-    for workers in (0, 1):
-        sentence = fails(broken, *detect(tmp_path / "out", "DATALOADER.NUM_WORKERS", workers, "SOLVER.MAX_ITER", 9))
-        assert "train/3.png" in sentence
-
-
 def test_damaged_voc_files_are_named(samples: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(samples / "VOC2007", data / "VOC2007")

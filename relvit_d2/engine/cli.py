@@ -50,7 +50,7 @@ def run_script(main: distributed.Main, example: str) -> int:
     return guard(start)
 
 
-def start_run(cfg: CfgNode, args: argparse.Namespace, script: str) -> None:
+def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Make ``OUTPUT_DIR``, start its log, say what runs on what, seed the generators.
 
     Raises:
@@ -82,8 +82,6 @@ def start_run(cfg: CfgNode, args: argparse.Namespace, script: str) -> None:
         setup_logger(str(output), distributed_rank=comm.get_rank(), name="fvcore")
         if comm.is_main_process():
             remove_leftovers(output)
-            if args.eval_only and not (output / "config.yaml").exists():  # a training writes it when it starts
-                write_text(output / "config.yaml", dump_config(cfg, script))
     except OSError as error:
         raise UserError(f"OUTPUT_DIR '{output}' cannot be written ({error.strerror}); choose another folder") from error
     # Said at every start by code of Detectron2 and fvcore that a user of this project cannot mend.
@@ -93,3 +91,10 @@ def start_run(cfg: CfgNode, args: argparse.Namespace, script: str) -> None:
     logger.info(f"relvit_d2 {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {device}")
     logger.info(f"command: {' '.join(sys.argv)}")
     seed_everything(cfg.SEED, "model")
+
+
+def keep_config(cfg: CfgNode, script: str) -> None:
+    """Write ``config.yaml`` into ``OUTPUT_DIR``, unless a training has left its own there."""
+    path = Path(cfg.OUTPUT_DIR) / "config.yaml"
+    if comm.is_main_process() and not path.exists():
+        write_text(path, dump_config(cfg, script))

@@ -5,12 +5,14 @@ the process (SIGKILL) the COUNTth time that it comes to PLACE; ``PLACE:COUNT:RAN
 
 Places: ``step``, an optimiser's step that is done but not yet kept; ``raise``, the same with a ZeroDivisionError in
 place of the kill; ``checkpoint``, a file half written; ``pointer``, a checkpoint that ``last_checkpoint`` does not name
-yet; ``evaluation``, one batch into an evaluation.
+yet; ``evaluation``, one batch into an evaluation. ``full:BYTES`` kills nothing: a file cannot grow beyond that size, as
+on a disk that is full.
 """
 
 import io
 import itertools
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -93,4 +95,7 @@ def install(place: str, count: int, rank: int | None) -> None:
 
 if FAULT and not any("multiprocessing.resource_tracker" in argument for argument in sys.orig_argv):
     where, number, *rest = FAULT.split(":")
-    install(where, int(number), int(rest[0]) if rest else None)
+    if where == "full":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(number), int(number)))
+    else:
+        install(where, int(number), int(rest[0]) if rest else None)
