@@ -1,6 +1,8 @@
 """The trainer's promises: exact resume, metrics once, readable checkpoints, faults as sentences."""
 
 import json
+import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.engine.hooks import PeriodicWriter
+from detectron2.utils.events import EventWriter, get_event_storage
 from torch import Tensor, nn
 
 from relvit_d2.config import add_relvit_config
@@ -51,7 +55,8 @@ def trainer(
     workers: int = 0,
     model: nn.Module | None = None,
     evaluate: Callable[[], dict[str, Any]] | None = None,
-    **overrides: object,
+    mapper: Callable[[int], Tensor] = noisy,
+    **overrides: Any,
 ) -> Trainer:
     torch.manual_seed(0)
     cfg = config(output, iterations)
@@ -59,7 +64,7 @@ def trainer(
 
     def batches(start: int) -> EndlessBatches:
         order = EndlessOrder(10, cfg.SOLVER.IMS_PER_BATCH, cfg.SEED, start, parts=cfg.SOLVER.ACCUMULATE)
-        return EndlessBatches(range(10), noisy, torch.stack, order, cfg.SEED, workers)
+        return EndlessBatches(range(10), mapper, torch.stack, order, cfg.SEED, workers)
 
     return Trainer(cfg, model or Regression(), 10, batches, evaluate)
 
@@ -198,3 +203,118 @@ def test_resuming_with_other_parameters_is_one_sentence(tmp_path: Path) -> None:
     second.checkpointer.checkpointables["optimizer"] = torch.optim.AdamW([nn.Parameter(torch.zeros(2))])
     with pytest.raises(UserError, match="parameter group"):
         second.resume(allow_changes=True)
+
+
+def measured(output: Path, values: list[float], iterations: int, **overrides: Any) -> Trainer:
+    """A trainer whose evaluation after iterations 2, 4, ... finds ``values`` in turn."""
+    found: list[Trainer] = []
+
+    def evaluate() -> dict[str, Any]:
+        return {"set": {"AP": values[found[0].iter // 2]}}
+
+    keys: dict[str, Any] = {"TEST__EVAL_PERIOD": 2, "TEST__BEST_METRIC": "set/AP"} | overrides
+    found.append(trainer(output, iterations, evaluate=evaluate, **keys))
+    return found[0]
+
+
+@pytest.mark.parametrize("cut", [None, 4, 6, 8])
+def test_the_best_model_is_kept_and_patience_ends_the_run(cut: int | None, tmp_path: Path) -> None:
+    values = [3.0, 5.0, float("nan"), 5.0, 4.0, 9.0, 9.0]
+    keys: dict[str, Any] = {"TEST__PATIENCE": 3, "SOLVER__CHECKPOINT_PERIOD": 1}
+    run = measured(tmp_path, values, 14, **keys)
+    if cut is not None:  # cut short in the evaluation after so many iterations, and resumed
+
+        def killed() -> None:
+            raise KeyboardInterrupt
+
+        evaluation = run.checkpointer.checkpointables["evaluation"]
+        whole = evaluation._evaluate
+        evaluation._evaluate = lambda: killed() if run.iter + 1 == cut else whole()
+        with pytest.raises(KeyboardInterrupt):
+            run.train()
+        run = measured(tmp_path, values, 14, **keys)
+        assert run.resume()
+        assert run.start_iter == cut
+    run.train()
+    assert run.stopped
+    assert run.iter == 9  # 5.0 came after iteration 3; nan, 5.0 and 4.0 are not better
+    best = torch.load(tmp_path / "model_best.pth", weights_only=True)
+    assert (best["iteration"], best["value"]) == (3, 5.0)
+    assert equal(best["model"], torch.load(tmp_path / "model_0000003.pth", weights_only=True)["model"])
+    assert state(tmp_path)["iteration"] == 9
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    again = measured(tmp_path, values, 14, **keys)
+    assert again.resume()
+    again.train()
+    assert (again.stopped, again.iter) == (True, 9)
+
+
+def test_of_a_loss_the_least_is_best(tmp_path: Path) -> None:
+    values = iter([3.0, 1.0, 2.0])
+    evaluate = lambda: {"held_out": {"loss": next(values)}}  # noqa: E731
+    keys: dict[str, Any] = {"TEST__EVAL_PERIOD": 1, "TEST__BEST_METRIC": "held_out/loss"}
+    trainer(tmp_path, 3, evaluate=evaluate, **keys).train()
+    assert torch.load(tmp_path / "model_best.pth", weights_only=True)["value"] == 1.0
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
+    trainer(tmp_path, 9, SOLVER__CHECKPOINT_PERIOD=2, SOLVER__CHECKPOINT_MAX_TO_KEEP=2).train()
+    assert sorted(p.name for p in tmp_path.glob("*.pth")) == [
+        "model_0000005.pth",
+        "model_0000007.pth",
+        "model_final.pth",
+    ]
+
+
+def test_the_rate_follows_the_batch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        scaled = trainer(tmp_path, 20, SOLVER__REFERENCE_BATCH=16)
+    plain = trainer(tmp_path, 20)
+    assert [scaled.schedule(i) for i in range(20)] == pytest.approx([plain.schedule(i) / 4 for i in range(20)])
+    assert "learning rate 0.000125: SOLVER.BASE_LR 0.0005 times SOLVER.IMS_PER_BATCH 4" in caplog.text
+
+
+def slow(sample: int) -> Tensor:
+    time.sleep(0.004)
+    return noisy(sample)
+
+
+def test_a_loader_that_is_the_bottleneck_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, 60, mapper=slow).train()
+    assert caplog.text.count("reading the data is the bottleneck") == 1
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("iter ")]
+    assert [line.split()[1] for line in lines] == ["20/60", "40/60", "60/60"]
+    for line in lines:
+        assert re.search(r"eta \d.* images/s  data \d+%  memory \d+\.\d GiB", line)
+
+
+class Collected(EventWriter):
+    """What a user's own writer sees."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, int] = {}
+
+    def write(self) -> None:
+        self.seen |= {name: at for name, (_, at) in get_event_storage().latest().items()}
+
+
+def test_a_users_writer_sees_every_number(tmp_path: Path) -> None:
+    writer = Collected()
+    run = trainer(tmp_path, 4, evaluate=lambda: {"set": {"AP": 1.0}})
+    run.register_hooks([PeriodicWriter([writer], period=1)])
+    run.train()
+    assert {"total_loss": 3, "set/AP": 3, "lr": 3}.items() <= writer.seen.items()
+
+
+def test_accumulated_parts_are_the_batch(tmp_path: Path) -> None:
+    def losses(output: Path, parts: int) -> list[float]:
+        still = Regression()
+        still.net[2] = nn.Identity()  # dropout draws for each part anew
+        trainer(output, 6, model=still, SOLVER__ACCUMULATE=parts).train()
+        return [json.loads(line)["total_loss"] for line in (output / "metrics.json").read_text().splitlines()]
+
+    torch.manual_seed(0)
+    whole = losses(tmp_path / "whole", 1)
+    torch.manual_seed(0)
+    assert losses(tmp_path / "parts", 4) == pytest.approx(whole, rel=1e-5)

@@ -107,8 +107,15 @@ def evaluate_pretext(model: PretrainingModel, batches: Any) -> dict[str, float]:
     return {name: value / count for name, value in whole.items()}
 
 
-def export_encoder(cfg: CfgNode, model: PretrainingModel, results: dict[str, float]) -> Path:
-    """Write ``encoder.safetensors`` into ``OUTPUT_DIR`` and return its path."""
+def export_encoder(cfg: CfgNode, model: PretrainingModel, iterations: int, results: dict[str, float]) -> Path:
+    """Write ``encoder.safetensors`` into ``OUTPUT_DIR`` and return its path.
+
+    Args:
+        cfg: the run's config.
+        model: whose encoder is written.
+        iterations: how many it was trained for.
+        results: held-out figures.
+    """
     path = Path(cfg.OUTPUT_DIR) / "encoder.safetensors"
     info = {
         "pixel_mean": list(cfg.MODEL.PIXEL_MEAN),
@@ -116,7 +123,7 @@ def export_encoder(cfg: CfgNode, model: PretrainingModel, results: dict[str, flo
         "input_format": "RGB",
         "patch": model.encoder.strides[model.encoder.last],
         "image_size": cfg.PRETEXT.IMAGE_SIZE,
-        "iteration": cfg.SOLVER.MAX_ITER,
+        "iteration": iterations,
         "data": list(cfg.DATASETS.TRAIN),
         "pretext": _plain(cfg.PRETEXT),
         "results": results,
