@@ -1,6 +1,7 @@
 """Detectron2 checkpoints that appear whole or not at all."""
 
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,10 @@ class Checkpointer(DetectionCheckpointer):
             with appearing(path) as part:
                 torch.save(data, part)
         except RuntimeError as error:  # how torch.save reports a full disk
+            free = shutil.disk_usage(path.parent).free / 2**20
             raise UserError(
-                f"checkpoint '{path}' could not be written ({str(error).splitlines()[0]}); the previous one is "
-                "untouched: free space or choose another OUTPUT_DIR, then go on with --resume"
+                f"checkpoint '{path}' could not be written with {free:.0f} MiB free there; the previous one is untouched: "
+                "free space or choose another OUTPUT_DIR, then go on with --resume"
             ) from error
         self.logger.info(f"Saved checkpoint {path}")
 
