@@ -76,8 +76,8 @@ class Checkpointer(DetectionCheckpointer):
         except RuntimeError as error:  # how torch.save reports a full disk
             free = shutil.disk_usage(path.parent).free / 2**20
             raise UserError(
-                f"checkpoint '{path}' could not be written with {free:.0f} MiB free there; the previous one is untouched: "
-                "free space or choose another OUTPUT_DIR, then go on with --resume"
+                f"checkpoint '{path}' could not be written with {free:.0f} MiB free there; the previous one is "
+                "untouched: free space or choose another OUTPUT_DIR, then go on with --resume"
             ) from error
         self.logger.info(f"Saved checkpoint {path}")
 
