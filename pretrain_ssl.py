@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
         logger.info(str(load_encoder(model.encoder, Path(weights))))
     trainer.train()
     if comm.is_main_process():
-        path = export_encoder(cfg, model, trainer.iter + 1, trainer.results.get("held_out", {}))
+        path = export_encoder(cfg, model, trainer.iter + 1, trainer.results)
         logger.info(f"encoder kept; fine-tune with: python train_net.py --config-file FILE MODEL.WEIGHTS {path}")
 
 

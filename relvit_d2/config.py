@@ -22,12 +22,21 @@ _C.MODEL.PYRAMID.NORM = "LN"  # Detectron2's norm names
 
 _C.MODEL.ALLOW_PICKLE = False  # read weights that are pickles, such as *.pkl: reading one can run any code in it
 
+# Pretext losses beside the detector's.
+_C.MODEL.RELVIT = CfgNode()
+_C.MODEL.RELVIT.JOINT = False  # train on both at once; PRETEXT.WEIGHTS says which and how much
+_C.MODEL.RELVIT.GRID = [7, 7]  # rows and columns that positions are told in, laid over images of any size
+
 # The pretext tasks.
 _C.PRETEXT = CfgNode()
 _C.PRETEXT.WEIGHTS = CfgNode()  # a task of weight 0 is not built
 _C.PRETEXT.WEIGHTS.RELATION = 1.0
 _C.PRETEXT.WEIGHTS.POSITION = 1.0
+_C.PRETEXT.WEIGHTS.DISTANCE = 0.0
+_C.PRETEXT.WEIGHTS.ANGLE = 0.0  # the authors' angle, which tells no direction
+_C.PRETEXT.WEIGHTS.BEARING = 0.0  # the direction
 _C.PRETEXT.LABEL_SMOOTHING = 0.0  # 0..1, of every cross entropy
+_C.PRETEXT.PAIR_DROPOUT = 0.0  # 0..1, share of the pairs of patches that a training loss leaves out
 _C.PRETEXT.IMAGE_SIZE = 224  # side of the square views in pixels
 _C.PRETEXT.CROP_SCALE = [0.08, 1.0]  # share of the image's area in a random crop
 _C.PRETEXT.FLIP = 0.5  # probability of a horizontal flip
@@ -35,7 +44,15 @@ _C.PRETEXT.PATCH_CROP = 1.15  # a patch is cropped by this factor and resized ba
 _C.PRETEXT.JITTER = [0.4, 0.4, 0.4, 0.1]  # brightness, contrast, saturation, hue, drawn for every patch
 _C.PRETEXT.JITTER_PROB = 0.8  # share of patches whose colours are changed
 _C.PRETEXT.GRAY_PROB = 0.2  # share of patches turned gray
-_C.PRETEXT.PERMUTE = False  # shuffle the patches; changes nothing for a ViT without position embedding
+_C.PRETEXT.NOISE_PROB = 0.0  # share of patches with normal noise
+_C.PRETEXT.NOISE_STD = 0.1  # of the noise, in pixel values of 0..1
+_C.PRETEXT.PERMUTE = "auto"  # shuffle the patches: auto, always or never; auto: if the encoder carries positions
+_C.PRETEXT.MEGA = CfgNode()  # mega-patches: the view is cut at random lines, each piece resized to one size
+_C.PRETEXT.MEGA.M = 0  # pieces along each axis; 0: none
+_C.PRETEXT.MEGA.UNIT = 0  # cuts lie on multiples of this many pixels; 0: of the patch
+_C.PRETEXT.MEGA.KEEP_SIZE = False  # the view keeps IMAGE_SIZE; else every piece becomes one patch
+_C.PRETEXT.MEGA.SHARED_CUTS = False  # cut columns where the rows are, as the authors' code does
+_C.PRETEXT.KNN = ""  # a folder with a folder of images for each class: k-NN accuracy of the features is told too
 
 # Data.
 _C.DATASETS = CfgNode()
@@ -43,6 +60,9 @@ _C.DATASETS.SKIP_MISSING = False  # leave out images that are listed but absent,
 _C.DATASETS.TRAIN_DIFFICULT = True  # train on VOC's difficult objects, as Detectron2 does
 _C.DATASETS.IGNORE_DIFFICULT = True  # neither hits nor misses in evaluation, as VOC does
 _C.INPUT = CfgNode()
+_C.INPUT.LSJ = CfgNode()  # large-scale jitter, in place of MIN_SIZE_TRAIN
+_C.INPUT.LSJ.SIZE = 0  # pixels of the square crops; 0: off
+_C.INPUT.LSJ.SCALE = [0.1, 2.0]  # images are resized to fit the crop times a factor of this range
 _C.INPUT.LOAD_SIZE = 512  # pre-training: larger images are reduced to this longer side (pixels) when read; 0: never
 
 # Solver.
@@ -99,9 +119,22 @@ WITHOUT_EFFECT = {
 
 # Keys that one script alone reads, by how they begin.
 READ_BY_ONE = {
-    "pretrain_ssl.py": ("PRETEXT.", "INPUT.LOAD_SIZE"),
+    "pretrain_ssl.py": (
+        "PRETEXT.IMAGE_SIZE",
+        "PRETEXT.CROP_SCALE",
+        "PRETEXT.FLIP",
+        "PRETEXT.PATCH_CROP",
+        "PRETEXT.JITTER",
+        "PRETEXT.GRAY_PROB",
+        "PRETEXT.NOISE_",
+        "PRETEXT.PERMUTE",
+        "PRETEXT.MEGA.",
+        "PRETEXT.KNN",
+        "INPUT.LOAD_SIZE",
+    ),
     "train_net.py": (
         "MODEL.META_ARCHITECTURE",
+        "MODEL.RELVIT.",
         "MODEL.MASK_ON",
         "MODEL.BACKBONE.",
         "MODEL.PYRAMID.",
@@ -113,6 +146,7 @@ READ_BY_ONE = {
         "INPUT.MAX_SIZE_",
         "INPUT.RANDOM_FLIP",
         "INPUT.CROP.",
+        "INPUT.LSJ.",
         "INPUT.FORMAT",
         "INPUT.MASK_FORMAT",
         "DATASETS.TRAIN_DIFFICULT",

@@ -1,4 +1,4 @@
-"""The blockwise relation loss against the dense form, and its laws."""
+"""The blockwise losses of pairs against the dense form, and their laws."""
 
 import math
 
@@ -6,17 +6,34 @@ import pytest
 import torch
 from torch import Tensor
 
+from relvit_d2.pretext.hashing import hashed_uniform
 from relvit_d2.pretext.layout import PatchLayout
-from relvit_d2.pretext.relation_loss import relation_loss, relation_loss_plain
+from relvit_d2.pretext.pair_loss import (
+    Angle,
+    Bearing,
+    Distance,
+    PairKind,
+    Relation,
+    pair_loss,
+    pair_loss_plain,
+)
+
+KINDS = [Relation(), Relation(0.1), Distance(), Angle(), Bearing()]
+NAMES = ["relation", "smoothed", "distance", "angle", "bearing"]
+every_kind = pytest.mark.parametrize("kind", KINDS, ids=NAMES)
 
 
 def problem(
-    batch: int = 3, grid: tuple[int, int] = (3, 5), width: int = 4, dtype: torch.dtype = torch.float32
+    kind: PairKind = Relation(),  # noqa: B008
+    batch: int = 3,
+    grid: tuple[int, int] = (3, 5),
+    width: int = 4,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, PatchLayout]:
     """Random queries and keys of a shuffled layout; image 1 has padding, and the last only one token."""
     generator = torch.Generator().manual_seed(0)
     tokens = grid[0] * grid[1]
-    q, k = torch.randn(2, batch, 9, tokens, width, generator=generator, dtype=dtype) * 2
+    q, k = torch.randn(2, batch, kind.maps, tokens, width, generator=generator, dtype=dtype) * 2
     layout = PatchLayout.full(batch, grid)
     layout.valid[1, -4:] = False
     layout.valid[batch - 1, 1:] = False
@@ -24,12 +41,15 @@ def problem(
     return q.requires_grad_(), k.requires_grad_(), layout.permuted(order)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@every_kind
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("block", [None, 1, 4, 15, 99])
-def test_blocks_give_the_dense_loss_and_gradients(block: int | None, smoothing: float) -> None:
-    q, k, layout = problem()
-    loss, accuracy = relation_loss(q, k, layout, block, smoothing)
-    plain_loss, plain_accuracy = relation_loss_plain(q, k, layout, smoothing)
+def test_blocks_give_the_dense_loss_and_gradients(block: int | None, dropout: float, kind: PairKind) -> None:
+    q, k, layout = problem(kind)
+    torch.manual_seed(3)
+    loss, accuracy = pair_loss(q, k, layout, kind, dropout, block)
+    torch.manual_seed(3)
+    plain_loss, plain_accuracy = pair_loss_plain(q, k, layout, kind, dropout)
     torch.testing.assert_close(loss, plain_loss)
     torch.testing.assert_close(accuracy, plain_accuracy)
     grads = torch.autograd.grad(3 * loss, (q, k))
@@ -40,24 +60,47 @@ def test_blocks_give_the_dense_loss_and_gradients(block: int | None, smoothing: 
 def test_many_images_a_block_and_many_blocks_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
     """A budget of two images, then of a third of one, walks both loops; five images divide by neither."""
     q, k, layout = problem(batch=5)
-    expected = torch.autograd.grad(relation_loss_plain(q, k, layout)[0], (q, k))
+    expected = torch.autograd.grad(pair_loss_plain(q, k, layout, Relation())[0], (q, k))
     for images in (2, 1 / 3):
         budget = {"cpu": int(images * 9 * 15 * 15 * 4)}
-        monkeypatch.setattr("relvit_d2.pretext.relation_loss.BLOCK_BYTES", {**budget, "cuda": 1})
-        grads = torch.autograd.grad(relation_loss(q, k, layout)[0], (q, k))
+        monkeypatch.setattr("relvit_d2.pretext.pair_loss.BLOCK_BYTES", {**budget, "cuda": 1})
+        grads = torch.autograd.grad(pair_loss(q, k, layout, Relation())[0], (q, k))
         torch.testing.assert_close(grads, expected)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.3])
-def test_gradcheck(smoothing: float) -> None:
-    q, k, layout = problem(batch=2, grid=(2, 3), width=2, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda q, k: relation_loss(q, k, layout, 4, smoothing)[0], (q, k))
+@every_kind
+def test_gradcheck(kind: PairKind) -> None:
+    q, k, layout = problem(kind, batch=2, grid=(2, 3), width=2, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda q, k: pair_loss(q, k, layout, kind, block=4)[0], (q, k))
+
+
+@every_kind
+def test_dropout_drops_its_share_of_the_pairs(kind: PairKind) -> None:
+    """With one query that scores and all keys alike, the mean is over what is left; its gradient says how many are."""
+    q, k, layout = problem(kind, batch=2, grid=(20, 20))
+    layout.valid[:] = True
+    torch.manual_seed(0)
+    loss, measure = pair_loss(q, k, layout, kind, 0.75)
+    whole, all_measure = pair_loss(q, k, layout, kind)
+    assert loss != whole and measure == all_measure
+    assert loss.item() == pytest.approx(whole.item(), rel=0.05)
+    torch.manual_seed(0)
+    keep = _kept_pairs(2, 400, 0.75)
+    assert keep.double().mean().item() == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / keep.numel()))
+    rows, cols = keep.double().mean(2), keep.double().mean(1)
+    spread = math.sqrt(0.25 * 0.75 / 400)
+    assert rows.std().item() == pytest.approx(spread, rel=0.15) and cols.std().item() == pytest.approx(spread, rel=0.15)
+
+
+def _kept_pairs(batch: int, tokens: int, dropout: float) -> Tensor:
+    seed, place = torch.randint(2**31, ()), torch.arange(tokens)
+    return hashed_uniform(seed, torch.arange(batch)[:, None, None], place[:, None], place) >= dropout
 
 
 def test_large_scores_stay_exact() -> None:
     q, k, layout = problem()
-    loss, _ = relation_loss(q * 100, k * 100, layout)
-    exact, _ = relation_loss_plain(q.double() * 100, k.double() * 100, layout)
+    loss, _ = pair_loss(q * 100, k * 100, layout, Relation())
+    exact, _ = pair_loss_plain(q.double() * 100, k.double() * 100, layout, Relation())
     torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
 
 
@@ -65,21 +108,22 @@ def test_autocast_and_half_inputs_sum_in_float32() -> None:
     q, k, layout = problem()
     q16, k16 = (x.detach().bfloat16().requires_grad_() for x in (q, k))
     with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = relation_loss(q16, k16, layout, 4)
-    expected, _ = relation_loss_plain(q16.float(), k16.float(), layout)
+        loss, _ = pair_loss(q16, k16, layout, Relation(), block=4)
+    expected, _ = pair_loss_plain(q16.float(), k16.float(), layout, Relation())
     torch.testing.assert_close(loss, expected)
     wanted = torch.autograd.grad(expected, (q16, k16))
     torch.testing.assert_close(torch.autograd.grad(loss, (q16, k16)), wanted, rtol=0.01, atol=1e-6)
 
 
-def test_padding_is_never_read() -> None:
-    q, k, layout = problem()
+@every_kind
+def test_padding_is_never_read(kind: PairKind) -> None:
+    q, k, layout = problem(kind)
     junk_q, junk_k = q.detach().clone(), k.detach().clone()
     gone = ~layout.valid[:, None, :, None].expand_as(q)
     junk_q[gone], junk_k[gone] = math.nan, math.inf
     junk_q.requires_grad_(), junk_k.requires_grad_()
-    loss, accuracy = relation_loss(junk_q, junk_k, layout)
-    clean = relation_loss(q, k, layout)
+    loss, accuracy = pair_loss(junk_q, junk_k, layout, kind)
+    clean = pair_loss(q, k, layout, kind)
     assert (loss, accuracy) == clean
     for junk, grad in zip(
         torch.autograd.grad(loss, (junk_q, junk_k)), torch.autograd.grad(clean[0], (q, k)), strict=True
@@ -88,17 +132,18 @@ def test_padding_is_never_read() -> None:
         assert not junk[gone].any()
 
 
-def test_no_valid_token_is_a_loss_of_zero() -> None:
-    q, k, layout = problem()
+@every_kind
+def test_no_valid_token_is_a_loss_of_zero(kind: PairKind) -> None:
+    q, k, layout = problem(kind)
     layout.valid[:] = False
-    loss, accuracy = relation_loss(q, k, layout)
+    loss, accuracy = pair_loss(q, k, layout, kind)
     assert loss == accuracy == 0
     assert not any(grad.any() for grad in torch.autograd.grad(loss, (q, k)))
 
 
 def test_uniform_scores_lose_ln_9_and_hit_nothing() -> None:
     q, k, layout = problem()
-    loss, accuracy = relation_loss(q * 0, k, layout)
+    loss, accuracy = pair_loss(q * 0, k, layout, Relation())
     assert loss.item() == pytest.approx(math.log(9))
     assert accuracy == 0
 
@@ -114,21 +159,23 @@ def test_true_scores_are_all_hit() -> None:
         one = torch.ones_like(row)
         q.append(torch.stack((2 * a * row + 2 * b * col - a * a - b * b, one), 2))
         k.append(torch.stack((one, -2 * a * row - 2 * b * col), 2))
-    _, accuracy = relation_loss(torch.stack(q, 1), torch.stack(k, 1), layout)
+    _, accuracy = pair_loss(torch.stack(q, 1), torch.stack(k, 1), layout, Relation())
     assert accuracy == 1
 
 
-def test_shuffling_tokens_leaves_the_loss_alone() -> None:
-    q, k, layout = problem()
+@every_kind
+def test_shuffling_tokens_leaves_the_loss_alone(kind: PairKind) -> None:
+    q, k, layout = problem(kind)
     order = torch.rand(layout.row.shape).argsort(1)
     index = order[:, None, :, None].expand_as(q)
-    moved, _ = relation_loss(q.gather(2, index), k.gather(2, index), layout.permuted(order))
-    torch.testing.assert_close(moved, relation_loss(q, k, layout)[0])
+    moved, _ = pair_loss(q.gather(2, index), k.gather(2, index), layout.permuted(order), kind)
+    torch.testing.assert_close(moved, pair_loss(q, k, layout, kind)[0])
 
 
-def test_nothing_of_the_square_of_the_tokens_is_saved() -> None:
+@every_kind
+def test_nothing_of_the_square_of_the_tokens_is_saved(kind: PairKind) -> None:
     """The tensors kept for the backward pass are counted while the graph is built."""
-    q, k, layout = problem(batch=2, grid=(20, 20))
+    q, k, layout = problem(kind, batch=2, grid=(20, 20))
     saved: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -136,24 +183,26 @@ def test_nothing_of_the_square_of_the_tokens_is_saved() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        relation_loss(q, k, layout)
+        pair_loss(q, k, layout, kind)
     assert 0 < sum(saved) <= q.numel() + k.numel() + 2
 
 
-def test_no_gradient_is_formed_where_none_is_wanted() -> None:
-    q, k, layout = problem()
+@every_kind
+def test_no_gradient_is_formed_where_none_is_wanted(kind: PairKind) -> None:
+    q, k, layout = problem(kind)
     with torch.no_grad():
-        loss, accuracy = relation_loss(q, k, layout)
+        loss, accuracy = pair_loss(q, k, layout, kind)
     assert not loss.requires_grad
-    assert (loss, accuracy) == relation_loss(q, k, layout)
+    assert (loss, accuracy) == pair_loss(q, k, layout, kind)
 
 
-def test_inside_torch_compile() -> None:
+@every_kind
+def test_inside_torch_compile(kind: PairKind) -> None:
     """Traced by dynamo and differentiated by AOTAutograd, without the code generator."""
-    q, k, layout = problem()
+    q, k, layout = problem(kind)
 
     def loss(q: Tensor, k: Tensor) -> Tensor:
-        return relation_loss(q, k, layout, 8)[0]
+        return pair_loss(q, k, layout, kind, 0.0, 8)[0]
 
     compiled = torch.compile(loss, backend="aot_eager")(q, k)
     torch.testing.assert_close(compiled, loss(q, k))

@@ -3,16 +3,23 @@
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
 from relvit_d2.pretext.layout import PatchLayout
 from relvit_d2.pretext.targets import (
     RELATIONS,
+    PairFunction,
+    all_pairs,
+    pair_angle,
+    pair_bearing,
+    pair_deviation,
+    pair_distance,
+    pair_relation,
     position_chance,
     positions,
     relation_chance,
-    relation_classes,
     relation_frequencies,
 )
 
@@ -35,7 +42,7 @@ def shuffled(layout: PatchLayout, seed: int = 0) -> tuple[PatchLayout, torch.Ten
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_classes_are_those_told_in_words(grid: tuple[int, int]) -> None:
-    classes = relation_classes(PatchLayout.full(1, grid))[0]
+    classes = all_pairs(pair_relation, PatchLayout.full(1, grid))[0]
     cells = grid[0] * grid[1]
     assert [[RELATIONS[c] for c in row] for row in classes] == [
         [brute_class(grid, i, j) for j in range(cells)] for i in range(cells)
@@ -43,14 +50,14 @@ def test_classes_are_those_told_in_words(grid: tuple[int, int]) -> None:
 
 
 def test_first_row_of_the_authors_example() -> None:
-    row = relation_classes(PatchLayout.full(1, (3, 3)))[0, 0]
+    row = all_pairs(pair_relation, PatchLayout.full(1, (3, 3)))[0, 0]
     assert " ".join(RELATIONS[c] for c in row) == "CC LC LC CU LU LU CU LU LU"
 
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_swapping_a_pair_mirrors_its_class(grid: tuple[int, int]) -> None:
     layout, _ = shuffled(PatchLayout.full(3, grid))
-    classes = relation_classes(layout)
+    classes = all_pairs(pair_relation, layout)
     assert torch.equal(classes.mT, 8 - classes)
 
 
@@ -59,7 +66,7 @@ def test_mirroring_the_image_mirrors_left_and_right(grid: tuple[int, int]) -> No
     layout = PatchLayout.full(2, grid)
     mirrored = PatchLayout(grid, layout.row, grid[1] - 1 - layout.col, layout.valid)
     left_right = torch.tensor([RELATIONS.index(n.translate(str.maketrans("LR", "RL"))) for n in RELATIONS])
-    assert torch.equal(relation_classes(mirrored), left_right[relation_classes(layout)])
+    assert torch.equal(all_pairs(pair_relation, mirrored), left_right[all_pairs(pair_relation, layout)])
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -67,8 +74,10 @@ def test_shuffling_patches_and_targets_commutes(grid: tuple[int, int]) -> None:
     layout = PatchLayout.full(4, grid)
     layout.valid[1, 0] = False
     moved, order = shuffled(layout)
-    classes, image = relation_classes(layout), torch.arange(4)
-    assert torch.equal(relation_classes(moved), classes[image[:, None, None], order[:, :, None], order[:, None, :]])
+    classes, image = all_pairs(pair_relation, layout), torch.arange(4)
+    assert torch.equal(
+        all_pairs(pair_relation, moved), classes[image[:, None, None], order[:, :, None], order[:, None, :]]
+    )
     assert torch.equal(positions(moved), order)
     assert torch.equal(moved.valid, layout.valid.gather(1, order))
 
@@ -90,3 +99,89 @@ def test_published_grids_have_the_published_chance() -> None:
     table = {5: (0.16, 2.10984), 7: (0.183673, 2.008485), 8: (0.191406, 1.966548), 14: (0.215561, 1.801911)}
     for side, expected in table.items():
         assert relation_chance((side, side)) == pytest.approx(expected, abs=1e-6)
+
+
+def authors_matrices(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Distance and angle of a square grid, from the description of the authors' arithmetic (float64, no epsilon)."""
+    place = np.stack(np.divmod(np.arange(n * n), n), 1).astype(float)
+    distance = np.linalg.norm(place[:, None] - place[None], axis=2)
+    outside = place + n / 2
+    length = np.linalg.norm(outside, axis=1)
+    cosine = outside @ outside.T / (length[:, None] * length)
+    angle = np.arccos(np.clip(cosine, -1, 1))
+    np.fill_diagonal(angle, 0)
+    return tuple(2 * matrix / matrix.max() - 1 for matrix in (distance, angle))
+
+
+@pytest.mark.parametrize("n", [2, 6, 7, 14])
+def test_distance_and_angle_are_the_authors(n: int) -> None:
+    layout = PatchLayout.full(1, (n, n))
+    distance, angle = authors_matrices(n)
+    assert all_pairs(pair_distance, layout)[0].numpy() == pytest.approx(distance, abs=1e-6)
+    assert all_pairs(pair_angle, layout)[0].numpy() == pytest.approx(angle, abs=1e-6)
+
+
+def test_distance_has_the_published_moments() -> None:
+    """Mean -0.149 and variance 0.165 over the pairs of a 7 x 7 grid, counted outside this code."""
+    distance = all_pairs(pair_distance, PatchLayout.full(1, (7, 7)))
+    assert distance.mean().item() == pytest.approx(-0.149, abs=5e-4)
+    assert distance.var(correction=0).item() == pytest.approx(0.165, abs=5e-4)
+    assert pair_deviation(pair_distance, (7, 7)) == pytest.approx(distance.std(correction=0).item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (4, 7), (7, 4), (1, 5)])
+@pytest.mark.parametrize("function", [pair_distance, pair_angle, pair_bearing])
+def test_pair_targets_fill_their_range_and_move_with_their_patches(
+    function: PairFunction, grid: tuple[int, int]
+) -> None:
+    layout = PatchLayout.full(2, grid)
+    values = all_pairs(function, layout)
+    assert values.min() >= -1 and values.max().item() == pytest.approx(1, abs=1e-6)
+    moved, order = shuffled(layout)
+    image = torch.arange(2)
+    again = values[image[:, None, None], order[:, :, None], order[:, None, :]]
+    torch.testing.assert_close(all_pairs(function, moved), again, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (4, 7), (7, 4)])
+def test_laws_of_distance_angle_and_bearing(grid: tuple[int, int]) -> None:
+    layout = PatchLayout.full(1, grid)
+    distance, angle, bearing = (all_pairs(f, layout)[0] for f in (pair_distance, pair_angle, pair_bearing))
+    assert torch.equal(distance, distance.mT) and torch.equal(angle, angle.mT)
+    assert (distance.diagonal() == -1).all() and (angle.diagonal() == -1).all()
+    # The way back is the opposite direction, half a turn (1) away.
+    turned = (bearing - bearing.mT).abs()[~torch.eye(len(bearing), dtype=torch.bool)]
+    torch.testing.assert_close(turned, torch.ones_like(turned))
+    mirrored = PatchLayout(grid, layout.row, grid[1] - 1 - layout.col, layout.valid)
+    back = all_pairs(pair_bearing, mirrored)[0]
+    mirror = 1 - bearing - 2 * (bearing < 0)  # of an angle at the vertical, back in -1..1
+    same = ~torch.eye(len(back), dtype=torch.bool)
+    torch.testing.assert_close(torch.cos(back * torch.pi)[same], torch.cos(mirror * torch.pi)[same], rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch.sin(back * torch.pi)[same], torch.sin(mirror * torch.pi)[same], rtol=0, atol=1e-6)
+
+
+def test_bearings_are_those_told_in_words() -> None:
+    bearing = all_pairs(pair_bearing, PatchLayout.full(1, (3, 3)))[0, :, 4]  # seen from the centre
+    assert bearing.tolist() == pytest.approx([-0.75, -0.5, -0.25, 1, 0, 0, 0.75, 0.5, 0.25])
+
+
+def test_a_padded_image_has_the_targets_of_its_own_grid() -> None:
+    grid, own = (5, 6), (3, 4)
+    padded, alone = PatchLayout.padded(grid, torch.tensor([own])), PatchLayout.full(1, own)
+    kept = padded.valid[0]
+    assert padded.extent().tolist() == [list(own)]
+    for function in (pair_relation, pair_distance, pair_angle, pair_bearing):
+        assert torch.equal(all_pairs(function, padded)[0][kept][:, kept], all_pairs(function, alone)[0])
+    assert torch.equal(positions(padded, own)[0][kept], positions(alone)[0])
+
+
+@pytest.mark.parametrize("own", [(7, 7), (14, 21), (3, 5), (64, 40), (1, 1)])
+def test_any_image_maps_onto_a_fixed_grid(own: tuple[int, int]) -> None:
+    """Each token falls into the cell that its upper left corner lies in, all cells where there are tokens enough."""
+    cells = positions(PatchLayout.full(1, own), (7, 7))[0].view(own)
+    expected = [
+        [int(r * 7 / own[0] + 1e-9) * 7 + int(c * 7 / own[1] + 1e-9) for c in range(own[1])] for r in range(own[0])
+    ]
+    assert cells.tolist() == expected
+    if min(own) >= 7:
+        assert cells.unique().numel() == 49

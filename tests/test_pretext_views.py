@@ -13,15 +13,17 @@ from torchvision.transforms import RandomResizedCrop
 
 from relvit_d2.errors import UserError
 from relvit_d2.pretext import views as module
-from relvit_d2.pretext.color import BRIGHTNESS, CONTRAST, HUE, ORDERS, SATURATION, blend_, grayscale_, hue_
+from relvit_d2.pretext.color import BRIGHTNESS, CONTRAST, HUE, ORDERS, SATURATION, add_noise_, blend_, grayscale_, hue_
 from relvit_d2.pretext.layout import PatchLayout
+from relvit_d2.pretext.resampling import random_boxes, resample
 from relvit_d2.pretext.views import (
+    MegaPatches,
     ViewConfig,
     Views,
     augment_patches,
+    cuts_of,
     draw_patches,
-    random_boxes,
-    resample,
+    permute_patches,
 )
 
 PLAIN = ViewConfig(24, 8, patch_crop=None, jitter_prob=0, gray_prob=0, mean=(0, 0, 0), std=(1, 1, 1))
@@ -154,11 +156,20 @@ def loop_over_patches(view: Tensor, config: ViewConfig, draws: module.PatchDraws
             if draws.jittered[b, n]:
                 for operation in ORDERS[draws.order[b, n]]:
                     one = ADJUST[operation](one, draws.factors[b, n, operation].item())
-            patches.append(F.rgb_to_grayscale(one, 3) if draws.gray[b, n] else one)
+            one = F.rgb_to_grayscale(one, 3) if draws.gray[b, n] else one
+            if draws.noisy[b, n] and config.noise_prob:
+                one = (one + config.noise_std * noise_of(draws.noise[b, n], patch)).clamp(0, 1)
+            patches.append(one)
         for slot, n in enumerate(draws.slot[b].tolist()):
             top, left = slot // cols * patch, slot % cols * patch
             result[:, b, top : top + patch, left : left + patch] = patches[n]
     return result
+
+
+def noise_of(seed: Tensor, patch: int) -> Tensor:
+    """The noise of a patch, read off by adding it to gray, far from the clamp."""
+    gray = torch.full((3, patch * patch, 1), 0.5)
+    return (add_noise_(gray, torch.tensor([True]), seed[None], 1e-3).view(3, patch, patch) - 0.5) * 1e3
 
 
 @pytest.mark.parametrize(
@@ -171,6 +182,7 @@ def loop_over_patches(view: Tensor, config: ViewConfig, draws: module.PatchDraws
         ViewConfig(32, 8, patch_crop=None),
         ViewConfig(32, 8, jitter_prob=0, permute=True),
         ViewConfig(32, 8, gray_prob=0),
+        ViewConfig(32, 8, noise_prob=0.5, permute=True),
     ],
     ids=str,
 )
@@ -178,7 +190,124 @@ def test_patches_are_those_of_a_loop_over_torchvision(config: ViewConfig) -> Non
     view = torch.rand(3, 4, *config.shape, generator=seeded())
     draws = draw_patches(config, 4, seeded(1))
     expected = loop_over_patches(view, config, draws)
-    torch.testing.assert_close(augment_patches(view, config, draws), expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(augment_patches(view, config, draws), expected, rtol=0, atol=3e-5)
+
+
+def test_noise_is_normal_and_only_where_chosen() -> None:
+    pixels, chosen = torch.full((3, 64, 400), 0.5), torch.arange(400) % 4 == 0
+    noisy = add_noise_(pixels.clone(), chosen, torch.arange(400) * 7919, 0.1)
+    assert torch.equal(noisy[..., ~chosen], pixels[..., ~chosen])
+    noise = (noisy[..., chosen] - 0.5).flatten() / 0.1
+    assert noise.mean().item() == pytest.approx(0, abs=4 / len(noise) ** 0.5)
+    assert noise.std().item() == pytest.approx(1, abs=0.03)
+    assert (noise.abs() > 1.96).float().mean().item() == pytest.approx(0.05, abs=0.01)
+    channels = noise.view(3, -1)
+    assert channels.corrcoef().triu(1).abs().max() < 4 / channels.shape[1] ** 0.5
+    loud = add_noise_(pixels.clone(), chosen, torch.arange(400), 10.0)
+    assert loud.min() == 0 and loud.max() == 1
+
+
+MEGA = [
+    ViewConfig(48, 8, MegaPatches(3)),
+    ViewConfig(48, 8, MegaPatches(4, shared_cuts=True)),
+    ViewConfig(48, 8, MegaPatches(6)),
+    ViewConfig(48, 8, MegaPatches(1)),
+    ViewConfig((32, 48), 8, MegaPatches(3, unit=2)),
+    ViewConfig((32, 48), 8, MegaPatches(4, unit=4, keep_size=True)),
+    ViewConfig(48, 8, MegaPatches(5, unit=1, keep_size=True)),
+]
+
+
+def drawn_cuts(config: ViewConfig, batch: int) -> tuple[Tensor, Tensor]:
+    """Cuts as the views draw them."""
+    lines = (side // config.cut_unit - 1 for side in config.crop)
+    generator = seeded(5)
+    return cuts_of(config, *(torch.rand(batch, n, generator=generator) for n in lines))
+
+
+@pytest.mark.parametrize("config", MEGA, ids=str)
+def test_mega_patches_are_those_of_a_loop_over_torchvision(config: ViewConfig) -> None:
+    """Crop and resize the image, cut it, resize each piece, put them side by side."""
+    images, _ = batch_of(4, 60, 70)
+    boxes = torch.tensor([[0, 0, 60, 70], [3, 5, 20, 30], [10, 0, 50, 40], [1, 2, 48, 48]])
+    flip, mega = torch.tensor([False, True, False, True]), config.mega
+    assert mega is not None
+    cuts = drawn_cuts(config, 4)
+    views = resample(images, boxes, flip, config.crop, cuts, config.shape)
+    edges = [[round(i * side / mega.bands) for i in range(mega.bands + 1)] for side in config.shape]
+    for b, (top, left, height, width) in enumerate(boxes.tolist()):
+        crop = F.resized_crop(images[b] / 255, top, left, height, width, list(config.crop), antialias=True)
+        crop = F.hflip(crop) if flip[b] else crop
+        expected = torch.zeros(3, *config.shape)
+        for i in range(mega.bands):
+            for j in range(mega.bands):
+                (y, y_end), (x, x_end) = cuts[0][b, i : i + 2].tolist(), cuts[1][b, j : j + 2].tolist()
+                (v, v_end), (u, u_end) = edges[0][i : i + 2], edges[1][j : j + 2]
+                piece = F.resize(crop[:, y:y_end, x:x_end], [v_end - v, u_end - u], antialias=True)
+                expected[:, v:v_end, u:u_end] = piece
+        torch.testing.assert_close(views[:, b], expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("config", MEGA, ids=str)
+def test_cuts_lie_on_their_lines_and_reach_all_of_them(config: ViewConfig) -> None:
+    rows, cols = drawn_cuts(config, 600)
+    assert config.mega is not None
+    for cuts, side in zip((rows, cols), config.crop, strict=True):
+        assert (cuts[:, 0] == 0).all() and (cuts[:, -1] == side).all()
+        assert (cuts.diff(dim=1) >= config.cut_unit).all() and not (cuts % config.cut_unit).any()
+        inner = cuts[:, 1:-1].unique().tolist()
+        every = list(range(config.cut_unit, side, config.cut_unit))
+        assert inner == (every if config.mega.bands > 1 else [])
+    if 1 < config.mega.bands < config.crop[0] // config.cut_unit:
+        assert torch.equal(rows, cols) == config.mega.shared_cuts
+
+
+def test_every_layout_of_rows_is_equally_frequent() -> None:
+    """C(6, 2) = 15 ways to cut seven units into three bands."""
+    rows, _ = drawn_cuts(ViewConfig(56, 8, MegaPatches(3)), 15_000)
+    _, counts = rows.unique(dim=0, return_counts=True)
+    assert len(counts) == 15
+    assert (counts - 1000).abs().max() < 5 * (1000 * 14 / 15) ** 0.5
+
+
+@pytest.mark.parametrize("config", MEGA, ids=str)
+def test_a_view_of_mega_patches_has_the_layout_of_its_patches(config: ViewConfig) -> None:
+    images, sizes = batch_of(3)
+    for views, layout in (
+        Views(config).train(images, sizes, seeded()),
+        Views(config).evaluate(images, sizes, torch.arange(3)),
+    ):
+        assert views.shape[2:] == config.shape
+        assert layout.grid == (config.shape[0] // 8, config.shape[1] // 8)
+        assert torch.equal(layout.row, PatchLayout.full(3, layout.grid).row)
+
+
+def test_evaluation_is_fixed_by_the_key_of_an_image_alone() -> None:
+    config = replace(FULL, size=48, mega=MegaPatches(4, 4, keep_size=True))
+    images, sizes = batch_of(4)
+    keys = torch.tensor([5, 9, 5, 6])
+    images[2] = images[0]
+    together, layout = Views(config).evaluate(images, sizes, keys)
+    assert torch.equal(together[0], together[2]) and torch.equal(layout.row[0], layout.row[2])
+    assert not torch.equal(layout.row[0], layout.row[1])
+    for i in range(4):
+        alone, own = Views(config).evaluate(images[i : i + 1], sizes[i : i + 1], keys[i : i + 1])
+        torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-6)
+        assert torch.equal(own.row[0], layout.row[i])
+    straight, _ = Views(replace(config, permute=False)).evaluate(images, sizes, keys)
+    torch.testing.assert_close(unshuffled(together, layout, 8), straight)
+    same_image, _ = Views(config).evaluate(images[:1].expand(2, -1, -1, -1), sizes[:2], torch.tensor([1, 2]))
+    assert not torch.equal(same_image[0], same_image[1])
+
+
+def test_permuting_whole_patches_is_what_the_views_do() -> None:
+    view = torch.rand(2, 3, 16, 24, generator=seeded())
+    slot = torch.rand(2, 6, generator=seeded()).argsort(1)
+    plain = replace(FULL, patch_crop=None, jitter_prob=0, gray_prob=0)
+    draws = draw_patches(plain, 2, seeded())._replace(slot=slot)
+    assert torch.equal(
+        permute_patches(view, 8, slot).transpose(0, 1), augment_patches(view.transpose(0, 1), plain, draws)
+    )
 
 
 def test_patches_of_a_photograph_are_those_of_a_loop(samples: Path) -> None:
@@ -231,7 +360,7 @@ def test_padding_is_never_seen(train: bool) -> None:
     views = Views(FULL)
 
     def make(batch: Tensor) -> Tensor:
-        return (views.train(batch, sizes, seeded()) if train else views.evaluate(batch, sizes))[0]
+        return (views.train(batch, sizes, seeded()) if train else views.evaluate(batch, sizes, torch.arange(3)))[0]
 
     assert torch.equal(make(images), make(images * inside[:, None]))
 
@@ -246,11 +375,9 @@ def test_the_generator_decides_alone() -> None:
 
 def test_parts_of_a_batch_are_together_the_whole() -> None:
     images, sizes = torch.randint(0, 256, (6, 3, 40, 48), dtype=torch.uint8), torch.tensor([[40, 48]] * 5 + [[31, 20]])
-    whole, layout = Views(replace(FULL, permute=True)).train(images, sizes, seeded())
-    parts = [
-        Views(replace(FULL, permute=True)).train(images[a:b], sizes[a:b], seeded(), (a, b, 6))
-        for a, b in ((0, 1), (1, 4), (4, 6))
-    ]
+    config = replace(FULL, size=48, mega=MegaPatches(3, unit=4), noise_prob=0.5)
+    whole, layout = Views(config).train(images, sizes, seeded())
+    parts = [Views(config).train(images[a:b], sizes[a:b], seeded(), (a, b, 6)) for a, b in ((0, 1), (1, 4), (4, 6))]
     torch.testing.assert_close(torch.cat([pixels for pixels, _ in parts]), whole, rtol=0, atol=1e-5)
     assert torch.equal(torch.cat([part.row for _, part in parts]), layout.row)
     assert torch.equal(torch.cat([part.col for _, part in parts]), layout.col)
@@ -283,18 +410,26 @@ def test_autocast_does_not_blur() -> None:
 
 def test_evaluation_shows_the_largest_centred_crop() -> None:
     images, sizes = batch_of(1, 30, 40)
-    square, layout = Views(PLAIN).evaluate(images, sizes)
+    square, layout = Views(PLAIN).evaluate(images, sizes, torch.arange(1))
     crop = F.resized_crop(images[0] / 255, 0, 5, 30, 30, [24, 24], antialias=True)
     torch.testing.assert_close(square[0], crop, rtol=0, atol=1e-6)
     assert layout.row.tolist() == [[0, 0, 0, 1, 1, 1, 2, 2, 2]]
-    tall, _ = Views(replace(PLAIN, size=(48, 16))).evaluate(images, sizes)
+    tall, _ = Views(replace(PLAIN, size=(48, 16))).evaluate(images, sizes, torch.arange(1))
     crop = F.resized_crop(images[0] / 255, 0, 15, 30, 10, [48, 16], antialias=True)
     torch.testing.assert_close(tall[0], crop, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"size": 30}, "multiple of 8"), ({"size": (32, 20)}, "32x20"), ({"patch_crop": 0.5}, "patch_crop")],
+    [
+        ({"size": 30}, "multiple of 8"),
+        ({"size": (32, 20)}, "32x20"),
+        ({"patch_crop": 0.5}, "patch_crop"),
+        ({"mega": MegaPatches(5)}, "choose 1 to 4"),
+        ({"mega": MegaPatches(0)}, "choose 1 to 4"),
+        ({"mega": MegaPatches(2, unit=5)}, "multiples of 5"),
+        ({"size": (32, 16), "mega": MegaPatches(2, shared_cuts=True)}, "square"),
+    ],
 )
 def test_impossible_views_are_told(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):

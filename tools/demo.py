@@ -61,7 +61,7 @@ def demo(opts: list[str]) -> None:
     for number, (arm, weights) in enumerate(arms.items(), start=3):
         title = f"{number}/4 {'fine-tuning' if weights else 'the same detector from scratch'}"
         seconds[arm] = run(title, "train_net.py", DETECT, output / arm, [*weights, *opts])
-    figures = read_encoder(encoder)[1]["results"]
+    figures = read_encoder(encoder)[1]["results"]["held_out"]
     pretext = {f"{task}_{what}": figures[f"{what}_{task}"] for task in TASKS for what in ("accuracy", "chance")}
     results: dict[str, Any] = {arm: scores(output / arm) | {"seconds": seconds[arm]} for arm in arms}
     results["pretrain"] = pretext | {"seconds": seconds["pretrain"]}

@@ -99,10 +99,14 @@ class _Collate:
 
 
 class Batches:
-    """A loader's batches; a fault that a worker met is raised in the main process as the :class:`UserError` it is."""
+    """A loader's batches; a fault that a worker met is raised in the main process as the :class:`UserError` it is.
 
-    def __init__(self, loader: DataLoader[Any]) -> None:
-        self._loader = loader
+    Attributes:
+        first: number of the first sample, of those that are read in order.
+    """
+
+    def __init__(self, loader: DataLoader[Any], first: int = 0) -> None:
+        self._loader, self.first = loader, first
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -183,4 +187,4 @@ def ordered_batches(
     share = np.array_split(np.arange(len(samples)), world)[rank].tolist()
     batches = [share[i : i + batch] for i in range(0, len(share), batch)]
     dataset = _Mapped(samples, mapper, seed=0)
-    return Batches(_loader(dataset, batches, collate, workers))
+    return Batches(_loader(dataset, batches, collate, workers), share[0] if share else 0)

@@ -4,7 +4,9 @@ from typing import Any
 
 import torch
 from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
 from detectron2.data.detection_utils import SizeMismatchError
+from fvcore.common.config import CfgNode
 from PIL import Image
 from torch import Tensor
 
@@ -13,7 +15,27 @@ from relvit_d2.errors import UserError
 
 
 class DetectionMapper(DatasetMapper):
-    """Detectron2's mapper; a damaged image is one sentence instead of a traceback."""
+    """Detectron2's mapper with large-scale jitter; a damaged image is one sentence instead of a traceback."""
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        """See Detectron2's class.
+
+        With ``INPUT.LSJ.SIZE`` images are resized and cropped as in "Simple Copy-Paste is a Strong Data Augmentation"
+        (Ghiasi et al., 2021), instead of by ``INPUT.MIN_SIZE_TRAIN`` and ``INPUT.CROP``. Smaller ones are padded where
+        batches are made, so that padding is known to be padding.
+        """
+        parts = super().from_config(cfg, is_train)
+        size = cfg.INPUT.LSJ.SIZE
+        if is_train and size:
+            flips = [a for a in parts["augmentations"] if isinstance(a, T.RandomFlip)]
+            low, high = cfg.INPUT.LSJ.SCALE
+            parts["augmentations"] = [
+                T.ResizeScale(low, high, size, size),
+                T.FixedSizeCrop((size, size), pad=False),
+                *flips,
+            ]
+        return parts
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """Map one record; arguments and result as Detectron2's.

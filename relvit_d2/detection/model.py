@@ -9,6 +9,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor
 
 from relvit_d2.detection import backbone  # noqa: F401  (registers the backbone)
+from relvit_d2.detection.joint import JointRCNN
 from relvit_d2.errors import UserError
 
 
@@ -23,6 +24,10 @@ def build_detector(cfg: CfgNode) -> GeneralizedRCNN:
     """
     if cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
         raise UserError(f"MODEL.META_ARCHITECTURE '{cfg.MODEL.META_ARCHITECTURE}' is not offered; set GeneralizedRCNN")
+    if cfg.MODEL.RELVIT.JOINT:
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.META_ARCHITECTURE = JointRCNN.__name__
     model = build_model(cfg)
     rpn, box = model.proposal_generator.rpn_head, model.roi_heads.box_predictor
     last = [rpn.objectness_logits, rpn.anchor_deltas, box.cls_score, box.bbox_pred]

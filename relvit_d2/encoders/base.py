@@ -41,6 +41,14 @@ class Encoder(nn.Module):
         return maps[self.last].flatten(2).transpose(1, 2)
 
     @property
+    def carries_positions(self) -> bool:
+        """Whether a token can know its place beyond what the patches show.
+
+        Where it cannot, permuting the patches permutes the tokens and changes nothing else.
+        """
+        return True
+
+    @property
     def last(self) -> str:
         """Name of the last (coarsest) map."""
         return next(reversed(self.strides))

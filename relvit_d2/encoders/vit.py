@@ -75,6 +75,11 @@ class ViT(Encoder):
         """See :class:`Encoder`; the sequence is the transformer's own, without the class token."""
         return self.vit.forward_features(images)[:, self.vit.num_prefix_tokens :]
 
+    @property
+    def carries_positions(self) -> bool:
+        """See :class:`Encoder`: by the position embedding alone."""
+        return self.vit.pos_embed is not None
+
     def fresh(self, source: dict[str, Any]) -> set[str]:
         """The position embedding is new when the source was trained without one, as the method's pre-training is."""
         return {"vit.pos_embed"} if self.arguments["pos_embed"] and not source["pos_embed"] else set()

@@ -87,11 +87,13 @@ class ProgressPrinter(EventWriter):
             parts.append(f"eta {datetime.timedelta(seconds=int(left))}")
         losses = [n for n in names if n == "total_loss" or n.startswith("loss_")]
         parts += [f"{n} {_median(storage, n):.4g}" for n in sorted(losses, key=lambda n: (n != "total_loss", n))]
-        for name in (n for n in names if n.startswith("accuracy_")):
-            task = name.removeprefix("accuracy_")
-            parts.append(
-                f"{task} {_median(storage, name):.1%} (chance {storage.history('chance_' + task).latest():.1%})"
-            )
+        for name in names:
+            measure, _, task = name.partition("_")
+            if measure in ("accuracy", "error"):
+                form = ".1%" if measure == "accuracy" else ".3f"
+                known = f"chance_{task}" in names
+                chance = f" (chance {storage.history('chance_' + task).latest():{form}})" if known else ""
+                parts.append(f"{task} {_median(storage, name):{form}}{chance}")
         if "lr" in names:
             parts.append(f"lr {storage.history('lr').latest():.3g}")
         waiting = 0.0

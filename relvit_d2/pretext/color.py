@@ -7,10 +7,13 @@ patch, to rounding.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from relvit_d2.pretext.hashing import hashed_uniform
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 ORDERS = tuple(itertools.permutations(range(4)))
@@ -100,4 +103,22 @@ def color_jitter_(pixels: Tensor, factors: Tensor, order: Tensor, groups: Sequen
                 hue_(patches, step_factors[step])
             else:
                 blend_(patches, order[step, here], step_factors[step])
+    return pixels
+
+
+def add_noise_(pixels: Tensor, chosen: Tensor, seed: Tensor, std: float) -> Tensor:
+    """Add normal noise to the patches where ``chosen``, then clamp them to 0..1; the others keep every bit.
+
+    Args:
+        pixels: ``(3, L, P)``.
+        chosen: ``(P,)`` bool.
+        seed: ``(P,)`` int64, what decides a patch's noise.
+        std: standard deviation.
+    """
+    place = torch.arange(pixels[..., 0].numel(), device=pixels.device).view(3, -1, 1)
+    noisy = pixels[..., chosen]
+    # Box and Muller's transform of two uniform numbers; the logarithm's argument is never 0.
+    radius, turn = hashed_uniform(seed[chosen], 0, place), hashed_uniform(seed[chosen], 1, place)
+    noise = (1 - radius).log_().mul_(-2).sqrt_().mul_(torch.cos(turn.mul_(2 * math.pi)))
+    pixels[..., chosen] = noisy.add_(noise, alpha=std).clamp_(0, 1)
     return pixels

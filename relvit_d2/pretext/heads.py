@@ -4,38 +4,38 @@ from torch import Tensor, nn
 
 from relvit_d2.errors import UserError
 
-RELATION_MAPS = 9
 INIT_STD = 0.02  # of the truncated normal that initialises a ViT's linear layers
 
 
-class RelationHead(nn.Module):
-    """Queries and keys of nine score maps, one a relation class.
+class PairHead(nn.Module):
+    """Queries and keys of the score maps of a :class:`relvit_d2.pretext.pair_loss.PairKind`.
 
-    Each map has width floor(dim / 9) and no bias (authors' code, models/relvit.py:66-81,138). The authors'
+    Each map has width floor(dim / maps) and no bias (authors' code, models/relvit.py:66-81,138-147). The authors'
     value projections never reach a loss and are left out.
 
     Args:
         dim: width of a token.
+        maps: scores a pair: nine for relations, one for a distance or an angle.
 
     Raises:
-        UserError: tokens too narrow for nine maps.
+        UserError: tokens too narrow for the maps.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, maps: int) -> None:
         super().__init__()
-        self.width = dim // RELATION_MAPS
+        self.maps, self.width = maps, dim // maps
         if not self.width:
             raise UserError(
-                f"tokens of width {dim} are too narrow for the relation head's {RELATION_MAPS} score maps: "
-                f"choose an encoder of width {RELATION_MAPS} or more"
+                f"tokens of width {dim} are too narrow for the relation head's {maps} score maps: "
+                f"choose an encoder of width {maps} or more"
             )
-        self.query_key = nn.Linear(dim, 2 * RELATION_MAPS * self.width, bias=False)
+        self.query_key = nn.Linear(dim, 2 * maps * self.width, bias=False)
         nn.init.trunc_normal_(self.query_key.weight, std=INIT_STD)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Turn ``(B, N, dim)`` tokens into queries and keys, ``(B, 9, N, width)`` each."""
+        """Turn ``(B, N, dim)`` tokens into queries and keys, ``(B, maps, N, width)`` each."""
         batch, count, _ = tokens.shape
-        maps = self.query_key(tokens).view(batch, count, 2, RELATION_MAPS, self.width)
+        maps = self.query_key(tokens).view(batch, count, 2, self.maps, self.width)
         queries, keys = maps.permute(2, 0, 3, 1, 4)
         return queries, keys
 

@@ -1,16 +1,45 @@
 """Pretext tasks: tokens and their layout to losses and accuracies."""
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relvit_d2.errors import UserError
-from relvit_d2.pretext.heads import PositionHead, RelationHead
+from relvit_d2.pretext.heads import PairHead, PositionHead
 from relvit_d2.pretext.layout import PatchLayout
-from relvit_d2.pretext.relation_loss import relation_loss
-from relvit_d2.pretext.targets import position_chance, positions, relation_chance
+from relvit_d2.pretext.pair_loss import Angle, Bearing, Distance, PairKind, Relation, pair_loss
+from relvit_d2.pretext.targets import pair_deviation, position_chance, positions, relation_chance
 from relvit_d2.registry import Registry
 
 PRETEXT_TASKS: Registry[type["Task"]] = Registry("pretext task")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What all tasks' losses share.
+
+    Attributes:
+        label_smoothing: share of the target spread evenly over all classes, 0..1, of every cross entropy.
+        pair_dropout: share of the pairs that a training loss leaves out, 0..1.
+
+    Raises:
+        UserError: a share outside its range.
+    """
+
+    label_smoothing: float = 0.0
+    pair_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing <= 1:
+            raise UserError(f"PRETEXT.LABEL_SMOOTHING {self.label_smoothing} is no share: give 0 to 1")
+        if not 0 <= self.pair_dropout < 1:
+            raise UserError(f"PRETEXT.PAIR_DROPOUT {self.pair_dropout} leaves no pair: give 0 or more, less than 1")
+
+
+DEFAULT = LossConfig()
 
 
 class Task(nn.Module):
@@ -18,68 +47,108 @@ class Task(nn.Module):
 
     Args:
         dim: width of a token.
-        grid: rows and columns of the grid that tokens come from.
-        label_smoothing: share of the target spread evenly over all classes, 0..1.
+        grid: rows and columns that positions are told in.
+        config: what all tasks share.
+
+    Attributes:
+        measure: name of what is told beside the loss: ``accuracy`` (0..1, more is better) or ``error`` (less is).
     """
 
-    def __init__(self, dim: int, grid: tuple[int, int], label_smoothing: float = 0.0) -> None:
+    measure: ClassVar[str] = "accuracy"
+
+    def __init__(self, dim: int, grid: tuple[int, int], config: LossConfig = DEFAULT) -> None:
         super().__init__()
-        self.grid = grid
-        self.label_smoothing = label_smoothing
+        self.grid, self.config = grid, config
 
-    def forward(self, tokens: Tensor, layout: PatchLayout) -> dict[str, Tensor]:
-        """Score ``(B, N, dim)`` tokens: scalar ``loss`` (mean, nats) and ``accuracy`` (0..1, detached)."""
+    def forward(self, tokens: Tensor, layout: PatchLayout) -> tuple[Tensor, Tensor]:
+        """Score ``(B, N, dim)`` tokens: the mean loss and the measure (no gradient), scalars."""
         raise NotImplementedError
 
-    @staticmethod
-    def chance(grid: tuple[int, int]) -> float:
-        """Accuracy of always naming the most frequent class on a whole grid, 0..1."""
+    def chance(self, grid: tuple[int, int]) -> float:
+        """Return the measure of the best constant answer for whole images of ``grid`` rows and columns."""
         raise NotImplementedError
+
+
+class PairTask(Task):
+    """A question about every ordered pair of valid tokens."""
+
+    kind: PairKind
+
+    def __init__(self, dim: int, grid: tuple[int, int], config: LossConfig = DEFAULT) -> None:
+        super().__init__(dim, grid, config)
+        self.head = PairHead(dim, self.kind.maps)
+
+    def forward(self, tokens: Tensor, layout: PatchLayout) -> tuple[Tensor, Tensor]:
+        """See :class:`Task`."""
+        queries, keys = self.head(tokens)
+        return pair_loss(queries, keys, layout, self.kind, self.config.pair_dropout if self.training else 0.0)
+
+    def chance(self, grid: tuple[int, int]) -> float:
+        """See :class:`Task`."""
+        return pair_deviation(self.kind.target, grid)
 
 
 @PRETEXT_TASKS.register("relation")
-class RelationTask(Task):
+class RelationTask(PairTask):
     """Which of nine directions every token lies in, seen from every other."""
 
-    def __init__(self, dim: int, grid: tuple[int, int], label_smoothing: float = 0.0) -> None:
-        super().__init__(dim, grid, label_smoothing)
-        self.head = RelationHead(dim)
+    def __init__(self, dim: int, grid: tuple[int, int], config: LossConfig = DEFAULT) -> None:
+        self.kind = Relation(config.label_smoothing)
+        super().__init__(dim, grid, config)
 
-    def forward(self, tokens: Tensor, layout: PatchLayout) -> dict[str, Tensor]:
-        """Score every ordered pair of valid tokens."""
-        queries, keys = self.head(tokens)
-        loss, accuracy = relation_loss(queries, keys, layout, label_smoothing=self.label_smoothing)
-        return {"loss": loss, "accuracy": accuracy}
-
-    @staticmethod
-    def chance(grid: tuple[int, int]) -> float:
+    def chance(self, grid: tuple[int, int]) -> float:
         """Share of the most frequent relation."""
         return relation_chance(grid).accuracy
 
 
 @PRETEXT_TASKS.register("position")
 class PositionTask(Task):
-    """Which cell of the grid every token comes from."""
+    """Which cell of the ``grid`` every token comes from, be the image's own grid that one or another."""
 
-    def __init__(self, dim: int, grid: tuple[int, int], label_smoothing: float = 0.0) -> None:
-        super().__init__(dim, grid, label_smoothing)
+    def __init__(self, dim: int, grid: tuple[int, int], config: LossConfig = DEFAULT) -> None:
+        super().__init__(dim, grid, config)
         self.head = PositionHead(dim, grid[0] * grid[1])
 
-    def forward(self, tokens: Tensor, layout: PatchLayout) -> dict[str, Tensor]:
+    def forward(self, tokens: Tensor, layout: PatchLayout) -> tuple[Tensor, Tensor]:
         """Score every valid token."""
-        if layout.grid != self.grid:
-            raise ValueError(f"tokens of a grid {layout.grid} met a position head for {self.grid}")
         scores = self.head(tokens).flatten(0, 1).float()
-        target, valid = positions(layout).flatten(), layout.valid.flatten()
-        loss = F.cross_entropy(scores, target, reduction="none", label_smoothing=self.label_smoothing)
+        target, valid = positions(layout, self.grid).flatten(), layout.valid.flatten()
+        loss = F.cross_entropy(scores, target, reduction="none", label_smoothing=self.config.label_smoothing)
         count = valid.sum().clamp(min=1)
         hits = (scores.argmax(1) == target) & valid
-        return {"loss": loss.masked_fill(~valid, 0).sum() / count, "accuracy": hits.sum() / count}
+        return loss.masked_fill(~valid, 0).sum() / count, hits.sum() / count
 
-    @staticmethod
-    def chance(grid: tuple[int, int]) -> float:
-        """One over the number of cells."""
-        return position_chance(grid).accuracy
+    def chance(self, grid: tuple[int, int]) -> float:
+        """One over the number of cells, whatever grid the tokens come from."""
+        return position_chance(self.grid).accuracy
+
+
+@PRETEXT_TASKS.register("distance")
+class DistanceTask(PairTask):
+    """How far apart every two tokens are."""
+
+    kind = Distance()
+    measure = "error"
+
+
+@PRETEXT_TASKS.register("angle")
+class AngleTask(PairTask):
+    """The authors' angle between every two tokens."""
+
+    kind = Angle()
+    measure = "error"
+
+
+@PRETEXT_TASKS.register("bearing")
+class BearingTask(PairTask):
+    """In which direction every token lies from every other."""
+
+    kind = Bearing()
+    measure = "error"
+
+    def chance(self, grid: tuple[int, int]) -> float:
+        """Half of a half turn: opposite bearings are equally frequent."""
+        return 0.5
 
 
 class PretextTask(nn.Module):
@@ -87,16 +156,16 @@ class PretextTask(nn.Module):
 
     Args:
         dim: width of a token.
-        grid: rows and columns of the grid that tokens come from.
+        grid: rows and columns that positions are told in.
         weights: weight of the loss of each named task; a task of weight 0 is not built.
-        label_smoothing: share of every target spread evenly over its classes, 0..1.
+        config: what the losses share.
 
     Raises:
         UserError: an unknown task, a negative weight, or no weight above 0.
     """
 
     def __init__(
-        self, dim: int, grid: tuple[int, int], weights: dict[str, float], label_smoothing: float = 0.0
+        self, dim: int, grid: tuple[int, int], weights: dict[str, float], config: LossConfig = DEFAULT
     ) -> None:
         super().__init__()
         for name, weight in weights.items():
@@ -107,22 +176,38 @@ class PretextTask(nn.Module):
         self.weights = {name: weight for name, weight in weights.items() if weight > 0}
         if not self.weights:
             raise UserError(f"no pretext task has a weight above 0: give one to {' or '.join(PRETEXT_TASKS)}")
-        self.tasks = nn.ModuleDict({name: kinds[name](dim, grid, label_smoothing) for name in self.weights})
+        self.tasks = nn.ModuleDict({name: kinds[name](dim, grid, config) for name in self.weights})
 
     def forward(self, tokens: Tensor, layout: PatchLayout) -> dict[str, Tensor]:
         """Score ``(B, N, dim)`` tokens.
 
         Returns:
-            For each task ``loss_NAME`` (weighted; the losses sum to the total) and ``accuracy_NAME``
-            (0..1, detached), scalars.
+            For each task ``loss_NAME`` (weighted; the losses sum to the total) and ``accuracy_NAME`` or
+            ``error_NAME`` (see :class:`Task`, no gradient), scalars.
         """
         scores = {}
-        for name, task in self.tasks.items():
-            score = task(tokens, layout)
-            scores[f"loss_{name}"] = self.weights[name] * score["loss"]
-            scores[f"accuracy_{name}"] = score["accuracy"]
+        for name, task in self.named_tasks():
+            loss, measure = task(tokens, layout)
+            scores[f"loss_{name}"] = self.weights[name] * loss
+            scores[f"{task.measure}_{name}"] = measure
         return scores
 
-    def chance(self) -> dict[str, float]:
-        """Return each task's accuracy by chance on the whole grid, 0..1, under the task's name."""
-        return {name: PRETEXT_TASKS[name].chance(self.grid) for name in self.tasks}
+    def chance(self, grid: tuple[int, int] | None = None) -> dict[str, float]:
+        """Return each task's measure by chance under the task's name.
+
+        Args:
+            grid: rows and columns of whole images; None for the grid of the positions.
+        """
+        return {name: task.chance(grid or self.grid) for name, task in self.named_tasks()}
+
+    @classmethod
+    def from_keys(cls, dim: int, grid: tuple[int, int], keys: Mapping[str, Any]) -> "PretextTask":
+        """Build the tasks that the config node ``PRETEXT`` describes."""
+        weights = {name.lower(): weight for name, weight in keys["WEIGHTS"].items()}
+        return cls(dim, grid, weights, LossConfig(keys["LABEL_SMOOTHING"], keys["PAIR_DROPOUT"]))
+
+    def named_tasks(self) -> Iterator[tuple[str, Task]]:
+        """Walk the tasks that are built."""
+        for name, task in self.tasks.items():
+            assert isinstance(task, Task)
+            yield name, task

@@ -1,11 +1,10 @@
 """Training and evaluation views of a whole batch at once, from uint8 images, on the images' device.
 
-A view is a resized crop whose patches are each cropped, coloured and moved on their own. Resampling is
-two batched matrix products. The patches are then gathered once, with their crops and sorted for the colour
-jitter (see color.py), and once more to the slots of the permuted view.
+A view is a resized crop, cut into mega-patches or not, whose patches are each cropped, coloured and moved on their
+own. Crop and mega-patches are one resampling, two batched matrix products. The patches are then gathered once, with
+their crops and sorted for the colour jitter (see color.py), and once more to the slots of the permuted view.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,12 +13,34 @@ import torch
 from torch import Tensor
 
 from relvit_d2.errors import UserError
-from relvit_d2.pretext.color import HUE, ORDERS, color_jitter_, grayscale_
+from relvit_d2.pretext.color import HUE, ORDERS, add_noise_, color_jitter_, grayscale_
+from relvit_d2.pretext.hashing import hashed_uniform
 from relvit_d2.pretext.layout import PatchLayout
+from relvit_d2.pretext.resampling import centre_boxes, random_boxes, resample, resize_weights
 
 # Pixels of the views made in one pass on a CPU, so that the planes of a pass stay in its cache.
 CPU_PASS_PIXELS = 2**18
-TRIES = 10  # torchvision's RandomResizedCrop
+
+
+@dataclass(frozen=True)
+class MegaPatches:
+    """Cuts an image at random lines and resizes each piece to one size (authors' code, transforms.py:319-353).
+
+    The aspect of a piece is not kept. In the authors' code the columns are cut where the rows are, which is a slip
+    (transforms.py:344); here each axis has cuts of its own.
+
+    Attributes:
+        bands: pieces along each axis.
+        unit: pixels of the steps that cuts lie on; None for the patch.
+        keep_size: the view keeps its size, so that the bands are size / bands pixels wide (to whole pixels) and its
+            patches need not be the pieces; else every piece becomes one patch.
+        shared_cuts: cut columns where the rows are, as the authors' code does.
+    """
+
+    bands: int
+    unit: int | None = None
+    keep_size: bool = False
+    shared_cuts: bool = False
 
 
 @dataclass(frozen=True)
@@ -27,24 +48,27 @@ class ViewConfig:
     """What views look like. Defaults are the authors' (patch_transforms.py:98-145) and torchvision's.
 
     Attributes:
-        size: pixels of a view, one number for a square or ``(height, width)``; multiples of ``patch_size``.
+        size: pixels of a crop, one number for a square or ``(height, width)``; multiples of ``patch_size``.
         patch_size: pixels of a patch's side.
+        mega: cut the crop into mega-patches; None for a view that is the crop.
         crop_scale: range of a crop's share of the image's area.
         crop_ratio: range of a crop's width over its height.
         flip: probability of a horizontal flip.
         patch_crop: each patch shows a random window of round(patch_size / patch_crop) pixels, resized to
             the patch; None leaves patches whole.
         jitter: ranges of brightness, contrast, saturation (factors 1 +- x) and hue (+- x turns, 0..0.5).
-        jitter_prob, gray_prob: probability that a patch is jittered, that it is made gray.
+        jitter_prob, gray_prob, noise_prob: probability that a patch is jittered, made gray, made noisy, in this order.
+        noise_std: standard deviation of the normal noise, of values in 0..1; the result is clamped.
         permute: put the patches of each view in a random order.
         mean, std: of RGB values in 0..1; taken off last, when colours are done.
 
     Raises:
-        UserError: a size that is no multiple of the patch, or a window larger than its patch.
+        UserError: a size that is no multiple of the patch, a window larger than its patch, or cuts that do not fit.
     """
 
     size: int | tuple[int, int]
     patch_size: int
+    mega: MegaPatches | None = None
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
@@ -52,12 +76,14 @@ class ViewConfig:
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
     jitter_prob: float = 0.8
     gray_prob: float = 0.2
+    noise_prob: float = 0.0
+    noise_std: float = 0.1
     permute: bool = False
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
-        height, width = self.shape
+        height, width = self.crop
         if height % self.patch_size or width % self.patch_size:
             raise UserError(
                 f"a view of {height}x{width} pixels is no whole number of patches of {self.patch_size} pixels: "
@@ -69,10 +95,34 @@ class ViewConfig:
                 f"choose 1 (whole patches) to {self.patch_size}"
             )
 
+        if self.mega is not None:
+            unit = self.cut_unit
+            if height % unit or width % unit:
+                raise UserError(f"mega-patches cut at multiples of {unit} pixels do not fit a crop of {height}x{width}")
+            if not 1 <= self.mega.bands <= min(height, width) // unit:
+                raise UserError(
+                    f"{self.mega.bands} mega-patches an axis do not fit a crop of {height}x{width} pixels cut at "
+                    f"multiples of {unit}: choose 1 to {min(height, width) // unit}"
+                )
+            if self.mega.shared_cuts and height != width:
+                raise UserError(f"shared cuts need a square crop, not {height}x{width}: give each axis its own")
+
+    @property
+    def crop(self) -> tuple[int, int]:
+        """Height and width in pixels of what a view shows, before mega-patches."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+    @property
+    def cut_unit(self) -> int:
+        """Pixels of the steps that cuts lie on."""
+        return (self.mega and self.mega.unit) or self.patch_size
+
     @property
     def shape(self) -> tuple[int, int]:
         """Height and width of a view in pixels."""
-        return (self.size, self.size) if isinstance(self.size, int) else self.size
+        if self.mega is None or self.mega.keep_size:
+            return self.crop
+        return (self.mega.bands * self.patch_size,) * 2
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -82,7 +132,7 @@ class ViewConfig:
     @property
     def augments_patches(self) -> bool:
         """Whether any patch may change its pixels."""
-        return self.window != self.patch_size or self.jitter_prob > 0 or self.gray_prob > 0
+        return self.window != self.patch_size or max(self.jitter_prob, self.gray_prob, self.noise_prob) > 0
 
     @property
     def window(self) -> int:
@@ -97,7 +147,8 @@ class PatchDraws(NamedTuple):
         offset: ``(B, N, 2)`` int64, row and column of the window inside its patch.
         order: ``(B, N)`` int64, index into ``color.ORDERS``.
         factors: ``(B, N, 4)`` brightness, contrast and saturation factors and the hue's turn.
-        jittered, gray: ``(B, N)`` bool.
+        jittered, gray, noisy: ``(B, N)`` bool.
+        noise: ``(B, N)`` int64, what the noise of a patch is hashed from.
         slot: ``(B, N)`` int64, the patch that comes to lie in each slot of the view.
     """
 
@@ -106,6 +157,8 @@ class PatchDraws(NamedTuple):
     factors: Tensor
     jittered: Tensor
     gray: Tensor
+    noisy: Tensor
+    noise: Tensor
     slot: Tensor
 
 
@@ -141,33 +194,59 @@ class Views:
         all_sizes[part] = sizes.to(generator.device)
         boxes = random_boxes(all_sizes, config.crop_scale, config.crop_ratio, generator)[part]
         flip = (torch.rand(whole, generator=generator, device=generator.device) < config.flip)[part]
-        layout = PatchLayout.full(len(images), config.grid, images.device)
-        if not (config.augments_patches or config.permute):
-            return self._make(images, boxes, flip, None), layout
-        draws = PatchDraws(*(x[part] for x in draw_patches(config, whole, generator)))
-        if config.permute:
-            layout = layout.permuted(draws.slot.to(images.device))
-        return self._make(images, boxes, flip, draws), layout
+        cuts = None
+        if config.mega is not None:
+            lines = [torch.rand(whole, n, generator=generator, device=generator.device)[part] for n in _lines(config)]
+            cuts = cuts_of(config, *lines)
+        draws = None
+        if config.augments_patches or config.permute:
+            draws = PatchDraws(*(x[part] for x in draw_patches(config, whole, generator)))
+        return self._make(images, boxes, flip, cuts, draws), self._layout(images, draws and draws.slot)
 
     @torch.no_grad()
-    def evaluate(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, PatchLayout]:
-        """Make the fixed view of each image: the largest centred crop of the view's shape, resized.
+    def evaluate(self, images: Tensor, sizes: Tensor, keys: Tensor) -> tuple[Tensor, PatchLayout]:
+        """Make the fixed view of each image: the largest centred crop, resized, with mega-patches and a permutation.
 
-        Arguments and results are those of :meth:`train`, less the randomness.
+        Its patches keep their colours. Where views are cut or permuted, an image's ``key`` decides how, whatever the
+        batch that it comes in.
+
+        Args:
+            images, sizes: as for :meth:`train`.
+            keys: ``(B,)`` int64, such as the images' numbers in their data set.
+
+        Returns:
+            As :meth:`train`.
         """
-        boxes = centre_boxes(sizes, self.config.shape)
+        config, keys = self.config, keys.cpu()[:, None]
+        boxes = centre_boxes(sizes, config.crop)
         flip = torch.zeros(len(images), dtype=torch.bool, device=boxes.device)
-        layout = PatchLayout.full(len(images), self.config.grid, images.device)
-        return self._make(images, boxes, flip, None), layout
+        cuts, slot = None, None
+        if config.mega is not None:
+            cuts = cuts_of(
+                config, *(hashed_uniform(keys, axis, torch.arange(n)) for axis, n in enumerate(_lines(config)))
+            )
+        if config.permute:
+            slot = hashed_uniform(keys, 2, torch.arange(config.grid[0] * config.grid[1])).argsort(1)
+        pixels = self._make(images, boxes, flip, cuts, None)
+        if slot is not None:
+            pixels = permute_patches(pixels, config.patch_size, slot.to(pixels.device))
+        return pixels, self._layout(images, slot)
 
-    def _make(self, images: Tensor, boxes: Tensor, flip: Tensor, draws: PatchDraws | None) -> Tensor:
+    def _layout(self, images: Tensor, slot: Tensor | None) -> PatchLayout:
+        layout = PatchLayout.full(len(images), self.config.grid, images.device)
+        return layout.permuted(slot.to(images.device)) if slot is not None and self.config.permute else layout
+
+    def _make(
+        self, images: Tensor, boxes: Tensor, flip: Tensor, cuts: tuple[Tensor, Tensor] | None, draws: PatchDraws | None
+    ) -> Tensor:
         config, device = self.config, images.device
         mean, std = (torch.tensor(x, device=device).view(3, 1, 1, 1) for x in (config.mean, config.std))
         out = torch.empty(len(images), 3, *config.shape, device=device)
         for part in self._passes(images):
             # Autocast would round the products to bfloat16, coarser than the images' own eight bits.
             with torch.autocast(device.type, enabled=False):
-                view = resample(images[part], boxes[part], flip[part], config.shape)
+                some = cuts and (cuts[0][part], cuts[1][part])
+                view = resample(images[part], boxes[part], flip[part], config.crop, some, config.shape)
                 if draws is not None:
                     view = augment_patches(view, config, PatchDraws(*(x[part] for x in draws)))
             # One pass normalises and puts the channels back behind the batch.
@@ -181,104 +260,29 @@ class Views:
         return (slice(i, min(i + step, len(images))) for i in range(0, len(images), step))
 
 
-def random_boxes(
-    sizes: Tensor, scale: tuple[float, float], ratio: tuple[float, float], generator: torch.Generator
-) -> Tensor:
-    """Draw one crop an image as torchvision's ``RandomResizedCrop.get_params`` does.
+def _lines(config: ViewConfig) -> tuple[int, int]:
+    """Return how many rows and columns of pixels a crop may be cut at."""
+    height, width = config.crop
+    return height // config.cut_unit - 1, width // config.cut_unit - 1
 
-    Ten tries of a uniform area and a log-uniform ratio; where none fits, the largest centred crop within
-    the ratios.
+
+def cuts_of(config: ViewConfig, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn random numbers into where the bands of each axis begin and end.
 
     Args:
-        sizes: ``(B, 2)`` integer heights and widths, on the generator's device.
-        scale: range of the share of the image's area.
-        ratio: range of width over height.
-        generator: the source of randomness.
+        config: says how many bands, and what a cut may lie on.
+        rows, cols: ``(B, lines)``, a number for every line that may be cut at; the smallest decide.
 
     Returns:
-        ``(B, 4)`` int64: top, left, height, width.
+        ``(B, bands + 1)`` int64 pixels of the crop, rows and columns.
     """
-
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        draw = torch.rand(shape, generator=generator, device=sizes.device, dtype=torch.float64)
-        return low + (high - low) * draw
-
-    height, width = sizes.to(torch.float64).unbind(1)
-    area = (height * width)[:, None] * uniform(*scale, len(sizes), TRIES)
-    shape = torch.exp(uniform(math.log(ratio[0]), math.log(ratio[1]), len(sizes), TRIES))
-    tried = torch.stack(((area / shape).sqrt().round(), (area * shape).sqrt().round()), 2)
-    fits = ((tried >= 1) & (tried <= sizes[:, None])).all(2)
-    first = fits.to(torch.uint8).argmax(1)
-    fallback = torch.stack(
-        (torch.minimum(height, (width / ratio[0]).round()), torch.minimum(width, (height * ratio[1]).round())), 1
-    )
-    crop = torch.where(fits.any(1)[:, None], tried[torch.arange(len(sizes)), first], fallback).long()
-    room = sizes.long() - crop
-    corner = torch.minimum((uniform(0, 1, len(sizes), 2) * (room + 1)).long(), room)
-    corner = torch.where(fits.any(1)[:, None], corner, room // 2)
-    return torch.cat((corner, crop), 1)
-
-
-def centre_boxes(sizes: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Return the largest centred crops with the aspect of ``shape`` (height, width), to whole pixels.
-
-    ``(B, 2)`` heights and widths give ``(B, 4)`` int64 top, left, height, width.
-    """
-    target = torch.tensor(shape, device=sizes.device, dtype=torch.float64)
-    factor = (sizes / target).amin(1, keepdim=True)
-    crop = (target * factor).round().long().clamp(min=1)
-    return torch.cat(((sizes.long() - crop) // 2, crop), 1)
-
-
-def resize_weights(start: Tensor, length: Tensor, flip: Tensor, source: int, target: int) -> Tensor:
-    """Weights that resize a stretch of an axis by an antialiased triangle filter.
-
-    The filter is torch's ``interpolate(mode="bilinear", antialias=True)``: a triangle around the output
-    pixel's centre whose half width is one output pixel, but at least one input pixel.
-
-    Args:
-        start, length: ``(B,)`` first pixel and number of pixels of the stretch.
-        flip: ``(B,)`` bool, mirror the result.
-        source, target: pixels of the axis before and after.
-
-    Returns:
-        ``(B, target, source)`` float32; rows sum to 1 and are 0 outside the stretch.
-    """
-    start, length = (x.to(torch.float32)[:, None, None] for x in (start, length))
-    pixel = torch.arange(source, device=start.device) + 0.5
-    output = torch.arange(target, device=start.device).expand(len(flip), -1)
-    output = torch.where(flip[:, None], target - 1 - output, output)[:, :, None] + 0.5
-    step = length / target
-    weights = ((pixel - (start + output * step)).abs_() / step.clamp(min=1)).neg_().add_(1).clamp_(min=0)
-    weights.mul_((pixel > start) & (pixel < start + length))
-    return weights.div_(weights.sum(2, keepdim=True))
-
-
-def resample(images: Tensor, boxes: Tensor, flip: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Crop, resize (antialiased) and mirror: ``(B, 3, H, W)`` uint8 to ``(3, B, h, w)`` float32 in 0..1.
-
-    Args:
-        images: ``(B, 3, H, W)`` uint8.
-        boxes: ``(B, 4)`` int64 top, left, height, width, on any device.
-        flip: ``(B,)`` bool, mirror left and right.
-        shape: height and width of the result.
-    """
-    # Only the rectangle around this pass's boxes takes part in the products.
-    top, left = boxes[:, :2].amin(0).tolist()
-    bottom, right = (boxes[:, :2] + boxes[:, 2:]).amax(0).tolist()
-    boxes, flip = boxes.to(images.device), flip.to(images.device)
-    window = images[:, :, top:bottom, left:right]
-    window = window.to(torch.float32, memory_format=torch.contiguous_format)
-    batch, _, height, width = window.shape
-    along_y = resize_weights(boxes[:, 0] - top, boxes[:, 2], torch.zeros_like(flip), height, shape[0])
-    along_x = resize_weights(boxes[:, 1] - left, boxes[:, 3], flip, width, shape[1])
-    along_x.div_(255)
-
-    view = window.new_empty(3, batch, *shape)
-    rows = torch.bmm(window.view(batch, 3 * height, width), along_x.mT).view(batch, 3, height, shape[1])
-    for channel in range(3):
-        torch.bmm(along_y, rows[:, channel], out=view[channel])
-    return view
+    assert config.mega is not None
+    cuts = []
+    for drawn, length in zip((rows, rows if config.mega.shared_cuts else cols), config.crop, strict=True):
+        chosen = drawn.argsort(1)[:, : config.mega.bands - 1].sort(1).values + 1
+        ends = chosen.new_tensor([0, length]).expand(len(chosen), 2)
+        cuts.append(torch.cat((ends[:, :1], chosen * config.cut_unit, ends[:, 1:]), 1))
+    return cuts[0], cuts[1]
 
 
 def draw_patches(config: ViewConfig, batch: int, generator: torch.Generator) -> PatchDraws:
@@ -301,6 +305,8 @@ def draw_patches(config: ViewConfig, batch: int, generator: torch.Generator) -> 
         factors=torch.lerp(low, middle + spread, rand(4)),
         jittered=rand() < config.jitter_prob,
         gray=rand() < config.gray_prob,
+        noisy=rand() < config.noise_prob,
+        noise=randint(2**31),
         slot=rand().argsort(1) if config.permute else torch.arange(count, device=device).expand(batch, -1),
     )
 
@@ -344,12 +350,24 @@ def augment_patches(view: Tensor, config: ViewConfig, draws: PatchDraws) -> Tens
         color_jitter_(pixels, factors.T.contiguous(), operations.T.contiguous(), groups)
     if config.gray_prob:
         grayscale_(pixels, gray)
+    if config.noise_prob:
+        noisy, noise = (x.flatten().to(device)[sort] for x in (draws.noisy, draws.noise))
+        add_noise_(pixels, noisy, noise, config.noise_std)
 
     # Every slot of the view reads the column of the patch that it shows.
     column = torch.empty_like(sort).scatter_(0, sort, torch.arange(count, device=device))
     column = column.view(batch, -1).gather(1, draws.slot.to(device)).view(batch, rows, 1, cols, 1)
     index = column + _square(patch, patch).to(device).view(patch, 1, patch) * count
     return pixels.flatten(1).index_select(1, index.flatten()).view_as(view)
+
+
+def permute_patches(views: Tensor, patch: int, slot: Tensor) -> Tensor:
+    """Put patch ``slot[b, i]`` of ``(B, 3, h, w)`` views into slot i, counted row by row; a new tensor."""
+    batch, channels, height, width = views.shape
+    apart = views.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 1, 3, 5)
+    patches = apart.flatten(1, 2)
+    moved = patches[torch.arange(batch, device=views.device)[:, None], slot].view_as(apart)
+    return moved.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
 
 
 def _square(side: int, stride: int) -> Tensor:

@@ -1,5 +1,9 @@
 """The model of pre-training: views of a batch, the encoder, the pretext heads."""
 
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +15,12 @@ from torch import Tensor, nn
 from relvit_d2.encoders import Encoder, encoder_from_keys
 from relvit_d2.encoders.weights import save_encoder
 from relvit_d2.errors import UserError
+from relvit_d2.pretext.layout import PatchLayout
+from relvit_d2.pretext.monitor import FeatureStatistics
 from relvit_d2.pretext.task import PretextTask
-from relvit_d2.pretext.views import ViewConfig, Views
+from relvit_d2.pretext.views import MegaPatches, ViewConfig, Views
+
+logger = logging.getLogger(__name__)
 
 
 class PretrainingModel(nn.Module):
@@ -27,24 +35,24 @@ class PretrainingModel(nn.Module):
     def __init__(self, encoder: Encoder, task: PretextTask, views: Views) -> None:
         super().__init__()
         self.encoder, self.task, self.views = encoder, task, views
+        self.chances = {f"chance_{name}": torch.tensor(value) for name, value in task.chance().items()}
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Take a batch of :func:`relvit_d2.data.mapper.pad_images`; return scalars.
 
         In training the views are random, and the batch holds their ``generator`` and its ``share`` of the whole batch
-        too (see :meth:`Views.train`). In evaluation they are fixed. Beside each ``accuracy_T`` stands ``chance_T``, the
-        accuracy of the best constant answer.
+        too (see :meth:`Views.train`). In evaluation they are fixed, and it holds the images' ``keys``. Beside each
+        ``accuracy_T`` or ``error_T`` stands ``chance_T``, that of the best constant answer.
         """
-        device = next(self.parameters()).device
-        images, sizes = batch["images"].to(device, non_blocking=True), batch["sizes"]
-        with torch.no_grad():
-            if self.training:
-                pixels, layout = self.views.train(images, sizes, batch["generator"], batch["share"])
-            else:
-                pixels, layout = self.views.evaluate(images, sizes)
-        outputs = self.task(self.encoder.tokens(pixels), layout)
-        chances = {f"chance_{name}": torch.tensor(value) for name, value in self.task.chance().items()}
-        return outputs | chances
+        pixels, layout = self.look(batch)
+        return self.task(self.encoder.tokens(pixels), layout) | self.chances
+
+    def look(self, batch: dict[str, Any]) -> tuple[Tensor, PatchLayout]:
+        """Return the views of a batch: see :meth:`forward`."""
+        images, sizes = batch["images"].to(next(self.parameters()).device, non_blocking=True), batch["sizes"]
+        if self.training:
+            return self.views.train(images, sizes, batch["generator"], batch["share"])
+        return self.views.evaluate(images, sizes, batch["keys"])
 
 
 def build_pretraining_model(cfg: CfgNode) -> PretrainingModel:
@@ -65,56 +73,97 @@ def build_pretraining_model(cfg: CfgNode) -> PretrainingModel:
             f"PRETEXT.IMAGE_SIZE {pretext.IMAGE_SIZE} is no multiple of the encoder's stride {stride}; "
             f"the nearest ones are {below} and {below + stride}"
         )
-    weights = {name.lower(): weight for name, weight in pretext.WEIGHTS.items()}
-    grid = encoder.grid(pretext.IMAGE_SIZE, pretext.IMAGE_SIZE)
-    task = PretextTask(encoder.dim, grid, weights, pretext.LABEL_SMOOTHING)
     views = Views(
         ViewConfig(
             size=pretext.IMAGE_SIZE,
             patch_size=stride,
+            mega=_mega_patches(pretext.MEGA),
             crop_scale=tuple(pretext.CROP_SCALE),
             flip=pretext.FLIP,
             patch_crop=pretext.PATCH_CROP,
             jitter=tuple(pretext.JITTER),
             jitter_prob=pretext.JITTER_PROB,
             gray_prob=pretext.GRAY_PROB,
-            permute=pretext.PERMUTE,
+            noise_prob=pretext.NOISE_PROB,
+            noise_std=pretext.NOISE_STD,
+            permute=_permutes(pretext.PERMUTE, encoder),
             mean=tuple(value / 255 for value in cfg.MODEL.PIXEL_MEAN),
             std=tuple(value / 255 for value in cfg.MODEL.PIXEL_STD),
         )
     )
+    task = PretextTask.from_keys(encoder.dim, views.config.grid, pretext)
     return PretrainingModel(encoder, task, views).to(cfg.MODEL.DEVICE)
 
 
-@torch.no_grad()
-def evaluate_pretext(model: PretrainingModel, batches: Any) -> dict[str, float]:
-    """Return the mean of every loss, accuracy and chance level over the batches of all processes, with fixed views.
+def _mega_patches(keys: CfgNode) -> MegaPatches | None:
+    return MegaPatches(keys.M, keys.UNIT or None, keys.KEEP_SIZE, keys.SHARED_CUTS) if keys.M else None
 
-    Empty in all processes but the first.
+
+def _permutes(asked: str, encoder: Encoder) -> bool:
+    """Decide ``PRETEXT.PERMUTE``, and say so where it was left open."""
+    if asked not in ("auto", "always", "never"):
+        raise UserError(f"PRETEXT.PERMUTE '{asked}' is unknown; give auto, always or never")
+    if asked != "auto":
+        return asked == "always"
+    why = "the encoder carries positions" if encoder.carries_positions else "the encoder carries no positions"
+    logger.info(f"patches are {'' if encoder.carries_positions else 'not '}permuted: {why} (PRETEXT.PERMUTE auto)")
+    return encoder.carries_positions
+
+
+@torch.no_grad()
+def evaluate_pretext(model: PretrainingModel, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Return figures of the batches of all processes, with fixed views; empty in all processes but the first.
+
+    The mean of every loss, accuracy, error and chance level over the images, and of all tokens ``feature_std`` and
+    ``feature_rank`` (:class:`relvit_d2.pretext.monitor.FeatureStatistics`).
     """
     was_training = model.training
     model.eval()
-    total = {"images": 0.0}
+    sums: Counter[str] = Counter()
+    statistics = FeatureStatistics(model.encoder.dim)
     for batch in batches:
-        size = len(batch["sizes"])
-        total["images"] += size
-        for name, value in model(batch).items():
-            total[name] = total.get(name, 0.0) + value.item() * size
+        pixels, layout = model.look(batch)
+        tokens = model.encoder.tokens(pixels)
+        statistics.update(tokens)
+        for name, value in (model.task(tokens, layout) | model.chances).items():
+            sums[name] += value.item() * len(pixels)
+        sums["images"] += len(pixels)
     model.train(was_training)
-    parts = comm.gather(total)
-    whole = {name: sum(part.get(name, 0.0) for part in parts) for part in parts for name in part}
-    count = whole.pop("images", 0.0)
-    return {name: value / count for name, value in whole.items()}
+    parts = comm.gather((sums, statistics))
+    if not parts:
+        return {}
+    sums, statistics = parts[0]
+    for more, others in parts[1:]:
+        sums.update(more)
+        statistics += others
+    images = sums.pop("images")
+    means = {name: value / images for name, value in sums.items()}
+    return means | {"feature_std": statistics.std(), "feature_rank": statistics.rank()}
 
 
-def export_encoder(cfg: CfgNode, model: PretrainingModel, iterations: int, results: dict[str, float]) -> Path:
+@torch.no_grad()
+def image_features(model: PretrainingModel, batches: Iterable[dict[str, Any]]) -> Tensor:
+    """Return the mean token of each image, ``(n, dim)`` float32 on the CPU, of whole images as they are."""
+    was_training = model.training
+    model.eval()
+    whole = Views(replace(model.views.config, mega=None, permute=False))
+    features = [torch.empty(0, model.encoder.dim)]
+    for batch in batches:
+        images = batch["images"].to(next(model.parameters()).device)
+        pixels, _ = whole.evaluate(images, batch["sizes"], batch["keys"])
+        features.append(model.encoder.tokens(pixels).float().mean(1).cpu())
+    model.train(was_training)
+    return torch.cat(features)
+
+
+def export_encoder(cfg: CfgNode, model: PretrainingModel, iterations: int, results: dict[str, Any]) -> Path:
     """Write ``encoder.safetensors`` into ``OUTPUT_DIR`` and return its path.
 
     Args:
         cfg: the run's config.
         model: whose encoder is written.
         iterations: how many it was trained for.
-        results: held-out figures.
+        results: what the last evaluation returned.
     """
     path = Path(cfg.OUTPUT_DIR) / "encoder.safetensors"
     info = {

@@ -1,0 +1,158 @@
+"""Crops of uint8 images, resized, mirrored and cut into mega-patches: weights along each axis, two batched products."""
+
+import math
+
+import torch
+from torch import Tensor
+
+TRIES = 10  # torchvision's RandomResizedCrop
+
+
+def random_boxes(
+    sizes: Tensor, scale: tuple[float, float], ratio: tuple[float, float], generator: torch.Generator
+) -> Tensor:
+    """Draw one crop an image as torchvision's ``RandomResizedCrop.get_params`` does.
+
+    Ten tries of a uniform area and a log-uniform ratio; where none fits, the largest centred crop within
+    the ratios.
+
+    Args:
+        sizes: ``(B, 2)`` integer heights and widths, on the generator's device.
+        scale: range of the share of the image's area.
+        ratio: range of width over height.
+        generator: the source of randomness.
+
+    Returns:
+        ``(B, 4)`` int64: top, left, height, width.
+    """
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        draw = torch.rand(shape, generator=generator, device=sizes.device, dtype=torch.float64)
+        return low + (high - low) * draw
+
+    height, width = sizes.to(torch.float64).unbind(1)
+    area = (height * width)[:, None] * uniform(*scale, len(sizes), TRIES)
+    shape = torch.exp(uniform(math.log(ratio[0]), math.log(ratio[1]), len(sizes), TRIES))
+    tried = torch.stack(((area / shape).sqrt().round(), (area * shape).sqrt().round()), 2)
+    fits = ((tried >= 1) & (tried <= sizes[:, None])).all(2)
+    first = fits.to(torch.uint8).argmax(1)
+    fallback = torch.stack(
+        (torch.minimum(height, (width / ratio[0]).round()), torch.minimum(width, (height * ratio[1]).round())), 1
+    )
+    crop = torch.where(fits.any(1)[:, None], tried[torch.arange(len(sizes)), first], fallback).long()
+    room = sizes.long() - crop
+    corner = torch.minimum((uniform(0, 1, len(sizes), 2) * (room + 1)).long(), room)
+    corner = torch.where(fits.any(1)[:, None], corner, room // 2)
+    return torch.cat((corner, crop), 1)
+
+
+def centre_boxes(sizes: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return the largest centred crops with the aspect of ``shape`` (height, width), to whole pixels.
+
+    ``(B, 2)`` heights and widths give ``(B, 4)`` int64 top, left, height, width.
+    """
+    target = torch.tensor(shape, device=sizes.device, dtype=torch.float64)
+    factor = (sizes / target).amin(1, keepdim=True)
+    crop = (target * factor).round().long().clamp(min=1)
+    return torch.cat(((sizes.long() - crop) // 2, crop), 1)
+
+
+def triangle_weights(centre: Tensor, step: Tensor, first: Tensor, end: Tensor, source: int) -> Tensor:
+    """Weights that resample an axis by an antialiased triangle filter.
+
+    The filter is torch's ``interpolate(mode="bilinear", antialias=True)``: a triangle around the output
+    pixel's centre whose half width is one output pixel, but at least one input pixel.
+
+    Args:
+        centre: ``(B, T)`` where the centre of each of the T output pixels lies among the input pixels.
+        step: input pixels an output pixel; it and the next two broadcast with ``centre``.
+        first, end: input pixels that take part, ``end`` excluded.
+        source: pixels of the input axis.
+
+    Returns:
+        ``(B, T, source)`` float32; rows sum to 1 and are 0 outside the stretch.
+    """
+    pixel = torch.arange(source, device=centre.device) + 0.5
+    centre, step, first, end = (x[..., None] for x in (centre, step, first, end))
+    weights = ((pixel - centre).abs_() / step.clamp(min=1)).neg_().add_(1).clamp_(min=0)
+    weights.mul_((pixel > first) & (pixel < end))
+    return weights.div_(weights.sum(2, keepdim=True))
+
+
+def resize_weights(start: Tensor, length: Tensor, flip: Tensor, source: int, target: int) -> Tensor:
+    """Weights that resize one stretch of an axis.
+
+    Args:
+        start, length: ``(B,)`` first pixel and number of pixels of the stretch.
+        flip: ``(B,)`` bool, mirror the result.
+        source, target: pixels of the axis before and after.
+
+    Returns:
+        ``(B, target, source)``, see :func:`triangle_weights`.
+    """
+    start, length = (x.to(torch.float32)[:, None] for x in (start, length))
+    output = torch.arange(target, device=start.device).expand(len(flip), -1)
+    output = torch.where(flip[:, None], target - 1 - output, output) + 0.5
+    step = length / target
+    return triangle_weights(start + output * step, step, start, start + length, source)
+
+
+def mega_weights(cuts: Tensor, source: int, target: int) -> Tensor:
+    """Weights that resize each of the bands of an axis, side by side, to one width.
+
+    Args:
+        cuts: ``(B, bands + 1)`` int64, where bands begin and end, from 0 to ``source``.
+        source, target: pixels of the axis before and after; where ``target`` is no multiple of the bands, their ends
+            are rounded to whole pixels.
+
+    Returns:
+        ``(B, target, source)``, see :func:`triangle_weights`.
+    """
+    bands = cuts.shape[1] - 1
+    edges = (torch.arange(bands + 1, device=cuts.device) * target / bands).round()
+    output = torch.arange(target, device=cuts.device) + 0.5
+    band = torch.bucketize(output, edges) - 1
+    first, end = cuts[:, band].float(), cuts[:, band + 1].float()
+    step = (end - first) / (edges[band + 1] - edges[band])
+    return triangle_weights(first + (output - edges[band]) * step, step, first, end, source)
+
+
+def resample(
+    images: Tensor,
+    boxes: Tensor,
+    flip: Tensor,
+    crop: tuple[int, int],
+    cuts: tuple[Tensor, Tensor] | None = None,
+    shape: tuple[int, int] | None = None,
+) -> Tensor:
+    """Crop, resize (antialiased), mirror and cut: ``(B, 3, H, W)`` uint8 to ``(3, B, h, w)`` float32 in 0..1.
+
+    Args:
+        images: ``(B, 3, H, W)`` uint8.
+        boxes: ``(B, 4)`` int64 top, left, height, width, on any device.
+        flip: ``(B,)`` bool, mirror left and right.
+        crop: height and width that a box is resized to.
+        cuts: where the bands of the crop begin and end (:func:`cuts_of`), None for no mega-patches.
+        shape: height and width of the result; None for those of the crop.
+    """
+    # Only the rectangle around this pass's boxes takes part in the products.
+    top, left = boxes[:, :2].amin(0).tolist()
+    bottom, right = (boxes[:, :2] + boxes[:, 2:]).amax(0).tolist()
+    boxes, flip = boxes.to(images.device), flip.to(images.device)
+    window = images[:, :, top:bottom, left:right]
+    window = window.to(torch.float32, memory_format=torch.contiguous_format)
+    batch, _, height, width = window.shape
+    along_y = resize_weights(boxes[:, 0] - top, boxes[:, 2], torch.zeros_like(flip), height, crop[0])
+    along_x = resize_weights(boxes[:, 1] - left, boxes[:, 3], flip, width, crop[1])
+    shape = shape or crop
+    if cuts is not None:  # resampling what was resampled is one product of weights
+        cut_y, cut_x = (x.to(images.device) for x in cuts)
+        along_y = torch.bmm(mega_weights(cut_y, crop[0], shape[0]), along_y)
+        along_x = torch.bmm(mega_weights(cut_x, crop[1], shape[1]), along_x)
+    along_x.div_(255)
+
+    view = window.new_empty(3, batch, *shape)
+    rows = torch.bmm(window.view(batch, 3 * height, width), along_x.mT).view(batch, 3, height, shape[1])
+    for channel in range(3):
+        torch.bmm(along_y, rows[:, channel], out=view[channel])
+    return view
