@@ -12,8 +12,10 @@ from relvit_d2.config import _CHANGED, WITHOUT_EFFECT, add_relvit_config
 from relvit_d2.encoders import ENCODERS
 from relvit_d2.engine.config_file import load_config
 from relvit_d2.errors import UserError
+from relvit_d2.pretraining.model import build_pretraining_model
 
 CONFIGS = sorted(str(path) for path in Path("configs").rglob("*.yaml"))
+ROWS = [path for path in CONFIGS if "base/" not in path and "demo/" not in path]
 
 
 @pytest.mark.parametrize("path", CONFIGS)
@@ -23,7 +25,7 @@ def test_every_config_loads(path: str) -> None:
     assert cfg.MODEL.ENCODER.NAME in ENCODERS
 
 
-@pytest.mark.parametrize("path", [path for path in CONFIGS if "voc" in path])
+@pytest.mark.parametrize("path", [path for path in ROWS if "MAX_ITER" in Path(path).read_text()])
 def test_the_arithmetic_in_a_header_is_that_of_the_schedule(path: str) -> None:
     found = re.search(r"= (\d+) \* (\d+) / (\d+) = (\d+) iterations", Path(path).read_text().replace(",", ""))
     assert found
@@ -31,6 +33,36 @@ def test_the_arithmetic_in_a_header_is_that_of_the_schedule(path: str) -> None:
     cfg = load_config(path, [])
     assert (batch, iterations) == (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER)
     assert abs(epochs * images / batch - iterations) < 5
+
+
+@pytest.mark.parametrize("path", ROWS)
+def test_a_header_gives_row_commands_and_cost_and_the_commands_fit_together(path: str) -> None:
+    header = Path(path).read_text()
+    assert "Table 2" in header or "_BASE_: voc_vit_s.yaml" in header  # pre-training variants have no row of their own
+    assert re.search(r"^# Cost: .+", header, re.MULTILINE)
+    commands = re.findall(r"python (\w+\.py) --config-file (\S+)", header)
+    assert ("pretrain_ssl.py" if "/ssl/" in path else "train_net.py", path) in commands
+    for script, file in commands:
+        assert load_config(file, [], script)
+    weights = load_config(path, []).MODEL.WEIGHTS
+    before = [load_config(file, []).OUTPUT_DIR for script, file in commands if script == "pretrain_ssl.py"]
+    if "/ssl/" not in path:
+        assert [f"{folder}/encoder.safetensors" for folder in before] == [weights] * bool(weights)
+
+
+def test_no_two_runs_share_a_folder() -> None:
+    folders = [load_config(path, []).OUTPUT_DIR for path in CONFIGS if "base/" not in path]
+    assert len(set(folders)) == len(folders)
+
+
+@pytest.mark.parametrize("path", [path for path in ROWS if "/ssl/" in path])
+def test_the_stated_chance_is_that_of_the_model(path: str) -> None:
+    found = re.search(r"on a (\d+) x (\d+) grid: relation ([\d.]+) %, position ([\d.]+) %", Path(path).read_text())
+    assert found
+    task = build_pretraining_model(load_config(path, ["MODEL.DEVICE", "cpu"])).task
+    assert task.grid == (int(found[1]), int(found[2]))
+    told = {"relation": float(found[3]) / 100, "position": float(found[4]) / 100}
+    assert task.chance() == pytest.approx(told, abs=6e-4)
 
 
 def test_our_keys_leave_detectron2s_as_they_are_but_for_the_named_ones() -> None:

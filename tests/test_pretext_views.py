@@ -11,13 +11,15 @@ from torch import Tensor
 from torchvision.io import read_image
 from torchvision.transforms import RandomResizedCrop
 
+from benchmarks.plain import ADJUST, plain_patches
 from relvit_d2.errors import UserError
 from relvit_d2.pretext import views as module
-from relvit_d2.pretext.color import BRIGHTNESS, CONTRAST, HUE, ORDERS, SATURATION, add_noise_, blend_, grayscale_, hue_
+from relvit_d2.pretext.color import BRIGHTNESS, CONTRAST, SATURATION, add_noise_, blend_, grayscale_, hue_
 from relvit_d2.pretext.layout import PatchLayout
 from relvit_d2.pretext.resampling import random_boxes, resample
 from relvit_d2.pretext.views import (
     MegaPatches,
+    PatchDraws,
     ViewConfig,
     Views,
     augment_patches,
@@ -28,12 +30,6 @@ from relvit_d2.pretext.views import (
 
 PLAIN = ViewConfig(24, 8, patch_crop=None, jitter_prob=0, gray_prob=0, mean=(0, 0, 0), std=(1, 1, 1))
 FULL = ViewConfig((16, 24), 8, permute=True, mean=(0, 0, 0), std=(1, 1, 1))
-ADJUST = {
-    BRIGHTNESS: F.adjust_brightness,
-    CONTRAST: F.adjust_contrast,
-    SATURATION: F.adjust_saturation,
-    HUE: F.adjust_hue,
-}
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -142,34 +138,10 @@ def test_flips_come_with_their_probability() -> None:
     assert 160 < flipped.sum() < 240
 
 
-def loop_over_patches(view: Tensor, config: ViewConfig, draws: module.PatchDraws) -> Tensor:
+def loop_over_patches(view: Tensor, config: ViewConfig, draws: PatchDraws) -> Tensor:
     """The same patches one after the other with torchvision's functions: the oracle."""
-    patch, window, (_, cols) = config.patch_size, config.window, config.grid
-    result = torch.empty_like(view)
-    for b in range(view.shape[1]):
-        patches = []
-        for n in range(draws.gray.shape[1]):
-            top, left = n // cols * patch, n % cols * patch
-            y, x = draws.offset[b, n].tolist()
-            one = view[:, b, top + y : top + y + window, left + x : left + x + window]
-            one = F.resize(one, [patch, patch], antialias=True)
-            if draws.jittered[b, n]:
-                for operation in ORDERS[draws.order[b, n]]:
-                    one = ADJUST[operation](one, draws.factors[b, n, operation].item())
-            one = F.rgb_to_grayscale(one, 3) if draws.gray[b, n] else one
-            if draws.noisy[b, n] and config.noise_prob:
-                one = (one + config.noise_std * noise_of(draws.noise[b, n], patch)).clamp(0, 1)
-            patches.append(one)
-        for slot, n in enumerate(draws.slot[b].tolist()):
-            top, left = slot // cols * patch, slot % cols * patch
-            result[:, b, top : top + patch, left : left + patch] = patches[n]
-    return result
-
-
-def noise_of(seed: Tensor, patch: int) -> Tensor:
-    """The noise of a patch, read off by adding it to gray, far from the clamp."""
-    gray = torch.full((3, patch * patch, 1), 0.5)
-    return (add_noise_(gray, torch.tensor([True]), seed[None], 1e-3).view(3, patch, patch) - 0.5) * 1e3
+    images = [plain_patches(view[:, b], config, PatchDraws(*(x[b] for x in draws))) for b in range(view.shape[1])]
+    return torch.stack(images, 1)
 
 
 @pytest.mark.parametrize(

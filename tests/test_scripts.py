@@ -120,7 +120,7 @@ def test_two_processes_train_both_stages(root: Path, tmp_path: Path) -> None:
     run(root, *pretrain(tmp_path / "ssl", "SOLVER.MAX_ITER", 2, flags=("--num-gpus", 2)))
     encoder = tmp_path / "ssl/encoder.safetensors"
     with safe_open(str(encoder), "pt") as file:
-        assert "accuracy_relation" in json.loads(file.metadata()["results"])
+        assert "accuracy_relation" in json.loads(file.metadata()["results"])["held_out"]
     run(root, *detect(tmp_path / "detector", "MODEL.WEIGHTS", encoder, flags=("--num-gpus", "2")))
     rows = [json.loads(line) for line in (tmp_path / "detector/metrics.json").read_text().splitlines()]
     assert [row["iteration"] for row in rows] == list(range(4))

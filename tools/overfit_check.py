@@ -53,6 +53,7 @@ def check(config_file: str, images: int, opts: list[str]) -> None:
     name = f"{cfg.DATASETS.TRAIN[0]}[:{images}]"
     overrides: dict[str, object] = {
         "DATASETS.TRAIN": (name,),
+        "MODEL.WEIGHTS": "",
         "INPUT.RANDOM_FLIP": "none",
         "INPUT.CROP.ENABLED": False,
         "INPUT.MIN_SIZE_TRAIN": (cfg.INPUT.MIN_SIZE_TEST,),

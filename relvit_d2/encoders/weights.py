@@ -40,7 +40,10 @@ def read_encoder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         UserError: if the file is missing, is no safetensors file, or is not one of :func:`save_encoder`.
     """
     if not path.is_file():
-        raise UserError(f"weights file '{path}' does not exist; give the path of an encoder.safetensors")
+        raise UserError(
+            f"weights file '{path}' does not exist; pre-train first, or give the path of an encoder.safetensors, or '' "
+            "for none"
+        )
     try:
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}

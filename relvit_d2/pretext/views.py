@@ -6,7 +6,7 @@ their crops and sorted for the colour jitter (see color.py), and once more to th
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -106,6 +106,10 @@ class ViewConfig:
                 )
             if self.mega.shared_cuts and height != width:
                 raise UserError(f"shared cuts need a square crop, not {height}x{width}: give each axis its own")
+
+    def plain(self) -> "ViewConfig":
+        """Return the config of views that are the crop as it is, neither cut nor permuted."""
+        return replace(self, mega=None, permute=False)
 
     @property
     def crop(self) -> tuple[int, int]:

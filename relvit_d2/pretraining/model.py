@@ -3,7 +3,6 @@
 import logging
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +145,7 @@ def image_features(model: PretrainingModel, batches: Iterable[dict[str, Any]]) -
     """Return the mean token of each image, ``(n, dim)`` float32 on the CPU, of whole images as they are."""
     was_training = model.training
     model.eval()
-    whole = Views(replace(model.views.config, mega=None, permute=False))
+    whole = Views(model.views.config.plain())
     features = [torch.empty(0, model.encoder.dim)]
     for batch in batches:
         images = batch["images"].to(next(model.parameters()).device)

@@ -1,0 +1,141 @@
+"""What the benchmarks share: arguments, timing of two things in turn, and the rows that are told."""
+
+import argparse
+import json
+import multiprocessing
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from relvit_d2.engine.machine import device_name
+
+Row = dict[str, Any]
+
+
+class Pair(NamedTuple):
+    """Median seconds of two things, timed in turn."""
+
+    ours: float
+    theirs: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster ours is."""
+        return self.theirs / self.ours
+
+
+def arguments(description: str | None, name: str) -> argparse.Namespace:
+    """Parse ``--quick``, ``--json`` and ``--device``."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"example:\n  python -m benchmarks.{name} --quick --json",
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions and smaller batches; rows say which")
+    parser.add_argument("--json", action="store_true", help="one JSON object a row")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    return parser.parse_args()
+
+
+def seconds(function: Callable[[], object], device: str) -> float:
+    """Run ``function`` once and return its wall-clock seconds, the work of a GPU included."""
+    _wait(device)
+    start = time.perf_counter()
+    function()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def in_turn(
+    ours: Callable[[], object], theirs: Callable[[], object], device: str, budget: float, least: int = 3
+) -> Pair:
+    """Time two functions in turn, after one run of each that does not count.
+
+    Args:
+        ours, theirs: what is compared.
+        device: where they run.
+        budget: seconds after which no further round begins.
+        least: rounds in any case.
+    """
+    rounds: list[tuple[float, float]] = []
+    ours(), theirs()
+    start = time.perf_counter()
+    while len(rounds) < least or time.perf_counter() - start < budget:
+        rounds.append((seconds(ours, device), seconds(theirs, device)))
+    return Pair(*(statistics.median(column) for column in zip(*rounds, strict=True)))
+
+
+def peak_bytes(function: Callable[[], object], device: str) -> int:
+    """Return how much more memory than before a run of ``function`` held at its peak.
+
+    On a CPU the run has a process of its own, a fork, so that nothing freed earlier is used again.
+    """
+    if device != "cpu":
+        _wait(device)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        _wait(device)
+        return torch.cuda.max_memory_allocated() - before
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measured, args=(function, sender))
+    process.start()
+    peak = receiver.recv()
+    process.join()
+    return int(peak)
+
+
+def _measured(function: Callable[[], object], sender: Any) -> None:
+    torch.set_num_threads(1)  # the parent's threads did not come along
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak so far is forgotten
+    before = _resident("VmRSS")
+    function()
+    sender.send(_resident("VmHWM") - before)
+
+
+def _resident(field: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{field}:"))
+
+
+def _wait(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def matrix_rate(device: str, dtype: torch.dtype, budget: float = 3.0) -> float:
+    """Return the best rate, FLOP/s, of square matrix products seen within ``budget`` seconds."""
+    size = 2048 if device == "cpu" else 8192
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    torch.mm(a, b)
+    best, start = float("inf"), time.perf_counter()
+    while time.perf_counter() - start < budget:
+        best = min(best, seconds(lambda: torch.mm(a, b), device))
+    return 2 * size**3 / best
+
+
+def tell(rows: Sequence[Row], args: argparse.Namespace) -> None:
+    """Print the rows; each has ``name``, ``ratio`` and what it was measured with."""
+    machine = {
+        "device": device_name(args.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    if args.json:
+        for row in rows:
+            print(json.dumps(row | machine), flush=True)
+        return
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    for row in rows:
+        more = ", ".join(
+            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if k not in ("name", "ratio")
+        )
+        print(f"{row['name']:<32} {row['ratio']:>9.3f}   {more}", flush=True)

@@ -1,0 +1,55 @@
+"""The plain forms that ours are measured against: patch after patch through torchvision, all pairs at once."""
+
+import torch
+import torchvision.transforms.functional as F
+from torch import Tensor
+
+from relvit_d2.pretext.color import BRIGHTNESS, CONTRAST, HUE, ORDERS, SATURATION, add_noise_
+from relvit_d2.pretext.views import PatchDraws, ViewConfig
+
+ADJUST = {
+    BRIGHTNESS: F.adjust_brightness,
+    CONTRAST: F.adjust_contrast,
+    SATURATION: F.adjust_saturation,
+    HUE: F.adjust_hue,
+}
+
+
+def plain_view(image: Tensor, box: list[int], flip: bool, config: ViewConfig) -> Tensor:
+    """Crop, resize and mirror one uint8 ``(3, H, W)`` image; float32 ``(3, h, w)`` in 0..1."""
+    top, left, height, width = box
+    crop = F.resized_crop(image / 255, top, left, height, width, list(config.crop), antialias=True)
+    return F.hflip(crop) if flip else crop
+
+
+def plain_patches(view: Tensor, config: ViewConfig, draws: PatchDraws) -> Tensor:
+    """Do to the patches of one ``(3, h, w)`` view what its ``draws``, each ``(N, ...)``, say.
+
+    The same as :func:`relvit_d2.pretext.views.augment_patches`, less its speed.
+    """
+    patch, window, (_, cols) = config.patch_size, config.window, config.grid
+    result, patches = torch.empty_like(view), []
+    for n in range(len(draws.gray)):
+        top, left = n // cols * patch, n % cols * patch
+        y, x = draws.offset[n].tolist()
+        one = view[:, top + y : top + y + window, left + x : left + x + window]
+        if window != patch:
+            one = F.resize(one, [patch, patch], antialias=True)
+        if draws.jittered[n]:
+            for operation in ORDERS[draws.order[n]]:
+                one = ADJUST[operation](one, draws.factors[n, operation].item())
+        if draws.gray[n]:
+            one = F.rgb_to_grayscale(one, 3)
+        if draws.noisy[n]:
+            one = (one + config.noise_std * _noise(draws.noise[n], patch)).clamp(0, 1)
+        patches.append(one)
+    for slot, n in enumerate(draws.slot.tolist()):
+        top, left = slot // cols * patch, slot % cols * patch
+        result[:, top : top + patch, left : left + patch] = patches[n]
+    return result
+
+
+def _noise(seed: Tensor, patch: int) -> Tensor:
+    """The noise of a patch, read off by adding it to gray, far from the clamp."""
+    gray = torch.full((3, patch * patch, 1), 0.5)
+    return (add_noise_(gray, torch.tensor([True]), seed[None], 1e-3).view(3, patch, patch) - 0.5) * 1e3

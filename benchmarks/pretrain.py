@@ -1,0 +1,202 @@
+"""Whole pre-training iterations, data included, through the project's own trainer.
+
+``pretrain_S`` is how many times faster they are than the plain pipeline: loader workers that loop over patches, all
+pair scores in memory, attention without the fused kernel, float32. ``pretrain_S_of_ceiling`` is the rate of the model's
+matrix products over the rate of one large product on the same machine and in the same precision; ``pretrain_S_data``
+the share of the time that is spent waiting for data. Images are JPEGs of smoothed noise, made for the run.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fvcore.common.config import CfgNode
+from PIL import Image, ImageFilter
+from timm.layers import set_fused_attn
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.harness import Row, arguments, matrix_rate, tell
+from benchmarks.plain import plain_patches, plain_view
+from relvit_d2.data.mapper import ImageReader
+from relvit_d2.engine.config_file import load_config
+from relvit_d2.engine.optimizer import build_clipper, build_optimizer
+from relvit_d2.engine.precision import choose_precision
+from relvit_d2.engine.randomness import seed_everything
+from relvit_d2.pretext.layout import PatchLayout
+from relvit_d2.pretext.pair_loss import pair_loss_plain
+from relvit_d2.pretext.resampling import random_boxes
+from relvit_d2.pretext.task import RelationTask
+from relvit_d2.pretext.views import PatchDraws, ViewConfig, draw_patches
+from relvit_d2.pretraining.model import PretrainingModel, build_pretraining_model
+from relvit_d2.pretraining.run import build_trainer
+
+# name: pixels of a view, of a patch, (width, height) of the images, batch
+SETTINGS = {"32_p4": (32, 4, (32, 32), 256), "224_p16": (224, 16, (500, 375), 256)}
+QUICK_BATCH = 32
+IMAGES = 512
+WARM = 2  # iterations at the start that do not count
+
+
+def main() -> None:
+    """Measure and tell."""
+    args = arguments(__doc__, "pretrain")
+    logging.disable(logging.WARNING)
+    rows: list[Row] = []
+    for name, (side, patch, size, batch) in SETTINGS.items():
+        batch = QUICK_BATCH if args.quick else batch
+        with tempfile.TemporaryDirectory() as folder:
+            draw_images(Path(folder) / "images", size)
+            rows += measure(name, side, patch, batch, Path(folder), args)
+    tell(rows, args)
+
+
+def draw_images(folder: Path, size: tuple[int, int]) -> None:
+    """Write ``IMAGES`` JPEGs."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for number in range(IMAGES):
+        noise = Image.fromarray(random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+        noise.filter(ImageFilter.GaussianBlur(2)).save(folder / f"{number:04}.jpg", quality=90)
+
+
+def measure(name: str, side: int, patch: int, batch: int, folder: Path, args: argparse.Namespace) -> list[Row]:
+    """Return the rows of one setting."""
+    device = torch.device(args.device)
+    precisions = ["float32"]
+    if choose_precision("auto", device).dtype == torch.bfloat16:
+        precisions.append("bfloat16")
+    rows: list[Row] = []
+    more = {"batch": batch}
+    fastest = float("inf")
+    for precision in precisions:
+        cfg = config(side, patch, batch, folder, args.device, precision)
+        took, waiting = trained(cfg, folder, iterations=WARM + (3 if args.quick else 6))
+        fastest = min(fastest, took)
+        rate = matrix_rate(args.device, torch.bfloat16 if precision == "bfloat16" else torch.float32)
+        share = flops(cfg) / took / rate
+        suffix = "" if precision == "float32" else "_bf16"
+        speed = {"images_per_s": batch / took, "matrix_GFLOP_per_s": rate / 1e9}
+        rows.append({"name": f"pretrain_{name}{suffix}_of_ceiling", "ratio": share, **more, **speed})
+        rows.append({"name": f"pretrain_{name}{suffix}_data", "ratio": waiting, **more})
+    cfg = config(side, patch, batch, folder, args.device, "float32")
+    plain = plain_iteration(cfg, sorted((folder / "images").glob("*.jpg")), iterations=2 if args.quick else 3)
+    rows.insert(0, {"name": f"pretrain_{name}", "ratio": plain / fastest, **more, "ours_s": fastest, "plain_s": plain})
+    return rows
+
+
+def config(side: int, patch: int, batch: int, folder: Path, device: str, precision: str) -> CfgNode:
+    """Return the method's own config of ViT-S at a size."""
+    values: dict[str, Any] = {
+        "MODEL.DEVICE": device,
+        "MODEL.ENCODER.PATCH_SIZE": patch,
+        "MODEL.ENCODER.IMG_SIZE": side,
+        "PRETEXT.IMAGE_SIZE": side,
+        "SOLVER.IMS_PER_BATCH": batch,
+        "SOLVER.REFERENCE_BATCH": 0,
+        "SOLVER.PRECISION": precision,
+        "DATASETS.TRAIN": (str(folder / "images"),),
+        "DATASETS.TEST": (),
+        "OUTPUT_DIR": str(folder / precision),
+    }
+    return load_config("configs/base/ssl.yaml", [str(part) for pair in values.items() for part in pair])
+
+
+def trained(cfg: CfgNode, folder: Path, iterations: int) -> tuple[float, float]:
+    """Train; return the median seconds of an iteration and the share of them spent waiting for data."""
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.CHECKPOINT_PERIOD = iterations, 1, 10 * iterations
+    files = sorted((folder / "images").glob("*.jpg"))
+    seed_everything(cfg.SEED, "model")
+    trainer = build_trainer(cfg, build_pretraining_model(cfg), files, files[:1])
+    trainer.train()
+    rows = [json.loads(line) for line in (Path(cfg.OUTPUT_DIR) / "metrics.json").read_text().splitlines()][WARM:]
+    return statistics.median(row["time"] for row in rows), sum(row["data_time"] for row in rows) / sum(
+        row["time"] for row in rows
+    )
+
+
+def flops(cfg: CfgNode) -> float:
+    """Return the FLOPs of the matrix products of one iteration's encoder and heads, forward and backward."""
+    cfg = cfg.clone()
+    cfg.MODEL.DEVICE = "cpu"
+    model, few = build_pretraining_model(cfg), 2
+    side = cfg.PRETEXT.IMAGE_SIZE
+    layout = PatchLayout.full(few, model.task.grid)
+    with FlopCounterMode(display=False) as counter:
+        losses = model.task(model.encoder.tokens(torch.randn(few, 3, side, side)), layout)
+        sum(value for name, value in losses.items() if name.startswith("loss")).backward()
+    return counter.get_total_flops() / few * cfg.SOLVER.IMS_PER_BATCH
+
+
+class LoopedViews(torch.utils.data.Dataset[Tensor]):
+    """Views made one by one in a loader's worker, as the plain pipeline does."""
+
+    def __init__(self, files: list[Path], config: ViewConfig, longest: int) -> None:
+        self._files, self._config, self._read = files, config, ImageReader(longest)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Tensor:
+        config, generator = self._config, torch.Generator().manual_seed(index)
+        image = self._read(self._files[index])
+        (box,) = random_boxes(torch.tensor([image.shape[1:]]), config.crop_scale, config.crop_ratio, generator).tolist()
+        draws = PatchDraws(*(x[0] for x in draw_patches(config, 1, generator)))
+        return plain_patches(plain_view(image, box, index % 2 == 0, config), config, draws)
+
+
+def plain_iteration(cfg: CfgNode, files: list[Path], iterations: int) -> float:
+    """Return the median seconds of an iteration of the plain pipeline; one at the start does not count."""
+    set_fused_attn(enable=False)
+    model = build_pretraining_model(cfg)
+    set_fused_attn(enable=True)
+    optimizer, clip = build_optimizer(cfg, model), build_clipper(cfg, model)
+    dataset = LoopedViews(files, model.views.config, cfg.INPUT.LOAD_SIZE)
+    batches = itertools.chain.from_iterable(
+        itertools.repeat(DataLoader(dataset, cfg.SOLVER.IMS_PER_BATCH, shuffle=True, num_workers=2, drop_last=True))
+    )
+    took = []
+    with contextlib.closing(_closing(batches)) as endless:
+        for _ in range(1 + iterations):
+            start = time.perf_counter()
+            optimizer.zero_grad()
+            loss = plain_loss(model, next(endless).to(cfg.MODEL.DEVICE))
+            loss.backward()
+            clip()
+            optimizer.step()
+            loss.item()
+            took.append(time.perf_counter() - start)
+    return statistics.median(took[1:])
+
+
+def _closing(batches: Iterator[Tensor]) -> Any:
+    yield from batches
+
+
+def plain_loss(model: PretrainingModel, views: Tensor) -> Tensor:
+    """Return the sum of the losses with the scores of all pairs in memory."""
+    layout = PatchLayout.full(len(views), model.task.grid, views.device)
+    tokens = model.encoder.tokens(views)
+    losses = []
+    for _, task in model.task.named_tasks():
+        if isinstance(task, RelationTask):
+            queries, keys = task.head(tokens)
+            losses.append(pair_loss_plain(queries, keys, layout, task.kind)[0])
+        else:
+            losses.append(task(tokens, layout)[0])
+    return torch.stack(losses).sum()
+
+
+if __name__ == "__main__":
+    main()

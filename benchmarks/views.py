@@ -1,0 +1,57 @@
+"""Views of a batch at once against a loop over images and patches with torchvision's functions, one thread each.
+
+Same crops, windows, colours and permutations; a ratio is how many times faster ours is.
+"""
+
+import torch
+import torchvision.transforms.functional as F
+
+from benchmarks.harness import arguments, in_turn, tell
+from benchmarks.plain import plain_patches, plain_view
+from relvit_d2.pretext.resampling import random_boxes
+from relvit_d2.pretext.views import PatchDraws, ViewConfig, Views, draw_patches
+
+# name: pixels of the images, pixels of a view, of a patch, views timed together
+SETTINGS = {"views_32_p4": ((32, 32), 32, 4, 64), "views_224_p16": ((375, 500), 224, 16, 16)}
+
+
+def main() -> None:
+    """Measure and tell."""
+    args = arguments(__doc__, "views")
+    torch.set_num_threads(1)
+    rows = []
+    for name, (size, side, patch, batch) in SETTINGS.items():
+        config = ViewConfig(side, patch, permute=True)
+        images = torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8)
+        sizes = torch.tensor([size]).repeat(batch, 1)
+        on_device = images.to(args.device)
+        views = Views(config)
+
+        def ours(views: Views = views, images: torch.Tensor = on_device, sizes: torch.Tensor = sizes) -> None:
+            views.train(images, sizes, torch.Generator().manual_seed(0))
+
+        def theirs(images: torch.Tensor = images, sizes: torch.Tensor = sizes, config: ViewConfig = config) -> None:
+            plain_train(images, sizes, config, torch.Generator().manual_seed(0))
+
+        pair = in_turn(ours, theirs, args.device, budget=2 if args.quick else 20)
+        rows.append({"name": name, "ratio": pair.ratio, "images": batch, "ours_s": pair.ours, "loop_s": pair.theirs})
+    tell(rows, args)
+
+
+def plain_train(
+    images: torch.Tensor, sizes: torch.Tensor, config: ViewConfig, generator: torch.Generator
+) -> torch.Tensor:
+    """Make the views of :meth:`relvit_d2.pretext.views.Views.train`, the same draws, one patch at a time."""
+    boxes = random_boxes(sizes, config.crop_scale, config.crop_ratio, generator).tolist()
+    flip = (torch.rand(len(images), generator=generator) < config.flip).tolist()
+    draws = draw_patches(config, len(images), generator)
+    views = []
+    for b, image in enumerate(images):
+        view = plain_view(image, boxes[b], flip[b], config)
+        patches = plain_patches(view, config, PatchDraws(*(x[b] for x in draws)))
+        views.append(F.normalize(patches, list(config.mean), list(config.std)))
+    return torch.stack(views)
+
+
+if __name__ == "__main__":
+    main()
