@@ -13,6 +13,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from benchmarks.plain import ADJUST, plain_patches
 from relvit_d2.errors import UserError
+from relvit_d2.pretext import resampling
 from relvit_d2.pretext import views as module
 from relvit_d2.pretext.color import BRIGHTNESS, CONTRAST, SATURATION, add_noise_, blend_, grayscale_, hue_
 from relvit_d2.pretext.layout import PatchLayout
@@ -81,8 +82,10 @@ def test_grayscale_is_torchvisions_where_chosen() -> None:
     assert torch.equal(result[:, :, ~chosen], pixels[:, :, ~chosen])
 
 
-def test_resample_is_torchvisions_resized_crop() -> None:
+@pytest.mark.parametrize("large", [1, 10**6], ids=["one by one", "together"])
+def test_resample_is_torchvisions_resized_crop(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Enlarged and reduced, flipped and not, down to a box of one pixel, channels last as decoders give."""
+    monkeypatch.setattr(resampling, "LARGE", large)
     images = batch_of(5, 50, 60)[0].to(memory_format=torch.channels_last)
     boxes = torch.tensor([[0, 0, 50, 60], [7, 3, 9, 50], [10, 20, 40, 11], [49, 59, 1, 1], [5, 6, 16, 24]])
     flip = torch.tensor([False, True, False, True, True])
@@ -198,8 +201,12 @@ def drawn_cuts(config: ViewConfig, batch: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("config", MEGA, ids=str)
-def test_mega_patches_are_those_of_a_loop_over_torchvision(config: ViewConfig) -> None:
+@pytest.mark.parametrize("large", [1, 10**6], ids=["one by one", "together"])
+def test_mega_patches_are_those_of_a_loop_over_torchvision(
+    large: int, config: ViewConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Crop and resize the image, cut it, resize each piece, put them side by side."""
+    monkeypatch.setattr(resampling, "LARGE", large)
     images, _ = batch_of(4, 60, 70)
     boxes = torch.tensor([[0, 0, 60, 70], [3, 5, 20, 30], [10, 0, 50, 40], [1, 2, 48, 48]])
     flip, mega = torch.tensor([False, True, False, True]), config.mega

@@ -1,11 +1,14 @@
-"""Crops of uint8 images, resized, mirrored and cut into mega-patches: weights along each axis, two batched products."""
+"""Crops of uint8 images, resized, mirrored and cut into mega-patches, by products with weights along each axis."""
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 TRIES = 10  # torchvision's RandomResizedCrop
+# Pixels of images that a CPU resizes one by one: the products of larger ones are mostly with zeros.
+LARGE = 2**14
 
 
 def random_boxes(
@@ -135,7 +138,15 @@ def resample(
         cuts: where the bands of the crop begin and end (:func:`cuts_of`), None for no mega-patches.
         shape: height and width of the result; None for those of the crop.
     """
-    # Only the rectangle around this pass's boxes takes part in the products.
+    shape = shape or crop
+    if images.device.type == "cpu" and images.shape[2] * images.shape[3] >= LARGE:
+        view = _resize_one_by_one(images, boxes, flip, crop)
+        if cuts is None:
+            return view
+        along_y, along_x = mega_weights(cuts[0], crop[0], shape[0]), mega_weights(cuts[1], crop[1], shape[1])
+        return torch.stack([torch.bmm(along_y, torch.bmm(plane, along_x.mT)) for plane in view])
+
+    # Only the rectangle around the boxes takes part in the products.
     top, left = boxes[:, :2].amin(0).tolist()
     bottom, right = (boxes[:, :2] + boxes[:, 2:]).amax(0).tolist()
     boxes, flip = boxes.to(images.device), flip.to(images.device)
@@ -144,7 +155,6 @@ def resample(
     batch, _, height, width = window.shape
     along_y = resize_weights(boxes[:, 0] - top, boxes[:, 2], torch.zeros_like(flip), height, crop[0])
     along_x = resize_weights(boxes[:, 1] - left, boxes[:, 3], flip, width, crop[1])
-    shape = shape or crop
     if cuts is not None:  # resampling what was resampled is one product of weights
         cut_y, cut_x = (x.to(images.device) for x in cuts)
         along_y = torch.bmm(mega_weights(cut_y, crop[0], shape[0]), along_y)
@@ -156,3 +166,13 @@ def resample(
     for channel in range(3):
         torch.bmm(along_y, rows[:, channel], out=view[channel])
     return view
+
+
+def _resize_one_by_one(images: Tensor, boxes: Tensor, flip: Tensor, crop: tuple[int, int]) -> Tensor:
+    """Crop, resize and mirror by torch's own kernel, which skips the zeros among the weights."""
+    view = torch.empty(3, len(images), *crop)
+    for b, (top, left, height, width) in enumerate(boxes.tolist()):
+        window = images[b : b + 1, :, top : top + height, left : left + width].float()
+        view[:, b] = F.interpolate(window, crop, mode="bilinear", antialias=True)[0]
+    view[:, flip] = view[:, flip].flip(3)
+    return view.div_(255)
