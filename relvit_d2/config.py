@@ -20,6 +20,7 @@ _C.MODEL.PYRAMID.TOP_BLOCK = True  # one more level, the last one at every secon
 _C.MODEL.PYRAMID.OUT_CHANNELS = 256
 _C.MODEL.PYRAMID.NORM = "LN"  # Detectron2's norm names
 
+_C.MODEL.COMPILE = False  # make the encoder's passes with torch.compile, which needs a C++ compiler on a CPU
 _C.MODEL.ALLOW_PICKLE = False  # read weights that are pickles, such as *.pkl: reading one can run any code in it
 
 # Pretext losses beside the detector's.
@@ -162,6 +163,7 @@ FREE_ON_RESUME = (
     "VERSION",
     "OUTPUT_DIR",
     "MODEL.DEVICE",
+    "MODEL.COMPILE",
     "MODEL.WEIGHTS",  # read at the start only
     "CUDNN_BENCHMARK",
     "DATALOADER.NUM_WORKERS",

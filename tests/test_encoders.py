@@ -98,4 +98,4 @@ def test_bad_arguments_are_one_sentence() -> None:
     with pytest.raises(UserError, match="did you mean 'patch_size'"):
         build_encoder("vit_nano", patchsize=4)
     with pytest.raises(UserError, match=r"IMG_SIZE 30.*PATCH_SIZE 16"):
-        encoder_from_keys({"NAME": "vit_nano", "IMG_SIZE": 30, "PATCH_SIZE": 16})
+        encoder_from_keys({"ENCODER": {"NAME": "vit_nano", "IMG_SIZE": 30, "PATCH_SIZE": 16}, "COMPILE": False})

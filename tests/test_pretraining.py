@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -166,3 +167,14 @@ def test_assignment_gives_every_token_a_cell_of_its_own_the_surest_first() -> No
     assert assign(scores).tolist() == [1, 0, 2]
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
     assert assign(torch.eye(20)[order]).tolist() == order.tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("script", ["pretrain_ssl.py", "train_net.py"])
+def test_a_compiled_encoder_trains_as_the_eager_one(script: str, root: Path, tmp_path: Path) -> None:
+    same = ("MODEL.ENCODER.DROP_PATH", 0.0, "SOLVER.MAX_ITER", 2, "MODEL.COMPILE")
+    eager, compiled = ([*command(script, tmp_path / str(asked), *same, asked)] for asked in (False, True))
+    run(root, *eager), run(root, *compiled)
+    rows = [json.loads((tmp_path / f"{asked}/metrics.json").read_text().splitlines()[0]) for asked in (False, True)]
+    assert rows[1]["total_loss"] == pytest.approx(rows[0]["total_loss"], rel=1e-4)

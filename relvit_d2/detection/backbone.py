@@ -69,7 +69,7 @@ def build_encoder_pyramid_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Enco
         UserError: if the pyramid asks for a stride that the simple pyramid cannot make of the encoder's, or
             the heads ask for a level that it does not have.
     """
-    encoder = encoder_from_keys(cfg.MODEL.ENCODER)
+    encoder = encoder_from_keys(cfg.MODEL)
     keys = cfg.MODEL.PYRAMID
     own = encoder.strides[encoder.last]
     scales = [own / stride for stride in keys.STRIDES]

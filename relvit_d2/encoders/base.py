@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from relvit_d2.errors import UserError, nearest
@@ -57,6 +58,10 @@ class Encoder(nn.Module):
     def dim(self) -> int:
         """Channels of the last map."""
         return self.channels[self.last]
+
+    def compile_passes(self) -> None:
+        """Make the passes of :meth:`forward` and :meth:`tokens` with ``torch.compile`` from here on, in place."""
+        self.forward = torch.compile(self.forward)  # type: ignore[method-assign]
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the last map for an image of ``height`` x ``width`` pixels."""
@@ -116,5 +121,8 @@ def build_encoder(name: str, **arguments: Any) -> Encoder:
 
 
 def encoder_from_keys(keys: Mapping[str, Any]) -> Encoder:
-    """Build the encoder that the config node ``MODEL.ENCODER`` describes: the arguments' names in capitals."""
-    return build_encoder(**{key.lower(): value for key, value in keys.items()})
+    """Build the encoder that the config node ``MODEL`` describes: in ``ENCODER`` the arguments' names in capitals."""
+    encoder = build_encoder(**{key.lower(): value for key, value in keys["ENCODER"].items()})
+    if keys["COMPILE"]:
+        encoder.compile_passes()
+    return encoder

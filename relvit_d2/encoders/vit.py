@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -74,6 +75,10 @@ class ViT(Encoder):
     def tokens(self, images: Tensor) -> Tensor:
         """See :class:`Encoder`; the sequence is the transformer's own, without the class token."""
         return self.vit.forward_features(images)[:, self.vit.num_prefix_tokens :]
+
+    def compile_passes(self) -> None:
+        """See :class:`Encoder`; here :meth:`forward` goes through :meth:`tokens`."""
+        self.tokens = torch.compile(self.tokens)  # type: ignore[method-assign]
 
     @property
     def carries_positions(self) -> bool:

@@ -60,7 +60,7 @@ def build_pretraining_model(cfg: CfgNode) -> PretrainingModel:
     Raises:
         UserError: if the view's side is no multiple of the encoder's last stride.
     """
-    encoder = encoder_from_keys(cfg.MODEL.ENCODER)
+    encoder = encoder_from_keys(cfg.MODEL)
     pretext = cfg.PRETEXT
     for key, count in (("CROP_SCALE", 2), ("JITTER", 4)):
         if len(pretext[key]) != count:
