@@ -128,6 +128,7 @@ FREE_ON_RESUME = (
     "VERSION",
     "OUTPUT_DIR",
     "MODEL.DEVICE",
+    "MODEL.ALLOW_PICKLE",
     "MODEL.WEIGHTS",  # read at the start only
     "CUDNN_BENCHMARK",
     "DATALOADER.NUM_WORKERS",
