@@ -123,7 +123,8 @@ def test_a_resumed_run_keeps_the_figures_that_it_does_not_measure_anew(tmp_path:
         again.train()
         assert rows()[:6] == before
     assert [(row["iteration"], row.get("set/AP")) for row in rows()[5:]] == [(5, 3.0), (6, None), (7, None), (8, 4.0)]
-    trainer(tmp_path, 1).train()
+    trainer(tmp_path, 1, evaluate=lambda: {"set": {"AP": 5.0}}).train()
+    trainer(tmp_path, 1).train()  # anew, not resumed
     assert "set/AP" not in rows()[0]
 
 
