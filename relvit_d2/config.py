@@ -163,6 +163,7 @@ FREE_ON_RESUME = (
     "VERSION",
     "OUTPUT_DIR",
     "MODEL.DEVICE",
+    "MODEL.ALLOW_PICKLE",
     "MODEL.COMPILE",
     "MODEL.WEIGHTS",  # read at the start only
     "CUDNN_BENCHMARK",

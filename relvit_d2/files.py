@@ -38,9 +38,21 @@ def appearing(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed while writing left in ``folder`` and below."""
-    for part in folder.rglob(".*.part"):
-        part.unlink(missing_ok=True)
+    """Remove what processes that were killed while writing left in ``folder``, not below; a living one's files stay."""
+    for part in folder.glob(".*.part"):
+        number = part.name.split(".")[-2]
+        if not (number.isdecimal() and _is_another_alive(int(number))):
+            part.unlink(missing_ok=True)
+
+
+def _is_another_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()  # in a container a new run often has the number of the old one
 
 
 def _flush(path: Path) -> None:
@@ -58,14 +70,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, NaN as null; the folder is made if missing."""
+    """Write ``value`` as indented JSON, NaN and infinity as null; the folder is made if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(_without_nan(value), indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
 
 
-def _without_nan(value: Any) -> Any:
+def _finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

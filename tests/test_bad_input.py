@@ -115,6 +115,14 @@ CASES = {
     "batch that parts do not divide": Case(
         "no multiple of 1 processes times SOLVER.ACCUMULATE 3", ("SOLVER.ACCUMULATE", 3)
     ),
+    "parts of nothing": Case("SOLVER.ACCUMULATE 0 is too small: give 1 or more", ("SOLVER.ACCUMULATE", 0)),
+    "seed below nothing": Case("SEED -1 is too small: give 0 or more", ("SEED", -1), (SSL,)),
+    "reference below nothing": Case("SOLVER.REFERENCE_BATCH -4 is too small", ("SOLVER.REFERENCE_BATCH", -4), (SSL,)),
+    "less than no checkpoints": Case(
+        "SOLVER.CHECKPOINT_MAX_TO_KEEP -1 is too small", ("SOLVER.CHECKPOINT_MAX_TO_KEEP", -1), (SSL,)
+    ),
+    "patience below nothing": Case("TEST.PATIENCE -1 is too small", ("TEST.PATIENCE", -1), (SSL,)),
+    "less than no workers": Case("DATALOADER.NUM_WORKERS -1 is too small", ("DATALOADER.NUM_WORKERS", -1), (SSL,)),
     "patience without a metric": Case("needs a TEST.BEST_METRIC", ("TEST.PATIENCE", 2, "TEST.EVAL_PERIOD", 1)),
     "metric that is none": Case(
         "did you mean 'bbox/AP50'", ("TEST.BEST_METRIC", "box/AP50", "TEST.EVAL_PERIOD", 1, "SOLVER.MAX_ITER", 2)

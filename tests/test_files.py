@@ -1,6 +1,9 @@
 """Files appear whole or not at all."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,14 +34,17 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
     assert path.read_text() == "old"
 
 
-def test_nan_becomes_null(tmp_path: Path) -> None:
-    write_json(tmp_path / "deep/results.json", {"AP": float("nan"), "rows": [1.5, float("nan")]})
+def test_what_is_not_finite_becomes_null(tmp_path: Path) -> None:
+    write_json(tmp_path / "deep/results.json", {"AP": float("inf"), "rows": [1.5, float("nan")]})
     assert json.loads((tmp_path / "deep/results.json").read_text()) == {"AP": None, "rows": [1.5, None]}
 
 
 def test_leftovers_of_killed_processes_go(tmp_path: Path) -> None:
-    (tmp_path / "inference").mkdir()
-    for name in (".model_final.pth.123.part", "inference/.results.json.9.part", "model_final.pth"):
+    (tmp_path / "other").mkdir()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    stay = {f".model.pth.{os.getppid()}.part", "other/.model.pth.9.part", "model.pth"}
+    for name in (*stay, f".model.pth.{gone.pid}.part", f".config.yaml.{os.getpid()}.part", ".part", ".x.part"):
         (tmp_path / name).touch()
     remove_leftovers(tmp_path)
-    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["model_final.pth"]
+    assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()} == stay | {".part"}

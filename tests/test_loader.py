@@ -2,6 +2,8 @@
 
 import itertools
 import random
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -53,6 +55,18 @@ def test_the_draws_of_a_sample_do_not_depend_on_the_workers() -> None:
     alone = batches(0)
     assert alone == batches(2)
     assert len({item[1] for batch in alone for item in batch}) == 18
+
+
+def test_workers_that_ignore_signals_let_a_script_end_that_leaves_them_open() -> None:
+    script = """
+from relvit_d2.data.loader import ordered_batches
+batches = iter(ordered_batches(range(100), abs, list, 2, 1))
+next(batches)
+raise ZeroDivisionError
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.endswith("ZeroDivisionError\n")
 
 
 def refuse(sample: int) -> int:

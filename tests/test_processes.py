@@ -1,9 +1,14 @@
 """Several processes and several parts of a batch do what one process does; a failure is told once."""
 
+import argparse
 import json
+import multiprocessing
+import os
 import signal
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,11 +16,13 @@ import torch
 from detectron2.engine import launch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from scripts import command, fails, run, started
+from scripts import command, fails, run, started, wait_for
 
 from relvit_d2.detection.model import build_detector
 from relvit_d2.detection.run import build_trainer, settle, training_batches, training_records
+from relvit_d2.engine import distributed
 from relvit_d2.engine.config_file import load_config
+from relvit_d2.engine.interrupts import Interrupted
 from relvit_d2.engine.randomness import seed_everything
 
 TWO = ("--num-gpus", 2)
@@ -102,10 +109,79 @@ def test_the_failing_process_is_heard_once_and_nothing_hangs(
     assert time.monotonic() - began < 120
 
 
-def test_a_process_that_the_system_kills_is_named(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_the_system_kills_is_named(rank: int, root: Path, tmp_path: Path) -> None:
     given = command("train_net.py", tmp_path, "SOLVER.MAX_ITER", 10_000, flags=TWO)
-    sentence = fails(root, *given, fault="step:2:0")
-    assert "process 0 was killed (SIGKILL)" in sentence
+    sentence = fails(root, *given, fault=f"step:2:{rank}")
+    assert f"process {rank} was killed (SIGKILL)" in sentence
+
+
+def test_the_process_whose_loss_is_not_finite_names_its_images(root: Path, tmp_path: Path) -> None:
+    given = command("pretrain_ssl.py", tmp_path, "SOLVER.MAX_ITER", 10_000, flags=TWO)
+    assert "became nan at iteration 1, " in fails(root, *given, fault="nan:2:1")
+    assert [path.name for path in tmp_path.glob("not_finite_*.json")] == ["not_finite_1.json"]
+
+
+def test_before_the_processes_meet_one_speaks(root: Path, tmp_path: Path) -> None:
+    done = run(root, *TORCHRUN, *command("train_net.py", tmp_path, flags=TWO), status=1)
+    assert done.stderr.count("error: torchrun starts the processes") == 1
+
+
+def test_a_full_disk_is_heard_also_on_a_signal(root: Path, tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.json"
+    given = command("pretrain_ssl.py", tmp_path, "SOLVER.MAX_ITER", 10_000, "SOLVER.CHECKPOINT_PERIOD", 0, flags=TWO)
+    with started(root, *given, fault="full:1000000") as process:
+        wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 3, process)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert errors.count("could not be written") == 1
+    assert "stopped by" not in errors
+
+
+def launcher() -> argparse.Namespace:
+    return argparse.Namespace(num_gpus=2, num_machines=1, machine_rank=0)
+
+
+def test_a_signal_before_the_processes_start_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "launch", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    with handlers_kept(), pytest.raises(Interrupted, match="SIGTERM"):
+        distributed._spawn(print, launcher(), "auto")
+
+
+def test_a_signal_is_no_success_though_all_processes_end_with_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(*_: object, **__: object) -> None:
+        children = [multiprocessing.get_context("fork").Process(target=signal.pause) for _ in range(2)]
+        for child in children:
+            child.start()
+        os.kill(os.getpid(), signal.SIGTERM)
+        for child in children:
+            child.join()
+
+    monkeypatch.setattr(distributed, "launch", launch)
+    with handlers_kept():
+        assert distributed._spawn(print, launcher(), "auto") == 128 + signal.SIGTERM
+
+
+def test_processes_without_a_gpu_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "")  # so that it is put back
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(distributed, "cores", lambda: 7)
+    monkeypatch.setattr(distributed, "launch", lambda *_, **__: None)
+    with handlers_kept():
+        assert distributed._spawn(print, launcher(), "auto") == 0
+    assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
+@contextmanager
+def handlers_kept() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_fault_in_the_data_of_one_process_is_one_sentence(root: Path, tmp_path: Path) -> None:
@@ -147,6 +223,7 @@ def test_two_machines(root: Path, tmp_path: Path) -> None:
     ("flags", "words"),
     [
         (("--num-machines", 2), "needs --dist-url"),
+        (("--num-machines", 2, "--num-gpus", 0), "give 1 or more of both"),
         (("--machine-rank", 1), "count from 0 to 0"),
         (("--num-gpus", 2, "--dist-url", "tcp://no.such.machine.invalid:1"), "is no address"),
     ],

@@ -5,15 +5,13 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from scripts import SCRIPTS, command, fails, run, started
+from scripts import SCRIPTS, command, fails, run, started, wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_trainer import equal
 
@@ -156,6 +154,7 @@ def test_a_signal_ends_the_run_after_the_iteration_with_a_checkpoint(
         output, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + number, output + errors
     assert errors.count("stopped by") == 1
+    assert errors.count("finishing this iteration; once more ends at once") == 1
     assert "Traceback" not in output + errors
     name = (tmp_path / "last_checkpoint").read_text()
     kept = torch.load(tmp_path / name, weights_only=True)["iteration"]
@@ -163,21 +162,15 @@ def test_a_signal_ends_the_run_after_the_iteration_with_a_checkpoint(
     assert json.loads(metrics.read_text().splitlines()[-1])["iteration"] == kept
 
 
-def test_the_loaders_processes_die_with_the_script(root: Path, tmp_path: Path) -> None:
-    given = command("train_net.py", tmp_path, "SOLVER.MAX_ITER", 10_000, "DATALOADER.NUM_WORKERS", 2)
+@pytest.mark.parametrize("flags", [(), ("--num-gpus", "2")])
+def test_all_processes_die_with_the_script(flags: tuple[str, ...], root: Path, tmp_path: Path) -> None:
+    given = command("train_net.py", tmp_path, "SOLVER.MAX_ITER", 10_000, "DATALOADER.NUM_WORKERS", 2, flags=flags)
     metrics = tmp_path / "metrics.json"
     with started(root, *given) as process:
         wait_for(lambda: metrics.exists() and bool(metrics.read_text()), process)
         children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
         assert len(children) >= 2
         process.kill()
-        process.communicate()  # returns only when nobody holds the pipes any more
+        output, _ = process.communicate()  # returns only when nobody holds the pipes any more
+        assert "stopping after" not in output  # a tidy end would still write, where another run may have begun
         wait_for(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in children), None, seconds=10)
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | None, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        assert process is None or process.poll() is None, "".join(process.communicate())
-        time.sleep(0.02)

@@ -110,6 +110,24 @@ def test_metrics_hold_every_iteration_once_also_after_a_cut_line(tmp_path: Path)
     assert rows[10]["total_loss"] != 9
 
 
+def test_a_resumed_run_keeps_the_figures_that_it_does_not_measure_anew(tmp_path: Path) -> None:
+    def rows() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+
+    trainer(tmp_path, 6, evaluate=lambda: {"set": {"AP": 3.0}}).train()
+    before = rows()
+    assert before[5]["set/AP"] == 3.0
+    for more in ({"iterations": 6}, {"iterations": 9, "evaluate": lambda: {"set": {"AP": 4.0}}}):
+        again = trainer(tmp_path, **more)
+        assert again.resume(allow_changes=True)
+        again.train()
+        assert rows()[:6] == before
+    assert [(row["iteration"], row.get("set/AP")) for row in rows()[5:]] == [(5, 3.0), (6, None), (7, None), (8, 4.0)]
+    trainer(tmp_path, 1, evaluate=lambda: {"set": {"AP": 5.0}}).train()
+    trainer(tmp_path, 1).train()  # anew, not resumed
+    assert "set/AP" not in rows()[0]
+
+
 def test_resume_without_a_checkpoint_starts_at_zero(tmp_path: Path) -> None:
     assert not trainer(tmp_path, 3).resume()
 
@@ -132,6 +150,28 @@ def test_a_loss_that_is_not_finite_names_itself(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "not_finite_0.json").read_text())
     order = EndlessOrder(10, 4, 0, 0)
     assert written == {"iteration": 0, "term": "loss_square", "images": [str(i) for _, i in order.keys(0)]}
+    trainer(tmp_path, 3).train()
+    assert not (tmp_path / "not_finite_0.json").exists()
+
+
+def test_gradients_that_are_not_finite_under_finite_losses_name_the_images_too(tmp_path: Path) -> None:
+    class Steep(Regression):
+        def forward(self, batch: Tensor) -> dict[str, Tensor]:
+            loss = super().forward(batch)["loss_square"]
+            return {"loss_square": loss + (next(self.parameters()) * 0).sum().sqrt()}
+
+    steep = trainer(tmp_path, 8, model=Steep())
+    with pytest.raises(UserError, match=r"'grad_norm' became nan at iteration 0, .*json: look .* then start again$"):
+        steep.train()
+    assert json.loads((tmp_path / "not_finite_0.json").read_text())["term"] == "grad_norm"
+
+
+def test_the_last_checkpoint_is_good_where_there_is_one(tmp_path: Path) -> None:
+    run = trainer(tmp_path, 8)
+    forward = run.model.forward
+    run.model.forward = lambda batch: {k: v / (0 if run.iter == 6 else 1) for k, v in forward(batch).items()}
+    with pytest.raises(UserError, match=r"inf at iteration 6, .* and the last checkpoint is good: .* with --resume"):
+        run.train()
 
 
 def test_decay_reaches_matrices_only() -> None:
@@ -186,6 +226,37 @@ def test_files_that_are_no_checkpoint_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=words):
             Checkpointer(Regression(), "").load(str(tmp_path / name))
+
+
+def test_only_what_the_reading_and_the_writing_raise_is_a_fault_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError(words)
+
+    checkpointer = Checkpointer(Regression(), str(tmp_path))
+    checkpointer.save("model_final")
+    words = "CUDA error: out of memory"
+    checkpointer.accept = fail
+    with pytest.raises(RuntimeError, match=words):
+        checkpointer.load(str(tmp_path / "model_final.pth"))
+    checkpointer.accept = None
+    checkpointer.load(str(tmp_path / "model_final.pth"))
+    monkeypatch.setattr(torch, "save", fail)
+    words = "DataLoader worker (pid 7) is killed by signal"
+    with pytest.raises(RuntimeError, match="worker"):
+        checkpointer.save("model_final")
+    words = "[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"
+    with pytest.raises(UserError, match="could not be written with"):
+        checkpointer.save("model_final")
+
+
+@pytest.mark.parametrize("allow_changes", [False, True])
+def test_a_checkpoint_of_another_program_is_not_gone_on_with(allow_changes: bool, tmp_path: Path) -> None:
+    torch.save({"model": Regression().state_dict(), "iteration": 3}, tmp_path / "model_final.pth")
+    (tmp_path / "last_checkpoint").write_text("model_final.pth")
+    with pytest.raises(UserError, match=r"not written by this trainer .*'config'.* MODEL.WEIGHTS"):
+        trainer(tmp_path, 6).resume(allow_changes)
 
 
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
@@ -247,6 +318,42 @@ def test_the_best_model_is_kept_and_patience_ends_the_run(cut: int | None, tmp_p
     assert again.resume()
     again.train()
     assert (again.stopped, again.iter) == (True, 9)
+
+
+def test_more_patience_resumes_what_patience_had_ended(tmp_path: Path) -> None:
+    values = [5.0, 3.0, 4.0, 2.0, 1.0, 9.0, 9.0]
+    keys: dict[str, Any] = {"SOLVER__CHECKPOINT_PERIOD": 1}
+    straight = measured(tmp_path / "straight", values, 14, TEST__PATIENCE=4, **keys)
+    straight.train()
+    for patience in (2, 2, 4):
+        run = measured(tmp_path / "parts", values, 14, TEST__PATIENCE=patience, **keys)
+        run.resume()
+        run.train()
+        assert run.stopped
+        assert run.iter == (5 if patience == 2 else 9)
+    assert straight.iter == run.iter
+    assert state(tmp_path / "straight")["evaluation"] == state(tmp_path / "parts")["evaluation"]
+
+
+def test_a_best_value_counts_for_its_metric_and_test_sets_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def best_after(iterations: int, metric: str, test: str) -> int:
+        def evaluate() -> dict[str, Any]:
+            return {"set": {"AP": -run.iter, "AP50": -run.iter}}
+
+        keys: dict[str, Any] = {"TEST__EVAL_PERIOD": 2, "TEST__BEST_METRIC": metric, "DATASETS__TEST": (test,)}
+        run = trainer(tmp_path, iterations, evaluate=evaluate, **keys)
+        run.resume(allow_changes=True)
+        run.train()
+        return torch.load(tmp_path / "model_best.pth", weights_only=True)["iteration"]
+
+    assert best_after(2, "set/AP", "one") == 1
+    assert best_after(4, "set/AP", "one") == 1
+    with caplog.at_level("INFO"):
+        assert best_after(6, "set/AP50", "one") == 3  # what followed the checkpoint is done again
+    assert "forgotten: it was set/AP on one, now it is set/AP50 on one" in caplog.text
+    assert best_after(8, "set/AP50", "two") == 5
 
 
 def test_of_a_loss_the_least_is_best(tmp_path: Path) -> None:

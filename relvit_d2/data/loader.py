@@ -1,10 +1,12 @@
 """Batches whose order is a pure function of the seed and the iteration."""
 
+import atexit
 import itertools
 import random
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
@@ -15,7 +17,7 @@ from relvit_d2.errors import UserError
 
 Key = tuple[int, int]  # epoch, index
 
-_LAST_BATCHES = 30  # seconds that a worker goes on after SIGTERM
+_open: WeakSet[Generator[Any, None, None]] = WeakSet()  # what reads batches now
 
 
 class EndlessOrder(Sampler[list[Key]]):
@@ -44,10 +46,9 @@ class EndlessOrder(Sampler[list[Key]]):
     def __iter__(self) -> Iterator[list[Key]]:
         for iteration in itertools.count(self.start):
             keys = self.keys(iteration)
+            size = len(keys) // self.parts
             for part in range(self.parts):
-                first, end = self.share(part)
-                own = self._rank * (self._batch // self._world)
-                yield keys[first - own : end - own]
+                yield keys[part * size : (part + 1) * size]
 
     def share(self, part: int) -> tuple[int, int]:
         """Return the first place and the end of a part of this process within the iteration's whole batch."""
@@ -112,6 +113,11 @@ class Batches:
         return len(self._loader)
 
     def __iter__(self) -> Generator[Any, None, None]:
+        batches = self._read()
+        _open.add(batches)
+        return batches
+
+    def _read(self) -> Generator[Any, None, None]:
         for batch in self._loader:
             if isinstance(batch, UserError):
                 raise batch
@@ -165,13 +171,17 @@ def _loader(
 
 
 def _start_worker(number: int) -> None:
-    """Die with the parent, but not before it has the batches of its last iteration.
-
-    Ctrl-C and Slurm's SIGTERM reach every process of a run; Python too ends forgotten workers by SIGTERM.
-    """
+    """Die with the parent, but not before it: Ctrl-C and Slurm's SIGTERM reach every process of a run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_LAST_BATCHES))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _prctl_pr_set_pdeathsig(signal.SIGKILL)
+
+
+@atexit.register
+def _close() -> None:
+    """Let the workers go before Python, at its end, waits for them after a SIGTERM that they ignore."""
+    for batches in list(_open):
+        batches.close()
 
 
 def ordered_batches(

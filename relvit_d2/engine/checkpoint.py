@@ -13,6 +13,11 @@ from torch import nn
 from relvit_d2.errors import UserError
 from relvit_d2.files import appearing, write_text
 
+# How torch.save reports a full disk, among all that a RuntimeError can be.
+_NOT_WRITTEN = ("PytorchStreamWriter", "inline_container", "unexpected pos")
+# What torch.load raises for a file of something else.
+_UNREADABLE = (pickle.UnpicklingError, EOFError, LookupError, RuntimeError, AttributeError, TypeError, ValueError)
+
 _PICKLE = "; reading a pickle can run any code in it: if you trust where it comes from, set MODEL.ALLOW_PICKLE True"
 
 
@@ -73,7 +78,9 @@ class Checkpointer(DetectionCheckpointer):
         try:
             with appearing(path) as part:
                 torch.save(data, part)
-        except RuntimeError as error:  # how torch.save reports a full disk
+        except RuntimeError as error:
+            if not any(words in str(error) for words in _NOT_WRITTEN):
+                raise
             free = shutil.disk_usage(path.parent).free / 2**20
             raise UserError(
                 f"checkpoint '{path}' could not be written with {free:.0f} MiB free there; the previous one is "
@@ -97,20 +104,25 @@ class Checkpointer(DetectionCheckpointer):
             )
         try:
             return super().load(path, *args, **kwargs)
-        except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, AttributeError, TypeError) as error:
-            self._parsed_url_during_load = None
-            raise UserError(
-                f"'{path}' is not a readable checkpoint of tensors and plain values; give a model_*.pth or an "
-                f"encoder.safetensors{'' if self._allow_pickle else _PICKLE}"
-            ) from error
         except ValueError as error:  # how an optimiser refuses the state of another
-            self._parsed_url_during_load = None
             raise UserError(f"'{path}' was written with another configuration: {error}") from error
+        finally:
+            self._parsed_url_during_load = None  # Detectron2 keeps it after a failure, and refuses the next file
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         if filename.endswith((".pkl", ".pyth")) and not self._allow_pickle:
             raise UserError(f"'{filename}' is a pickle{_PICKLE}")
-        return super()._load_file(filename)
+        unreadable = UserError(
+            f"'{filename}' is not a readable checkpoint of tensors and plain values; give a model_*.pth or an "
+            f"encoder.safetensors{'' if self._allow_pickle else _PICKLE}"
+        )
+        try:
+            content = super()._load_file(filename)
+        except _UNREADABLE as error:
+            raise unreadable from error
+        if not (isinstance(content, dict) and isinstance(content["model"], dict)):
+            raise unreadable
+        return content
 
     def _torch_load(self, f: str) -> dict[str, Any]:
         return torch.load(f, map_location="cpu", weights_only=not self._allow_pickle)

@@ -5,6 +5,7 @@ import logging
 import platform
 import sys
 import warnings
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -23,6 +24,18 @@ from relvit_d2.errors import UserError
 from relvit_d2.files import remove_leftovers, write_text
 
 logger = logging.getLogger(__name__)
+
+# The least values of numbers that would else fail late, or mean nothing.
+_LEAST = {
+    "SEED": 0,
+    "SOLVER.IMS_PER_BATCH": 1,
+    "SOLVER.ACCUMULATE": 1,
+    "SOLVER.REFERENCE_BATCH": 0,
+    "SOLVER.CHECKPOINT_MAX_TO_KEEP": 0,
+    "TEST.BATCH_SIZE": 1,
+    "TEST.PATIENCE": 0,
+    "DATALOADER.NUM_WORKERS": 0,
+}
 
 
 def run_script(main: distributed.Main, example: str) -> int:
@@ -54,17 +67,16 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Make ``OUTPUT_DIR``, start its log, say what runs on what, seed the generators.
 
     Raises:
-        UserError: if ``OUTPUT_DIR`` cannot be written or the device is not there.
+        UserError: if ``OUTPUT_DIR`` cannot be written, the device is not there or a number cannot be.
     """
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"MODEL.DEVICE '{cfg.MODEL.DEVICE}' is asked for, but torch sees no GPU; set MODEL.DEVICE cpu")
-    if cfg.SEED < 0:
-        raise UserError(f"SEED {cfg.SEED} is negative; every draw is a function of it, so give 0 or more")
+    for key, least in _LEAST.items():
+        if (value := reduce(getattr, key.split("."), cfg)) < least:
+            raise UserError(f"{key} {value} is too small: give {least} or more")
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
-    if cfg.SOLVER.IMS_PER_BATCH < 1:
-        raise UserError(f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is no number of images; give 1 or more")
     solver, processes = cfg.SOLVER, comm.get_world_size()
-    if not args.eval_only and (solver.ACCUMULATE < 1 or solver.IMS_PER_BATCH % (processes * solver.ACCUMULATE)):
+    if not args.eval_only and solver.IMS_PER_BATCH % (processes * solver.ACCUMULATE):
         raise UserError(
             f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is no multiple of {processes} processes times "
             f"SOLVER.ACCUMULATE {solver.ACCUMULATE}: choose numbers that divide it"
@@ -80,8 +92,9 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         setup_logger(str(output), distributed_rank=comm.get_rank(), name="relvit_d2", abbrev_name="relvit")
         setup_logger(str(output), distributed_rank=comm.get_rank(), name="detectron2", abbrev_name="d2")
         setup_logger(str(output), distributed_rank=comm.get_rank(), name="fvcore")
-        if comm.is_main_process():
-            remove_leftovers(output)
+        if comm.is_main_process() and not args.eval_only:  # an evaluation may run beside a training
+            for folder in (output, output / "inference"):
+                remove_leftovers(folder)
     except OSError as error:
         raise UserError(f"OUTPUT_DIR '{output}' cannot be written ({error.strerror}); choose another folder") from error
     # Said at every start by code of Detectron2 and fvcore that a user of this project cannot mend.

@@ -16,10 +16,15 @@ import torch
 from detectron2.engine import launch
 from detectron2.utils import comm
 from torch import distributed
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+from torch.multiprocessing import (  # type: ignore[attr-defined]
+    ProcessExitedException,
+    ProcessRaisedException,
+    _prctl_pr_set_pdeathsig,
+)
 
 from relvit_d2.engine import interrupts
 from relvit_d2.engine.failures import guard, say
+from relvit_d2.engine.machine import cores
 from relvit_d2.errors import UserError
 
 Main = Callable[[argparse.Namespace], None]
@@ -70,7 +75,7 @@ def _join_torchrun() -> None:
 
 def _meeting_point(args: argparse.Namespace, default_url: str) -> str:
     """Check the numbers of processes and machines and return where the processes meet."""
-    if args.num_gpus < 0 or args.num_machines < 1:
+    if args.num_machines < 1 or args.num_gpus < (1 if args.num_machines > 1 else 0):
         raise UserError(f"--num-gpus {args.num_gpus} --num-machines {args.num_machines}: give 1 or more of both")
     if not 0 <= args.machine_rank < args.num_machines:
         raise UserError(
@@ -96,20 +101,28 @@ def _spawn(main: Main, args: argparse.Namespace, url: str) -> int:
     """Run ``main`` in processes of Detectron2's ``launch``.
 
     The first SIGINT or SIGTERM is passed on to them, a second one kills them.
+
+    Raises:
+        Interrupted: after a signal that came before any of them had started.
     """
     asked: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
         asked.append(number)
-        for child in multiprocessing.active_children():
+        children = multiprocessing.active_children()
+        for child in children:
             if child.pid:
                 os.kill(child.pid, number if len(asked) == 1 else signal.SIGKILL)
+        if not children:
+            raise interrupts.Interrupted(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, forward)
     # Of a failure the user gets one sentence, not how each process lost the others.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():  # else each process starts a thread for every core
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // args.num_gpus)))
     try:
         launch(_process, args.num_gpus, args.num_machines, args.machine_rank, url, args=(main, args))
     except ProcessExitedException as error:
@@ -133,11 +146,13 @@ def _spawn(main: Main, args: argparse.Namespace, url: str) -> int:
             )
         )
         return 1
-    return 0
+    return 128 + asked[0] if asked else 0  # a process that is asked before it handles signals may end with 0
 
 
 def _process(main: Main, args: argparse.Namespace) -> None:
     """Run one of several processes; it ends here if it fails."""
+    # Without who started it, it would still write to a folder where another run may have begun.
+    _prctl_pr_set_pdeathsig(signal.SIGKILL)
     interrupts.install(patient=True)
     status = guard(lambda: _work(main, args))
     if status:

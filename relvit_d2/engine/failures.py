@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 
 from detectron2.utils import comm
+from torch import distributed
 from torch.distributed.distributed_c10d import _get_default_store
 
 from relvit_d2.engine import interrupts
@@ -64,9 +65,12 @@ def say(error: UserError) -> None:
 
 
 def may_tell() -> bool:
-    """Whether this process, which failed, is the one that tells the user: the first that asks."""
-    if comm.get_world_size() == 1:
-        return True
+    """Whether this process, which failed, is the one that tells the user: the first that asks.
+
+    Before the processes have met, it is the first of each machine.
+    """
+    if not distributed.is_initialized():
+        return not distributed.is_torchelastic_launched() or os.environ["LOCAL_RANK"] == "0"
     interrupts.uninstall()  # who started the processes now ends them all
     try:
         return _get_default_store().add("relvit_d2/failed", 1) == 1
@@ -79,6 +83,8 @@ def _lost_another(error: Exception) -> bool:
 
 
 def _tell_of_loss(error: Exception) -> None:
+    if interrupts.received():  # who started the processes ends them all and tells why
+        return
     interrupts.uninstall()  # who started the processes ends this one if it knows the reason
     time.sleep(_PATIENCE)
     if may_tell():

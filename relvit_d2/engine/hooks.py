@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,9 @@ class CheckpointHook(HookBase):
                 older = [file for file in files if int(file.stem[6:]) <= trainer.iter]
                 for file in older[: -self._keep]:
                     file.unlink()
+        else:
+            return
+        comm.synchronize()  # a process that does not write must not end the run of the one that does
 
 
 class EvaluationHook(HookBase):
@@ -53,6 +56,7 @@ class EvaluationHook(HookBase):
 
     Args:
         evaluate: returns Detectron2's nested dict of results; empty in all processes but the first.
+        tests: the names of what it evaluates on; a best value on others does not count.
         metric: the flattened name, such as ``bbox/AP``, whose best value decides ``model_best.pth``; of a name with
             ``loss`` in it the least is best, else the greatest. Empty for none.
         patience: evaluations in a row without a better value that end the run; 0 for no end.
@@ -61,22 +65,33 @@ class EvaluationHook(HookBase):
         best: the best value so far, None before the first.
         best_iteration: the iteration that it came after.
         stale: evaluations since.
+        counted: the iteration of the last evaluation in them; done once more on resumption, it does not count again.
     """
 
     trainer: "Trainer"
 
-    def __init__(self, evaluate: Callable[[], dict[str, Any]], metric: str, patience: int) -> None:
-        self._evaluate, self._metric, self._patience = evaluate, metric, patience
+    def __init__(
+        self, evaluate: Callable[[], dict[str, Any]], tests: Sequence[str], metric: str, patience: int
+    ) -> None:
+        self._evaluate, self._tests, self._metric, self._patience = evaluate, list(tests), metric, patience
         self.best: float | None = None
-        self.best_iteration, self.stale = 0, 0
+        self.best_iteration, self.stale, self.counted = 0, 0, -1
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run has to know, plain values."""
-        return {"best": self.best, "best_iteration": self.best_iteration, "stale": self.stale}
+        counts = {"best_iteration": self.best_iteration, "stale": self.stale, "counted": self.counted}
+        return {"tests": self._tests, "metric": self._metric, "best": self.best} | counts
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned."""
-        self.best, self.best_iteration, self.stale = state["best"], state["best_iteration"], state["stale"]
+        """Take over what :meth:`state_dict` returned, unless it was another metric or other test sets."""
+        if (state["metric"], state["tests"]) == (self._metric, self._tests):
+            self.best, self.best_iteration = state["best"], state["best_iteration"]
+            self.stale, self.counted = state["stale"], state["counted"]
+        elif self._metric and state["metric"]:
+            logger.info(
+                f"the best value so far is forgotten: it was {state['metric']} on {', '.join(state['tests'])}, now it "
+                f"is {self._metric} on {', '.join(self._tests)}"
+            )
 
     def after_step(self) -> None:
         """See the class."""
@@ -101,11 +116,12 @@ class EvaluationHook(HookBase):
             )
         value, trainer = scalars[self._metric], self.trainer
         sign = -1 if "loss" in self._metric else 1
-        if not math.isnan(value) and (self.best is None or sign * value > sign * self.best):
-            self.best, self.best_iteration, self.stale = value, trainer.iter, 0
-            trainer.checkpointer.save_best(iteration=trainer.iter, metric=self._metric, value=value)
-            return False
-        self.stale += 1
+        if trainer.iter > self.counted:
+            self.counted = trainer.iter
+            self.stale += 1
+            if not math.isnan(value) and (self.best is None or sign * value > sign * self.best):
+                self.best, self.best_iteration, self.stale = value, trainer.iter, 0
+                trainer.checkpointer.save_best(iteration=trainer.iter, metric=self._metric, value=value)
         if not self._patience or self.stale < self._patience:
             return False
         best = "no value yet" if self.best is None else f"{self.best:.4g} after iteration {self.best_iteration}"

@@ -1,9 +1,12 @@
 """Ctrl-C and SIGTERM, which Slurm sends: the running iteration is finished and kept before the process ends."""
 
+import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
+
+from detectron2.utils import comm
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -76,5 +79,9 @@ def immediate() -> Iterator[None]:
 def _handle(number: int, frame: FrameType | None) -> None:
     first = not _State.received
     _State.received = _State.received or number
+    if first and _State.deferring and comm.is_main_process():
+        with suppress(OSError):  # a terminal that is gone
+            # Python's streams refuse a write that interrupts another.
+            os.write(2, b"finishing this iteration; once more ends at once\n")
     if (first and not _State.deferring) or not (first or _State.patient):
         raise Interrupted(number)

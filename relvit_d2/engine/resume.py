@@ -10,17 +10,26 @@ from relvit_d2.engine.config_file import flat
 from relvit_d2.errors import UserError
 
 
-def check_same_run(cfg: CfgNode, samples: int, checkpoint: dict[str, Any]) -> None:
+def check_same_run(cfg: CfgNode, samples: int, allow_changes: bool, checkpoint: dict[str, Any]) -> None:
     """Compare a run with the one that wrote a checkpoint.
 
     Args:
         cfg: the config of this run.
         samples: its number of training images.
-        checkpoint: ``config`` (yaml) and ``samples`` of the other run.
+        allow_changes: look only whether the trainer can go on with it.
+        checkpoint: what the file holds: ``config`` (yaml) and ``samples`` of the other run, and what it goes on with.
 
     Raises:
-        UserError: naming the first key that differs and that decides what is learnt (all but ``FREE_ON_RESUME``).
+        UserError: naming what a file of this trainer holds and this one lacks, or the first key that differs and that
+            decides what is learnt (all but ``FREE_ON_RESUME``).
     """
+    if absent := [key for key in ("config", "samples", "iteration", "scalars", "processes") if key not in checkpoint]:
+        raise UserError(
+            f"the checkpoint in OUTPUT_DIR '{cfg.OUTPUT_DIR}' was not written by this trainer (it has no "
+            f"'{absent[0]}'): start anew without --resume, with the file as MODEL.WEIGHTS"
+        )
+    if allow_changes:
+        return
     theirs, ours = (flat(yaml.safe_load(text)) for text in (checkpoint["config"], cfg.dump()))
     theirs["the number of training images"], ours["the number of training images"] = checkpoint["samples"], samples
     for key in ours:

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing, nullcontext
@@ -103,7 +102,7 @@ class Trainer(TrainerBase):
         self.register_hooks([hooks.IterationTimer()])
         self.register_hooks([CheckpointHook(cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP)])
         if evaluate is not None:
-            evaluation = EvaluationHook(evaluate, cfg.TEST.BEST_METRIC, cfg.TEST.PATIENCE)
+            evaluation = EvaluationHook(evaluate, cfg.DATASETS.TEST, cfg.TEST.BEST_METRIC, cfg.TEST.PATIENCE)
             self.checkpointer.add_checkpointable("evaluation", evaluation)
             self.register_hooks([evaluation])
         if comm.is_main_process():
@@ -161,7 +160,8 @@ class Trainer(TrainerBase):
             allow_changes: accept a checkpoint of another config.
 
         Raises:
-            UserError: if the checkpoint is of another config or does not fit, or not every process sees it.
+            UserError: if the checkpoint is of another config, of another program or does not fit, or not every process
+                sees it.
         """
         found = comm.all_gather(self.checkpointer.has_checkpoint())
         if len(set(found)) > 1:
@@ -172,8 +172,7 @@ class Trainer(TrainerBase):
         if not found[0]:
             logger.info(f"no checkpoint in '{self.cfg.OUTPUT_DIR}': starting at iteration 0")
             return False
-        if not allow_changes:
-            self.checkpointer.accept = partial(check_same_run, self.cfg, self.samples)
+        self.checkpointer.accept = partial(check_same_run, self.cfg, self.samples, allow_changes)
         extra = self.checkpointer.load(self.checkpointer.get_checkpoint_file())
         self.start_iter, self._scalars = extra["iteration"] + 1, extra["scalars"]
         logger.info(f"resumed at iteration {self.start_iter}")
@@ -212,12 +211,14 @@ class Trainer(TrainerBase):
             self.after_train()
 
     def _settle_output(self) -> None:
-        """Keep the config, and forget an earlier run's checkpoint unless this run goes on with it."""
+        """Keep the config, and forget an earlier run's faults and, unless this run goes on with it, its checkpoint."""
         if not comm.is_main_process():
             return
         output = Path(self.cfg.OUTPUT_DIR)
         output.mkdir(parents=True, exist_ok=True)
         write_text(output / "config.yaml", self.config)
+        for file in output.glob("not_finite_*.json"):
+            file.unlink()
         if self.start_iter == 0 and self.checkpointer.has_checkpoint():
             logger.warning(f"'{output}' holds an earlier run, whose files this one replaces; --resume goes on with it")
             # Else a kill before the first checkpoint and --resume would go on with that run.
@@ -273,7 +274,7 @@ class Trainer(TrainerBase):
             with self.precision.autocast():
                 return self.model(batch)
         except FloatingPointError as error:  # Detectron2's, for proposals
-            raise self._not_finite("proposals", float("nan"), [True]) from error
+            raise self._not_finite("proposals", float("nan"), True) from error
 
     def _log(self, means: dict[str, Tensor], rate: float, data_time: float) -> None:
         """Put the step's numbers into the storage, the mean over processes; stop before a step that is not finite."""
@@ -285,25 +286,29 @@ class Trainer(TrainerBase):
             torch.distributed.all_reduce(shared)
             shared /= comm.get_world_size()
         *numbers, interrupt = shared.tolist()
-        for name, number in zip(means, numbers, strict=True):
+        mean = dict(zip(means, numbers, strict=True))
+        for name, number in mean.items():
             if not math.isfinite(number):
-                raise self._not_finite(name, number, own.isfinite().logical_not().tolist())
+                # The norm is that of the gradients that all processes share: the losses tell whose images they were,
+                # unless all of them are finite.
+                guilty = not math.isfinite(means["total_loss"]) or math.isfinite(mean["total_loss"])
+                raise self._not_finite(name, number, guilty)
         if interrupt:
-            self.interrupt = interrupts.received() or signal.SIGTERM
-        self.storage.put_scalars(
-            **dict(zip(means, numbers, strict=True)), lr=rate, data_time=data_time, smoothing_hint=False
-        )
+            self.interrupt = max(comm.all_gather(interrupts.received()))
+        self.storage.put_scalars(**mean, lr=rate, data_time=data_time, smoothing_hint=False)
 
-    def _not_finite(self, name: str, number: float, own: list[bool]) -> UserError:
-        """Write which images of this process led to it, if it was this process; return the error."""
+    def _not_finite(self, name: str, number: float, guilty: bool) -> UserError:
+        """Write which images of this process led to it, if it is ``guilty``; return the error."""
         output = Path(self.cfg.OUTPUT_DIR)
-        if any(own):
+        if guilty:
             images = {"iteration": self.iter, "term": name, "images": self._batches.names(self.iter)}
             write_json(output / f"not_finite_{comm.get_rank()}.json", images)
+        kept = self.checkpointer.has_checkpoint()
         return UserError(
-            f"'{name}' became {number} at iteration {self.iter}, the images are in {output}/not_finite_*.json and the "
-            "last checkpoint is good: look at them, lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS or set "
-            "SOLVER.PRECISION float32, then go on with --resume --allow-changes"
+            f"'{name}' became {number} at iteration {self.iter}, the images are in {output}/not_finite_*.json"
+            f"{' and the last checkpoint is good' if kept else ''}: look at them, lower SOLVER.BASE_LR, lengthen "
+            "SOLVER.WARMUP_ITERS or set SOLVER.PRECISION float32, then "
+            f"{'go on with --resume --allow-changes' if kept else 'start again'}"
         )
 
 

@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 class WriterHook(HookBase):
     """Runs Detectron2's writers: ``metrics.json`` every iteration, console and TensorBoard every ``PERIOD``.
 
-    What a killed run wrote beyond the first iteration of this one is taken out of both files.
+    What a killed run wrote beyond the first iteration of this one is taken out of both files. The row of the iteration
+    that a resumed run finishes once more keeps what is not measured anew.
     """
 
     trainer: "Trainer"
@@ -33,11 +34,13 @@ class WriterHook(HookBase):
     def __init__(self) -> None:
         self._often: list[EventWriter] = []
         self._seldom: list[EventWriter] = []
+        self._row: dict[str, float] = {}
 
     def before_train(self) -> None:
         """Open the files."""
         trainer, output = self.trainer, Path(self.trainer.cfg.OUTPUT_DIR)
-        drop_later_metrics(output / "metrics.json", trainer.first_row)
+        row = drop_later_metrics(output / "metrics.json", trainer.first_row)
+        self._row = row if trainer.start_iter else {}
         self._often = [JSONWriter(str(output / "metrics.json"), window_size=1)]
         self._seldom = [
             ProgressPrinter(trainer.cfg),
@@ -46,7 +49,10 @@ class WriterHook(HookBase):
 
     def after_step(self) -> None:
         """Write what the iteration left in the storage."""
-        done = self.trainer.iter + 1
+        storage, done = self.trainer.storage, self.trainer.iter + 1
+        new = [name for name, (_, at) in storage.latest().items() if at == self.trainer.iter]
+        storage.put_scalars(**{k: v for k, v in self._row.items() if k not in new}, smoothing_hint=False)
+        self._row = {}
         for writer in self._often:
             writer.write()
         if done % PERIOD == 0 or done == self.trainer.max_iter or self.trainer.stopped:
@@ -82,9 +88,15 @@ class ProgressPrinter(EventWriter):
         storage = get_event_storage()
         names = storage.histories().keys()
         parts = [f"iter {storage.iter + 1}/{self._max_iter}"]
+        waiting, speed = 0.0, []
         if "time" in names:
             left = storage.history("time").median(1000) * (self._max_iter - storage.iter - 1)
             parts.append(f"eta {datetime.timedelta(seconds=int(left))}")
+            # A median would not see that one batch in a few is late.
+            count = storage.count_samples("time", PERIOD)
+            seconds = max(storage.history("time").avg(count), 1e-9)
+            waiting = storage.history("data_time").avg(count) / seconds
+            speed = [f"{seconds:.3f} s/iter  {self._batch / seconds:.1f} images/s  data {waiting:.0%}"]
         losses = [n for n in names if n == "total_loss" or n.startswith("loss_")]
         parts += [f"{n} {_median(storage, n):.4g}" for n in sorted(losses, key=lambda n: (n != "total_loss", n))]
         for name in names:
@@ -96,15 +108,7 @@ class ProgressPrinter(EventWriter):
                 parts.append(f"{task} {_median(storage, name):{form}}{chance}")
         if "lr" in names:
             parts.append(f"lr {storage.history('lr').latest():.3g}")
-        waiting = 0.0
-        if "time" in names:
-            # A median would not see that one batch in a few is late.
-            count = storage.count_samples("time", PERIOD)
-            seconds = max(storage.history("time").avg(count), 1e-9)
-            waiting = storage.history("data_time").avg(count) / seconds
-            parts.append(f"{seconds:.3f} s/iter  {self._batch / seconds:.1f} images/s  data {waiting:.0%}")
-        parts.append(f"memory {peak_memory(self._device):.1f} GiB")
-        logger.info("  ".join(parts))
+        logger.info("  ".join([*parts, *speed, f"memory {peak_memory(self._device):.1f} GiB"]))
         if waiting > SLOW_DATA and not self._said_slow:
             self._said_slow = True
             logger.warning(
@@ -117,18 +121,27 @@ def _median(storage: EventStorage, name: str) -> float:
     return storage.history(name).median(storage.count_samples(name, PERIOD))
 
 
-def drop_later_metrics(path: Path, start: int) -> None:
+def drop_later_metrics(path: Path, start: int) -> dict[str, float]:
     """Remove what a killed run wrote to ``metrics.json`` beyond the checkpoint it resumes from.
 
     Lines of iteration ``start`` and later go, as does a last line that was cut short.
+
+    Returns:
+        What the line of iteration ``start`` held.
     """
     if not path.exists():
-        return
-    kept = []
+        return {}
+    kept: list[str] = []
+    held: dict[str, float] = {}
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["iteration"] < start:
-                kept.append(line + "\n")
+            row = json.loads(line)
+            at = row.pop("iteration")
         except (ValueError, KeyError):
             continue
+        if at < start:
+            kept.append(line + "\n")
+        elif at == start:
+            held |= row
     write_text(path, "".join(kept))
+    return held

@@ -5,7 +5,8 @@ the process (SIGKILL) the COUNTth time that it comes to PLACE; ``PLACE:COUNT:RAN
 
 Places: ``step``, an optimiser's step that is done but not yet kept; ``raise``, the same with a ZeroDivisionError in
 place of the kill; ``checkpoint``, a file half written; ``pointer``, a checkpoint that ``last_checkpoint`` does not name
-yet; ``evaluation``, one batch into an evaluation. ``full:BYTES`` kills nothing: a file cannot grow beyond that size, as
+yet; ``evaluation``, one batch into an evaluation; ``nan``, a step's losses, which then are no numbers, in place of the
+kill. ``full:BYTES`` kills nothing: a file cannot grow beyond that size, as
 on a disk that is full.
 """
 
@@ -28,6 +29,7 @@ def install(place: str, count: int, rank: int | None) -> None:
 
     from relvit_d2.data.loader import Batches
     from relvit_d2.engine.checkpoint import Checkpointer
+    from relvit_d2.engine.trainer import Trainer
 
     visits = itertools.count(1)
 
@@ -50,6 +52,13 @@ def install(place: str, count: int, rank: int | None) -> None:
             return result
 
         return stepped
+
+    def spoil(original: Callable[..., Any]) -> Callable[..., Any]:
+        def spoilt(*args: Any) -> Any:
+            factor = float("nan") if is_now() else 1.0
+            return {name: value * factor for name, value in original(*args).items()}
+
+        return spoilt
 
     def save(original: Callable[..., Any]) -> Callable[..., Any]:
         def saved(data: Any, path: Any) -> None:
@@ -83,6 +92,8 @@ def install(place: str, count: int, rank: int | None) -> None:
 
     if place in ("step", "raise"):
         wrap(torch.optim.AdamW, "step", step)
+    elif place == "nan":
+        wrap(Trainer, "_forward", spoil)
     elif place == "checkpoint":
         wrap(torch, "save", save)
     elif place == "pointer":
