@@ -15,6 +15,9 @@ _C.MODEL.ENCODER.POS_EMBED = True  # off in the method's pre-training: positions
 _C.MODEL.ENCODER.DROP_PATH = 0.0  # stochastic depth of the last block, 0..1
 _C.MODEL.ENCODER.DROPOUT = 0.0  # 0..1
 _C.MODEL.PYRAMID = CfgNode()
+# simple: from the encoder's last map; fpn: over its maps of several strides; multitap: an FPN over several of its
+# blocks; auto: fpn if it has maps of several strides, else simple
+_C.MODEL.PYRAMID.NAME = "auto"
 _C.MODEL.PYRAMID.STRIDES = [4, 8, 16, 32]  # pixels per cell of each level, powers of two
 _C.MODEL.PYRAMID.TOP_BLOCK = True  # one more level, the last one at every second cell (p6)
 _C.MODEL.PYRAMID.OUT_CHANNELS = 256
