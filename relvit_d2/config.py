@@ -42,6 +42,7 @@ _C.PRETEXT.WEIGHTS.BEARING = 0.0  # the direction
 _C.PRETEXT.LABEL_SMOOTHING = 0.0  # 0..1, of every cross entropy
 _C.PRETEXT.PAIR_DROPOUT = 0.0  # 0..1, share of the pairs of patches that a training loss leaves out
 _C.PRETEXT.IMAGE_SIZE = 224  # side of the square views in pixels
+_C.PRETEXT.POOL = 1  # 2: heads see tokens averaged over windows of 3 x 3 at every second one, as the authors' do of T2T
 _C.PRETEXT.CROP_SCALE = [0.08, 1.0]  # share of the image's area in a random crop
 _C.PRETEXT.FLIP = 0.5  # probability of a horizontal flip
 _C.PRETEXT.PATCH_CROP = 1.15  # a patch is cropped by this factor and resized back; 1.0 turns it off
@@ -125,6 +126,7 @@ WITHOUT_EFFECT = {
 READ_BY_ONE = {
     "pretrain_ssl.py": (
         "PRETEXT.IMAGE_SIZE",
+        "PRETEXT.POOL",
         "PRETEXT.CROP_SCALE",
         "PRETEXT.FLIP",
         "PRETEXT.PATCH_CROP",
