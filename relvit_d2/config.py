@@ -15,6 +15,9 @@ _C.MODEL.ENCODER.POS_EMBED = True  # off in the method's pre-training: positions
 _C.MODEL.ENCODER.DROP_PATH = 0.0  # stochastic depth of the last block, 0..1
 _C.MODEL.ENCODER.DROPOUT = 0.0  # 0..1
 _C.MODEL.PYRAMID = CfgNode()
+# simple: from the encoder's last map; fpn: over its maps of several strides; multitap: an FPN over several of its
+# blocks; auto: fpn if it has maps of several strides, else simple
+_C.MODEL.PYRAMID.NAME = "auto"
 _C.MODEL.PYRAMID.STRIDES = [4, 8, 16, 32]  # pixels per cell of each level, powers of two
 _C.MODEL.PYRAMID.TOP_BLOCK = True  # one more level, the last one at every second cell (p6)
 _C.MODEL.PYRAMID.OUT_CHANNELS = 256
@@ -39,6 +42,7 @@ _C.PRETEXT.WEIGHTS.BEARING = 0.0  # the direction
 _C.PRETEXT.LABEL_SMOOTHING = 0.0  # 0..1, of every cross entropy
 _C.PRETEXT.PAIR_DROPOUT = 0.0  # 0..1, share of the pairs of patches that a training loss leaves out
 _C.PRETEXT.IMAGE_SIZE = 224  # side of the square views in pixels
+_C.PRETEXT.POOL = 1  # 2: heads see tokens averaged over windows of 3 x 3 at every second one, as the authors' do of T2T
 _C.PRETEXT.CROP_SCALE = [0.08, 1.0]  # share of the image's area in a random crop
 _C.PRETEXT.FLIP = 0.5  # probability of a horizontal flip
 _C.PRETEXT.PATCH_CROP = 1.15  # a patch is cropped by this factor and resized back; 1.0 turns it off
@@ -122,6 +126,7 @@ WITHOUT_EFFECT = {
 READ_BY_ONE = {
     "pretrain_ssl.py": (
         "PRETEXT.IMAGE_SIZE",
+        "PRETEXT.POOL",
         "PRETEXT.CROP_SCALE",
         "PRETEXT.FLIP",
         "PRETEXT.PATCH_CROP",

@@ -14,6 +14,7 @@ from relvit_d2.detection import backbone
 from relvit_d2.detection.model import build_detector
 from relvit_d2.detection.run import training_records
 from relvit_d2.encoders import ENCODERS, build_encoder
+from relvit_d2.encoders.vit import ViT
 from relvit_d2.engine.config_file import load_config
 from relvit_d2.errors import UserError
 
@@ -107,7 +108,7 @@ def test_masks_train_where_the_data_has_them() -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["MODEL.PYRAMID.STRIDES", [4, 16]], r"MODEL.PYRAMID.STRIDES \[4, 16\].*stride 4"),
+        (["MODEL.PYRAMID.STRIDES", [4, 16]], r"MODEL.PYRAMID.STRIDES \[4, 16\].*each twice"),
         (["MODEL.PYRAMID.STRIDES", [16, 32]], "MODEL.PYRAMID.STRIDES"),
         (["MODEL.RPN.IN_FEATURES", ["p2", "p6"]], r"MODEL.RPN.IN_FEATURES names \['p6'\]"),
         (["MODEL.ENCODER.NAME", "vit_nanno"], "did you mean 'vit_nano'"),
@@ -142,3 +143,46 @@ def test_scores_and_offsets_are_float32_under_autocast() -> None:
     for values in seen:
         assert values.dtype == torch.float32
         assert not torch.equal(values, values.bfloat16().float())
+
+
+TAPPED = ("MODEL.PYRAMID.NAME", "multitap", "MODEL.PYRAMID.STRIDES", "[2,4,8]", "MODEL.PYRAMID.TOP_BLOCK", True)
+
+
+def test_taps_of_a_vit_stand_under_an_fpn() -> None:
+    levels = ("MODEL.RPN.IN_FEATURES", "['p1','p2','p3','p4']", "MODEL.ROI_HEADS.IN_FEATURES", "['p1','p2','p3']")
+    sizes = ("MODEL.ANCHOR_GENERATOR.SIZES", "[[8],[8],[16],[16]]")
+    model = build_detector(tiny_config(*TAPPED, *levels, *sizes))
+    net = model.backbone
+    with torch.no_grad():
+        maps = net(torch.randn(1, 3, 32, 48))
+    assert [tuple(m.shape[2:]) for m in maps.values()] == [(16, 24), (8, 12), (4, 6), (2, 3)]
+    taps = net.encoder(torch.randn(1, 3, 32, 48))
+    assert list(taps) == ["b1", "b2", "s4"] and {t.shape[2:] for t in taps.values()} == {(8, 12)}
+
+
+def test_a_tap_is_the_output_of_its_block_after_the_norm() -> None:
+    encoder = build_encoder("vit_nano", patch_size=4, img_size=32).eval()
+    images = torch.randn(2, 3, 32, 40, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = encoder(images)["s4"]
+        encoder.tap(2)
+        maps = encoder(images)
+        half = build_encoder("vit_nano", patch_size=4, img_size=32).eval()
+        half.load_state_dict(encoder.state_dict())
+        assert isinstance(half, ViT)
+        del half.vit.blocks[2:]
+        torch.testing.assert_close(maps["b2"], half(images)["s4"])
+    torch.testing.assert_close(maps["s4"], plain)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("MODEL.PYRAMID.NAME", "fnp"), "simple, fpn, multitap"),
+        (("MODEL.PYRAMID.NAME", "fpn"), "which fpn stands on"),
+        (("MODEL.PYRAMID.NAME", "multitap", "MODEL.PYRAMID.STRIDES", "[32,64]"), "do not fit"),
+    ],
+)
+def test_pyramids_that_cannot_be_are_told(overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_detector(tiny_config(*overrides))

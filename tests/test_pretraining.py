@@ -75,6 +75,20 @@ def test_mega_patches_set_the_grid_of_the_tasks() -> None:
         model_of("PRETEXT.MEGA.M", 9)
 
 
+def test_pooled_tokens_are_averages_on_half_the_grid() -> None:
+    """The authors' AvgPool2d(3, stride 2, padding 1, count_include_pad=False), counted by hand."""
+    model = model_of("PRETEXT.POOL", 2).eval()
+    assert model.task.grid == (4, 4) and model.views.config.patch_size == 8
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole, pooled = model.encoder(pixels)["s4"][0], model.tokens(pixels)[0]
+    for n, (row, col) in enumerate((r, c) for r in range(0, 8, 2) for c in range(0, 8, 2)):
+        window = whole[:, max(row - 1, 0) : row + 2, max(col - 1, 0) : col + 2]
+        torch.testing.assert_close(pooled[n], window.mean((1, 2)))
+    with pytest.raises(UserError, match=r"PRETEXT\.POOL"):
+        model_of("PRETEXT.POOL", 3)
+
+
 def test_every_task_trains_through_the_script_and_is_told_beside_its_chance(root: Path, tmp_path: Path) -> None:
     weights = [part for task in ("DISTANCE", "ANGLE", "BEARING") for part in (f"PRETEXT.WEIGHTS.{task}", 0.5)]
     more = ("PRETEXT.MEGA.M", 4, "PRETEXT.NOISE_PROB", 0.3, "PRETEXT.PAIR_DROPOUT", 0.2, "PRETEXT.PERMUTE", "always")

@@ -1,16 +1,19 @@
-"""An encoder and a pyramid as a Detectron2 backbone."""
+"""An encoder as a Detectron2 backbone, with the pyramids that can stand on it."""
 
 import math
+from itertools import pairwise
 
-from detectron2.layers import ShapeSpec
+from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
 from detectron2.modeling.backbone.vit import SimpleFeaturePyramid
 from fvcore.common.config import CfgNode
-from torch import Tensor
+from torch import Tensor, nn
 
 from relvit_d2.encoders import Encoder, encoder_from_keys
 from relvit_d2.errors import UserError
+
+PYRAMIDS = ("simple", "fpn", "multitap")
 
 
 class EncoderBackbone(Backbone):
@@ -21,7 +24,7 @@ class EncoderBackbone(Backbone):
         self.encoder = encoder
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Map normalised images ``(B, 3, H, W)`` to the encoder's maps."""
+        """Map normalised images ``(B, in_chans, H, W)`` to the encoder's maps."""
         return self.encoder(x)
 
     def output_shape(self) -> dict[str, ShapeSpec]:
@@ -30,7 +33,44 @@ class EncoderBackbone(Backbone):
         return {name: ShapeSpec(channels=channels[name], stride=strides[name]) for name in strides}
 
 
-class EncoderPyramid(SimpleFeaturePyramid):
+class ResizedTaps(EncoderBackbone):
+    """Maps of an encoder's blocks, which are of one stride, each brought to a stride of its own.
+
+    The first block's map becomes the finest. (Y. Li et al., "Benchmarking Detection Transfer Learning with Vision
+    Transformers", 2021, section 2.2.)
+
+    Args:
+        encoder: tapped at as many blocks as there are scales.
+        scales: 4, 2, 1 or 0.5 for each map: how many cells it gets a cell.
+        norm: Detectron2's name of the norm between two enlargements.
+    """
+
+    def __init__(self, encoder: Encoder, scales: list[float], norm: str) -> None:
+        super().__init__(encoder)
+        own = encoder.strides[encoder.last]
+        self.resize = nn.ModuleList([_resizing(encoder.dim, scale, norm) for scale in scales])
+        self._strides = {f"s{own / scale:.0f}": int(own / scale) for scale in scales}
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Map images to maps of the strides, finest first."""
+        maps = self.encoder(x).values()
+        return {name: resize(m) for name, resize, m in zip(self._strides, self.resize, maps, strict=True)}
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of each map."""
+        return {name: ShapeSpec(channels=self.encoder.dim, stride=stride) for name, stride in self._strides.items()}
+
+
+def _resizing(dim: int, scale: float, norm: str) -> nn.Module:
+    if scale == 4:
+        steps = [nn.ConvTranspose2d(dim, dim, kernel_size=2, stride=2) for _ in range(2)]
+        return nn.Sequential(steps[0], get_norm(norm, dim) or nn.Identity(), nn.GELU(), steps[1])
+    if scale == 2:
+        return nn.ConvTranspose2d(dim, dim, kernel_size=2, stride=2)
+    return nn.Identity() if scale == 1 else nn.MaxPool2d(kernel_size=2, stride=2)
+
+
+class SimplePyramid(SimpleFeaturePyramid):
     """The simple feature pyramid of "Exploring Plain Vision Transformer Backbones" over an encoder's last map.
 
     Detectron2's class asks for padding under a misspelt key, so that nothing is padded and the right and bottom
@@ -49,9 +89,8 @@ class EncoderPyramid(SimpleFeaturePyramid):
         return {"size_divisibility": self._size_divisibility}
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Map images ``(B, 3, H, W)`` to the levels, in float32: Detectron2's RoIAlign takes boxes in their number
-        format, and bfloat16 has no pixel's accuracy beyond 256."""
-        return {name: level.float() for name, level in super().forward(x).items()}
+        """Map images ``(B, in_chans, H, W)`` to the levels, in float32."""
+        return in_float32(super().forward(x))
 
     @property
     def encoder(self) -> Encoder:
@@ -59,32 +98,52 @@ class EncoderPyramid(SimpleFeaturePyramid):
         return self.net.encoder
 
 
+class MapPyramid(FPN):
+    """Detectron2's FPN over maps of several strides."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Map images ``(B, in_chans, H, W)`` to the levels, in float32."""
+        return in_float32(super().forward(x))
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder below the pyramid."""
+        return self.bottom_up.encoder
+
+
+def in_float32(levels: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the levels in float32: Detectron2's RoIAlign takes boxes in their number format, and bfloat16 has no
+    pixel's accuracy beyond 256."""
+    return {name: level.float() for name, level in levels.items()}
+
+
 @BACKBONE_REGISTRY.register()
-def build_encoder_pyramid_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> EncoderPyramid:
+def build_encoder_pyramid_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimplePyramid | MapPyramid:
     """Build the backbone from the keys ``MODEL.ENCODER`` and ``MODEL.PYRAMID``.
 
     Levels are named by their stride as in Detectron2's pyramids: ``p2`` has stride 4, ``p6`` stride 64.
 
     Raises:
-        UserError: if the pyramid asks for a stride that the simple pyramid cannot make of the encoder's, or
-            the heads ask for a level that it does not have.
+        UserError: if the pyramid is unknown or asks for a stride that it cannot make of the encoder's, or the heads ask
+            for a level that it does not have.
     """
     encoder = encoder_from_keys(cfg.MODEL)
     keys = cfg.MODEL.PYRAMID
-    own = encoder.strides[encoder.last]
-    scales = [own / stride for stride in keys.STRIDES]
-    steps = [math.log2(b / a) for a, b in zip(keys.STRIDES, keys.STRIDES[1:], strict=False)]
-    powers = all(stride & (stride - 1) == 0 for stride in keys.STRIDES)
-    if not scales or not powers or not set(scales) <= {4.0, 2.0, 1.0, 0.5} or any(step != 1 for step in steps):
-        raise UserError(
-            f"MODEL.PYRAMID.STRIDES {list(keys.STRIDES)} do not fit an encoder of stride {own}: powers of two, each "
-            f"twice the one before, from {max(own // 4, 1)} at the finest to {own * 2} at the coarsest"
-        )
+    name = keys.NAME
+    if name == "auto":
+        name = "fpn" if len(encoder.strides) > 1 else "simple"
+    if name not in PYRAMIDS:
+        raise UserError(f"MODEL.PYRAMID.NAME '{keys.NAME}' is unknown; give auto, {', '.join(PYRAMIDS)}")
+    strides = list(keys.STRIDES)
+    steps = [math.log2(b / a) for a, b in pairwise(strides)]
+    if not strides or any(stride & (stride - 1) for stride in strides) or any(step != 1 for step in steps):
+        raise UserError(f"MODEL.PYRAMID.STRIDES {strides} are not powers of two, each twice the one before")
     top = None
     if keys.TOP_BLOCK:
         top = LastLevelMaxPool()
-        top.in_feature = f"p{int(math.log2(keys.STRIDES[-1]))}"
-    backbone = EncoderPyramid(EncoderBackbone(encoder), encoder.last, keys.OUT_CHANNELS, scales, top, keys.NORM)
+        top.in_feature = f"p{int(math.log2(strides[-1]))}"
+    build = _over_maps if name == "fpn" else _over_one_stride
+    backbone = build(encoder, strides, top, keys, name)
     levels = list(backbone.output_shape())
     for key, wanted in (
         ("MODEL.RPN.IN_FEATURES", cfg.MODEL.RPN.IN_FEATURES),
@@ -93,3 +152,31 @@ def build_encoder_pyramid_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Enco
         if missing := set(wanted) - set(levels):
             raise UserError(f"{key} names {sorted(missing)}, but MODEL.PYRAMID has the levels {levels}")
     return backbone
+
+
+def _over_one_stride(
+    encoder: Encoder, strides: list[int], top: nn.Module | None, keys: CfgNode, name: str
+) -> SimplePyramid | MapPyramid:
+    own = encoder.strides[encoder.last]
+    scales = [own / stride for stride in strides]
+    if not set(scales) <= {4.0, 2.0, 1.0, 0.5}:
+        raise UserError(
+            f"MODEL.PYRAMID.STRIDES {strides} do not fit an encoder of stride {own}: give strides from "
+            f"{max(own // 4, 1)} at the finest to {own * 2} at the coarsest"
+        )
+    if name == "simple":
+        return SimplePyramid(EncoderBackbone(encoder), encoder.last, keys.OUT_CHANNELS, scales, top, keys.NORM)
+    encoder.tap(len(strides))
+    maps = ResizedTaps(encoder, scales, keys.NORM)
+    return MapPyramid(maps, list(maps.output_shape()), keys.OUT_CHANNELS, keys.NORM, top)
+
+
+def _over_maps(encoder: Encoder, strides: list[int], top: nn.Module | None, keys: CfgNode, name: str) -> MapPyramid:
+    names = [map_ for map_, stride in encoder.strides.items() if stride in strides]
+    if [encoder.strides[map_] for map_ in names] != strides:
+        raise UserError(
+            f"MODEL.PYRAMID.STRIDES {strides} are not among the strides {list(encoder.strides.values())} of encoder "
+            f"'{encoder.name}', which fpn stands on; for an encoder of one stride set MODEL.PYRAMID.NAME simple or "
+            "multitap"
+        )
+    return MapPyramid(EncoderBackbone(encoder), names, keys.OUT_CHANNELS, keys.NORM, top)

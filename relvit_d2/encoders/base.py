@@ -63,6 +63,18 @@ class Encoder(nn.Module):
         """Make the passes of :meth:`forward` and :meth:`tokens` with ``torch.compile`` from here on, in place."""
         self.forward = torch.compile(self.forward)  # type: ignore[method-assign]
 
+    def tap(self, count: int) -> None:
+        """Give the outputs of ``count`` blocks, evenly spaced up to the last one, as maps from here on.
+
+        Their names stand in :attr:`strides` before the last map.
+
+        Raises:
+            UserError: if the encoder is no row of equal blocks.
+        """
+        raise UserError(
+            f"encoder '{self.name}' has no equal blocks to tap but maps of its own: set MODEL.PYRAMID.NAME fpn"
+        )
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the last map for an image of ``height`` x ``width`` pixels."""
         stride = self.strides[self.last]

@@ -64,13 +64,28 @@ class ViT(Encoder):
             pos_drop_rate=dropout,
             proj_drop_rate=dropout,
         )
+        self._taps: list[int] = []
         self.strides = {f"s{patch_size}": patch_size}
         self.channels = {f"s{patch_size}": dim}
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """See :class:`Encoder`; a side that is no multiple of the patch is padded with zeros, right and bottom."""
+        if self._taps:
+            maps = self.vit.forward_intermediates(images, indices=self._taps, norm=True, intermediates_only=True)
+            assert isinstance(maps, list)
+            return dict(zip(self.strides, maps, strict=True))
         rows, cols = self.grid(*images.shape[-2:])
         return {self.last: self.tokens(images).transpose(1, 2).unflatten(2, (rows, cols))}
+
+    def tap(self, count: int) -> None:
+        """See :class:`Encoder`; every map goes through the final norm."""
+        depth = len(self.vit.blocks)
+        if not 1 <= count <= depth:
+            raise UserError(f"{count} levels need as many blocks, encoder '{self.name}' has {depth}")
+        self._taps = [depth * (i + 1) // count - 1 for i in range(count)]
+        names = [*(f"b{index + 1}" for index in self._taps[:-1]), self.last]
+        self.strides = dict.fromkeys(names, self.strides[self.last])
+        self.channels = dict.fromkeys(names, self.dim)
 
     def tokens(self, images: Tensor) -> Tensor:
         """See :class:`Encoder`; the sequence is the transformer's own, without the class token."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from detectron2.utils import comm
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
@@ -29,11 +30,13 @@ class PretrainingModel(nn.Module):
         encoder: what is trained and kept.
         task: the heads, trained and dropped.
         views: augmentation, on the device of the model.
+        pool: 1, or 2 for heads that see every second token of the average over 3 x 3 (the authors' for T2T,
+            models/relvit.py:151-152,203-207); the patches of the views are as much larger.
     """
 
-    def __init__(self, encoder: Encoder, task: PretextTask, views: Views) -> None:
+    def __init__(self, encoder: Encoder, task: PretextTask, views: Views, pool: int = 1) -> None:
         super().__init__()
-        self.encoder, self.task, self.views = encoder, task, views
+        self.encoder, self.task, self.views, self.pool = encoder, task, views, pool
         self.chances = {f"chance_{name}": torch.tensor(value) for name, value in task.chance().items()}
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -44,7 +47,14 @@ class PretrainingModel(nn.Module):
         ``accuracy_T`` or ``error_T`` stands ``chance_T``, that of the best constant answer.
         """
         pixels, layout = self.look(batch)
-        return self.task(self.encoder.tokens(pixels), layout) | self.chances
+        return self.task(self.tokens(pixels), layout) | self.chances
+
+    def tokens(self, pixels: Tensor) -> Tensor:
+        """Return what the heads see of views ``(B, C, h, w)``: ``(B, N, dim)``, row by row."""
+        if self.pool == 1:
+            return self.encoder.tokens(pixels)
+        last = self.encoder(pixels)[self.encoder.last]
+        return F.avg_pool2d(last, 3, self.pool, 1, count_include_pad=False).flatten(2).mT
 
     def look(self, batch: dict[str, Any]) -> tuple[Tensor, PatchLayout]:
         """Return the views of a batch: see :meth:`forward`."""
@@ -65,12 +75,14 @@ def build_pretraining_model(cfg: CfgNode) -> PretrainingModel:
     for key, count in (("CROP_SCALE", 2), ("JITTER", 4)):
         if len(pretext[key]) != count:
             raise UserError(f"PRETEXT.{key} {list(pretext[key])} has {len(pretext[key])} numbers; give {count}")
-    stride = encoder.strides[encoder.last]
+    if pretext.POOL not in (1, 2):
+        raise UserError(f"PRETEXT.POOL {pretext.POOL} is not offered; give 1 or 2")
+    stride = encoder.strides[encoder.last] * pretext.POOL
     if pretext.IMAGE_SIZE % stride:
         below = pretext.IMAGE_SIZE // stride * stride
         raise UserError(
-            f"PRETEXT.IMAGE_SIZE {pretext.IMAGE_SIZE} is no multiple of the encoder's stride {stride}; "
-            f"the nearest ones are {below} and {below + stride}"
+            f"PRETEXT.IMAGE_SIZE {pretext.IMAGE_SIZE} is no multiple of {stride}, the encoder's stride times "
+            f"PRETEXT.POOL; the nearest ones are {below} and {below + stride}"
         )
     views = Views(
         ViewConfig(
@@ -91,7 +103,7 @@ def build_pretraining_model(cfg: CfgNode) -> PretrainingModel:
         )
     )
     task = PretextTask.from_keys(encoder.dim, views.config.grid, pretext)
-    return PretrainingModel(encoder, task, views).to(cfg.MODEL.DEVICE)
+    return PretrainingModel(encoder, task, views, pretext.POOL).to(cfg.MODEL.DEVICE)
 
 
 def _mega_patches(keys: CfgNode) -> MegaPatches | None:
@@ -122,7 +134,7 @@ def evaluate_pretext(model: PretrainingModel, batches: Iterable[dict[str, Any]])
     statistics = FeatureStatistics(model.encoder.dim)
     for batch in batches:
         pixels, layout = model.look(batch)
-        tokens = model.encoder.tokens(pixels)
+        tokens = model.tokens(pixels)
         statistics.update(tokens)
         for name, value in (model.task(tokens, layout) | model.chances).items():
             sums[name] += value.item() * len(pixels)

@@ -50,7 +50,7 @@ def pretext_rows(
     config = model.views.config
     plain, _ = Views(config.plain()).evaluate(images, sizes, torch.zeros(len(images), dtype=torch.int64))
     pixels, layout = model.views.train(images, sizes, generator)
-    tokens = model.encoder.tokens(pixels)
+    tokens = model.tokens(pixels)
     tasks = dict(model.task.named_tasks())
     relations = all_pairs(pair_relation, layout)
     cells = positions(layout)
