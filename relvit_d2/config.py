@@ -76,6 +76,7 @@ _C.SOLVER.REFERENCE_BATCH = (
     0  # the batch that BASE_LR is meant for: rates are scaled by IMS_PER_BATCH over it; 0: never
 )
 _C.SOLVER.ACCUMULATE = 1  # parts that every batch is computed in, one after the other, to save memory
+_C.SOLVER.LAYER_DECAY = 1.0  # a block learns at this times the rate of the next one, 0..1; for fine-tuning
 _C.SOLVER.CHECKPOINT_MAX_TO_KEEP = 0  # numbered checkpoints that stay, the newest; 0: all
 _C.SOLVER.PRECISION = "auto"  # auto, float32 or bfloat16; auto: bfloat16 where the device multiplies it natively
 

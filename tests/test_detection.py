@@ -186,3 +186,12 @@ def test_a_tap_is_the_output_of_its_block_after_the_norm() -> None:
 def test_pyramids_that_cannot_be_are_told(overrides: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_detector(tiny_config(*overrides))
+
+
+def test_first_blocks_are_frozen_on_request() -> None:
+    net = build_detector(tiny_config("MODEL.BACKBONE.FREEZE_AT", 2)).backbone
+    frozen = {name for name, p in net.encoder.named_parameters() if not p.requires_grad}
+    first = ("vit.patch_embed", "vit.pos_embed", "vit.cls_token", "vit.blocks.0.")
+    assert frozen == {name for name, _ in net.encoder.named_parameters() if name.startswith(first)}
+    with pytest.raises(UserError, match="up to 5"):
+        build_detector(tiny_config("MODEL.BACKBONE.FREEZE_AT", 6))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from relvit_d2.config import add_relvit_config
 from relvit_d2.data.loader import EndlessBatches, EndlessOrder
+from relvit_d2.encoders import build_encoder
 from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.engine.optimizer import build_clipper, build_optimizer
 from relvit_d2.engine.precision import choose_precision
@@ -184,6 +185,25 @@ def test_decay_reaches_matrices_only() -> None:
     names = {name for name, p in model.named_parameters() if id(p) in decayed}
     assert names == {"net.0.weight", "net.3.weight"}
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def test_layer_decay_slows_blocks_by_their_depth(tmp_path: Path) -> None:
+    """The patches learn least, each block faster than the one before, what is no encoder in full."""
+    encoder = build_encoder("vit_nano", patch_size=4, img_size=32)
+    model = nn.Sequential(encoder, nn.Linear(2, 2))
+    cfg = config(tmp_path, 1)
+    plain = build_optimizer(cfg, model)
+    assert all(group["scale"] == 1 for group in plain.param_groups)
+    cfg.SOLVER.LAYER_DECAY = 0.5
+    optimizer = build_optimizer(cfg, model)
+    scales = {id(p): group["scale"] for group in optimizer.param_groups for p in group["params"]}
+    told = {name: scales[id(p)] for name, p in encoder.named_parameters()}
+    assert told["vit.patch_embed.proj.weight"] == told["vit.pos_embed"] == told["vit.cls_token"] == 0.5**5
+    assert [told[f"vit.blocks.{i}.mlp.fc1.weight"] for i in range(4)] == [0.5**4, 0.5**3, 0.5**2, 0.5]
+    assert told["vit.norm.weight"] == scales[id(model[1].weight)] == 1
+    cfg.SOLVER.LAYER_DECAY = 0.0
+    with pytest.raises(UserError, match="LAYER_DECAY"):
+        build_optimizer(cfg, model)
 
 
 def test_clipping_is_by_the_global_norm() -> None:

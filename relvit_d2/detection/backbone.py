@@ -128,6 +128,14 @@ def build_encoder_pyramid_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Simp
             for a level that it does not have.
     """
     encoder = encoder_from_keys(cfg.MODEL)
+    if not 0 <= cfg.MODEL.BACKBONE.FREEZE_AT <= encoder.depth + 1:
+        raise UserError(
+            f"MODEL.BACKBONE.FREEZE_AT {cfg.MODEL.BACKBONE.FREEZE_AT}: give 0 for none, 1 for what embeds the patches, "
+            f"2 for the first block too, up to {encoder.depth + 1}"
+        )
+    for parameter_name, parameter in encoder.named_parameters():
+        if encoder.depth_of(parameter_name) < cfg.MODEL.BACKBONE.FREEZE_AT:
+            parameter.requires_grad_(False)
     keys = cfg.MODEL.PYRAMID
     name = keys.NAME
     if name == "auto":

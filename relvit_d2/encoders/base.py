@@ -1,6 +1,7 @@
 """What an encoder is, and the table of the encoders that exist."""
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -58,6 +59,17 @@ class Encoder(nn.Module):
     def dim(self) -> int:
         """Channels of the last map."""
         return self.channels[self.last]
+
+    def depth_of(self, name: str) -> int:
+        """Return how deep a parameter lies: 0 for what embeds patches, i for the i-th block, then the rest."""
+        if block := re.search(r"\bblocks\.(\d+)\.", name):
+            return int(block[1]) + 1
+        return self.depth + 1 if re.search(r"\bnorm\.", name) else 0
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return 1 + max(int(b[1]) for n, _ in self.named_parameters() if (b := re.search(r"\bblocks\.(\d+)\.", n)))
 
     def compile_passes(self) -> None:
         """Make the passes of :meth:`forward` and :meth:`tokens` with ``torch.compile`` from here on, in place."""

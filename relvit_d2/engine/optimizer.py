@@ -1,12 +1,16 @@
 """AdamW with the groups that decay and those that do not."""
 
 import logging
+from collections import Counter
 
 import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
+from relvit_d2.encoders import Encoder
 from relvit_d2.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 # Tables of positions and tokens: decay would pull them to zero without a loss asking for it
 # (timm's VisionTransformer.no_weight_decay names the same).
@@ -17,11 +21,19 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.AdamW:
     """Build AdamW with ``SOLVER.WEIGHT_DECAY`` on weight matrices only.
 
     Norms take ``SOLVER.WEIGHT_DECAY_NORM``, biases ``SOLVER.WEIGHT_DECAY_BIAS``, position embeddings and
-    class tokens none. Parameters that need no gradient are left out.
+    class tokens none. Parameters that need no gradient are left out. The ``scale`` of a group is what its learning rate
+    is multiplied by: ``SOLVER.LAYER_DECAY`` to the number of the encoder's blocks above, and 1 outside the encoder (K.
+    Clark et al., "ELECTRA", 2020).
+
+    Raises:
+        UserError: for a ``LAYER_DECAY`` outside 0..1.
     """
     solver = cfg.SOLVER
+    if not 0 < solver.LAYER_DECAY <= 1:
+        raise UserError(f"SOLVER.LAYER_DECAY {solver.LAYER_DECAY} is out of range; give more than 0, at most 1")
+    heights = _heights(model)
     bias_decay = solver.WEIGHT_DECAY if solver.WEIGHT_DECAY_BIAS is None else solver.WEIGHT_DECAY_BIAS
-    groups: dict[float, list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     seen: set[int] = set()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -36,13 +48,25 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.AdamW:
                 decay = bias_decay
             else:
                 decay = solver.WEIGHT_DECAY
-            groups.setdefault(decay, []).append(parameter)
-    logging.getLogger(__name__).info(
-        "AdamW: " + ", ".join(f"{sum(p.numel() for p in g):,} values decay {d}" for d, g in groups.items())
-    )
+            scale = solver.LAYER_DECAY ** heights.get(id(parameter), 0)
+            groups.setdefault((decay, scale), []).append(parameter)
+    decays: Counter[float] = Counter()
+    for (decay, _), group in groups.items():
+        decays[decay] += sum(p.numel() for p in group)
+    logger.info("AdamW: " + ", ".join(f"{count:,} values decay {decay}" for decay, count in decays.items()))
+    if solver.LAYER_DECAY < 1:
+        least = min(scale for _, scale in groups)
+        logger.info(f"rates from {least:.3g} of the full one at the patches to all of it (SOLVER.LAYER_DECAY)")
     return torch.optim.AdamW(
-        [{"params": group, "weight_decay": decay} for decay, group in groups.items()], lr=solver.BASE_LR
+        [{"params": group, "weight_decay": decay, "scale": scale} for (decay, scale), group in groups.items()],
+        lr=solver.BASE_LR,
     )
+
+
+def _heights(model: nn.Module) -> dict[int, int]:
+    """Return how many blocks lie above each parameter of an encoder in ``model``, the heads counted as one."""
+    encoders = [module for module in model.modules() if isinstance(module, Encoder)]
+    return {id(p): e.depth + 1 - e.depth_of(name) for e in encoders for name, p in e.named_parameters()}
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -248,7 +248,7 @@ class Trainer(TrainerBase):
         seed_everything(self.cfg.SEED, "iteration", self.iter, comm.get_rank())
         rate = self.schedule(self.iter)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
         self.optimizer.zero_grad()
         parts = self.cfg.SOLVER.ACCUMULATE
         shared = self.model if isinstance(self.model, DistributedDataParallel) else None
