@@ -9,7 +9,7 @@ _C = CfgNode()
 _C.MODEL = CfgNode()
 _C.MODEL.ENCODER = CfgNode()
 _C.MODEL.ENCODER.NAME = "vit_small"  # a name in relvit_d2.encoders.ENCODERS
-_C.MODEL.ENCODER.PATCH_SIZE = 16  # side of a patch in pixels
+_C.MODEL.ENCODER.PATCH_SIZE = 16  # side of a patch in pixels; 4 in a Swin
 _C.MODEL.ENCODER.IMG_SIZE = 224  # side of the image whose grid the position embedding is stored for
 _C.MODEL.ENCODER.POS_EMBED = True  # off in the method's pre-training: positions are what it predicts
 _C.MODEL.ENCODER.DROP_PATH = 0.0  # stochastic depth of the last block, 0..1
@@ -23,6 +23,7 @@ _C.MODEL.PYRAMID.TOP_BLOCK = True  # one more level, the last one at every secon
 _C.MODEL.PYRAMID.OUT_CHANNELS = 256
 _C.MODEL.PYRAMID.NORM = "LN"  # Detectron2's norm names
 
+_C.MODEL.CHECKPOINT = False  # recompute the encoder's blocks in the backward pass to save memory
 _C.MODEL.COMPILE = False  # make the encoder's passes with torch.compile, which needs a C++ compiler on a CPU
 _C.MODEL.ALLOW_PICKLE = False  # read weights that are pickles, such as *.pkl: reading one can run any code in it
 
@@ -170,6 +171,7 @@ FREE_ON_RESUME = (
     "OUTPUT_DIR",
     "MODEL.DEVICE",
     "MODEL.ALLOW_PICKLE",
+    "MODEL.CHECKPOINT",
     "MODEL.COMPILE",
     "MODEL.WEIGHTS",  # read at the start only
     "CUDNN_BENCHMARK",

@@ -1,21 +1,39 @@
 """The contract of an encoder, for every member of the registry."""
 
+from functools import cache
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.export import Dim, export
 
-from relvit_d2.encoders import ENCODERS, build_encoder, encoder_from_keys
+from relvit_d2.encoders import ENCODERS, Encoder, build_encoder, encoder_from_keys
 from relvit_d2.errors import UserError
+from relvit_d2.pretext.layout import PatchLayout
+from relvit_d2.pretext.task import PretextTask
 
 NAMES = list(ENCODERS)
+PLAIN = {"CHECKPOINT": False, "COMPILE": False}  # keys of MODEL
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@cache
+def built(name: str) -> Encoder:
+    """An encoder for tests that change nothing in it, in evaluation mode."""
+    return build_encoder(name, img_size=64).eval()
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("size", [(64, 64), (33, 70), (16, 16), (96, 32), (1, 5)])
+@pytest.mark.parametrize("size", [(64, 64), (33, 70), (16, 16), (96, 32), (1, 5), (225, 260)])
 def test_maps_have_the_shapes_that_the_strides_say(name: str, size: tuple[int, int]) -> None:
-    encoder = build_encoder(name).eval()
+    encoder, images = built(name), torch.randn(2, 3, *size)
     with torch.no_grad():
-        maps = encoder(torch.randn(2, 3, *size))
-        tokens = encoder.tokens(torch.randn(2, 3, *size))
+        maps, tokens = encoder(images), encoder.tokens(images)
     assert list(maps) == list(encoder.strides) == list(encoder.channels)
     for key, stride in encoder.strides.items():
         assert maps[key].shape == (2, encoder.channels[key], -(-size[0] // stride), -(-size[1] // stride))
@@ -26,10 +44,18 @@ def test_maps_have_the_shapes_that_the_strides_say(name: str, size: tuple[int, i
 
 @pytest.mark.parametrize("name", NAMES)
 def test_tokens_are_the_last_map_row_by_row(name: str) -> None:
-    encoder = build_encoder(name).eval()
-    images = torch.randn(2, 3, 48, 80)
+    encoder, images = built(name), torch.randn(2, 3, 48, 80)
     with torch.no_grad():
         assert torch.equal(encoder.tokens(images), encoder(images)[encoder.last].flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_is_zeros_on_the_right_and_below(name: str) -> None:
+    encoder, images = built(name), torch.randn(1, 3, 33, 70)
+    finest = min(encoder.strides.values())
+    padded = F.pad(images, (0, -70 % finest, 0, -33 % finest))
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(images), encoder(padded), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -43,21 +69,121 @@ def test_gradients_reach_every_parameter(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_config_builds_the_same_encoder_again(name: str) -> None:
-    first = build_encoder(name, patch_size=8, img_size=64, in_chans=1)
-    again = build_encoder(**first.to_config())
-    again.load_state_dict(first.state_dict())
-    image = torch.randn(1, 1, 40, 40)
-    first.eval(), again.eval()
-    with torch.no_grad():
-        assert torch.equal(first.tokens(image), again.tokens(image))
+@pytest.mark.parametrize("in_chans", [1, 5])
+def test_every_channel_of_the_images_is_seen(name: str, in_chans: int) -> None:
+    encoder, images = build_encoder(name, img_size=64, in_chans=in_chans), torch.randn(1, in_chans, 32, 32)
+    features = encoder.tokens(images.requires_grad_())
+    (features * torch.randn_like(features)).sum().backward()
+    assert images.grad is not None and (images.grad.abs().amax((0, 2, 3)) > 0).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_bfloat16_autocast_gives_finite_maps(name: str) -> None:
-    encoder = build_encoder(name).eval()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert encoder.tokens(torch.randn(1, 3, 32, 32)).isfinite().all()
+def test_the_config_builds_the_same_encoder_again(name: str) -> None:
+    first = build_encoder(name, img_size=64, in_chans=1, dropout=0.5, drop_path=0.5)
+    again = build_encoder(**first.to_config())
+    again.load_state_dict(first.state_dict())
+    image = torch.randn(1, 1, 40, 40)
+    for mode in (False, True):
+        seen = []
+        for encoder in (first, again):
+            torch.manual_seed(1)
+            with torch.no_grad():
+                seen.append(encoder.train(mode).tokens(image))
+        assert torch.equal(*seen)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("argument", ["drop_path", "dropout"])
+def test_what_is_dropped_is_dropped_in_training_only(name: str, argument: str) -> None:
+    plain, encoder = built(name), build_encoder(name, img_size=64, **{argument: 0.5})
+    encoder.load_state_dict(plain.state_dict())
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        expected = plain.tokens(images)
+        assert torch.equal(encoder.eval().tokens(images), expected)
+        assert not torch.allclose(encoder.train().tokens(images), expected, atol=1e-2)
+        assert torch.equal(encoder.eval().tokens(images), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_autocast_is_close_to_float32(name: str) -> None:
+    encoder, images = built(name), torch.randn(1, 3, 48, 64)
+    with torch.no_grad():
+        full = encoder(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = encoder(images)
+    for key, expected in full.items():
+        assert (half[key].float() - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pretext_heads_learn_from_its_tokens(name: str) -> None:
+    encoder = build_encoder(name, img_size=64)
+    side = 2 * encoder.strides[encoder.last]
+    grid = encoder.grid(side, side + 1)
+    assert grid == (2, 3)
+    images = torch.randn(2, 3, side, side + 1)
+    task = PretextTask(encoder.dim, grid, {"relation": 1.0, "position": 1.0})
+    losses = task(encoder.tokens(images), PatchLayout.full(2, grid))
+    (losses["loss_relation"] + losses["loss_position"]).backward()
+    assert all(p.grad is not None and p.grad.any() for p in encoder.parameters())
+
+
+def gradients(encoder: Encoder, images: Tensor) -> tuple[dict[str, Tensor], int]:
+    """Gradients of a training pass by name, and the bytes that the pass kept for them."""
+    torch.manual_seed(1)
+    storages: dict[int, int] = {}
+
+    def pack(value: Tensor) -> Tensor:
+        storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        features = encoder(images)[encoder.last]
+    own = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
+    kept = sum(size for place, size in storages.items() if place not in own)
+    (features * torch.randn_like(features)).sum().backward()
+    return {n: p.grad for n, p in encoder.named_parameters() if p.grad is not None}, kept
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recomputed_blocks_keep_less_and_give_the_same_gradients(name: str) -> None:
+    keys = {"NAME": name, "PATCH_SIZE": built(name).arguments["patch_size"], "IMG_SIZE": 64}
+    keys |= {"DROP_PATH": 0.3, "DROPOUT": 0.1}
+    plain, recomputing = (encoder_from_keys({"ENCODER": keys, **PLAIN, "CHECKPOINT": on}) for on in (False, True))
+    recomputing.load_state_dict(plain.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    (expected, plain_kept), (found, kept) = gradients(plain, images), gradients(recomputing, images)
+    torch.testing.assert_close(found, expected)
+    assert kept < plain_kept / 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_exported_encoder_gives_the_same_maps(name: str) -> None:
+    encoder, images = built(name), torch.randn(1, 3, 40, 72)
+    exported = export(encoder, (images,)).module()
+    again = torch.randn(1, 3, 40, 72)
+    with torch.no_grad():
+        torch.testing.assert_close(exported(again), encoder(again))
+
+
+def test_an_exported_vit_takes_images_of_every_size_beyond_one_patch() -> None:
+    encoder = built("vit_nano")
+    sizes = ({0: Dim.STATIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
+    exported = export(encoder, (torch.randn(2, 3, 48, 80),), dynamic_shapes=sizes).module()
+    for size in ((64, 64), (32, 96), (37, 49)):
+        images = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            torch.testing.assert_close(exported(images), encoder(images))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_compiled_encoder_gives_the_same_maps(name: str) -> None:
+    torch._dynamo.reset()
+    encoder, images = built(name), torch.randn(1, 3, 40, 72)
+    compiled = torch.compile(encoder.forward, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images), encoder(images))
 
 
 # Parameters of timm's models of the same shape, without a head.
@@ -68,6 +194,8 @@ def test_bfloat16_autocast_gives_finite_maps(name: str) -> None:
         ("vit_small", {"patch_size": 32}, 22_493_952),
         ("vit_small", {"patch_size": 4, "img_size": 32}, 21_338_496),
         ("vit_small", {"patch_size": 8, "img_size": 64}, 21_393_792),
+        ("swin_tiny", {}, 27_519_354),
+        ("swin_tiny", {"img_size": 64}, 27_519_354),
     ],
 )
 def test_parameter_counts(name: str, arguments: dict[str, int], count: int) -> None:
@@ -98,4 +226,4 @@ def test_bad_arguments_are_one_sentence() -> None:
     with pytest.raises(UserError, match="did you mean 'patch_size'"):
         build_encoder("vit_nano", patchsize=4)
     with pytest.raises(UserError, match=r"IMG_SIZE 30.*PATCH_SIZE 16"):
-        encoder_from_keys({"ENCODER": {"NAME": "vit_nano", "IMG_SIZE": 30, "PATCH_SIZE": 16}, "COMPILE": False})
+        encoder_from_keys({"ENCODER": {"NAME": "vit_nano", "IMG_SIZE": 30, "PATCH_SIZE": 16}, **PLAIN})

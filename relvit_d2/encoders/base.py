@@ -87,6 +87,14 @@ class Encoder(nn.Module):
             f"encoder '{self.name}' has no equal blocks to tap but maps of its own: set MODEL.PYRAMID.NAME fpn"
         )
 
+    def checkpoint_blocks(self) -> None:
+        """Recompute the blocks in the backward pass from here on, instead of keeping what is inside them.
+
+        Raises:
+            UserError: if the encoder has no blocks to recompute.
+        """
+        raise UserError(f"encoder '{self.name}' has no blocks to recompute; set MODEL.CHECKPOINT False")
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the last map for an image of ``height`` x ``width`` pixels."""
         stride = self.strides[self.last]
@@ -147,6 +155,8 @@ def build_encoder(name: str, **arguments: Any) -> Encoder:
 def encoder_from_keys(keys: Mapping[str, Any]) -> Encoder:
     """Build the encoder that the config node ``MODEL`` describes: in ``ENCODER`` the arguments' names in capitals."""
     encoder = build_encoder(**{key.lower(): value for key, value in keys["ENCODER"].items()})
+    if keys["CHECKPOINT"]:
+        encoder.checkpoint_blocks()
     if keys["COMPILE"]:
         encoder.compile_passes()
     return encoder

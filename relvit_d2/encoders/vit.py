@@ -95,6 +95,10 @@ class ViT(Encoder):
         """See :class:`Encoder`; here :meth:`forward` goes through :meth:`tokens`."""
         self.tokens = torch.compile(self.tokens)  # type: ignore[method-assign]
 
+    def checkpoint_blocks(self) -> None:
+        """See :class:`Encoder`."""
+        self.vit.set_grad_checkpointing()
+
     @property
     def carries_positions(self) -> bool:
         """See :class:`Encoder`: by the position embedding alone."""

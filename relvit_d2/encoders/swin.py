@@ -1,0 +1,170 @@
+"""Swin Transformers: timm's modules, and so its names of weights, behind the encoder contract."""
+
+import re
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, SwinTransformerStage
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from relvit_d2.encoders.base import ENCODERS, Encoder
+from relvit_d2.errors import UserError
+
+PATCH = 4  # pixels; patch and window are those of every published Swin ("Swin Transformer", Liu et al., 2021, 3.3)
+WINDOW = 7  # tokens
+
+
+class Swin(Encoder):
+    """Four maps of stride 4, 8, 16 and 32; the last one after the final norm, which the pretext heads see.
+
+    Takes images of any size: an image is padded to whole patches, a map to whole windows and to an even size before
+    it is halved, always with zeros, right and bottom. Every second block shifts its windows by half a window along
+    the axes that are longer than a window. So features depend on the image alone, not on a size given when the
+    encoder is built; they are those of the published classifiers at their 224 pixels and of the published detectors'
+    code wherever every map is larger than a window.
+
+    timm's own pass rolls a map before it pads it: wherever a map is no multiple of the window, tokens of opposite
+    edges see each other. Here it is padded first, as in the authors' detection code
+    (``mmdet/models/backbones/swin_transformer.py``) and in Detectron2 (``modeling/backbone/swin.py``).
+
+    Args:
+        dim: channels of the first map; each next map has twice as many.
+        depths: blocks of each stage.
+        heads: attention heads of each stage.
+        patch_size: 4.
+        drop_path: stochastic depth of the last block, 0..1; earlier blocks linearly less.
+        dropout: dropout after the attention's projection and in the MLP, 0..1.
+        in_chans: channels of the images.
+
+    Raises:
+        UserError: if ``patch_size`` is not 4.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        depths: tuple[int, ...],
+        heads: tuple[int, ...],
+        patch_size: int,
+        drop_path: float,
+        dropout: float,
+        in_chans: int,
+    ) -> None:
+        super().__init__()
+        if patch_size != PATCH:
+            raise UserError(f"MODEL.ENCODER.PATCH_SIZE {patch_size} is not the patch of a Swin; set it to {PATCH}")
+        self._depths = depths
+        self.swin = SwinTransformer(
+            patch_size=patch_size,
+            in_chans=in_chans,
+            num_classes=0,
+            embed_dim=dim,
+            depths=depths,
+            num_heads=heads,
+            window_size=WINDOW,
+            always_partition=True,
+            strict_img_size=False,
+            proj_drop_rate=dropout,
+            drop_path_rate=drop_path,
+        )
+        self.strides = {f"s{PATCH << stage}": PATCH << stage for stage in range(len(depths))}
+        self.channels = {name: dim << stage for stage, name in enumerate(self.strides)}
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """See :class:`Encoder`."""
+        height, width = images.shape[-2:]
+        x = self.swin.patch_embed(F.pad(images, (0, -width % PATCH, 0, -height % PATCH)))
+        maps = {}
+        for name, stage in zip(self.strides, self.swin.layers, strict=True):
+            assert isinstance(stage, SwinTransformerStage)
+            x = maps[name] = _stage(stage, x)
+        maps[self.last] = self.swin.norm(x)
+        return {name: x.permute(0, 3, 1, 2) for name, x in maps.items()}
+
+    @property
+    def depth(self) -> int:
+        """See :class:`Encoder`."""
+        return sum(self._depths)
+
+    def depth_of(self, name: str) -> int:
+        """See :class:`Encoder`; what halves a map belongs to the first block after it."""
+        if not (place := re.search(r"\blayers\.(\d+)\.(?:blocks\.(\d+))?", name)):
+            return super().depth_of(name)
+        return sum(self._depths[: int(place[1])]) + int(place[2] or 0) + 1
+
+    def checkpoint_blocks(self) -> None:
+        """See :class:`Encoder`."""
+        self.swin.set_grad_checkpointing()
+
+
+def _stage(stage: SwinTransformerStage, x: Tensor) -> Tensor:
+    """Halve (but for the first stage) a map ``(B, h, w, C)`` and pass it through the blocks."""
+    x = stage.downsample(x)
+    down, right = (WINDOW // 2 if side > WINDOW else 0 for side in x.shape[1:3])
+    mask = shift_mask(x, (down, right)) if down or right else None
+    run = partial(checkpoint, _block, use_reentrant=False) if stage.grad_checkpointing else _block
+    for index, block in enumerate(stage.blocks):
+        assert isinstance(block, SwinTransformerBlock)
+        how = ((down, right), mask) if index % 2 else ((0, 0), None)
+        x = run(block, x, *how)
+    return x
+
+
+def _block(block: SwinTransformerBlock, x: Tensor, shift: tuple[int, int], mask: Tensor | None) -> Tensor:
+    """Attention in windows that begin at ``shift``, then the MLP, on a map ``(B, h, w, C)``."""
+    height, width = x.shape[1:3]
+    y = block.norm1(x)
+    y = F.pad(y, (0, 0, 0, -width % WINDOW, 0, -height % WINDOW))
+    padded = y.shape[1] // WINDOW, y.shape[2] // WINDOW
+    if any(shift):
+        y = y.roll((-shift[0], -shift[1]), (1, 2))
+    y = block.attn(windows(y), mask)
+    y = y.view(-1, *padded, WINDOW, WINDOW, y.shape[-1]).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    if any(shift):
+        y = y.roll(shift, (1, 2))
+    x = x + block.drop_path1(y[:, :height, :width])
+    return x + block.drop_path2(block.mlp(block.norm2(x)))
+
+
+def windows(x: Tensor) -> Tensor:
+    """Cut maps ``(B, h, w, C)``, whole windows each, into ``(B * windows, 49, C)``, row by row."""
+    x = x.unflatten(2, (-1, WINDOW)).unflatten(1, (-1, WINDOW)).transpose(2, 3)
+    return x.flatten(3, 4).flatten(0, 2)
+
+
+def shift_mask(x: Tensor, shift: tuple[int, int]) -> Tensor:
+    """What the attention of a shifted map adds to its scores: minus infinity between what are no neighbours.
+
+    Args:
+        x: the map ``(B, h, w, C)`` before it is padded.
+        shift: tokens that it is rolled up and left by.
+
+    Returns:
+        ``(windows, 49, 49)``; tokens that came around an edge see each other only.
+    """
+    came = []
+    for side, by in zip(x.shape[1:3], shift, strict=True):
+        length = side + -side % WINDOW
+        came.append(torch.arange(length, device=x.device) >= length - by)
+    label = windows((2 * came[0][:, None] + came[1])[None, ..., None])
+    apart = label != label.transpose(1, 2)
+    return torch.zeros(apart.shape, dtype=x.dtype, device=x.device).masked_fill(apart, float("-inf"))
+
+
+@ENCODERS.register("swin_tiny")
+def swin_tiny(
+    patch_size: int = PATCH,
+    img_size: int = 224,
+    pos_embed: bool = True,
+    drop_path: float = 0.0,
+    dropout: float = 0.0,
+    in_chans: int = 3,
+) -> Encoder:
+    """Build a Swin-T ("Swin Transformer", Liu et al., 2021, 3.3).
+
+    ``img_size`` and ``pos_embed`` change nothing: there is no grid that weights are stored for, and the relative
+    position bias of the windows is always there.
+    """
+    return Swin(96, (2, 2, 6, 2), (3, 6, 12, 24), patch_size, drop_path, dropout, in_chans)
