@@ -38,7 +38,7 @@ def test_the_arithmetic_in_a_header_is_that_of_the_schedule(path: str) -> None:
 @pytest.mark.parametrize("path", ROWS)
 def test_a_header_gives_row_commands_and_cost_and_the_commands_fit_together(path: str) -> None:
     header = Path(path).read_text()
-    assert "Table 2" in header or "_BASE_: voc_vit_s.yaml" in header  # pre-training variants have no row of their own
+    assert "Table 2" in header or "_BASE_: voc_" in header  # pre-training variants have no row of their own
     assert re.search(r"^# Cost: .+", header, re.MULTILINE)
     commands = re.findall(r"python (\w+\.py) --config-file (\S+)", header)
     assert ("pretrain_ssl.py" if "/ssl/" in path else "train_net.py", path) in commands

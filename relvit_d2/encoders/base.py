@@ -64,7 +64,7 @@ class Encoder(nn.Module):
         """Return how deep a parameter lies: 0 for what embeds patches, i for the i-th block, then the rest."""
         if block := re.search(r"\bblocks\.(\d+)\.", name):
             return int(block[1]) + 1
-        return self.depth + 1 if re.search(r"\bnorm\.", name) else 0
+        return self.depth + 1 if re.match(r"(\w+\.)?norm\.", name) else 0
 
     @property
     def depth(self) -> int:
@@ -127,6 +127,17 @@ class Encoder(nn.Module):
 
 
 ENCODERS: Registry[Callable[..., Encoder]] = Registry("encoder")
+
+
+def evenly(count: int, depth: int, name: str) -> list[int]:
+    """Return ``count`` of ``depth`` blocks, counted from 0, evenly spaced up to the last one.
+
+    Raises:
+        UserError: if the encoder ``name`` has not so many.
+    """
+    if not 1 <= count <= depth:
+        raise UserError(f"{count} levels need as many blocks, but encoder '{name}' has {depth}: ask for fewer levels")
+    return [depth * (i + 1) // count - 1 for i in range(count)]
 
 
 def build_encoder(name: str, **arguments: Any) -> Encoder:

@@ -8,7 +8,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from relvit_d2.encoders.base import ENCODERS, Encoder
+from relvit_d2.encoders.base import ENCODERS, Encoder, evenly
 from relvit_d2.errors import UserError
 
 
@@ -79,10 +79,7 @@ class ViT(Encoder):
 
     def tap(self, count: int) -> None:
         """See :class:`Encoder`; every map goes through the final norm."""
-        depth = len(self.vit.blocks)
-        if not 1 <= count <= depth:
-            raise UserError(f"{count} levels need as many blocks, encoder '{self.name}' has {depth}")
-        self._taps = [depth * (i + 1) // count - 1 for i in range(count)]
+        self._taps = evenly(count, self.depth, self.name)
         names = [*(f"b{index + 1}" for index in self._taps[:-1]), self.last]
         self.strides = dict.fromkeys(names, self.strides[self.last])
         self.channels = dict.fromkeys(names, self.dim)
