@@ -25,6 +25,23 @@ def tiny_config(*overrides: object) -> CfgNode:
     return cfg
 
 
+def fitting(name: str, scales: tuple[float, ...]) -> list[object]:
+    """Keys of the encoder ``name`` and of a pyramid with levels of these sizes, relative to its last map."""
+    encoder = build_encoder(name)
+    strides = [int(encoder.strides[encoder.last] / scale) for scale in scales]
+    levels = [f"p{stride.bit_length() - 1}" for stride in strides]
+    keys = ["MODEL.ENCODER.NAME", name, "MODEL.ENCODER.PATCH_SIZE", encoder.arguments["patch_size"]]
+    return [
+        *keys,
+        "MODEL.PYRAMID.STRIDES",
+        strides,
+        "MODEL.RPN.IN_FEATURES",
+        levels,
+        "MODEL.ROI_HEADS.IN_FEATURES",
+        levels,
+    ]
+
+
 def image(height: int, width: int) -> torch.Tensor:
     return torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(height * width)).float()
 
@@ -34,11 +51,8 @@ def image(height: int, width: int) -> torch.Tensor:
 def test_every_pixel_is_inside_the_padded_batch_and_under_the_maps(name: str, sizes: list[tuple[int, int]]) -> None:
     cfg = get_cfg()
     add_relvit_config(cfg)
-    encoder = build_encoder(name)
-    strides = [int(encoder.strides[encoder.last] / scale) for scale in (4, 2, 1, 0.5)]
-    levels = [f"p{stride.bit_length() - 1}" for stride in strides]
-    overrides = ["MODEL.ENCODER.NAME", name, "MODEL.PYRAMID.OUT_CHANNELS", 16, "MODEL.PYRAMID.STRIDES", strides]
-    cfg.merge_from_list([*overrides, "MODEL.RPN.IN_FEATURES", levels, "MODEL.ROI_HEADS.IN_FEATURES", levels])
+    cfg.merge_from_list([*fitting(name, (4, 2, 1, 0.5)), "MODEL.PYRAMID.OUT_CHANNELS", 16])
+    strides, levels = cfg.MODEL.PYRAMID.STRIDES, cfg.MODEL.RPN.IN_FEATURES
     net = backbone.build_encoder_pyramid_backbone(cfg, None).eval()
     batch = ImageList.from_tensors(
         [image(*size) for size in sizes], net.size_divisibility, padding_constraints=net.padding_constraints

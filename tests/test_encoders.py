@@ -49,11 +49,11 @@ def test_tokens_are_the_last_map_row_by_row(name: str) -> None:
         assert torch.equal(encoder.tokens(images), encoder(images)[encoder.last].flatten(2).transpose(1, 2))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_padding_is_zeros_on_the_right_and_below(name: str) -> None:
+@pytest.mark.parametrize("name", ["vit_nano", "swin_tiny"])
+def test_an_image_is_padded_to_whole_patches_with_zeros_on_the_right_and_below(name: str) -> None:
     encoder, images = built(name), torch.randn(1, 3, 33, 70)
-    finest = min(encoder.strides.values())
-    padded = F.pad(images, (0, -70 % finest, 0, -33 % finest))
+    patch = encoder.arguments["patch_size"]
+    padded = F.pad(images, (0, -70 % patch, 0, -33 % patch))
     with torch.no_grad():
         torch.testing.assert_close(encoder(images), encoder(padded), rtol=1e-5, atol=1e-5)
 
@@ -71,7 +71,7 @@ def test_gradients_reach_every_parameter(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("in_chans", [1, 5])
 def test_every_channel_of_the_images_is_seen(name: str, in_chans: int) -> None:
-    encoder, images = build_encoder(name, img_size=64, in_chans=in_chans), torch.randn(1, in_chans, 32, 32)
+    encoder, images = build_encoder(name, img_size=64, in_chans=in_chans).eval(), torch.randn(1, in_chans, 32, 32)
     features = encoder.tokens(images.requires_grad_())
     (features * torch.randn_like(features)).sum().backward()
     assert images.grad is not None and (images.grad.abs().amax((0, 2, 3)) > 0).all()
@@ -79,7 +79,7 @@ def test_every_channel_of_the_images_is_seen(name: str, in_chans: int) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_config_builds_the_same_encoder_again(name: str) -> None:
-    first = build_encoder(name, img_size=64, in_chans=1, dropout=0.5, drop_path=0.5)
+    first = build_encoder(name, img_size=64, in_chans=1, drop_path=0.5, dropout=0.5)
     again = build_encoder(**first.to_config())
     again.load_state_dict(first.state_dict())
     image = torch.randn(1, 1, 40, 40)
@@ -92,8 +92,10 @@ def test_the_config_builds_the_same_encoder_again(name: str) -> None:
         assert torch.equal(*seen)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("argument", ["drop_path", "dropout"])
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [*((name, "drop_path") for name in NAMES), ("vit_nano", "dropout"), ("swin_tiny", "dropout")],
+)
 def test_what_is_dropped_is_dropped_in_training_only(name: str, argument: str) -> None:
     plain, encoder = built(name), build_encoder(name, img_size=64, **{argument: 0.5})
     encoder.load_state_dict(plain.state_dict())
@@ -102,7 +104,6 @@ def test_what_is_dropped_is_dropped_in_training_only(name: str, argument: str) -
         expected = plain.tokens(images)
         assert torch.equal(encoder.eval().tokens(images), expected)
         assert not torch.allclose(encoder.train().tokens(images), expected, atol=1e-2)
-        assert torch.equal(encoder.eval().tokens(images), expected)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -5,6 +5,7 @@ The records lie in ``tests/golden``; ``--write-golden`` writes them anew.
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,6 @@ SHARED = {
     "DATASETS.TEST": (),
     "DATALOADER.NUM_WORKERS": 0,
     "MODEL.DEVICE": "cpu",
-    "MODEL.ENCODER.PATCH_SIZE": 16,
     "MODEL.ENCODER.IMG_SIZE": 64,
     # torch draws Bernoulli numbers differently on processors of different makers.
     "MODEL.ENCODER.DROP_PATH": 0.0,
@@ -45,7 +45,8 @@ SHARED = {
 
 
 def pretraining_trainer(encoder: str, overrides: dict[str, object]) -> Trainer:
-    size = {"PRETEXT.IMAGE_SIZE": 4 * stride(encoder), "SOLVER.IMS_PER_BATCH": 4}
+    _, stride = patch_and_stride(encoder)
+    size = {"PRETEXT.IMAGE_SIZE": 4 * stride, "SOLVER.IMS_PER_BATCH": 4}
     cfg = config("configs/base/ssl.yaml", encoder, size | overrides)
     files = pretraining.image_files("DATASETS.TRAIN", cfg.DATASETS.TRAIN, skip_missing=False)
     seed_everything(cfg.SEED, "model")
@@ -53,7 +54,8 @@ def pretraining_trainer(encoder: str, overrides: dict[str, object]) -> Trainer:
 
 
 def detection_trainer(encoder: str, overrides: dict[str, object]) -> Trainer:
-    strides = [stride(encoder) // 2, stride(encoder)]
+    _, last = patch_and_stride(encoder)
+    strides = [last // 2, last]
     levels = [f"p{stride.bit_length() - 1}" for stride in strides]
     # Every anchor becomes a proposal and every proposal is trained on: which ones are chosen would hang on the last
     # bit of their scores. Which anchors train the proposal network is still drawn, without a look at any score.
@@ -88,13 +90,16 @@ STAGES: dict[str, Callable[[str, dict[str, object]], Trainer]] = {
 }
 
 
-def stride(encoder: str) -> int:
-    built = build_encoder(encoder, patch_size=16, img_size=64)
-    return built.strides[built.last]
+@cache
+def patch_and_stride(encoder: str) -> tuple[int, int]:
+    """The patch size that the encoder has by itself, and the stride of its last map, pixels."""
+    built = build_encoder(encoder)
+    return built.arguments["patch_size"], built.strides[built.last]
 
 
 def config(path: str, encoder: str, overrides: dict[str, object]) -> CfgNode:
-    values = SHARED | {"MODEL.ENCODER.NAME": encoder} | overrides
+    patch, _ = patch_and_stride(encoder)
+    values = SHARED | {"MODEL.ENCODER.NAME": encoder, "MODEL.ENCODER.PATCH_SIZE": patch} | overrides
     return load_config(path, [str(part) for pair in values.items() for part in pair])
 
 

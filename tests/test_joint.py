@@ -8,7 +8,7 @@ import pytest
 import torch
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
-from test_detection import tiny_config
+from test_detection import fitting, tiny_config
 
 from relvit_d2.detection.joint import JointRCNN
 from relvit_d2.detection.model import build_detector
@@ -83,8 +83,7 @@ def test_pretext_losses_are_those_of_the_task_on_the_last_map() -> None:
 
 @pytest.mark.parametrize("name", list(ENCODERS))
 def test_every_encoder_trains_jointly_and_evaluates_as_before(name: str) -> None:
-    cfg = tiny_config(*JOINT, "MODEL.ENCODER.NAME", name)
-    model = build_detector(cfg)
+    model = build_detector(tiny_config(*JOINT, *fitting(name, (1, 0.5))))
     losses = model([entry(40, 56)])
     assert losses.keys() >= PRETEXT and all(value.isfinite() for value in losses.values())
     model.eval()
