@@ -12,7 +12,7 @@ from test_detection import tiny_config
 
 from relvit_d2.detection.joint import JointRCNN
 from relvit_d2.detection.model import build_detector
-from relvit_d2.encoders import ENCODERS
+from relvit_d2.encoders import ENCODERS, build_encoder
 from relvit_d2.pretext.layout import PatchLayout
 from relvit_d2.pretext.task import PretextTask
 
@@ -83,7 +83,12 @@ def test_pretext_losses_are_those_of_the_task_on_the_last_map() -> None:
 
 @pytest.mark.parametrize("name", list(ENCODERS))
 def test_every_encoder_trains_jointly_and_evaluates_as_before(name: str) -> None:
-    cfg = tiny_config(*JOINT, "MODEL.ENCODER.NAME", name)
+    encoder = build_encoder(name)
+    own = encoder.strides[encoder.last]
+    levels = [f"p{stride.bit_length() - 1}" for stride in (own // 2, own)]
+    own_keys = ["MODEL.ENCODER.NAME", name, "MODEL.ENCODER.PATCH_SIZE", encoder.arguments["patch_size"]]
+    pyramid = ["MODEL.PYRAMID.STRIDES", [own // 2, own], "MODEL.RPN.IN_FEATURES", levels]
+    cfg = tiny_config(*JOINT, *own_keys, *pyramid, "MODEL.ROI_HEADS.IN_FEATURES", levels)
     model = build_detector(cfg)
     losses = model([entry(40, 56)])
     assert losses.keys() >= PRETEXT and all(value.isfinite() for value in losses.values())

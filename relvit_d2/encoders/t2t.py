@@ -25,9 +25,10 @@ TOKEN_DIM = 64  # of the performers' tokens
 class Performer(nn.Module):
     """Attention in memory linear in the tokens, one head, and an MLP (``t2t.py:153-204``).
 
-    The kernel of softmax, ``exp(q . k)``, is estimated as the product of positive random features of both
-    ("Rethinking Attention with Performers", Choromanski et al., 2021, lemma 1), so that the sums over all keys are
-    made once for all queries.
+    The weight of a key is the product of positive random features of both ("Rethinking Attention with Performers",
+    Choromanski et al., 2021, lemma 1), so that the sums over all keys are made once for all queries. Random directions
+    of length ``sqrt(dim)`` would estimate the kernel of softmax, ``exp(q . k)``; the published ones, of length
+    ``sqrt(dim / 2)``, estimate ``exp(-|q - k|^2 / 4)``.
 
     Args:
         in_dim: channels of the tokens that come in.
@@ -159,11 +160,23 @@ class T2T(Encoder):
         """See :class:`Encoder`; sides that are no multiples of 16 are padded with zeros, right and bottom."""
         height, width = images.shape[-2:]
         tokens = self.tokens_to_token(F.pad(images, (0, -width % PATCH, 0, -height % PATCH)))
+        return {"s16": as_map(self.contextualise(tokens), *self.grid(height, width))}
+
+    def contextualise(self, tokens: Tensor) -> Tensor:
+        """Run the embedded patches ``(B, N, 384)`` through the blocks, with class token and positions."""
         tokens = torch.cat((self.cls_token.to(tokens.dtype).expand(tokens.shape[0], -1, -1), tokens), dim=1)
         if self.positions:
             tokens = tokens + sinusoid(tokens.shape[1], DIM, tokens.device).to(tokens.dtype)
-        tokens = self.norm(self.blocks(self.pos_drop(tokens)))
-        return {"s16": as_map(tokens[:, 1:], *self.grid(height, width))}
+        return self.norm(self.blocks(self.pos_drop(tokens)))[:, 1:]
+
+    def compile_passes(self) -> None:
+        """See :class:`Encoder`; the soft splits stay as they are.
+
+        They only copy, and torch 2.11 takes minutes to simplify their indices once the size of an image may vary.
+        """
+        self.tokens_to_token.attention1.compile()
+        self.tokens_to_token.attention2.compile()
+        self.contextualise = torch.compile(self.contextualise)  # type: ignore[method-assign]
 
     def fresh(self, source: dict[str, Any]) -> set[str]:
         """The sinusoid, which is no parameter, is new when the source was trained without it."""
