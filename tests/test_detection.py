@@ -33,6 +33,8 @@ def fitting(name: str, scales: tuple[float, ...]) -> list[object]:
     keys = ["MODEL.ENCODER.NAME", name, "MODEL.ENCODER.PATCH_SIZE", encoder.arguments["patch_size"]]
     return [
         *keys,
+        "MODEL.PYRAMID.NAME",
+        "simple",
         "MODEL.PYRAMID.STRIDES",
         strides,
         "MODEL.RPN.IN_FEATURES",

@@ -7,9 +7,11 @@ import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from detectron2.config import CfgNode
+from torch import nn
 
 import relvit_d2.detection.run as detection
 import relvit_d2.pretraining.run as pretraining
@@ -22,6 +24,7 @@ from relvit_d2.engine.trainer import Trainer
 from relvit_d2.pretraining.model import build_pretraining_model
 from tools.compare_runs import Losses, compare, read_losses
 
+Model = TypeVar("Model", bound=nn.Module)
 GOLDEN = Path(__file__).parent / "golden"
 # Relative. Other kernels (scalar and AVX2 loops, SSE4.1 oneDNN, MKL's portable branch, two threads) were seen to change
 # a loss by up to 7e-7, a learning rate 1 % higher by at least 3e-4.
@@ -50,7 +53,7 @@ def pretraining_trainer(encoder: str, overrides: dict[str, object]) -> Trainer:
     cfg = config("configs/base/ssl.yaml", encoder, size | overrides)
     files = pretraining.image_files("DATASETS.TRAIN", cfg.DATASETS.TRAIN, skip_missing=False)
     seed_everything(cfg.SEED, "model")
-    return pretraining.build_trainer(cfg, build_pretraining_model(cfg), files, [])
+    return pretraining.build_trainer(cfg, without_dropout(build_pretraining_model(cfg)), files, [])
 
 
 def detection_trainer(encoder: str, overrides: dict[str, object]) -> Trainer:
@@ -64,6 +67,7 @@ def detection_trainer(encoder: str, overrides: dict[str, object]) -> Trainer:
     # one is so near that the last bit decides.
     small = {
         "SOLVER.IMS_PER_BATCH": 2,
+        "MODEL.PYRAMID.NAME": "simple",
         "MODEL.PYRAMID.STRIDES": strides,
         "MODEL.PYRAMID.OUT_CHANNELS": 16,
         "MODEL.ANCHOR_GENERATOR.SIZES": [[12], [24]],
@@ -81,7 +85,7 @@ def detection_trainer(encoder: str, overrides: dict[str, object]) -> Trainer:
     records = detection.training_records(asked)
     cfg = detection.settle(asked, records)
     seed_everything(cfg.SEED, "model")
-    return detection.build_trainer(cfg, build_detector(cfg), records, {})
+    return detection.build_trainer(cfg, without_dropout(build_detector(cfg)), records, {})
 
 
 STAGES: dict[str, Callable[[str, dict[str, object]], Trainer]] = {
@@ -95,6 +99,14 @@ def patch_and_stride(encoder: str) -> tuple[int, int]:
     """The patch size that the encoder has by itself, and the stride of its last map, pixels."""
     built = build_encoder(encoder)
     return built.arguments["patch_size"], built.strides[built.last]
+
+
+def without_dropout(model: Model) -> Model:
+    """Switch off the dropout that no key switches off: see ``DROP_PATH`` above."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
 
 
 def config(path: str, encoder: str, overrides: dict[str, object]) -> CfgNode:

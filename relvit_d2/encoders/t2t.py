@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from relvit_d2.encoders.base import ENCODERS, Encoder
+from relvit_d2.encoders.base import ENCODERS, Encoder, evenly
 from relvit_d2.errors import UserError
 
 PATCH = 16  # strides 4, 2 and 2 of the soft splits
@@ -25,9 +26,10 @@ TOKEN_DIM = 64  # of the performers' tokens
 class Performer(nn.Module):
     """Attention in memory linear in the tokens, one head, and an MLP (``t2t.py:153-204``).
 
-    The kernel of softmax, ``exp(q . k)``, is estimated as the product of positive random features of both
-    ("Rethinking Attention with Performers", Choromanski et al., 2021, lemma 1), so that the sums over all keys are
-    made once for all queries.
+    The weight of a key is the product of positive random features of both ("Rethinking Attention with Performers",
+    Choromanski et al., 2021, lemma 1), so that the sums over all keys are made once for all queries. Random directions
+    of length ``sqrt(dim)`` would estimate the kernel of softmax, ``exp(q . k)``; the published ones, of length
+    ``sqrt(dim / 2)``, estimate ``exp(-|q - k|^2 / 4)``.
 
     Args:
         in_dim: channels of the tokens that come in.
@@ -140,12 +142,18 @@ class T2T(Encoder):
     def __init__(self, pos_embed: bool, drop_path: float, dropout: float, in_chans: int) -> None:
         super().__init__()
         self.strides, self.channels = {"s16": PATCH}, {"s16": DIM}
-        self.positions = pos_embed
+        self.positions, self.checkpointing = pos_embed, False
+        self.taps: list[int] = []
         self.tokens_to_token = TokensToToken(in_chans, DIM)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, DIM))
         self.pos_drop = nn.Dropout(dropout)
         rates = torch.linspace(0, drop_path, DEPTH).tolist()
-        arguments = {"mlp_ratio": MLP_RATIO, "qkv_bias": False, "proj_drop": dropout, "norm_layer": nn.LayerNorm}
+        arguments: dict[str, Any] = {
+            "mlp_ratio": MLP_RATIO,
+            "qkv_bias": False,
+            "proj_drop": dropout,
+            "norm_layer": nn.LayerNorm,
+        }
         self.blocks = nn.Sequential(*(Block(DIM, HEADS, drop_path=rate, **arguments) for rate in rates))
         self.norm = nn.LayerNorm(DIM)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -159,11 +167,43 @@ class T2T(Encoder):
         """See :class:`Encoder`; sides that are no multiples of 16 are padded with zeros, right and bottom."""
         height, width = images.shape[-2:]
         tokens = self.tokens_to_token(F.pad(images, (0, -width % PATCH, 0, -height % PATCH)))
+        maps = self.contextualise(tokens)
+        return {name: as_map(m, *self.grid(height, width)) for name, m in zip(self.strides, maps, strict=True)}
+
+    def contextualise(self, tokens: Tensor) -> list[Tensor]:
+        """Run the embedded patches ``(B, N, 384)`` through the blocks, with class token and positions.
+
+        Returns:
+            The normed outputs of the tapped blocks and of the last one, ``(B, N, 384)`` each.
+        """
         tokens = torch.cat((self.cls_token.to(tokens.dtype).expand(tokens.shape[0], -1, -1), tokens), dim=1)
         if self.positions:
             tokens = tokens + sinusoid(tokens.shape[1], DIM, tokens.device).to(tokens.dtype)
-        tokens = self.norm(self.blocks(self.pos_drop(tokens)))
-        return {"s16": as_map(tokens[:, 1:], *self.grid(height, width))}
+        tokens, outputs = self.pos_drop(tokens), []
+        for index, block in enumerate(self.blocks):
+            tokens = checkpoint(block, tokens, use_reentrant=False) if self.checkpointing else block(tokens)
+            if index in self.taps:
+                outputs.append(self.norm(tokens)[:, 1:])
+        return [*outputs, self.norm(tokens)[:, 1:]]
+
+    def tap(self, count: int) -> None:
+        """See :class:`Encoder`; every map goes through the final norm."""
+        *self.taps, _ = evenly(count, DEPTH, self.name)
+        names = [*(f"b{index + 1}" for index in self.taps), self.last]
+        self.strides, self.channels = dict.fromkeys(names, PATCH), dict.fromkeys(names, DIM)
+
+    def checkpoint_blocks(self) -> None:
+        """See :class:`Encoder`."""
+        self.checkpointing = True
+
+    def compile_passes(self) -> None:
+        """See :class:`Encoder`; the soft splits stay as they are.
+
+        They only copy, and torch 2.11 takes minutes to simplify their indices once the size of an image may vary.
+        """
+        self.tokens_to_token.attention1.compile()
+        self.tokens_to_token.attention2.compile()
+        self.contextualise = torch.compile(self.contextualise)  # type: ignore[method-assign]
 
     def fresh(self, source: dict[str, Any]) -> set[str]:
         """The sinusoid, which is no parameter, is new when the source was trained without it."""
@@ -195,7 +235,7 @@ def t2t_vit_14(
     """
     if patch_size != PATCH:
         raise UserError(
-            f"MODEL.ENCODER.PATCH_SIZE {patch_size} does not suit t2t_vit_14, whose soft splits make patches of {PATCH} "
-            f"pixels; set it to {PATCH}"
+            f"MODEL.ENCODER.PATCH_SIZE {patch_size} is not that of t2t_vit_14, whose soft splits make patches of "
+            f"{PATCH} pixels; set it to {PATCH}"
         )
     return T2T(pos_embed, drop_path, dropout, in_chans)

@@ -101,14 +101,14 @@ def load_encoder(encoder: Encoder, path: Path) -> MatchReport:
                 f"'{path}' holds weights {what} {source.get(key)}, the config asks for {ours}; "
                 f"set MODEL.ENCODER.{key.upper()} {source.get(key)} or give other weights"
             )
-    report = MatchReport(str(path), metadata)
-    own = encoder.state_dict()
     fresh = encoder.fresh(source)
+    report = MatchReport(str(path), metadata, fresh=sorted(fresh))
+    own = encoder.state_dict()
     found: dict[str, Tensor] = {}
     for name, value in own.items():
         if name in fresh:
-            report.fresh.append(name)
-        elif name not in tensors:
+            continue
+        if name not in tensors:
             report.missing.append(name)
         elif tensors[name].shape == value.shape:
             found[name] = tensors[name]
