@@ -105,7 +105,7 @@ class Encoder(nn.Module):
         return {"name": self.name, **self.arguments}
 
     def fresh(self, source: dict[str, Any]) -> set[str]:
-        """Name the parameters that weights saved from the configuration ``source`` cannot hold by design."""
+        """Name the parameters, or parts, that weights saved from the configuration ``source`` lack by design."""
         return set()
 
     def adapt(self, name: str, value: Tensor, source: dict[str, Any]) -> Tensor | None:
@@ -114,7 +114,7 @@ class Encoder(nn.Module):
 
     @contextmanager
     def without(self, fresh: set[str]) -> Iterator[None]:
-        """Keep the parameters in ``fresh`` at zero inside the block, to compare with an encoder that lacks them."""
+        """Keep what is in ``fresh`` at zero inside the block, to compare with an encoder that lacks them."""
         muted = [p.data for n, p in self.named_parameters() if n in fresh]
         kept = [value.clone() for value in muted]
         for value in muted:
