@@ -151,9 +151,14 @@ def test_a_signal_before_the_processes_start_ends_at_once(monkeypatch: pytest.Mo
 
 def test_a_signal_is_no_success_though_all_processes_end_with_0(monkeypatch: pytest.MonkeyPatch) -> None:
     def launch(*_: object, **__: object) -> None:
-        children = [multiprocessing.get_context("fork").Process(target=signal.pause) for _ in range(2)]
+        # Blocked in the children from their first moment, the signal waits for them to ask.
+        asked = {signal.SIGTERM}
+        fork = multiprocessing.get_context("fork")
+        children = [fork.Process(target=signal.sigwait, args=(asked,)) for _ in range(2)]
+        signal.pthread_sigmask(signal.SIG_BLOCK, asked)
         for child in children:
             child.start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, asked)
         os.kill(os.getpid(), signal.SIGTERM)
         for child in children:
             child.join()
