@@ -35,6 +35,7 @@ Tensors = dict[str, Tensor]
 _HEADS = r"(head|head_dist|fc|fc_norm|attn_pool|pre_logits|decoder_\w+|decoder)(\.|$)|mask_token$"
 # The heads of guglielmocamporese/relvit, models/relvit.py:40-52.
 _RELVIT_HEADS = ("rel_head", "abs_pos_head", "dist_head", "angle_head", "clf_head")
+_PLAIN_GRID = 14  # patches a side of the images that a ViT without position embedding is proved on
 # timm's names of models that this package has no name for, by family, width, blocks and registers.
 _LARGER = {
     ("mae", 1024, 24, 0): "vit_large_patch16_224",
@@ -63,7 +64,7 @@ def convert(found: Found, kind: str | None = None) -> Converted:
         raise UserError(f"weights of '{kind}' are unknown; known are {', '.join(CONVERTERS)}")
     try:
         converted = CONVERTERS[kind](found)
-    except (RuntimeError, LookupError, AttributeError) as error:  # how modules refuse tensors of others
+    except (RuntimeError, LookupError, ValueError) as error:  # how modules refuse tensors of others
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"'{found.path}' does not hold the tensors of a model of {kind} ({reason}); say --from with what it is of"
@@ -114,16 +115,11 @@ def _split(tensors: Tensors, heads: str = _HEADS) -> tuple[Tensors, list[str]]:
     return {name: value.float() for name, value in tensors.items() if name not in dropped}, dropped
 
 
-def _grid(tensors: Tensors, prefix: int) -> int:
-    """Side of the square grid of a position embedding with ``prefix`` entries before it."""
+def _grid(tensors: Tensors, prefix: int) -> int | None:
+    """Side of the square grid of a position embedding with ``prefix`` entries before it, None if it has none."""
     count = tensors["pos_embed"].shape[1] - prefix
-    side = math.isqrt(count)
-    if side * side != count:
-        raise UserError(
-            f"the position embedding has {count} entries for patches, which make no square grid: only square ones "
-            "convert"
-        )
-    return side
+    side = math.isqrt(max(count, 0))
+    return side if side and side * side == count else None
 
 
 def fold_scales(tensors: Tensors) -> Tensors:
@@ -162,20 +158,21 @@ def timm_vit(found: Found, kind: str = "timm", architecture: str | None = None, 
     depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
     registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
     positions = "pos_embed" in tensors
-    name = next((name for name, (dim, blocks, _) in SIZES.items() if (dim, blocks) == (width, depth)), None)
-    folded = {f"vit.{key}": value for key, value in fold_scales(tensors).items()}
     arguments: dict[str, Any] = {"patch_size": patch, "in_chans": in_chans, "pos_embed": positions}
     shared = {"patch_size": patch, "in_chans": in_chans} | ({} if positions else {"pos_embed": "none"})
-    scaled = len(folded) != len(tensors)
-    notes = ["LayerScale folded into attn.proj and mlp.fc2"] if scaled else []
-    if name and not keep:
-        side = patch * (_grid(tensors, 1) if positions else 14)
-        arguments["img_size"] = side
+    folded = {f"vit.{key}": value for key, value in fold_scales(tensors).items()}
+    grid = _grid(tensors, 1) if positions else _PLAIN_GRID
+    for name, (dim, blocks, _) in SIZES.items():
+        if keep or grid is None or (dim, blocks) != (width, depth):
+            continue
+        arguments["img_size"] = side = patch * grid
         ours = build_encoder(name, **arguments).state_dict()
         if {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in folded.items()}:
             model, dims = TIMM_NAMES[name]
+            scaled = len(folded) != len(tensors)
             scale = {"init_values": 1.0} if scaled else {}
             definition = timm_vit_definition(model, tensors, img_size=side, **dims, **scale, **shared)
+            notes = ["LayerScale folded into attn.proj and mlp.fc2"] if scaled else []
             return Converted(_filled(name, folded, **arguments), kind, definition, side, dropped, notes)
     architecture = architecture or _LARGER.get((kind, width, depth, registers))
     if architecture is None:
@@ -187,12 +184,12 @@ def timm_vit(found: Found, kind: str = "timm", architecture: str | None = None, 
     model = f"timm:{architecture}"
     kept = {name: value for name, value in tensors.items() if not re.match(r"(fc_norm|attn_pool)\.", name)}
     dropped += [name for name in tensors if name not in kept]
-    prefix = 0
     if positions:
         slots = build_encoder(model, patch_size=patch, img_size=patch).state_dict()["vit.pos_embed"].shape[1]
-        prefix = slots - 1
-    side = patch * (_grid(tensors, prefix) if positions else 14)
-    arguments["img_size"] = side
+        grid = _grid(tensors, slots - 1)
+        if grid is None:
+            raise UserError(f"'{found.path}' has positions for no square grid of patches: only square ones convert")
+    arguments["img_size"] = side = patch * (grid or _PLAIN_GRID)
     encoder = _filled(model, {f"vit.{key}": value for key, value in kept.items()}, **arguments)
     definition = timm_vit_definition(architecture, kept, img_size=side, **shared)
     return Converted(encoder, kind, definition, side, dropped, pixels=pixels_of(config.get("pretrained_cfg", {})))
@@ -285,7 +282,7 @@ def t2t(found: Found) -> Converted:
     """Convert a T2T-ViT-14 with performers; its position table must be the sinusoid that ours is made by."""
     tensors, dropped = _split(found.tensors)
     table = tensors["pos_embed"]
-    side = _grid(tensors, 1) * 16
+    side = (_grid(tensors, 1) or _PLAIN_GRID) * 16
     expected = sinusoid(table.shape[1], table.shape[2])
     if not torch.allclose(table[0].double(), expected, atol=1e-5, rtol=0):
         raise UserError(f"the position table of '{found.path}' is not T2T-ViT's sinusoid, so it cannot be made anew")
