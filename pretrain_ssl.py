@@ -3,14 +3,13 @@
 import argparse
 import logging
 import sys
-from pathlib import Path
 
 from detectron2.utils import comm
 
-from relvit_d2.encoders.weights import load_encoder
 from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.engine.cli import keep_config, run_script, start_run
 from relvit_d2.engine.config_file import load_config
+from relvit_d2.engine.encoder_weights import holds_encoder, load_proved
 from relvit_d2.errors import UserError
 from relvit_d2.pretraining.model import build_pretraining_model, export_encoder
 from relvit_d2.pretraining.run import build_trainer, evaluate, image_files
@@ -43,11 +42,12 @@ def main(args: argparse.Namespace) -> None:
     trainer = build_trainer(cfg, model, files, tests)
     resumed = args.resume and trainer.resume(args.allow_changes)
     if weights and not resumed:
-        if not weights.endswith(".safetensors"):
+        if not holds_encoder(weights):
             raise UserError(
-                f"MODEL.WEIGHTS '{weights}' is no encoder.safetensors; pre-training starts from one or from scratch"
+                f"MODEL.WEIGHTS '{weights}' is no encoder.safetensors and no timm:NAME; pre-training starts from one "
+                "or from scratch"
             )
-        logger.info(str(load_encoder(model.encoder, Path(weights))))
+        load_proved(cfg, model.encoder, weights, "RGB")
     trainer.train()
     if comm.is_main_process():
         path = export_encoder(cfg, model, trainer.iter + 1, trainer.results)

@@ -11,6 +11,7 @@ from relvit_d2.detection.weights import load_weights
 from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.engine.cli import keep_config, run_script, start_run
 from relvit_d2.engine.config_file import load_config
+from relvit_d2.engine.encoder_weights import holds_encoder
 from relvit_d2.errors import UserError
 
 SCRIPT = "train_net.py"
@@ -35,7 +36,7 @@ def main(args: argparse.Namespace) -> None:
         weights = cfg.MODEL.WEIGHTS
         if args.resume:
             weights = Checkpointer(model, cfg.OUTPUT_DIR).get_checkpoint_file()
-        if not weights or weights.endswith(".safetensors"):
+        if not weights or holds_encoder(weights):
             raise UserError("--eval-only needs a trained detector: add MODEL.WEIGHTS path/to/model_final.pth")
         Checkpointer(model, allow_pickle=cfg.MODEL.ALLOW_PICKLE).load(weights, checkpointables=[])
         evaluate(cfg, model, tests)

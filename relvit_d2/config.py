@@ -8,7 +8,7 @@ _C = CfgNode()
 # The encoder, the same keys for pre-training and for the detector.
 _C.MODEL = CfgNode()
 _C.MODEL.ENCODER = CfgNode()
-_C.MODEL.ENCODER.NAME = "vit_small"  # a name in relvit_d2.encoders.ENCODERS
+_C.MODEL.ENCODER.NAME = "vit_small"  # a name in relvit_d2.encoders.ENCODERS, or timm:NAME
 _C.MODEL.ENCODER.PATCH_SIZE = 16  # side of a patch in pixels; 4 in a Swin
 _C.MODEL.ENCODER.IMG_SIZE = 224  # side of the image whose grid the position embedding is stored for
 _C.MODEL.ENCODER.POS_EMBED = True  # off in the method's pre-training: positions are what it predicts

@@ -13,7 +13,7 @@ from relvit_d2.errors import UserError
 from relvit_d2.pretext.layout import PatchLayout
 from relvit_d2.pretext.task import PretextTask
 
-NAMES = list(ENCODERS)
+NAMES = [*ENCODERS, "timm:test_vit", "timm:test_vit4"]  # of timm: one with a class token, one with a register
 # The larger ViTs are the code of the smallest.
 ONE_OF_A_KIND = [
     pytest.param(name, marks=pytest.mark.slow if name in ("vit_tiny", "vit_small", "vit_base") else ())
@@ -200,6 +200,7 @@ def test_a_compiled_encoder_gives_the_same_maps(name: str) -> None:
         ("vit_small", {"patch_size": 32}, 22_493_952),
         ("vit_small", {"patch_size": 4, "img_size": 32}, 21_338_496),
         ("vit_small", {"patch_size": 8, "img_size": 64}, 21_393_792),
+        ("timm:vit_small_patch16_224", {}, 21_665_664),
         ("swin_tiny", {}, 27_519_354),
         ("swin_tiny", {"img_size": 64}, 27_519_354),
     ],
@@ -229,6 +230,16 @@ def test_an_image_larger_than_the_position_grid_is_resampled_not_refused() -> No
 def test_bad_arguments_are_one_sentence() -> None:
     with pytest.raises(UserError, match="did you mean 'vit_small'"):
         build_encoder("vit_smal")
+    with pytest.raises(UserError, match="model of that name is 'timm:vit_base_patch16_224'"):
+        build_encoder("vit_base_patch16_224")
+    with pytest.raises(UserError, match="did you mean 'vit_base_patch16_224'"):
+        build_encoder("timm:vit_bas_patch16_224")
+    with pytest.raises(UserError, match=r"resnet18.*ResNet.*choose a vit_"):
+        build_encoder("timm:resnet18")
+    with pytest.raises(UserError, match=r"vit_base_r50_s16_224.*hybrid"):
+        build_encoder("timm:vit_base_r50_s16_224")
+    with pytest.raises(UserError, match="family of encoders 'tim'"):
+        build_encoder("tim:test_vit")
     with pytest.raises(UserError, match="did you mean 'patch_size'"):
         build_encoder("vit_nano", patchsize=4)
     with pytest.raises(UserError, match=r"IMG_SIZE 30.*PATCH_SIZE 16"):

@@ -1,61 +1,28 @@
 """Weights into a detector, with proof that they arrived."""
 
 import logging
-from pathlib import Path
 
 from detectron2.modeling import GeneralizedRCNN
 from fvcore.common.config import CfgNode
 
-from relvit_d2.encoders.weights import ENOUGH, MatchReport, feature_difference, load_encoder
+from relvit_d2.encoders.weights import ENOUGH
 from relvit_d2.engine.checkpoint import Checkpointer
-from relvit_d2.errors import UserError
-
-# Two float32 passes over the same weights differ only where kernels sum in another order.
-TOLERANCE = 1e-4
+from relvit_d2.engine.encoder_weights import holds_encoder, load_proved
 
 logger = logging.getLogger(__name__)
 
 
 def load_weights(cfg: CfgNode, model: GeneralizedRCNN) -> None:
-    """Load ``MODEL.WEIGHTS``: an ``encoder.safetensors``, a detector's checkpoint, or nothing.
-
-    After an encoder file was loaded, the encoder of the file and the detector's are run on one image
-    and must give equal features.
+    """Load ``MODEL.WEIGHTS``: an ``encoder.safetensors``, timm's ``timm:NAME``, a detector's checkpoint, or nothing.
 
     Raises:
-        UserError: if the file is missing, is of something else, or the features differ.
+        UserError: if the file is missing, is of something else, or features differ (:func:`load_proved`).
     """
     weights = cfg.MODEL.WEIGHTS
     if not weights:
         logger.info("MODEL.WEIGHTS is empty: training from scratch")
-    elif weights.endswith(".safetensors"):
-        encoder = model.backbone.encoder
-        path = Path(weights)
-        report = load_encoder(encoder, path)
-        _check_pixels(cfg, report)
-        logger.info(str(report))
-        difference = feature_difference(encoder, path)
-        if not difference <= TOLERANCE:
-            raise UserError(
-                f"after loading '{weights}' the features differ by {difference:.1e} from those of the encoder it "
-                "describes; check that MODEL.ENCODER says what pre-training used"
-            )
-        note = f" (without the fresh {', '.join(report.fresh)})" if report.fresh else ""
-        logger.info(
-            f"features of the pre-trained encoder and of the detector's backbone agree to {difference:.1e}{note}"
-        )
+    elif holds_encoder(weights):
+        load_proved(cfg, model.backbone.encoder, weights, cfg.INPUT.FORMAT)
     else:
         checkpointer = Checkpointer(model, enough=ENOUGH, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
         checkpointer.load(weights, checkpointables=[])
-
-
-def _check_pixels(cfg: CfgNode, report: MatchReport) -> None:
-    """Refuse to feed an encoder pixels of another scale or channel order than it was pre-trained on."""
-    for key, ours, name in (
-        ("INPUT.FORMAT", cfg.INPUT.FORMAT, "input_format"),
-        ("MODEL.PIXEL_MEAN", list(cfg.MODEL.PIXEL_MEAN), "pixel_mean"),
-        ("MODEL.PIXEL_STD", list(cfg.MODEL.PIXEL_STD), "pixel_std"),
-    ):
-        theirs = report.metadata.get(name, ours)
-        if theirs != ours:
-            raise UserError(f"'{report.path}' was pre-trained with {key} {theirs}, not {ours}; set {key} to that")

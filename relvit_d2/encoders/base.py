@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from timm import is_model
 from torch import Tensor, nn
 
 from relvit_d2.errors import UserError, nearest
@@ -108,6 +109,13 @@ class Encoder(nn.Module):
         """Name the parameters, or parts, that weights saved from the configuration ``source`` lack by design."""
         return set()
 
+    def accepts(self, key: str, value: Any) -> bool:
+        """Whether weights of an encoder built with another ``value`` of the argument ``key`` can be adapted to this.
+
+        Features stay equal then for images that are enlarged patch by patch (``patch_size``) or gray (``in_chans``).
+        """
+        return bool(value == self.arguments[key])
+
     def adapt(self, name: str, value: Tensor, source: dict[str, Any]) -> Tensor | None:
         """Resize the tensor ``name`` of an encoder configured as ``source``, or None where that makes no sense."""
         return None
@@ -127,6 +135,8 @@ class Encoder(nn.Module):
 
 
 ENCODERS: Registry[Callable[..., Encoder]] = Registry("encoder")
+# Encoders named "FAMILY:MEMBER" come from the family's function of the member's name, which gives their builder.
+FAMILIES: Registry[Callable[[str], Callable[..., Encoder]]] = Registry("family of encoders")
 
 
 def evenly(count: int, depth: int, name: str) -> list[int]:
@@ -144,13 +154,16 @@ def build_encoder(name: str, **arguments: Any) -> Encoder:
     """Build a registered encoder.
 
     Args:
-        name: a name in :data:`ENCODERS`.
+        name: a name in :data:`ENCODERS`, or ``FAMILY:MEMBER`` with a family in :data:`FAMILIES`.
         arguments: the keyword arguments of its builder.
 
     Raises:
         UserError: for an unknown name or argument, or a value that the encoder cannot have.
     """
-    builder = ENCODERS[name]
+    family, _, member = name.partition(":")
+    if name not in ENCODERS and is_model(name):
+        raise UserError(f"unknown encoder '{name}'; timm's model of that name is 'timm:{name}'")
+    builder = FAMILIES[family](member) if member else ENCODERS[name]
     known = list(inspect.signature(builder).parameters)
     for key in arguments:
         if key not in known:

@@ -2,6 +2,7 @@
 
 import re
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +94,15 @@ class Swin(Encoder):
         if not (place := re.search(r"\blayers\.(\d+)\.(?:blocks\.(\d+))?", name)):
             return super().depth_of(name)
         return sum(self._depths[: int(place[1])]) + int(place[2] or 0) + 1
+
+    def accepts(self, key: str, value: Any) -> bool:
+        """See :class:`Encoder`: colour may become gray."""
+        return super().accepts(key, value) or (key == "in_chans" and (value, self.arguments["in_chans"]) == (3, 1))
+
+    def adapt(self, name: str, value: Tensor, source: dict[str, Any]) -> Tensor | None:
+        """Sum the patch embedding over the colours, so that a gray image gives what its gray copies gave."""
+        gray = self.arguments["in_chans"] == 1
+        return value.sum(1, keepdim=True) if gray and name == "swin.patch_embed.proj.weight" else None
 
     def checkpoint_blocks(self) -> None:
         """See :class:`Encoder`."""

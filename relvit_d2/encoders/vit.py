@@ -4,12 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from relvit_d2.encoders.base import ENCODERS, Encoder, evenly
 from relvit_d2.errors import UserError
+
+# Arguments of timm's transformer: sides that are no multiples of the patch are padded, positions resampled.
+ANY_SIZE: dict[str, Any] = {"dynamic_img_size": True, "dynamic_img_pad": True}
 
 
 class ViT(Encoder):
@@ -19,51 +22,13 @@ class ViT(Encoder):
     ``models/backbones/vit.py:255-258``), so the detector reads the same features.
 
     Args:
-        dim, depth, heads: width of the tokens, number of blocks, attention heads a block.
-        patch_size: side of a patch in pixels.
-        img_size: side in pixels of the square image whose grid the position embedding is stored for;
-            other sizes resample it (bicubic, antialiased).
-        pos_embed: whether tokens carry a learnt position embedding.
-        drop_path: stochastic depth of the last block, 0..1; earlier blocks linearly less.
-        dropout: dropout after the embedding, the attention's projection and in the MLP, 0..1.
-        in_chans: channels of the images.
-
-    Raises:
-        UserError: if ``img_size`` is not a multiple of ``patch_size``.
+        vit: timm's transformer, made for images of any size (:data:`ANY_SIZE`) and without a head.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        depth: int,
-        heads: int,
-        patch_size: int,
-        img_size: int,
-        pos_embed: bool,
-        drop_path: float,
-        dropout: float,
-        in_chans: int,
-    ) -> None:
+    def __init__(self, vit: VisionTransformer) -> None:
         super().__init__()
-        if img_size % patch_size:
-            raise UserError(
-                f"MODEL.ENCODER.IMG_SIZE {img_size} is not a multiple of MODEL.ENCODER.PATCH_SIZE {patch_size}"
-            )
-        self.vit = VisionTransformer(
-            img_size=img_size,
-            patch_size=patch_size,
-            in_chans=in_chans,
-            num_classes=0,
-            embed_dim=dim,
-            depth=depth,
-            num_heads=heads,
-            pos_embed="learn" if pos_embed else "none",
-            dynamic_img_size=True,
-            dynamic_img_pad=True,
-            drop_path_rate=drop_path,
-            pos_drop_rate=dropout,
-            proj_drop_rate=dropout,
-        )
+        self.vit = vit
+        patch_size, dim = vit.patch_embed.patch_size[0], vit.embed_dim
         self._taps: list[int] = []
         self.strides = {f"s{patch_size}": patch_size}
         self.channels = {f"s{patch_size}": dim}
@@ -105,19 +70,44 @@ class ViT(Encoder):
         """The position embedding is new when the source was trained without one, as the method's pre-training is."""
         return {"vit.pos_embed"} if self.arguments["pos_embed"] and not source["pos_embed"] else set()
 
+    def accepts(self, key: str, value: Any) -> bool:
+        """See :class:`Encoder`: a patch may grow to less than twice its side, colour become gray."""
+        if key == "patch_size":
+            return bool(value <= self.arguments["patch_size"] < 2 * value)
+        return super().accepts(key, value) or (key == "in_chans" and (value, self.arguments["in_chans"]) == (3, 1))
+
     def adapt(self, name: str, value: Tensor, source: dict[str, Any]) -> Tensor | None:
-        """Resample the position embedding from the source's own grid."""
+        """Resample the position embedding from the source's own grid, and the patches from their own size.
+
+        Patches are resampled so that the embedding of an enlarged patch is that of the patch ("FlexiViT", Beyer et
+        al., 2023, section 3.4), and summed over the colours so that that of a gray image is that of its gray copies.
+        """
+        own = self.state_dict()[name].shape
+        if name == "vit.patch_embed.proj.weight" and value.shape[0] == own[0]:
+            value = value.sum(1, keepdim=True) if own[1] == 1 else value
+            return resample_patch_embed(value, list(own[2:])) if value.shape[1] == own[1] else None
         if name != "vit.pos_embed" or value.shape[-1] != self.dim:
             return None
         old = source["img_size"] // source["patch_size"]
         size = list(self.vit.patch_embed.grid_size)
-        return resample_abs_pos_embed(value, size, [old, old], num_prefix_tokens=self.vit.num_prefix_tokens)
+        prefix = value.shape[1] - old * old
+        return resample_abs_pos_embed(value, size, [old, old], num_prefix_tokens=prefix)
+
+
+def divided(img_size: int, patch_size: int) -> None:
+    """Refuse an image for position embeddings that is not of whole patches.
+
+    Raises:
+        UserError: if ``img_size`` is not a multiple of ``patch_size``.
+    """
+    if img_size % patch_size:
+        raise UserError(f"MODEL.ENCODER.IMG_SIZE {img_size} is not a multiple of MODEL.ENCODER.PATCH_SIZE {patch_size}")
 
 
 # name: (width, depth, heads). Tiny, small and base are those of "Training data-efficient image
 # transformers" (Touvron et al., 2021, table 1) with base from "An Image is Worth 16x16 Words".
 # Nano is what two CPU cores train in minutes.
-_SIZES = {
+SIZES = {
     "vit_nano": (128, 4, 4),
     "vit_tiny": (192, 12, 3),
     "vit_small": (384, 12, 6),
@@ -134,10 +124,39 @@ def _builder(dim: int, depth: int, heads: int) -> Callable[..., Encoder]:
         dropout: float = 0.0,
         in_chans: int = 3,
     ) -> Encoder:
-        return ViT(dim, depth, heads, patch_size, img_size, pos_embed, drop_path, dropout, in_chans)
+        """Build a ViT.
+
+        Args:
+            patch_size: side of a patch in pixels.
+            img_size: side in pixels of the square image whose grid the position embedding is stored for;
+                other sizes resample it (bicubic, antialiased).
+            pos_embed: whether tokens carry a learnt position embedding.
+            drop_path: stochastic depth of the last block, 0..1; earlier blocks linearly less.
+            dropout: dropout after the embedding, the attention's projection and in the MLP, 0..1.
+            in_chans: channels of the images.
+
+        Raises:
+            UserError: if ``img_size`` is not a multiple of ``patch_size``.
+        """
+        divided(img_size, patch_size)
+        vit = VisionTransformer(
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            num_classes=0,
+            embed_dim=dim,
+            depth=depth,
+            num_heads=heads,
+            pos_embed="learn" if pos_embed else "none",
+            drop_path_rate=drop_path,
+            pos_drop_rate=dropout,
+            proj_drop_rate=dropout,
+            **ANY_SIZE,
+        )
+        return ViT(vit)
 
     return build
 
 
-for _name, _size in _SIZES.items():
+for _name, _size in SIZES.items():
     ENCODERS.add(_name, _builder(*_size))

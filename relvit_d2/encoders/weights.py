@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from relvit_d2 import __version__
 from relvit_d2.encoders.base import Encoder, build_encoder
+from relvit_d2.encoders.published import is_published, read_published
 from relvit_d2.errors import UserError
 from relvit_d2.files import appearing
 
@@ -60,6 +62,15 @@ def read_encoder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {key: json.loads(value) for key, value in metadata.items()}
 
 
+def read_weights(source: str | Path, encoder: Encoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read tensors and metadata of a file of :func:`save_encoder`, or of timm's published weights ``timm:NAME``.
+
+    Raises:
+        UserError: see :func:`read_encoder` and :func:`relvit_d2.encoders.published.read_published`.
+    """
+    return read_published(str(source), encoder) if is_published(str(source)) else read_encoder(Path(source))
+
+
 @dataclass
 class MatchReport:
     """What became of every tensor of a file and of every parameter of the encoder it went into."""
@@ -82,27 +93,38 @@ class MatchReport:
         return "\n".join(lines)
 
 
-def load_encoder(encoder: Encoder, path: Path) -> MatchReport:
-    """Load the weights in ``path`` into ``encoder`` and say what matched.
+def load_encoder(encoder: Encoder, source: str | Path) -> MatchReport:
+    """Load weights into ``encoder`` and say what matched.
 
-    Tensors of another size are resized where the encoder knows how (position embeddings).
+    Tensors of another size are resized where the encoder knows how (position and patch embeddings).
     Parameters that the file cannot hold by design count as fresh, not as missing.
 
+    Args:
+        encoder: what the weights go into.
+        source: an encoder file, or ``timm:NAME`` (see :func:`read_weights`).
+
     Raises:
-        UserError: if the file is of another encoder, or fewer than 90 % of the values match. The encoder
+        UserError: if the weights are of another encoder, or fewer than 90 % of the values match. The encoder
             is left untouched then.
     """
-    tensors, metadata = read_encoder(path)
-    source = metadata["encoder"]
-    for key, what in (("name", "of encoder"), ("patch_size", "for a patch size of")):
-        ours = encoder.to_config().get(key)
-        if source.get(key) != ours:
+    tensors, metadata = read_weights(source, encoder)
+    config = metadata["encoder"]
+    if config["name"] != encoder.name:
+        raise UserError(
+            f"'{source}' holds weights of encoder {config['name']}, the config asks for {encoder.name}; "
+            f"set MODEL.ENCODER.NAME {config['name']} or give other weights"
+        )
+    for key, mend in (
+        ("patch_size", f"set MODEL.ENCODER.PATCH_SIZE {config.get('patch_size')}"),
+        ("in_chans", f"build it with in_chans={config.get('in_chans')}"),
+    ):
+        if key in config and not encoder.accepts(key, config[key]):
             raise UserError(
-                f"'{path}' holds weights {what} {source.get(key)}, the config asks for {ours}; "
-                f"set MODEL.ENCODER.{key.upper()} {source.get(key)} or give other weights"
+                f"'{source}' holds weights for {key} {config[key]}, this encoder has {encoder.arguments[key]}: "
+                f"{mend} or give other weights"
             )
-    fresh = encoder.fresh(source)
-    report = MatchReport(str(path), metadata, fresh=sorted(fresh))
+    fresh = encoder.fresh(config)
+    report = MatchReport(str(source), metadata, fresh=sorted(fresh))
     own = encoder.state_dict()
     found: dict[str, Tensor] = {}
     for name, value in own.items():
@@ -113,7 +135,7 @@ def load_encoder(encoder: Encoder, path: Path) -> MatchReport:
         elif tensors[name].shape == value.shape:
             found[name] = tensors[name]
             report.loaded.append(name)
-        elif (adapted := encoder.adapt(name, tensors[name], source)) is not None:
+        elif (adapted := encoder.adapt(name, tensors[name], config)) is not None:
             found[name] = adapted
             report.resized.append(name)
         else:
@@ -123,7 +145,7 @@ def load_encoder(encoder: Encoder, path: Path) -> MatchReport:
     report.share = sum(value.numel() for value in found.values()) / max(wanted, 1)
     if report.share < ENOUGH:
         raise UserError(
-            f"only {report.share:.1%} of the encoder's values match '{path}' ({ENOUGH:.0%} are needed; "
+            f"only {report.share:.1%} of the encoder's values match '{source}' ({ENOUGH:.0%} are needed; "
             f"first missing: {', '.join(report.missing[:3])}); give weights of this very encoder"
         )
     encoder.load_state_dict(found, strict=False)
@@ -131,30 +153,47 @@ def load_encoder(encoder: Encoder, path: Path) -> MatchReport:
 
 
 @torch.no_grad()
-def feature_difference(encoder: Encoder, path: Path) -> float:
-    """Compare ``encoder`` with the encoder that ``path`` describes, on one image.
+def feature_difference(encoder: Encoder, source: str | Path) -> float:
+    """Compare ``encoder`` with the encoder that ``source`` describes, on one image.
 
-    The encoder of the file is built anew from its own metadata. Parameters that are fresh in ``encoder``
-    are zero during the comparison, since the file's encoder lacks them.
+    The encoder of the source is built anew from its own metadata. Parameters that are fresh in ``encoder``
+    are zero during the comparison, since the source's encoder lacks them. Where the patches of ``encoder`` are larger,
+    it sees the image with every patch enlarged; where it sees gray and the source colour, the image is gray.
 
     Returns:
         The largest absolute difference of a feature, relative to the features' largest absolute value.
     """
-    tensors, metadata = read_encoder(path)
-    source = build_encoder(**metadata["encoder"])
-    if odd := sorted(tensors.keys() ^ source.state_dict().keys()):
+    tensors, metadata = read_weights(source, encoder)
+    config = metadata["encoder"]
+    theirs = build_encoder(**config)
+    if odd := sorted(tensors.keys() ^ theirs.state_dict().keys()):
         raise UserError(
-            f"'{path}' does not hold the encoder that its metadata describes ({', '.join(odd[:3])}); write it anew"
+            f"'{source}' does not hold the encoder that its metadata describes ({', '.join(odd[:3])}); write it anew"
         )
-    source.load_state_dict(tensors)
-    source = source.to(next(encoder.parameters()).device).eval()
-    size = encoder.arguments["img_size"]
+    theirs.load_state_dict(tensors)
+    device = next(encoder.parameters()).device
+    theirs = theirs.to(device).eval()
     generator = torch.Generator().manual_seed(0)
+    size, patch = encoder.arguments["img_size"], encoder.arguments["patch_size"]
+    if patch != theirs.arguments["patch_size"]:
+        size = size // patch * theirs.arguments["patch_size"]
     image = torch.randn(1, encoder.arguments["in_chans"], size, size, generator=generator)
-    image = image.to(next(encoder.parameters()).device)
     was_training = encoder.training
     encoder.eval()
-    with encoder.without(encoder.fresh(metadata["encoder"])):
-        ours, theirs = encoder(image), source(image)
+    with encoder.without(encoder.fresh(config)):
+        ours = encoder(enlarge_patches(image, theirs.arguments["patch_size"], patch).to(device))
     encoder.train(was_training)
-    return max(((ours[k] - theirs[k]).abs().max() / theirs[k].abs().max()).item() for k in theirs)
+    expected = theirs(image.expand(-1, theirs.arguments["in_chans"], -1, -1).to(device))
+    pairs = [(ours[name if name in ours else encoder.last], value) for name, value in expected.items()]
+    return max(((value - wanted).abs().max() / wanted.abs().max()).item() for value, wanted in pairs)
+
+
+def enlarge_patches(images: Tensor, old: int, new: int) -> Tensor:
+    """Resize (bicubic) each patch of ``old`` pixels of images ``(B, C, H, W)``, whole patches, to ``new`` pixels."""
+    if old == new:
+        return images
+    rows, cols = images.shape[-2] // old, images.shape[-1] // old
+    patches = images.unflatten(3, (cols, old)).unflatten(2, (rows, old)).transpose(3, 4)  # B, C, rows, cols, y, x
+    shape = patches.shape[:4]
+    patches = F.interpolate(patches.flatten(0, 3)[:, None], size=(new, new), mode="bicubic", antialias=True)
+    return patches.view(*shape, new, new).transpose(3, 4).flatten(4, 5).flatten(2, 3)
