@@ -164,8 +164,20 @@ def build_encoder(name: str, **arguments: Any) -> Encoder:
 
 
 def encoder_from_keys(keys: Mapping[str, Any]) -> Encoder:
-    """Build the encoder that the config node ``MODEL`` describes: in ``ENCODER`` the arguments' names in capitals."""
-    encoder = build_encoder(**{key.lower(): value for key, value in keys["ENCODER"].items()})
+    """Build the encoder that the config node ``MODEL`` describes: in ``ENCODER`` the arguments' names in capitals.
+
+    Raises:
+        UserError: see :func:`build_encoder`; and if windows are asked of an encoder without such an argument.
+    """
+    arguments = {key.lower(): value for key, value in keys["ENCODER"].items()}
+    if "window" not in inspect.signature(ENCODERS[arguments["name"]]).parameters:
+        if arguments.pop("window", 0):
+            raise UserError(
+                f"MODEL.ENCODER.WINDOW: encoder '{arguments['name']}' has no attention to keep in windows of a chosen "
+                "side; set it to 0"
+            )
+        arguments.pop("global_blocks", None)
+    encoder = build_encoder(**arguments)
     if keys["CHECKPOINT"]:
         encoder.checkpoint_blocks()
     if keys["COMPILE"]:

@@ -134,14 +134,16 @@ def load_encoder(encoder: Encoder, path: Path) -> MatchReport:
 def feature_difference(encoder: Encoder, path: Path) -> float:
     """Compare ``encoder`` with the encoder that ``path`` describes, on one image.
 
-    The encoder of the file is built anew from its own metadata. Parameters that are fresh in ``encoder``
-    are zero during the comparison, since the file's encoder lacks them.
+    The encoder of the file is built anew from its own metadata, with attention in the windows of ``encoder``, which no
+    weight knows of. Parameters that are fresh in ``encoder`` are zero during the comparison, since the file's encoder
+    lacks them.
 
     Returns:
         The largest absolute difference of a feature, relative to the features' largest absolute value.
     """
     tensors, metadata = read_encoder(path)
-    source = build_encoder(**metadata["encoder"])
+    windows = {key: value for key, value in encoder.arguments.items() if key in ("window", "global_blocks")}
+    source = build_encoder(**metadata["encoder"] | windows)
     if odd := sorted(tensors.keys() ^ source.state_dict().keys()):
         raise UserError(
             f"'{path}' does not hold the encoder that its metadata describes ({', '.join(odd[:3])}); write it anew"
