@@ -115,7 +115,7 @@ class MapPyramid(FPN):
 class EverySecondCell(nn.Module):
     """One more level, the last one at every second cell: what Detectron2's ``LastLevelMaxPool`` returns.
 
-    That one's pooling binds a program of ``torch.export`` to odd or to even sizes.
+    Pooling, and slices with a step, bind a program of ``torch.export`` to odd or to even sizes.
     """
 
     num_levels = 1
