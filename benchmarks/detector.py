@@ -51,7 +51,7 @@ def main() -> None:
     precisions = {"fp32": "float32"}
     if choose_precision("auto", torch.device(args.device)).dtype == torch.bfloat16:
         precisions["bf16"] = "bfloat16"
-    tell([measure(name, *precision, args) for precision in precisions.items() for name in PAIRS], args)
+    tell((measure(name, *precision, args) for precision in precisions.items() for name in PAIRS), args)
 
 
 def measure(name: str, short: str, precision: str, args: argparse.Namespace) -> Row:

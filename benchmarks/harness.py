@@ -6,7 +6,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -106,8 +106,8 @@ def matrix_rate(device: str, dtype: torch.dtype, budget: float = 3.0) -> float:
     return 2 * size**3 / best
 
 
-def tell(rows: Sequence[Row], args: argparse.Namespace) -> None:
-    """Print the rows; each has ``name``, ``ratio`` and what it was measured with."""
+def tell(rows: Iterable[Row], args: argparse.Namespace) -> None:
+    """Print the rows as they come; each has ``name``, ``ratio`` and what it was measured with."""
     machine = {
         "device": device_name(args.device),
         "threads": torch.get_num_threads(),

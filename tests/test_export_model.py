@@ -28,13 +28,16 @@ def arguments(output: Path, to: str, *opts: str, size: list[int] | None = None) 
 
 def loaded(path: Path, to: str) -> Callable[[Tensor], dict[str, Tensor]]:
     if to == "torch-export":
-        program = torch.export.load(path).module()
-        return lambda images: program(images)
+        loaded_program = torch.export.load(path).module()
+        return lambda images: loaded_program(images)
     session = onnxruntime.InferenceSession(str(path))
     names = [output.name for output in session.get_outputs()]
-    return lambda images: dict(
-        zip(names, [torch.from_numpy(np.asarray(x)) for x in session.run(names, {"images": images.numpy()})])
-    )
+
+    def program(images: Tensor) -> dict[str, Tensor]:
+        levels = session.run(names, {"images": images.numpy()})
+        return {name: torch.from_numpy(np.asarray(level)) for name, level in zip(names, levels, strict=True)}
+
+    return program
 
 
 def check(path: Path, to: str, sizes: list[tuple[int, ...]], opts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +100,7 @@ def test_a_program_that_differs_is_not_written(tmp_path: Path, monkeypatch: pyte
 
 
 def test_bad_input_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="folder .*absent.* does not exist"):
+    with pytest.raises(UserError, match=r"folder .*absent.* does not exist"):
         export_model.export(arguments(tmp_path / "absent/file", "torch-export"))
     with pytest.raises(UserError, match=r"--size is for a Swin"):
         export_model.export(arguments(tmp_path / "file", "torch-export", size=[64, 64]))

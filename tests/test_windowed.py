@@ -124,5 +124,5 @@ def test_windows_that_cannot_be_are_one_sentence() -> None:
         vit(window=2, global_blocks=5)
     keys = {"NAME": "swin_tiny", "PATCH_SIZE": 4, "GLOBAL_BLOCKS": 4}
     assert encoder_from_keys({"ENCODER": {**keys, "WINDOW": 0}, "CHECKPOINT": False, "COMPILE": False})
-    with pytest.raises(UserError, match="'swin_tiny'.*set it to 0"):
+    with pytest.raises(UserError, match=r"'swin_tiny'.*set it to 0"):
         encoder_from_keys({"ENCODER": {**keys, "WINDOW": 14}, "CHECKPOINT": False, "COMPILE": False})

@@ -39,8 +39,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python tools/export_model.py --config-file configs/demo/streets.yaml --weights '' --to onnx "
-        "--output backbone.onnx",
+        epilog="example:\n  python tools/export_model.py --config-file configs/demo/streets.yaml --weights '' "
+        "--to onnx --output backbone.onnx",
     )
     parser.add_argument("--config-file", required=True, help="a detection config")
     parser.add_argument(
