@@ -1,12 +1,12 @@
 """What the benchmarks share: arguments, timing of two things in turn, and the rows that are told."""
 
 import argparse
+import itertools
 import json
-import multiprocessing
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -71,9 +71,10 @@ def in_turn(
 
 
 def peak_bytes(function: Callable[[], object], device: str) -> int:
-    """Return how much more memory than before a run of ``function`` held at its peak.
+    """Return how much more memory than before a run of ``function`` held at its peak in tensors.
 
-    On a CPU the run has a process of its own, a fork, so that nothing freed earlier is used again.
+    On a CPU torch's profiler tells of every tensor that comes and goes. What the process holds would say less: the
+    allocator keeps what is freed and gives it out again.
     """
     if device != "cpu":
         _wait(device)
@@ -82,27 +83,11 @@ def peak_bytes(function: Callable[[], object], device: str) -> int:
         function()
         _wait(device)
         return torch.cuda.max_memory_allocated() - before
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measured, args=(function, sender))
-    process.start()
-    peak = receiver.recv()
-    process.join()
-    return int(peak)
-
-
-def _measured(function: Callable[[], object], sender: Any) -> None:
-    torch.set_num_threads(1)  # the parent's threads did not come along
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak so far is forgotten
-    before = _resident("VmRSS")
-    function()
-    sender.send(_resident("VmHWM") - before)
-
-
-def _resident(field: str) -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{field}:"))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(itertools.accumulate(change for _, change in changes))
 
 
 def _wait(device: str) -> None:
@@ -121,8 +106,8 @@ def matrix_rate(device: str, dtype: torch.dtype, budget: float = 3.0) -> float:
     return 2 * size**3 / best
 
 
-def tell(rows: Sequence[Row], args: argparse.Namespace) -> None:
-    """Print the rows; each has ``name``, ``ratio`` and what it was measured with."""
+def tell(rows: Iterable[Row], args: argparse.Namespace) -> None:
+    """Print the rows as they come; each has ``name``, ``ratio`` and what it was measured with."""
     machine = {
         "device": device_name(args.device),
         "threads": torch.get_num_threads(),

@@ -14,6 +14,8 @@ _C.MODEL.ENCODER.IMG_SIZE = 224  # side of the image whose grid the position emb
 _C.MODEL.ENCODER.POS_EMBED = True  # off in the method's pre-training: positions are what it predicts
 _C.MODEL.ENCODER.DROP_PATH = 0.0  # stochastic depth of the last block, 0..1
 _C.MODEL.ENCODER.DROPOUT = 0.0  # 0..1
+_C.MODEL.ENCODER.WINDOW = 0  # ViT: patches a side of the windows that attention is kept in; 0: global everywhere
+_C.MODEL.ENCODER.GLOBAL_BLOCKS = 4  # with WINDOW: blocks whose attention stays global, evenly spaced up to the last
 _C.MODEL.PYRAMID = CfgNode()
 # simple: from the encoder's last map; fpn: over its maps of several strides; multitap: an FPN over several of its
 # blocks; auto: fpn if it has maps of several strides, else simple

@@ -3,9 +3,10 @@
 import math
 from itertools import pairwise
 
+import torch
 from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
+from detectron2.modeling.backbone.fpn import FPN
 from detectron2.modeling.backbone.vit import SimpleFeaturePyramid
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
@@ -111,6 +112,24 @@ class MapPyramid(FPN):
         return self.bottom_up.encoder
 
 
+class EverySecondCell(nn.Module):
+    """One more level, the last one at every second cell: what Detectron2's ``LastLevelMaxPool`` returns.
+
+    Pooling, and slices with a step, bind a program of ``torch.export`` to odd or to even sizes.
+    """
+
+    num_levels = 1
+
+    def __init__(self, in_feature: str) -> None:
+        super().__init__()
+        self.in_feature = in_feature
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Map ``(B, C, h, w)`` to ``(B, C, ceil(h / 2), ceil(w / 2))``."""
+        rows, cols = (torch.arange(0, side, 2, device=x.device) for side in x.shape[-2:])
+        return [x.index_select(2, rows).index_select(3, cols)]
+
+
 def in_float32(levels: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the levels in float32: Detectron2's RoIAlign takes boxes in their number format, and bfloat16 has no
     pixel's accuracy beyond 256."""
@@ -146,10 +165,7 @@ def build_encoder_pyramid_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Simp
     steps = [math.log2(b / a) for a, b in pairwise(strides)]
     if not strides or any(stride & (stride - 1) for stride in strides) or any(step != 1 for step in steps):
         raise UserError(f"MODEL.PYRAMID.STRIDES {strides} are not powers of two, each twice the one before")
-    top = None
-    if keys.TOP_BLOCK:
-        top = LastLevelMaxPool()
-        top.in_feature = f"p{int(math.log2(strides[-1]))}"
+    top = EverySecondCell(f"p{int(math.log2(strides[-1]))}") if keys.TOP_BLOCK else None
     build = _over_maps if name == "fpn" else _over_one_stride
     backbone = build(encoder, strides, top, keys, name)
     levels = list(backbone.output_shape())

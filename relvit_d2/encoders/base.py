@@ -24,6 +24,7 @@ class Encoder(nn.Module):
         arguments: the keyword arguments it was built with, plain numbers and booleans.
         strides: pixels per token of each map, by the map's name, finest first (``{"s16": 16}``).
         channels: channels of each map, under the same names.
+        any_size_traced: whether ``torch.export`` makes one program of it for images of many sizes.
 
     The last map is the one the pretext heads and the simple feature pyramid read. Every builder takes the keys of
     ``MODEL.ENCODER`` in small letters and ``in_chans``.
@@ -33,6 +34,7 @@ class Encoder(nn.Module):
     arguments: dict[str, Any]
     strides: dict[str, int]
     channels: dict[str, int]
+    any_size_traced = True
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Map normalised images ``(B, in_chans, H, W)`` to maps ``(B, C, ceil(H / stride), ceil(W / stride))``."""
@@ -160,10 +162,7 @@ def build_encoder(name: str, **arguments: Any) -> Encoder:
     Raises:
         UserError: for an unknown name or argument, or a value that the encoder cannot have.
     """
-    family, _, member = name.partition(":")
-    if name not in ENCODERS and is_model(name):
-        raise UserError(f"unknown encoder '{name}'; timm's model of that name is 'timm:{name}'")
-    builder = FAMILIES[family](member) if member else ENCODERS[name]
+    builder = _builder(name)
     known = list(inspect.signature(builder).parameters)
     for key in arguments:
         if key not in known:
@@ -176,9 +175,28 @@ def build_encoder(name: str, **arguments: Any) -> Encoder:
     return encoder
 
 
+def _builder(name: str) -> Callable[..., Encoder]:
+    family, _, member = name.partition(":")
+    if name not in ENCODERS and is_model(name):
+        raise UserError(f"unknown encoder '{name}'; timm's model of that name is 'timm:{name}'")
+    return FAMILIES[family](member) if member else ENCODERS[name]
+
+
 def encoder_from_keys(keys: Mapping[str, Any]) -> Encoder:
-    """Build the encoder that the config node ``MODEL`` describes: in ``ENCODER`` the arguments' names in capitals."""
-    encoder = build_encoder(**{key.lower(): value for key, value in keys["ENCODER"].items()})
+    """Build the encoder that the config node ``MODEL`` describes: in ``ENCODER`` the arguments' names in capitals.
+
+    Raises:
+        UserError: see :func:`build_encoder`; and if windows are asked of an encoder without such an argument.
+    """
+    arguments = {key.lower(): value for key, value in keys["ENCODER"].items()}
+    if "window" not in inspect.signature(_builder(arguments["name"])).parameters:
+        if arguments.pop("window", 0):
+            raise UserError(
+                f"MODEL.ENCODER.WINDOW: encoder '{arguments['name']}' has no attention to keep in windows of a chosen "
+                "side; set it to 0"
+            )
+        arguments.pop("global_blocks", None)
+    encoder = build_encoder(**arguments)
     if keys["CHECKPOINT"]:
         encoder.checkpoint_blocks()
     if keys["COMPILE"]:

@@ -58,6 +58,8 @@ def timm_vit(model: str) -> Callable[..., Encoder]:
         drop_path: float = 0.0,
         dropout: float = 0.0,
         in_chans: int = 3,
+        window: int = 0,
+        global_blocks: int = 4,
     ) -> Encoder:
         """Build the model; the arguments decide, whatever patch and image its name tells.
 
@@ -75,6 +77,6 @@ def timm_vit(model: str) -> Callable[..., Encoder]:
             **({} if pos_embed else {"pos_embed": "none"}),
             **ANY_SIZE,
         )
-        return ViT(without_head(vit))
+        return ViT(without_head(vit), window, global_blocks)
 
     return build

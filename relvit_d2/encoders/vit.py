@@ -1,14 +1,17 @@
 """Plain Vision Transformers: timm's implementation behind the encoder contract."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed, resample_patch_embed
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import Attention, resample_abs_pos_embed, resample_patch_embed
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from relvit_d2.encoders.base import ENCODERS, Encoder, evenly
+from relvit_d2.encoders.windowed import windowed_block
 from relvit_d2.errors import UserError
 
 # Arguments of timm's transformer: sides that are no multiples of the patch are padded, positions resampled.
@@ -23,24 +26,51 @@ class ViT(Encoder):
 
     Args:
         vit: timm's transformer, made for images of any size (:data:`ANY_SIZE`) and without a head.
+        window: patches a side of the windows that attention is kept in; 0: it is global everywhere.
+        global_blocks: blocks whose attention is global all the same, evenly spaced up to the last one.
+
+    Raises:
+        UserError: if ``window`` is negative or these blocks cannot have one, or there are not so many.
     """
 
-    def __init__(self, vit: VisionTransformer) -> None:
+    def __init__(self, vit: VisionTransformer, window: int, global_blocks: int) -> None:
         super().__init__()
+        depth = len(vit.blocks)
+        if window < 0 or not 0 <= global_blocks <= depth:
+            raise UserError(
+                f"MODEL.ENCODER.WINDOW {window} and GLOBAL_BLOCKS {global_blocks}: give a window of 0 (none) or more "
+                f"patches, and 0 to {depth} blocks"
+            )
+        if window and not all(isinstance(block, Block) and isinstance(block.attn, Attention) for block in vit.blocks):
+            raise UserError("the blocks of this encoder have attention of another kind: set MODEL.ENCODER.WINDOW 0")
         self.vit = vit
         patch_size, dim = vit.patch_embed.patch_size[0], vit.embed_dim
-        self._taps: list[int] = []
+        self._taps = [depth - 1]
+        globals_ = [depth * (i + 1) // global_blocks - 1 for i in range(global_blocks)]
+        self._windows = [window if index not in globals_ else 0 for index in range(depth)]
         self.strides = {f"s{patch_size}": patch_size}
         self.channels = {f"s{patch_size}": dim}
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """See :class:`Encoder`; a side that is no multiple of the patch is padded with zeros, right and bottom."""
-        if self._taps:
-            maps = self.vit.forward_intermediates(images, indices=self._taps, norm=True, intermediates_only=True)
-            assert isinstance(maps, list)
-            return dict(zip(self.strides, maps, strict=True))
-        rows, cols = self.grid(*images.shape[-2:])
-        return {self.last: self.tokens(images).transpose(1, 2).unflatten(2, (rows, cols))}
+        grid = self.grid(*images.shape[-2:])
+        outputs = self.tapped(images)
+        return {name: x.transpose(1, 2).unflatten(2, grid) for name, x in zip(self.strides, outputs, strict=True)}
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """See :class:`Encoder`; the sequence is the transformer's own, without the class token."""
+        return self.tapped(images)[-1]
+
+    def tapped(self, images: Tensor) -> list[Tensor]:
+        """Return the tapped blocks' normed tokens ``(B, h * w, C)``, without the class token; the last block's last."""
+        vit, grid, outputs = self.vit, self.grid(*images.shape[-2:]), []
+        x = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
+        for index, (block, window) in enumerate(zip(vit.blocks, self._windows, strict=True)):
+            run = partial(windowed_block, block, grid=grid, window=window) if window else block
+            x = checkpoint(run, x, use_reentrant=False) if vit.grad_checkpointing else run(x)
+            if index in self._taps:
+                outputs.append(vit.norm(x)[:, vit.num_prefix_tokens :])
+        return outputs
 
     def tap(self, count: int) -> None:
         """See :class:`Encoder`; every map goes through the final norm."""
@@ -49,13 +79,9 @@ class ViT(Encoder):
         self.strides = dict.fromkeys(names, self.strides[self.last])
         self.channels = dict.fromkeys(names, self.dim)
 
-    def tokens(self, images: Tensor) -> Tensor:
-        """See :class:`Encoder`; the sequence is the transformer's own, without the class token."""
-        return self.vit.forward_features(images)[:, self.vit.num_prefix_tokens :]
-
     def compile_passes(self) -> None:
-        """See :class:`Encoder`; here :meth:`forward` goes through :meth:`tokens`."""
-        self.tokens = torch.compile(self.tokens)  # type: ignore[method-assign]
+        """See :class:`Encoder`; both passes go through :meth:`tapped`."""
+        self.tapped = torch.compile(self.tapped)  # type: ignore[method-assign]
 
     def checkpoint_blocks(self) -> None:
         """See :class:`Encoder`."""
@@ -63,8 +89,8 @@ class ViT(Encoder):
 
     @property
     def carries_positions(self) -> bool:
-        """See :class:`Encoder`: by the position embedding alone."""
-        return self.vit.pos_embed is not None
+        """See :class:`Encoder`: by the position embedding, or because a token sees who shares its window."""
+        return self.vit.pos_embed is not None or any(self._windows)
 
     def fresh(self, source: dict[str, Any]) -> set[str]:
         """The position embedding is new when the source was trained without one, as the method's pre-training is."""
@@ -123,6 +149,8 @@ def _builder(dim: int, depth: int, heads: int) -> Callable[..., Encoder]:
         drop_path: float = 0.0,
         dropout: float = 0.0,
         in_chans: int = 3,
+        window: int = 0,
+        global_blocks: int = 4,
     ) -> Encoder:
         """Build a ViT.
 
@@ -134,6 +162,7 @@ def _builder(dim: int, depth: int, heads: int) -> Callable[..., Encoder]:
             drop_path: stochastic depth of the last block, 0..1; earlier blocks linearly less.
             dropout: dropout after the embedding, the attention's projection and in the MLP, 0..1.
             in_chans: channels of the images.
+            window, global_blocks: see :class:`ViT`.
 
         Raises:
             UserError: if ``img_size`` is not a multiple of ``patch_size``.
@@ -153,7 +182,7 @@ def _builder(dim: int, depth: int, heads: int) -> Callable[..., Encoder]:
             proj_drop_rate=dropout,
             **ANY_SIZE,
         )
-        return ViT(vit)
+        return ViT(vit, window, global_blocks)
 
     return build
 

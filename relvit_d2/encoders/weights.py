@@ -156,16 +156,18 @@ def load_encoder(encoder: Encoder, source: str | Path) -> MatchReport:
 def feature_difference(encoder: Encoder, source: str | Path) -> float:
     """Compare ``encoder`` with the encoder that ``source`` describes, on one image.
 
-    The encoder of the source is built anew from its own metadata. Parameters that are fresh in ``encoder``
-    are zero during the comparison, since the source's encoder lacks them. Where the patches of ``encoder`` are larger,
-    it sees the image with every patch enlarged; where it sees gray and the source colour, the image is gray.
+    The encoder of the source is built anew from its own metadata, with attention in the windows of ``encoder``, which
+    no weight knows of. Parameters that are fresh in ``encoder`` are zero during the comparison, since the source's
+    encoder lacks them. Where the patches of ``encoder`` are larger, it sees the image with every patch enlarged; where
+    it sees gray and the source colour, the image is gray.
 
     Returns:
         The largest absolute difference of a feature, relative to the features' largest absolute value.
     """
     tensors, metadata = read_weights(source, encoder)
     config = metadata["encoder"]
-    theirs = build_encoder(**config)
+    windows = {key: value for key, value in encoder.arguments.items() if key in ("window", "global_blocks")}
+    theirs = build_encoder(**config | windows)
     if odd := sorted(tensors.keys() ^ theirs.state_dict().keys()):
         raise UserError(
             f"'{source}' does not hold the encoder that its metadata describes ({', '.join(odd[:3])}); write it anew"

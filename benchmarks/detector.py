@@ -1,0 +1,151 @@
+"""A training pass of Mask R-CNN at 512 x 512 on each encoder and its pyramid against Detectron2's own backbones.
+
+``vit_small_P`` (attention in windows of 14 patches) and ``vit_small_global_P`` (the default, global everywhere) stand
+against Detectron2's ViT-S as ViTDet has it, in windows of 14 with the global blocks 2, 5, 8 and 11, on its
+SimpleFeaturePyramid; ``swin_tiny_P`` against Detectron2's Swin-T on its FPN. Detectron2 has no T2T-ViT, so
+``t2t_vit_14_P`` is compared with its ViT-S too. P is fp32, and bf16 where the machine multiplies it natively.
+
+A ratio is how many times more images a second ours takes forward and backward, ``memory_ratio`` ours over theirs: what
+the pass holds at its peak beyond model, gradients and images. Both sides have the same heads, batch and precision, and
+objects enough that every pass trains on the same number of regions. Detectron2's ViT goes without relative positions,
+which would make it slower.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, SimpleFeaturePyramid, SwinTransformer, ViT
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from benchmarks.harness import Row, arguments, in_turn, peak_bytes, tell
+from relvit_d2.detection.model import build_detector
+from relvit_d2.engine.config_file import load_config
+from relvit_d2.engine.precision import choose_precision
+from relvit_d2.engine.randomness import seed_everything
+
+SIDE = 512  # pixels
+WINDOW, GLOBAL_BLOCKS = 14, (2, 5, 8, 11)  # detectron2/model_zoo/configs/common/models/mask_rcnn_vitdet.py
+OBJECTS = 64  # an image: fill the share of the regions that are of objects, 0.25 of 64
+BATCHES = {"cpu": 2, "cuda": 8}
+VIT: dict[str, object] = {"NAME": "vit_small", "PATCH_SIZE": 16, "IMG_SIZE": SIDE, "DROP_PATH": 0.0}
+# name: keys of MODEL.ENCODER, Detectron2's backbone
+PAIRS = {
+    "vit_small": (VIT | {"WINDOW": WINDOW, "GLOBAL_BLOCKS": len(GLOBAL_BLOCKS)}, "build_vitdet"),
+    "vit_small_global": (VIT, "build_vitdet"),
+    "swin_tiny": (VIT | {"NAME": "swin_tiny", "PATCH_SIZE": 4}, "build_swin_fpn"),
+    "t2t_vit_14": (VIT | {"NAME": "t2t_vit_14"}, "build_vitdet"),
+}
+
+
+def main() -> None:
+    """Measure and tell."""
+    args = arguments(__doc__, "detector")
+    precisions = {"fp32": "float32"}
+    if choose_precision("auto", torch.device(args.device)).dtype == torch.bfloat16:
+        precisions["bf16"] = "bfloat16"
+    tell((measure(name, *precision, args) for precision in precisions.items() for name in PAIRS), args)
+
+
+def measure(name: str, short: str, precision: str, args: argparse.Namespace) -> Row:
+    """Return the row of an encoder in a precision."""
+    batch = 1 if args.quick and args.device == "cpu" else BATCHES[args.device]
+    keys, backbone = PAIRS[name]
+    ours = training_pass(config(keys, None, args), precision, batch)
+    theirs = training_pass(config(VIT, backbone, args), precision, batch)
+    pair = in_turn(ours, theirs, args.device, budget=10 if args.quick else 60)
+    mine, others = (peak_bytes(run, args.device) for run in (ours, theirs))
+    return {
+        "name": f"{name}_{short}",
+        "ratio": pair.ratio,
+        "memory_ratio": mine / others,
+        "batch": batch,
+        "ours_images_per_s": batch / pair.ours,
+        "theirs_images_per_s": batch / pair.theirs,
+        "ours_MiB": mine / 2**20,
+        "theirs_MiB": others / 2**20,
+    }
+
+
+def config(encoder: dict[str, object], backbone: str | None, args: argparse.Namespace) -> CfgNode:
+    """Return the config of a detector with one of our encoders, or with one of Detectron2's backbones.
+
+    A CPU would spend nearly all of a pass in the region heads: there they are smaller, for both sides.
+    """
+    values: dict[str, Any] = {f"MODEL.ENCODER.{key}": value for key, value in encoder.items()}
+    values |= {"MODEL.DEVICE": args.device, "MODEL.ROI_HEADS.NUM_CLASSES": 20}
+    if backbone:
+        values |= {"MODEL.BACKBONE.NAME": backbone}
+    if args.device == "cpu":
+        values |= {
+            "MODEL.RPN.POST_NMS_TOPK_TRAIN": 200,
+            "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 64,
+            "MODEL.ROI_BOX_HEAD.FC_DIM": 512,
+        }
+    return load_config("configs/base/detection.yaml", [str(part) for pair in values.items() for part in pair])
+
+
+def training_pass(cfg: CfgNode, precision: str, batch: int) -> Callable[[], None]:
+    """Return a forward and a backward pass of the detector on ``batch`` images."""
+    seed_everything(0, "model")
+    model = build_detector(cfg).train()
+    autocast = choose_precision(precision, torch.device(cfg.MODEL.DEVICE)).autocast
+    inputs = [image_with_objects(seed) for seed in range(batch)]
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+    def run() -> None:
+        with EventStorage(), autocast():
+            losses = model(inputs)
+        torch.stack(list(losses.values())).sum().backward()
+
+    return run
+
+
+def image_with_objects(seed: int) -> dict[str, Any]:
+    """Draw an image of noise with ``OBJECTS`` rectangles and their masks, as Detectron2's mappers give one."""
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.randint(0, SIDE - 128, (OBJECTS, 2), generator=generator)
+    extent = torch.randint(32, 128, (OBJECTS, 2), generator=generator)
+    boxes = torch.cat((corner, corner + extent), dim=1)
+    masks = torch.zeros(OBJECTS, SIDE, SIDE, dtype=torch.bool)
+    for mask, (left, top, right, bottom) in zip(masks, boxes.tolist(), strict=True):
+        mask[top:bottom, left:right] = True
+    objects = Instances((SIDE, SIDE), gt_boxes=Boxes(boxes.float()), gt_masks=BitMasks(masks))
+    objects.gt_classes = torch.randint(0, 20, (OBJECTS,), generator=generator)
+    return {"image": torch.randint(0, 256, (3, SIDE, SIDE), generator=generator), "instances": objects}
+
+
+@BACKBONE_REGISTRY.register()
+def build_vitdet(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """Detectron2's ViT-S and pyramid (the model zoo's ``mask_rcnn_vitdet.py`` at the width of ViT-S)."""
+    windowed = [block for block in range(12) if block not in GLOBAL_BLOCKS]
+    net = ViT(
+        img_size=SIDE,
+        embed_dim=384,
+        depth=12,
+        num_heads=6,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        window_size=WINDOW,
+        window_block_indexes=windowed,
+    )
+    channels = cfg.MODEL.PYRAMID.OUT_CHANNELS
+    return SimpleFeaturePyramid(net, "last_feat", channels, (4.0, 2.0, 1.0, 0.5), LastLevelMaxPool(), "LN", SIDE)
+
+
+@BACKBONE_REGISTRY.register()
+def build_swin_fpn(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """Detectron2's Swin-T and FPN, with the norm that our pyramid has."""
+    net = SwinTransformer(drop_path_rate=0.0)
+    return FPN(net, list(net.output_shape()), cfg.MODEL.PYRAMID.OUT_CHANNELS, "LN", LastLevelMaxPool())
+
+
+if __name__ == "__main__":
+    main()

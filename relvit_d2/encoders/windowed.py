@@ -1,0 +1,91 @@
+"""A transformer block whose patches see their own window of the grid only.
+
+"Exploring Plain Vision Transformer Backbones for Object Detection" (Li et al., 2022), section 3: attention in windows
+that do not shift, and a few blocks that stay global carry what is seen from window to window. Weights are those of
+global attention.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+Grid = tuple[int, int]
+
+
+def windowed_block(block: nn.Module, x: Tensor, grid: Grid, window: int) -> Tensor:
+    """Run a block of timm's with :func:`windowed_attention`: ``(B, prefix + rows * cols, C)`` to the same shape."""
+    assert isinstance(block, Block) and isinstance(block.attn, Attention)
+    x = x + block.drop_path1(block.ls1(windowed_attention(block.attn, block.norm1(x), grid, window)))
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+def windowed_attention(attention: Attention, x: Tensor, grid: Grid, window: int) -> Tensor:
+    """Attention in windows of ``window`` x ``window`` patches that begin at the top left corner.
+
+    A grid that does not fill its last windows is continued with zeros on the right and below, which are seen, as in
+    Detectron2 (``modeling/backbone/utils.py:16-40``, after the norm and before the projection to queries, keys and
+    values). A side of the grid that is no longer than the window is not continued: there the attention is the global
+    one. Tokens before the patches, such as a class token, see all tokens and are seen from every window.
+
+    Args:
+        attention: where the weights are.
+        x: normed tokens ``(B, prefix + rows * cols, C)``.
+        grid: rows and columns of the patches.
+        window: patches a side.
+
+    Returns:
+        ``(B, prefix + rows * cols, C)``.
+    """
+    rows, cols = grid
+    prefix = x.shape[1] - rows * cols
+    sides = (window if rows > window else rows), (window if cols > window else cols)
+    qkv = attention.qkv(x)
+    windows = cut(qkv[:, prefix:].unflatten(1, grid), sides, attention.qkv.bias)
+    count = windows.shape[0] // x.shape[0]
+    before = qkv[:, :prefix]
+    if prefix:
+        windows = torch.cat((before.repeat_interleave(count, 0), windows), dim=1)
+    out = joined(_attend(attention, *_heads(attention, windows), prefix), sides, grid).flatten(1, 2)
+    if prefix:
+        _, keys, values = _heads(attention, qkv)
+        queries, _, _ = _heads(attention, before)
+        out = torch.cat((_attend(attention, queries, keys, values, 0), out), dim=1)
+    return attention.proj_drop(attention.proj(attention.norm(out)))
+
+
+def cut(x: Tensor, sides: Grid, fill: Tensor | None) -> Tensor:
+    """Cut maps ``(B, rows, cols, C)`` into windows ``(B * windows, sides[0] * sides[1], C)``, row by row.
+
+    Where the last windows are not full, ``fill`` of shape ``(C,)``, or zero, is put.
+    """
+    (rows, cols), (high, wide) = x.shape[1:3], sides
+    down, right = -(-rows // high), -(-cols // wide)
+    if torch.compiler.is_compiling() or (rows, cols) != (down * high, right * wide):
+        x = F.pad(x if fill is None else x - fill, (0, 0, 0, right * wide - cols, 0, down * high - rows))
+        x = x if fill is None else x + fill
+    x = x.reshape(-1, down, high, right, wide, x.shape[-1]).transpose(2, 3)
+    return x.reshape(-1, high * wide, x.shape[-1])
+
+
+def joined(windows: Tensor, sides: Grid, grid: Grid) -> Tensor:
+    """Undo :func:`cut`: windows to maps ``(B, rows, cols, C)`` without what was put."""
+    (rows, cols), (high, wide) = grid, sides
+    down, right = -(-rows // high), -(-cols // wide)
+    x = windows.reshape(-1, down, right, high, wide, windows.shape[-1]).transpose(2, 3)
+    x = x.reshape(-1, down * high, right * wide, x.shape[-1])
+    return F.pad(x, (0, 0, 0, cols - right * wide, 0, rows - down * high))
+
+
+def _heads(attention: Attention, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values ``(B, heads, N, C / heads)`` of projected tokens ``(B, N, 3 * C)``."""
+    q, k, v = qkv.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return attention.q_norm(q), attention.k_norm(k), v
+
+
+def _attend(attention: Attention, queries: Tensor, keys: Tensor, values: Tensor, skipped: int) -> Tensor:
+    """Attention of the queries from the ``skipped``-th on: ``(B, N - skipped, C)``."""
+    dropout = attention.attn_drop.p if attention.training else 0.0
+    out = F.scaled_dot_product_attention(queries[:, :, skipped:], keys, values, dropout_p=dropout)
+    return out.transpose(1, 2).flatten(2)
