@@ -102,9 +102,10 @@ def reproduce(args: argparse.Namespace, row: Row) -> None:
 
     def tell() -> str:
         results = about | collect(row, seeds, images, args.scale)
+        text = page(results)
         write_json(output / "results.json", results)
-        write_text(output / "results.md", page(results))
-        return page(results)
+        write_text(output / "results.md", text)
+        return text
 
     total = sum(len(runs) for runs in seeds)
     for number, (seed, run) in enumerate(((seed, run) for seed, runs in enumerate(seeds) for run in runs.values()), 1):
