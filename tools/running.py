@@ -1,10 +1,12 @@
 """Run one of the scripts as a user would, with a progress bar."""
 
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 from tqdm import tqdm
 
 from relvit_d2.errors import UserError
@@ -32,7 +34,11 @@ def run_script(title: str, command: list[str], output: Path, total: int) -> None
     with console.open("w") as log, tqdm(desc=title, total=total, unit="it", mininterval=pause) as bar:
         full = [sys.executable, str(ROOT / command[0]), *command[1:]]
         before = _iterations(metrics, total)
-        process = subprocess.Popen(full, stdout=log, stderr=subprocess.STDOUT)
+        # Ctrl-C reaches this process alone, which passes on one signal: a second one would end the script at once.
+        # Killed, it takes the script along, which would else write to a folder where another run may begin.
+        process = subprocess.Popen(
+            full, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_die_with_parent
+        )
         try:
             while process.poll() is None:
                 time.sleep(0.5)
@@ -51,6 +57,10 @@ def run_script(title: str, command: list[str], output: Path, total: int) -> None
         lines = console.read_text().strip().splitlines() or ["it said nothing"]
         errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
         raise UserError(f"{command[0]} failed: {(errors or lines)[-1]} (whole log: {console})")
+
+
+def _die_with_parent() -> None:
+    _prctl_pr_set_pdeathsig(signal.SIGKILL)
 
 
 def _iterations(metrics: Path, total: int) -> int:

@@ -174,6 +174,15 @@ def _subset(name: str) -> tuple[str, Callable[[list], list]]:
     return match["base"], lambda items: items[: int(amount)]
 
 
+def part_of(name: str, share: float) -> str:
+    """Return the name of the first ``share``, 0..1, of a data set or subset, one image at least."""
+    match = _SUBSET.fullmatch(name)
+    if match and not match["percent"]:
+        return f"{match['base']}[:{max(int(float(match['amount']) * share), 1)}]"
+    base, percent = (match["base"], float(match["amount"])) if match else (name, 100.0)
+    return f"{base}[:{f'{percent * share:.6f}'.rstrip('0').rstrip('.')}%]"
+
+
 def _find(what: str, *places: str) -> Path:
     """Return the first of ``places`` under the data root that exists."""
     root = dataset_root()

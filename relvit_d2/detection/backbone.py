@@ -34,6 +34,34 @@ class EncoderBackbone(Backbone):
         return {name: ShapeSpec(channels=channels[name], stride=strides[name]) for name in strides}
 
 
+class NormedMaps(EncoderBackbone):
+    """Maps of an encoder's stages, each after a norm of its own.
+
+    As in Detectron2's Swin (``modeling/backbone/swin.py:622-630,689-690``); the last map went through the encoder's
+    final norm already.
+
+    Args:
+        encoder: with maps of several strides.
+        names: the maps to give, finest first.
+    """
+
+    def __init__(self, encoder: Encoder, names: list[str]) -> None:
+        super().__init__(encoder)
+        self.names = names
+        self.norms = nn.ModuleDict({n: nn.LayerNorm(encoder.channels[n]) for n in names if n != encoder.last})
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Map normalised images ``(B, in_chans, H, W)`` to the maps."""
+        maps = self.encoder(x)
+        normed = {n: norm(maps[n].permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for n, norm in self.norms.items()}
+        return {name: normed.get(name, maps[name]) for name in self.names}
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of each map."""
+        shapes = super().output_shape()
+        return {name: shapes[name] for name in self.names}
+
+
 class ResizedTaps(EncoderBackbone):
     """Maps of an encoder's blocks, which are of one stride, each brought to a stride of its own.
 
@@ -203,4 +231,4 @@ def _over_maps(encoder: Encoder, strides: list[int], top: nn.Module | None, keys
             f"'{encoder.name}', which fpn stands on; for an encoder of one stride set MODEL.PYRAMID.NAME simple or "
             "multitap"
         )
-    return MapPyramid(EncoderBackbone(encoder), names, keys.OUT_CHANNELS, keys.NORM, top)
+    return MapPyramid(NormedMaps(encoder, names), names, keys.OUT_CHANNELS, keys.NORM, top)

@@ -147,7 +147,7 @@ class T2T(Encoder):
         self.tokens_to_token = TokensToToken(in_chans, DIM)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, DIM))
         self.pos_drop = nn.Dropout(dropout)
-        rates = torch.linspace(0, drop_path, DEPTH).tolist()
+        rates = torch.linspace(0, drop_path, DEPTH, device="cpu").tolist()
         arguments: dict[str, Any] = {
             "mlp_ratio": MLP_RATIO,
             "qkv_bias": False,

@@ -1,0 +1,121 @@
+"""Run a row of a paper's table: pre-train, fine-tune and train from scratch, once a seed, then compare.
+
+Each arm is a few runs of the scripts, one after the other, in a folder of its own. A run that was cut off goes on where
+it stopped and a finished one is not run again, so give the same command until it ends. results.md and results.json in
+the output folder hold what is known so far: ours, the paper's, the difference, and whether the spread over seeds
+explains it.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from running import run_script  # noqa: E402
+
+from relvit_d2 import __version__  # noqa: E402
+from relvit_d2.engine import interrupts  # noqa: E402
+from relvit_d2.engine.config_file import load_config  # noqa: E402
+from relvit_d2.engine.failures import guard  # noqa: E402
+from relvit_d2.engine.machine import device_name  # noqa: E402
+from relvit_d2.engine.precision import choose_precision  # noqa: E402
+from relvit_d2.errors import UserError, nearest  # noqa: E402
+from relvit_d2.files import write_json, write_text  # noqa: E402
+from relvit_d2.report.published import Row, tables  # noqa: E402
+from relvit_d2.report.reproduce import collect, count_images, page, plan  # noqa: E402
+
+
+def main() -> int:
+    """Parse the command line and run the row."""
+    known = tables()
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  python tools/reproduce.py table2 --row vit_s --seeds 3\nrows:\n"
+        + "\n".join(f"  {table}: {', '.join(rows)}" for table, rows in known.items()),
+    )
+    parser.add_argument("table", choices=list(known))
+    parser.add_argument("--row", required=True, metavar="NAME", help="one of those below")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of every arm, with the seeds 0, 1, ... (default 1)")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of schedule and images, for a rehearsal: 0.01")
+    parser.add_argument("--output", type=Path, help="default output/TABLE_ROW, output/TABLE_ROW_SCALE if scaled")
+    parser.add_argument(
+        "--data-note", default="", metavar="TEXT", help="what readers of the table should know of the data"
+    )
+    parser.add_argument("opts", nargs="*", help="KEY VALUE pairs over every config")
+    args = parser.parse_intermixed_args()
+
+    def start() -> None:
+        interrupts.install(patient=False)
+        if args.row not in known[args.table]:
+            rows = list(known[args.table])
+            raise UserError(f"--row '{args.row}' is not in {args.table}: {', '.join(rows)}{nearest(args.row, rows)}")
+        reproduce(args, known[args.table][args.row])
+
+    return guard(start)
+
+
+def reproduce(args: argparse.Namespace, row: Row) -> None:
+    """Run what of a row is not finished yet.
+
+    Raises:
+        UserError: if an argument is out of range, a config or data are missing, or a run fails.
+    """
+    if args.seeds < 1:
+        raise UserError(f"--seeds {args.seeds}: give at least 1")
+    if not 0 < args.scale <= 1:
+        raise UserError(f"--scale {args.scale}: give more than 0, at most 1")
+    ending = f"_{args.scale:g}" if args.scale < 1 else ""
+    output = (args.output or Path(f"output/{args.table}_{args.row}{ending}")).absolute()
+    seeds = [plan(row, seed, args.scale, output, args.opts) for seed in range(args.seeds)]
+    for run in seeds[0].values():  # what is missing is told before the first run, not hours later
+        count_images(run.config)
+    step = row.arms[0].steps[-1]
+    cfg = load_config(str(ROOT / step.config), args.opts, step.script)
+    if not cfg.DATASETS.TEST:
+        raise UserError("DATASETS.TEST is empty, so there is nothing to compare; name a data set")
+    images = count_images(cfg)
+    about: dict[str, Any] = {
+        "table": args.table,
+        "row": args.row,
+        "seeds": args.seeds,
+        "data": {
+            "train": ", ".join(cfg.DATASETS.TRAIN),
+            "test": ", ".join(cfg.DATASETS.TEST),
+            "images": images,
+            "published_images": row.images,
+            "note": args.data_note,
+        },
+        "machine": {
+            "device": device_name(cfg.MODEL.DEVICE),
+            "precision": str(choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE)).dtype)[6:],
+            "torch": torch.__version__,
+            "version": __version__,
+        },
+        "command": shlex.join(["python", "tools/reproduce.py", *sys.argv[1:]]),
+    }
+
+    def tell() -> str:
+        results = about | collect(row, seeds, images, args.scale)
+        text = page(results)
+        write_json(output / "results.json", results)
+        write_text(output / "results.md", text)
+        return text
+
+    total = sum(len(runs) for runs in seeds)
+    for number, (seed, run) in enumerate(((seed, run) for seed, runs in enumerate(seeds) for run in runs.values()), 1):
+        if not run.finished():
+            title = f"{number}/{total} {run.step.name}, seed {seed}"
+            run_script(title, run.command, run.folder, run.config.SOLVER.MAX_ITER)
+            run.finish()
+            tell()
+    print(f"\n{tell()}\nwritten: {output}/results.json, {output}/results.md")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
