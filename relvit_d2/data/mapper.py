@@ -92,9 +92,11 @@ class DetectionMapper(DatasetMapper):
             else BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS)
             for a in objects
         ]
+        points = transforms.apply_coords(np.array(corners, np.float64).reshape(-1, 2)).reshape(-1, 2, 2)
         height, width = image_shape
-        boxes = transforms.apply_box(np.array(corners, np.float64).reshape(-1, 4)).clip(min=0)
-        boxes = np.minimum(boxes, [width, height, width, height]).astype(np.float32)
+        # A flip swaps the corners. Clipping comes before float32, as in Detectron2.
+        boxes = np.concatenate([points.min(axis=1), points.max(axis=1)], axis=1).clip(0, [width, height] * 2)
+        boxes = boxes.astype(np.float32)
         kept = (boxes[:, 2:] - boxes[:, :2] > EMPTY).all(axis=1)
         classes = np.array([a["category_id"] for a in objects], np.int64)
         dataset_dict["instances"] = Instances(
@@ -129,7 +131,7 @@ class _Pixels:
             return image.permute(2, 0, 1).flip(1).permute(1, 2, 0)
         if isinstance(step, T.ResizeTransform) and image.dtype == torch.uint8 and step.interp == Image.BILINEAR:
             size = (step.new_h, step.new_w)
-            planes = image.permute(2, 0, 1)[None]
+            planes = image.permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)  # copies crops
             return F.interpolate(planes, size, mode="bilinear", antialias=True)[0].permute(1, 2, 0)
         return torch.from_numpy(np.ascontiguousarray(step.apply_image(image.numpy())))
 
