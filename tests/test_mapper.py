@@ -1,4 +1,4 @@
-"""The detection mapper against Detectron2's own: same draws, boxes and masks to the bit, pixels up to one grey level."""
+"""The detection mapper against Detectron2's: draws, boxes and masks to the bit, pixels up to one grey level."""
 
 import copy
 import io
@@ -75,7 +75,7 @@ def assert_same(ours: Record, expected: Record) -> None:
 
 
 def compare(cfg: CfgNode, records: list[Record]) -> None:
-    """Both mappers from one state of the generator, which they leave in one state too; the records stay as they were."""
+    """Both mappers start from one state of the generator and leave it in one; the records stay as they were."""
     mappers = DetectionMapper(cfg), theirs(cfg)
     before = copy.deepcopy(records)
     found = 0

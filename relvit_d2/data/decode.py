@@ -59,7 +59,7 @@ def read_rgb(path: Path | str, longest: int = 0) -> np.ndarray:
 def _decode_plain_jpeg(image: ImageFile.ImageFile) -> np.ndarray | None:
     """Return the pixels of an opened upright JPEG, decoded straight into an array; None if it is none, or damaged.
 
-    torchvision and Pillow share libjpeg-turbo and its settings; without Pillow's copies it takes two thirds of the time.
+    Both decoders are libjpeg-turbo with the same settings; without Pillow's copies it takes two thirds of the time.
     """
     if image.format != "JPEG" or image.mode not in ("L", "RGB") or _orientation(image) != 1:
         return None
