@@ -18,8 +18,6 @@ from torch import Tensor
 from relvit_d2.data.decode import read_rgb, reading
 from relvit_d2.errors import UserError
 
-EMPTY = 1e-5  # pixels; an object that is no wider or higher is left out (Detectron2's filter_empty_instances)
-
 
 class DetectionMapper(DatasetMapper):
     """Detectron2's mapper, faster and with large-scale jitter; a damaged image is one sentence instead of a traceback.
@@ -63,12 +61,22 @@ class DetectionMapper(DatasetMapper):
             utils.check_image_size(record, image)
         except SizeMismatchError as error:
             raise UserError(f"{' '.join(str(error).split())} Correct the annotation or the image") from error
-        pixels = _Pixels(image)
-        transforms = self.augmentations(pixels)
-        record["image"] = pixels.image.permute(2, 0, 1).contiguous()
+        # Python's part of the work is cold after every decoding, five times slower than in a loop of its own: no
+        # AugmentationList, no arrays for a handful of boxes.
+        pixels, steps = torch.from_numpy(np.ascontiguousarray(image)), []
+        for augmentation in self.augmentations.augs:
+            drawn = augmentation.get_transform(pixels)
+            for step in drawn.transforms if isinstance(drawn, T.TransformList) else (drawn,):
+                pixels = _transformed(pixels, step)
+                steps.append(step)
+        record["image"] = pixels.permute(2, 0, 1).contiguous()
         if self.is_train and "annotations" in dataset_dict:
-            record["annotations"] = dataset_dict["annotations"]
-            self._transform_annotations(record, transforms, tuple(pixels.image.shape[:2]))
+            shape = (pixels.shape[0], pixels.shape[1])
+            if self.use_instance_mask or self.use_keypoint:
+                record["annotations"] = copy.deepcopy(dataset_dict["annotations"])  # changed in place
+                self._transform_annotations(record, T.TransformList(steps), shape)
+            else:
+                record["instances"] = _boxes_as_instances(dataset_dict["annotations"], steps, shape)
         return record
 
     def _read(self, path: str) -> np.ndarray:
@@ -77,63 +85,65 @@ class DetectionMapper(DatasetMapper):
         with reading(path):
             return utils.read_image(path, self.image_format)
 
-    def _transform_annotations(
-        self, dataset_dict: dict[str, Any], transforms: T.TransformList, image_shape: tuple[int, int]
-    ) -> None:
-        """Put the :class:`Instances` in place of the annotations; boxes alone are transformed all at once."""
-        if self.use_instance_mask or self.use_keypoint:
-            dataset_dict["annotations"] = copy.deepcopy(dataset_dict["annotations"])  # changed in place
-            super()._transform_annotations(dataset_dict, transforms, image_shape)
-            return
-        objects = [a for a in dataset_dict.pop("annotations") if not a.get("iscrowd", 0)]
-        corners = [
-            a["bbox"]
-            if a["bbox_mode"] == BoxMode.XYXY_ABS
-            else BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS)
-            for a in objects
-        ]
-        points = transforms.apply_coords(np.array(corners, np.float64).reshape(-1, 2)).reshape(-1, 2, 2)
-        height, width = image_shape
-        # A flip swaps the corners. Clipping comes before float32, as in Detectron2.
-        boxes = np.concatenate([points.min(axis=1), points.max(axis=1)], axis=1).clip(0, [width, height] * 2)
-        boxes = boxes.astype(np.float32)
-        kept = (boxes[:, 2:] - boxes[:, :2] > EMPTY).all(axis=1)
-        classes = np.array([a["category_id"] for a in objects], np.int64)
-        dataset_dict["instances"] = Instances(
-            image_shape, gt_boxes=Boxes(torch.from_numpy(boxes[kept])), gt_classes=torch.from_numpy(classes[kept])
-        )
 
-
-class _Pixels:
-    """What Detectron2's augmentations change: an image ``(H, W, C)``, transformed as soon as a transform is drawn.
+def _transformed(image: Tensor, step: T.Transform) -> Tensor:
+    """Apply one of Detectron2's transforms to an image ``(H, W, C)``.
 
     uint8 stays uint8: torch's antialiased bilinear resampling is Pillow's up to one grey level, vectorised. Crops are
-    views, so that those before a resize spare its work; flips of whole rows are vectorised copies.
+    views, so that those before a resize spare its work; flips are vectorised copies of rows.
     """
+    if isinstance(step, T.NoOpTransform):
+        return image
+    if isinstance(step, T.CropTransform):
+        return image[step.y0 : step.y0 + step.h, step.x0 : step.x0 + step.w]
+    if isinstance(step, T.HFlipTransform | T.VFlipTransform):
+        return image.permute(2, 0, 1).flip(2 if isinstance(step, T.HFlipTransform) else 1).permute(1, 2, 0)
+    if isinstance(step, T.ResizeTransform) and image.dtype == torch.uint8 and step.interp == Image.BILINEAR:
+        planes = image.permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)  # copies crops
+        return F.interpolate(planes, (step.new_h, step.new_w), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+    return torch.from_numpy(np.ascontiguousarray(step.apply_image(image.numpy())))
 
-    def __init__(self, image: np.ndarray) -> None:
-        self.image = torch.from_numpy(np.ascontiguousarray(image))
 
-    def transform(self, transform: T.Transform) -> None:
-        """Apply one of Detectron2's transforms."""
-        for step in transform.transforms if isinstance(transform, T.TransformList) else [transform]:
-            self.image = self._transformed(step)
+def _boxes_as_instances(
+    annotations: list[dict[str, Any]], steps: list[T.Transform], shape: tuple[int, int]
+) -> Instances:
+    """Return boxes and classes of the objects that are no crowd and still have an area, as Detectron2 does.
 
-    def _transformed(self, step: T.Transform) -> Tensor:
-        image = self.image
-        if isinstance(step, T.NoOpTransform):
-            return image
-        if isinstance(step, T.CropTransform):
-            return image[step.y0 : step.y0 + step.h, step.x0 : step.x0 + step.w]
-        if isinstance(step, T.HFlipTransform):
-            return image.permute(2, 0, 1).flip(2).permute(1, 2, 0)
-        if isinstance(step, T.VFlipTransform):
-            return image.permute(2, 0, 1).flip(1).permute(1, 2, 0)
-        if isinstance(step, T.ResizeTransform) and image.dtype == torch.uint8 and step.interp == Image.BILINEAR:
-            size = (step.new_h, step.new_w)
-            planes = image.permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)  # copies crops
-            return F.interpolate(planes, size, mode="bilinear", antialias=True)[0].permute(1, 2, 0)
-        return torch.from_numpy(np.ascontiguousarray(step.apply_image(image.numpy())))
+    Args:
+        annotations: of one image.
+        steps: the transforms of the image.
+        shape: height and width of the transformed image, pixels.
+    """
+    height, width = shape
+    boxes, classes = [], []
+    for annotation in annotations:
+        if annotation.get("iscrowd", 0):
+            continue
+        box, mode = annotation["bbox"], annotation["bbox_mode"]
+        x0, y0, x1, y1 = box if mode == BoxMode.XYXY_ABS else BoxMode.convert(box, mode, BoxMode.XYXY_ABS)
+        for step in steps:
+            if isinstance(step, T.ResizeTransform):
+                across, down = step.new_w / step.w, step.new_h / step.h
+                x0, y0, x1, y1 = x0 * across, y0 * down, x1 * across, y1 * down
+            elif isinstance(step, T.CropTransform):
+                x0, y0, x1, y1 = x0 - step.x0, y0 - step.y0, x1 - step.x0, y1 - step.y0
+            elif isinstance(step, T.HFlipTransform):
+                x0, x1 = step.width - x1, step.width - x0
+            elif isinstance(step, T.VFlipTransform):
+                y0, y1 = step.height - y1, step.height - y0
+        boxes.append(
+            [min(max(x0, 0.0), width), min(max(y0, 0.0), height), min(max(x1, 0.0), width), min(max(y1, 0.0), height)]
+        )
+        classes.append(int(annotation["category_id"]))
+    instances = Instances(
+        shape,
+        gt_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)),
+        gt_classes=torch.tensor(classes, dtype=torch.int64),
+    )
+    # A box of the least width is far above the threshold of Detectron2's filter, 1e-5 pixels, even in float32.
+    if all(x1 - x0 > 1e-3 and y1 - y0 > 1e-3 for x0, y0, x1, y1 in boxes):
+        return instances
+    return utils.filter_empty_instances(instances)
 
 
 class ImageReader:
