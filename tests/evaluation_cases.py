@@ -59,22 +59,30 @@ def truth_as_found(records: Records, difficult_too: bool) -> Found:
 
 
 def voc_records(samples: Path) -> Records:
-    """All sample images, read apart from the package's own reader."""
+    """All of VOC's sample images."""
+    records = voc_style_records(samples / "VOC2007", VOC_CLASSES)
+    assert len(records) == 80
+    return records
+
+
+def voc_style_records(folder: Path, classes: Sequence[str]) -> Records:
+    """What the folder ``Annotations`` holds, read apart from the package's own reader; boxes without area left out."""
     records = []
-    for path in sorted((samples / "VOC2007" / "Annotations").glob("*.xml")):
+    for path in sorted((folder / "Annotations").glob("*.xml")):
         root = ET.parse(path).getroot()
         objects = []
         for item in root.findall("object"):
             corners = [float(item.findtext(f"bndbox/{k}", "")) for k in ("xmin", "ymin", "xmax", "ymax")]
+            if corners[0] == corners[2] or corners[1] == corners[3]:
+                continue
             objects.append(
                 {
                     "bbox": [corners[0] - 1, corners[1] - 1, corners[2], corners[3]],
-                    "category_id": VOC_CLASSES.index(item.findtext("name", "")),
+                    "category_id": classes.index(item.findtext("name", "")),
                     "difficult": int(item.findtext("difficult", "0")),
                 }
             )
         records.append(record(path.stem, objects))
-    assert len(records) == 80
     return records
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import load_coco_json
+from detectron2.structures import BoxMode
 from evaluation_cases import (
     VOC_CLASSES,
     Found,
@@ -22,11 +23,14 @@ from evaluation_cases import (
     truth_as_found,
     two_classes,
     voc_records,
+    voc_style_records,
 )
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from relvit_d2.data.svhn import load_svhn
+from relvit_d2.evaluation.average_precision import coco_evaluation, why_no_precision
 from relvit_d2.evaluation.coco import CocoStyleEvaluator, coco_ground_truth
 from relvit_d2.evaluation.voc07 import Voc07Evaluator
 
@@ -136,6 +140,30 @@ def test_perfect_detections_score_100_in_both(samples: Path, tmp_path: Path) -> 
         box = run(coco, found)["bbox"]
         assert [box["AP"], box["AP50"], box["AP75"]] == pytest.approx([100] * 3)
         assert run(voc, found)["voc07"]["AP50"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("name", ["coco", "svhn", "bccd"])
+def test_perfect_detections_of_other_samples_score_100(samples: Path, tmp_path: Path, name: str) -> None:
+    if name == "coco":
+        root = samples / "coco"
+        records = load_coco_json(str(root / "annotations/instances_val2017.json"), str(root / "val2017"))
+    elif name == "svhn":
+        records = load_svhn(samples / "svhn/train", skip_missing=True)
+    else:
+        records = voc_style_records(samples / "bccd/BCCD", ["RBC", "WBC", "Platelets"])
+    found: Found = {}
+    for item in records:
+        item["annotations"] = [{k: v for k, v in a.items() if k != "segmentation"} for a in item["annotations"]]
+        found[item["image_id"]] = [
+            (BoxMode.convert(list(map(float, a["bbox"])), a["bbox_mode"], BoxMode.XYXY_ABS), a["category_id"], 0.9)
+            for a in item["annotations"]
+            if not a.get("iscrowd", 0)
+        ]
+    classes = [str(k) for k in range(80)]
+    box = run(CocoStyleEvaluator(name, records, classes, tmp_path, True), found)["bbox"]
+    assert [box["AP"], box["AP50"], box["AP75"]] == pytest.approx([100] * 3)
+    if name != "coco":  # which has crowds
+        assert run(Voc07Evaluator(name, records, classes, True), found)["voc07"]["AP50"] == pytest.approx(100)
 
 
 def test_difficult_objects_that_are_missed_cost_only_when_they_count(samples: Path, tmp_path: Path) -> None:
@@ -266,6 +294,127 @@ def test_masks_are_evaluated_where_they_are_predicted(tmp_path: Path) -> None:
         assert results["segm"]["AP"] == pytest.approx(100)
         assert results["bbox"]["AP"] == pytest.approx(100)
     assert isinstance(rle["counts"], bytes)  # the records stay as they were
+
+
+def random_case(seed: int, images: int, crowd: float, ids: str) -> tuple[COCO, list[dict[str, object]]]:
+    """Objects with masks in three classes of gapped ids, detections near and far with many equal scores."""
+    rng = np.random.default_rng(seed)
+
+    def blob() -> dict[str, object]:
+        mask = np.zeros((120, 160), np.uint8, order="F")
+        (y0, x0), (h, w) = rng.integers(0, (100, 140)), rng.integers(4, 120, 2)
+        mask[y0 : y0 + h, x0 : x0 + w] = rng.random((120, 160))[y0 : y0 + h, x0 : x0 + w] < 0.8
+        rle = mask_util.encode(mask)
+        return {"bbox": mask_util.toBbox(rle).tolist(), "segmentation": rle, "area": float(mask_util.area(rle))}
+
+    names = [f"{n:04}" if ids == "text" else 7 * n for n in rng.permutation(images).tolist()]
+    annotations, detections = [], []
+    for name in names:
+        for _ in range(rng.integers(0, 5)):
+            own = {"image_id": name, "category_id": int(rng.choice([2, 5, 90]))}
+            number = {"id": len(annotations) + 1, "iscrowd": int(rng.random() < crowd)}
+            annotations.append({**blob(), **own, **number})
+            for _ in range(rng.integers(0, 4)):
+                x, y, w, h = np.array(annotations[-1]["bbox"]) + rng.normal(0, 3, 4)
+                shape = {"bbox": [x, y, abs(w), abs(h)], "segmentation": annotations[-1]["segmentation"]}
+                detections.append({**shape, **own, "score": round(float(rng.random()), 1)})
+        for _ in range(rng.integers(0, 60)):
+            shape = blob()
+            shape.pop("area")
+            label = int(rng.choice([2, 5, 90]))
+            detections.append({**shape, "image_id": name, "category_id": label, "score": round(float(rng.random()), 1)})
+    truth = COCO()
+    truth.dataset = {
+        "info": {},
+        "images": [{"id": name, "height": 120, "width": 160} for name in names],
+        "categories": [{"id": label, "name": str(label)} for label in (2, 5, 7, 90)],
+        "annotations": annotations,
+    }
+    truth.createIndex()
+    return truth, detections
+
+
+def official(truth: COCO, detections: list[dict[str, object]], iou_type: str) -> COCOeval:
+    """Evaluate with pycocotools as Detectron2 does."""
+    results = [{k: v for k, v in d.items() if k != "bbox" or iou_type == "bbox"} for d in detections]
+    found = truth.loadRes(results) if results else COCO()
+    if not results:
+        found.dataset = {**truth.dataset, "annotations": []}
+        found.createIndex()
+    evaluation = COCOeval(truth, found, iou_type)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return evaluation
+
+
+CASES = {
+    "many": (1, 12, 0.0, "numbers"),
+    "crowd": (2, 12, 0.3, "text"),
+    "only crowd": (3, 6, 1.0, "numbers"),
+    "one image": (4, 1, 0.2, "text"),
+}
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+@pytest.mark.parametrize("found", ["some", "none", "more than count"])
+@pytest.mark.parametrize("case", CASES)
+def test_fast_evaluation_is_pycocotools(case: str, found: str, iou_type: str) -> None:
+    truth, detections = random_case(*CASES[case])
+    if found == "none":
+        detections = []
+    if found == "more than count":  # 100 an image and class
+        detections = [{**d, "image_id": detections[0]["image_id"], "category_id": 5} for d in detections]
+    expected = official(truth, detections, iou_type)
+    ours = coco_evaluation(truth, detections, iou_type)
+    np.testing.assert_allclose(ours.stats[:12], expected.stats, rtol=0, atol=1e-12)
+    for name in ("precision", "recall"):
+        np.testing.assert_allclose(ours.eval[name], expected.eval[name], rtol=0, atol=1e-12)
+
+
+def test_an_object_of_id_0_can_be_found() -> None:
+    truth, _ = random_case(5, 1, 0.0, "numbers")
+    box = {"image_id": 0, "category_id": 2, "bbox": [10.0, 10.0, 50.0, 50.0]}
+    truth.dataset["annotations"] = [{**box, "id": 0, "area": 2500.0, "iscrowd": 0}]
+    truth.createIndex()
+    assert coco_evaluation(truth, [{**box, "score": 0.5}], "bbox").stats[0] == pytest.approx(1)
+
+
+def test_why_there_is_no_precision() -> None:
+    objects = [("a", 0), ("b", 1)]
+    reasons = {
+        "there is no ground truth": ([], objects),
+        "there are no detections": (objects, []),
+        "no detection is of an image that has objects": (objects, [(1, 0), (2, 1)]),
+        "(of detections 1, of objects 'a', 'b')": (objects, [(1, 0)]),
+        "no detection is of a class that has objects": (objects, [("a", 5)]),
+        "no detection is of a class that its image holds": (objects, [("a", 1)]),
+        "none of the 1 detections overlaps": (objects, [("a", 0)]),
+    }
+    for words, pairs in reasons.items():
+        assert words in why_no_precision(*pairs)
+
+
+def test_ids_that_do_not_match_give_0_and_the_reason(tmp_path: Path, log_lines: list[str]) -> None:
+    records, found = two_classes((12, 3, 70001))
+    strangers: Found = {str(image_id): boxes for image_id, boxes in found.items()}
+    coco = run(CocoStyleEvaluator("strangers", records, ["x", "y"], tmp_path, True), strangers)["bbox"]
+    assert coco["AP"] == 0
+    assert any("6 of 6 detections are left out" in line and "'12'" in line for line in log_lines)
+    assert any("the ids do not match" in line and "'12'" in line and "of objects 12" in line for line in log_lines)
+
+
+@pytest.mark.parametrize(("moved", "ap", "ap07"), [(0, 100, 100), (10, 70, 100), (20, 30, 100), (30, 10, 0)])
+def test_shifted_boxes_score_what_a_hand_computes(tmp_path: Path, moved: int, ap: float, ap07: float) -> None:
+    # A box of 90 x 60 moved by m has IoU (90 - m) / (90 + m): 0.8, 0.636 and 0.5 after 10, 20 and 30, so that it is
+    # found at 7, 3 and 1 of the thresholds 0.5, 0.55, ..., 0.95. Exactly 0.5 counts in COCO and not in VOC.
+    box, label = [20.0, 20.0, 110.0, 80.0], 0
+    records = [record("a", [{"bbox": box, "category_id": label}])]
+    found: Found = {"a": [([box[0] + moved, box[1], box[2] + moved, box[3]], label, 0.9)]}
+    coco = run(CocoStyleEvaluator("shifted", records, ["x"], tmp_path, True), found)["bbox"]
+    voc = run(Voc07Evaluator("shifted", records, ["x"], True), found)["voc07"]
+    assert coco["AP"] == pytest.approx(ap)
+    assert voc["AP50"] == pytest.approx(ap07)
 
 
 def _evaluate_share(rank: int, folder: str) -> None:

@@ -30,6 +30,7 @@ PACKAGES = (
     "numpy",
     "fvcore",
     "pycocotools",
+    "faster_coco_eval",
     "safetensors",
     "h5py",
     "defusedxml",

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from relvit_d2.data.jpeg import read_plain_jpeg
 from relvit_d2.errors import UserError
 
 
@@ -30,6 +31,8 @@ def reading(path: Path | str) -> Iterator[None]:
 def read_rgb(path: Path | str, longest: int = 0) -> np.ndarray:
     """Read an image as RGB, uint8, ``(H, W, 3)``, turned upright as its EXIF orientation says.
 
+    The pixels are Pillow's, and so Detectron2's ``read_image``'s, to the bit.
+
     Args:
         path: the file.
         longest: if above 0, an image whose longer side has more pixels is reduced to it (antialiased; a JPEG is
@@ -38,11 +41,14 @@ def read_rgb(path: Path | str, longest: int = 0) -> np.ndarray:
     Raises:
         UserError: if the file is missing, damaged or no image.
     """
-    with reading(path), Image.open(path) as image:
-        reduced: Image.Image = image
-        if longest and max(image.size) > longest:
-            scale = longest / max(image.size)
-            size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-            image.draft("RGB", (2 * size[0], 2 * size[1]))
-            reduced = image.convert("RGB").resize(size, Image.Resampling.BILINEAR)
-        return np.array(ImageOps.exif_transpose(reduced).convert("RGB"))
+    with reading(path):
+        if (pixels := read_plain_jpeg(path, longest)) is not None:
+            return pixels
+        with Image.open(path) as image:
+            reduced: Image.Image = image
+            if longest and max(image.size) > longest:
+                scale = longest / max(image.size)
+                size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+                image.draft("RGB", (2 * size[0], 2 * size[1]))
+                reduced = image.convert("RGB").resize(size, Image.Resampling.BILINEAR)
+            return np.array(ImageOps.exif_transpose(reduced).convert("RGB"))

@@ -1,5 +1,6 @@
 """COCO-style average precision for any data set that is given as Detectron2 records."""
 
+import itertools
 import json
 import logging
 import math
@@ -13,9 +14,8 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import BoxMode, PolygonMasks
 from pycocotools import mask as mask_util
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
+from relvit_d2.evaluation.average_precision import coco_evaluation, why_no_precision
 from relvit_d2.files import write_text
 
 logger = logging.getLogger(__name__)
@@ -25,13 +25,15 @@ class CocoStyleEvaluator(COCOEvaluator):
     """Detectron2's ``COCOEvaluator`` with the ground truth taken from the records it is given.
 
     Results, tables and ``coco_instances_results.json`` are Detectron2's: AP, AP50, AP75, APs, APm, APl
-    and ``AP-<class>`` in percent under ``"bbox"`` and, where masks are predicted, ``"segm"``. The official
-    pycocotools computes them. Three things differ from Detectron2:
+    and ``AP-<class>`` in percent under ``"bbox"`` and, where masks are predicted, ``"segm"``. The numbers are
+    those of pycocotools (see :func:`relvit_d2.evaluation.average_precision.coco_evaluation`).
+    Four things differ from Detectron2:
 
     * the ground truth is written anew to ``<output_dir>/<dataset_name>_ground_truth.json`` by every
       evaluator, so an earlier run's file is never read, and the data set's metadata is left as it was;
     * no detection at all gives AP 0, not NaN (NaN is kept for "there was nothing to find");
-    * an AP of 0 or NaN comes with a line in the log that says why.
+    * an AP of 0 or NaN comes with a line in the log that says why;
+    * detections of images that the ground truth lacks are left out with a line in the log.
     """
 
     def __init__(
@@ -78,17 +80,26 @@ class CocoStyleEvaluator(COCOEvaluator):
         finally:
             MetadataCatalog.remove(entry)
 
-    def _derive_coco_results(
-        self, coco_eval: COCOeval | None, iou_type: str, class_names: Sequence[str] | None = None
-    ) -> dict[str, float]:
-        if coco_eval is None:
-            coco_eval = _evaluate_no_detections(self._coco_api, iou_type)
-        results: dict[str, float] = super()._derive_coco_results(coco_eval, iou_type, class_names)
-        if results["AP"] == 0 or math.isnan(results["AP"]):
-            objects = sum(not a.get("iscrowd", 0) for a in coco_eval.cocoGt.anns.values())
-            reason = why_no_precision(objects, len(coco_eval.cocoDt.anns))
-            logger.warning("COCO-style %s AP is %s: %s.", iou_type, results["AP"], reason)
-        return results
+    def _eval_predictions(self, predictions: list[dict[str, Any]], img_ids: list[Any] | None = None) -> None:
+        detections = list(itertools.chain.from_iterable(prediction["instances"] for prediction in predictions))
+        tasks = sorted(self._tasks or self._tasks_from_predictions(detections))
+        if not self._do_evaluation or "keypoints" in tasks or img_ids is not None:
+            super()._eval_predictions(predictions, img_ids)  # pycocotools, or the file alone
+            return
+        dataset_ids = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        if dataset_ids:
+            back = {index: dataset_id for dataset_id, index in dataset_ids.items()}
+            for detection in detections:
+                detection["category_id"] = back[detection["category_id"]]
+        write_text(Path(self._output_dir) / "coco_instances_results.json", json.dumps(detections))
+        for task in tasks:
+            evaluation = coco_evaluation(self._coco_api, detections, task)
+            results = self._derive_coco_results(evaluation, task, self._metadata.get("thing_classes"))
+            if results["AP"] == 0 or math.isnan(results["AP"]):
+                counted = [a for a in self._coco_api.dataset["annotations"] if not a.get("iscrowd", 0)]
+                pairs = ([(x["image_id"], x["category_id"]) for x in items] for items in (counted, detections))
+                logger.warning("COCO-style %s AP is %s: %s.", task, results["AP"], why_no_precision(*pairs))
+            self._results[task] = results
 
 
 def coco_ground_truth(
@@ -142,15 +153,6 @@ def coco_ground_truth(
     return {"images": images, "categories": categories, "annotations": annotations}
 
 
-def why_no_precision(objects: int, detections: int) -> str:
-    """Return the reason for an AP of 0 or NaN, from the counts of objects to find and of detections."""
-    if objects == 0:
-        return "there is no ground truth, not one object that counts"
-    if detections == 0:
-        return "there are no detections at all"
-    return f"none of the {detections} detections overlaps an object of its class enough (IoU 0.5)"
-
-
 def _segmentation_and_area(segmentation: list[list[float]] | dict[str, Any]) -> tuple[Any, float]:
     """Return polygons or compressed RLE as JSON can hold them, and their area in square pixels."""
     if isinstance(segmentation, list):
@@ -158,15 +160,3 @@ def _segmentation_and_area(segmentation: list[list[float]] | dict[str, Any]) -> 
     counts = segmentation["counts"]
     text = counts.decode("ascii") if isinstance(counts, bytes) else counts
     return {**segmentation, "counts": text}, float(mask_util.area(segmentation))
-
-
-def _evaluate_no_detections(ground_truth: COCO, iou_type: str) -> COCOeval:
-    """Return the finished COCO evaluation of an empty list, which ``COCO.loadRes`` does not take."""
-    detections = COCO()
-    detections.dataset = {**ground_truth.dataset, "annotations": []}
-    detections.createIndex()
-    coco_eval = COCOeval(ground_truth, detections, iou_type)
-    coco_eval.evaluate()
-    coco_eval.accumulate()
-    coco_eval.summarize()
-    return coco_eval

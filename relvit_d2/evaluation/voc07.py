@@ -10,7 +10,7 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
 
-from relvit_d2.evaluation.coco import why_no_precision
+from relvit_d2.evaluation.average_precision import why_no_precision
 
 logger = logging.getLogger(__name__)
 
@@ -127,14 +127,20 @@ class Voc07Evaluator(DatasetEvaluator):
         mean = float(np.mean(with_objects)) if with_objects else math.nan
         self._report(mean, len(with_objects), rows)
         if not mean > 0:
-            reason = why_no_precision(int(objects.sum()), len(label))
-            logger.warning("VOC07 AP50 is %s: %s.", mean, reason)
+            counted = self._object_key[self._object_counted]
+            pairs = (self._pairs(key) for key in (counted, self._key(image, label)))
+            logger.warning("VOC07 AP50 is %s: %s.", mean, why_no_precision(*pairs))
         per_class = {f"AP50-{name}": ap for name, ap in zip(self._class_names, aps, strict=True)}
         return {"voc07": {"AP50": mean, **per_class}}
 
     def _key(self, image: np.ndarray, label: np.ndarray) -> np.ndarray:
         """Return one number for each pair of image and class: only boxes with equal ones are compared."""
         return image * len(self._class_names) + label
+
+    def _pairs(self, key: np.ndarray) -> list[tuple[Any, int]]:
+        """Return the image ids and classes of numbers of :meth:`_key`."""
+        ids, count = list(self._image_index), len(self._class_names)
+        return [(ids[k // count], k % count) for k in key.tolist()]
 
     def _judge(self, key: np.ndarray, box: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return which of the detections (D,), best score first, are true and which false positives."""

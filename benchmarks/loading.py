@@ -1,0 +1,109 @@
+"""Images to what a model takes, on one core, against Detectron2's default mapper and reader on the same images.
+
+``mapper_224`` and ``mapper_512`` are the mappers with the settings of ``configs/voc_vit_s_224.yaml`` and
+``configs/voc_vit_s.yaml``: decoding, resizing, flipping, boxes. ``loader_S`` is the detection loader, batches of 16
+without worker processes, against Detectron2's. ``reader`` is what pre-training reads against Detectron2's
+``read_image``. Images are the VOC samples under ``$RELVIT_SAMPLES``, or without them JPEGs of smoothed noise with three
+boxes each. A ratio is how many times more images a second ours takes.
+"""
+
+import itertools
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.data import DatasetMapper, build_detection_train_loader
+from detectron2.data.detection_utils import read_image
+from detectron2.structures import BoxMode
+from fvcore.common.config import CfgNode
+
+from benchmarks.harness import Row, arguments, in_turn, tell
+from benchmarks.pretrain import draw_images
+from relvit_d2.data.catalog import VOC_CLASSES
+from relvit_d2.data.mapper import DetectionMapper, ImageReader
+from relvit_d2.data.voc import load_voc
+from relvit_d2.detection.run import training_batches
+from relvit_d2.engine.config_file import load_config
+
+SIZE = (500, 375)  # width and height of most of VOC's images
+CONFIGS = {"224": "configs/voc_vit_s_224.yaml", "512": "configs/voc_vit_s.yaml"}
+BATCH = 16
+
+
+def main() -> None:
+    """Measure and tell."""
+    args = arguments(__doc__, "loading")
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    budget = 3.0 if args.quick else 20.0
+    with tempfile.TemporaryDirectory() as folder:
+        records = images_with_boxes(Path(folder))[: 32 if args.quick else 80]
+        pairs: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {}
+        for side, path in CONFIGS.items():
+            cfg = load_config(path, ["MODEL.MASK_ON", "False", "DATALOADER.NUM_WORKERS", "0"])
+            pairs[f"mapper_{side}"] = (over(records, DetectionMapper(cfg)), over(records, DatasetMapper(cfg)))
+            pairs[f"loader_{side}"] = loaders(cfg, records)
+        files = [record["file_name"] for record in records]
+        pairs["reader"] = over(files, ImageReader(longest=512)), over(files, plain_reader)
+        tell([row(name, *pair, len(records), budget) for name, pair in pairs.items()], args)
+
+
+def images_with_boxes(folder: Path) -> list[dict[str, Any]]:
+    """Return VOC's sample images with their objects, or drawn ones."""
+    if samples := os.environ.get("RELVIT_SAMPLES"):
+        splits = ("trainval", "test")
+        return [r for split in splits for r in load_voc(Path(samples) / "VOC2007", split, VOC_CLASSES, False)]
+    draw_images(folder / "images", SIZE)
+    boxes = [[20.0, 30.0, 220.0, 330.0], [100.0, 80.0, 480.0, 300.0], [260.0, 200.0, 300.0, 260.0]]
+    objects = [{"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0, "iscrowd": 0} for box in boxes]
+    return [
+        {"file_name": str(path), "image_id": path.stem, "width": SIZE[0], "height": SIZE[1], "annotations": objects}
+        for path in sorted((folder / "images").iterdir())
+    ]
+
+
+def over(items: list[Any], function: Callable[[Any], object]) -> Callable[[], object]:
+    """Return what takes all items through ``function``, with the same random draws every time."""
+
+    def run() -> None:
+        np.random.seed(0)
+        for item in items:
+            function(item)
+
+    return run
+
+
+def loaders(cfg: CfgNode, records: list[dict[str, Any]]) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Return what reads ``len(records)`` images in batches from our loader, and from Detectron2's."""
+    cfg = cfg.clone()
+    cfg.SOLVER.IMS_PER_BATCH = BATCH
+    ours = iter(training_batches(cfg, records, 0))
+    mapper = DatasetMapper(cfg)
+    theirs = iter(build_detection_train_loader(records, mapper=mapper, total_batch_size=BATCH, num_workers=0))
+
+    def read(batches: Iterator[Any]) -> None:
+        for _ in itertools.islice(batches, len(records) // BATCH):
+            pass
+
+    return lambda: read(ours), lambda: read(theirs)
+
+
+def plain_reader(path: str) -> torch.Tensor:
+    """Read an image ``(3, H, W)`` with Detectron2's function."""
+    return torch.as_tensor(np.ascontiguousarray(read_image(path, "RGB").transpose(2, 0, 1)))
+
+
+def row(name: str, ours: Callable[[], object], theirs: Callable[[], object], count: int, budget: float) -> Row:
+    """Time both in turn."""
+    pair = in_turn(ours, theirs, "cpu", budget)
+    speed = {"images_per_s": count / pair.ours, "detectron2_images_per_s": count / pair.theirs}
+    return {"name": name, "ratio": pair.ratio, "images": count, **speed}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""The detection mapper against Detectron2's: draws, boxes and masks to the bit, pixels up to one grey level."""
+
+import copy
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetMapper
+from detectron2.data.datasets import load_coco_json
+from detectron2.data.detection_utils import read_image
+from detectron2.structures import BitMasks, BoxMode, PolygonMasks
+from fvcore.common.config import CfgNode
+from PIL import Image
+
+from relvit_d2.data.catalog import VOC_CLASSES
+from relvit_d2.data.decode import read_rgb
+from relvit_d2.data.mapper import DetectionMapper
+from relvit_d2.data.voc import load_voc
+from relvit_d2.engine.config_file import load_config
+from relvit_d2.errors import UserError
+
+Record = dict[str, Any]
+
+AUGMENTATIONS: dict[str, tuple[object, ...]] = {
+    "reduced": ("INPUT.MIN_SIZE_TRAIN", (224,), "INPUT.MAX_SIZE_TRAIN", 224),
+    "choice": ("INPUT.MIN_SIZE_TRAIN", (320, 416, 512), "INPUT.MAX_SIZE_TRAIN", 512),
+    "range": ("INPUT.MIN_SIZE_TRAIN", (100, 700), "INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"),
+    "unresized": ("INPUT.MIN_SIZE_TRAIN", (0,)),
+    "vertical": ("INPUT.RANDOM_FLIP", "vertical", "INPUT.MIN_SIZE_TRAIN", (96,)),
+    "straight": ("INPUT.RANDOM_FLIP", "none", "INPUT.MIN_SIZE_TRAIN", (96,)),
+    "crop": ("INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", "relative_range", "INPUT.CROP.SIZE", (0.3, 0.4)),
+    "pixels": ("INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", "absolute", "INPUT.CROP.SIZE", (90, 120)),
+    "jitter": ("INPUT.LSJ.SIZE", 128, "INPUT.LSJ.SCALE", (0.5, 3.0)),
+    "bgr": ("INPUT.FORMAT", "BGR", "INPUT.MIN_SIZE_TRAIN", (96,)),
+}
+
+
+def config(*overrides: object, masks: bool = False) -> CfgNode:
+    cfg = load_config("configs/voc_vit_s.yaml", [])
+    cfg.merge_from_list(["MODEL.MASK_ON", masks, "INPUT.MAX_SIZE_TRAIN", 800, *overrides])
+    return cfg
+
+
+def theirs(cfg: CfgNode, is_train: bool = True) -> DatasetMapper:
+    """Detectron2's mapper with our list of augmentations, which is its own where jitter is off."""
+    return DatasetMapper(**DetectionMapper.from_config(cfg, is_train))
+
+
+def assert_same(ours: Record, expected: Record) -> None:
+    assert ours.keys() == expected.keys()
+    image, truth = ours["image"], expected["image"]
+    assert image.dtype == truth.dtype == torch.uint8 and image.shape == truth.shape and image.is_contiguous()
+    apart = (image.int() - truth.int()).abs()
+    assert apart.max() <= 1
+    assert apart.float().mean() < 0.05
+    if "instances" not in expected:
+        return
+    got, wanted = ours["instances"], expected["instances"]
+    assert got.image_size == wanted.image_size
+    assert got.get_fields().keys() == wanted.get_fields().keys()
+    assert got.gt_boxes.tensor.dtype == wanted.gt_boxes.tensor.dtype
+    assert torch.equal(got.gt_boxes.tensor, wanted.gt_boxes.tensor)
+    assert got.gt_classes.dtype == wanted.gt_classes.dtype and torch.equal(got.gt_classes, wanted.gt_classes)
+    if not wanted.has("gt_masks"):
+        return
+    if isinstance(wanted.gt_masks, BitMasks):
+        assert torch.equal(got.gt_masks.tensor, wanted.gt_masks.tensor)
+    else:
+        assert isinstance(wanted.gt_masks, PolygonMasks)
+        for polygons, others in zip(got.gt_masks.polygons, wanted.gt_masks.polygons, strict=True):
+            assert all(np.array_equal(a, b) for a, b in zip(polygons, others, strict=True))
+
+
+def compare(cfg: CfgNode, records: list[Record]) -> None:
+    """Both mappers start from one state of the generator and leave it in one; the records stay as they were."""
+    mappers = DetectionMapper(cfg), theirs(cfg)
+    before = copy.deepcopy(records)
+    found = 0
+    for seed, record in enumerate(records):
+        results, states = [], []
+        for mapper in mappers:
+            np.random.seed(seed)
+            results.append(mapper(record))
+            states.append(np.random.get_state()[1:3])
+        assert_same(*results)
+        found += len(results[0]["instances"])
+        assert np.array_equal(states[0][0], states[1][0]) and states[0][1] == states[1][1]
+    assert found > 0
+    assert str(records) == str(before)
+
+
+@pytest.fixture(scope="module")
+def voc(samples: Path) -> list[Record]:
+    return load_voc(samples / "VOC2007", "trainval", VOC_CLASSES, False)
+
+
+@pytest.fixture(scope="module")
+def coco(samples: Path) -> list[Record]:
+    root = samples / "coco"
+    return load_coco_json(str(root / "annotations/instances_train2017.json"), str(root / "train2017"))
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_voc_as_detectron2(name: str, voc: list[Record]) -> None:
+    compare(config(*AUGMENTATIONS[name]), voc[:6])
+
+
+@pytest.mark.parametrize("name", ["reduced", "crop", "jitter"])
+def test_coco_as_detectron2(name: str, coco: list[Record]) -> None:
+    compare(config(*AUGMENTATIONS[name]), coco[:6])
+
+
+@pytest.mark.parametrize("mask_format", ["polygon", "bitmask"])
+def test_masks_as_detectron2(mask_format: str, coco: list[Record]) -> None:
+    # Arrays are what Detectron2 transforms in place; the crowd's RLE has to be left out, another one kept.
+    records = copy.deepcopy(coco[:6])
+    for record in records:
+        for annotation in record["annotations"]:
+            if isinstance(annotation["segmentation"], list):
+                annotation["segmentation"] = [np.array(p, np.float64) for p in annotation["segmentation"]]
+            elif mask_format == "bitmask":
+                annotation["iscrowd"] = 0
+    compare(config("INPUT.MIN_SIZE_TRAIN", (96,), "INPUT.MASK_FORMAT", mask_format, masks=True), records)
+
+
+def test_evaluation_as_detectron2(voc: list[Record]) -> None:
+    cfg = config("INPUT.MIN_SIZE_TEST", 224, "INPUT.MAX_SIZE_TEST", 224)
+    for record in voc[:3]:
+        ours = DetectionMapper(cfg, is_train=False)(record)
+        assert_same(ours, theirs(cfg, is_train=False)(record))
+        assert "annotations" not in ours
+
+
+def odd_record(path: Path, size: tuple[int, int]) -> Record:
+    objects = [
+        {"bbox": [-4.5, 2.25, 30.75, 9.5], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 3},
+        {"bbox": [5.0, 5.0, 5.0, 9.0], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 1, "iscrowd": 0},
+        {"bbox": [200.0, 2.0, 210.0, 9.0], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 1},
+        {"bbox": [3.3, 2.7, 10.1, 9.9], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0},
+        {"bbox": [0.0, 0.0, 20.0, 20.0], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 2, "iscrowd": 1},
+    ]
+    return {"file_name": str(path), "image_id": 7, "width": size[0], "height": size[1], "annotations": objects}
+
+
+def test_odd_boxes_and_none_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    noise(40, 30).save(path)
+    record = odd_record(path, (40, 30))
+    for name in ("straight", "jitter", "crop", "reduced"):
+        compare(config(*AUGMENTATIONS[name]), [record])
+        np.random.seed(0)
+        instances = DetectionMapper(config(*AUGMENTATIONS[name]))({**record, "annotations": []})["instances"]
+        assert instances.gt_boxes.tensor.shape == (0, 4) and instances.gt_classes.dtype == torch.int64
+
+
+def test_whole_numbers_are_not_cut_to_whole_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    noise(40, 30).save(path)
+    box = {"bbox": [3, 5, 20, 21], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+    record = {"file_name": str(path), "image_id": 7, "width": 40, "height": 30, "annotations": [box]}
+    instances = DetectionMapper(config("INPUT.MIN_SIZE_TRAIN", (45,), "INPUT.RANDOM_FLIP", "none"))(record)["instances"]
+    assert instances.gt_boxes.tensor.tolist() == [[4.5, 7.5, 30.0, 31.5]]
+
+
+def noise(width: int, height: int) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_images_are_upright_as_detectron2_has_them(tmp_path: Path, form: str, orientation: int) -> None:
+    path = tmp_path / "turned"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise(37, 22).save(path, form, exif=exif)
+    assert np.array_equal(read_rgb(path), read_image(str(path), "RGB"))
+
+
+JPEGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "grey": ("L", {}),
+    "cmyk": ("CMYK", {}),
+    "rgb coded": ("RGB", {"keep_rgb": True}),
+    "progressive": ("RGB", {"progressive": True}),
+    "4:4:4": ("RGB", {"subsampling": 0}),
+    "4:2:0": ("RGB", {"subsampling": 2, "quality": 30}),
+    "restarts": ("RGB", {"restart_marker_blocks": 1}),
+    "damaged exif": ("RGB", {"exif": b"Exif\0\0II*\0\x08\0\0\0\xff\xff"}),
+}
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_every_kind_of_jpeg_has_detectron2s_pixels(tmp_path: Path, kind: str) -> None:
+    mode, options = JPEGS[kind]
+    path = tmp_path / "a.jpg"
+    noise(45, 31).convert(mode).save(path, **options)
+    assert np.array_equal(read_rgb(path), read_image(str(path), "RGB"))
+
+
+def test_a_jpeg_cut_anywhere_is_read_or_refused_as_pillow_does(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    noise(64, 48).save(buffer, "JPEG")
+    whole, path = buffer.getvalue(), tmp_path / "cut.jpg"
+    outcomes = set()
+    for length in [*range(0, len(whole), 199), *range(len(whole) - 4, len(whole) + 1)]:
+        path.write_bytes(whole[:length])
+        try:
+            expected = read_image(str(path), "RGB")
+        except OSError:
+            expected = None
+        try:
+            found = read_rgb(path)
+        except UserError:
+            found = None
+        outcomes.add(expected is None)
+        assert (expected is None) == (found is None), length
+        assert expected is None or np.array_equal(expected, found)
+    assert outcomes == {True, False}
+
+
+def test_faults_are_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    noise(40, 30).save(path)
+    mapper = DetectionMapper(config())
+    with pytest.raises(UserError, match=r"a\.png.*Correct the annotation or the image"):
+        mapper(odd_record(path, (41, 30)))
+    for form in ("RGB", "BGR"):
+        with pytest.raises(UserError, match=r"absent\.png' does not exist"):
+            DetectionMapper(config("INPUT.FORMAT", form))(odd_record(tmp_path / "absent.png", (40, 30)))
+
+
+def test_semantic_labels_go_along(tmp_path: Path) -> None:
+    noise(40, 30).save(tmp_path / "a.png")
+    noise(40, 30).convert("L").save(tmp_path / "labels.png")
+    record = odd_record(tmp_path / "a.png", (40, 30)) | {"sem_seg_file_name": str(tmp_path / "labels.png")}
+    assert DetectionMapper(config("INPUT.MIN_SIZE_TRAIN", (60,)))(record)["sem_seg"].shape == (60, 80)
