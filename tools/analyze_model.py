@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from detectron2.structures import BitMasks, Boxes, Instances  # noqa: E402
 from detectron2.utils.events import EventStorage  # noqa: E402
 from fvcore.common.config import CfgNode  # noqa: E402
-from tabulate import tabulate  # noqa: E402
+from tabulate import tabulate  # type: ignore[import-untyped]  # noqa: E402
 
 from relvit_d2.data import catalog  # noqa: E402
 from relvit_d2.detection.model import build_detector  # noqa: E402

@@ -84,9 +84,9 @@ def judge(inference: Path, name: str) -> Judged | None:
         partner = match(boxes, true_boxes)
         hits = partner >= 0
         np.add.at(confusion, (true_classes[partner[hits]], labels[hits]), 1)
-        np.add.at(confusion, (-1, labels[~hits]), 1)
+        confusion[-1] += np.bincount(labels[~hits], minlength=len(confusion))
         missed = np.setdiff1d(np.arange(len(objects)), partner[hits])
-        np.add.at(confusion, (true_classes[missed], -1), 1)
+        confusion[:, -1] += np.bincount(true_classes[missed], minlength=len(confusion))
         if objects or mine:
             right = int((true_classes[partner[hits]] == labels[hits]).sum())
             f1 = 2 * right / (len(objects) + len(mine))

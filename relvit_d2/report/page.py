@@ -291,7 +291,8 @@ def _bar(value: float | None) -> str:
 
 def _curves(runs: Sequence[Run]) -> str:
     """Return a chart for each scalar, accuracies with the level of chance as a dashed line."""
-    first, rest = [], []
+    first: list[str] = []
+    rest: list[str] = []
     for name in sorted({name for run in runs for name in run.scalars}, key=_order):
         head, _, last = name.rpartition("/")
         if last.startswith("chance_") or "-" in last or name in ("data_time", "eta_seconds"):
