@@ -13,6 +13,7 @@ from relvit_d2.engine.encoder_weights import holds_encoder, load_proved
 from relvit_d2.errors import UserError
 from relvit_d2.pretraining.model import build_pretraining_model, export_encoder
 from relvit_d2.pretraining.run import build_trainer, evaluate, image_files
+from relvit_d2.report.page import report_run
 
 SCRIPT = "pretrain_ssl.py"
 
@@ -51,6 +52,7 @@ def main(args: argparse.Namespace) -> None:
     trainer.train()
     if comm.is_main_process():
         path = export_encoder(cfg, model, trainer.iter + 1, trainer.results)
+        report_run(Path(cfg.OUTPUT_DIR))
         logger.info(f"encoder kept; fine-tune with: python train_net.py --config-file FILE MODEL.WEIGHTS {path}")
 
 

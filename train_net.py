@@ -5,6 +5,8 @@ import logging
 import sys
 from pathlib import Path
 
+from detectron2.utils import comm
+
 from relvit_d2.detection.model import build_detector
 from relvit_d2.detection.run import build_trainer, evaluate, evaluation_sets, settle, training_records
 from relvit_d2.detection.weights import load_weights
@@ -13,6 +15,7 @@ from relvit_d2.engine.cli import keep_config, run_script, start_run
 from relvit_d2.engine.config_file import load_config
 from relvit_d2.engine.encoder_weights import holds_encoder
 from relvit_d2.errors import UserError
+from relvit_d2.report.page import report_run
 
 SCRIPT = "train_net.py"
 
@@ -47,6 +50,8 @@ def main(args: argparse.Namespace) -> None:
     trainer.train()
     output = Path(cfg.OUTPUT_DIR)
     again = f"python train_net.py --config-file {output / 'config.yaml'} --eval-only --resume"
+    if comm.is_main_process():
+        report_run(output)
     logger.info(f"trained; evaluate again with: {again}")
 
 

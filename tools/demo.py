@@ -1,6 +1,6 @@
 """From nothing to detections in minutes: draw street numbers, pre-train, fine-tune, train from scratch, compare.
 
-Writes results.json, results.md and predictions.png into output/demo.
+Writes results.json, results.md, predictions.png and report.html into output/demo.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from relvit_d2.engine.failures import guard  # noqa: E402
 from relvit_d2.engine.machine import device_name  # noqa: E402
 from relvit_d2.engine.precision import choose_precision  # noqa: E402
 from relvit_d2.files import write_json, write_text  # noqa: E402
+from relvit_d2.report.page import write_report  # noqa: E402
 from relvit_d2.report.predictions import DetectionRow, draw_detections  # noqa: E402
 
 SSL, DETECT = "configs/demo/ssl_streets.yaml", "configs/demo/streets.yaml"
@@ -70,7 +71,9 @@ def demo(opts: list[str]) -> None:
     text = table(results, len(records), time.monotonic() - started)
     write_text(output / "results.md", text)
     draw(records, output)
-    print(f"\n{text}\nwritten: {output}/results.json, {output}/results.md\nlook at:  {output}/predictions.png")
+    write_report([output / arm for arm in (*arms, "pretrain")], output / "report.html")
+    written = f"written: {output}/results.json, {output}/results.md, {output}/predictions.png"
+    print(f"\n{text}\n{written}\nlook at:  {output}/report.html")
 
 
 def run(title: str, script: str, config: str, output: Path, opts: list[str]) -> float:

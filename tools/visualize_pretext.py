@@ -15,14 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from relvit_d2.data.folder import list_images  # noqa: E402
-from relvit_d2.data.mapper import ImageReader, pad_images  # noqa: E402
 from relvit_d2.engine.checkpoint import Checkpointer  # noqa: E402
 from relvit_d2.engine.config_file import load_config  # noqa: E402
 from relvit_d2.engine.failures import guard  # noqa: E402
-from relvit_d2.engine.randomness import torch_generator  # noqa: E402
 from relvit_d2.errors import UserError  # noqa: E402
 from relvit_d2.pretraining.model import build_pretraining_model  # noqa: E402
-from relvit_d2.report.pretext import draw_pretext, pretext_rows  # noqa: E402
+from relvit_d2.report.pretext import draw_pretext, rows_of_files  # noqa: E402
 
 
 def main() -> int:
@@ -62,11 +60,7 @@ def draw(args: argparse.Namespace) -> None:
     cfg = load_config(str(config), args.opts, "pretrain_ssl.py")
     model = build_pretraining_model(cfg)
     Checkpointer(model, allow_pickle=cfg.MODEL.ALLOW_PICKLE).load(str(args.weights), checkpointables=[])
-    step = max(len(files) // args.count, 1)
-    reader = ImageReader(cfg.INPUT.LOAD_SIZE)
-    batch = pad_images([reader(file) for file in files[::step][: args.count]])
-    images = batch["images"].to(cfg.MODEL.DEVICE)
-    rows = pretext_rows(model.eval(), images, batch["sizes"], torch_generator(cfg.SEED, "picture"))
+    rows = rows_of_files(cfg, model, files, args.count)
     draw_pretext(rows, args.output, f"pre-training's questions and the answers of {args.weights.parent.name}")
     placed, right = (torch.tensor([getattr(row, name) for row in rows]).mean() for name in ("placed", "right"))
     print(

@@ -41,24 +41,30 @@ class DetectionRow(NamedTuple):
 def draw_detections(
     rows: Sequence[DetectionRow], class_names: Sequence[str], path: str | Path, title: str | None = None
 ) -> None:
-    """Write a PNG contact sheet with, for each image, the truth on the left and the detections on the right.
+    """Write the sheet of :func:`detections_sheet` as a PNG, which appears whole or not at all."""
+    sheet = detections_sheet(rows, class_names, title)
+    with appearing(Path(path)) as part:
+        sheet.save(part, format="PNG")
+
+
+def detections_sheet(rows: Sequence[DetectionRow], class_names: Sequence[str], title: str | None = None) -> Image.Image:
+    """Return a contact sheet with, for each image, the truth on the left and the detections on the right.
 
     Images are scaled to fit 448 x 256 pixels, small ones up, so that boxes of a few pixels and their labels
     can be read. Each class has its colour (:func:`class_color`) and its name on every box; detections carry
     the score too. Labels stand outside their box where there is room and avoid each other. All detections
-    given are drawn: leave out what scores too low beforehand. Equal arguments give equal files.
+    given are drawn: leave out what scores too low beforehand. Equal arguments give equal sheets.
 
     Args:
         rows: 1 to about 12 images, drawn in this order, row by row.
         class_names: names of the class indices.
-        path: the file to write; it appears whole or not at all, in a folder that exists.
         title: a line above the sheet.
 
     Raises:
         ValueError: ``rows`` is empty.
     """
     if not rows:
-        raise ValueError("draw_detections needs at least one image")
+        raise ValueError("detections_sheet needs at least one image")
     panels = [_fit(row.image) for row in rows]
     cell_width = max(PANEL_HEIGHT, *(panel.width for panel in panels))  # never too narrow for a label
     pair_width = 2 * cell_width + PAIR_GAP
@@ -95,9 +101,7 @@ def draw_detections(
             scaled = np.clip(np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * scale, 0, limit)
             placed = [tuple(box) for box in (scaled + np.array(corner * 2)).tolist()]
             _draw_boxes(draw, placed, [class_color(int(c)) for c in classes], texts, cell)
-
-    with appearing(Path(path)) as part:
-        sheet.save(part, format="PNG")
+    return sheet
 
 
 def class_color(index: int) -> Color:

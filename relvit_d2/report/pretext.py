@@ -1,24 +1,33 @@
 """One picture of what pre-training asks and what a model answers."""
 
 import colorsys
+import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from fvcore.common.config import CfgNode
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image
 from torch import Tensor
 
+from relvit_d2.data.catalog import get_images
+from relvit_d2.data.mapper import ImageReader, pad_images
+from relvit_d2.engine.checkpoint import Checkpointer
+from relvit_d2.engine.config_file import load_config
+from relvit_d2.engine.randomness import torch_generator
+from relvit_d2.errors import UserError
 from relvit_d2.files import appearing
 from relvit_d2.pretext.layout import PatchLayout
 from relvit_d2.pretext.targets import RELATIONS, all_pairs, pair_relation, positions
 from relvit_d2.pretext.task import PositionTask, RelationTask
 from relvit_d2.pretext.views import Views, permute_patches
-from relvit_d2.pretraining.model import PretrainingModel
+from relvit_d2.pretraining.model import PretrainingModel, build_pretraining_model
 
 WORDS = ("above left", "above", "above right", "left", "itself", "right", "below left", "below", "below right")
 CELL = 2.1  # inches of a panel's side
@@ -82,6 +91,35 @@ def pretext_rows(
     return rows
 
 
+def sheet_of_run(folder: Path, count: int = 4) -> Image.Image:
+    """Return the sheet of a pre-training's last checkpoint and ``count`` of its images, held out ones where it has any.
+
+    Raises:
+        UserError: if the checkpoint or the images are gone.
+    """
+    cfg = load_config(str(folder / "config.yaml"), [], "pretrain_ssl.py")
+    model = build_pretraining_model(cfg)
+    checkpointer = Checkpointer(model, str(folder))
+    if not checkpointer.has_checkpoint():
+        raise UserError(f"'{folder}' has no checkpoint")
+    checkpointer.load(checkpointer.get_checkpoint_file(), checkpointables=[])
+    names = cfg.DATASETS.TEST or cfg.DATASETS.TRAIN
+    files = [file for name in names for file in get_images(name, cfg.DATASETS.SKIP_MISSING)]
+    rows = rows_of_files(cfg, model, files, count)
+    return pretext_sheet(rows, "what pre-training asks and what it answers")
+
+
+def rows_of_files(cfg: CfgNode, model: PretrainingModel, files: Sequence[Any], count: int) -> list[PretextRow]:
+    """Return :func:`pretext_rows` of ``count`` of ``files``, spread over them."""
+    reader = ImageReader(cfg.INPUT.LOAD_SIZE)
+    batch = pad_images([reader(file) for file in files[:: max(len(files) // count, 1)][:count]])
+    images = batch["images"].to(next(model.parameters()).device)
+    was_training = model.training
+    rows = pretext_rows(model.eval(), images, batch["sizes"], torch_generator(cfg.SEED, "picture"))
+    model.train(was_training)
+    return rows
+
+
 def assign(scores: Tensor) -> Tensor:
     """Give every token a cell of its own, the surest first.
 
@@ -101,18 +139,24 @@ def assign(scores: Tensor) -> Tensor:
 
 
 def draw_pretext(rows: Sequence[PretextRow], path: str | Path, title: str) -> None:
-    """Write a PNG, a line an image: the image, its view, the view put together again, true and answered relations.
+    """Write the sheet of :func:`pretext_sheet` as a PNG, which appears whole or not at all."""
+    sheet = pretext_sheet(rows, title)
+    with appearing(Path(path)) as part:
+        sheet.save(part, format="PNG")
+
+
+def pretext_sheet(rows: Sequence[PretextRow], title: str) -> Image.Image:
+    """Return a picture, a line an image: the image, its view, the view put together again, true and answered relations.
 
     Args:
         rows: 1 to about 12 images.
-        path: the file to write; it appears whole or not at all, in a folder that exists.
         title: a line above the sheet.
 
     Raises:
         ValueError: ``rows`` is empty.
     """
     if not rows:
-        raise ValueError("draw_pretext needs at least one image")
+        raise ValueError("pretext_sheet needs at least one image")
     figure = Figure(figsize=(5 * (CELL + 0.25) + 1.6, len(rows) * (CELL + 0.45) + 0.9), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=13)
@@ -139,8 +183,9 @@ def draw_pretext(rows: Sequence[PretextRow], path: str | Path, title: str) -> No
         for index in range(len(RELATIONS))
     ]
     figure.legend(handles, WORDS, loc="outside right center", fontsize=9, frameon=False)
-    with appearing(Path(path)) as part:
-        figure.savefig(part, format="png", dpi=110)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return Image.open(buffer)
 
 
 def _middle(grid: tuple[int, ...]) -> int:

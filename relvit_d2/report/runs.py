@@ -1,0 +1,105 @@
+"""What a run left in its OUTPUT_DIR."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml  # type: ignore[import-untyped]
+
+from relvit_d2.engine.config_file import flat
+from relvit_d2.errors import UserError
+
+# Keys that runs of one arm may differ in: where they lie, and the seed.
+_NOT_THE_ARM = ("SEED", "OUTPUT_DIR", "MODEL.WEIGHTS", "VERSION", "CUDNN_BENCHMARK", "DATALOADER.NUM_WORKERS")
+
+
+@dataclass
+class Run:
+    """One run.
+
+    Attributes:
+        folder: its OUTPUT_DIR.
+        name: the shortest end of the folder's path that tells it from the other runs.
+        config: key -> value of ``config.yaml``, keys such as ``SOLVER.MAX_ITER``.
+        info: what ``run.json`` says of script, command, versions and machine; empty where there is none.
+        rows: the lines of ``metrics.json``, the last one of each iteration.
+        results: ``inference/results.json``: data set -> task -> figure -> value; empty where there is none.
+    """
+
+    folder: Path
+    name: str
+    config: dict[str, Any]
+    info: dict[str, Any]
+    rows: list[dict[str, Any]]
+    results: dict[str, Any]
+
+    def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the iterations that have a finite value of a scalar, and the values, both ``(n,)``."""
+        points = [(row["iteration"], row[key]) for row in self.rows if row.get(key) is not None]
+        table = np.array(points, dtype=np.float64).reshape(-1, 2)
+        table = table[np.isfinite(table[:, 1])]
+        return table[:, 0], table[:, 1]
+
+    @cached_property
+    def scalars(self) -> list[str]:
+        """Names of all scalars, in order."""
+        return sorted({key for row in self.rows for key in row} - {"iteration"})
+
+    @property
+    def detects(self) -> bool:
+        """Whether it is a run of a detector."""
+        return "MODEL.META_ARCHITECTURE" in self.config
+
+    @property
+    def pretrains(self) -> bool:
+        """Whether it is a pre-training."""
+        return "PRETEXT.IMAGE_SIZE" in self.config and not self.detects
+
+    @property
+    def arm(self) -> str:
+        """What the runs of several seeds have in common; the name of the weights' file counts, its folder does not."""
+        kept = {key: value for key, value in self.config.items() if key not in _NOT_THE_ARM}
+        return json.dumps(kept | {"weights": Path(self.config.get("MODEL.WEIGHTS") or "").name}, default=str)
+
+
+def read_runs(folders: list[Path]) -> list[Run]:
+    """Read runs, in the order given.
+
+    Raises:
+        UserError: if a folder is none of a run or is damaged, or is given twice.
+    """
+    names = _names(folders)
+    return [_read(folder, name) for folder, name in zip(folders, names, strict=True)]
+
+
+def _read(folder: Path, name: str) -> Run:
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"'{folder}' is no run: it has no config.yaml; give an OUTPUT_DIR of one of the scripts")
+    try:
+        config = flat(yaml.safe_load((folder / "config.yaml").read_text()))
+        info = _json(folder / "run.json")
+        results = _json(folder / "inference" / "results.json")
+        lines = (folder / "metrics.json").read_text().splitlines() if (folder / "metrics.json").is_file() else []
+        rows = {row["iteration"]: row for row in map(json.loads, lines)}
+    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(f"the files of the run '{folder}' are damaged ({error}): give another run") from error
+    return Run(folder, name, config, info, [rows[i] for i in sorted(rows)], results)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """Return the shortest ends of the paths that are all different."""
+    parts = [folder.resolve().parts for folder in folders]
+    if len(set(parts)) < len(parts):
+        raise UserError("a run is given twice; give each once")
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names):
+            break
+    return names

@@ -1,0 +1,187 @@
+"""The report page: what it says is what the runs left, and a browser shows it without a word of complaint."""
+
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relvit_d2.errors import UserError
+from relvit_d2.report.curves import MOST, Line, chart, thinned, ticks
+from relvit_d2.report.detections import MIN_IOU, match
+from relvit_d2.report.page import write_report
+from relvit_d2.report.runs import read_runs
+from tests.scripts import command, run
+
+
+@pytest.fixture(scope="module")
+def runs(root: Path) -> Iterator[dict[str, Path]]:
+    """A pre-training and two detectors of different seeds."""
+    made = {"ssl": root / "ssl", "a": root / "a", "b": root / "b"}
+    run(root, *command("pretrain_ssl.py", made["ssl"]))
+    for seed, name in enumerate("ab"):
+        run(root, *command("train_net.py", made[name], "SEED", seed))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DETECTRON2_DATASETS", str(root))
+        yield made
+
+
+class Page(html.parser.HTMLParser):
+    """What a page loads and shows."""
+
+    VOID = {"meta", "img", "br", "hr", "link", "input"}
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loads: list[str] = []
+        self.pictures: list[str] = []
+        self.words = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.loads += [values[key] or "" for key in ("src", "href") if key in values]
+        if tag == "img":
+            self.pictures.append(values.get("alt") or "")
+        if tag == "svg" and values.get("class") == "chart":
+            self.pictures.append(values.get("aria-label") or "")
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+@pytest.mark.parametrize("names", [("ssl",), ("a",), ("a", "b", "ssl")])
+def test_a_page_is_sound_and_holds_all_it_shows(runs: dict[str, Path], names: tuple[str, ...], tmp_path: Path) -> None:
+    write_report([runs[name] for name in names], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    assert all(address.startswith(("#", "data:image/")) for address in page.loads)
+    assert "<script" not in text and "@import" not in text
+    assert page.pictures and all(page.pictures)
+    for name in names:
+        results = json.loads((runs[name] / "inference/results.json").read_text())
+        figures = next(iter(results.values()))
+        value = figures["bbox"]["AP50"] if "bbox" in figures else figures["accuracy_relation"]
+        assert f"{value:.4g}" in page.words
+        info = json.loads((runs[name] / "run.json").read_text())
+        assert info["versions"] in page.words and info["command"] in page.words
+    if len(names) > 1:
+        assert "Runs of one arm have the same config but for the seed" in page.words
+
+
+def test_every_script_leaves_its_page(runs: dict[str, Path]) -> None:
+    for folder in runs.values():
+        assert "What was run" in (folder / "report.html").read_text()
+
+
+def test_the_tool_compares_runs_and_says_what_is_none(runs: dict[str, Path], tmp_path: Path) -> None:
+    output = tmp_path / "both.html"
+    run(tmp_path, "tools/report.py", runs["a"], runs["b"], "--output", output)
+    assert output.is_file()
+    with pytest.raises(UserError, match=r"no config\.yaml"):
+        read_runs([tmp_path])
+    with pytest.raises(UserError, match="given twice"):
+        read_runs([runs["a"], runs["a"]])
+    broken = tmp_path / "broken"
+    shutil.copytree(runs["a"], broken)
+    (broken / "metrics.json").write_text('{"iteration": 1, "lo')
+    with pytest.raises(UserError, match=r"broken' are damaged"):
+        read_runs([broken])
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to open the page with")
+@pytest.mark.parametrize("width", [400, 1280])
+def test_a_browser_shows_the_page_in_full_width_without_errors(
+    runs: dict[str, Path], width: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "report.html"
+    write_report(list(runs.values()), path)
+    probe = path.with_name("probe.html")
+    measure = "<script>document.title = document.documentElement.scrollWidth + ' of ' + innerWidth</script>"
+    probe.write_text(path.read_text().replace("</body>", measure + "</body>"))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", "--dump-dom"]
+    done = subprocess.run(
+        ["chromium", *flags, f"--window-size={width},900", f"--user-data-dir={tmp_path / 'profile'}", probe.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "CONSOLE" not in done.stderr
+    found = re.search(r"<title>(\d+) of (\d+)</title>", done.stdout)
+    assert found and int(found[1]) <= int(found[2])  # nothing but tables scrolls sideways
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=1000))
+def test_thinning_keeps_the_mean_of_whole_runs(values: list[float]) -> None:
+    kept = thinned(np.array(values))
+    assert len(kept) <= MOST
+    length = -(-len(values) // MOST)
+    oracle = [float(np.mean(values[i : i + length])) for i in range(0, len(values), length)]
+    np.testing.assert_allclose(kept, oracle, rtol=1e-9, atol=1e-6)
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
+def test_ticks_are_equally_far_apart_and_enclose_the_data(low: float, span: float) -> None:
+    marks = ticks(low, low + span)
+    steps = np.diff(marks)
+    assert 3 <= len(marks) <= 8
+    np.testing.assert_allclose(steps, steps[0], rtol=1e-3)
+    slack = 1e-6 * (abs(low) + span)
+    assert marks[0] <= low + slack and marks[-1] >= low + span - slack
+
+
+def test_a_chart_is_sound_xml_whatever_its_names() -> None:
+    line = Line('<b> & "x"', np.arange(5.0), np.array([1.0, 3.0, 2.0, 5.0, 4.0]), 0)
+    root = ElementTree.fromstring(chart("a < b", [line]))
+    assert "ends at 4" in root.attrib["aria-label"]
+    points = root.find("polyline").attrib["points"].split()  # type: ignore[union-attr]
+    heights = [-float(point.split(",")[1]) for point in points]
+    assert np.argsort(heights).tolist() == [0, 2, 1, 4, 3]
+
+
+def test_matching_is_the_plain_greedy_one() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        boxes, truth = (np.sort(rng.uniform(0, 10, (n, 2, 2)), 1).reshape(-1, 4) for n in rng.integers(0, 6, 2))
+        free = set(range(len(truth)))
+        expected = []
+        for box in boxes:
+            ious = {t: overlap(box, truth[t]) for t in free}
+            best = max(ious, key=lambda t: ious[t], default=-1)
+            best = best if best >= 0 and ious[best] >= MIN_IOU else -1
+            free.discard(best)
+            expected.append(best)
+        assert match(boxes, truth).tolist() == expected
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> float:
+    inner = max(min(a[2], b[2]) - max(a[0], b[0]), 0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0)
+    return inner / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inner)
+
+
+def test_a_model_of_any_script_is_analysed(root: Path) -> None:
+    for config, stages in (("streets", ("encoder", "pyramid", "proposals", "heads")), ("ssl_streets", ("views",))):
+        done = run(root, "tools/analyze_model.py", "--config-file", f"configs/demo/{config}.yaml")
+        rows = {row.split()[0]: row.split()[-4:] for row in done.stdout.splitlines() if len(row.split()) >= 5}
+        assert all(stage in rows for stage in stages)
+        parameters = {name: float(row[0]) for name, row in rows.items() if re.fullmatch(r"[\d.]+", row[0])}
+        total = parameters.pop("all")
+        assert abs(sum(parameters.values()) - total) < 0.03
