@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> None:
     trainer.train()
     if comm.is_main_process():
         path = export_encoder(cfg, model, trainer.iter + 1, trainer.results)
-        report_run(Path(cfg.OUTPUT_DIR))
+        report_run(path.parent)
         logger.info(f"encoder kept; fine-tune with: python train_net.py --config-file FILE MODEL.WEIGHTS {path}")
 
 

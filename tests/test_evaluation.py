@@ -308,7 +308,8 @@ def random_case(seed: int, images: int, crowd: float, ids: str) -> tuple[COCO, l
         return {"bbox": mask_util.toBbox(rle).tolist(), "segmentation": rle, "area": float(mask_util.area(rle))}
 
     names = [f"{n:04}" if ids == "text" else 7 * n for n in rng.permutation(images).tolist()]
-    annotations, detections = [], []
+    annotations: list[dict[str, Any]] = []
+    detections: list[dict[str, Any]] = []
     for name in names:
         for _ in range(rng.integers(0, 5)):
             own = {"image_id": name, "category_id": int(rng.choice([2, 5, 90]))}
@@ -382,7 +383,7 @@ def test_an_object_of_id_0_can_be_found() -> None:
 
 def test_why_there_is_no_precision() -> None:
     objects = [("a", 0), ("b", 1)]
-    reasons = {
+    reasons: dict[str, tuple[list[Any], list[Any]]] = {
         "there is no ground truth": ([], objects),
         "there are no detections": (objects, []),
         "no detection is of an image that has objects": (objects, [(1, 0), (2, 1)]),
