@@ -85,7 +85,8 @@ def compare(cfg: CfgNode, records: list[Record]) -> None:
         for mapper in mappers:
             np.random.seed(seed)
             results.append(mapper(record))
-            states.append(np.random.get_state()[1:3])
+            state: Any = np.random.get_state()
+            states.append(state[1:3])
         assert_same(*results)
         found += len(results[0]["instances"])
         assert np.array_equal(states[0][0], states[1][0]) and states[0][1] == states[1][1]
