@@ -13,7 +13,7 @@ from relvit_d2.errors import UserError
 from relvit_d2.pretext.layout import PatchLayout
 from relvit_d2.pretext.task import PretextTask
 
-NAMES = [*ENCODERS, "timm:test_vit", "timm:test_vit4"]  # of timm: one with a class token, one with a register
+NAMES = [*ENCODERS, "timm:test_vit"]  # one stands for all of timm
 # The larger ViTs are the code of the smallest.
 ONE_OF_A_KIND = [
     pytest.param(name, marks=pytest.mark.slow if name in ("vit_tiny", "vit_small", "vit_base") else ())

@@ -41,6 +41,16 @@ def test_a_position_embedding_that_pretraining_lacked_is_fresh_not_missing(tmp_p
     assert torch.equal(target.state_dict()["vit.pos_embed"], before)
 
 
+@pytest.mark.parametrize("name", ["vit_nano", "t2t_vit_14"])
+def test_positions_that_an_encoder_leaves_out_are_left_out_of_the_proof(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(build_encoder(name, img_size=32), path, {})
+    target = build_encoder(name, img_size=32, pos_embed=False)
+    report = load_encoder(target, path)
+    assert len(target.lacks(report.metadata["encoder"])) == 1
+    assert feature_difference(target, path) < 1e-6
+
+
 def test_a_position_embedding_of_another_grid_is_resized_and_proved(tmp_path: Path) -> None:
     path = tmp_path / "encoder.safetensors"
     save_encoder(small(img_size=32), path, {})

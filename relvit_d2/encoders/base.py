@@ -111,6 +111,10 @@ class Encoder(nn.Module):
         """Name the parameters, or parts, that weights saved from the configuration ``source`` lack by design."""
         return set()
 
+    def lacks(self, source: dict[str, Any]) -> set[str]:
+        """Name the parameters, or parts, of an encoder configured as ``source`` that this one leaves out by design."""
+        return set()
+
     def accepts(self, key: str, value: Any) -> bool:
         """Whether weights of an encoder built with another ``value`` of the argument ``key`` can be adapted to this.
 

@@ -209,6 +209,10 @@ class T2T(Encoder):
         """The sinusoid, which is no parameter, is new when the source was trained without it."""
         return {"sinusoid"} if self.positions and not source["pos_embed"] else set()
 
+    def lacks(self, source: dict[str, Any]) -> set[str]:
+        """See :class:`Encoder`; all that can be left out is the sinusoid."""
+        return {"sinusoid"} if source["pos_embed"] and not self.positions else set()
+
     @contextmanager
     def without(self, fresh: set[str]) -> Iterator[None]:
         """See :class:`Encoder`; all that can be fresh is the sinusoid."""

@@ -96,6 +96,10 @@ class ViT(Encoder):
         """The position embedding is new when the source was trained without one, as the method's pre-training is."""
         return {"vit.pos_embed"} if self.arguments["pos_embed"] and not source["pos_embed"] else set()
 
+    def lacks(self, source: dict[str, Any]) -> set[str]:
+        """See :class:`Encoder`: the position embedding, as in the method's pre-training."""
+        return {"vit.pos_embed"} if source["pos_embed"] and not self.arguments["pos_embed"] else set()
+
     def accepts(self, key: str, value: Any) -> bool:
         """See :class:`Encoder`: a patch may grow to less than twice its side, colour become gray."""
         if key == "patch_size":

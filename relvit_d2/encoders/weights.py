@@ -158,8 +158,8 @@ def feature_difference(encoder: Encoder, source: str | Path) -> float:
 
     The encoder of the source is built anew from its own metadata, with attention in the windows of ``encoder``, which
     no weight knows of. Parameters that are fresh in ``encoder`` are zero during the comparison, since the source's
-    encoder lacks them. Where the patches of ``encoder`` are larger, it sees the image with every patch enlarged; where
-    it sees gray and the source colour, the image is gray.
+    encoder lacks them; so are those of the source that ``encoder`` leaves out. Where the patches of ``encoder`` are
+    larger, it sees the image with every patch enlarged; where it sees gray and the source colour, the image is gray.
 
     Returns:
         The largest absolute difference of a feature, relative to the features' largest absolute value.
@@ -185,7 +185,8 @@ def feature_difference(encoder: Encoder, source: str | Path) -> float:
     with encoder.without(encoder.fresh(config)):
         ours = encoder(enlarge_patches(image, theirs.arguments["patch_size"], patch).to(device))
     encoder.train(was_training)
-    expected = theirs(image.expand(-1, theirs.arguments["in_chans"], -1, -1).to(device))
+    with theirs.without(encoder.lacks(config)):
+        expected = theirs(image.expand(-1, theirs.arguments["in_chans"], -1, -1).to(device))
     pairs = [(ours[name if name in ours else encoder.last], value) for name, value in expected.items()]
     return max(((value - wanted).abs().max() / wanted.abs().max()).item() for value, wanted in pairs)
 

@@ -39,6 +39,8 @@ def load_proved(cfg: CfgNode, encoder: Encoder, weights: str, input_format: str)
             f"after loading '{weights}' the features differ by {difference:.1e} from those of the encoder it "
             "describes; check that MODEL.ENCODER says what pre-training used"
         )
+    if left_out := encoder.lacks(report.metadata["encoder"]):
+        logger.warning(f"left out here: {', '.join(left_out)} of '{weights}' (MODEL.ENCODER.POS_EMBED False)")
     note = f" (without the fresh {', '.join(report.fresh)})" if report.fresh else ""
     logger.info(f"features of the pre-trained encoder and of this one agree to {difference:.1e}{note}")
 
