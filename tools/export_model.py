@@ -2,10 +2,10 @@
 
 Input `images` are normalised pixels (B, C, H, W), float32, in the order and with the mean and spread that the command
 prints; outputs are the levels p2, p3, ... in float32. H and W are multiples of the pyramid's coarsest stride, as in the
-detector's own batches. A ViT's program takes any B, H and W, of a windowed one beyond its window; that of T2T any H and W
-with B = 1 (and takes minutes to make); that of a Swin one image of --size. Before the file appears, the program is run (onnxruntime on the ONNX file,
-torch.export's own loader on the other) on three sizes, a Swin's on three images, and must agree with the model to 1e-4
-of each level's largest value.
+detector's own batches. The program of a ViT takes any B, H and W, that of a windowed one beyond its window; that of T2T
+any H and W with B = 1 (it takes minutes to make); that of a Swin one image of --size. Before the file appears, the
+program is run (onnxruntime on the ONNX file, torch.export's own loader on the other) on three sizes, a Swin's on three
+images, and must agree with the model to 1e-4 of each level's largest value.
 """
 
 import argparse
