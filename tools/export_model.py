@@ -2,10 +2,10 @@
 
 Input `images` are normalised pixels (B, C, H, W), float32, in the order and with the mean and spread that the command
 prints; outputs are the levels p2, p3, ... in float32. H and W are multiples of the pyramid's coarsest stride, as in the
-detector's own batches, and B, H and W may be any such numbers, for a windowed ViT beyond its window; a Swin is written
-for one batch of one image of --size. Before the file appears, the program is run (onnxruntime on the ONNX file,
-torch.export's own loader on the other) on three sizes, a Swin's on three images, and must agree with the model to 1e-4
-of each level's largest value.
+detector's own batches. The program of a ViT takes any B, H and W, that of a windowed one beyond its window; that of T2T
+any H and W with B = 1 (it takes minutes to make); that of a Swin one image of --size. Before the file appears, the
+program is run (onnxruntime on the ONNX file, torch.export's own loader on the other) on three sizes, a Swin's on three
+images, and must agree with the model to 1e-4 of each level's largest value.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def export(args: argparse.Namespace) -> None:
                 "written; try the other --to"
             )
     pixels = f"{cfg.INPUT.FORMAT}, less {cfg.MODEL.PIXEL_MEAN}, over {cfg.MODEL.PIXEL_STD}"
-    what = "sizes" if backbone.encoder.any_size_traced else "images"
+    what = "sizes" if backbone.encoder.traced else "images"
     tried = ", ".join(" x ".join(map(str, image.shape)) for image in images)
     print(f"written: {args.output} ({args.output.stat().st_size / 2**20:.1f} MiB); images: {pixels}")
     print(f"agrees with the model to {worst:.1e} of the largest value on three {what}: {tried}")
@@ -97,14 +97,17 @@ def export(args: argparse.Namespace) -> None:
 def examples(backbone: Any, longest: int, size: list[int] | None) -> list[Tensor]:
     """Return three batches of noise to compare on; the first is the one to trace."""
     unit, encoder = backbone.size_divisibility, backbone.encoder
-    sizes = [(1, *(size or 2 * [-(-longest // unit) * unit]))] * 3
-    if encoder.any_size_traced:
+    if encoder.traced:
         if size:
             raise UserError(f"--size is for a Swin; the program of a {encoder.name} takes any size: leave it out")
         least = least_side(backbone)
         sizes = [(2, least + 4 * unit, least + 2 * unit), (1, least, least + 3 * unit), (3, least + unit, least)]
-    elif any(side < unit or side % unit for side in sizes[0][1:]):
-        raise UserError(f"--size {sizes[0][1]} {sizes[0][2]}: give multiples of {unit} pixels")
+        if "batch" not in encoder.traced:
+            sizes = [(1, *sides) for _, *sides in sizes]
+    else:
+        sizes = [(1, *(size or 2 * [-(-longest // unit) * unit]))] * 3
+        if any(side < unit or side % unit for side in sizes[0][1:]):
+            raise UserError(f"--size {sizes[0][1]} {sizes[0][2]}: give multiples of {unit} pixels")
     generator, channels = torch.Generator().manual_seed(0), encoder.arguments["in_chans"]
     return [torch.randn(batch, channels, *sides, generator=generator) for batch, *sides in sizes]
 
@@ -117,12 +120,13 @@ def least_side(backbone: Any) -> int:
 
 
 def shapes(backbone: Any) -> Any:
-    """Return what of the images may vary, as ``torch.export`` wants it told; None for nothing."""
-    if not backbone.encoder.any_size_traced:
-        return None
-    unit = backbone.size_divisibility
-    rows, cols = (Dim(name, min=least_side(backbone) // unit) for name in ("rows", "cols"))
-    return ({0: Dim("batch"), 2: unit * rows, 3: unit * cols},)
+    """Return what of the images may vary, as ``torch.export`` wants it told."""
+    unit, traced = backbone.size_divisibility, backbone.encoder.traced
+    varying: dict[int, Any] = {0: Dim("batch")} if "batch" in traced else {}
+    if "height" in traced:
+        rows, cols = (Dim(name, min=least_side(backbone) // unit) for name in ("rows", "cols"))
+        varying |= {2: unit * rows, 3: unit * cols}
+    return (varying,)
 
 
 def write(program: ExportedProgram, levels: list[str], to: str, path: Path) -> Callable[[Tensor], Levels]:

@@ -24,7 +24,7 @@ class Encoder(nn.Module):
         arguments: the keyword arguments it was built with, plain numbers and booleans.
         strides: pixels per token of each map, by the map's name, finest first (``{"s16": 16}``).
         channels: channels of each map, under the same names.
-        any_size_traced: whether ``torch.export`` makes one program of it for images of many sizes.
+        traced: which of batch, height and width ``torch.export`` leaves open when it makes a program of it.
 
     The last map is the one the pretext heads and the simple feature pyramid read. Every builder takes the keys of
     ``MODEL.ENCODER`` in small letters and ``in_chans``.
@@ -34,7 +34,7 @@ class Encoder(nn.Module):
     arguments: dict[str, Any]
     strides: dict[str, int]
     channels: dict[str, int]
-    any_size_traced = True
+    traced: tuple[str, ...] = ("batch", "height", "width")
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Map normalised images ``(B, in_chans, H, W)`` to maps ``(B, C, ceil(H / stride), ceil(W / stride))``."""

@@ -43,7 +43,7 @@ class Swin(Encoder):
         UserError: if ``patch_size`` is not 4.
     """
 
-    any_size_traced = False  # which windows shift and how a map is padded is decided by its size
+    traced = ()  # which windows shift and how a map is padded is decided by its size
 
     def __init__(
         self,

@@ -139,6 +139,8 @@ class T2T(Encoder):
         in_chans: channels of the images.
     """
 
+    traced = ("height", "width")  # torch 2.11 tells a batch of one from larger ones
+
     def __init__(self, pos_embed: bool, drop_path: float, dropout: float, in_chans: int) -> None:
         super().__init__()
         self.strides, self.channels = {"s16": PATCH}, {"s16": DIM}
