@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from relvit_d2.data.decode import read_rgb
+from relvit_d2.data.regions import Targets, ignored_regions
 from relvit_d2.errors import UserError
 
 
@@ -50,6 +51,16 @@ class DetectionMapper(DatasetMapper):
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
             read_rgb(dataset_dict["file_name"])  # says so if the image is the reason
             raise
+
+    def _transform_annotations(
+        self, dataset_dict: dict[str, Any], transforms: T.Transform, image_shape: tuple[int, int]
+    ) -> None:
+        """Do as Detectron2's class, and keep the crowds that it drops as regions to be ignored."""
+        crowds = [a for a in dataset_dict["annotations"] if a.get("iscrowd")]
+        super()._transform_annotations(dataset_dict, transforms, image_shape)
+        if crowds:
+            regions = ignored_regions(crowds, transforms, image_shape)
+            dataset_dict["instances"] = Targets(dataset_dict["instances"], regions)
 
 
 class ImageReader:

@@ -142,13 +142,13 @@ def coco_ground_truth(
     return {"images": images, "categories": categories, "annotations": annotations}
 
 
-def why_no_precision(objects: int, detections: int) -> str:
+def why_no_precision(objects: int, detections: int, least_iou: str = "0.5") -> str:
     """Return the reason for an AP of 0 or NaN, from the counts of objects to find and of detections."""
     if objects == 0:
         return "there is no ground truth, not one object that counts"
     if detections == 0:
         return "there are no detections at all"
-    return f"none of the {detections} detections overlaps an object of its class enough (IoU 0.5)"
+    return f"none of the {detections} detections overlaps an object of its class enough (IoU {least_iou})"
 
 
 def _segmentation_and_area(segmentation: list[list[float]] | dict[str, Any]) -> tuple[Any, float]:
