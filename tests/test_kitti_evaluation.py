@@ -1,6 +1,5 @@
 """KITTI's metric: every rule by hand, and all of them against the official program's loops on random scenes."""
 
-import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import pytest
 from detectron2.structures import BoxMode
 from evaluation_cases import Found, Records, run
 
-from relvit_d2.data.kitti import CLASS_SETS, NEIGHBOURS, TYPES, kitti_ids, load_kitti
+from relvit_d2.data.kitti import CLASS_SETS, NEIGHBOURS, kitti_ids, load_kitti
 from relvit_d2.evaluation.kitti import LEVELS, MIN_IOU, KittiEvaluator, recall_thresholds
 
 CLASSES = list(CLASS_SETS[3])
@@ -99,9 +98,7 @@ def excess(extra_things: list[dict[str, Any]], extra: list[tuple[list[float], in
         pytest.param(
             [thing("DontCare", [750, 0, 820, 50])], [(place(5), CAR, 0.9)], [1, 1, 1], id="70 % inside is not enough"
         ),
-        pytest.param(
-            [thing("DontCare", [750, 0, 821, 50])], [(place(5), CAR, 0.9)], [0, 0, 0], id="71 % inside is"
-        ),
+        pytest.param([thing("DontCare", [750, 0, 821, 50])], [(place(5), CAR, 0.9)], [0, 0, 0], id="71 % inside is"),
         pytest.param([], [(place(5, 39), CAR, 0.9)], [0, 1, 1], id="too low to count where 40 pixels are asked"),
         pytest.param([], [(place(5, 24.9), CAR, 0.9)], [0, 0, 0], id="too low to count anywhere"),
         pytest.param([], [(place(5, 25), CAR, 0.9)], [0, 1, 1], id="25 pixels count"),
@@ -131,32 +128,21 @@ def test_what_counts_as_false(
     ],
 )
 def test_which_cars_must_be_found(car: dict[str, Any], counts: list[int]) -> None:
-    # Of five cars four are found; the fifth is missed, which takes the last point of recall if it counts.
+    # Of five cars four are found, and then the fifth too.
     cars = [thing("Car", place(index)) for index in range(4)]
     found = [(place(index), CAR, 0.9 - index / 10) for index in range(4)]
     missed = evaluate(scene([*cars, car]), found)
-    evaluator = KittiEvaluator("scene", scene([*cars, car]), CLASSES)
-    view = evaluator._view("Car", 0, evaluator_input(found))
-    from relvit_d2.evaluation.kitti import _case
-
-    assert [int(_case(view, "Car", bounds).counted.sum()) - 4 for bounds in LEVELS.values()] == counts
-    # And what is matched to it is never false.
+    # What is matched to it is never false, and a hit if it counts.
     hit = evaluate(scene([*cars, car]), [(car["bbox"], CAR, 0.95), *found])
     for level, counted in zip(LEVELS, counts, strict=True):
         assert missed[f"AP40_{level}-Car"] == pytest.approx(100 * 3 / 40)
         assert hit[f"AP40_{level}-Car"] == pytest.approx(100 * (3 + counted) / 40)
 
 
-def evaluator_input(found: list[tuple[list[float], int, float]]) -> Any:
-    from relvit_d2.evaluation.gathering import Found as Image
-
-    return Image(
-        0, np.array([f[0] for f in found]), np.array([f[2] for f in found]), np.array([f[1] for f in found])
-    )
-
-
 def test_the_least_overlap_is_that_of_the_class_and_must_be_passed() -> None:
-    records = scene([thing("Car", place(0)), thing("Car", place(1)), thing("Pedestrian", place(2)), thing("Pedestrian", place(3))])
+    records = scene(
+        [thing("Car", place(0)), thing("Car", place(1)), thing("Pedestrian", place(2)), thing("Pedestrian", place(3))]
+    )
 
     def shifted(index: int, part: float) -> list[float]:
         """A box whose IoU with ``place(index)`` is ``part``."""
@@ -295,7 +281,7 @@ def random_scene(seed: int) -> tuple[Records, Found]:
     rng = np.random.default_rng(seed)
     kinds = ["Car", "Car", "Car", "Van", "Pedestrian", "Pedestrian", "Person_sitting", "Cyclist", "Truck", "DontCare"]
     images, found = [], {}
-    for index in range(int(rng.integers(2, 14))):
+    for index in range(int(rng.integers(2, 60 if seed % 8 == 0 else 14))):
         things = []
         for _ in range(int(rng.integers(0, 8))):
             corner, side = rng.integers(0, 60, 2), rng.choice([20, 25, 30, 39, 40, 45, 60], 2)
@@ -317,7 +303,7 @@ def random_scene(seed: int) -> tuple[Records, Found]:
     return scene(*images), found
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(30))
 def test_random_scenes_equal_the_official_loops(seed: int) -> None:
     records, found = random_scene(seed)
     result = run(KittiEvaluator("random", records, CLASSES), found)["kitti"]
@@ -334,9 +320,43 @@ def test_random_scenes_equal_the_official_loops(seed: int) -> None:
 
 def test_random_scenes_show_something() -> None:
     results = []
-    for seed in range(40):
+    for seed in range(0, 40, 2):
         records, found = random_scene(seed)
         results.append(run(KittiEvaluator("random", records, CLASSES), found)["kitti"])
     for name in MIN_IOU:
         aps = [result[f"AP40_hard-{name}"] for result in results if result[f"AP40_hard-{name}"] > 0]
-        assert len(set(aps)) > 10
+        assert len(set(aps)) > 5
+
+
+@pytest.mark.parametrize("count", CLASS_SETS)
+def test_perfect_detections_of_the_samples(samples: Path, count: int, log_lines: list[str]) -> None:
+    names = list(CLASS_SETS[count])
+    folder = samples / "kitti" / "training"
+    records = load_kitti(folder, kitti_ids(folder), names)
+    found = {
+        r["image_id"]: [(a["bbox"], a["category_id"], 0.9) for a in r["annotations"] if not a["iscrowd"]]
+        for r in records
+    }
+    result = run(KittiEvaluator("sample", records, names), found)["kitti"]
+    # The one pedestrian is found; the cars are below 25 pixels and 33.26 high, the cyclist's occlusion is not known.
+    assert (result["AP11_moderate-Pedestrian"], result["AP11_moderate-Car"]) == pytest.approx((100 / 11, 100 / 11))
+    assert result["AP40_moderate"] == 0
+    assert math.isnan(result["AP40_hard-Cyclist"]) and math.isnan(result["AP40_easy-Car"])
+    assert any("leaves out the first of the 41 points" in line for line in log_lines)
+    assert any(line.startswith("KITTI's AP of sample") and "Cyclist" in line for line in log_lines)
+
+
+def test_an_ap_of_0_or_nan_comes_with_the_reason(log_lines: list[str]) -> None:
+    assert evaluate(scene([thing("Car", place(0))]), [])["AP40_moderate"] == 0
+    assert "no detections at all" in log_lines[-1]
+    assert evaluate(scene([thing("Car", place(0))]), [(place(1), CAR, 0.9)])["AP40_moderate"] == 0
+    assert "none of the 1 detections overlaps" in log_lines[-1] and "0.7 for Car" in log_lines[-1]
+    assert math.isnan(evaluate(scene([thing("Van", place(0))]), [(place(0), CAR, 0.9)])["AP40_moderate"])
+    assert "no ground truth" in log_lines[-1]
+
+
+def test_order_of_images_changes_nothing() -> None:
+    records, found = random_scene(8)
+    straight = run(KittiEvaluator("order", records, CLASSES), found)
+    turned = run(KittiEvaluator("order", records[::-1], CLASSES), dict(reversed(found.items())))
+    assert straight["kitti"] == pytest.approx(turned["kitti"], nan_ok=True, abs=1e-12)

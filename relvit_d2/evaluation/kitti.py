@@ -92,8 +92,8 @@ class KittiEvaluator(GatheringEvaluator):
         """Compute the metric of all processes' detections; all of them have to call it.
 
         Returns:
-            On the main process ``{"kitti": {"AP40_easy": mean of the classes, ..., "AP40_easy-Car": ...}}``, percent,
-            for ``AP40`` and ``AP11``, ``easy``, ``moderate`` and ``hard``; NaN where no object counts; elsewhere ``{}``.
+            On the main process ``{"kitti": {"AP40_easy": mean of the classes, ..., "AP40_easy-Car": ...}}`` in percent,
+            for ``AP40`` and ``AP11`` and each level; NaN where no object counts. Elsewhere ``{}``.
         """
         gathered = self.gather()
         if gathered is None:
