@@ -1,9 +1,12 @@
 """KITTI's reader, its splits, and what a detector learns where nothing is labelled."""
 
+import json
 import random
+import shutil
+import subprocess
+import sys
 import tempfile
 from collections import Counter
-from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +16,9 @@ from detectron2.data.detection_utils import read_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scripts import command, run
 
+import relvit_d2
 from relvit_d2.data import catalog
 from relvit_d2.data.decode import read_rgb
 from relvit_d2.data.kitti import (
@@ -29,7 +34,7 @@ from relvit_d2.data.kitti import (
 from relvit_d2.errors import UserError
 from relvit_d2.evaluation.coco import coco_ground_truth
 
-OFFICIAL = [f"{index:06d}" for index in range(7481)]
+OFFICIAL = tuple(f"{index:06d}" for index in range(7481))
 REST = "-1.57 {} 1.89 0.48 1.20 1.84 1.47 8.41 0.01"
 
 
@@ -37,10 +42,10 @@ def line(kind: str, box: str = "10 20 30 60", truncated: object = 0.0, occluded:
     return f"{kind} {truncated} {occluded} {REST.format(box)}"
 
 
-def write(folder: Path, *labels: str, ids: list[str] | None = None, size: tuple[int, int] = (120, 80)) -> Path:
+def write(folder: Path, *labels: str, size: tuple[int, int] = (120, 80)) -> Path:
     for name in ("image_2", "label_2"):
         (folder / name).mkdir(parents=True)
-    for image_id, text in zip(ids or OFFICIAL, labels, strict=False):
+    for image_id, text in zip(OFFICIAL, labels, strict=False):
         Image.new("RGB", size).save(folder / "image_2" / f"{image_id}.png")
         (folder / "label_2" / f"{image_id}.txt").write_text(text)
     return folder
@@ -50,7 +55,7 @@ def test_the_samples(samples: Path) -> None:
     folder = samples / "kitti" / "training"
     ids = kitti_ids(folder)
     records = load_kitti(folder, ids, CLASS_SETS[8])
-    assert ids == ["000000", "000001", "000002"]
+    assert ids == ("000000", "000001", "000002")
     assert [(r["width"], r["height"]) for r in records] == [(1224, 370), (1242, 375), (1242, 375)]
     objects = [[TYPES[a["category_id"]] for a in r["annotations"] if not a["iscrowd"]] for r in records]
     assert objects == [["Pedestrian"], ["Truck", "Car", "Cyclist"], ["Misc", "Car"]]
@@ -148,19 +153,19 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 
 def test_palette_images_are_read(samples: Path) -> None:
     folder = samples / "kitti_extra" / "training"
-    assert kitti_ids(folder) == ["000000", "000007", "000008"]
-    with Image.open(folder / "image_2" / "000007.png") as image:
+    assert kitti_ids(folder) == ("000000", "000007", "000008")
+    path = folder / "image_2" / "000007.png"
+    with Image.open(path) as image:
         assert image.mode == "P"
         colours = np.array(image.getpalette(), dtype=np.uint8).reshape(-1, 3)[np.array(image)]
     assert colours.std() > 20
-    for pixels in (read_rgb(image.filename), read_image(image.filename, "RGB")):  # pre-training's, detection's
+    for pixels in (read_rgb(path), read_image(path, "RGB")):  # pre-training's, detection's
         assert np.array_equal(pixels, colours)
 
 
-def test_the_lists_that_come_with_the_package_are_what_the_rule_gives(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_lists_that_come_with_the_package_are_what_the_rule_gives() -> None:
     split = random_split(OFFICIAL)
-    assert not caplog.records
-    assert sorted(split["train"] + split["val"]) == OFFICIAL
+    assert tuple(sorted(split["train"] + split["val"])) == OFFICIAL
     assert (len(split["train"]), len(split["val"])) == (5611, 1870)
     order = shuffled(OFFICIAL)
     assert split == {"train": sorted(order[:5611]), "val": sorted(order[5611:])}
@@ -168,15 +173,24 @@ def test_the_lists_that_come_with_the_package_are_what_the_rule_gives(caplog: py
     held = set(split["val"])
     together = sum(a in held and b in held for a, b in pairwise(OFFICIAL))
     assert 350 < together < 600  # 1870 / 4 = 467 are expected
-    for name in ("train", "val"):
-        assert resources.files("relvit_d2.data").joinpath(f"kitti_{name}.txt").is_file()
+
+
+def test_a_built_package_has_the_lists(tmp_path: Path) -> None:
+    root = Path(relvit_d2.__file__).parent
+    shutil.copytree(root, tmp_path / "relvit_d2", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root.parent / name, tmp_path)
+    build = [sys.executable, "-c", "from setuptools import setup; setup()", "-q", "build", "--build-lib", "built"]
+    subprocess.run(build, cwd=tmp_path, check=True, capture_output=True)
+    for name in ("kitti_train.txt", "kitti_val.txt"):
+        assert (tmp_path / "built/relvit_d2/data" / name).read_bytes() == (root / "data" / name).read_bytes()
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 100, 7480])
 def test_fewer_images_are_split_by_the_same_rule(count: int, caplog: pytest.LogCaptureFixture) -> None:
-    ids = sorted(random.Random(count).sample(OFFICIAL, count))
+    ids = tuple(sorted(random.Random(count).sample(OFFICIAL, count)))
     split = random_split(ids)
-    assert sorted(split["train"] + split["val"]) == ids
+    assert tuple(sorted(split["train"] + split["val"])) == ids
     assert len(split["val"]) == max(1, round(count / 4))
     assert f"{count} KITTI images are here, not the official 7481" in caplog.text
 
@@ -206,7 +220,7 @@ def test_no_drive_is_on_both_sides(tmp_path: Path, seed: int) -> None:
     drives = read_drives(folder)
     ids = OFFICIAL[:600]
     split = sequence_split(ids, folder)
-    assert sorted(split["train"] + split["val"]) == ids
+    assert tuple(sorted(split["train"] + split["val"])) == ids
     sides = {name: {drives[int(image_id)] for image_id in split[name]} for name in split}
     assert not sides["train"] & sides["val"]
     assert 120 <= len(split["val"]) <= 150
@@ -236,7 +250,7 @@ def test_the_ids_are_kept_in_the_run_and_the_cache(tmp_path: Path, monkeypatch: 
     for folder in (tmp_path / "run", tmp_path / "cache" / "relvit_d2"):
         assert sorted(path.name for path in (folder / "splits").iterdir()) == ["kitti_train.txt", "kitti_val_3.txt"]
         kept = [(folder / "splits" / f"{name}.txt").read_text().split() for name in ("kitti_train", "kitti_val_3")]
-        assert sorted(kept[0] + kept[1]) == OFFICIAL[:8]
+        assert tuple(sorted(kept[0] + kept[1])) == OFFICIAL[:8]
         assert kept[1] == [r["image_id"] for r in catalog.get_records("kitti_val_3")]
     assert sorted(data.rglob("*")) == before
     # A cache that cannot be written is no fault.
@@ -252,3 +266,19 @@ def test_sequences_without_the_mapping_say_what_to_put_where(tmp_path: Path, mon
     words = r"devkit_object\.zip.*train_mapping\.txt.*\$DETECTRON2_DATASETS/kitti/mapping or .*kitti/devkit/mapping"
     with pytest.raises(UserError, match=words):
         catalog.get_records("kitti_train_sequences")
+
+
+def test_a_short_training_on_the_samples(samples: Path, tmp_path: Path) -> None:
+    """As a user would, on data that cannot be written."""
+    (tmp_path / "kitti").mkdir()
+    (tmp_path / "kitti" / "training").symlink_to(samples / "kitti" / "training")
+    sizes = ("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MAX_SIZE_TRAIN", 224, "INPUT.MIN_SIZE_TEST", 64)
+    names = ("DATASETS.TRAIN", "('kitti_train_3',)", "DATASETS.TEST", "('kitti_val_3',)")
+    keys = (*sizes, "INPUT.MAX_SIZE_TEST", 224, *names, "SOLVER.MAX_ITER", 2, "SOLVER.IMS_PER_BATCH", 2)
+    done = run(tmp_path, *command("train_net.py", tmp_path / "run", *keys))
+    results = json.loads((tmp_path / "run/inference/results.json").read_text())["kitti_val_3"]
+    assert {"bbox", "kitti"} <= results.keys()
+    assert "AP40_moderate-Pedestrian" in results["kitti"]
+    # Said once: by both sets and by what is kept of them.
+    assert (done.stdout + done.stderr).count("3 KITTI images are here") == 1
+    assert len((tmp_path / "run/splits/kitti_train_3.txt").read_text().split()) == 2

@@ -292,9 +292,9 @@ def random_scene(seed: int) -> tuple[Records, Found]:
         boxes: list[tuple[list[float], int, float]] = []
         for item in [*things, *things]:
             for _ in range(int(rng.integers(0, 3))):
-                box = np.array(item["bbox"]) + rng.normal(0, rng.choice([0.3, 2, 6]), 4)
-                box = [*box[:2], *np.maximum(box[2:], box[:2] + 1)]
-                box = np.float32(box).tolist()
+                moved = np.array(item["bbox"]) + rng.normal(0, rng.choice([0.3, 2, 6]), 4)
+                moved[2:] = np.maximum(moved[2:], moved[:2] + 1)
+                box = moved.astype(np.float32).tolist()
                 own = CLASSES.index(item["type"]) if item["type"] in CLASSES and rng.random() < 0.7 else rng.integers(3)
                 boxes.append((box, int(own), float(np.float32(rng.integers(1, 20) / 20))))
         order = rng.permutation(len(boxes))

@@ -37,7 +37,7 @@ def targets(*boxes: list[float]) -> Targets:
 
 def test_the_mapper_carries_crowds_through_the_changes_of_the_image(tmp_path: Path) -> None:
     Image.new("RGB", (128, 64)).save(tmp_path / "a.png")
-    record = {
+    record: dict[str, Any] = {
         "file_name": str(tmp_path / "a.png"),
         "image_id": 1,
         "height": 64,
@@ -88,7 +88,7 @@ def test_no_proposal_inside_a_region_is_background() -> None:
     assert type(heads) is IgnoringROIHeads
     heads.batch_size_per_image, heads.positive_fraction = 1000, 0.5
     box = [40.0, 20.0, 52.0, 32.0]
-    boxes = [[0.0, 0, 20, 20], [26, 0, 46, 20], [20, 0, 40, 20], [40, 40, 60, 60], [40, 20, 52, 33]]
+    boxes: list[list[float]] = [[0, 0, 20, 20], [26, 0, 46, 20], [20, 0, 40, 20], [40, 40, 60, 60], [40, 20, 52, 33]]
     proposals = Instances(
         (64, 64), proposal_boxes=Boxes(torch.tensor(boxes)), objectness_logits=torch.zeros(len(boxes))
     )

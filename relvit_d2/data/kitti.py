@@ -11,6 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path
 
@@ -58,19 +59,20 @@ def load_kitti(folder: Path, ids: Sequence[str], class_names: Sequence[str]) -> 
     return [_read_record(folder, image_id, class_names) for image_id in ids]
 
 
-def kitti_ids(folder: Path) -> list[str]:
+def kitti_ids(folder: Path) -> tuple[str, ...]:
     """Return the names of the images in ``folder/image_2`` without their ending, sorted.
 
     Raises:
         UserError: there is none.
     """
-    ids = sorted(path.stem for path in (folder / "image_2").glob("*.png"))
+    ids = tuple(sorted(path.stem for path in (folder / "image_2").glob("*.png")))
     if not ids:
         raise UserError(f"{folder / 'image_2'} does not exist or holds no PNG: unpack data_object_image_2.zip there")
     return ids
 
 
-def random_split(ids: Sequence[str]) -> dict[str, list[str]]:
+@cache  # so that what it logs is told once
+def random_split(ids: tuple[str, ...]) -> dict[str, list[str]]:
     """Return the random split, three quarters to train on and one to test on.
 
     The lists of all 7,481 official ids come with the package. For other ids the rule that made those lists is
@@ -84,7 +86,7 @@ def random_split(ids: Sequence[str]) -> dict[str, list[str]]:
     """
     lists = {split: resources.files(__package__).joinpath(f"kitti_{split}.txt").read_text().split() for split in SPLITS}
     official = sorted(lists["train"] + lists["val"])
-    if list(ids) == official:
+    if ids == tuple(official):
         return lists
     logger.warning(
         f"{len(ids)} KITTI images are here, not the official {len(official)}: the rule of the random split is applied "

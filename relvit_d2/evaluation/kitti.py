@@ -139,8 +139,8 @@ class KittiEvaluator(GatheringEvaluator):
         union = area[:, None] + own_area - common
         overlap = np.divide(common, union, out=np.zeros_like(common), where=common > 0)
         inside, _, _ = _intersections(_corners([a for a in objects if a["type"] == "DontCare"]), found.box)
-        excused = (inside > MIN_IOU[name] * own_area).any(axis=0)
-        of_class = np.equal(found.label, self._class_names.index(name))
+        excused: np.ndarray = np.any(inside > MIN_IOU[name] * own_area, axis=0)
+        of_class = found.label == self._class_names.index(name)
         return _View(rivals, box, overlap, found, of_class, excused)
 
     def _report(
