@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from detectron2.data.detection_utils import read_image
+from evaluation_cases import Found
+from evaluation_cases import run as evaluate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -32,7 +34,7 @@ from relvit_d2.data.kitti import (
     shuffled,
 )
 from relvit_d2.errors import UserError
-from relvit_d2.evaluation.coco import coco_ground_truth
+from relvit_d2.evaluation.coco import CocoStyleEvaluator, coco_ground_truth
 
 OFFICIAL = tuple(f"{index:06d}" for index in range(7481))
 REST = "-1.57 {} 1.89 0.48 1.20 1.84 1.47 8.41 0.01"
@@ -99,6 +101,23 @@ def test_what_each_class_set_makes_of_each_type(
     assert found == crowds
     truth = coco_ground_truth([record], names, ignore_difficult=True)
     assert sum(a["iscrowd"] for a in truth["annotations"]) == sum(map(len, crowds.values()))
+
+
+@pytest.mark.parametrize("count", CLASS_SETS)
+def test_what_is_found_in_ignored_regions_costs_nothing_in_coco_style(
+    samples: Path, tmp_path: Path, count: int
+) -> None:
+    folder, names = samples / "kitti" / "training", CLASS_SETS[count]
+    records = load_kitti(folder, kitti_ids(folder), names)
+    perfect: Found = {}
+    for record in records:
+        objects = [(a["bbox"], a["category_id"], 0.5) for a in record["annotations"] if not a["iscrowd"]]
+        crowds = [(a["bbox"], a["category_id"], 0.9) for a in record["annotations"] if a["iscrowd"]]
+        perfect[record["image_id"]] = objects + crowds
+    evaluator = CocoStyleEvaluator("kitti_sample", records, names, tmp_path, True)
+    assert evaluate(evaluator, perfect)["bbox"]["AP"] == pytest.approx(100)
+    elsewhere = {image_id: [*found, ([0.0, 0, 50, 50], 0, 0.95)] for image_id, found in perfect.items()}
+    assert evaluate(evaluator, elsewhere)["bbox"]["AP-Car"] < 60
 
 
 @pytest.mark.parametrize(
