@@ -170,6 +170,13 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         load_kitti(tmp_path, ["000000"], CLASS_SETS[7])
 
 
+def test_a_name_that_cannot_be_printed_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "")
+    (tmp_path / "image_2" / "000000.png").rename(tmp_path / "image_2" / "\udcff.png")
+    with pytest.raises(UserError, match="not a plain file name"):
+        kitti_ids(tmp_path)
+
+
 def test_palette_images_are_read(samples: Path) -> None:
     folder = samples / "kitti_extra" / "training"
     assert kitti_ids(folder) == ("000000", "000007", "000008")
@@ -251,6 +258,10 @@ def test_faults_of_the_mapping(tmp_path: Path) -> None:
         read_drives(tmp_path)
     with pytest.raises(UserError, match=r"train_rand\.txt has the entry '3'"):
         read_drives(mapping(tmp_path / "a", [line_of] * 2, [1, 3]))
+    mapping(tmp_path / "e", [line_of], [])
+    (tmp_path / "e" / "train_rand.txt").write_text("1" * 5000)
+    with pytest.raises(UserError, match="has the entry '1111"):
+        read_drives(tmp_path / "e")
     with pytest.raises(UserError, match=r"which is no line of train_mapping\.txt with a date"):
         read_drives(mapping(tmp_path / "b", ["2011"], [1]))
     with pytest.raises(UserError, match="has 1 images, not all that are here"):

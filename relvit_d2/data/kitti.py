@@ -17,7 +17,7 @@ from pathlib import Path
 
 from detectron2.structures import BoxMode
 
-from relvit_d2.data.records import Record, checked_box, image_size
+from relvit_d2.data.records import Record, checked_box, checked_name, image_size
 from relvit_d2.errors import UserError, nearest
 
 TYPES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc")
@@ -63,11 +63,12 @@ def kitti_ids(folder: Path) -> tuple[str, ...]:
     """Return the names of the images in ``folder/image_2`` without their ending, sorted.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or one has a name that cannot be printed.
     """
-    ids = tuple(sorted(path.stem for path in (folder / "image_2").glob("*.png")))
+    images = folder / "image_2"
+    ids = tuple(sorted(checked_name(path.stem, str(images)) for path in images.glob("*.png")))
     if not ids:
-        raise UserError(f"{folder / 'image_2'} does not exist or holds no PNG: unpack data_object_image_2.zip there")
+        raise UserError(f"{images} does not exist or holds no PNG: unpack data_object_image_2.zip there")
     return ids
 
 
@@ -148,7 +149,8 @@ def read_drives(mapping: Path) -> list[str]:
     numbers = re.split(r"[\s,]+", _read_text(mapping / "train_rand.txt").strip(" \r\n,"))
     drives = []
     for number in numbers:
-        row = lines[int(number) - 1].split() if number.isdecimal() and 0 < int(number) <= len(lines) else []
+        whole = number.isdecimal() and len(number) < 10  # Python refuses to read numbers of thousands of digits
+        row = lines[int(number) - 1].split() if whole and 0 < int(number) <= len(lines) else []
         if len(row) != 3:
             raise UserError(
                 f"{mapping / 'train_rand.txt'} has the entry {number[:20]!r}, which is no line of train_mapping.txt "
