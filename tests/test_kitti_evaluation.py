@@ -229,6 +229,18 @@ def statistics(
     return scores, len(scores), false
 
 
+def official_thresholds(scores: list[float], objects: int) -> list[float]:
+    scores, thresholds, recall = sorted(scores, reverse=True), [], 0.0
+    for i, score in enumerate(scores):
+        left = (i + 1) / objects
+        right = (i + 2) / objects if i < len(scores) - 1 else left
+        if right - recall < recall - left and i < len(scores) - 1:
+            continue
+        thresholds.append(score)
+        recall += 1 / 40
+    return thresholds
+
+
 def official(records: Records, found: Found, name: str, level: int) -> list[float]:
     """The 41 precisions."""
     height, occluded, truncated = (40, 25, 25)[level], (0, 1, 2)[level], (0.15, 0.3, 0.5)[level]
@@ -256,15 +268,7 @@ def official(records: Records, found: Found, name: str, level: int) -> list[floa
                 ignored_found.append(0 if CLASSES[label] == name else -1)
         flags.append((ignored_thing, ignored_found))
         scores += statistics(record["annotations"], image, ignored_thing, ignored_found, least, None)[0]
-    scores.sort(reverse=True)
-    thresholds, recall = [], 0.0
-    for i, score in enumerate(scores):
-        left = (i + 1) / objects
-        right = (i + 2) / objects if i < len(scores) - 1 else left
-        if right - recall < recall - left and i < len(scores) - 1:
-            continue
-        thresholds.append(score)
-        recall += 1 / 40
+    thresholds = official_thresholds(scores, objects)
     precision = [0.0] * 41
     for t, threshold in enumerate(thresholds):
         hits = false = 0
@@ -274,6 +278,12 @@ def official(records: Records, found: Found, name: str, level: int) -> list[floa
             hits, false = hits + hit, false + wrong
         precision[t] = hits / (hits + false) if hits else 0.0
     return [max(precision[t:]) for t in range(41)]
+
+
+def test_thresholds_equal_the_official_loop() -> None:
+    for objects in range(1, 300):
+        scores = np.random.default_rng(objects).permutation(objects)[: objects - objects // 7].tolist()
+        assert recall_thresholds(scores, objects) == official_thresholds(scores, objects)
 
 
 def random_scene(seed: int) -> tuple[Records, Found]:
