@@ -3,9 +3,11 @@
 import argparse
 import logging
 import sys
+from pathlib import Path
 
 from detectron2.utils import comm
 
+from relvit_d2.data.catalog import keep_splits
 from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.engine.cli import keep_config, run_script, start_run
 from relvit_d2.engine.config_file import load_config
@@ -29,6 +31,7 @@ def main(args: argparse.Namespace) -> None:
     data, skip = cfg.DATASETS, cfg.DATASETS.SKIP_MISSING
     tests = image_files("DATASETS.TEST", data.TEST, skip) if wanted else []
     files = [] if args.eval_only else image_files("DATASETS.TRAIN", data.TRAIN, skip)
+    keep_splits(data.TEST if args.eval_only else (*data.TRAIN, *data.TEST), Path(cfg.OUTPUT_DIR))
     model = build_pretraining_model(cfg)
     weights = cfg.MODEL.WEIGHTS
     if args.eval_only:

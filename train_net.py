@@ -7,6 +7,7 @@ from pathlib import Path
 
 from detectron2.utils import comm
 
+from relvit_d2.data.catalog import keep_splits
 from relvit_d2.detection.model import build_detector
 from relvit_d2.detection.run import build_trainer, evaluate, evaluation_sets, settle, training_records
 from relvit_d2.detection.weights import load_weights
@@ -30,6 +31,7 @@ def main(args: argparse.Namespace) -> None:
     if args.eval_only and not tests:
         raise UserError("DATASETS.TEST is empty; name a data set to evaluate on, such as ('voc_2007_test',)")
     records = [record for test in tests.values() for record in test] if args.eval_only else training_records(asked)
+    keep_splits(tests if args.eval_only else (*asked.DATASETS.TRAIN, *tests), Path(asked.OUTPUT_DIR))
     cfg = settle(asked, records)
     if asked.MODEL.MASK_ON and not cfg.MODEL.MASK_ON:
         logger.info("the data have boxes without masks: the mask head is off")

@@ -1,6 +1,8 @@
 """What several test files share."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,21 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generate(folder / "svhn/train", 12, seed=1)
     generate(folder / "svhn/test", 5, seed=2)
     return folder
+
+
+@pytest.fixture()
+def log_lines() -> Iterator[list[str]]:
+    """Lines logged by the evaluators, whether or not another test has cut them off from the root logger."""
+    lines: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    handler, logger = Collect(), logging.getLogger("relvit_d2.evaluation")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield lines
+    logger.removeHandler(handler)
+    logger.setLevel(level)

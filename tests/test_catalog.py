@@ -35,10 +35,15 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def real(samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data root with a copy of the real samples."""
-    for name in ("VOC2007", "coco", "svhn"):
+    for name in ("VOC2007", "coco", "svhn", "kitti"):
         shutil.copytree(samples / name, tmp_path / name, copy_function=os.symlink)
     for folder in tmp_path.rglob("*/"):
         folder.chmod(0o755)
+    # Which drives the three images are of is not in the samples: two of one, one of another.
+    (tmp_path / "kitti" / "mapping").mkdir()
+    drives = "".join(f"2011_09_26 2011_09_26_drive_000{drive}_sync 0000000000\n" for drive in (1, 1, 2))
+    (tmp_path / "kitti" / "mapping" / "train_mapping.txt").write_text(drives)
+    (tmp_path / "kitti" / "mapping" / "train_rand.txt").write_text("3,1,2")
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     register_all()
     return tmp_path

@@ -38,7 +38,8 @@ def test_the_arithmetic_in_a_header_is_that_of_the_schedule(path: str) -> None:
 @pytest.mark.parametrize("path", ROWS)
 def test_a_header_gives_row_commands_and_cost_and_the_commands_fit_together(path: str) -> None:
     header = Path(path).read_text()
-    assert "Table 2" in header or "_BASE_: voc_" in header  # pre-training variants have no row of their own
+    # Variants of a pre-training have no row of their own.
+    assert re.search("Table [23]", header) or ("/ssl/" in path and re.search("_BASE_: [a-z]", header))
     assert re.search(r"^# Cost: .+", header, re.MULTILINE)
     commands = re.findall(r"python (\w+\.py) --config-file (\S+)", header)
     assert ("pretrain_ssl.py" if "/ssl/" in path else "train_net.py", path) in commands
@@ -48,6 +49,15 @@ def test_a_header_gives_row_commands_and_cost_and_the_commands_fit_together(path
     before = [load_config(file, []).OUTPUT_DIR for script, file in commands if script == "pretrain_ssl.py"]
     if "/ssl/" not in path:
         assert [f"{folder}/encoder.safetensors" for folder in before] == [weights] * bool(weights)
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if "base/" not in path])
+def test_digits_are_not_mirrored_and_anchors_fit_the_levels(path: str) -> None:
+    cfg = load_config(path, [])
+    if cfg.DATASETS.TRAIN[0].startswith(("svhn", "streets")):
+        assert (cfg.PRETEXT.FLIP == 0) if "ssl" in path else (cfg.INPUT.RANDOM_FLIP == "none")
+    if "ssl" not in path:
+        assert len(cfg.MODEL.ANCHOR_GENERATOR.SIZES) == len(cfg.MODEL.RPN.IN_FEATURES)
 
 
 def test_no_two_runs_share_a_folder() -> None:

@@ -1,9 +1,7 @@
 """Both evaluators on the same detections, and the COCO-style one against pycocotools set up by hand."""
 
 import json
-import logging
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +32,6 @@ from relvit_d2.data.svhn import load_svhn
 from relvit_d2.evaluation.average_precision import coco_evaluation, why_no_precision
 from relvit_d2.evaluation.coco import CocoStyleEvaluator, coco_ground_truth
 from relvit_d2.evaluation.voc07 import Voc07Evaluator
-
-
-@pytest.fixture()
-def log_lines() -> Iterator[list[str]]:
-    """Lines logged by the evaluators, whether or not another test has cut them off from the root logger."""
-    lines: list[str] = []
-
-    class Collect(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(record.getMessage())
-
-    handler, logger = Collect(), logging.getLogger("relvit_d2.evaluation")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    yield lines
-    logger.removeHandler(handler)
-    logger.setLevel(level)
 
 
 @pytest.mark.parametrize("ignore_difficult", [True, False])

@@ -6,9 +6,11 @@ A name of Detectron2's own catalog that is not in ``DATASETS`` (a user's registr
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,17 @@ from detectron2.data.catalog import Metadata
 from detectron2.data.datasets import load_coco_json
 from detectron2.data.datasets.builtin_meta import _get_builtin_metadata
 from detectron2.data.datasets.pascal_voc import CLASS_NAMES as VOC_CLASSES
+from detectron2.utils import comm
 
 from relvit_d2.data.folder import list_images
+from relvit_d2.data.kitti import CLASS_SETS, kitti_ids, load_kitti, random_split, sequence_split
 from relvit_d2.data.records import Record, existing
 from relvit_d2.data.streets import ensure_streets
 from relvit_d2.data.svhn import CLASS_NAMES as DIGITS
 from relvit_d2.data.svhn import load_svhn, svhn_images
 from relvit_d2.data.voc import load_voc, voc_images
 from relvit_d2.errors import UserError
+from relvit_d2.files import write_text
 from relvit_d2.registry import Registry
 
 _SUBSET = re.compile(r"(?P<base>[^\[\]]+)\[:(?P<amount>\d+(?:\.\d+)?)(?P<percent>%?)\]")
@@ -39,8 +44,9 @@ class DatasetEntry:
         records: reads the labelled images (see ``relvit_d2.data.records``); takes whether to leave out images that are
             listed but absent.
         images: lists the images in the records' order without reading a label; takes the same.
-        metrics: how it is evaluated: ``"coco"``, ``"voc07"``.
+        metrics: how it is evaluated: ``"coco"``, ``"voc07"``, ``"kitti"``.
         metadata: what Detectron2's evaluators want to know beside ``thing_classes``.
+        own_split: whether this project decides which images it holds (see :func:`keep_splits`).
     """
 
     classes: tuple[str, ...]
@@ -48,6 +54,7 @@ class DatasetEntry:
     images: Callable[[bool], list[Path]]
     metrics: tuple[str, ...] = ("coco",)
     metadata: Callable[[], dict[str, Any]] = lambda: {"evaluator_type": "coco"}
+    own_split: bool = False
 
 
 DATASETS: Registry[DatasetEntry] = Registry("data set")
@@ -153,6 +160,28 @@ def get_metadata(name: str) -> Metadata:
     return MetadataCatalog.get(resolve(name))
 
 
+def keep_splits(names: Iterable[str], output: Path) -> None:
+    """Write which images make up those of the data sets whose split is this project's.
+
+    One id a line goes into ``splits/<name>.txt`` in ``output`` and, where that can be written, in the user's cache.
+
+    Args:
+        names: data sets and subsets (of which the whole set is told); others, and folders, are passed over.
+        output: the run's folder.
+
+    Raises:
+        UserError: if the data are missing or ``output`` cannot be written.
+    """
+    bases = {base for name in names for base in [_subset(name)[0]] if base in DATASETS and DATASETS[base].own_split}
+    for base in sorted(bases) if comm.is_main_process() else ():
+        ids = "".join(f"{path.stem}\n" for path in get_images(base))
+        (output / "splits").mkdir(parents=True, exist_ok=True)
+        write_text(output / "splits" / f"{base}.txt", ids)
+        with suppress(OSError, UserError):
+            (cache_root() / "splits").mkdir(parents=True, exist_ok=True)
+            write_text(cache_root() / "splits" / f"{base}.txt", ids)
+
+
 @cache
 def _register_once() -> None:
     register_all()
@@ -226,7 +255,29 @@ def streets_root() -> Path:
         os.environ.get("DETECTRON2_DATASETS") and root.is_dir() and os.access(root, os.W_OK)
     ):
         return root
+    return cache_root()
+
+
+def cache_root() -> Path:
+    """Return the project's folder in the user's cache; it need not exist."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "relvit_d2"
+
+
+def _kitti_folder() -> Path:
+    return _find("KITTI's object detection set", "kitti/training", "kitti/object/training")
+
+
+def _kitti_split(split: str, by_sequence: bool) -> list[str]:
+    folder = _kitti_folder()
+    ids = kitti_ids(folder)
+    if not by_sequence:
+        return random_split(ids)[split]
+    place = folder.parent.relative_to(dataset_root())
+    mapping = _find(
+        "the official mapping of KITTI's images to drives (devkit_object.zip: train_mapping.txt and train_rand.txt)",
+        *(f"{place}/{kit}mapping" for kit in ("", "devkit/", "devkit_object/")),
+    )
+    return sequence_split(ids, mapping)[split]
 
 
 def _coco_metadata(split: str) -> dict[str, Any]:
@@ -289,6 +340,16 @@ def _digits_entry(folder: Callable[[], Path]) -> DatasetEntry:
     )
 
 
+def _kitti_entry(split: str, by_sequence: bool, classes: int) -> DatasetEntry:
+    return DatasetEntry(
+        classes=CLASS_SETS[classes],
+        records=lambda _: load_kitti(_kitti_folder(), _kitti_split(split, by_sequence), CLASS_SETS[classes]),
+        images=lambda _: [_kitti_folder() / "image_2" / f"{name}.png" for name in _kitti_split(split, by_sequence)],
+        metrics=("coco", "kitti"),
+        own_split=True,
+    )
+
+
 for _split in ("trainval", "train", "val", "test"):
     DATASETS.add(f"voc_2007_{_split}", _voc_entry(_split))
 for _split in ("train", "val"):
@@ -297,3 +358,6 @@ for _split in ("train", "test", "extra"):
     DATASETS.add(f"svhn_{_split}", _digits_entry(partial(_svhn_folder, _split)))
 for _split in ("train", "test"):
     DATASETS.add(f"streets_{_split}", _digits_entry(partial(_streets_folder, _split)))
+for _split, _kind, _count in product(("train", "val"), ("", "_sequences"), CLASS_SETS):
+    _name = f"kitti_{_split}{_kind}" + ("" if _count == 7 else f"_{_count}")
+    DATASETS.add(_name, _kitti_entry(_split, bool(_kind), _count))

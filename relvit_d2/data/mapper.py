@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from relvit_d2.data.decode import read_rgb, reading
+from relvit_d2.data.regions import Targets, ignored_regions
 from relvit_d2.errors import UserError
 
 
@@ -77,6 +78,10 @@ class DetectionMapper(DatasetMapper):
                 self._transform_annotations(record, T.TransformList(steps), shape)
             else:
                 record["instances"] = _boxes_as_instances(dataset_dict["annotations"], steps, shape)
+            # Detectron2 drops crowds, and learns that there is background.
+            if crowds := [a for a in dataset_dict["annotations"] if a.get("iscrowd")]:
+                regions = ignored_regions(crowds, T.TransformList(steps), shape)
+                record["instances"] = Targets(record["instances"], regions)
         return record
 
     def _read(self, path: str) -> np.ndarray:

@@ -2,8 +2,9 @@
 
 A record is Detectron2's standard data set dict: ``file_name`` (str), ``image_id`` (str or int), ``height`` and
 ``width`` (int, pixels), ``annotations``: a list of ``{"bbox", "bbox_mode": BoxMode.XYXY_ABS, "category_id",
-"iscrowd": 0}``, for VOC with ``"difficult": 0 | 1`` too. Boxes are ``[x0, y0, x1, y1]`` floats in continuous
-pixel coordinates: the image spans ``[0, width] x [0, height]``.
+"iscrowd": 0 | 1}``, for VOC with ``"difficult": 0 | 1`` too. A crowd is a region that is neither object nor background:
+in training for all classes, in evaluation for its own. Boxes are ``[x0, y0, x1, y1]`` floats in continuous pixel
+coordinates: the image spans ``[0, width] x [0, height]``.
 """
 
 import logging

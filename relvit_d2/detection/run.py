@@ -18,6 +18,7 @@ from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.trainer import Trainer
 from relvit_d2.errors import UserError
 from relvit_d2.evaluation.coco import CocoStyleEvaluator
+from relvit_d2.evaluation.kitti import KittiEvaluator
 from relvit_d2.evaluation.voc07 import Voc07Evaluator
 from relvit_d2.files import write_json
 
@@ -102,7 +103,7 @@ def evaluation_sets(cfg: CfgNode) -> dict[str, Records]:
 
 def build_trainer(cfg: CfgNode, model: GeneralizedRCNN, records: Records, tests: dict[str, Records]) -> Trainer:
     """Return the trainer of a detector on ``records``, with evaluation on ``tests``."""
-    logger.info(f"{sum(len(r['annotations']) for r in records)} training objects")
+    logger.info(f"{sum(not a.get('iscrowd') for r in records for a in r['annotations'])} training objects")
     make_batches = partial(training_batches, cfg, records)
     measure = partial(evaluate, cfg, model, tests) if tests else None
     return Trainer(cfg, model, len(records), make_batches, measure, "train_net.py")
@@ -152,3 +153,5 @@ def _evaluators(cfg: CfgNode, name: str, records: Records, output: Path) -> Iter
         yield CocoStyleEvaluator(name, truth, metadata.thing_classes, output, ignore_difficult=ignore)
     if "voc07" in metrics:
         yield Voc07Evaluator(name, records, metadata.thing_classes, ignore_difficult=ignore)
+    if "kitti" in metrics:
+        yield KittiEvaluator(name, records, metadata.thing_classes)

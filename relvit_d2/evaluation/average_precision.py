@@ -57,13 +57,16 @@ def coco_evaluation(
 
 
 def why_no_precision(
-    objects: Sequence[tuple[Hashable, Hashable]], detections: Sequence[tuple[Hashable, Hashable]]
+    objects: Sequence[tuple[Hashable, Hashable]],
+    detections: Sequence[tuple[Hashable, Hashable]],
+    least_iou: str = "0.5",
 ) -> str:
     """Return the reason for an AP of 0 or NaN.
 
     Args:
         objects: image id and class of every object that counts.
         detections: image id and class of every detection.
+        least_iou: what a detection has to reach.
     """
     if not objects:
         return "there is no ground truth, not one object that counts"
@@ -78,7 +81,7 @@ def why_no_precision(
             )
     if not set(objects) & set(detections):
         return "no detection is of a class that its image holds"
-    return f"none of the {len(detections)} detections overlaps an object of its class enough (IoU 0.5)"
+    return f"none of the {len(detections)} detections overlaps an object of its class enough (IoU {least_iou})"
 
 
 def _few(ids: set[Any]) -> str:

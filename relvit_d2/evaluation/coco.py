@@ -97,8 +97,8 @@ class CocoStyleEvaluator(COCOEvaluator):
             results = self._derive_coco_results(evaluation, task, self._metadata.get("thing_classes"))
             if results["AP"] == 0 or math.isnan(results["AP"]):
                 counted = [a for a in self._coco_api.dataset["annotations"] if not a.get("iscrowd", 0)]
-                pairs = ([(x["image_id"], x["category_id"]) for x in items] for items in (counted, detections))
-                logger.warning("COCO-style %s AP is %s: %s.", task, results["AP"], why_no_precision(*pairs))
+                wanted, found = ([(x["image_id"], x["category_id"]) for x in items] for items in (counted, detections))
+                logger.warning("COCO-style %s AP is %s: %s.", task, results["AP"], why_no_precision(wanted, found))
             self._results[task] = results
 
 

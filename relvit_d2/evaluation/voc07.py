@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import BoxMode
-from detectron2.utils import comm
 
 from relvit_d2.evaluation.average_precision import why_no_precision
+from relvit_d2.evaluation.gathering import GatheringEvaluator
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +19,7 @@ MIN_IOU = 0.5
 RECALL_POINTS = np.arange(11) * 0.1
 
 
-class Voc07Evaluator(DatasetEvaluator):
+class Voc07Evaluator(GatheringEvaluator):
     """The VOC 2007 detection metric (Everingham et al., IJCV 2010) on Detectron2 records.
 
     Detections of a class, over all images, are taken by falling score. Each is compared with the object of
@@ -51,8 +50,7 @@ class Voc07Evaluator(DatasetEvaluator):
         """
         self._dataset_name = dataset_name
         self._class_names = list(class_names)
-        image_ids = sorted((record["image_id"] for record in records), key=str)
-        self._image_index = {image_id: index for index, image_id in enumerate(image_ids)}
+        super().__init__(records)
         images, classes, boxes, counted = [], [], [], []
         for record in records:
             for annotation in record.get("annotations", []):
@@ -67,28 +65,6 @@ class Voc07Evaluator(DatasetEvaluator):
         self._object_class = np.array(classes, dtype=np.int64)[order]
         self._object_box = np.array(boxes, dtype=np.float64).reshape(-1, 4)[order]
         self._object_counted = np.array(counted, dtype=bool)[order]
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the detections seen so far."""
-        self._detections: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []
-
-    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
-        """Take in the ``"instances"`` of Detectron2 outputs, boxes in pixels of the original image.
-
-        Raises:
-            KeyError: an input's ``image_id`` is not among the records'.
-        """
-        for image, output in zip(inputs, outputs, strict=True):
-            found = output["instances"].to("cpu")
-            self._detections.append(
-                (
-                    self._image_index[image["image_id"]],
-                    found.pred_boxes.tensor.numpy().astype(np.float64),
-                    found.scores.numpy().astype(np.float64),
-                    found.pred_classes.numpy().astype(np.int64),
-                )
-            )
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Compute the metric of all processes' detections; all of them have to call it.
@@ -97,16 +73,14 @@ class Voc07Evaluator(DatasetEvaluator):
             On the main process ``{"voc07": {"AP50": mean, "AP50-<class>": ...}}`` in percent, NaN for a
             class without objects to find (and for the mean, if that holds for all); elsewhere ``{}``.
         """
-        comm.synchronize()
-        gathered = comm.gather(self._detections, dst=0)
-        if not comm.is_main_process():
+        detections = self.gather()
+        if detections is None:
             return {}
-        detections = [entry for part in gathered for entry in part]
-        sizes = np.array([len(d[1]) for d in detections], dtype=np.int64)
-        image = np.repeat(np.array([d[0] for d in detections], dtype=np.int64), sizes)
-        box = np.concatenate([np.empty((0, 4))] + [d[1] for d in detections])
-        score = np.concatenate([np.empty(0)] + [d[2] for d in detections])
-        label = np.concatenate([np.empty(0, np.int64)] + [d[3] for d in detections])
+        sizes = np.array([len(d.box) for d in detections], dtype=np.int64)
+        image = np.repeat(np.array([d.image for d in detections], dtype=np.int64), sizes)
+        box = np.concatenate([np.empty((0, 4))] + [d.box for d in detections])
+        score = np.concatenate([np.empty(0)] + [d.score for d in detections])
+        label = np.concatenate([np.empty(0, np.int64)] + [d.label for d in detections])
         order = np.lexsort((image, -score))
         image, box, label = image[order], box[order], label[order]
 
@@ -128,8 +102,8 @@ class Voc07Evaluator(DatasetEvaluator):
         self._report(mean, len(with_objects), rows)
         if not mean > 0:
             counted = self._object_key[self._object_counted]
-            pairs = (self._pairs(key) for key in (counted, self._key(image, label)))
-            logger.warning("VOC07 AP50 is %s: %s.", mean, why_no_precision(*pairs))
+            wanted, found = self._pairs(counted), self._pairs(self._key(image, label))
+            logger.warning("VOC07 AP50 is %s: %s.", mean, why_no_precision(wanted, found))
         per_class = {f"AP50-{name}": ap for name, ap in zip(self._class_names, aps, strict=True)}
         return {"voc07": {"AP50": mean, **per_class}}
 
