@@ -63,7 +63,7 @@ def draw(args: argparse.Namespace) -> None:
     model = build_pretraining_model(cfg)
     Checkpointer(model, allow_pickle=cfg.MODEL.ALLOW_PICKLE).load(str(args.weights), checkpointables=[])
     step = max(len(files) // args.count, 1)
-    reader = ImageReader(cfg.INPUT.LOAD_SIZE)
+    reader = ImageReader.of(cfg)
     batch = pad_images([reader(file) for file in files[::step][: args.count]])
     images = batch["images"].to(cfg.MODEL.DEVICE)
     rows = pretext_rows(model.eval(), images, batch["sizes"], torch_generator(cfg.SEED, "picture"))

@@ -1,21 +1,28 @@
-"""One record to what a detector takes."""
+"""One record to what a detector takes, one image to what pre-training takes."""
 
+import copy
 from typing import Any
 
+import numpy as np
 import torch
+from detectron2.config import configurable
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.data.detection_utils import SizeMismatchError, annotations_to_instances, check_image_size
 from fvcore.common.config import CfgNode
-from PIL import Image
 from torch import Tensor
 
-from relvit_d2.data.decode import read_rgb
+from relvit_d2.data.decode import PixelFormat
 from relvit_d2.errors import UserError
 
 
 class DetectionMapper(DatasetMapper):
-    """Detectron2's mapper with large-scale jitter; a damaged image is one sentence instead of a traceback."""
+    """Detectron2's mapper with large-scale jitter and images of any channels, faults of an image as one sentence."""
+
+    @configurable
+    def __init__(self, *, pixels: PixelFormat, **parts: Any) -> None:
+        super().__init__(**parts)
+        self._pixels = pixels
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
@@ -35,7 +42,7 @@ class DetectionMapper(DatasetMapper):
                 T.FixedSizeCrop((size, size), pad=False),
                 *flips,
             ]
-        return parts
+        return parts | {"pixels": PixelFormat(cfg.INPUT.CHANNELS, cfg.INPUT.WHITE)}
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """Map one record; arguments and result as Detectron2's.
@@ -43,38 +50,61 @@ class DetectionMapper(DatasetMapper):
         Raises:
             UserError: if the image is missing, damaged or not of the size that the record says.
         """
+        record = copy.deepcopy(dataset_dict)
+        image = self._pixels.read(record["file_name"])
         try:
-            return super().__call__(dataset_dict)
+            check_image_size(record, image)
         except SizeMismatchError as error:
             raise UserError(f"{' '.join(str(error).split())} Correct the annotation or the image") from error
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            read_rgb(dataset_dict["file_name"])  # says so if the image is the reason
-            raise
+        if self.image_format == "BGR" and self._pixels.channels == 3:
+            image = image[:, :, ::-1]
+        # Pillow, which resizes, knows RGB and gray; of two and four channels it takes the last for alpha.
+        step = 3 if self._pixels.channels == 3 else 1
+        inputs = T.AugInput(image[:, :, :step])
+        transforms = self.augmentations(inputs)
+        more = [transforms.apply_image(image[:, :, band : band + 1]) for band in range(step, image.shape[2])]
+        image = np.concatenate([inputs.image, *more], axis=2) if more else inputs.image
+        record["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        annotations = record.get("annotations", [])
+        if not self.is_train:
+            record.pop("annotations", None)
+        elif any(not thing.get("iscrowd", 0) for thing in annotations):
+            self._transform_annotations(record, transforms, image.shape[:2])
+        else:  # Detectron2 looks for masks of objects that there are none of
+            record.pop("annotations", None)
+            record["instances"] = annotations_to_instances([], image.shape[:2])
+        return record
 
 
 class ImageReader:
-    """Path -> uint8 image ``(3, H, W)``.
+    """Image file -> uint8 image ``(C, H, W)``.
 
     Args:
-        longest: see :func:`relvit_d2.data.decode.read_rgb`.
+        longest: see :meth:`relvit_d2.data.decode.PixelFormat.read`.
+        pixels: channels and range.
     """
 
-    def __init__(self, longest: int) -> None:
-        self._longest = longest
+    def __init__(self, longest: int, pixels: PixelFormat = PixelFormat()) -> None:  # noqa: B008  (it is frozen)
+        self._longest, self._pixels = longest, pixels
+
+    @classmethod
+    def of(cls, cfg: CfgNode) -> "ImageReader":
+        """Return the reader of ``INPUT.LOAD_SIZE``, ``INPUT.CHANNELS`` and ``INPUT.WHITE``."""
+        return cls(cfg.INPUT.LOAD_SIZE, PixelFormat(cfg.INPUT.CHANNELS, cfg.INPUT.WHITE))
 
     def __call__(self, path: Any) -> Tensor:
         """Read one image."""
-        return torch.from_numpy(read_rgb(path, self._longest)).permute(2, 0, 1)
+        return torch.from_numpy(self._pixels.read(path, self._longest)).permute(2, 0, 1)
 
 
 def pad_images(images: list[Tensor]) -> dict[str, Tensor]:
     """Stack images of any size.
 
     Args:
-        images: uint8, ``(3, H, W)`` each.
+        images: uint8, ``(C, H, W)`` each.
 
     Returns:
-        ``images``: uint8 ``(B, 3, max H, max W)``, padded with zeros right and below;
+        ``images``: uint8 ``(B, C, max H, max W)``, padded with zeros right and below;
         ``sizes``: int64 ``(B, 2)``, the true height and width of each.
     """
     sizes = torch.tensor([image.shape[1:] for image in images])

@@ -14,7 +14,8 @@ import numpy as np
 from detectron2.structures import BoxMode
 from h5py import h5d, h5r, h5s, h5t
 
-from relvit_d2.data.records import Record, check_unique, checked_name, existing, image_size
+from relvit_d2.data.decode import image_size
+from relvit_d2.data.records import Record, check_unique, checked_name, existing
 from relvit_d2.errors import UserError
 
 CLASS_NAMES = tuple("0123456789")

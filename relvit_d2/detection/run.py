@@ -55,6 +55,8 @@ def settle(cfg: CfgNode, records: Records) -> CfgNode:
     heads.NUM_CLASSES = count
     objects = [a for r in records for a in r.get("annotations", []) if not a.get("iscrowd")]
     cfg.MODEL.MASK_ON &= bool(objects) and all("segmentation" in a for a in objects)
+    if cfg.MODEL.MASK_ON and any(isinstance(a["segmentation"], dict) for a in objects):
+        cfg.INPUT.MASK_FORMAT = "bitmask"  # Detectron2 has no polygons for an RLE
     cfg.freeze()
     return cfg
 

@@ -164,8 +164,14 @@ def build_encoder(name: str, **arguments: Any) -> Encoder:
 
 
 def encoder_from_keys(keys: Mapping[str, Any]) -> Encoder:
-    """Build the encoder that the config node ``MODEL`` describes: in ``ENCODER`` the arguments' names in capitals."""
-    encoder = build_encoder(**{key.lower(): value for key, value in keys["ENCODER"].items()})
+    """Build the encoder that the config node ``MODEL`` describes: in ``ENCODER`` the arguments' names in capitals.
+
+    ``PIXEL_MEAN``, a mean a channel, says how many channels images have; without it they have three.
+    """
+    arguments = {key.lower(): value for key, value in keys["ENCODER"].items()}
+    if "PIXEL_MEAN" in keys:  # Detectron2 counts channels there too (modeling/backbone/build.py)
+        arguments["in_chans"] = len(keys["PIXEL_MEAN"])
+    encoder = build_encoder(**arguments)
     if keys["CHECKPOINT"]:
         encoder.checkpoint_blocks()
     if keys["COMPILE"]:
