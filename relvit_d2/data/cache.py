@@ -20,7 +20,9 @@ from relvit_d2.files import write_text
 
 VERSION = 1  # of the readers: a higher one makes older files stale
 
-Labels = tuple[list[str], list[Record]]  # names of the classes, records
+Labels = tuple[list[str], list[Record], list[str]]  # names of the classes, records, what the log is to say of them
+
+_told: set[str] = set()
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,8 @@ def cached(name: str, root: Path, sources: Iterable[Path], read: Callable[[], La
         name: what is read from ``root``: format, split and all else that decides.
         root: folder of the data set, above every image.
         sources: files that the records are made of; their sizes and times decide, and their order.
-        read: returns names of classes and records whose images lie in ``root``.
+        read: returns names of classes, records whose images lie in ``root``, and notes, which the log has at every
+            start.
     """
     real = Path(os.path.realpath(root))
     key = hashlib.blake2b(f"{real}\n{name}".encode(errors="surrogateescape"), digest_size=8).hexdigest()
@@ -48,13 +51,20 @@ def cached(name: str, root: Path, sources: Iterable[Path], read: Callable[[], La
     digest = _digest(real, sources)
     document = _load(path, digest)
     if document is None:
-        document = to_coco(*read(), root) | {"info": {"digest": digest, "root": str(real), "description": name}}
+        classes, records, notes = read()
+        info = {"digest": digest, "root": str(real), "description": name, "notes": notes}
+        document = {"info": info} | to_coco(classes, records, root)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(document))
         except (OSError, UserError, ValueError) as error:
             logger.info(f"{name} of '{root}' is read anew at every start: the cache cannot be written ({error})")
-    return from_coco(document, root)
+    notes = document["info"]["notes"]
+    for note in notes:
+        if note not in _told:
+            _told.add(note)
+            logger.warning(note)
+    return *from_coco(document, root), notes
 
 
 def to_coco(classes: Sequence[str], records: Sequence[Record], root: Path) -> dict[str, Any]:
@@ -84,18 +94,17 @@ def to_coco(classes: Sequence[str], records: Sequence[Record], root: Path) -> di
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def from_coco(document: dict[str, Any], root: Path) -> Labels:
-    """Return the classes and records of what :func:`to_coco` made."""
+def from_coco(document: dict[str, Any], root: Path) -> tuple[list[str], list[Record]]:
+    """Return the classes and records of what :func:`to_coco` made, which is used up."""
     records: dict[Any, Record] = {}
     for image in document["images"]:
-        name = str(root / image["file_name"])
-        own = _without(image, "id", "file_name")
-        records[image["id"]] = {"file_name": name, "image_id": image["id"], **own, "annotations": []}
+        key, name = image.pop("id"), str(root / image.pop("file_name"))
+        records[key] = {"file_name": name, "image_id": key, **image, "annotations": []}
     for entry in document["annotations"]:
-        x, y, width, height = entry["bbox"]
-        own = _without(entry, "id", "image_id", "bbox", "area")
-        thing = {"bbox": [x, y, x + width, y + height], "bbox_mode": BoxMode.XYXY_ABS, **own}
-        records[entry["image_id"]]["annotations"].append(thing)
+        del entry["id"], entry["area"]
+        things = records[entry.pop("image_id")]["annotations"]
+        x, y, width, height = entry.pop("bbox")
+        things.append({"bbox": [x, y, x + width, y + height], "bbox_mode": BoxMode.XYXY_ABS, **entry})
     return [category["name"] for category in document["categories"]], list(records.values())
 
 

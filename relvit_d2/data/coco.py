@@ -96,7 +96,8 @@ def load_coco(
             record = records[image]
             if thing := _thing(annotation, record, numbers, judge, f"{where} ({Path(record['file_name']).name})"):
                 record["annotations"].append(thing)
-    judge.report()
+    for note in judge.notes():
+        logger.warning(note)
     return list(records.values())
 
 

@@ -157,17 +157,25 @@ def image_size(path: ImageFile | str) -> tuple[int, int]:
             return (image.height, image.width) if turned else image.size
 
 
-def raw_values(path: ImageFile | str) -> np.ndarray:
-    """Return the values of an image as its file has them, ``(H, W)`` or ``(H, W, C)``, of any type.
+def channels_and_white(path: ImageFile | str) -> tuple[int, float]:
+    """Return the channels of an image and its largest value, 0 for one of eight bits.
+
+    Colours of any kind count as RGB's three, with or without alpha; pages of a TIFF with a band each count as channels.
 
     Raises:
         UnreadableImageError: the file is missing, damaged or no image.
     """
     with reading(path):
         if str(path).lower().endswith(".npy"):
-            return np.array(_load_array(path))
+            values = _load_array(path)
+            return values.shape[2] if values.ndim == 3 else 1, _largest(values)
         with Image.open(_opened(path)) as image:
-            return np.array(image)
+            gray = image.mode in ("1", "L", "LA") or _is_deep(image)
+            return getattr(image, "n_frames", 1) if gray else 3, _largest(np.array(image)) if _is_deep(image) else 0.0
+
+
+def _largest(values: np.ndarray) -> float:
+    return float(values.max()) if values.size and values.dtype.itemsize > 1 else 0.0
 
 
 def _opened(path: ImageFile | str) -> Any:

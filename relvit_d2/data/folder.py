@@ -3,7 +3,7 @@
 import glob
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def unlabelled_images(name: str) -> list[ImageFile]:
     """
     path = Path(name).expanduser()
     if _is_pattern(name) and not path.exists():
-        found: list[ImageFile] = list(_images(map(Path, glob.glob(str(path), recursive=True))))  # noqa: PTH207
+        found: list[ImageFile] = list(_images(filter(os.path.isfile, glob.glob(str(path), recursive=True))))  # noqa: PTH207
     elif path.suffix.lower() == LIST and path.is_file():
         return list(_listed(path))
     elif is_archive(path) and not path.is_dir():
@@ -57,10 +57,12 @@ def list_images(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise UserError(f"the image folder {folder} does not exist: correct the path")
-    inside = (
-        path for path in folder.rglob("*") if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
-    images = _images(inside)
+    try:
+        images = _images(_files_below(str(folder)))
+    except OSError as error:
+        raise UserError(
+            f"the folder '{error.filename}' cannot be read ({error.strerror}): see who may read it"
+        ) from error
     if not images:
         raise UserError(f"the folder {folder} holds no image with one of {', '.join(sorted(EXTENSIONS))}")
     return images
@@ -97,12 +99,25 @@ def _is_pattern(name: str) -> bool:
     return "*" in name or "?" in name
 
 
-def _images(paths: Iterable[Path]) -> list[Path]:
-    images = sorted(path for path in paths if path.suffix.lower() in EXTENSIONS and path.is_file())
+def _files_below(folder: str) -> Iterator[str]:
+    """Give the files below a folder, without hidden ones; links to folders are not followed, they may lead back."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name[0] == ".":
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from _files_below(entry.path)
+            elif entry.is_file():
+                yield entry.path
+
+
+def _images(paths: Iterable[str]) -> list[Path]:
+    """Return the images among paths of files, sorted as paths are: folder by folder."""
+    images = [path for path in paths if os.path.splitext(path)[1].lower() in EXTENSIONS]  # noqa: PTH122
     for image in images:
-        if not str(image).isprintable():
+        if not image.isprintable():
             raise UserError(f"the name of the image {os.fsencode(image)!r} cannot be printed: rename it")
-    return images
+    return sorted(map(Path, images))
 
 
 def _listed(path: Path) -> list[Path]:

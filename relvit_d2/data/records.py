@@ -10,6 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,8 +106,8 @@ class BoxJudge:
         """Count an object that covers nothing."""
         self._empty.append(where)
 
-    def report(self) -> None:
-        """Name in the log what was left out and cut.
+    def notes(self) -> list[str]:
+        """Return what was left out and what was cut, as sentences for the log.
 
         Raises:
             UserError: if more than half of the boxes stick out: they are those of images of another size.
@@ -116,9 +117,12 @@ class BoxJudge:
                 f"{len(self._cut)} of the {self._judged} boxes of {self.where} stick out of their images, the first in "
                 f"{self._cut[0]}: they belong to images of another size, or are in another format"
             )
-        for boxes, what in ((self._empty, "have no area and are left out"), (self._cut, "are cut at the border")):
-            if boxes:
-                logger.warning(f"{len(boxes)} of the {self._judged} boxes of {self.where} {what}: {first_few(boxes)}")
+        done = ((self._empty, "have no area and are left out"), (self._cut, "stick out and are cut at the border"))
+        return [
+            f"{len(boxes)} of the {self._judged} boxes of {self.where} {what}: {first_few(boxes)}"
+            for boxes, what in done
+            if boxes
+        ]
 
 
 def first_few(names: Sequence[Any]) -> str:
@@ -161,8 +165,9 @@ def refuse_links_out(paths: Iterable[Path], root: Path) -> None:
     for path in paths:
         folder = path.parent
         if folder not in links:
+            links[folder] = set()
             check(folder)
-            with os.scandir(folder) as entries:
+            with suppress(FileNotFoundError), os.scandir(folder) as entries:
                 links[folder] = {entry.name for entry in entries if entry.is_symlink()}
         if path.name in links[folder]:
             check(path)

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from xml.etree.ElementTree import Element, ParseError
 
@@ -70,7 +71,7 @@ def load_voc(root: Path, split: str, class_names: Sequence[str], skip_missing: b
             return category_ids[name]
 
         pairs = zip(annotations, images, strict=True)
-        return list(class_names), [_read_annotation(*pair, pair[1].stem, number, checked_box) for pair in pairs]
+        return list(class_names), [_read_annotation(*pair, pair[1].stem, number, checked_box) for pair in pairs], []
 
     return cached(f"VOC {split} of {' '.join(class_names)}", root, [*annotations, *images], read)[1]
 
@@ -126,12 +127,12 @@ class VocFolder:
 
     def classes(self) -> tuple[str, ...]:
         """Return the classes of all objects of all splits, in alphabetical order."""
-        return tuple(self._labels()[0])
+        return tuple(self._labels[0])
 
     def records(self, split: str, classes: Sequence[str], skip_missing: bool) -> list[Record]:
         """Read one of ``sets``; boxes and difficult objects as by :func:`load_voc`, bad boxes as by ``BoxJudge``."""
         images = self.images(split, skip_missing)
-        names, records = self._labels()
+        names, records, _ = self._labels
         by_image = {record["file_name"]: record for record in records}
         return renumbered([by_image[str(image)] for image in images], names, classes, str(self.root))
 
@@ -148,10 +149,11 @@ class VocFolder:
             logger.warning(f"{len(absent)} annotations of '{self.root}' have no image: {first_few(absent)}")
         return [image for _, image in pairs]
 
+    @cached_property
     def _labels(self) -> Labels:
         annotations = list(dict.fromkeys(path for files in self.sets.values() for path in files))
         pairs, _ = self._pairs(annotations)
-        if not self.listed and (more := len(list_images(self.root)) - len(pairs)):
+        if not self.listed and (more := sum(map(len, self._images_by_stem.values())) - len(pairs)):
             logger.info(f"{more} images of '{self.root}' have no annotation file and are left out")
 
         def read() -> Labels:
@@ -162,24 +164,27 @@ class VocFolder:
                 return names.setdefault(name, len(names))
 
             records = [_read_annotation(*pair, self._image_id(pair[1]), number, judge) for pair in pairs]
-            judge.report()
             ordered = sorted(names)
-            return ordered, renumbered(records, list(names), ordered, str(self.root))
+            return ordered, renumbered(records, list(names), ordered, str(self.root)), judge.notes()
 
         return cached("VOC annotations", self.root, [path for pair in pairs for path in pair], read)
 
     def _image_id(self, image: Path) -> str:
         return image.stem if self.listed else image.relative_to(self.root).with_suffix("").as_posix()
 
-    def _pairs(self, annotations: Sequence[Path]) -> tuple[list[tuple[Path, Path]], list[Path]]:
-        """Return the annotations with their images, which have their names, and the annotations without an image."""
+    @cached_property
+    def _images_by_stem(self) -> dict[str, list[Path]]:
         images: dict[str, list[Path]] = {}
         folder = self.root / "JPEGImages"
         for image in list_images(folder if self.listed and folder.is_dir() else self.root):
             images.setdefault(image.stem, []).append(image)
+        return images
+
+    def _pairs(self, annotations: Sequence[Path]) -> tuple[list[tuple[Path, Path]], list[Path]]:
+        """Return the annotations with their images, which have their names, and the annotations without an image."""
         pairs, absent = [], []
         for path in annotations:
-            found = images.get(path.stem, [])
+            found = self._images_by_stem.get(path.stem, [])
             if len(found) > 1:  # of one name in several folders that which lies nearest
                 shared = [len(os.path.commonpath([path, image])) for image in found]
                 found = [image for image, length in zip(found, shared, strict=True) if length == max(shared)]
@@ -189,7 +194,7 @@ class VocFolder:
                 pairs.append((path, found[0]))
             else:
                 absent.append(path)
-        refuse_links_out([path for pair in pairs for path in pair if path.exists()], self.root)
+        refuse_links_out([path for pair in pairs for path in pair], self.root)
         check_unique([str(image) for _, image in pairs], f"'{self.root}'")
         return pairs, absent
 

@@ -69,7 +69,7 @@ class YoloFolder:
         """Read one of ``sets``; an image without a file of labels has no objects, bad boxes as by ``BoxJudge``."""
         images = self.images(split, skip_missing)
         labels = [_label_file(image, self.root) for image in images]
-        refuse_links_out([path for path in labels if path.exists()], self.root)
+        refuse_links_out(labels, self.root)
         if not any(label.is_file() for label in labels):
             raise UserError(
                 f"not one image of the split '{split}' of '{self.root}' has a file of labels: put them there"
@@ -84,11 +84,10 @@ class YoloFolder:
             read_one = [
                 _record(image, label, self.root, places, judge) for image, label in zip(images, labels, strict=True)
             ]
-            judge.report()
-            return list(names.values()), read_one
+            return list(names.values()), read_one, judge.notes()
 
         sources = [*images, *labels, *_name_files(self.root)]
-        names, records = cached(f"YOLO labels, {split}, {' '.join(classes)}", self.root, sources, read)
+        names, records, _ = cached(f"YOLO labels, {split}, {' '.join(classes)}", self.root, sources, read)
         return renumbered(records, names, classes, str(self.root))
 
     def images(self, split: str, skip_missing: bool) -> list[Path]:

@@ -1,7 +1,7 @@
 """Colour operations on many patches at once, each patch with its own factors.
 
-Pixels are laid out ``(C, L, P)``: RGB planes, or those of any other channels (see :func:`color_jitter_`), the L pixels of a patch, and the P patches innermost, so
-that a factor a patch runs along memory however small the patches are. Values are in 0..1. Every function
+Pixels are laid out ``(C, L, P)``: RGB planes, or those of other channels, the L pixels of a patch, and the P patches
+innermost, so that a factor a patch runs along memory however small the patches are. Values are in 0..1. Every function
 works in place and gives the values of ``torchvision.transforms.functional`` on float tensors, patch by
 patch, to rounding.
 """

@@ -60,8 +60,8 @@ class ViewConfig:
         jitter_prob, gray_prob, noise_prob: probability that a patch is jittered, made gray, made noisy, in this order.
         noise_std: standard deviation of the normal noise, of values in 0..1; the result is clamped.
         permute: put the patches of each view in a random order.
-        mean, std: of each channel's values in 0..1; taken off last, when colours are done. Three channels are RGB; of any
-            other number saturation, hue and gray, which are RGB's, are left alone.
+        mean, std: of each channel's values in 0..1; taken off last, when colours are done. Three channels are RGB;
+            those of any other number keep saturation, hue and gray, which are RGB's.
 
     Raises:
         UserError: a size that is no multiple of the patch, a window larger than its patch, or cuts that do not fit.
@@ -183,7 +183,8 @@ class Views:
         generator gives the same views, to rounding, on every device, and nothing is read back from the GPU.
 
         Args:
-            images: ``(B, C, H, W)`` uint8, RGB or of as many channels as ``mean``; what lies outside an image's own size is never looked at.
+            images: ``(B, C, H, W)`` uint8, as many channels as ``mean``; what lies outside an image's own size is never
+                looked at.
             sizes: ``(B, 2)`` integer heights and widths of the images inside the batch.
             generator: the only source of randomness.
             share: first place, end and size of a larger batch of which these images are a part: all of its choices
