@@ -64,7 +64,7 @@ class DetectionMapper(DatasetMapper):
         transforms = self.augmentations(inputs)
         more = [transforms.apply_image(image[:, :, band : band + 1]) for band in range(step, image.shape[2])]
         image = np.concatenate([inputs.image, *more], axis=2) if more else inputs.image
-        record["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        record["image"] = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))
         annotations = record.get("annotations", [])
         if not self.is_train:
             record.pop("annotations", None)
