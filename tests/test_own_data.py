@@ -62,6 +62,15 @@ def write_coco(root: Path) -> Path:
     return root
 
 
+def write_split_first_coco(root: Path) -> Path:
+    """The splits as folders, each with its annotation file among its images."""
+    write_coco(root)
+    for split, name in (("train", "train"), ("val", "valid")):
+        (root / f"images/{split}").rename(root / name)
+        (root / f"annotations/{split}.json").rename(root / name / "_annotations.coco.json")
+    return root
+
+
 def xml(objects: list[tuple[str, list[int]]], size: tuple[int, int] = (40, 30)) -> str:
     one_based = [(name, [box[0] + 1, box[1] + 1, *box[2:]]) for name, box in objects]
     return XML.format(size=size, objects="".join(OBJECT.format(name=name, box=box) for name, box in one_based))
@@ -116,6 +125,7 @@ def write_split_first_yolo(root: Path) -> Path:
 
 WRITERS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "coco": ("coco", write_coco),
+    "coco by split": ("coco", write_split_first_coco),
     "voc": ("voc", write_voc),
     "voc beside the images": ("voc", write_flat_voc),
     "yolo": ("yolo", write_yolo),
@@ -245,6 +255,13 @@ def test_bad_keys_are_one_sentence(tmp_path: Path, keys: dict[str, Any], says: s
         register_own(own(bad={"SPLIT": "train"} | given if "SPLIT" not in given and given else given))
         catalog.get_records("bad")
     assert says in str(caught.value)
+
+
+def test_data_without_a_training_set_are_refused(tmp_path: Path) -> None:
+    root = write_coco(tmp_path / "own")
+    (root / "annotations/train.json").rename(root / "annotations/second.json")
+    with pytest.raises(UserError, match=r"has the sets second, val, of which none is for training"):
+        config_pairs(str(root), "train_net.py")
 
 
 def test_a_name_of_the_package_stays_what_it_is(tmp_path: Path) -> None:

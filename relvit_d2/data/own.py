@@ -113,7 +113,12 @@ def config_pairs(data: str | None, script: str) -> list[Any]:
         stem = f"own_{stem}"
     splits = [split for split in offered(folder.sets) if split != ALL]
     custom = {f"{stem}_{split}": {"ROOT": data, "FORMAT": form, "SPLIT": split} for split in splits}
-    train = next((split for split in ("train", "trainval") if split in splits), splits[0])
+    train = next((split for split in ("train", "trainval") if split in splits), None)
+    if not train:
+        raise UserError(
+            f"'{root}' has the sets {', '.join(splits)}, of which none is for training: name one train, or say which "
+            "under DATASETS.CUSTOM"
+        )
     test = next((split for split in ("val", "test") if split in splits), None)
     return [
         *("DATASETS.CUSTOM", custom),

@@ -270,6 +270,8 @@ def _text(element: Element, tag: str, where: str) -> str:
     text = (element.findtext(tag) or "").strip()
     if not text:
         raise UserError(f"{where} has no <{tag}>: add it")
+    if not text.isprintable():
+        raise UserError(f"{where} has <{tag}> {text[:40]!r}, which cannot be printed: correct it")
     return text
 
 

@@ -140,6 +140,8 @@ def _names(root: Path) -> dict[int, str]:
         names = given if isinstance(given, dict) else dict(enumerate(given)) if isinstance(given, list) else {}
         if not names or not all(type(k) is int and k >= 0 and isinstance(v, int | str) for k, v in names.items()):
             raise UserError(f"{path} has names that are no list of classes and no numbers with a name each: correct it")
+        if odd := [name for name in names.values() if not str(name).isprintable() or not str(name).strip()]:
+            raise UserError(f"{path} has a class {odd[0]!r}, which cannot be printed: correct it")
         check_unique([str(name) for name in names.values()], str(path))
         return {number: str(names[number]) for number in sorted(names)}
     return {}
