@@ -222,8 +222,8 @@ def test_bad_input_is_one_sentence(
 
 def test_pretraining_leaves_out_what_it_cannot_read(tmp_path: Path) -> None:
     data = tmp_path / "data"
-    cut(data)
-    images = data / "VOC2007/JPEGImages"
+    images = write_voc(data)
+    (images / "b.jpg").write_bytes((images / "b.jpg").read_bytes()[:1000])  # more than its header
     (images / "c.jpg").write_bytes(b"")
     done = run(data, *command(SSL, tmp_path / "out", *VOC, "SOLVER.MAX_ITER", 2))
     assert "1 of 4 images cannot be read and are left out: " in done.stdout
