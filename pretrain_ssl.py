@@ -8,6 +8,7 @@ from pathlib import Path
 from detectron2.utils import comm
 
 from relvit_d2.data.catalog import keep_splits
+from relvit_d2.data.own import config_pairs, register_own
 from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.engine.cli import keep_config, run_script, start_run
 from relvit_d2.engine.config_file import load_config
@@ -24,9 +25,10 @@ logger = logging.getLogger("relvit_d2.pretrain_ssl")
 
 def main(args: argparse.Namespace) -> None:
     """Run one process."""
-    cfg = load_config(args.config_file, args.opts, SCRIPT)
+    cfg = load_config(args.config_file, [*config_pairs(args.data, SCRIPT), *args.opts], SCRIPT)
     cfg.freeze()
     start_run(cfg, args)
+    register_own(cfg.DATASETS, labels=False)
     wanted = args.eval_only or cfg.DATASETS.TEST
     data, skip = cfg.DATASETS, cfg.DATASETS.SKIP_MISSING
     tests = image_files("DATASETS.TEST", data.TEST, skip) if wanted else []

@@ -8,6 +8,7 @@ from pathlib import Path
 from detectron2.utils import comm
 
 from relvit_d2.data.catalog import keep_splits
+from relvit_d2.data.own import config_pairs, register_own
 from relvit_d2.detection.model import build_detector
 from relvit_d2.detection.run import build_trainer, evaluate, evaluation_sets, settle, training_records
 from relvit_d2.detection.weights import load_weights
@@ -25,8 +26,9 @@ logger = logging.getLogger("relvit_d2.train_net")
 
 def main(args: argparse.Namespace) -> None:
     """Run one process."""
-    asked = load_config(args.config_file, args.opts, SCRIPT)
+    asked = load_config(args.config_file, [*config_pairs(args.data, SCRIPT), *args.opts], SCRIPT)
     start_run(asked, args)
+    register_own(asked.DATASETS)
     tests = evaluation_sets(asked)
     if args.eval_only and not tests:
         raise UserError("DATASETS.TEST is empty; name a data set to evaluate on, such as ('voc_2007_test',)")

@@ -64,10 +64,15 @@ _C.PRETEXT.KNN = ""  # a folder with a folder of images for each class: k-NN acc
 
 # Data.
 _C.DATASETS = CfgNode()
+# Data sets of your own: NAME: {ROOT: folder}, and where wanted FORMAT (coco, voc or yolo; else told by looking), SPLIT
+# (train, val, test, all), CLASSES (in the order of their ids), for COCO JSON and IMAGES in ROOT; see docs/own_data.md
+_C.DATASETS.CUSTOM = CfgNode(new_allowed=True)
 _C.DATASETS.SKIP_MISSING = False  # leave out images that are listed but absent, instead of refusing to start
 _C.DATASETS.TRAIN_DIFFICULT = True  # train on VOC's difficult objects, as Detectron2 does
 _C.DATASETS.IGNORE_DIFFICULT = True  # neither hits nor misses in evaluation, as VOC does
 _C.INPUT = CfgNode()
+_C.INPUT.CHANNELS = 3  # of every image: 3 for RGB, 1 for gray; PIXEL_MEAN and PIXEL_STD have as many values
+_C.INPUT.WHITE = 0  # the value of more than eight bits that becomes 255; 0: 65535, the brightest of 16 bits
 _C.INPUT.LSJ = CfgNode()  # large-scale jitter, in place of MIN_SIZE_TRAIN
 _C.INPUT.LSJ.SIZE = 0  # pixels of the square crops; 0: off
 _C.INPUT.LSJ.SCALE = [0.1, 2.0]  # images are resized to fit the crop times a factor of this range

@@ -140,14 +140,22 @@ CASES = {
     "image is absent": Case(
         "b.jpg is missing but listed in", VOC, make=lambda root: (write_voc(root) / "b.jpg").unlink()
     ),
-    "image is cut short": Case("b.jpg' is damaged or cut short", VOC, BOTH, make=cut),
+    "image is cut short": Case("b.jpg' is damaged or cut short", VOC, make=cut),
     "image is cut short, with workers": Case(
         "b.jpg' is damaged or cut short", (*VOC, "DATALOADER.NUM_WORKERS", 2), make=cut
     ),
-    "image of no bytes": Case(
-        "b.jpg' is not an image", VOC, (SSL,), make=lambda root: (write_voc(root) / "b.jpg").write_bytes(b"")
+    "image of 100,000 x 100,000": Case("b.jpg' is larger than any photograph", VOC, make=huge),
+    "channels without statistics": Case(
+        "MODEL.PIXEL_MEAN has 3 values, but INPUT.CHANNELS is 1", ("INPUT.CHANNELS", 1)
     ),
-    "image of 100,000 x 100,000": Case("b.jpg' is larger than any photograph", VOC, BOTH, make=huge),
+    "own folder is absent": Case("'no/folder' does not exist", flags=("--data", "no/folder")),
+    "own folder without labels": Case(
+        "holds no labels that can be read", flags=("--data", "{here}"), files={"notes.txt": "nothing"}
+    ),
+    "own set with an unknown key": Case(
+        "DATASETS.CUSTOM.cells has the key 'ROOOT'; known are ROOT, FORMAT, SPLIT, CLASSES, JSON, IMAGES; did you mean",
+        ("DATASETS.CUSTOM", "{{'cells': {{'ROOOT': 'somewhere'}}}}"),
+    ),
     "annotation without a size": Case("b.xml has no <size/width>", VOC, make=lambda root: write_voc(root, size="")),
     "annotation of an unknown class": Case(
         "b.xml, object 1 is of the class 'dgo'", VOC, make=lambda root: write_voc(root, name="dgo")
@@ -210,6 +218,19 @@ def test_bad_input_is_one_sentence(
     sentence = fails(data if case.make else root, *command(script, output, *more, flags=tuple(flags)))
     assert case.words in sentence
     assert not [path for path in output.rglob("*") if path.suffix in (".part", ".safetensors")]
+
+
+def test_pretraining_leaves_out_what_it_cannot_read(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    images = write_voc(data)
+    (images / "b.jpg").write_bytes((images / "b.jpg").read_bytes()[:1000])  # more than its header
+    (images / "c.jpg").write_bytes(b"")
+    done = run(data, *command(SSL, tmp_path / "out", *VOC, "SOLVER.MAX_ITER", 2))
+    assert "1 of 4 images cannot be read and are left out: " in done.stdout
+    assert f"{images}/c.jpg ('{images}/c.jpg' is not an image" in done.stdout
+    assert "b.jpg' is damaged or cut short" in done.stdout
+    assert "the next image stands in for it (1 such here so far)" in done.stdout
+    assert "3 training images" in done.stdout
 
 
 @pytest.mark.parametrize("script", BOTH)

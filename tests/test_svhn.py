@@ -208,7 +208,7 @@ def test_truncated_files_name_the_file(tmp_path: Path) -> None:
 def test_missing_and_broken_images_are_named(tmp_path: Path) -> None:
     make_svhn(tmp_path, [(1, 1, 5, 5, 1)])
     (tmp_path / "1.png").write_bytes(b"\x89PNG\r\n")
-    with pytest.raises(UserError, match=r"1\.png cannot be read"):
+    with pytest.raises(UserError, match=r"1\.png' is not an image that can be read"):
         load_svhn(tmp_path)
     (tmp_path / "1.png").unlink()
     # With not one image there, leaving out the rows without one would leave nothing.

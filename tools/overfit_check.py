@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from running import run_script  # noqa: E402
 
+from relvit_d2.data.own import register_own  # noqa: E402
 from relvit_d2.engine.config_file import load_config  # noqa: E402
 from relvit_d2.engine.failures import guard  # noqa: E402
 from relvit_d2.errors import UserError  # noqa: E402
@@ -48,6 +49,7 @@ def check(config_file: str, images: int, opts: list[str]) -> None:
     if images < 1:
         raise UserError(f"--images {images}: give at least 1")
     cfg = load_config(config_file, opts)
+    register_own(cfg.DATASETS)
     if not cfg.DATASETS.TRAIN:
         raise UserError(f"config file '{config_file}' names no training set (DATASETS.TRAIN)")
     name = f"{cfg.DATASETS.TRAIN[0]}[:{images}]"

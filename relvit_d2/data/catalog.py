@@ -3,7 +3,6 @@
 A name of Detectron2's own catalog that is not in ``DATASETS`` (a user's registration) is accepted everywhere too.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -16,12 +15,14 @@ from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
-from detectron2.data.datasets import load_coco_json
 from detectron2.data.datasets.builtin_meta import _get_builtin_metadata
 from detectron2.data.datasets.pascal_voc import CLASS_NAMES as VOC_CLASSES
 from detectron2.utils import comm
 
-from relvit_d2.data.folder import list_images
+from relvit_d2.data.archive import ImageFile
+from relvit_d2.data.cache import cache_root
+from relvit_d2.data.coco import coco_images, load_coco
+from relvit_d2.data.folder import is_source, list_images, unlabelled_images
 from relvit_d2.data.kitti import CLASS_SETS, kitti_ids, load_kitti, random_split, sequence_split
 from relvit_d2.data.records import Record, existing
 from relvit_d2.data.streets import ensure_streets
@@ -59,6 +60,8 @@ class DatasetEntry:
 
 DATASETS: Registry[DatasetEntry] = Registry("data set")
 
+_own: dict[str, DatasetEntry] = {}  # of the user, by name
+
 
 def dataset_root() -> Path:
     """Return ``$DETECTRON2_DATASETS``, or ``datasets`` in the working directory as Detectron2 does."""
@@ -71,14 +74,33 @@ def register_all() -> None:
     Call it again after ``DETECTRON2_DATASETS`` changed.
     """
     for name in DATASETS:
-        entry = DATASETS[name]
-        for catalog in (DatasetCatalog, MetadataCatalog):
-            if name in catalog:
-                catalog.remove(name)
-        DatasetCatalog.register(name, partial(entry.records, False))
-        MetadataCatalog.get(name).set(
-            **{"thing_classes": list(entry.classes), **entry.metadata()}, metrics=entry.metrics
-        )
+        _publish(name, DATASETS[name])
+
+
+def register_own(name: str, entry: DatasetEntry) -> None:
+    """Make a data set of the user known for this process, in place of an earlier one of the user's of that name.
+
+    Raises:
+        UserError: the name is that of a set of the package, or cannot be told from a subset or a path.
+    """
+    if name in DATASETS or (name in DatasetCatalog and name not in _own):
+        raise UserError(f"'{name}' is a data set already: give yours another name under DATASETS.CUSTOM")
+    if not re.fullmatch(r"[\w-]+", name):
+        raise UserError(f"'{name}' is no name for a data set: give letters, digits, _ and - under DATASETS.CUSTOM")
+    _own[name] = entry
+    _publish(name, entry)
+
+
+def _publish(name: str, entry: DatasetEntry) -> None:
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        if name in catalog:
+            catalog.remove(name)
+    DatasetCatalog.register(name, partial(entry.records, False))
+    MetadataCatalog.get(name).set(**{"thing_classes": list(entry.classes), **entry.metadata()}, metrics=entry.metrics)
+
+
+def _entry(name: str) -> DatasetEntry | None:
+    return DATASETS[name] if name in DATASETS else _own.get(name)
 
 
 def resolve(name: str) -> str:
@@ -117,8 +139,8 @@ def get_records(name: str, skip_missing: bool = False) -> list[Record]:
     resolve(name)
     base, take = _subset(name)
     try:
-        if base in DATASETS:
-            return take(DATASETS[base].records(skip_missing))
+        if entry := _entry(base):
+            return take(entry.records(skip_missing))
         records = DatasetCatalog.get(base)
     except OSError as error:
         raise UserError(
@@ -128,21 +150,24 @@ def get_records(name: str, skip_missing: bool = False) -> list[Record]:
     return take(_existing_records(records, f"data set '{base}'", skip_missing))
 
 
-def get_images(name: str, skip_missing: bool = False) -> list[Path]:
-    """Return the images of a data set, a subset or a folder (its path), without a need for labels.
+def get_images(name: str, skip_missing: bool = False) -> list[ImageFile]:
+    """Return the images of a data set, or of what :func:`relvit_d2.data.folder.unlabelled_images` takes; see there.
 
-    The name of a data set goes before a folder of that name; ``./name`` is always a folder. Arguments are those of
-    :func:`get_records`.
+    No label is needed. The name of a data set goes before a folder of that name; ``./name`` is always a folder.
+    ``[:8]`` and the like take a part of either. Arguments are those of :func:`get_records`.
 
     Raises:
         UserError: an unknown name, or missing data.
     """
     base, take = _subset(name)
-    if os.sep in name or (base not in DATASETS and base not in DatasetCatalog and Path(name).is_dir()):
-        return list_images(Path(name))
+    if Path(name).is_dir():
+        base, take = name, list
+    known = base in DATASETS or base in _own or base in DatasetCatalog
+    if os.sep in base or (not known and is_source(base)):
+        return take(unlabelled_images(base))
     resolve(name)
-    if base in DATASETS:
-        return take(DATASETS[base].images(skip_missing))
+    if entry := _entry(base):
+        return take(entry.images(skip_missing))
     return [Path(record["file_name"]) for record in get_records(name, skip_missing)]
 
 
@@ -174,7 +199,7 @@ def keep_splits(names: Iterable[str], output: Path) -> None:
     """
     bases = {base for name in names for base in [_subset(name)[0]] if base in DATASETS and DATASETS[base].own_split}
     for base in sorted(bases) if comm.is_main_process() else ():
-        ids = "".join(f"{path.stem}\n" for path in get_images(base))
+        ids = "".join(f"{Path(str(path)).stem}\n" for path in get_images(base))
         (output / "splits").mkdir(parents=True, exist_ok=True)
         write_text(output / "splits" / f"{base}.txt", ids)
         with suppress(OSError, UserError):
@@ -258,11 +283,6 @@ def streets_root() -> Path:
     return cache_root()
 
 
-def cache_root() -> Path:
-    """Return the project's folder in the user's cache; it need not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "relvit_d2"
-
-
 def _kitti_folder() -> Path:
     return _find("KITTI's object detection set", "kitti/training", "kitti/object/training")
 
@@ -293,24 +313,13 @@ def _coco_metadata(split: str) -> dict[str, Any]:
 def _coco_records(split: str, skip_missing: bool) -> list[Record]:
     place = f"coco/annotations/instances_{split}2017.json"
     json_file = _find(f"COCO 2017's {Path(place).name}", place)
-    try:
-        records = load_coco_json(str(json_file), str(dataset_root() / f"coco/{split}2017"), f"coco_2017_{split}")
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise UserError(f"{json_file} is damaged or no COCO annotation file ({error!r}): restore it") from error
-    return _existing_records(records, str(json_file), skip_missing)
+    return load_coco(json_file, dataset_root() / f"coco/{split}2017", skip_missing)
 
 
 def _coco_images(split: str, skip_missing: bool) -> list[Path]:
     folder = _find(f"COCO 2017's image folder {split}2017", f"coco/{split}2017")
     json_file = dataset_root() / f"coco/annotations/instances_{split}2017.json"
-    if not json_file.is_file():
-        return list_images(folder)
-    try:
-        images = json.loads(json_file.read_text())["images"]
-        listed = [folder / image["file_name"] for image in sorted(images, key=lambda image: image["id"])]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{json_file} is damaged or no COCO annotation file ({error!r}): restore it") from error
-    return existing(listed, str(json_file), skip_missing)
+    return coco_images(json_file, folder, skip_missing) if json_file.is_file() else list_images(folder)
 
 
 def _voc_entry(split: str) -> DatasetEntry:

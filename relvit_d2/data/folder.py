@@ -1,10 +1,50 @@
-"""A plain folder of images, for pre-training on pictures that have no labels."""
+"""Images without labels: folders, patterns, lists, archives."""
 
+import glob
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from relvit_d2.data.archive import ImageFile, is_archive, list_members
+from relvit_d2.data.decode import UnreadableImageError, image_size
+from relvit_d2.data.records import first_few
 from relvit_d2.errors import UserError
 
-EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".npy", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+LIST = ".txt"
+THREADS = 8  # that look at headers: most of the time goes by until a disk answers
+
+logger = logging.getLogger(__name__)
+
+
+def is_source(name: str) -> bool:
+    """Whether ``name`` is that of images without labels that are there: see :func:`unlabelled_images`."""
+    path = Path(name).expanduser()
+    return path.is_dir() or _is_pattern(name) or (path.is_file() and (path.suffix.lower() == LIST or is_archive(path)))
+
+
+def unlabelled_images(name: str) -> list[ImageFile]:
+    """Return the images of a folder, of a pattern with ``*``, of a text list (one path a line) or of a zip or tar.
+
+    Folders and patterns are sorted by path; a list keeps its order, and its relative paths start where it lies.
+
+    Raises:
+        UserError: the source is missing, damaged or holds no image.
+    """
+    path = Path(name).expanduser()
+    if _is_pattern(name) and not path.exists():
+        found: list[ImageFile] = list(_images(filter(os.path.isfile, glob.glob(str(path), recursive=True))))  # noqa: PTH207
+    elif path.suffix.lower() == LIST and path.is_file():
+        return list(_listed(path))
+    elif is_archive(path) and not path.is_dir():
+        found = list(list_members(path, sorted(EXTENSIONS)))
+    else:
+        return list(list_images(path))
+    if not found:
+        raise UserError(f"'{name}' holds no image with one of {', '.join(sorted(EXTENSIONS))}")
+    return found
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -17,13 +57,81 @@ def list_images(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise UserError(f"the image folder {folder} does not exist: correct the path")
-    images = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in EXTENSIONS
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    )
+    try:
+        images = _images(_files_below(str(folder)))
+    except OSError as error:
+        raise UserError(
+            f"the folder '{error.filename}' cannot be read ({error.strerror}): see who may read it"
+        ) from error
     if not images:
         raise UserError(f"the folder {folder} holds no image with one of {', '.join(sorted(EXTENSIONS))}")
+    return images
+
+
+def readable(images: Sequence[ImageFile]) -> list[ImageFile]:
+    """Return the images whose headers can be read, in their order; the others are counted and named in the log.
+
+    Raises:
+        UserError: not one can be read.
+    """
+
+    def fault(image: ImageFile) -> UnreadableImageError | None:
+        try:
+            image_size(image)
+        except UnreadableImageError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        faults = list(pool.map(fault, images))
+    bad = [image for image, error in zip(images, faults, strict=True) if error]
+    if bad:
+        reason = next(error for error in faults if error)
+        if len(bad) == len(images):
+            raise UserError(f"not one of the {len(images)} images can be read: {reason}")
+        logger.warning(
+            f"{len(bad)} of {len(images)} images cannot be read and are left out: {first_few(bad)} ({reason})"
+        )
+    return [image for image, error in zip(images, faults, strict=True) if not error]
+
+
+def _is_pattern(name: str) -> bool:
+    return "*" in name or "?" in name
+
+
+def _files_below(folder: str) -> Iterator[str]:
+    """Give the files below a folder, without hidden ones; links to folders are not followed, they may lead back."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name[0] == ".":
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from _files_below(entry.path)
+            elif entry.is_file():
+                yield entry.path
+
+
+def _images(paths: Iterable[str]) -> list[Path]:
+    """Return the images among paths of files, sorted as paths are: folder by folder."""
+    images = [path for path in paths if os.path.splitext(path)[1].lower() in EXTENSIONS]  # noqa: PTH122
+    for image in images:
+        if not image.isprintable():
+            raise UserError(f"the name of the image {os.fsencode(image)!r} cannot be printed: rename it")
+    return sorted(map(Path, images))
+
+
+def _listed(path: Path) -> list[Path]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the image list '{path}' cannot be read ({type(error).__name__}): give UTF-8 text") from error
+    images = [path.parent / Path(line.strip()).expanduser() for line in lines if line.strip()]
+    if not images:
+        raise UserError(f"the image list '{path}' is empty: write one path a line")
+    for image in images:
+        if not str(image).isprintable() or image.suffix.lower() not in EXTENSIONS:
+            raise UserError(
+                f"the image list '{path}' names {str(image)!r}, which is no image with one of "
+                f"{', '.join(sorted(EXTENSIONS))}"
+            )
     return images

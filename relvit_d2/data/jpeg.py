@@ -2,12 +2,13 @@
 
 import io
 import struct
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image
 from torchvision.io import ImageReadMode, decode_jpeg
+
+from relvit_d2.data.archive import ImageFile, Member
 
 START = b"\xff\xd8"
 # Markers of ITU-T T.81, table B.1. APP1 holds EXIF and XMP data.
@@ -15,7 +16,7 @@ FRAMES, SCAN, APP1 = (0xC0, 0xC1, 0xC2), 0xDA, 0xE1
 HARMLESS = {0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}  # tables, restart interval, comment, application data
 
 
-def read_plain_jpeg(path: Path | str, longest: int = 0) -> np.ndarray | None:
+def read_plain_jpeg(path: ImageFile | str, longest: int = 0) -> np.ndarray | None:
     """Return the pixels of an upright JPEG file, RGB, uint8, ``(H, W, 3)``; None where Pillow has to look.
 
     The pixels are Pillow's to the bit: both decoders are libjpeg-turbo with its standard settings. Without Pillow's
@@ -28,7 +29,7 @@ def read_plain_jpeg(path: Path | str, longest: int = 0) -> np.ndarray | None:
     Raises:
         OSError: the file cannot be read.
     """
-    with open(path, "rb") as file:
+    with path.open() if isinstance(path, Member) else open(path, "rb") as file:
         if file.read(2) != START:
             return None
         data = bytearray(START + file.read())

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from detectron2.structures import BoxMode
 
-from relvit_d2.data.records import Record, checked_box, checked_name, image_size
+from relvit_d2.data.decode import image_size
+from relvit_d2.data.records import Record, checked_box, checked_name
 from relvit_d2.errors import UserError, nearest
 
 TYPES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc")

@@ -2,6 +2,7 @@
 
 import atexit
 import itertools
+import logging
 import random
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -12,10 +13,15 @@ import numpy as np
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from relvit_d2.data.decode import UnreadableImageError
 from relvit_d2.engine.randomness import generator, sequence, torch_generator
 from relvit_d2.errors import UserError
 
 Key = tuple[int, int]  # epoch, index
+
+TRIES = 16  # samples that are tried in place of one that cannot be read
+
+logger = logging.getLogger(__name__)
 
 _open: WeakSet[Generator[Any, None, None]] = WeakSet()  # what reads batches now
 
@@ -70,10 +76,15 @@ class EndlessOrder(Sampler[list[Key]]):
 
 
 class _Mapped(Dataset[Any]):
-    """Samples through a mapper, with generators seeded for each; a fault comes back as the sample."""
+    """Samples through a mapper, with generators seeded for each; a fault comes back as the sample.
 
-    def __init__(self, samples: Sequence[Any], mapper: Callable[[Any], Any], seed: int) -> None:
-        self._samples, self._mapper, self._seed = samples, mapper, seed
+    Where ``replaces``, the next sample that can be read stands in for an image that cannot: what a run learns stays a
+    function of its seed and its images.
+    """
+
+    def __init__(self, samples: Sequence[Any], mapper: Callable[[Any], Any], seed: int, replaces: bool) -> None:
+        self._samples, self._mapper, self._seed, self._replaces = samples, mapper, seed, replaces
+        self._said: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -84,11 +95,22 @@ class _Mapped(Dataset[Any]):
         words = sequence(self._seed, "sample", epoch, index).generate_state(2)
         np.random.seed(words[0])
         random.seed(int(words[1]))
-        try:
-            return self._mapper(self._samples[index])
-        except UserError as error:
-            # An exception that crosses a worker's boundary arrives with its traceback as its message.
-            return error
+        for place in range(index, index + (TRIES if self._replaces else 1)):
+            try:
+                return self._mapper(self._samples[place % len(self)])
+            except UnreadableImageError as error:
+                fault: UserError = error
+                self._say(place % len(self), error)
+            except UserError as error:
+                fault = error
+                break
+        # An exception that crosses a worker's boundary arrives with its traceback as its message.
+        return fault
+
+    def _say(self, index: int, error: UnreadableImageError) -> None:
+        if self._replaces and index not in self._said:
+            self._said.add(index)
+            logger.warning(f"{error}; until then the next image stands in for it ({len(self._said)} such here so far)")
 
 
 class _Collate:
@@ -134,6 +156,7 @@ class EndlessBatches(Batches):
         order: which samples, when.
         seed: the run's seed.
         workers: loader processes; 0 reads in this process. The batches are the same for any number.
+        replaces: let the next image stand in for one that cannot be read.
     """
 
     def __init__(
@@ -144,9 +167,10 @@ class EndlessBatches(Batches):
         order: EndlessOrder,
         seed: int,
         workers: int,
+        replaces: bool = False,
     ) -> None:
         self._samples, self._order = samples, order
-        dataset = _Mapped(samples, mapper, seed)
+        dataset = _Mapped(samples, mapper, seed, replaces)
         # A loader draws a seed when it starts: from its own generator, lest the first iteration's draws shift.
         own = torch_generator(seed, "loader")
         super().__init__(_loader(dataset, order, collate, workers, generator=own))
@@ -192,9 +216,13 @@ def ordered_batches(
     workers: int,
     rank: int = 0,
     world: int = 1,
+    replaces: bool = False,
 ) -> Batches:
-    """Return one process's share of the samples in their order, each sample in exactly one process."""
+    """Return one process's share of the samples in their order, each sample in exactly one process.
+
+    With ``replaces`` the next image stands in for one that cannot be read.
+    """
     share = np.array_split(np.arange(len(samples)), world)[rank].tolist()
     batches = [share[i : i + batch] for i in range(0, len(share), batch)]
-    dataset = _Mapped(samples, mapper, seed=0)
+    dataset = _Mapped(samples, mapper, 0, replaces)
     return Batches(_loader(dataset, batches, collate, workers), share[0] if share else 0)

@@ -1,4 +1,4 @@
-"""One record to what a detector takes."""
+"""One record to what a detector takes, one image to what pre-training takes."""
 
 import copy
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from detectron2.config import configurable
 from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
@@ -15,18 +16,23 @@ from fvcore.common.config import CfgNode
 from PIL import Image
 from torch import Tensor
 
-from relvit_d2.data.decode import read_rgb, reading
+from relvit_d2.data.decode import PixelFormat
 from relvit_d2.data.regions import Targets, ignored_regions
 from relvit_d2.errors import UserError
 
 
 class DetectionMapper(DatasetMapper):
-    """Detectron2's mapper, faster and with large-scale jitter; a damaged image is one sentence instead of a traceback.
+    """Detectron2's mapper, faster, with large-scale jitter, images of any channels, and faults in one sentence.
 
     Draws, boxes, classes and masks are those of Detectron2's mapper with the same augmentations and the same state of
-    NumPy's global generator, to the bit; pixels of uint8 images differ by at most one grey level, where resizing rounds
-    the other way. The one exception: boxes of whole numbers are transformed as numbers, not cut to whole ones again.
+    NumPy's global generator, to the bit; pixels differ by at most one grey level, where resizing rounds the other way.
+    The one exception: boxes of whole numbers are transformed as numbers, not cut to whole ones again.
     """
+
+    @configurable
+    def __init__(self, *, pixels: PixelFormat, **parts: Any) -> None:
+        super().__init__(**parts)
+        self._pixels = pixels
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
@@ -36,6 +42,8 @@ class DetectionMapper(DatasetMapper):
         (Ghiasi et al., 2021), instead of by ``INPUT.MIN_SIZE_TRAIN`` and ``INPUT.CROP``. Smaller ones are padded where
         batches are made, so that padding is known to be padding.
         """
+        if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
+            raise UserError(f"INPUT.FORMAT '{cfg.INPUT.FORMAT}' is not offered; give RGB or BGR, or INPUT.CHANNELS 1")
         parts = super().from_config(cfg, is_train)
         size = cfg.INPUT.LSJ.SIZE
         if is_train and size:
@@ -46,7 +54,7 @@ class DetectionMapper(DatasetMapper):
                 T.FixedSizeCrop((size, size), pad=False),
                 *flips,
             ]
-        return parts
+        return parts | {"pixels": PixelFormat(cfg.INPUT.CHANNELS, cfg.INPUT.WHITE)}
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """Map one record; arguments and result as Detectron2's.
@@ -57,11 +65,13 @@ class DetectionMapper(DatasetMapper):
         if self.proposal_topk is not None or "sem_seg_file_name" in dataset_dict:
             return super().__call__(dataset_dict)
         record = copy.deepcopy({key: value for key, value in dataset_dict.items() if key != "annotations"})
-        image = self._read(record["file_name"])
+        image = self._pixels.read(record["file_name"])
         try:
             utils.check_image_size(record, image)
         except SizeMismatchError as error:
             raise UserError(f"{' '.join(str(error).split())} Correct the annotation or the image") from error
+        if self.image_format == "BGR" and self._pixels.channels == 3:
+            image = image[:, :, ::-1]
         # Python's part of the work is cold after every decoding, five times slower than in a loop of its own: no
         # AugmentationList, no arrays for a handful of boxes.
         pixels, steps = torch.from_numpy(np.ascontiguousarray(image)), []
@@ -73,7 +83,9 @@ class DetectionMapper(DatasetMapper):
         record["image"] = pixels.permute(2, 0, 1).contiguous()
         if self.is_train and "annotations" in dataset_dict:
             shape = (pixels.shape[0], pixels.shape[1])
-            if self.use_instance_mask or self.use_keypoint:
+            # Where there is no object, Detectron2 looks for its mask all the same.
+            objects = any(not a.get("iscrowd", 0) for a in dataset_dict["annotations"])
+            if objects and (self.use_instance_mask or self.use_keypoint):
                 record["annotations"] = copy.deepcopy(dataset_dict["annotations"])  # changed in place
                 self._transform_annotations(record, T.TransformList(steps), shape)
             else:
@@ -83,12 +95,6 @@ class DetectionMapper(DatasetMapper):
                 regions = ignored_regions(crowds, T.TransformList(steps), shape)
                 record["instances"] = Targets(record["instances"], regions)
         return record
-
-    def _read(self, path: str) -> np.ndarray:
-        if self.image_format == "RGB":
-            return read_rgb(path)
-        with reading(path):
-            return utils.read_image(path, self.image_format)
 
 
 def _transformed(image: Tensor, step: T.Transform) -> Tensor:
@@ -152,28 +158,34 @@ def _boxes_as_instances(
 
 
 class ImageReader:
-    """Path -> uint8 image ``(3, H, W)``.
+    """Image file -> uint8 image ``(C, H, W)``.
 
     Args:
-        longest: see :func:`relvit_d2.data.decode.read_rgb`.
+        longest: see :meth:`relvit_d2.data.decode.PixelFormat.read`.
+        pixels: channels and range.
     """
 
-    def __init__(self, longest: int) -> None:
-        self._longest = longest
+    def __init__(self, longest: int, pixels: PixelFormat = PixelFormat()) -> None:  # noqa: B008  (it is frozen)
+        self._longest, self._pixels = longest, pixels
+
+    @classmethod
+    def of(cls, cfg: CfgNode) -> "ImageReader":
+        """Return the reader of ``INPUT.LOAD_SIZE``, ``INPUT.CHANNELS`` and ``INPUT.WHITE``."""
+        return cls(cfg.INPUT.LOAD_SIZE, PixelFormat(cfg.INPUT.CHANNELS, cfg.INPUT.WHITE))
 
     def __call__(self, path: Any) -> Tensor:
         """Read one image."""
-        return torch.from_numpy(read_rgb(path, self._longest)).permute(2, 0, 1)
+        return torch.from_numpy(self._pixels.read(path, self._longest)).permute(2, 0, 1)
 
 
 def pad_images(images: list[Tensor]) -> dict[str, Tensor]:
     """Stack images of any size.
 
     Args:
-        images: uint8, ``(3, H, W)`` each.
+        images: uint8, ``(C, H, W)`` each.
 
     Returns:
-        ``images``: uint8 ``(B, 3, max H, max W)``, padded with zeros right and below;
+        ``images``: uint8 ``(B, C, max H, max W)``, padded with zeros right and below;
         ``sizes``: int64 ``(B, 2)``, the true height and width of each.
     """
     sizes = torch.tensor([image.shape[1:] for image in images])

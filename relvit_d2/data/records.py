@@ -9,13 +9,14 @@ coordinates: the image spans ``[0, width] x [0, height]``.
 
 import logging
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
-from relvit_d2.errors import UserError
+from relvit_d2.errors import UserError, nearest
 
 Record = dict[str, Any]
 
@@ -28,7 +29,14 @@ One pixel is the difference between counting from 0 and from 1, and more than an
 """
 
 
-def checked_box(corners: Sequence[float], width: int, height: int, where: str, first_pixel: int = 0) -> list[float]:
+def checked_box(
+    corners: Sequence[float],
+    width: int,
+    height: int,
+    where: str,
+    first_pixel: int = 0,
+    slack: float = BORDER_SLACK,
+) -> list[float]:
     """Return ``corners`` as a box inside the image.
 
     Args:
@@ -39,13 +47,14 @@ def checked_box(corners: Sequence[float], width: int, height: int, where: str, f
         first_pixel: the number the file gives to the first pixel. With 1 (PASCAL VOC: inclusive, counted from
             one) only the minima are shifted, so that ``xmin=1, xmax=W`` covers the image (Detectron2,
             data/datasets/pascal_voc.py:63-69).
+        slack: pixels that the box may stick out of its image; what sticks out is cut off.
 
     Returns:
         ``[x0, y0, x1, y1]`` with ``0 <= x0 < x1 <= width`` and ``0 <= y0 < y1 <= height``.
 
     Raises:
         UserError: a corner is not finite, a minimum is not below its maximum, or the box leaves the image by more
-            than ``BORDER_SLACK``.
+            than ``slack``.
     """
     xmin, ymin, xmax, ymax = corners
     given = f"(xmin {xmin:g}, ymin {ymin:g}, xmax {xmax:g}, ymax {ymax:g})"
@@ -56,11 +65,113 @@ def checked_box(corners: Sequence[float], width: int, height: int, where: str, f
     x0, y0 = xmin - first_pixel, ymin - first_pixel
     inside = [max(x0, 0.0), max(y0, 0.0), min(xmax, float(width)), min(ymax, float(height))]
     outside_by = max(abs(edge - kept) for edge, kept in zip((x0, y0, xmax, ymax), inside, strict=True))
-    if outside_by > BORDER_SLACK or inside[0] >= inside[2] or inside[1] >= inside[3]:
+    if outside_by > slack or inside[0] >= inside[2] or inside[1] >= inside[3]:
         raise UserError(
             f"{where} has a box outside its image of {width} x {height} pixels {given}: correct or remove it"
         )
     return inside
+
+
+@dataclass
+class BoxJudge:
+    """Judges the boxes of a data set that a user brings along, and says in the end what it did to them.
+
+    A box without area is left out and one that sticks out of its image is cut at the border, both counted and named;
+    what can only be a mistake (see :func:`checked_box`), or sticks out by more than the image is large, stops the run.
+
+    Attributes:
+        where: the data set, for the messages.
+    """
+
+    where: str
+    _judged: int = 0
+    _empty: list[str] = field(default_factory=list)
+    _cut: list[str] = field(default_factory=list)
+
+    def __call__(
+        self, corners: Sequence[float], width: int, height: int, where: str, first_pixel: int = 0
+    ) -> list[float] | None:
+        """Return the box inside the image, or None for one without area; arguments as for :func:`checked_box`."""
+        self._judged += 1
+        xmin, ymin, xmax, ymax = corners
+        if (xmin == xmax and ymin <= ymax) or (ymin == ymax and xmin <= xmax):
+            self.leave_out(where)
+            return None
+        box = checked_box(corners, width, height, where, first_pixel, slack=max(width, height))
+        shifted = [xmin - first_pixel, ymin - first_pixel, xmax, ymax]
+        if max(abs(a - b) for a, b in zip(shifted, box, strict=True)) > BORDER_SLACK:
+            self._cut.append(where)
+        return box
+
+    def leave_out(self, where: str) -> None:
+        """Count an object that covers nothing."""
+        self._empty.append(where)
+
+    def notes(self) -> list[str]:
+        """Return what was left out and what was cut, as sentences for the log.
+
+        Raises:
+            UserError: if more than half of the boxes stick out: they are those of images of another size.
+        """
+        if 2 * len(self._cut) > self._judged:
+            raise UserError(
+                f"{len(self._cut)} of the {self._judged} boxes of {self.where} stick out of their images, the first in "
+                f"{self._cut[0]}: they belong to images of another size, or are in another format"
+            )
+        done = ((self._empty, "have no area and are left out"), (self._cut, "stick out and are cut at the border"))
+        return [
+            f"{len(boxes)} of the {self._judged} boxes of {self.where} {what}: {first_few(boxes)}"
+            for boxes, what in done
+            if boxes
+        ]
+
+
+def first_few(names: Sequence[Any]) -> str:
+    """Return the first five of ``names`` in words."""
+    return ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
+
+
+def checked_path(name: Any, folder: Path, where: str) -> Path:
+    """Return the path that a file of a data set names, below ``folder``; sub-folders are allowed.
+
+    Raises:
+        UserError: it is no text or leads elsewhere: an absolute path, one with ``..`` or unprintable characters.
+    """
+    text = name.replace("\\", "/") if isinstance(name, str) else ""
+    parts = [part for part in text.split("/") if part != "."]
+    if not text or not text.isprintable() or text.startswith("/") or ":" in parts[0] or {"", ".."} & set(parts):
+        raise UserError(f"{where} names {name!r}, which is no path inside '{folder}': correct it")
+    return folder.joinpath(*parts)
+
+
+def folders_below(root: Path, depth: int = 2) -> Iterator[Path]:
+    """Give ``root`` and the folders below it down to ``depth``, without hidden ones and links, in order of name."""
+    level = [root]
+    for _ in range(depth + 1):
+        yield from level
+        inside = (child for folder in level for child in sorted(folder.iterdir()))
+        level = [path for path in inside if path.is_dir() and not path.is_symlink() and path.name[0] != "."]
+
+
+def refuse_links_out(paths: Iterable[Path], root: Path) -> None:
+    """Raise a ``UserError`` for the first of ``paths`` that a symbolic link leads out of ``root``."""
+    real = os.path.realpath(root)
+    links: dict[Path, set[str]] = {}
+
+    def check(path: Path) -> None:
+        target = os.path.realpath(path)
+        if os.path.commonpath([real, target]) != real:
+            raise UserError(f"'{path}' leads out of '{root}', to '{target}': put the file itself there")
+
+    for path in paths:
+        folder = path.parent
+        if folder not in links:
+            links[folder] = set()
+            check(folder)
+            with suppress(FileNotFoundError), os.scandir(folder) as entries:
+                links[folder] = {entry.name for entry in entries if entry.is_symlink()}
+        if path.name in links[folder]:
+            check(path)
 
 
 def checked_name(name: str, where: str) -> str:
@@ -107,19 +218,26 @@ def existing(images: Sequence[Path], where: str, skip_missing: bool) -> list[Pat
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         mend = "" if skip_missing else ", or set DATASETS.SKIP_MISSING True to go on without"
         raise UserError(f"the image {missing[0]}{more} is missing but listed in {where}: restore it{mend}")
-    names = ", ".join(image.name for image in missing[:5]) + (", ..." if len(missing) > 5 else "")
+    names = first_few([image.name for image in missing])
     logger.warning(f"{len(missing)} of the {len(images)} images listed in {where} are missing and left out: {names}")
     return found
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """Return ``(width, height)`` in pixels from the file's header; no pixel is decoded.
+def renumbered(records: Sequence[Record], names: Sequence[str], classes: Sequence[str], where: str) -> list[Record]:
+    """Return records whose category ids count in ``names``, with ids that count in ``classes``.
 
     Raises:
-        UserError: the file is missing or no image.
+        UserError: an object is of a class that is not among ``classes``.
     """
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as an image ({type(error).__name__}): replace it") from error
+    numbers = {name: number for number, name in enumerate(classes)}
+
+    def renumber(thing: Record) -> Record:
+        name = names[thing["category_id"]]
+        if name not in numbers:
+            raise UserError(
+                f"'{where}' has objects of the class '{name}', which is not one of {', '.join(classes)}"
+                f"{nearest(name, list(classes))}"
+            )
+        return thing | {"category_id": numbers[name]}
+
+    return [record | {"annotations": [renumber(thing) for thing in record["annotations"]]} for record in records]

@@ -5,8 +5,8 @@ codes. A bbox is a group of five columns, ``left top width height label``, one r
 itself where there is one digit and references to numbers where there are more. Label 10 is the digit 0.
 """
 
-import logging
 import math
+import os
 from pathlib import Path
 
 import h5py
@@ -14,7 +14,9 @@ import numpy as np
 from detectron2.structures import BoxMode
 from h5py import h5d, h5r, h5s, h5t
 
-from relvit_d2.data.records import Record, check_unique, checked_name, existing, image_size
+from relvit_d2.data.cache import Labels, cached
+from relvit_d2.data.decode import image_size
+from relvit_d2.data.records import Record, check_unique, checked_name, existing
 from relvit_d2.errors import UserError
 
 CLASS_NAMES = tuple("0123456789")
@@ -26,8 +28,6 @@ LONGEST_COLUMN = 255
 """Most characters in a name, most digits in an image: a damaged file must not ask for gigabytes of memory."""
 
 _REFERENCE = h5t.py_create(h5py.ref_dtype)
-
-logger = logging.getLogger(__name__)
 
 
 def load_svhn(folder: Path, skip_missing: bool = False) -> list[Record]:
@@ -48,14 +48,23 @@ def load_svhn(folder: Path, skip_missing: bool = False) -> list[Record]:
         UserError: the file is missing or damaged, or an image is missing or unreadable.
     """
     path = folder / LABELS_FILE
+    try:
+        images = [entry.name for entry in os.scandir(folder) if entry.name.endswith(".png")]
+    except OSError as error:
+        raise UserError(f"the label file {path} is missing: unpack SVHN's format 1 archive there") from error
+    sources = [path, *(folder / name for name in sorted(images))]
+    return cached(f"SVHN, {skip_missing=}", folder, sources, lambda: _read(folder, path, skip_missing))[1]
+
+
+def _read(folder: Path, path: Path, skip_missing: bool) -> Labels:
     rows = _read_rows(path)
     check_unique([name for name, _ in rows], str(path))
     found = set(existing([folder / name for name, _ in rows], str(path), skip_missing))
     present = [(folder / name, digits) for name, digits in rows if folder / name in found]
     sizes = [image_size(image) for image, _ in present]
     boxes, kept = _clip([digits for _, digits in present], sizes)
-    if dropped := int((~kept).sum()):
-        logger.warning("%d boxes of %s lie outside their images and are left out", dropped, path)
+    dropped = int((~kept).sum())
+    notes = [f"{dropped} boxes of {path} lie outside their images and are left out"] if dropped else []
 
     records = []
     start = 0
@@ -80,7 +89,7 @@ def load_svhn(folder: Path, skip_missing: bool = False) -> list[Record]:
                 ],
             }
         )
-    return records
+    return list(CLASS_NAMES), records, notes
 
 
 def svhn_images(folder: Path) -> list[Path]:

@@ -1,16 +1,40 @@
-"""PASCAL VOC: ``Annotations/*.xml``, ``JPEGImages/*.jpg`` and the lists of ``ImageSets/Main``."""
+"""PASCAL VOC's XML: VOC itself, and folders of users that are annotated in its format."""
 
-from collections.abc import Sequence
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from xml.etree.ElementTree import Element, ParseError
 
 from defusedxml import ElementTree
 from detectron2.structures import BoxMode
 
-from relvit_d2.data.records import Record, check_unique, checked_box, checked_name, existing
+from relvit_d2.data.cache import Labels, cached
+from relvit_d2.data.decode import image_size
+from relvit_d2.data.folder import list_images
+from relvit_d2.data.records import (
+    BoxJudge,
+    Record,
+    check_unique,
+    checked_box,
+    checked_name,
+    existing,
+    first_few,
+    folders_below,
+    refuse_links_out,
+    renumbered,
+)
+from relvit_d2.data.splits import ALL, one_or_split, split_of
 from relvit_d2.errors import UserError, nearest
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
+LISTS = ("train", "val", "trainval", "test")
+
+Judge = Callable[..., list[float] | None]
+
+logger = logging.getLogger(__name__)
 
 
 def load_voc(root: Path, split: str, class_names: Sequence[str], skip_missing: bool = False) -> list[Record]:
@@ -32,11 +56,24 @@ def load_voc(root: Path, split: str, class_names: Sequence[str], skip_missing: b
     Raises:
         UserError: a file is missing or damaged, a class is unknown, a box is wrong; the message names the file.
     """
-    category_ids = {name: index for index, name in enumerate(class_names)}
-    return [
-        _read_annotation(root / "Annotations" / f"{image.stem}.xml", image, category_ids)
-        for image in voc_images(root, split, skip_missing)
-    ]
+    images = voc_images(root, split, skip_missing)
+    annotations = [root / "Annotations" / f"{image.stem}.xml" for image in images]
+
+    def read() -> Labels:
+        category_ids = {name: index for index, name in enumerate(class_names)}
+
+        def number(name: str, where: str) -> int:
+            if name not in category_ids:
+                known = list(category_ids)
+                raise UserError(
+                    f"{where} is of the class '{name}', which is not one of {', '.join(known)}{nearest(name, known)}"
+                )
+            return category_ids[name]
+
+        pairs = zip(annotations, images, strict=True)
+        return list(class_names), [_read_annotation(*pair, pair[1].stem, number, checked_box) for pair in pairs], []
+
+    return cached(f"VOC {split} of {' '.join(class_names)}", root, [*annotations, *images], read)[1]
 
 
 def voc_images(root: Path, split: str, skip_missing: bool = False) -> list[Path]:
@@ -49,6 +86,126 @@ def voc_images(root: Path, split: str, skip_missing: bool = False) -> list[Path]
         UserError: the list is missing, empty, holds an id twice or none that is a file name, or an image is missing.
     """
     path = root / "ImageSets" / "Main" / f"{split}.txt"
+    ids = _ids(path)
+    return existing([root / "JPEGImages" / f"{image_id}.jpg" for image_id in ids], str(path), skip_missing)
+
+
+@dataclass(frozen=True)
+class VocFolder:
+    """A folder with an XML file for each image: ``DATASETS.CUSTOM``'s and ``--data``'s.
+
+    Attributes:
+        root: the folder.
+        sets: annotation files of each split.
+        listed: whether the splits are lists, as VOC's are.
+    """
+
+    root: Path
+    sets: dict[str, list[Path]]
+    listed: bool
+    metrics = ("coco", "voc07")
+
+    @classmethod
+    def find(cls, root: Path) -> "VocFolder | None":
+        """Return what lies in ``root``, or None if there are no annotations in VOC's format.
+
+        Either ``Annotations``, ``JPEGImages`` and the lists of ``ImageSets/Main``, or XML files in any folders, whose
+        names say of which split they are.
+        """
+        lists = {name: root / "ImageSets/Main" / f"{name}.txt" for name in LISTS}
+        lists = {name: path for name, path in lists.items() if path.is_file()}
+        if lists and (root / "Annotations").is_dir():
+            sets = {name: [root / "Annotations" / f"{i}.xml" for i in _ids(path)] for name, path in lists.items()}
+            return cls(root, one_or_split(sets), listed=True)
+        found: dict[str, list[Path]] = {}
+        for folder in folders_below(root):
+            files = sorted(path for path in folder.glob("*.xml") if not path.name.startswith("."))
+            if files and _is_voc(files[0]):
+                split = next(filter(None, map(split_of, reversed(folder.relative_to(root).parts))), ALL)
+                found.setdefault(split, []).extend(files)
+        return cls(root, one_or_split(found), listed=False) if found else None
+
+    def classes(self) -> tuple[str, ...]:
+        """Return the classes of all objects of all splits, in alphabetical order."""
+        return tuple(self._labels[0])
+
+    def records(self, split: str, classes: Sequence[str], skip_missing: bool) -> list[Record]:
+        """Read one of ``sets``; boxes and difficult objects as by :func:`load_voc`, bad boxes as by ``BoxJudge``."""
+        images = self.images(split, skip_missing)
+        names, records, _ = self._labels
+        by_image = {record["file_name"]: record for record in records}
+        return renumbered([by_image[str(image)] for image in images], names, classes, str(self.root))
+
+    def images(self, split: str, skip_missing: bool) -> list[Path]:
+        """List the images of one of ``sets``; no annotation is opened."""
+        pairs, absent = self._pairs(self.sets[split])
+        if absent and (not skip_missing or not pairs):
+            more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
+            raise UserError(
+                f"there is no image for the annotation {absent[0]}{more}: put it there, or set DATASETS.SKIP_MISSING "
+                "True to go on without"
+            )
+        if absent:
+            logger.warning(f"{len(absent)} annotations of '{self.root}' have no image: {first_few(absent)}")
+        return [image for _, image in pairs]
+
+    @cached_property
+    def _labels(self) -> Labels:
+        annotations = list(dict.fromkeys(path for files in self.sets.values() for path in files))
+        pairs, _ = self._pairs(annotations)
+        if not self.listed and (more := sum(map(len, self._images_by_stem.values())) - len(pairs)):
+            logger.info(f"{more} images of '{self.root}' have no annotation file and are left out")
+
+        def read() -> Labels:
+            names: dict[str, int] = {}
+            judge = BoxJudge(str(self.root))
+
+            def number(name: str, where: str) -> int:
+                return names.setdefault(name, len(names))
+
+            records = [_read_annotation(*pair, self._image_id(pair[1]), number, judge) for pair in pairs]
+            ordered = sorted(names)
+            return ordered, renumbered(records, list(names), ordered, str(self.root)), judge.notes()
+
+        return cached("VOC annotations", self.root, [path for pair in pairs for path in pair], read)
+
+    def _image_id(self, image: Path) -> str:
+        return image.stem if self.listed else image.relative_to(self.root).with_suffix("").as_posix()
+
+    @cached_property
+    def _images_by_stem(self) -> dict[str, list[Path]]:
+        images: dict[str, list[Path]] = {}
+        folder = self.root / "JPEGImages"
+        for image in list_images(folder if self.listed and folder.is_dir() else self.root):
+            images.setdefault(image.stem, []).append(image)
+        return images
+
+    def _pairs(self, annotations: Sequence[Path]) -> tuple[list[tuple[Path, Path]], list[Path]]:
+        """Return the annotations with their images, which have their names, and the annotations without an image."""
+        pairs, absent = [], []
+        for path in annotations:
+            found = self._images_by_stem.get(path.stem, [])
+            if len(found) > 1:  # of one name in several folders that which lies nearest
+                shared = [len(os.path.commonpath([path, image])) for image in found]
+                found = [image for image, length in zip(found, shared, strict=True) if length == max(shared)]
+            if len(found) > 1:
+                raise UserError(f"'{found[0]}' and '{found[1]}' may both be the image of {path}: take one away")
+            if found:
+                pairs.append((path, found[0]))
+            else:
+                absent.append(path)
+        refuse_links_out([path for pair in pairs for path in pair], self.root)
+        check_unique([str(image) for _, image in pairs], f"'{self.root}'")
+        return pairs, absent
+
+
+def _is_voc(path: Path) -> bool:
+    with path.open("rb") as file:
+        return b"<annotation" in file.read(4096)
+
+
+def _ids(path: Path) -> list[str]:
+    """Return the ids of one list of ``ImageSets/Main``: see :func:`voc_images`."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -57,10 +214,10 @@ def voc_images(root: Path, split: str, skip_missing: bool = False) -> list[Path]
     if not ids:
         raise UserError(f"the image list {path} is empty: restore it")
     check_unique(ids, f"the image list {path}")
-    return existing([root / "JPEGImages" / f"{image_id}.jpg" for image_id in ids], str(path), skip_missing)
+    return ids
 
 
-def _read_annotation(path: Path, image: Path, category_ids: dict[str, int]) -> Record:
+def _read_annotation(path: Path, image: Path, image_id: str, number: Callable[[str, str], int], judge: Judge) -> Record:
     try:
         tree = ElementTree.parse(path).getroot()
     except FileNotFoundError as error:
@@ -68,29 +225,28 @@ def _read_annotation(path: Path, image: Path, category_ids: dict[str, int]) -> R
     # defusedxml's refusals are ValueErrors; an unknown text encoding is a LookupError.
     except (ParseError, OSError, ValueError, LookupError) as error:
         raise UserError(f"the annotation {path} is not sound XML ({error}): restore it") from error
-    width, height = (_size(tree, side, path) for side in ("width", "height"))
+    if isinstance(judge, BoxJudge) and tree.findtext("size/width", "0").strip() in ("0", ""):
+        width, height = image_size(image)  # as some annotation programs leave it
+    else:
+        width, height = (_size(tree, side, path) for side in ("width", "height"))
+    things = [
+        _read_object(element, (width, height), f"{path}, object {place}", number, judge)
+        for place, element in enumerate(tree.findall("object"), start=1)
+    ]
     return {
         "file_name": str(image),
-        "image_id": image.stem,
+        "image_id": image_id,
         "height": height,
         "width": width,
-        "annotations": [
-            _read_object(element, number, width, height, path, category_ids)
-            for number, element in enumerate(tree.findall("object"), start=1)
-        ],
+        "annotations": [thing for thing in things if thing],
     }
 
 
 def _read_object(
-    element: Element, number: int, width: int, height: int, path: Path, category_ids: dict[str, int]
-) -> Record:
-    where = f"{path}, object {number}"
+    element: Element, size: tuple[int, int], where: str, number: Callable[[str, str], int], judge: Judge
+) -> Record | None:
     name = _text(element, "name", where)
-    if name not in category_ids:
-        known = list(category_ids)
-        raise UserError(
-            f"{where} is of the class '{name}', which is not one of {', '.join(known)}{nearest(name, known)}"
-        )
+    category = number(name, where)
     box = element.find("bndbox")
     if box is None:
         raise UserError(f"{where} has no <bndbox>: add it or remove the object")
@@ -98,10 +254,13 @@ def _read_object(
     difficult = element.findtext("difficult", default="0").strip()
     if difficult not in ("0", "1"):
         raise UserError(f"{where} has <difficult> {difficult!r}: it must be 0 or 1")
+    corners = judge([_number(box, corner, where) for corner in CORNERS], *size, where, first_pixel=1)
+    if corners is None:
+        return None
     return {
-        "bbox": checked_box([_number(box, corner, where) for corner in CORNERS], width, height, where, first_pixel=1),
+        "bbox": corners,
         "bbox_mode": BoxMode.XYXY_ABS,
-        "category_id": category_ids[name],
+        "category_id": category,
         "iscrowd": 0,
         "difficult": int(difficult),
     }
@@ -111,6 +270,8 @@ def _text(element: Element, tag: str, where: str) -> str:
     text = (element.findtext(tag) or "").strip()
     if not text:
         raise UserError(f"{where} has no <{tag}>: add it")
+    if not text.isprintable():
+        raise UserError(f"{where} has <{tag}> {text[:40]!r}, which cannot be printed: correct it")
     return text
 
 

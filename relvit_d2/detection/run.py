@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,13 @@ def settle(cfg: CfgNode, records: Records) -> CfgNode:
     heads.NUM_CLASSES = count
     objects = [a for r in records for a in r.get("annotations", []) if not a.get("iscrowd")]
     cfg.MODEL.MASK_ON &= bool(objects) and all("segmentation" in a for a in objects)
+    if cfg.MODEL.MASK_ON and any(isinstance(a["segmentation"], dict) for a in objects):
+        cfg.INPUT.MASK_FORMAT = "bitmask"  # Detectron2 has no polygons for an RLE
+    if cfg.MODEL.MASK_ON and (cfg.INPUT.CROP.ENABLED or cfg.INPUT.LSJ.SIZE) and not find_spec("shapely"):
+        raise UserError(
+            "Detectron2 cuts the polygons of masks with shapely: pip install shapely, or set INPUT.CROP.ENABLED False "
+            "and INPUT.LSJ.SIZE 0"
+        )
     cfg.freeze()
     return cfg
 

@@ -189,10 +189,14 @@ def _builder(name: str) -> Callable[..., Encoder]:
 def encoder_from_keys(keys: Mapping[str, Any]) -> Encoder:
     """Build the encoder that the config node ``MODEL`` describes: in ``ENCODER`` the arguments' names in capitals.
 
+    ``PIXEL_MEAN``, a mean a channel, says how many channels images have; without it they have three.
+
     Raises:
         UserError: see :func:`build_encoder`; and if windows are asked of an encoder without such an argument.
     """
     arguments = {key.lower(): value for key, value in keys["ENCODER"].items()}
+    if "PIXEL_MEAN" in keys:  # Detectron2 counts channels there too (modeling/backbone/build.py)
+        arguments["in_chans"] = len(keys["PIXEL_MEAN"])
     if "window" not in inspect.signature(_builder(arguments["name"])).parameters:
         if arguments.pop("window", 0):
             raise UserError(

@@ -39,6 +39,8 @@ _LEAST = {
     "TEST.BATCH_SIZE": 1,
     "TEST.PATIENCE": 0,
     "DATALOADER.NUM_WORKERS": 0,
+    "INPUT.CHANNELS": 1,
+    "INPUT.WHITE": 0,
 }
 
 
@@ -56,6 +58,9 @@ def run_script(main: distributed.Main, example: str) -> int:
     parser = default_argument_parser(epilog=f"example:\n  {example}")
     parser.add_argument(
         "--allow-changes", action="store_true", help="with --resume: go on although the config is another"
+    )
+    parser.add_argument(
+        "--data", help="a folder of your own data, in place of DATASETS.TRAIN and DATASETS.TEST: docs/own_data.md"
     )
     args = parser.parse_args()
 
@@ -78,6 +83,7 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     for key, least in _LEAST.items():
         if (value := reduce(getattr, key.split("."), cfg)) < least:
             raise UserError(f"{key} {value} is too small: give {least} or more")
+    _check_pixels(cfg)
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     solver, processes = cfg.SOLVER, comm.get_world_size()
     if not args.eval_only and solver.IMS_PER_BATCH % (processes * solver.ACCUMULATE):
@@ -137,6 +143,21 @@ def commit() -> str:
         return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+def _check_pixels(cfg: CfgNode) -> None:
+    """Refuse pixel statistics that are not one positive deviation and one mean a channel."""
+    channels = cfg.INPUT.CHANNELS
+    for key in ("PIXEL_MEAN", "PIXEL_STD"):
+        if len(cfg.MODEL[key]) != channels:
+            raise UserError(
+                f"MODEL.{key} has {len(cfg.MODEL[key])} values, but INPUT.CHANNELS is {channels}: give {channels}; "
+                "python tools/estimate_pixels.py tells those of your images"
+            )
+    if not min(cfg.MODEL.PIXEL_STD) > 0:
+        raise UserError(
+            f"MODEL.PIXEL_STD {list(cfg.MODEL.PIXEL_STD)} divides by values that are not above 0: correct it"
+        )
 
 
 def keep_config(cfg: CfgNode, script: str) -> None:

@@ -1,7 +1,7 @@
 """Colour operations on many patches at once, each patch with its own factors.
 
-Pixels are laid out ``(3, L, P)``: RGB planes, the L pixels of a patch, and the P patches innermost, so
-that a factor a patch runs along memory however small the patches are. Values are in 0..1. Every function
+Pixels are laid out ``(C, L, P)``: RGB planes, or those of other channels, the L pixels of a patch, and the P patches
+innermost, so that a factor a patch runs along memory however small the patches are. Values are in 0..1. Every function
 works in place and gives the values of ``torchvision.transforms.functional`` on float tensors, patch by
 patch, to rounding.
 """
@@ -24,6 +24,8 @@ LUMA = (0.2989, 0.587, 0.114)
 
 
 def _luma(pixels: Tensor) -> Tensor:
+    if len(pixels) != 3:
+        return pixels.mean(0)
     red, green, blue = pixels
     return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
 
@@ -37,7 +39,7 @@ def blend_(pixels: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
     """Scale each patch's distance from black, from its mean gray or from its own gray, then clamp to 0..1.
 
     Args:
-        pixels: ``(3, L, P)``.
+        pixels: ``(C, L, P)``.
         operation: ``(P,)`` integer: BRIGHTNESS (black), CONTRAST (mean gray) or SATURATION (own gray).
         factor: ``(P,)``, 0 or more; 1 changes nothing.
     """
@@ -82,10 +84,10 @@ def color_jitter_(pixels: Tensor, factors: Tensor, order: Tensor, groups: Sequen
     """Apply the four operations to each patch in the patch's own order.
 
     Patches are sorted by the step at which they meet the hue; the other three operations are one formula,
-    so every step is one call for a whole group.
+    so every step is one call for a whole group. Other channels than RGB's three have no hue: that step does nothing.
 
     Args:
-        pixels: ``(3, L, P)``, sorted: ``groups[0]`` patches whose hue comes first, then those whose hue
+        pixels: ``(C, L, P)``, sorted: ``groups[0]`` patches whose hue comes first, then those whose hue
             comes second, third and last; the rest is left alone.
         factors: ``(4, P)`` by operation: brightness, contrast, saturation factors and the hue's turn.
         order: ``(4, P)`` int64, the operation of each step.
@@ -100,7 +102,8 @@ def color_jitter_(pixels: Tensor, factors: Tensor, order: Tensor, groups: Sequen
         patches, step_factors = pixels[..., here], factors[:, here].gather(0, order[:, here])
         for step in range(4):
             if step == hue_step:
-                hue_(patches, step_factors[step])
+                if len(pixels) == 3:
+                    hue_(patches, step_factors[step])
             else:
                 blend_(patches, order[step, here], step_factors[step])
     return pixels
@@ -110,12 +113,12 @@ def add_noise_(pixels: Tensor, chosen: Tensor, seed: Tensor, std: float) -> Tens
     """Add normal noise to the patches where ``chosen``, then clamp them to 0..1; the others keep every bit.
 
     Args:
-        pixels: ``(3, L, P)``.
+        pixels: ``(C, L, P)``.
         chosen: ``(P,)`` bool.
         seed: ``(P,)`` int64, what decides a patch's noise.
         std: standard deviation.
     """
-    place = torch.arange(pixels[..., 0].numel(), device=pixels.device).view(3, -1, 1)
+    place = torch.arange(pixels[..., 0].numel(), device=pixels.device).view(len(pixels), -1, 1)
     noisy = pixels[..., chosen]
     # Box and Muller's transform of two uniform numbers; the logarithm's argument is never 0.
     radius, turn = hashed_uniform(seed[chosen], 0, place), hashed_uniform(seed[chosen], 1, place)

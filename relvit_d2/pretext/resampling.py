@@ -128,10 +128,10 @@ def resample(
     cuts: tuple[Tensor, Tensor] | None = None,
     shape: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Crop, resize (antialiased), mirror and cut: ``(B, 3, H, W)`` uint8 to ``(3, B, h, w)`` float32 in 0..1.
+    """Crop, resize (antialiased), mirror and cut: ``(B, C, H, W)`` uint8 to ``(C, B, h, w)`` float32 in 0..1.
 
     Args:
-        images: ``(B, 3, H, W)`` uint8.
+        images: ``(B, C, H, W)`` uint8.
         boxes: ``(B, 4)`` int64 top, left, height, width, on any device.
         flip: ``(B,)`` bool, mirror left and right.
         crop: height and width that a box is resized to.
@@ -152,7 +152,7 @@ def resample(
     boxes, flip = boxes.to(images.device), flip.to(images.device)
     window = images[:, :, top:bottom, left:right]
     window = window.to(torch.float32, memory_format=torch.contiguous_format)
-    batch, _, height, width = window.shape
+    batch, channels, height, width = window.shape
     along_y = resize_weights(boxes[:, 0] - top, boxes[:, 2], torch.zeros_like(flip), height, crop[0])
     along_x = resize_weights(boxes[:, 1] - left, boxes[:, 3], flip, width, crop[1])
     if cuts is not None:  # resampling what was resampled is one product of weights
@@ -161,16 +161,16 @@ def resample(
         along_x = torch.bmm(mega_weights(cut_x, crop[1], shape[1]), along_x)
     along_x.div_(255)
 
-    view = window.new_empty(3, batch, *shape)
-    rows = torch.bmm(window.view(batch, 3 * height, width), along_x.mT).view(batch, 3, height, shape[1])
-    for channel in range(3):
+    view = window.new_empty(channels, batch, *shape)
+    rows = torch.bmm(window.view(batch, channels * height, width), along_x.mT).view(batch, channels, height, shape[1])
+    for channel in range(channels):
         torch.bmm(along_y, rows[:, channel], out=view[channel])
     return view
 
 
 def _resize_one_by_one(images: Tensor, boxes: Tensor, flip: Tensor, crop: tuple[int, int]) -> Tensor:
     """Crop, resize and mirror by torch's own kernel, which skips the zeros among the weights."""
-    view = torch.empty(3, len(images), *crop)
+    view = torch.empty(images.shape[1], len(images), *crop)
     for b, (top, left, height, width) in enumerate(boxes.tolist()):
         window = images[b : b + 1, :, top : top + height, left : left + width].float()
         view[:, b] = F.interpolate(window, crop, mode="bilinear", antialias=True)[0]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from relvit_d2.errors import UserError
-from relvit_d2.pretext.color import HUE, ORDERS, add_noise_, color_jitter_, grayscale_
+from relvit_d2.pretext.color import HUE, ORDERS, SATURATION, add_noise_, color_jitter_, grayscale_
 from relvit_d2.pretext.hashing import hashed_uniform
 from relvit_d2.pretext.layout import PatchLayout
 from relvit_d2.pretext.resampling import centre_boxes, random_boxes, resample, resize_weights
@@ -60,7 +60,8 @@ class ViewConfig:
         jitter_prob, gray_prob, noise_prob: probability that a patch is jittered, made gray, made noisy, in this order.
         noise_std: standard deviation of the normal noise, of values in 0..1; the result is clamped.
         permute: put the patches of each view in a random order.
-        mean, std: of RGB values in 0..1; taken off last, when colours are done.
+        mean, std: of each channel's values in 0..1; taken off last, when colours are done. Three channels are RGB;
+            those of any other number keep saturation, hue and gray, which are RGB's.
 
     Raises:
         UserError: a size that is no multiple of the patch, a window larger than its patch, or cuts that do not fit.
@@ -79,8 +80,8 @@ class ViewConfig:
     noise_prob: float = 0.0
     noise_std: float = 0.1
     permute: bool = False
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
         height, width = self.crop
@@ -182,14 +183,15 @@ class Views:
         generator gives the same views, to rounding, on every device, and nothing is read back from the GPU.
 
         Args:
-            images: ``(B, 3, H, W)`` uint8 RGB; what lies outside an image's own size is never looked at.
+            images: ``(B, C, H, W)`` uint8, as many channels as ``mean``; what lies outside an image's own size is never
+                looked at.
             sizes: ``(B, 2)`` integer heights and widths of the images inside the batch.
             generator: the only source of randomness.
             share: first place, end and size of a larger batch of which these images are a part: all of its choices
                 are drawn, so that its parts, wherever they are computed, are together what it would be whole.
 
         Returns:
-            ``(B, 3, h, w)`` float32 normalised views, and where their patches truly lie.
+            ``(B, C, h, w)`` float32 normalised views, and where their patches truly lie.
         """
         config = self.config
         first, end, whole = share or (0, len(images), len(images))
@@ -244,8 +246,8 @@ class Views:
         self, images: Tensor, boxes: Tensor, flip: Tensor, cuts: tuple[Tensor, Tensor] | None, draws: PatchDraws | None
     ) -> Tensor:
         config, device = self.config, images.device
-        mean, std = (torch.tensor(x, device=device).view(3, 1, 1, 1) for x in (config.mean, config.std))
-        out = torch.empty(len(images), 3, *config.shape, device=device)
+        mean, std = (torch.tensor(x, device=device).view(-1, 1, 1, 1) for x in (config.mean, config.std))
+        out = torch.empty(len(images), images.shape[1], *config.shape, device=device)
         for part in self._passes(images):
             # Autocast would round the products to bfloat16, coarser than the images' own eight bits.
             with torch.autocast(device.type, enabled=False):
@@ -319,14 +321,14 @@ def augment_patches(view: Tensor, config: ViewConfig, draws: PatchDraws) -> Tens
     """Crop, resize and colour every patch on its own, then move the patches to their slots.
 
     Args:
-        view: ``(3, B, h, w)`` float32 in 0..1.
+        view: ``(C, B, h, w)`` float32 in 0..1.
         config: sizes of view, patch and window; what it switches off is skipped.
         draws: the choices of these B images, on any device.
 
     Returns:
-        A new ``(3, B, h, w)`` in 0..1.
+        A new ``(C, B, h, w)`` in 0..1.
     """
-    device, patch, window = view.device, config.patch_size, config.window
+    device, patch, window, channels = view.device, config.patch_size, config.window, len(view)
     batch, (rows, cols), width = view.shape[1], config.grid, config.shape[1]
     count = batch * rows * cols
 
@@ -341,18 +343,20 @@ def augment_patches(view: Tensor, config: ViewConfig, draws: PatchDraws) -> Tens
         for x in (draws.offset.flatten(0, 1), draws.factors.flatten(0, 1), operations, draws.gray.flatten())
     )
     sort = sort.to(device)
+    if channels != 3:
+        factors[:, SATURATION] = 1
 
     corner = (sort // cols * width + sort % cols) * patch + offset[:, 0] * width + offset[:, 1]
     pixels = view.flatten(1).index_select(1, (_square(window, width)[:, None].to(device) + corner).flatten())
     if window != patch:
         whole = torch.tensor([window], device=device)
         weights = resize_weights(whole - window, whole, whole < 0, window, patch)
-        pixels = torch.bmm(weights.expand(3, -1, -1), pixels.view(3, window, -1))
-        pixels = torch.bmm(weights.expand(3 * patch, -1, -1), pixels.view(3 * patch, window, -1))
-    pixels = pixels.view(3, patch * patch, count)
+        pixels = torch.bmm(weights.expand(channels, -1, -1), pixels.view(channels, window, -1))
+        pixels = torch.bmm(weights.expand(channels * patch, -1, -1), pixels.view(channels * patch, window, -1))
+    pixels = pixels.view(channels, patch * patch, count)
     if config.jitter_prob:
         color_jitter_(pixels, factors.T.contiguous(), operations.T.contiguous(), groups)
-    if config.gray_prob:
+    if config.gray_prob and channels == 3:
         grayscale_(pixels, gray)
     if config.noise_prob:
         noisy, noise = (x.flatten().to(device)[sort] for x in (draws.noisy, draws.noise))
@@ -366,7 +370,7 @@ def augment_patches(view: Tensor, config: ViewConfig, draws: PatchDraws) -> Tens
 
 
 def permute_patches(views: Tensor, patch: int, slot: Tensor) -> Tensor:
-    """Put patch ``slot[b, i]`` of ``(B, 3, h, w)`` views into slot i, counted row by row; a new tensor."""
+    """Put patch ``slot[b, i]`` of ``(B, C, h, w)`` views into slot i, counted row by row; a new tensor."""
     batch, channels, height, width = views.shape
     apart = views.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 1, 3, 5)
     patches = apart.flatten(1, 2)

@@ -102,6 +102,8 @@ def build_pretraining_model(cfg: CfgNode) -> PretrainingModel:
             std=tuple(value / 255 for value in cfg.MODEL.PIXEL_STD),
         )
     )
+    if cfg.INPUT.CHANNELS != 3 and (any(pretext.JITTER[2:]) or pretext.GRAY_PROB):
+        logger.info("saturation, hue and gray, which are RGB's, are left alone: INPUT.CHANNELS is not 3")
     task = PretextTask.from_keys(encoder.dim, views.config.grid, pretext)
     return PretrainingModel(encoder, task, views, pretext.POOL).to(cfg.MODEL.DEVICE)
 

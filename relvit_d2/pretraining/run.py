@@ -14,7 +14,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor
 
 from relvit_d2.data import catalog
-from relvit_d2.data.folder import list_images
+from relvit_d2.data.folder import list_images, readable
 from relvit_d2.data.loader import EndlessBatches, EndlessOrder, ordered_batches
 from relvit_d2.data.mapper import ImageReader, pad_images
 from relvit_d2.engine.precision import choose_precision
@@ -33,20 +33,22 @@ logger = logging.getLogger(__name__)
 
 
 def image_files(key: str, names: Sequence[str], skip_missing: bool) -> list[Any]:
-    """Return the image files of registered data sets and of folders; no label is read.
+    """Return the image files of registered data sets and of whatever else holds images; no label is read.
+
+    Images whose headers cannot be read are left out, with a word in the log.
 
     Args:
         key: the config key that names them, for the message.
-        names: data sets, subsets and paths of folders.
+        names: what :func:`relvit_d2.data.catalog.get_images` takes.
         skip_missing: leave out images that are listed but absent.
 
     Raises:
-        UserError: if a name is neither a data set nor a folder, or there is none.
+        UserError: if a name is neither a data set nor holds images, or there is none.
     """
     files = [path for name in names for path in catalog.get_images(name, skip_missing)]
     if not files:
         raise UserError(f"{key} names no image; give a data set or a folder, such as \"('path/to/images',)\"")
-    return files
+    return readable(files)
 
 
 def labelled_images(folder: str) -> tuple[list[Path], Tensor]:
@@ -117,9 +119,8 @@ class TrainingBatches(EndlessBatches):
         self._seed, self._size = cfg.SEED, solver.IMS_PER_BATCH
         rank, world = comm.get_rank(), comm.get_world_size()
         order = EndlessOrder(len(files), self._size, cfg.SEED, start, rank, world, solver.ACCUMULATE)
-        super().__init__(
-            files, ImageReader(cfg.INPUT.LOAD_SIZE), pad_images, order, cfg.SEED, cfg.DATALOADER.NUM_WORKERS
-        )
+        workers = cfg.DATALOADER.NUM_WORKERS
+        super().__init__(files, ImageReader.of(cfg), pad_images, order, cfg.SEED, workers, replaces=True)
 
     def __iter__(self) -> Generator[dict[str, Any], None, None]:
         for number, batch in enumerate(super().__iter__()):
@@ -172,8 +173,8 @@ def _fixed_batches(cfg: CfgNode, files: list[Any]) -> Generator[dict[str, Any], 
     """Give this process's share of the images in batches, with the numbers that decide their views."""
     rank, world = comm.get_rank(), comm.get_world_size()
     size = max(1, cfg.SOLVER.IMS_PER_BATCH // (world * cfg.SOLVER.ACCUMULATE))
-    reader = ImageReader(cfg.INPUT.LOAD_SIZE)
-    batches = ordered_batches(files, reader, pad_images, size, cfg.DATALOADER.NUM_WORKERS, rank, world)
+    workers = cfg.DATALOADER.NUM_WORKERS
+    batches = ordered_batches(files, ImageReader.of(cfg), pad_images, size, workers, rank, world, replaces=True)
     first = batches.first
     for batch in batches:
         end = first + len(batch["sizes"])

@@ -212,6 +212,16 @@ def _moved(view: Tensor, cell: Tensor, patch: int) -> Tensor:
 
 
 def _picture(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Turn normalised ``(3, h, w)`` pixels into a picture."""
+    """Turn normalised ``(C, h, w)`` pixels into a picture: RGB, or the first channel in gray."""
     by, plus = (pixels.new_tensor(x)[:, None, None] for x in (std, mean))
-    return (pixels * by + plus).clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
+    values = pixels * by + plus
+    return (
+        (values if len(values) == 3 else values[:1].expand(3, -1, -1))
+        .clamp(0, 1)
+        .mul(255)
+        .round()
+        .byte()
+        .permute(1, 2, 0)
+        .cpu()
+        .numpy()
+    )

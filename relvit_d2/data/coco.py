@@ -1,0 +1,356 @@
+"""COCO annotation files: one json of images, annotations and categories, beside folders of images."""
+
+import json
+import logging
+import math
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from detectron2.structures import BoxMode
+from pycocotools import mask as mask_util
+
+from relvit_d2.data.records import (
+    BoxJudge,
+    Record,
+    check_unique,
+    checked_path,
+    existing,
+    folders_below,
+    refuse_links_out,
+)
+from relvit_d2.data.splits import one_or_split, split_of
+from relvit_d2.errors import UserError
+
+KEYS = (b'"images"', b'"annotations"', b'"categories"')
+TRIED = 20  # images that are looked for to tell in which folder they lie
+
+logger = logging.getLogger(__name__)
+
+
+def load_coco(
+    json_file: Path,
+    folder: Path,
+    skip_missing: bool = False,
+    classes: Sequence[str] | None = None,
+    root: Path | None = None,
+) -> list[Record]:
+    """Read one annotation file, images in order of their ids.
+
+    Category ids may be any whole numbers; ``category_id`` is their place in ascending order. Polygons become
+    ``segmentation``, and so does an RLE; an annotation whose ``segmentation`` is empty has a box only. Boxes are
+    ``[x, y, width, height]`` from the image's edge. See :class:`BoxJudge` for what becomes of bad ones.
+
+    Args:
+        json_file: the annotation file.
+        folder: what its file names start from.
+        skip_missing: see :func:`relvit_d2.data.records.existing`.
+        classes: names that the file's categories must have, in the order of their ids; None takes any.
+        root: a folder that no image may lie outside of, not through a symbolic link either; None trusts links.
+
+    Returns:
+        One record an image (see ``relvit_d2.data.records``); ``image_id`` is the file's.
+
+    Raises:
+        UserError: the file is missing or damaged, or an image is missing; the message names it.
+    """
+    document = _read(json_file)
+    names = _names(document, json_file)
+    if classes is not None and list(names.values()) != list(classes):
+        raise UserError(
+            f"{json_file} has the categories {', '.join(names.values())}, not {', '.join(classes)}: give files with "
+            "one list of categories, or DATASETS.CUSTOM's CLASSES in the order of the ids"
+        )
+    numbers = {category: number for number, category in enumerate(names)}
+    images = _images(document, json_file, folder)
+    paths = existing(list(images.values()), str(json_file), skip_missing)
+    if root is not None:
+        refuse_links_out(paths, root)
+    present = set(paths)
+    entries = {entry["id"]: entry for entry in document["images"]}
+    records: dict[int | str, Record] = {
+        key: {
+            "file_name": str(path),
+            "image_id": key,
+            "height": _side(entries[key], "height", json_file),
+            "width": _side(entries[key], "width", json_file),
+            "annotations": [],
+        }
+        for key, path in images.items()
+        if path in present
+    }
+    judge = BoxJudge(str(json_file))
+    seen: set[int] = set()
+    for annotation in document["annotations"]:
+        number = _whole(annotation, "id", f"an annotation of {json_file}")
+        where = f"{json_file}, annotation {number}"
+        if number in seen:
+            raise UserError(f"{json_file} has two annotations with the id {number}: give each its own")
+        seen.add(number)
+        image = annotation.get("image_id")
+        if not isinstance(image, int | str) or image not in images:
+            raise UserError(f"{where} is of the image {image!r}, which the file does not list: correct or remove it")
+        if image in records:
+            record = records[image]
+            if thing := _thing(annotation, record, numbers, judge, f"{where} ({Path(record['file_name']).name})"):
+                record["annotations"].append(thing)
+    for note in judge.notes():
+        logger.warning(note)
+    return list(records.values())
+
+
+def coco_classes(json_file: Path) -> tuple[str, ...]:
+    """Return the names of an annotation file's categories in the order of their ids.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    return tuple(_names(_read(json_file), json_file).values())
+
+
+def coco_images(json_file: Path, folder: Path, skip_missing: bool = False, root: Path | None = None) -> list[Path]:
+    """Return the images that an annotation file lists, in order of their ids; see :func:`load_coco`."""
+    paths = existing(list(_images(_read(json_file), json_file, folder).values()), str(json_file), skip_missing)
+    if root is not None:
+        refuse_links_out(paths, root)
+    return paths
+
+
+@dataclass(frozen=True)
+class CocoFolder:
+    """A folder with annotation files: ``DATASETS.CUSTOM``'s and ``--data``'s.
+
+    Attributes:
+        root: the folder.
+        sets: annotation file and image folder of each split.
+    """
+
+    root: Path
+    sets: dict[str, tuple[Path, Path]]
+    metrics = ("coco",)
+
+    @classmethod
+    def find(cls, root: Path, json_file: str = "", images: str = "") -> "CocoFolder | None":
+        """Return what lies in ``root``, or None if no file there is an annotation file.
+
+        Files are looked for in ``root`` and two folders below; the name of one, or of its folder, says of which split
+        it is. Images are looked for where their names lead to files.
+
+        Args:
+            root: the folder.
+            json_file: the one annotation file, relative to ``root``; "" looks for it.
+            images: the folder that file names start from, relative to ``root``; "" looks for it.
+        """
+        if json_file:
+            files = [checked_path(json_file, root, "JSON")]
+        else:
+            files = [path for folder in folders_below(root) for path in sorted(folder.glob("*.json")) if _is_coco(path)]
+            # COCO's own come with captions and keypoints of the same images beside them.
+            files = [path for path in files if path.name.startswith("instances_")] or files
+        if not files:
+            return None
+        sets: dict[str, Path] = {}
+        for path in files:
+            split = split_of(path.stem) or split_of(path.parent.name if path.parent != root else "") or path.stem
+            if split in sets:
+                raise UserError(
+                    f"'{sets[split]}' and '{path}' are both annotation files of one split: name one under JSON in "
+                    "DATASETS.CUSTOM, or take one away"
+                )
+            sets[split] = path
+        refuse_links_out(files, root)
+        given = checked_path(images, root, "IMAGES") if images else None
+        return cls(
+            root, one_or_split({split: (path, given or _image_folder(root, path)) for split, path in sets.items()})
+        )
+
+    def classes(self) -> tuple[str, ...]:
+        """Return the categories of the first file in the order of their ids."""
+        return coco_classes(next(iter(self.sets.values()))[0])
+
+    def records(self, split: str, classes: Sequence[str], skip_missing: bool) -> list[Record]:
+        """Read one of ``sets``: see :func:`load_coco`."""
+        return load_coco(*self.sets[split], skip_missing, classes, self.root)
+
+    def images(self, split: str, skip_missing: bool) -> list[Path]:
+        """List the images of one of ``sets``."""
+        return coco_images(*self.sets[split], skip_missing, self.root)
+
+
+def _is_coco(path: Path) -> bool:
+    """Whether a json holds the three keys; it is searched, not parsed, since it may be of hundreds of megabytes."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return all(content.find(key) >= 0 for key in KEYS)
+    except (OSError, ValueError):  # an empty file has no map
+        return False
+
+
+def _image_folder(root: Path, json_file: Path) -> Path:
+    """Return the folder in which most of the first images of an annotation file lie."""
+    try:
+        names = [entry["file_name"] for entry in _read(json_file)["images"][:TRIED]]
+    except (KeyError, TypeError) as error:
+        raise _damaged(json_file, error) from error
+    own = split_of(json_file.stem) or split_of(json_file.parent.name)
+
+    def found(folder: Path) -> tuple[int, bool, bool]:
+        hits = sum(checked_path(name, folder, str(json_file)).is_file() for name in names)
+        return hits, split_of(folder.name) == own, folder == json_file.parent
+
+    return max(folders_below(root), key=found)
+
+
+def _read(json_file: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(json_file.read_bytes())
+        if not all(isinstance(document[key], list) for key in ("images", "annotations", "categories")):
+            raise TypeError("images, annotations and categories must be lists")
+        for key in ("images", "annotations", "categories"):
+            if not all(isinstance(entry, dict) for entry in document[key]):
+                raise TypeError(f"{key} holds what is no object")
+    except FileNotFoundError as error:
+        raise UserError(f"the annotation file {json_file} is missing: put it there") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, MemoryError) as error:
+        raise _damaged(json_file, error) from error
+    return document
+
+
+def _damaged(json_file: Path, error: Exception) -> UserError:
+    reason = f"no '{error.args[0]}'" if isinstance(error, KeyError) else str(error) or type(error).__name__
+    return UserError(f"{json_file} is damaged or no COCO annotation file ({reason}): restore it")
+
+
+def _names(document: dict[str, Any], json_file: Path) -> dict[int, str]:
+    """Return the names of the categories by their ids, in ascending order."""
+    names: dict[int, str] = {}
+    for category in document["categories"]:
+        number, name = _whole(category, "id", f"a category of {json_file}"), category.get("name")
+        if number in names:
+            raise UserError(f"{json_file} has two categories with the id {number}: give each its own")
+        if not isinstance(name, str) or not name.strip() or not name.isprintable():
+            raise UserError(f"{json_file} has a category {number} with the name {name!r}: give it one in letters")
+        names[number] = name
+    check_unique(list(names.values()), f"the categories of {json_file}")
+    if not names:
+        raise UserError(f"{json_file} has no categories: list what the objects can be")
+    return dict(sorted(names.items()))
+
+
+def _images(document: dict[str, Any], json_file: Path, folder: Path) -> dict[int | str, Path]:
+    """Return the paths of the images by their ids, in ascending order."""
+    images: dict[int | str, Path] = {}
+    for entry in document["images"]:
+        key = entry.get("id")
+        if not isinstance(key, int | str) or isinstance(key, bool):
+            raise UserError(f"{json_file} has an image with the id {key!r}: give it a whole number or a text")
+        if key in images:
+            raise UserError(f"{json_file} has two images with the id {key!r}: give each its own")
+        images[key] = checked_path(entry.get("file_name"), folder, f"{json_file}, image {key!r},")
+    if not images:
+        raise UserError(f"{json_file} lists no images")
+    check_unique([str(path) for path in images.values()], str(json_file))
+    return dict(sorted(images.items(), key=lambda pair: (isinstance(pair[0], str), pair[0])))
+
+
+def _thing(
+    annotation: dict[str, Any], record: Record, numbers: dict[int, int], judge: BoxJudge, where: str
+) -> dict[str, Any] | None:
+    category, crowd = annotation.get("category_id"), annotation.get("iscrowd", 0)
+    if not isinstance(category, int) or category not in numbers:
+        raise UserError(f"{where} has the category {category!r}, which is not in the file's categories: correct it")
+    if crowd not in (0, 1):
+        raise UserError(f"{where} has iscrowd {crowd!r}: it must be 0 or 1")
+    x, y, width, height = _finite(annotation.get("bbox"), where, 4)
+    if width < 0 or height < 0:
+        raise UserError(f"{where} has the box {annotation['bbox']}, of negative width or height: correct or remove it")
+    size = record["width"], record["height"]
+    box = judge([x, y, x + width, y + height], *size, where)
+    if box is None:
+        return None
+    thing = {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": numbers[category], "iscrowd": int(crowd)}
+    if annotation.get("segmentation"):
+        thing["segmentation"] = _segmentation(annotation["segmentation"], *size, where)
+        if not thing["segmentation"]:
+            judge.leave_out(where)
+            return None
+    return thing
+
+
+def _segmentation(given: Any, width: int, height: int, where: str) -> list[list[float]] | dict[str, Any]:
+    """Return the polygons of three points or more, or an RLE of the image's size."""
+    if isinstance(given, list):
+        polygons = [_finite(polygon, where) for polygon in given]
+        limit = max(width, height)
+        if any(not -limit <= value <= 2 * limit for polygon in polygons for value in polygon):
+            raise UserError(f"{where} has a polygon far outside its image of {width} x {height} pixels: correct it")
+        # Detectron2 drops the others too (data/datasets/coco.py, load_coco_json).
+        return [polygon for polygon in polygons if len(polygon) % 2 == 0 and len(polygon) >= 6]
+    try:
+        if list(given["size"]) != [height, width]:
+            raise ValueError(f"its size is {given['size']}")
+        counts = given["counts"]
+        if isinstance(counts, list):
+            if sum(counts) != width * height or min(counts) < 0:
+                raise ValueError("its runs do not fill the image")
+            return mask_util.frPyObjects(given, height, width) | {"size": [height, width]}
+        if not isinstance(counts, str) or not counts.isascii():
+            raise ValueError("its counts are neither numbers nor text")
+        if _pixels_of(counts) != width * height:
+            raise ValueError("its runs do not fill the image")
+        return {"size": [height, width], "counts": counts}
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
+        raise UserError(f"{where} has a mask that is no RLE of its image's size ({error}): correct it") from error
+
+
+def _pixels_of(counts: str) -> int:
+    """Return how many pixels the runs of a compressed RLE cover.
+
+    pycocotools trusts the text and writes beyond its memory where it lies. A run is a number in groups of five bits,
+    low ones first, with a sixth bit where more follow and the sign in the last group's fifth; from the third on it is
+    the difference from the run two before (maskApi.c, rleFrString).
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for letter in counts:
+        bits = ord(letter) - 48
+        if not 0 <= bits < 64 or shift > 60:
+            raise ValueError("a letter that no RLE has")
+        value |= (bits & 0x1F) << shift
+        shift += 5
+        if bits & 0x20:
+            continue
+        value -= (bits & 0x10) << (shift - 4)
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        if runs[-1] < 0:
+            raise ValueError("a run of negative length")
+        value = shift = 0
+    if shift:
+        raise ValueError("its last run is cut short")
+    return sum(runs)
+
+
+def _finite(given: Any, where: str, count: int | None = None) -> list[float]:
+    try:
+        values = [float(value) for value in given]
+        if isinstance(given, list) and all(map(math.isfinite, values)) and count in (None, len(values)):
+            return values
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise UserError(f"{where} has {str(given)[:60]} where {count or 'a list of'} finite numbers belong: correct it")
+
+
+def _whole(entry: dict[str, Any], key: str, where: str) -> int:
+    value = entry.get(key)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UserError(f"{where} has the {key} {value!r}: give it a whole number")
+    return value
+
+
+def _side(entry: dict[str, Any], key: str, json_file: Path) -> int:
+    value = _whole(entry, key, f"the image {entry['id']!r} of {json_file}")
+    if not 1 <= value < 2**31:
+        raise UserError(f"the image {entry['id']!r} of {json_file} has the {key} {value}: give its size in pixels")
+    return value

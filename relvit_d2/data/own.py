@@ -1,0 +1,202 @@
+"""A user's own data without code: what lies in a folder is told by looking, its sets become data sets by name."""
+
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from relvit_d2.data import catalog
+from relvit_d2.data.coco import CocoFolder
+from relvit_d2.data.folder import is_source
+from relvit_d2.data.records import Record
+from relvit_d2.data.splits import ALL, HELD_OUT, divide, offered
+from relvit_d2.data.voc import VocFolder
+from relvit_d2.data.yolo import YoloFolder
+from relvit_d2.errors import UserError, nearest
+
+KEYS = ("ROOT", "FORMAT", "SPLIT", "CLASSES", "JSON", "IMAGES")
+
+logger = logging.getLogger(__name__)
+
+
+class LabelledFolder(Protocol):
+    """What a format makes of a folder; see its members in ``coco.py``, ``voc.py`` and ``yolo.py``.
+
+    ``metrics`` is how its sets are evaluated; ``sets`` are by the name of the split, one called all where a folder is
+    not divided.
+    """
+
+    @property
+    def metrics(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    @property
+    def sets(self) -> Mapping[str, Any]: ...  # noqa: D102
+
+    def classes(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    def records(self, split: str, classes: Sequence[str], skip_missing: bool) -> list[Record]: ...  # noqa: D102
+
+    def images(self, split: str, skip_missing: bool) -> list[Path]: ...  # noqa: D102
+
+
+FORMATS: dict[str, Callable[[Path], LabelledFolder | None]] = {
+    "coco": CocoFolder.find,
+    "voc": VocFolder.find,
+    "yolo": YoloFolder.find,
+}
+"""How a folder is looked at, in the order in which that is tried."""
+
+
+def look(root: Path, form: str = "") -> tuple[str, LabelledFolder]:
+    """Return the format of a folder, and the folder in it.
+
+    Args:
+        root: the folder.
+        form: a name in ``FORMATS``; "" tries them all.
+
+    Raises:
+        UserError: the folder is missing, or nothing in it is in that format, or in any.
+    """
+    if not root.is_dir():
+        raise UserError(f"the data folder '{root}' does not exist: correct the path")
+    if form and form not in FORMATS:
+        raise UserError(f"FORMAT '{form}' is unknown; give {', '.join(FORMATS)}, or '' to look")
+    for name in [form] if form else FORMATS:
+        try:
+            found = FORMATS[name](root)
+        except OSError as error:
+            raise UserError(
+                f"'{error.filename or root}' cannot be read ({error.strerror}): see who may read it"
+            ) from error
+        if found:
+            return name, found
+    signs = {"coco": "COCO .json", "voc": "VOC's .xml files", "yolo": "YOLO's .txt labels of images"}
+    missing = signs[form] if form else ", ".join(signs.values())
+    raise UserError(f"'{root}' holds no labels that can be read ({missing}): correct the path, see docs/own_data.md")
+
+
+def _whole(form: str) -> Callable[[Path], list[Record]]:
+    def read(root: Path) -> list[Record]:
+        folder = look(root, form)[1]
+        classes = folder.classes()
+        return [record for split in folder.sets for record in folder.records(split, classes, False)]
+
+    return read
+
+
+READERS: dict[str, Callable[[Path], list[Record]]] = {form: _whole(form) for form in FORMATS}
+"""Every set of a folder, one after the other, by format."""
+
+
+def config_pairs(data: str | None, script: str) -> list[Any]:
+    """Return the config's keys and values, in turn, that ``--data`` stands for.
+
+    A folder with labels becomes the sets NAME_train and so on under ``DATASETS.CUSTOM``, NAME being its own. Training
+    takes ``train``, evaluation ``val``, or ``test`` where there is no ``val``. For ``pretrain_ssl.py`` it may be
+    anything else that holds images too.
+
+    Raises:
+        UserError: there is nothing that can be read.
+    """
+    if not data:
+        return []
+    root = Path(data).expanduser()
+    try:
+        form, folder = look(root)
+    except UserError:
+        if script != "pretrain_ssl.py" or not is_source(data):
+            raise
+        return ["DATASETS.TRAIN", (f"{root}/" if root.is_dir() else data,), "DATASETS.TEST", ()]
+    stem = re.sub(r"\W+", "_", root.resolve().name).lower().strip("_") or "own"
+    if any(f"{stem}_{split}" in catalog.DATASETS for split in offered(folder.sets)):
+        stem = f"own_{stem}"
+    splits = [split for split in offered(folder.sets) if split != ALL]
+    custom = {f"{stem}_{split}": {"ROOT": data, "FORMAT": form, "SPLIT": split} for split in splits}
+    train = next((split for split in ("train", "trainval") if split in splits), None)
+    if not train:
+        raise UserError(
+            f"'{root}' has the sets {', '.join(splits)}, of which none is for training: name one train, or say which "
+            "under DATASETS.CUSTOM"
+        )
+    test = next((split for split in ("val", "test") if split in splits), None)
+    return [
+        *("DATASETS.CUSTOM", custom),
+        *("DATASETS.TRAIN", (f"{stem}_{train}",)),
+        *("DATASETS.TEST", (f"{stem}_{test}",) if test else ()),
+    ]
+
+
+def register_own(keys: Mapping[str, Any], labels: bool = True) -> None:
+    """Make the sets of ``CUSTOM`` that ``TRAIN`` or ``TEST`` names known by their names.
+
+    Args:
+        keys: the config node ``DATASETS``; ``CUSTOM`` holds for each name ``ROOT``, and where wanted ``FORMAT``,
+            ``SPLIT``, ``CLASSES``, and for COCO ``JSON`` and ``IMAGES``.
+        labels: whether the classes are wanted, which takes reading the labels.
+
+    Raises:
+        UserError: a key is unknown or missing, or there is nothing that can be read.
+    """
+    wanted = [*keys["TRAIN"], *keys["TEST"]]
+    for name, own in keys["CUSTOM"].items():
+        where = f"DATASETS.CUSTOM.{name}"
+        if not isinstance(own, Mapping):
+            raise UserError(f"{where} is {own!r}: give ROOT: path/to/folder, and where wanted {', '.join(KEYS[1:])}")
+        for key, value in own.items():
+            if key not in KEYS:
+                raise UserError(f"{where} has the key '{key}'; known are {', '.join(KEYS)}{nearest(key, KEYS)}")
+            if not isinstance(value, list | tuple if key == "CLASSES" else str):
+                raise UserError(f"{where}.{key} is {value!r}: give {'a list' if key == 'CLASSES' else 'text'}")
+        if not own.get("ROOT"):
+            raise UserError(f"{where} has no ROOT: give the folder of the data set")
+        if any(name == full.partition("[")[0] for full in wanted):
+            _register(name, where, own, labels)
+
+
+def _register(name: str, where: str, keys: Mapping[str, Any], labels: bool) -> None:
+    root = Path(keys["ROOT"]).expanduser()
+    form, folder = _folder(root, where, keys)
+    split = keys.get("SPLIT") or ALL
+    if split not in offered(folder.sets):
+        raise UserError(
+            f"{where}.SPLIT '{split}' is not in '{root}', which has {', '.join(offered(folder.sets))}: give one of them"
+        )
+    whole = split not in folder.sets
+    stored = ALL if whole else split
+    given = tuple(map(str, keys.get("CLASSES", ())))
+    classes = given or (folder.classes() if labels else ())
+    if labels and not classes:
+        raise UserError(f"'{root}' has no objects, so no classes: label some, or name them under {where}.CLASSES")
+
+    def place(image: Path | str) -> str:
+        return Path(image).relative_to(root).as_posix()
+
+    def records(skip_missing: bool) -> list[Record]:
+        found = folder.records(stored, classes, skip_missing)
+        return divide(found, split, lambda record: place(record["file_name"])) if whole else found
+
+    def images(skip_missing: bool) -> list[Path]:
+        found = folder.images(stored, skip_missing)
+        return divide(found, split, place) if whole else found
+
+    logger.info(
+        f"data set '{name}': split {split} of '{root}', format {form}"
+        + (f", divided by the digests of the images' names, one in {HELD_OUT} held out" if whole else "")
+        + (f", classes {', '.join(classes)}" if labels else "")
+    )
+    catalog.register_own(name, catalog.DatasetEntry(classes, records, images, folder.metrics))
+
+
+def _folder(root: Path, where: str, keys: Mapping[str, Any]) -> tuple[str, LabelledFolder]:
+    json_file, images = keys.get("JSON", ""), keys.get("IMAGES", "")
+    if not json_file and not images:
+        return look(root, keys.get("FORMAT", ""))
+    if keys.get("FORMAT", "coco") not in ("", "coco"):
+        raise UserError(f"{where} has JSON or IMAGES, which are COCO's, and FORMAT {keys['FORMAT']}: leave one out")
+    if not root.is_dir():
+        raise UserError(f"the data folder '{root}' does not exist: correct the path")
+    folder = CocoFolder.find(root, json_file, images)
+    if not folder:
+        raise UserError(f"'{root}' holds no COCO .json: name it under {where}.JSON")
+    return "coco", folder

@@ -1,0 +1,199 @@
+"""The reader of COCO's annotation files, beside Detectron2's, and on damaged ones."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from detectron2.data.datasets import load_coco_json
+from detectron2.structures import BoxMode
+from PIL import Image
+from pycocotools import mask as mask_util
+
+from relvit_d2.data.coco import coco_classes, coco_images, load_coco
+from relvit_d2.errors import UserError
+
+TRIANGLE = [4.0, 5.0, 20.0, 5.0, 4.0, 25.0]
+
+
+def content() -> dict[str, Any]:
+    """Two images of 40 x 30 pixels, ids and categories with gaps, one box and one polygon."""
+    return {
+        "images": [
+            {"id": 17, "file_name": "b.png", "width": 40, "height": 30},
+            {"id": 3, "file_name": "sub/a.png", "width": 40, "height": 30},
+        ],
+        "annotations": [
+            {"id": 8, "image_id": 17, "category_id": 90, "bbox": [4, 5, 16, 20], "segmentation": [TRIANGLE]},
+            {"id": 2, "image_id": 17, "category_id": 0, "bbox": [0, 0, 40, 30], "segmentation": [], "iscrowd": 0},
+        ],
+        "categories": [{"id": 90, "name": "late"}, {"id": 0, "name": "early"}],
+    }
+
+
+def write(root: Path, document: Any) -> Path:
+    for name in ("b.png", "sub/a.png"):
+        (root / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (40, 30)).save(root / name)
+    path = root / "instances.json"
+    path.write_text(document if isinstance(document, str) else json.dumps(document))
+    return path
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_real_sample_equals_detectron2s_own_reader(samples: Path, split: str) -> None:
+    path, folder = samples / f"coco/annotations/instances_{split}2017.json", samples / f"coco/{split}2017"
+    ours, theirs = load_coco(path, folder), load_coco_json(str(path), str(folder), f"as detectron2 reads {split}")
+    assert len(ours) == len(theirs) == 30
+    for mine, other in zip(ours, theirs, strict=True):
+        assert {key: mine[key] for key in other if key != "annotations"} == {
+            key: value for key, value in other.items() if key != "annotations"
+        }
+        assert len(mine["annotations"]) == len(other["annotations"])
+        for a, b in zip(mine["annotations"], other["annotations"], strict=True):
+            assert (a["category_id"], a["iscrowd"]) == (b["category_id"], b["iscrowd"])
+            # Some of COCO's boxes leave their image by parts of a pixel.
+            np.testing.assert_allclose(a["bbox"], BoxMode.convert(b["bbox"], b["bbox_mode"], a["bbox_mode"]), atol=0.02)
+            assert a["segmentation"] == b["segmentation"]
+
+
+def test_ids_with_gaps_and_sub_folders(tmp_path: Path) -> None:
+    path = write(tmp_path, content())
+    assert coco_classes(path) == ("early", "late")
+    records = load_coco(path, tmp_path)
+    assert [record["image_id"] for record in records] == [3, 17]
+    assert [Path(record["file_name"]) for record in records] == coco_images(path, tmp_path)
+    assert records[0]["annotations"] == []
+    polygon, box = records[1]["annotations"]
+    assert (polygon["bbox"], polygon["category_id"], polygon["segmentation"]) == ([4, 5, 20, 25], 1, [TRIANGLE])
+    assert (box["bbox"], box["category_id"], "segmentation" in box) == ([0, 0, 40, 30], 0, False)
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_masks_of_runs(tmp_path: Path, compressed: bool) -> None:
+    mask = np.zeros((30, 40), np.uint8, order="F")
+    mask[5:25, 4:20] = np.random.default_rng(0).random((20, 16)) < 0.5
+    runs: Any = mask_util.encode(mask)
+    if compressed:
+        runs["counts"] = runs["counts"].decode()
+    else:
+        flat = mask.flatten(order="F")
+        ends = np.flatnonzero(np.diff(flat)) + 1
+        runs["counts"] = np.diff([0, *ends, flat.size]).tolist()
+    document = content()
+    document["annotations"][0]["segmentation"] = runs
+    thing = load_coco(write(tmp_path, document), tmp_path)[1]["annotations"][0]
+    assert (mask_util.decode(thing["segmentation"]) == mask).all()
+
+
+def changed(where: tuple[Any, ...], value: Any) -> dict[str, Any]:
+    document = content()
+    place: Any = document
+    for key in where[:-1]:
+        place = place[key]
+    place[where[-1]] = value
+    return document
+
+
+FIRST = ("annotations", 0)
+MASK = (*FIRST, "segmentation")
+SIZE = [30, 40]
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "says"),
+    [
+        (("images", 0, "id"), 3, "two images with the id 3"),
+        (("images", 0, "id"), None, "an image with the id None"),
+        (("images", 0, "file_name"), "../b.png", "no path inside"),
+        (("images", 0, "file_name"), "/etc/passwd", "no path inside"),
+        (("images", 0, "file_name"), "C:\\b.png", "no path inside"),
+        (("images", 0, "file_name"), "sub/../../b.png", "no path inside"),
+        (("images", 0, "file_name"), "b\ud800.png", "no path inside"),
+        (("images", 0, "file_name"), ["b.png"], "no path inside"),
+        (("images", 0, "file_name"), "sub/a.png", "more than once"),
+        (("images", 0, "file_name"), "c.png", "is missing"),
+        (("images", 0, "width"), 0, "has the width 0"),
+        (("images", 0, "height"), "30", "the height '30'"),
+        (("images",), {}, "must be lists"),
+        (("images",), [], "lists no images"),
+        (("images",), [3], "holds what is no object"),
+        (("categories", 0, "id"), 0, "two categories with the id 0"),
+        (("categories", 0, "name"), "early", "more than once"),
+        (("categories", 0, "name"), "", "has a category 90"),
+        (("categories",), [], "has no categories"),
+        ((*FIRST, "id"), 2, "two annotations with the id 2"),
+        ((*FIRST, "image_id"), 4, "of the image 4"),
+        ((*FIRST, "image_id"), [17], "of the image"),
+        ((*FIRST, "category_id"), 1, "has the category 1"),
+        ((*FIRST, "iscrowd"), 2, "iscrowd 2"),
+        ((*FIRST, "bbox"), [4, 5, 16], "4 finite numbers"),
+        ((*FIRST, "bbox"), [4, 5, 16, float("nan")], "4 finite numbers"),
+        ((*FIRST, "bbox"), [4, 5, 16, float("inf")], "4 finite numbers"),
+        ((*FIRST, "bbox"), [4, 5, 16, 10**400], "4 finite numbers"),
+        ((*FIRST, "bbox"), [4, 5, 16, 1e9], "outside its image"),
+        ((*FIRST, "bbox"), [4, 5, -16, 20], "negative width"),
+        ((*FIRST, "bbox"), [50, 5, 16, 20], "outside its image"),
+        ((*FIRST, "bbox"), "here", "4 finite numbers"),
+        (MASK, [[1, 2, "x", 3, 4, 5]], "finite numbers"),
+        (MASK, [[1e9] * 6], "far outside"),
+        (MASK, {"size": SIZE}, "no RLE"),
+        (MASK, {"size": [40, 30], "counts": [1200]}, "its size is"),
+        (MASK, {"size": SIZE, "counts": [1201]}, "do not fill"),
+        (MASK, {"size": SIZE, "counts": [-5, 1205]}, "do not fill"),
+        (MASK, {"size": SIZE, "counts": "~~~"}, "no RLE has"),
+        (MASK, {"size": SIZE, "counts": "ooo"}, "cut short"),
+        (MASK, {"size": SIZE, "counts": "1" * 99}, "do not fill"),
+        (MASK, {"size": SIZE, "counts": "é"}, "neither numbers nor text"),
+    ],
+)
+def test_bad_annotation_is_one_sentence(tmp_path: Path, where: tuple[Any, ...], value: Any, says: str) -> None:
+    path = write(tmp_path, changed(where, value))
+    with pytest.raises(UserError) as caught:
+        load_coco(path, tmp_path)
+    assert says in str(caught.value)
+    assert "instances.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "{", '{"images": 3}', "[" * 100_000, "\udcff", '{"a": 1' + "0" * 9999])
+def test_damaged_file_is_one_sentence(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path, "")
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    for read in (coco_classes, lambda path: load_coco(path, tmp_path), lambda path: coco_images(path, tmp_path)):
+        with pytest.raises(UserError, match=r"instances\.json is damaged or no COCO annotation file"):
+            read(path)
+
+
+def test_what_covers_nothing_is_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    document = content()
+    document["annotations"][0] |= {"bbox": [4, 5, 0, 20]}
+    document["annotations"].append(
+        {"id": 9, "image_id": 3, "category_id": 0, "bbox": [1, 1, 5, 5], "segmentation": [[1, 1, 5, 5]]}
+    )
+    records = load_coco(write(tmp_path, document), tmp_path)
+    assert [len(record["annotations"]) for record in records] == [0, 1]
+    assert "2 of the 3 boxes" in caplog.text
+    assert "annotation 8 (b.png)" in caplog.text
+
+
+def test_boxes_that_stick_out_are_cut_unless_most_do(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    document = changed((*FIRST, "bbox"), [-6, 5, 26, 30])
+    assert load_coco(write(tmp_path, document), tmp_path)[1]["annotations"][0]["bbox"] == [0, 5, 20, 30]
+    assert "1 of the 2 boxes" in caplog.text
+    document["annotations"][1]["bbox"] = [0, 0, 60, 45]
+    with pytest.raises(UserError, match=r"2 of the 2 boxes .* stick out of their images"):
+        load_coco(write(tmp_path, document), tmp_path)
+
+
+def test_no_link_leads_out_of_the_root(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    path = write(root, content())
+    (root / "b.png").rename(tmp_path / "outside.png")
+    (root / "b.png").symlink_to("../outside.png")
+    assert len(load_coco(path, root)) == 2
+    for read in (load_coco, coco_images):
+        with pytest.raises(UserError, match="leads out of"):
+            read(path, root, root=root)

@@ -1,0 +1,192 @@
+"""What pre-training reads: folders, patterns, lists, archives; and what of it cannot be read."""
+
+import io
+import os
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from relvit_d2.data.archive import Member, list_members
+from relvit_d2.data.catalog import get_images
+from relvit_d2.data.decode import image_size, read_rgb
+from relvit_d2.data.folder import EXTENSIONS, list_images, readable
+from relvit_d2.data.loader import EndlessBatches, EndlessOrder, ordered_batches
+from relvit_d2.data.mapper import ImageReader
+from relvit_d2.errors import UserError
+
+NAMES = ("a/1.png", "a/b/2.JPG", "3.png")
+
+
+def encoded(shade: int, form: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (6 + shade, 4), (shade, 0, 0)).save(buffer, form)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three images, in sub-folders too, and what is none."""
+    root = tmp_path / "photos"
+    for shade, name in enumerate(NAMES):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(encoded(shade))
+    (root / "notes.txt").write_text("no image")
+    (root / "a/._1.png").write_text("no image")
+    return root
+
+
+@pytest.fixture(params=["zip stored", "zip deflated", "tar"])
+def archive(request: pytest.FixtureRequest, folder: Path) -> Path:
+    """The folder as an archive, with members that no honest archive has."""
+    kind = str(request.param)
+    path = folder.parent / ("photos.tar" if kind == "tar" else "photos.zip")
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    bad = ("../out.png", "/etc/out.png", "a/../../out.png", "__MACOSX/1.png")
+    if kind == "tar":
+        with tarfile.open(path, "w") as tar:
+            for file in files:
+                tar.add(file, str(file.relative_to(folder)))
+            for name in bad:
+                info = tarfile.TarInfo(name)
+                info.size = len(encoded(1))
+                tar.addfile(info, io.BytesIO(encoded(1)))
+            for name, type_ in (("link.png", tarfile.SYMTYPE), ("hard.png", tarfile.LNKTYPE)):
+                info = tarfile.TarInfo(name)
+                info.type, info.linkname = type_, "/etc/passwd"
+                tar.addfile(info)
+    else:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED if "stored" in kind else zipfile.ZIP_DEFLATED) as packed:
+            for member in files:
+                packed.write(member, str(member.relative_to(folder)))
+            for name in bad:
+                packed.writestr(name, encoded(1))
+    return path
+
+
+def test_folder_pattern_and_list_name_the_same_images(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = sorted(folder / name for name in NAMES)
+    assert get_images(str(folder)) == get_images(f"{folder}/") == list_images(folder) == expected
+    assert get_images(f"{folder}/**/*") == expected
+    assert get_images(f"{folder}/a/*.png") == [folder / "a/1.png"]
+    assert get_images(f"{folder}/**/*[:2]") == get_images(f"{folder}[:2]") == expected[:2]
+    listed = folder / "list.txt"
+    listed.write_text(f"\ufeff3.png\n\n{folder / 'a/1.png'}\n", encoding="utf-8")
+    assert get_images(str(listed)) == [folder / "3.png", folder / "a/1.png"]
+    assert get_images(f"{listed}[:50%]") == [folder / "3.png"]
+    monkeypatch.chdir(folder.parent)
+    assert get_images("photos") == [path.relative_to(folder.parent) for path in expected]
+
+
+def test_a_link_to_a_folder_is_not_followed(folder: Path) -> None:
+    before = list_images(folder)
+    (folder / "a/loop").symlink_to(folder)
+    (folder / "4.png").symlink_to(folder / "nowhere.png")
+    assert list_images(folder) == before
+
+
+def test_archives_are_read_where_they_are(archive: Path, folder: Path) -> None:
+    before = sorted(path for path in folder.parent.rglob("*"))
+    members = get_images(str(archive))
+    assert [member.name for member in members if isinstance(member, Member)] == sorted(NAMES)
+    for member in members:
+        assert isinstance(member, Member)
+        assert str(member) == f"{archive}:{member.name}"
+        assert (read_rgb(member) == read_rgb(folder / member.name)).all()
+        assert image_size(member) == image_size(folder / member.name)
+    assert get_images(f"{archive}[:1]") == members[:1]
+    # Worker processes read the same.
+    batches = ordered_batches(members, ImageReader(0), list, 2, 2)
+    images = [image for batch in batches for image in batch]
+    assert [image.shape[2] for image in images] == [image_size(member)[0] for member in members]
+    assert sorted(path for path in folder.parent.rglob("*")) == before
+
+
+def test_headers_of_large_members(tmp_path: Path) -> None:
+    """The size of a member is told by its beginning, or by all of it where that does not do."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 500, 3), np.uint8))
+    buffer = io.BytesIO()
+    noise.save(buffer, "TIFF")  # its directory lies at the end
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        file.writestr("a.tiff", buffer.getvalue())
+    (member,) = list_members(tmp_path / "a.zip", [".tiff"])
+    assert member.size > 2**18
+    assert image_size(member) == (500, 400)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.tar.gz", "a.tgz", "a.zip", "a.tar", "empty.zip", "b.zip", "list.txt", "odd.txt", "*.gif"]
+)
+def test_bad_sources_are_one_sentence(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a.tar.gz").write_bytes(b"packed")
+    (tmp_path / "a.tgz").write_bytes(b"packed")
+    (tmp_path / "a.zip").write_bytes(b"PK no zip")
+    (tmp_path / "a.tar").write_bytes(b"no tar" * 200)
+    with zipfile.ZipFile(tmp_path / "empty.zip", "w") as file:
+        file.writestr("notes.txt", "no image")
+    (tmp_path / "list.txt").write_text("\n")
+    (tmp_path / "odd.txt").write_text("/etc/passwd\n")
+    with pytest.raises(UserError) as caught:
+        get_images(str(tmp_path / name))
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_truncation_of_an_archive(archive: Path) -> None:
+    data = archive.read_bytes()
+    for length in range(0, len(data), 97):
+        archive.write_bytes(data[:length])
+        try:
+            for member in list_members(archive, sorted(EXTENSIONS)):
+                read_rgb(member)
+        except UserError as error:
+            assert str(archive) in str(error)
+
+
+def test_a_name_that_is_no_utf8_is_one_sentence(folder: Path) -> None:
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xff.png")).write_bytes(encoded(1))
+    with pytest.raises(UserError, match=r"\\xff\.png' cannot be printed: rename it"):
+        list_images(folder)
+
+
+def test_what_cannot_be_read_is_counted_and_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images = list_images(folder)
+    (folder / "a/1.png").write_bytes(b"")
+    assert readable(images) == [folder / "3.png", folder / "a/b/2.JPG"]
+    assert "1 of 3 images cannot be read and are left out" in caplog.text
+    assert "a/1.png" in caplog.text
+    with pytest.raises(UserError, match="not one of the 1 images can be read"):
+        readable([folder / "a/1.png"])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_next_image_stands_in_for_a_damaged_one(
+    tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = [tmp_path / f"{number}.png" for number in range(6)]
+    for number, file in enumerate(files):
+        file.write_bytes(encoded(number))
+    for number in (2, 3):
+        Image.effect_noise((99, 99), 50).save(files[number])
+        files[number].write_bytes(files[number].read_bytes()[:500])
+
+    def widths(start: int, count: int) -> list[list[int]]:
+        order = EndlessOrder(len(files), 2, 5, start)
+        batches = EndlessBatches(files, ImageReader(0), list, order, 5, workers, replaces=True)
+        return [[image.shape[2] - 6 for image in batch] for batch, _ in zip(batches, range(count), strict=False)]
+
+    straight = widths(0, 9)
+    order = EndlessOrder(len(files), 2, 5, 0)
+    expected = [[4 if index in (2, 3) else index for _, index in order.keys(iteration)] for iteration in range(9)]
+    assert straight == expected
+    assert widths(4, 5) == straight[4:]
+    if not workers:
+        assert "2.png' is damaged or cut short" in caplog.text
+        assert "(2 such here so far)" in caplog.text
+    for file in files:
+        file.write_bytes(b"\x89PNG")
+    with pytest.raises(UserError, match="not an image"):
+        widths(0, 1)

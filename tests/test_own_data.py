@@ -1,0 +1,415 @@
+"""A user's own data: told by looking, divided, read, cached."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from detectron2.structures import BoxMode
+from fvcore.common.config import CfgNode
+from PIL import Image
+from scripts import run
+
+from relvit_d2.data import cache, catalog
+from relvit_d2.data.coco import load_coco
+from relvit_d2.data.own import FORMATS, READERS, config_pairs, look, register_own
+from relvit_d2.data.splits import divide, split_of
+from relvit_d2.engine.config_file import dump_config, load_config
+from relvit_d2.errors import UserError
+
+XML = """<annotation><size><width>{size[0]}</width><height>{size[1]}</height></size>{objects}</annotation>"""
+OBJECT = """<object><name>{name}</name><bndbox><xmin>{box[0]}</xmin><ymin>{box[1]}</ymin><xmax>{box[2]}</xmax>
+<ymax>{box[3]}</ymax></bndbox></object>"""
+# What every written folder holds: name, split, and objects as class and box on an image of 40 x 30 pixels.
+IMAGES: tuple[tuple[str, str, list[tuple[str, list[int]]]], ...] = (
+    ("a", "train", [("cat", [4, 6, 20, 24]), ("dog", [0, 0, 40, 30])]),
+    ("b", "train", []),
+    ("c", "val", [("dog", [10, 3, 30, 15])]),
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "_told", set())
+
+
+def picture(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (40, 30)).save(path)
+
+
+def write_coco(root: Path) -> Path:
+    for split in ("train", "val"):
+        document: dict[str, Any] = {
+            "images": [],
+            "annotations": [],
+            "categories": [{"id": 7, "name": "dog"}, {"id": 1, "name": "cat"}],
+        }
+        for name, part, objects in IMAGES:
+            if part == split:
+                picture(root / f"images/{split}/{name}.png")
+                document["images"].append({"id": ord(name), "file_name": f"{name}.png", "width": 40, "height": 30})
+                for kind, (x0, y0, x1, y1) in objects:
+                    thing = {"bbox": [x0, y0, x1 - x0, y1 - y0], "category_id": {"dog": 7, "cat": 1}[kind]}
+                    thing |= {"id": len(document["annotations"]), "image_id": ord(name)}
+                    document["annotations"].append(thing)
+        (root / "annotations").mkdir(exist_ok=True)
+        (root / f"annotations/{split}.json").write_text(json.dumps(document))
+    return root
+
+
+def write_split_first_coco(root: Path) -> Path:
+    """The splits as folders, each with its annotation file among its images."""
+    write_coco(root)
+    for split, name in (("train", "train"), ("val", "valid")):
+        (root / f"images/{split}").rename(root / name)
+        (root / f"annotations/{split}.json").rename(root / name / "_annotations.coco.json")
+    return root
+
+
+def xml(objects: list[tuple[str, list[int]]], size: tuple[int, int] = (40, 30)) -> str:
+    one_based = [(name, [box[0] + 1, box[1] + 1, *box[2:]]) for name, box in objects]
+    return XML.format(size=size, objects="".join(OBJECT.format(name=name, box=box) for name, box in one_based))
+
+
+def write_voc(root: Path) -> Path:
+    for folder in ("Annotations", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    for name, split, objects in IMAGES:
+        picture(root / f"JPEGImages/{name}.png")
+        (root / f"Annotations/{name}.xml").write_text(xml(objects))
+        with (root / f"ImageSets/Main/{split}.txt").open("a") as file:
+            file.write(f"{name}\n")
+    return root
+
+
+def write_flat_voc(root: Path) -> Path:
+    """XML beside the images, in folders of the splits, and without sizes."""
+    for name, split, objects in IMAGES:
+        picture(root / f"{split}/{name}.png")
+        (root / f"{split}/{name}.xml").write_text(xml(objects, (0, 0)))
+    return root
+
+
+def yolo_lines(objects: list[tuple[str, list[int]]], numbers: dict[str, int]) -> str:
+    lines = []
+    for kind, (x0, y0, x1, y1) in objects:
+        values = ((x0 + x1) / 80, (y0 + y1) / 60, (x1 - x0) / 40, (y1 - y0) / 30)
+        lines.append(" ".join(map(str, (numbers[kind], *values))))
+    return "\n".join(lines)
+
+
+def write_yolo(root: Path) -> Path:
+    for name, split, objects in IMAGES:
+        picture(root / f"images/{split}/{name}.png")
+        (root / f"labels/{split}").mkdir(parents=True, exist_ok=True)
+        if objects:  # an image without objects has no file
+            (root / f"labels/{split}/{name}.txt").write_text(yolo_lines(objects, {"cat": 0, "dog": 1}))
+    (root / "data.yaml").write_text("train: ../somewhere/else\nval: /no/such/folder\nnames: [cat, dog]\n")
+    return root
+
+
+def write_split_first_yolo(root: Path) -> Path:
+    """The splits above the folders of images and labels, ids with a gap, names by number."""
+    for name, split, objects in IMAGES:
+        picture(root / f"{split}/images/{name}.png")
+        (root / f"{split}/labels").mkdir(parents=True, exist_ok=True)
+        (root / f"{split}/labels/{name}.txt").write_text(yolo_lines(objects, {"cat": 3, "dog": 12}))
+    (root / "data.yaml").write_text("names: {12: dog, 3: cat}\n")
+    return root
+
+
+WRITERS: dict[str, tuple[str, Callable[[Path], Path]]] = {
+    "coco": ("coco", write_coco),
+    "coco by split": ("coco", write_split_first_coco),
+    "voc": ("voc", write_voc),
+    "voc beside the images": ("voc", write_flat_voc),
+    "yolo": ("yolo", write_yolo),
+    "yolo by split": ("yolo", write_split_first_yolo),
+}
+
+
+def test_every_format_is_written_here() -> None:
+    assert {form for form, _ in WRITERS.values()} == set(FORMATS) == set(READERS)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_folder_is_told_by_looking(kind: str, tmp_path: Path) -> None:
+    form, writer = WRITERS[kind]
+    root = writer(tmp_path / "own")
+    found, folder = look(root)
+    assert found == form
+    assert sorted(folder.sets) == ["train", "val"]
+    assert folder.classes() == ("cat", "dog")
+    for split in ("train", "val"):
+        wanted = [(name, objects) for name, part, objects in IMAGES if part == split]
+        for _ in range(2):  # read, and from the cache
+            records = look(root)[1].records(split, ("cat", "dog"), False)
+            assert [Path(record["file_name"]).stem for record in records] == [name for name, _ in wanted]
+            for record, (_, objects) in zip(records, wanted, strict=True):
+                assert (record["width"], record["height"]) == (40, 30)
+                assert [thing["category_id"] for thing in record["annotations"]] == [
+                    ("cat", "dog").index(name) for name, _ in objects
+                ]
+                for thing, (_, box) in zip(record["annotations"], objects, strict=True):
+                    assert thing["bbox"] == pytest.approx(box)
+                    assert (thing["bbox_mode"], thing["iscrowd"]) == (BoxMode.XYXY_ABS, 0)
+        assert [Path(record["file_name"]) for record in records] == folder.images(split, False)
+    assert len(READERS[form](root)) == 3
+    assert len({record["image_id"] for record in READERS[form](root)}) == 3
+    # Other class lists renumber, or name what they lack.
+    if form != "coco":
+        assert folder.records("val", ("dog", "cat"), False)[0]["annotations"][0]["category_id"] == 0
+        with pytest.raises(UserError, match="of the class 'dog', which is not one of cat, dogs; did you mean 'dogs'"):
+            folder.records("val", ("cat", "dogs"), False)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_data_becomes_a_config_that_can_be_kept(kind: str, tmp_path: Path) -> None:
+    form, writer = WRITERS[kind]
+    pairs = config_pairs(str(writer(tmp_path / "My cells")), "train_net.py")
+    cfg = load_config("configs/demo/streets.yaml", [*pairs, "SEED", "3"], "train_net.py")
+    assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST) == (("my_cells_train",), ("my_cells_val",))
+    (tmp_path / "config.yaml").write_text(dump_config(cfg, "train_net.py"))
+    again = load_config(str(tmp_path / "config.yaml"), [], "train_net.py")
+    assert again.DATASETS == cfg.DATASETS
+    register_own(again.DATASETS)
+    register_own(again.DATASETS)
+    assert len(catalog.get_records("my_cells_train")) == 2
+    assert len(catalog.get_records("my_cells_train[:1]")) == len(catalog.get_images("my_cells_train[:1]")) == 1
+    assert catalog.get_metadata("my_cells_val").metrics == (("coco", "voc07") if form == "voc" else ("coco",))
+    assert "DATASETS" in config_pairs(str(tmp_path / "My cells"), "pretrain_ssl.py")[0]
+
+
+def own(**sets: dict[str, Any]) -> CfgNode:
+    names = tuple(sets)
+    return load_config("configs/demo/streets.yaml", ["DATASETS.CUSTOM", sets, "DATASETS.TRAIN", names]).DATASETS  # type: ignore[list-item]
+
+
+def test_one_set_is_divided_the_same_way_each_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = tmp_path / "own"
+    for number in range(50):
+        picture(root / f"{number}.png")
+        (root / f"{number}.xml").write_text(xml([("cat", [4, 6, 20, 24])]))
+    caplog.set_level("INFO")
+    register_own(own(cut_train={"ROOT": str(root), "SPLIT": "train"}, cut_val={"ROOT": str(root), "SPLIT": "val"}))
+    register_own(own(cut_all={"ROOT": str(root)}))
+    assert "one in 5 held out" in caplog.text
+    train, val, whole = (catalog.get_records(f"cut_{name}") for name in ("train", "val", "all"))
+    assert (len(train), len(val)) == (40, 10)
+    assert sorted(map(str, train + val)) == sorted(map(str, whole))
+    for name, records in (("cut_train", train), ("cut_val", val)):
+        assert catalog.get_images(name) == [Path(record["file_name"]) for record in records]
+    names = [str(number) for number in range(200)]
+    held_out = set(divide(names, "val", str))
+    more = set(divide([*names, "one more"], "val", str))
+    assert len(held_out ^ more) <= 2
+    assert divide(["a"], "train", str) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("instances_val2017.json", "val"),
+        ("_annotations.coco", None),
+        ("Training", "train"),
+        ("VALID", "val"),
+        ("trainval", "trainval"),
+        ("restrain", None),
+        ("my-test_set", "test"),
+    ],
+)
+def test_names_say_the_split(name: str, split: str | None) -> None:
+    assert split_of(name) == split
+
+
+def test_json_and_images_can_be_named(tmp_path: Path) -> None:
+    root = write_coco(tmp_path / "own")
+    keys = {"ROOT": str(root), "JSON": "annotations/val.json", "IMAGES": "images/val"}
+    register_own(own(named=keys))
+    assert [record["image_id"] for record in catalog.get_records("named")] == [ord("c")]
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"ROOT": "{root}", "SPLIT": "test"}, "has train, val: give one of them"),
+        ({"ROOT": "{root}", "FORMAT": "pascal"}, "FORMAT 'pascal' is unknown"),
+        ({"ROOT": "{root}", "FORMAT": "voc"}, "holds no labels that can be read"),
+        ({"ROOT": "{root}", "CLASSES": ["dog", "cat"]}, "has the categories cat, dog, not dog, cat"),
+        ({"ROOT": "{root}", "CLASSES": "cat"}, "CLASSES is 'cat': give a list"),
+        ({"ROOT": "{root}", "JSON": "../x.json"}, "no path inside"),
+        ({"ROOT": "{root}", "JSON": "x.json", "FORMAT": "yolo"}, "leave one out"),
+        ({"ROOT": 3}, "ROOT is 3: give text"),
+        ({}, "has no ROOT"),
+    ],
+)
+def test_bad_keys_are_one_sentence(tmp_path: Path, keys: dict[str, Any], says: str) -> None:
+    root = write_coco(tmp_path / "own")
+    given = {key: value.format(root=root) if isinstance(value, str) else value for key, value in keys.items()}
+    with pytest.raises(UserError) as caught:
+        register_own(own(bad={"SPLIT": "train"} | given if "SPLIT" not in given and given else given))
+        catalog.get_records("bad")
+    assert says in str(caught.value)
+
+
+def test_data_without_a_training_set_are_refused(tmp_path: Path) -> None:
+    root = write_coco(tmp_path / "own")
+    (root / "annotations/train.json").rename(root / "annotations/second.json")
+    with pytest.raises(UserError, match=r"has the sets second, val, of which none is for training"):
+        config_pairs(str(root), "train_net.py")
+
+
+def test_a_name_of_the_package_stays_what_it_is(tmp_path: Path) -> None:
+    root = write_coco(tmp_path / "streets")
+    assert config_pairs(str(root), "train_net.py")[3] == ("own_streets_train",)
+    with pytest.raises(UserError, match="'streets_train' is a data set already"):
+        register_own(own(streets_train={"ROOT": str(root), "SPLIT": "train"}))
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("x 0.5 0.5 0.1 0.1", "begins with 'x'"),
+        ("2 0.5 0.5 0.1 0.1", "of the class 2, but the names of classes tell 0, 1"),
+        ("-1 0.5 0.5 0.1 0.1", "begins with '-1'"),
+        ("0 0.5 0.5 0.1", "3 numbers"),
+        ("0 0.5 0.5 0.1 0.1 0.9", "5 numbers"),
+        ("0 0.5 0.5 0.1 wide", "no number"),
+        ("0 nan 0.5 0.1 0.1", "not finite"),
+        ("0 0.5 0.5 1e999 0.1", "not finite"),
+        ("0 0.5 0.5 -0.1 0.1", "negative"),
+        ("0 320 240 30 30", "outside its image"),
+    ],
+)
+def test_bad_yolo_line_is_one_sentence(tmp_path: Path, line: str, says: str) -> None:
+    root = write_yolo(tmp_path / "own")
+    (root / "labels/val/c.txt").write_text(f"\n{line}\n")
+    with pytest.raises(UserError, match=r"c\.txt, line 2") as caught:
+        look(root)[1].records("val", ("cat", "dog"), False)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["names: [a, a]", "names: 3", "names: {x: y}", "names: [[1]]", "a: *b", "[" * 800])
+def test_bad_names_are_one_sentence(tmp_path: Path, text: str) -> None:
+    root = write_yolo(tmp_path / "own")
+    (root / "data.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"data\.yaml"):
+        look(root)[1].classes()
+
+
+def test_yolo_polygons_are_masks_and_classes_may_have_no_names(tmp_path: Path) -> None:
+    root = write_yolo(tmp_path / "own")
+    (root / "data.yaml").unlink()
+    (root / "labels/val/c.txt").write_text("5 0.25 0.2 0.5 0.2 0.25 0.8\n")
+    folder = look(root)[1]
+    assert folder.classes() == ("0", "1", "5")
+    (thing,) = folder.records("val", folder.classes(), False)[0]["annotations"]
+    assert thing["segmentation"] == [pytest.approx([10, 6, 20, 6, 10, 24])]
+    assert (thing["bbox"], thing["category_id"]) == (pytest.approx([10, 6, 20, 24]), 2)
+
+
+@pytest.mark.parametrize("kind", ["voc", "yolo"])
+def test_no_link_leads_out_of_the_root(kind: str, tmp_path: Path) -> None:
+    root = WRITERS[kind][1](tmp_path / "own")
+    for name, ending in (("c", ".png"), ("a", (".xml" if kind == "voc" else ".txt"))):
+        path = next(root.rglob(f"{name}{ending}"))
+        shutil.copy(path, tmp_path / f"outside{ending}")
+        path.unlink()
+        path.symlink_to(tmp_path / f"outside{ending}")
+        with pytest.raises(UserError, match="leads out of"):
+            READERS[kind](root)
+        path.unlink()
+        shutil.copy(tmp_path / f"outside{ending}", path)
+    assert len(READERS[kind](root)) == 3
+
+
+def test_real_cells(samples: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = samples / "bccd/BCCD"
+    form, folder = look(root)
+    assert (form, folder.classes()) == ("voc", ("Platelets", "RBC", "WBC"))
+    assert {split: len(folder.images(split, False)) for split in folder.sets} == {
+        "train": 9,
+        "val": 5,
+        "trainval": 14,
+        "test": 6,
+    }
+    assert "2 of the 349 boxes" in caplog.text
+    assert "BloodImage_00338.xml, object" in caplog.text
+    assert "BloodImage_00343.xml, object" in caplog.text
+    caplog.clear()
+    cache._told.clear()
+    look(root)[1].classes()
+    assert "2 of the 349 boxes" in caplog.text  # though the cache was read
+
+
+def test_the_cache_is_coco_and_notices_a_change(tmp_path: Path) -> None:
+    root = write_voc(tmp_path / "own")
+    before = look(root)[1].records("train", ("cat", "dog"), False)
+    (path,) = (tmp_path / "cache/relvit_d2/records").glob("*.json")
+    by_name = {record["file_name"]: record for record in load_coco(path, root)}
+    for record in before:
+        assert by_name[record["file_name"]]["annotations"] == [
+            {key: value for key, value in thing.items() if key != "difficult"} for thing in record["annotations"]
+        ]
+    # Read from the cache, not from the files: what it says there is what comes.
+    path.write_text(path.read_text().replace('"cat"', '"cow"'))
+    assert look(root)[1].classes() == ("cow", "dog")
+    annotation = root / "Annotations/a.xml"
+    state = annotation.stat()
+    annotation.write_text(annotation.read_text().replace("<xmin>5", "<xmin>6"))
+    os.utime(annotation, ns=(state.st_atime_ns, state.st_mtime_ns))
+    after = look(root)[1].records("train", ("cat", "dog"), False)
+    assert after[0]["annotations"][0]["bbox"] == [5, 6, 20, 24]
+    for damaged in ("", "{}", path.read_text()[:200]):
+        path.write_text(damaged)
+        assert look(root)[1].records("train", ("cat", "dog"), False) == after
+
+
+def test_without_a_cache_the_records_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_yolo(tmp_path / "own")
+    first = look(root)[1].records("train", ("cat", "dog"), False)
+    (tmp_path / "file").write_text("a file where the cache should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert look(root)[1].records("train", ("cat", "dog"), False) == first
+
+
+def test_missing_images_of_own_data(tmp_path: Path) -> None:
+    root = write_voc(tmp_path / "own")
+    (root / "JPEGImages/a.png").unlink()
+    for read in (
+        lambda skip: look(root)[1].images("train", skip),
+        lambda skip: look(root)[1].records("train", ("cat", "dog"), skip),
+    ):
+        with pytest.raises(UserError, match=r"no image for the annotation .*a\.xml"):
+            read(False)
+        assert len(read(True)) == 1
+
+
+TINY = ("SOLVER.MAX_ITER", 2, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.WARMUP_ITERS", 1)
+
+
+def test_train_evaluate_and_pretrain_on_own_data(tmp_path: Path) -> None:
+    """With masks, and images without objects where they are asked for."""
+    root = write_yolo(tmp_path / "own")
+    (root / "labels/train/a.txt").write_text("0 0.1 0.1 0.9 0.1 0.1 0.9\n1 0.3 0.3 0.6 0.3 0.3 0.6\n")
+    (root / "labels/val/c.txt").write_text("0 0.1 0.1 0.9 0.1 0.1 0.9\n")
+    flags = ("--config-file", "configs/demo/streets.yaml")
+    masks = ("MODEL.MASK_ON", "True", "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead")
+    empty = ("DATALOADER.FILTER_EMPTY_ANNOTATIONS", "False")
+    output = tmp_path / "out"
+    done = run(tmp_path, "train_net.py", *flags, "--data", root, *TINY, *masks, *empty, "OUTPUT_DIR", output)
+    assert "classes cat, dog" in done.stdout
+    assert "2 training images" in done.stdout
+    assert "loss_mask" in done.stdout
+    results = json.loads((output / "inference/results.json").read_text())
+    assert {"bbox", "segm"} <= set(results["own_val"])
+    run(tmp_path, "train_net.py", "--config-file", output / "config.yaml", "--eval-only", "--resume")
+    assert json.loads((output / "inference/results.json").read_text()) == results
+    small = (*TINY, "PRETEXT.IMAGE_SIZE", 32, "OUTPUT_DIR", tmp_path / "ssl")
+    config = ("--config-file", "configs/demo/ssl_streets.yaml")
+    assert "2 training images" in run(tmp_path, "pretrain_ssl.py", *config, "--data", root, *small).stdout

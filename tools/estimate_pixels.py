@@ -1,0 +1,55 @@
+"""Print the mean and deviation of the pixels of images, as lines of a config file.
+
+Images of one channel, of several, or of more than eight bits get INPUT.CHANNELS and INPUT.WHITE beside them; both are
+told by looking at fifty images.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from relvit_d2.data.catalog import get_images  # noqa: E402
+from relvit_d2.data.decode import PixelFormat  # noqa: E402
+from relvit_d2.data.statistics import LOOKED_AT, pixel_format, pixel_statistics  # noqa: E402
+from relvit_d2.engine.failures import guard  # noqa: E402
+from relvit_d2.errors import UserError  # noqa: E402
+
+
+def main() -> int:
+    """Parse the command line and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  python tools/estimate_pixels.py datasets/streets/train/",
+    )
+    parser.add_argument("images", help="a data set, folder, pattern, text list, zip or tar, as for pre-training")
+    parser.add_argument("--channels", type=int, default=0, help="INPUT.CHANNELS; told by looking where it is left out")
+    parser.add_argument("--white", type=int, default=0, help="INPUT.WHITE; the largest value seen where it is left out")
+    parser.add_argument("--most", type=int, default=LOOKED_AT, help=f"images to read, at most (default {LOOKED_AT})")
+    args = parser.parse_args()
+    return guard(lambda: estimate(args))
+
+
+def estimate(args: argparse.Namespace) -> None:
+    """Print the lines.
+
+    Raises:
+        UserError: there are no images that can be read.
+    """
+    if args.most < 1 or args.channels < 0 or args.white < 0:
+        raise UserError("--most, --channels and --white are counts: give at least 1")
+    images = get_images(args.images)
+    seen = pixel_format(images)
+    pixels = PixelFormat(args.channels or seen.channels, args.white or seen.white)
+    found = pixel_statistics(images, pixels, args.most)
+    print(f"# {found.images} of {len(images)} images of {args.images}")
+    if pixels != PixelFormat():
+        print(f"INPUT:\n  CHANNELS: {pixels.channels}\n  WHITE: {pixels.white:.0f}")
+    print(found.config_lines())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
