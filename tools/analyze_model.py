@@ -28,6 +28,7 @@ from fvcore.common.config import CfgNode  # noqa: E402
 from tabulate import tabulate  # type: ignore[import-untyped]  # noqa: E402
 
 from relvit_d2.data import catalog  # noqa: E402
+from relvit_d2.data.own import register_own  # noqa: E402
 from relvit_d2.detection.model import build_detector  # noqa: E402
 from relvit_d2.detection.run import settle, training_records  # noqa: E402
 from relvit_d2.engine.cli import silence  # noqa: E402
@@ -217,6 +218,7 @@ def _reads(script: str, config_file: str, opts: list[str]) -> bool:
 
 def _detector(config_file: str, opts: list[str]) -> tuple[CfgNode, nn.Module, Stages, Batches, str]:
     cfg = load_config(config_file, opts, "train_net.py")
+    register_own(cfg.DATASETS)
     try:
         cfg = settle(cfg, training_records(cfg))
     except UserError:  # no data here

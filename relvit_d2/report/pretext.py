@@ -18,6 +18,7 @@ from torch import Tensor
 
 from relvit_d2.data.catalog import get_images
 from relvit_d2.data.mapper import ImageReader, pad_images
+from relvit_d2.data.own import register_own
 from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.engine.config_file import load_config
 from relvit_d2.engine.randomness import torch_generator
@@ -103,6 +104,7 @@ def sheet_of_run(folder: Path, count: int = 4) -> Image.Image:
     if not checkpointer.has_checkpoint():
         raise UserError(f"'{folder}' has no checkpoint")
     checkpointer.load(checkpointer.get_checkpoint_file(), checkpointables=[])
+    register_own(cfg.DATASETS, labels=False)
     names = cfg.DATASETS.TEST or cfg.DATASETS.TRAIN
     files = [file for name in names for file in get_images(name, cfg.DATASETS.SKIP_MISSING)]
     rows = rows_of_files(cfg, model, files, count)
@@ -111,7 +113,7 @@ def sheet_of_run(folder: Path, count: int = 4) -> Image.Image:
 
 def rows_of_files(cfg: CfgNode, model: PretrainingModel, files: Sequence[Any], count: int) -> list[PretextRow]:
     """Return :func:`pretext_rows` of ``count`` of ``files``, spread over them."""
-    reader = ImageReader(cfg.INPUT.LOAD_SIZE)
+    reader = ImageReader.of(cfg)
     batch = pad_images([reader(file) for file in files[:: max(len(files) // count, 1)][:count]])
     images = batch["images"].to(next(model.parameters()).device)
     was_training = model.training
