@@ -70,16 +70,7 @@ class DetectionMapper(DatasetMapper):
             utils.check_image_size(record, image)
         except SizeMismatchError as error:
             raise UserError(f"{' '.join(str(error).split())} Correct the annotation or the image") from error
-        if self.image_format == "BGR" and self._pixels.channels == 3:
-            image = image[:, :, ::-1]
-        # Python's part of the work is cold after every decoding, five times slower than in a loop of its own: no
-        # AugmentationList, no arrays for a handful of boxes.
-        pixels, steps = torch.from_numpy(np.ascontiguousarray(image)), []
-        for augmentation in self.augmentations.augs:
-            drawn = augmentation.get_transform(pixels)
-            for step in drawn.transforms if isinstance(drawn, T.TransformList) else (drawn,):
-                pixels = _transformed(pixels, step)
-                steps.append(step)
+        pixels, steps = self._augmented(image)
         record["image"] = pixels.permute(2, 0, 1).contiguous()
         if self.is_train and "annotations" in dataset_dict:
             shape = (pixels.shape[0], pixels.shape[1])
@@ -95,6 +86,23 @@ class DetectionMapper(DatasetMapper):
                 regions = ignored_regions(crowds, T.TransformList(steps), shape)
                 record["instances"] = Targets(record["instances"], regions)
         return record
+
+    def fed(self, image: np.ndarray) -> Tensor:
+        """Return what a detector is fed of an image ``(H, W, channels)``, uint8, RGB: ``(channels, h, w)`` uint8."""
+        return self._augmented(image)[0].permute(2, 0, 1).contiguous()
+
+    def _augmented(self, image: np.ndarray) -> tuple[Tensor, list[T.Transform]]:
+        if self.image_format == "BGR" and self._pixels.channels == 3:
+            image = image[:, :, ::-1]
+        # Python's part of the work is cold after every decoding, five times slower than in a loop of its own: no
+        # AugmentationList, no arrays for a handful of boxes.
+        pixels, steps = torch.from_numpy(np.ascontiguousarray(image)), []
+        for augmentation in self.augmentations.augs:
+            drawn = augmentation.get_transform(pixels)
+            for step in drawn.transforms if isinstance(drawn, T.TransformList) else (drawn,):
+                pixels = _transformed(pixels, step)
+                steps.append(step)
+        return pixels, steps
 
 
 def _transformed(image: Tensor, step: T.Transform) -> Tensor:

@@ -112,6 +112,9 @@ def evaluation_sets(cfg: CfgNode) -> dict[str, Records]:
 def build_trainer(cfg: CfgNode, model: GeneralizedRCNN, records: Records, tests: dict[str, Records]) -> Trainer:
     """Return the trainer of a detector on ``records``, with evaluation on ``tests``."""
     logger.info(f"{sum(not a.get('iscrowd') for r in records for a in r['annotations'])} training objects")
+    if comm.is_main_process():
+        classes = list(catalog.get_metadata(cfg.DATASETS.TRAIN[0]).thing_classes)
+        write_json(Path(cfg.OUTPUT_DIR) / "classes.json", classes)  # a detector is used where its data are not
     make_batches = partial(training_batches, cfg, records)
     measure = partial(evaluate, cfg, model, tests) if tests else None
     return Trainer(cfg, model, len(records), make_batches, measure, "train_net.py")

@@ -23,6 +23,7 @@ SHEET_WIDTH = 1800  # no wider unless a single pair is; at most three pairs a ro
 BOX_WIDTH, HALO = 3, 1  # pixels of a box's line and of the contrasting rim on either side of it
 FONT_SIZE, LABEL_PADDING = 15, 3
 STRIP = 22  # pixels above and below an image, for the labels of boxes at its edge
+LEAST_SIDE = 800  # pixels of the longer side of a picture of one image
 PAIR_GAP, GAP, BORDER = 10, 36, 16
 TITLE_HEIGHT, CAPTION_HEIGHT = 40, 20
 
@@ -104,6 +105,39 @@ def detections_sheet(rows: Sequence[DetectionRow], class_names: Sequence[str], t
     return sheet
 
 
+def annotated(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    classes: np.ndarray,
+    scores: np.ndarray,
+    class_names: Sequence[str],
+    masks: np.ndarray | None = None,
+) -> Image.Image:
+    """Return an image with its detections drawn on it, small ones enlarged so that labels can be read.
+
+    Args:
+        image: ``(H, W, 3)`` uint8, RGB.
+        boxes: ``(D, 4)`` XYXY, pixels of the image.
+        classes: ``(D,)`` indices into ``class_names``.
+        scores: ``(D,)`` in [0, 1].
+        class_names: names of the class indices.
+        masks: ``(D, H, W)`` bool, tinted in their class's colour; None for none.
+    """
+    height, width = image.shape[:2]
+    colors = [class_color(int(index)) for index in classes]
+    tinted = image.astype(np.float32)
+    for mask, color in zip(masks if masks is not None else (), colors, strict=False):
+        tinted[mask] = 0.55 * tinted[mask] + 0.45 * np.array(color, dtype=np.float32)
+    scale = max(1.0, LEAST_SIDE / max(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    picture = Image.fromarray(tinted.round().astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    placed = np.clip(boxes.reshape(-1, 4) * scale, 0, np.array([size[0] - 1, size[1] - 1] * 2))
+    texts = [f"{class_names[int(c)]} {s:.2f}" for c, s in zip(classes, scores, strict=True)]
+    zoom = max(1.0, max(size) / LEAST_SIDE * 0.75)
+    _draw_boxes(ImageDraw.Draw(picture), [tuple(box) for box in placed.tolist()], colors, texts, (0, 0, *size), zoom)
+    return picture
+
+
 def class_color(index: int) -> Color:
     """Return the RGB colour of a class index: seven hues, then the same darker, then lighter, 21 in all.
 
@@ -135,13 +169,18 @@ def _contrast(color: Color) -> Color:
     return (0, 0, 0) if (luminance + 0.05) ** 2 > 0.05 * 1.05 else (255, 255, 255)
 
 
-def _draw_boxes(draw: ImageDraw.ImageDraw, boxes: list[Box], colors: list[Color], texts: list[str], cell: Box) -> None:
-    """Draw boxes, in pixels of the sheet, and on top of all of them their labels, inside the cell."""
-    font = _font(FONT_SIZE)
+def _draw_boxes(
+    draw: ImageDraw.ImageDraw, boxes: list[Box], colors: list[Color], texts: list[str], cell: Box, zoom: float = 1.0
+) -> None:
+    """Draw boxes, in pixels of the sheet, and on top of all of them their labels, inside the cell.
+
+    Lines and letters are ``zoom`` times as large as on a sheet.
+    """
+    font, line = _font(round(FONT_SIZE * zoom)), round(BOX_WIDTH * zoom)
     for (x0, y0, x1, y1), color in zip(boxes, colors, strict=True):
         rim = (x0 - HALO, y0 - HALO, x1 + HALO, y1 + HALO)
-        draw.rectangle(rim, outline=_contrast(color), width=BOX_WIDTH + 2 * HALO)
-        draw.rectangle((x0, y0, x1, y1), outline=color, width=BOX_WIDTH)
+        draw.rectangle(rim, outline=_contrast(color), width=line + 2 * HALO)
+        draw.rectangle((x0, y0, x1, y1), outline=color, width=line)
     taken: list[Box] = []
     for box, color, text in zip(boxes, colors, texts, strict=True):
         width, height = font.getlength(text) + 2 * LABEL_PADDING, sum(font.getmetrics())

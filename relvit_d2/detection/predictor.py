@@ -1,0 +1,126 @@
+"""A trained detector for images that belong to no data set."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.structures import Instances
+from fvcore.common.config import CfgNode
+from PIL import Image
+
+from relvit_d2.data import catalog
+from relvit_d2.data.decode import PixelFormat
+from relvit_d2.data.mapper import DetectionMapper
+from relvit_d2.detection.model import build_detector
+from relvit_d2.engine.checkpoint import Checkpointer
+from relvit_d2.engine.config_file import load_config
+from relvit_d2.engine.precision import choose_precision
+from relvit_d2.errors import UserError
+
+Picture = str | Path | Image.Image | np.ndarray
+
+
+class Detector:
+    """Images to detections, with the sizes and the precision that its evaluation has.
+
+    Attributes:
+        class_names: names of the class indices, as far as they are known: else the numbers.
+    """
+
+    def __init__(self, cfg: CfgNode, model: GeneralizedRCNN, class_names: Sequence[str]) -> None:
+        """Take a model with its weights.
+
+        Args:
+            cfg: the config that it was trained with.
+            model: the detector.
+            class_names: one a class.
+        """
+        self.class_names = list(class_names)
+        self._model = model.eval()
+        self._mapper = DetectionMapper(cfg, is_train=False)
+        self._pixels = PixelFormat(cfg.INPUT.CHANNELS, cfg.INPUT.WHITE)
+        self._precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE))
+
+    def __call__(self, image: Picture) -> Instances:
+        """Return the detections of one image; see :meth:`batch`."""
+        return self.batch([image])[0]
+
+    @torch.no_grad()
+    def batch(self, images: Sequence[Picture]) -> list[Instances]:
+        """Return Detectron2's instances of each image, on the CPU, boxes in pixels of the image.
+
+        Args:
+            images: paths, Pillow's images, or arrays ``(H, W, channels)`` of uint8, RGB.
+
+        Raises:
+            UserError: if a file cannot be read, or an array is no such image.
+        """
+        arrays = [self.read(image) for image in images]
+        inputs = [{"image": self._mapper.fed(a), "height": a.shape[0], "width": a.shape[1]} for a in arrays]
+        with self._precision.autocast():
+            outputs = self._model(inputs)
+        return [output["instances"].to("cpu") for output in outputs]
+
+    def read(self, image: Picture) -> np.ndarray:
+        """Return an image as an array ``(H, W, channels)`` of uint8; arguments and errors are those of :meth:`batch`."""
+        if isinstance(image, str | Path):
+            return self._pixels.read(image)
+        if isinstance(image, Image.Image):
+            image = np.asarray(image.convert("L" if self._pixels.channels == 1 else "RGB"))
+            image = image.reshape(*image.shape[:2], -1)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != self._pixels.channels or not image.size:
+            raise UserError(
+                f"an array of {image.dtype} and shape {image.shape} is no image: give uint8, height x width x "
+                f"{self._pixels.channels}"
+            )
+        return image
+
+
+def load_detector(path: str | Path, config_file: str = "", overrides: Sequence[Any] = ()) -> Detector:
+    """Load a detector that ``train_net.py`` trained.
+
+    Args:
+        path: its ``OUTPUT_DIR``, of which the last checkpoint is taken, or a checkpoint ``model_*.pth``.
+        config_file: default: the ``config.yaml`` beside the checkpoint.
+        overrides: keys and values in turn, such as ``["MODEL.DEVICE", "cpu"]``.
+
+    Raises:
+        UserError: if there is no such detector.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    config_file = config_file or str(folder / "config.yaml")
+    cfg = load_config(config_file, [str(word) for word in overrides], "train_net.py")
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"  # it may have been trained elsewhere
+    names = _class_names(cfg, folder)
+    if not cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(names)
+    cfg.MODEL.COMPILE = False
+    model = build_detector(cfg)
+    checkpointer = Checkpointer(model, str(folder), allow_pickle=cfg.MODEL.ALLOW_PICKLE)
+    if path.is_dir() and not checkpointer.has_checkpoint():
+        raise UserError(f"'{path}' holds no checkpoint: give an OUTPUT_DIR of train_net.py or a model_*.pth")
+    checkpointer.load(checkpointer.get_checkpoint_file() if path.is_dir() else str(path), checkpointables=[])
+    return Detector(cfg, model, names)
+
+
+def _class_names(cfg: CfgNode, folder: Path) -> list[str]:
+    file = folder / "classes.json"
+    if file.is_file():
+        try:
+            return [str(name) for name in json.loads(file.read_text())]
+        except ValueError as error:
+            raise UserError(f"'{file}' is damaged: remove it, or write a list of the classes' names") from error
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        try:
+            return list(catalog.get_metadata(name).thing_classes)
+        except (UserError, AttributeError):
+            continue
+    if not cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+        raise UserError(f"nothing tells the classes of '{folder}': set MODEL.ROI_HEADS.NUM_CLASSES")
+    return [str(index) for index in range(cfg.MODEL.ROI_HEADS.NUM_CLASSES)]

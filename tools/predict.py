@@ -1,0 +1,161 @@
+"""Detect objects in images and videos; write annotated pictures and one COCO-results JSON.
+
+For `street/1.jpg` the picture is `OUTPUT/1.png`, for a video `OUTPUT/NAME.mp4`. `OUTPUT/detections.json` lists dicts of
+`image_id` (the path as given; of a video's frames with `#` and the frame's number), `category_id` (the class's index),
+`category`, `bbox` (x, y, width, height in pixels), `score` and, where the detector has masks, `segmentation` (RLE).
+"""
+
+import argparse
+import glob
+import json
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json  # noqa: E402
+from detectron2.structures import Instances  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from relvit_d2.data.folder import EXTENSIONS, list_images  # noqa: E402
+from relvit_d2.detection.predictor import Detector, load_detector  # noqa: E402
+from relvit_d2.engine.cli import silence  # noqa: E402
+from relvit_d2.engine.failures import guard  # noqa: E402
+from relvit_d2.errors import UserError  # noqa: E402
+from relvit_d2.files import appearing, write_text  # noqa: E402
+from relvit_d2.report.predictions import annotated  # noqa: E402
+
+VIDEOS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
+
+
+def main() -> int:
+    """Parse the command line and detect."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  python tools/predict.py --weights output/demo/finetune/model_final.pth "
+        "--input datasets/streets/test --output predictions",
+    )
+    parser.add_argument("--weights", required=True, help="model_*.pth of train_net.py, or the folder of a run")
+    parser.add_argument("--config-file", default="", help="default: the config.yaml beside the weights")
+    parser.add_argument("--input", required=True, nargs="+", help="images, folders, patterns, videos")
+    parser.add_argument("--output", type=Path, default=Path("predictions"), help="folder (default: predictions)")
+    parser.add_argument("--threshold", type=float, default=0.5, help="least score that counts, 0..1 (default 0.5)")
+    parser.add_argument("--batch", type=int, default=4, help="images at a time (default 4)")
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs over the config")
+    args = parser.parse_args()
+    return guard(lambda: predict(args))
+
+
+def predict(args: argparse.Namespace) -> None:
+    """Detect and write.
+
+    Raises:
+        UserError: for an input that is missing or cannot be read, a detector that is none, or a number out of range.
+    """
+    if not 0 <= args.threshold <= 1 or args.batch < 1:
+        raise UserError(f"--threshold {args.threshold} --batch {args.batch}: give 0 to 1, and at least 1")
+    silence()
+    files = [file for word in args.input for file in found(word)]
+    names = [file.stem for file in files]
+    detector = load_detector(args.weights, args.config_file, args.opts)
+    args.output.mkdir(parents=True, exist_ok=True)
+    results: list[dict[str, Any]] = []
+    images = [file for file in files if file.suffix.lower() not in VIDEOS]
+    for start in tqdm(range(0, len(images), args.batch), desc="images", unit="batch", disable=not images):
+        batch = images[start : start + args.batch]
+        for file, instances in zip(batch, detector.batch(batch), strict=True):
+            kept = instances[instances.scores >= args.threshold]
+            # Two folders may have images of one name.
+            name = file.stem if names.count(file.stem) == 1 else "_".join(file.with_suffix("").parts).strip("/_.")
+            with appearing(args.output / f"{name}.png") as part:
+                picture(detector, detector.read(file), kept).save(part, format="PNG")
+            results += told(str(file), kept, detector)
+    for file in files:
+        if file.suffix.lower() in VIDEOS:
+            results += video(file, args.output / f"{file.stem}.mp4", detector, args.threshold, args.batch)
+    write_text(args.output / "detections.json", json.dumps(results))
+    print(f"written: {args.output}/detections.json and {len(files)} pictures; {len(results)} detections")
+
+
+def found(word: str) -> list[Path]:
+    """Return the images and videos that a word of the command line stands for.
+
+    Raises:
+        UserError: if it stands for none.
+    """
+    path = Path(word)
+    if path.is_dir():
+        return list_images(path)
+    files = [path] if path.is_file() else sorted(map(Path, glob.glob(word, recursive=True)))  # noqa: PTH207  (takes absolute patterns)
+    files = [file for file in files if file.is_file() and file.suffix.lower() in EXTENSIONS | VIDEOS | {".npy"}]
+    if not files:
+        raise UserError(f"--input '{word}' is no image, folder, pattern or video that exists; correct the path")
+    return files
+
+
+def picture(detector: Detector, image: np.ndarray, instances: Instances) -> Image.Image:
+    """Draw detections on an image; of other channels than RGB the first one is shown gray."""
+    shown = image if image.shape[2] == 3 else np.repeat(image[:, :, :1], 3, axis=2)
+    fields = instances.pred_boxes.tensor.numpy(), instances.pred_classes.numpy(), instances.scores.numpy()
+    masks = instances.pred_masks.numpy() if instances.has("pred_masks") else None
+    return annotated(shown, *fields, detector.class_names, masks)
+
+
+def told(name: str, instances: Instances, detector: Detector) -> list[dict[str, Any]]:
+    """Return detections as COCO results, with the name of the class beside its index."""
+    results = instances_to_coco_json(instances, name)
+    return [result | {"category": detector.class_names[result["category_id"]]} for result in results]
+
+
+def video(file: Path, output: Path, detector: Detector, threshold: float, size: int) -> list[dict[str, Any]]:
+    """Detect in every frame of a video and write it anew with what was found.
+
+    Raises:
+        UserError: if it cannot be decoded.
+    """
+    results = []
+    try:
+        with av.open(str(file)) as source, appearing(output) as part, av.open(str(part), "w", format="mp4") as sink:
+            stream = source.streams.video[0]
+            written = None
+            frames = (frame.to_ndarray(format="rgb24") for frame in source.decode(stream))
+            bar = tqdm(desc=file.name, total=stream.frames or None, unit="frame")
+            count = 0
+            for batch in batches(frames, size):
+                for image, instances in zip(batch, detector.batch(batch), strict=True):
+                    kept = instances[instances.scores >= threshold]
+                    drawn = picture(detector, image, kept)
+                    drawn = drawn.resize((drawn.width // 2 * 2, drawn.height // 2 * 2))  # the codec wants even sides
+                    if written is None:
+                        written = sink.add_stream("mpeg4", rate=stream.average_rate or 25)
+                        written.width, written.height, written.pix_fmt = drawn.width, drawn.height, "yuv420p"
+                        written.bit_rate = 8_000_000
+                    sink.mux(written.encode(av.VideoFrame.from_image(drawn)))
+                    results += told(f"{file}#{count}", kept, detector)
+                    count += 1
+                    bar.update()
+            if written is None:
+                raise UserError(f"video '{file}' has no frame that can be decoded; give another")
+            sink.mux(written.encode(None))
+    except (av.error.FFmpegError, IndexError) as error:
+        raise UserError(f"video '{file}' cannot be decoded ({error}); give another") from error
+    return results
+
+
+def batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    """Give the items in lists of ``size``."""
+    while batch := list(islice(items, size)):
+        yield batch
+
+
+if __name__ == "__main__":
+    sys.exit(main())
