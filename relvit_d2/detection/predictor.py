@@ -66,7 +66,7 @@ class Detector:
         return [output["instances"].to("cpu") for output in outputs]
 
     def read(self, image: Picture) -> np.ndarray:
-        """Return an image as an array ``(H, W, channels)`` of uint8; arguments and errors are those of :meth:`batch`."""
+        """Return an image as an array ``(H, W, channels)`` of uint8; see :meth:`batch`."""
         if isinstance(image, str | Path):
             return self._pixels.read(image)
         if isinstance(image, Image.Image):
