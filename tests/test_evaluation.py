@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -296,11 +297,11 @@ def test_masks_are_evaluated_where_they_are_predicted(tmp_path: Path) -> None:
     assert isinstance(rle["counts"], bytes)  # the records stay as they were
 
 
-def random_case(seed: int, images: int, crowd: float, ids: str) -> tuple[COCO, list[dict[str, object]]]:
+def random_case(seed: int, images: int, crowd: float, ids: str) -> tuple[COCO, list[dict[str, Any]]]:
     """Objects with masks in three classes of gapped ids, detections near and far with many equal scores."""
     rng = np.random.default_rng(seed)
 
-    def blob() -> dict[str, object]:
+    def blob() -> dict[str, Any]:
         mask = np.zeros((120, 160), np.uint8, order="F")
         (y0, x0), (h, w) = rng.integers(0, (100, 140)), rng.integers(4, 120, 2)
         mask[y0 : y0 + h, x0 : x0 + w] = rng.random((120, 160))[y0 : y0 + h, x0 : x0 + w] < 0.8
@@ -308,7 +309,8 @@ def random_case(seed: int, images: int, crowd: float, ids: str) -> tuple[COCO, l
         return {"bbox": mask_util.toBbox(rle).tolist(), "segmentation": rle, "area": float(mask_util.area(rle))}
 
     names = [f"{n:04}" if ids == "text" else 7 * n for n in rng.permutation(images).tolist()]
-    annotations, detections = [], []
+    annotations: list[dict[str, Any]] = []
+    detections: list[dict[str, Any]] = []
     for name in names:
         for _ in range(rng.integers(0, 5)):
             own = {"image_id": name, "category_id": int(rng.choice([2, 5, 90]))}
@@ -334,7 +336,7 @@ def random_case(seed: int, images: int, crowd: float, ids: str) -> tuple[COCO, l
     return truth, detections
 
 
-def official(truth: COCO, detections: list[dict[str, object]], iou_type: str) -> COCOeval:
+def official(truth: COCO, detections: list[dict[str, Any]], iou_type: str) -> COCOeval:
     """Evaluate with pycocotools as Detectron2 does."""
     results = [{k: v for k, v in d.items() if k != "bbox" or iou_type == "bbox"} for d in detections]
     found = truth.loadRes(results) if results else COCO()
@@ -382,7 +384,7 @@ def test_an_object_of_id_0_can_be_found() -> None:
 
 def test_why_there_is_no_precision() -> None:
     objects = [("a", 0), ("b", 1)]
-    reasons = {
+    reasons: dict[str, tuple[list[tuple[Any, int]], list[tuple[Any, int]]]] = {
         "there is no ground truth": ([], objects),
         "there are no detections": (objects, []),
         "no detection is of an image that has objects": (objects, [(1, 0), (2, 1)]),

@@ -98,7 +98,7 @@ def _transformed(image: Tensor, step: T.Transform) -> Tensor:
         return image[step.y0 : step.y0 + step.h, step.x0 : step.x0 + step.w]
     if isinstance(step, T.HFlipTransform | T.VFlipTransform):
         return image.permute(2, 0, 1).flip(2 if isinstance(step, T.HFlipTransform) else 1).permute(1, 2, 0)
-    if isinstance(step, T.ResizeTransform) and image.dtype == torch.uint8 and step.interp == Image.BILINEAR:
+    if isinstance(step, T.ResizeTransform) and image.dtype == torch.uint8 and step.interp == Image.Resampling.BILINEAR:
         planes = image.permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)  # copies crops
         return F.interpolate(planes, (step.new_h, step.new_w), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
     return torch.from_numpy(np.ascontiguousarray(step.apply_image(image.numpy())))
