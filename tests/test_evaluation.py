@@ -277,11 +277,11 @@ def test_masks_are_evaluated_where_they_are_predicted(tmp_path: Path) -> None:
     assert isinstance(rle["counts"], bytes)  # the records stay as they were
 
 
-def random_case(seed: int, images: int, crowd: float, ids: str) -> tuple[COCO, list[dict[str, object]]]:
+def random_case(seed: int, images: int, crowd: float, ids: str) -> tuple[COCO, list[dict[str, Any]]]:
     """Objects with masks in three classes of gapped ids, detections near and far with many equal scores."""
     rng = np.random.default_rng(seed)
 
-    def blob() -> dict[str, object]:
+    def blob() -> dict[str, Any]:
         mask = np.zeros((120, 160), np.uint8, order="F")
         (y0, x0), (h, w) = rng.integers(0, (100, 140)), rng.integers(4, 120, 2)
         mask[y0 : y0 + h, x0 : x0 + w] = rng.random((120, 160))[y0 : y0 + h, x0 : x0 + w] < 0.8
@@ -316,7 +316,7 @@ def random_case(seed: int, images: int, crowd: float, ids: str) -> tuple[COCO, l
     return truth, detections
 
 
-def official(truth: COCO, detections: list[dict[str, object]], iou_type: str) -> COCOeval:
+def official(truth: COCO, detections: list[dict[str, Any]], iou_type: str) -> COCOeval:
     """Evaluate with pycocotools as Detectron2 does."""
     results = [{k: v for k, v in d.items() if k != "bbox" or iou_type == "bbox"} for d in detections]
     found = truth.loadRes(results) if results else COCO()
@@ -364,7 +364,7 @@ def test_an_object_of_id_0_can_be_found() -> None:
 
 def test_why_there_is_no_precision() -> None:
     objects = [("a", 0), ("b", 1)]
-    reasons: dict[str, tuple[list[Any], list[Any]]] = {
+    reasons: dict[str, tuple[list[tuple[Any, int]], list[tuple[Any, int]]]] = {
         "there is no ground truth": ([], objects),
         "there are no detections": (objects, []),
         "no detection is of an image that has objects": (objects, [(1, 0), (2, 1)]),
