@@ -131,12 +131,18 @@ def get_images(name: str, skip_missing: bool = False) -> list[Path]:
         UserError: an unknown name, or missing data.
     """
     base, take = _subset(name)
-    if os.sep in name or (base not in DATASETS and base not in DatasetCatalog and Path(name).is_dir()):
+    if is_folder(name):
         return list_images(Path(name))
     resolve(name)
     if base in DATASETS:
         return take(DATASETS[base].images(skip_missing))
     return [Path(record["file_name"]) for record in get_records(name, skip_missing)]
+
+
+def is_folder(name: str) -> bool:
+    """Whether :func:`get_images` takes ``name`` for a folder of images."""
+    base, _ = _subset(name)
+    return os.sep in name or (base not in DATASETS and base not in DatasetCatalog and Path(name).is_dir())
 
 
 def _existing_records(records: list[Record], where: str, skip_missing: bool) -> list[Record]:
