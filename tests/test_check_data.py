@@ -191,16 +191,16 @@ def test_the_page_of_samples_has_every_image_and_its_boxes(tmp_path: Path) -> No
     grey = np.full((48, 64, 3), 128, np.uint8)
     crowded = np.array([[4 * i, 10, 4 * i + 3, 30] for i in range(12)], dtype=float)
     pictures = [
-        Sample(grey, np.array([[8.0, 8, 40, 40]]), np.array([1]), ["*"], "a.png"),
-        Sample(grey, crowded, np.array([0] * 12), [""] * 12, "b.png"),
+        Sample(grey, np.array([[8.0, 8, 40, 40]]), np.array([1]), ["dog*"], "a.png"),
+        Sample(grey, crowded, np.array([0] * 12), ["cat"] * 12, "b.png"),
         Sample(grey, np.zeros((0, 4)), np.zeros(0, int), [], "c.png"),
     ]
-    draw_samples(pictures, CLASSES, tmp_path / "page.png", "title")
+    draw_samples(pictures, tmp_path / "page.png", "title")
     with Image.open(tmp_path / "page.png") as page:
         pixels = np.asarray(page)
     assert (pixels == 128).all(-1).mean() > 0.4
     with pytest.raises(ValueError, match="at least one"):
-        draw_samples([], CLASSES, tmp_path / "none.png", "title")
+        draw_samples([], tmp_path / "none.png", "title")
 
 
 def test_the_script_checks_a_config_and_says_that_training_may_start(root: Path, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def check(args: argparse.Namespace) -> None:
     drawn = samples(items, classes)
     if drawn:
         legend = "".join(f"   {sign} {key.removeprefix('is')}" for key, sign in MARKS.items()) if labelled else ""
-        draw_samples(drawn, classes, output / "check.png", f"{first}: {len(drawn)} of {len(items)} images{legend}")
+        draw_samples(drawn, output / "check.png", f"{first}: {len(drawn)} of {len(items)} images{legend}")
     print(f"written: {output}/check.json" + (f"\nlook at: {output}/check.png" if drawn else ""))
     refuse(report)
     print(f"training may start, {len(report['warnings'])} warnings")
@@ -159,13 +159,22 @@ def samples(items: list[Any], classes: list[str]) -> list[Sample]:
             image = read_rgb(file_of(item))
         except UserError:
             continue
-        things: list[dict[str, Any]] = item.get("annotations", []) if isinstance(item, dict) else []
+        things = item.get("annotations", []) if isinstance(item, dict) else []
         things = [thing for thing in things if thing["category_id"] in range(len(classes))]
-        boxes = [BoxMode.convert(thing["bbox"], thing["bbox_mode"], BoxMode.XYXY_ABS) for thing in things]
+        # A region that is no background of any class is there once for each of them.
+        regions = {(*thing["bbox"], thing.get("type")): thing for thing in things if thing.get("iscrowd")}
+        things = [thing for thing in things if not thing.get("iscrowd")] + list(regions.values())
+        boxes = [BoxMode.convert(list(thing["bbox"]), thing["bbox_mode"], BoxMode.XYXY_ABS) for thing in things]
         numbers = np.array([thing["category_id"] for thing in things], dtype=int)
-        marks = ["".join(sign for key, sign in MARKS.items() if thing.get(key)) for thing in things]
-        drawn.append(Sample(image, np.array(boxes).reshape(-1, 4), numbers, marks, Path(file_of(item)).name))
+        labels = [label_of(thing, classes) for thing in things]
+        drawn.append(Sample(image, np.array(boxes).reshape(-1, 4), numbers, labels, Path(file_of(item)).name))
     return drawn
+
+
+def label_of(thing: Record, classes: list[str]) -> str:
+    """Return what is written at an object's box: what it is, and marks."""
+    marks = "".join(sign for key, sign in MARKS.items() if thing.get(key))
+    return str(thing.get("type") or classes[thing["category_id"]]) + marks
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from relvit_d2.report.predictions import (
 
 COLUMNS, GAP, NAME_HEIGHT = 4, 18, 20
 NAME_SIZE = 12
-CROWDED = 10  # of more boxes only the largest of each class is labelled, with their number
+CROWDED = 10  # of more boxes only the largest of each label is labelled, with their number
 
 
 class Sample(NamedTuple):
@@ -32,20 +32,19 @@ class Sample(NamedTuple):
 
     image: np.ndarray  # (H, W, 3) uint8, RGB
     boxes: np.ndarray  # (N, 4)
-    classes: np.ndarray  # (N,) indices into the class names
-    marks: Sequence[str]  # (N,) written behind the class, such as "*"
+    classes: np.ndarray  # (N,) indices, which decide the colours
+    labels: Sequence[str]  # (N,) what is written at each box
     name: str  # written below
 
 
-def draw_samples(samples: Sequence[Sample], class_names: Sequence[str], path: str | Path, title: str) -> None:
+def draw_samples(samples: Sequence[Sample], path: str | Path, title: str) -> None:
     """Write a PNG with the images, four a row, their boxes and names.
 
-    Images are scaled to fit 448 x 256 pixels, small ones up. Every box carries its class; of more than ten boxes only
-    the largest of each class does, with the number of boxes.
+    Images are scaled to fit 448 x 256 pixels, small ones up. Every box carries its label; of more than ten boxes
+    only the largest of each label does, with the number of boxes.
 
     Args:
         samples: 1 or more, drawn in this order, row by row.
-        class_names: names of the class indices.
         path: the file to write; it appears whole or not at all, in a folder that exists.
         title: a line above.
 
@@ -75,21 +74,20 @@ def draw_samples(samples: Sequence[Sample], class_names: Sequence[str], path: st
         scaled = np.clip(np.asarray(sample.boxes, dtype=np.float64).reshape(-1, 4) * scale, 0, limit)
         placed = [tuple(box) for box in (scaled + np.array(corner * 2)).tolist()]
         colors = [class_color(int(index)) for index in sample.classes]
-        draw_boxes(draw, placed, colors, _labels(sample, class_names), (left, top, left + cell_width, bottom))
+        draw_boxes(draw, placed, colors, _labels(sample), (left, top, left + cell_width, bottom))
         draw.text((left + cell_width / 2, bottom + 2), sample.name, INK, font(NAME_SIZE), anchor="mt")
     with appearing(Path(path)) as part:
         sheet.save(part, format="PNG")
 
 
-def _labels(sample: Sample, class_names: Sequence[str]) -> list[str]:
+def _labels(sample: Sample) -> list[str]:
     """Return what is written at each box, ``""`` for nothing."""
-    names = [class_names[index] for index in sample.classes]
-    if len(names) <= CROWDED:
-        return [name + mark for name, mark in zip(names, sample.marks, strict=True)]
+    if len(sample.labels) <= CROWDED:
+        return list(sample.labels)
     areas = np.prod(sample.boxes[:, 2:] - sample.boxes[:, :2], axis=1)
-    labels = [""] * len(names)
-    for index in np.unique(sample.classes):
-        alike = np.flatnonzero(sample.classes == index)
+    written = [""] * len(sample.labels)
+    for label in dict.fromkeys(sample.labels):
+        alike = [index for index, other in enumerate(sample.labels) if other == label]
         number = f" \u00d7 {len(alike)}" if len(alike) > 1 else ""
-        labels[alike[areas[alike].argmax()]] = class_names[index] + number
-    return labels
+        written[max(alike, key=areas.__getitem__)] = label + number
+    return written
