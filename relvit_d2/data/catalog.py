@@ -19,6 +19,7 @@ from detectron2.data.datasets.builtin_meta import _get_builtin_metadata
 from detectron2.data.datasets.pascal_voc import CLASS_NAMES as VOC_CLASSES
 
 from relvit_d2.data.folder import list_images
+from relvit_d2.data.places import dataset_root, refuse_stray
 from relvit_d2.data.records import Record, existing
 from relvit_d2.data.streets import ensure_streets
 from relvit_d2.data.svhn import CLASS_NAMES as DIGITS
@@ -51,11 +52,6 @@ class DatasetEntry:
 
 
 DATASETS: Registry[DatasetEntry] = Registry("data set")
-
-
-def dataset_root() -> Path:
-    """Return ``$DETECTRON2_DATASETS``, or ``datasets`` in the working directory as Detectron2 does."""
-    return Path(os.environ.get("DETECTRON2_DATASETS") or "datasets").expanduser()
 
 
 def register_all() -> None:
@@ -185,6 +181,8 @@ def _find(what: str, *places: str) -> Path:
     root = dataset_root()
     for place in places:
         if (root / place).exists():
+            if (root / place).is_file():
+                refuse_stray(root / place)
             return root / place
     value = os.environ.get("DETECTRON2_DATASETS")
     state = f"is '{value}'" if value else f"is not set, so it stands for {root.absolute()}"

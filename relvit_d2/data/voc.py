@@ -7,6 +7,7 @@ from xml.etree.ElementTree import Element, ParseError
 from defusedxml import ElementTree
 from detectron2.structures import BoxMode
 
+from relvit_d2.data.places import refuse_stray
 from relvit_d2.data.records import Record, check_unique, checked_box, checked_name, existing
 from relvit_d2.errors import UserError, nearest
 
@@ -49,6 +50,7 @@ def voc_images(root: Path, split: str, skip_missing: bool = False) -> list[Path]
         UserError: the list is missing, empty, holds an id twice or none that is a file name, or an image is missing.
     """
     path = root / "ImageSets" / "Main" / f"{split}.txt"
+    refuse_stray(path)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -61,6 +63,7 @@ def voc_images(root: Path, split: str, skip_missing: bool = False) -> list[Path]
 
 
 def _read_annotation(path: Path, image: Path, category_ids: dict[str, int]) -> Record:
+    refuse_stray(path)
     try:
         tree = ElementTree.parse(path).getroot()
     except FileNotFoundError as error:
