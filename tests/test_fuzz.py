@@ -6,8 +6,10 @@
 import os
 import resource
 import shutil
+import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,16 +20,19 @@ from hypothesis import strategies as st
 from relvit_d2.data.catalog import DATASETS
 from relvit_d2.errors import UserError
 
+MEMORY = Path("/dev/shm")  # a file system in memory: most of a spoilt set's time is its files' otherwise
+
 
 @pytest.fixture
-def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path, Path, Path]:
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, Path, Path, Path]]:
     """A sound set's place, a data root, a folder beside it that nobody may read, and the user's cache."""
-    folders = sound, root, outside, cache = (tmp_path / name for name in ("sound", "root", "outside", "cache"))
-    for folder in folders:
-        folder.mkdir()
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(root))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    return sound, root, outside, cache
+    with tempfile.TemporaryDirectory(dir=MEMORY if os.access(MEMORY, os.W_OK) else tmp_path) as place:
+        sound, root, outside, cache = (Path(place, name) for name in ("sound", "root", "outside", "cache"))
+        for folder in (sound, root, outside, cache):
+            folder.mkdir()
+        monkeypatch.setenv("DETECTRON2_DATASETS", str(root))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        yield sound, root, outside, cache
 
 
 def start(sound: Path, root: Path, outside: Path) -> None:
