@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -172,10 +173,11 @@ def of_catalog(make: Callable[[Path], None], name: str) -> Reader:
 
 READERS = {
     "voc": of_catalog(make_voc, "voc_2007_train"),
-    "coco": of_catalog(make_coco, "coco_2017_val"),
     "svhn": of_catalog(make_svhn, "svhn_test"),
     "images": Reader(make_images, read_images, links=True),
 }
+if find_spec("relvit_d2.data.coco"):
+    READERS["coco"] = of_catalog(make_coco, "coco_2017_val")
 if "kitti_train" in DATASETS:
     READERS["kitti"] = of_catalog(make_kitti, "kitti_train")
 
@@ -217,8 +219,8 @@ def nothing_else_is_opened(*allowed: Path) -> Iterator[None]:
     _watched = []
     try:
         yield
-        own = {*map(os.path.realpath, (sys.prefix, sys.base_prefix, Path(__file__).parents[1], "/proc", "/dev/null"))}
-        roots = {*own, *map(os.path.realpath, allowed)}
+        python = [Path(place) for place in (sys.prefix, sys.base_prefix, "/proc", "/dev/null")]
+        roots = {os.path.realpath(place) for place in (*python, Path(__file__).parents[1], *allowed)}
         strays = [
             path for path in _watched if not any(path == root or path.startswith(root + os.sep) for root in roots)
         ]

@@ -111,7 +111,8 @@ def test_a_reader_writes_nothing_into_the_data_and_bears_a_full_disk(
 
 def test_no_set_of_the_catalog_is_without_a_reader_here() -> None:
     families = {name.partition("_")[0] for name in DATASETS}
-    assert families - {"streets"} <= set(READERS)  # streets are drawn here and read by SVHN's reader
+    # Streets are drawn here and read by SVHN's reader, COCO by Detectron2's until the package has its own.
+    assert families - {"streets", "coco"} <= set(READERS)
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
