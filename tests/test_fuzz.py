@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fuzzing import READERS, outcome, spoil
+from fuzzing import READERS, outcome
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from mutations import spoil
 
 from relvit_d2.data.catalog import DATASETS
 from relvit_d2.errors import UserError
