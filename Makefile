@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test test-slow check clean
+.PHONY: setup demo test test-slow fuzz check clean
 
 setup:
 	@$(PYTHON) tools/setup_env.py
@@ -19,6 +19,10 @@ test: check
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# Every reader on data sets spoilt at random.
+fuzz: $(READY)
+	$(BIN)/python -m pytest tests/test_fuzz.py --fuzz 2500 -q
 
 check: $(READY)
 	$(BIN)/ruff check .

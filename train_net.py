@@ -7,7 +7,8 @@ from pathlib import Path
 
 from detectron2.utils import comm
 
-from relvit_d2.data.catalog import keep_splits
+from relvit_d2.data.catalog import get_metadata, keep_splits
+from relvit_d2.data.check import before_training
 from relvit_d2.data.own import config_pairs, register_own
 from relvit_d2.detection.model import build_detector
 from relvit_d2.detection.run import build_trainer, evaluate, evaluation_sets, settle, training_records
@@ -37,6 +38,8 @@ def main(args: argparse.Namespace) -> None:
     cfg = settle(asked, records)
     if asked.MODEL.MASK_ON and not cfg.MODEL.MASK_ON:
         logger.info("the data have boxes without masks: the mask head is off")
+    if not args.eval_only:
+        before_training(cfg, records, tests, get_metadata(cfg.DATASETS.TRAIN[0]).thing_classes)
     model = build_detector(cfg)
     if args.eval_only:
         keep_config(cfg, SCRIPT)

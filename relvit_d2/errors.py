@@ -5,8 +5,12 @@ class UserError(Exception):
     """A fault in what the user gave: a file, a key, a class, an argument.
 
     The message is one sentence that names the thing and the mend. The scripts catch it once,
-    print it and end with exit status 1; ``RELVIT_DEBUG=1`` shows the traceback instead.
+    print it and end with exit status 1; ``RELVIT_DEBUG=1`` shows the traceback instead. Line breaks, which names of
+    files and classes may hold, become blanks.
     """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(" ".join(str(message).splitlines()))
 
 
 def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:

@@ -172,9 +172,65 @@ def endless_name(file: h5py.File) -> None:
     file["digitStruct/name"][...] = np.array([[huge.ref]], h5py.ref_dtype)
 
 
+def one_number(file: h5py.File, **storage: Any) -> None:
+    """Put a sound number with another storage in the place of a digit's top."""
+    cell = file.create_dataset("#refs#/cell", (1, 1), np.float64, **storage)
+    file["#refs#/b0/top"][...] = np.array([[cell.ref]] * 2, h5py.ref_dtype)
+
+
+def other_file(file: h5py.File) -> Path:
+    """The same labels beside the data."""
+    target = Path(file.filename).parent.with_suffix(".mat")
+    file.flush()
+    shutil.copy(file.filename, target)
+    return target
+
+
+def link_to_another_file(file: h5py.File) -> None:
+    target = other_file(file)
+    del file["#refs#/b0/label"]
+    file["#refs#/b0/label"] = h5py.ExternalLink(str(target), "/#refs#/b0/label")
+
+
+def structure_in_another_file(file: h5py.File) -> None:
+    target = other_file(file)
+    del file["digitStruct"]
+    file["digitStruct"] = h5py.ExternalLink(str(target), "/digitStruct")
+
+
+def link_by_path_to_another_file(file: h5py.File) -> None:
+    file["other"] = h5py.ExternalLink(str(other_file(file)), "/#refs#/b0")
+    del file["#refs#/b0/label"]
+    file["#refs#/b0/label"] = h5py.SoftLink("/other/label")
+
+
+def numbers_in_another_file(file: h5py.File) -> None:
+    raw = other_file(file).with_suffix(".raw")
+    raw.write_bytes(np.ones(1).tobytes())
+    one_number(file, external=[(str(raw), 0, 8)])
+
+
+def number_that_is_virtual(file: h5py.File) -> None:
+    layout = h5py.VirtualLayout((1, 1), np.float64)
+    layout[...] = h5py.VirtualSource(str(other_file(file)), "#refs#/0left0", (1, 1))
+    cell = file.create_virtual_dataset("#refs#/cell", layout)
+    file["#refs#/b0/top"][...] = np.array([[cell.ref]] * 2, h5py.ref_dtype)
+
+
+def endless_rows(file: h5py.File) -> None:
+    del file["digitStruct/name"]
+    file.create_dataset("digitStruct/name", (10**9, 1), h5py.ref_dtype, chunks=(1000, 1))
+
+
 @pytest.mark.parametrize(
     "damage",
     [
+        link_to_another_file,
+        structure_in_another_file,
+        link_by_path_to_another_file,
+        numbers_in_another_file,
+        number_that_is_virtual,
+        endless_rows,
         break_struct,
         break_field,
         break_length,

@@ -24,6 +24,7 @@ from relvit_d2.data.cache import cache_root
 from relvit_d2.data.coco import coco_images, load_coco
 from relvit_d2.data.folder import is_source, list_images, unlabelled_images
 from relvit_d2.data.kitti import CLASS_SETS, kitti_ids, load_kitti, random_split, sequence_split
+from relvit_d2.data.places import dataset_root, refuse_stray
 from relvit_d2.data.records import Record, existing
 from relvit_d2.data.streets import ensure_streets
 from relvit_d2.data.svhn import CLASS_NAMES as DIGITS
@@ -61,11 +62,6 @@ class DatasetEntry:
 DATASETS: Registry[DatasetEntry] = Registry("data set")
 
 _own: dict[str, DatasetEntry] = {}  # of the user, by name
-
-
-def dataset_root() -> Path:
-    """Return ``$DETECTRON2_DATASETS``, or ``datasets`` in the working directory as Detectron2 does."""
-    return Path(os.environ.get("DETECTRON2_DATASETS") or "datasets").expanduser()
 
 
 def register_all() -> None:
@@ -160,15 +156,20 @@ def get_images(name: str, skip_missing: bool = False) -> list[ImageFile]:
         UserError: an unknown name, or missing data.
     """
     base, take = _subset(name)
-    if Path(name).is_dir():
-        base, take = name, list
-    known = base in DATASETS or base in _own or base in DatasetCatalog
-    if os.sep in base or (not known and is_source(base)):
+    if is_folder(name):
+        base, take = (name, list) if Path(name).is_dir() else (base, take)
         return take(unlabelled_images(base))
     resolve(name)
     if entry := _entry(base):
         return take(entry.images(skip_missing))
     return [Path(record["file_name"]) for record in get_records(name, skip_missing)]
+
+
+def is_folder(name: str) -> bool:
+    """Whether :func:`get_images` takes ``name`` for a folder, or what else images come from, not for a data set."""
+    base, _ = _subset(name)
+    known = base in DATASETS or base in _own or base in DatasetCatalog
+    return (Path(name).is_dir() and (os.sep in name or not known)) or os.sep in base or (not known and is_source(base))
 
 
 def _existing_records(records: list[Record], where: str, skip_missing: bool) -> list[Record]:
@@ -242,6 +243,8 @@ def _find(what: str, *places: str) -> Path:
     root = dataset_root()
     for place in places:
         if (root / place).exists():
+            if (root / place).is_file():
+                refuse_stray(root / place)
             return root / place
     value = os.environ.get("DETECTRON2_DATASETS")
     state = f"is '{value}'" if value else f"is not set, so it stands for {root.absolute()}"

@@ -18,6 +18,7 @@ from pathlib import Path
 from detectron2.structures import BoxMode
 
 from relvit_d2.data.decode import image_size
+from relvit_d2.data.places import refuse_stray
 from relvit_d2.data.records import Record, checked_box, checked_name
 from relvit_d2.errors import UserError, nearest
 
@@ -174,6 +175,7 @@ def _quarter(count: int) -> int:
 
 
 def _read_text(path: Path) -> str:
+    refuse_stray(path)
     try:
         return path.read_text(encoding="ascii")
     except (OSError, UnicodeDecodeError) as error:
@@ -183,6 +185,7 @@ def _read_text(path: Path) -> str:
 
 def _read_record(folder: Path, image_id: str, class_names: Sequence[str]) -> Record:
     image, label = folder / "image_2" / f"{image_id}.png", folder / "label_2" / f"{image_id}.txt"
+    refuse_stray(image)
     width, height = image_size(image)
     annotations: list[Record] = []
     for number, line in enumerate(_read_text(label).splitlines(), start=1):

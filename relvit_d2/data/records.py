@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from relvit_d2.data.places import refuse_stray
 from relvit_d2.errors import UserError, nearest
 
 Record = dict[str, Any]
@@ -203,14 +204,20 @@ def existing(images: Sequence[Path], where: str, skip_missing: bool) -> list[Pat
         skip_missing: leave out the absent ones and name the first few in the log.
 
     Raises:
-        UserError: an image is absent and ``skip_missing`` is not set, or none exists.
+        UserError: an image is absent and ``skip_missing`` is not set, none exists, or one is a link to elsewhere (see
+            :func:`relvit_d2.data.places.refuse_stray`).
     """
     # One listing a folder: asking for each of 100,000 files takes minutes on a network disk.
-    folders = {
-        folder: {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-        for folder in {image.parent for image in images}
-    }
+    folders: dict[Path, dict[str, bool]] = {}
+    for folder in {image.parent for image in images}:
+        folders[folder] = {}
+        if folder.is_dir():
+            with os.scandir(folder) as entries:
+                folders[folder] = {entry.name: entry.is_symlink() for entry in entries}
     found = [image for image in images if image.name in folders[image.parent]]
+    for image in found:
+        if folders[image.parent][image.name]:
+            refuse_stray(image)
     if len(found) == len(images):
         return found
     missing = [image for image in images if image.name not in folders[image.parent]]

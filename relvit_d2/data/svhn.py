@@ -8,14 +8,16 @@ itself where there is one digit and references to numbers where there are more. 
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 from detectron2.structures import BoxMode
-from h5py import h5d, h5r, h5s, h5t
+from h5py import h5d, h5g, h5l, h5o, h5r, h5s, h5t
 
 from relvit_d2.data.cache import Labels, cached
 from relvit_d2.data.decode import image_size
+from relvit_d2.data.places import refuse_stray
 from relvit_d2.data.records import Record, check_unique, checked_name, existing
 from relvit_d2.errors import UserError
 
@@ -27,6 +29,10 @@ LABELS = frozenset(range(1, 11))
 LONGEST_COLUMN = 255
 """Most characters in a name, most digits in an image: a damaged file must not ask for gigabytes of memory."""
 
+MOST_IMAGES = 10_000_000
+"""In one file, for the same reason; SVHN's largest split has 202,353."""
+
+_FIELDS = tuple(field.encode() for field in FIELDS)
 _REFERENCE = h5t.py_create(h5py.ref_dtype)
 
 
@@ -117,9 +123,11 @@ def _read_rows(path: Path) -> list[tuple[str, list[tuple[float, ...]]]]:
     """Return for every image its name and its digits, each ``FIELDS`` as floats."""
     if not path.is_file():
         raise UserError(f"the label file {path} is missing: unpack SVHN's format 1 archive there")
+    refuse_stray(path)
     try:
         with h5py.File(path, "r") as file:
-            names, boxes = (file["digitStruct"][column][()].ravel() for column in ("name", "bbox"))
+            struct = _member(file.id, b"digitStruct")
+            names, boxes = (_references(_member(struct, column)) for column in (b"name", b"bbox"))
             pairs = zip(names, boxes, strict=True)
             return [_read_row(file, *pair, f"{path}, row {row}") for row, pair in enumerate(pairs, start=1)]
     # What h5py raises on a damaged file depends on where the damage is.
@@ -134,7 +142,7 @@ def _read_row(
     codes = _column(h5r.dereference(name, file.id), np.dtype(np.uint16), h5t.NATIVE_UINT16)
     text = checked_name(codes.tobytes().decode("utf-16"), where)
     group = h5r.dereference(bbox, file.id)
-    columns = [_numbers(file, h5d.open(group, field.encode())) for field in FIELDS]
+    columns = [_numbers(file, _member(group, field)) for field in _FIELDS]
     digits = list(zip(*columns, strict=True))
     for digit in digits:
         if digit[4] not in LABELS or not all(map(math.isfinite, digit)):
@@ -154,9 +162,30 @@ def _numbers(file: h5py.File, column: h5d.DatasetID) -> list[float]:
     value, one = np.empty(1), h5s.create_simple((1,))
     numbers = []
     for reference in references:
-        h5r.dereference(reference, file.id).read(one, h5s.ALL, value, mtype=h5t.NATIVE_DOUBLE)
+        _in_file(h5r.dereference(reference, file.id)).read(one, h5s.ALL, value, mtype=h5t.NATIVE_DOUBLE)
         numbers.append(value.item())
     return numbers
+
+
+def _member(group: h5g.GroupID, name: bytes) -> Any:
+    """Return what a group holds under a name; links by path, which may lead to another file, are refused."""
+    if group.links.get_info(name).type != h5l.TYPE_HARD:
+        raise ValueError(f"'{name.decode()}' is a link")
+    return h5o.open(group, name)
+
+
+def _in_file(dataset: h5d.DatasetID) -> h5d.DatasetID:
+    """Return a dataset whose numbers lie in its own file, not in another one that it names."""
+    storage = dataset.get_create_plist()
+    if storage.get_layout() == h5d.VIRTUAL or storage.get_external_count():
+        raise ValueError("a column that is stored in another file")
+    return dataset
+
+
+def _references(dataset: h5d.DatasetID) -> np.ndarray:
+    if math.prod(dataset.shape) > MOST_IMAGES:
+        raise ValueError(f"{math.prod(dataset.shape)} images")
+    return h5py.Dataset(_in_file(dataset))[()].ravel()
 
 
 def _column(dataset: h5d.DatasetID, dtype: np.dtype, memory_type: h5t.TypeID) -> np.ndarray:
@@ -164,5 +193,5 @@ def _column(dataset: h5d.DatasetID, dtype: np.dtype, memory_type: h5t.TypeID) ->
     if length > LONGEST_COLUMN:
         raise ValueError(f"a column of {length} entries")
     values = np.empty(dataset.shape, dtype)
-    dataset.read(h5s.ALL, h5s.ALL, values, mtype=memory_type)
+    _in_file(dataset).read(h5s.ALL, h5s.ALL, values, mtype=memory_type)
     return values.ravel()

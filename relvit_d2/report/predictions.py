@@ -66,7 +66,7 @@ def detections_sheet(rows: Sequence[DetectionRow], class_names: Sequence[str], t
     """
     if not rows:
         raise ValueError("detections_sheet needs at least one image")
-    panels = [_fit(row.image) for row in rows]
+    panels = [fit(row.image) for row in rows]
     cell_width = max(PANEL_HEIGHT, *(panel.width for panel in panels))  # never too narrow for a label
     pair_width = 2 * cell_width + PAIR_GAP
     columns = max(1, min(3, len(rows), (SHEET_WIDTH - 2 * BORDER + GAP) // (pair_width + GAP)))
@@ -79,11 +79,11 @@ def detections_sheet(rows: Sequence[DetectionRow], class_names: Sequence[str], t
     sheet = Image.new("RGB", (2 * BORDER + columns * (pair_width + GAP) - GAP, tops[-1] + BORDER), PAPER)
     draw = ImageDraw.Draw(sheet)
     if title:
-        draw.text((BORDER, BORDER), title, INK, _font(FONT_SIZE + 7), anchor="lt")
+        draw.text((BORDER, BORDER), title, INK, font(FONT_SIZE + 7), anchor="lt")
     for column in range(columns):
         left = BORDER + column * (pair_width + GAP)
         for caption, x in (("truth", left), ("detections", left + cell_width + PAIR_GAP)):
-            draw.text((x + cell_width // 2, header), caption, INK, _font(FONT_SIZE + 3), anchor="mt")
+            draw.text((x + cell_width // 2, header), caption, INK, font(FONT_SIZE + 3), anchor="mt")
 
     for index, (row, panel) in enumerate(zip(rows, panels, strict=True)):
         line, column = divmod(index, columns)
@@ -101,7 +101,7 @@ def detections_sheet(rows: Sequence[DetectionRow], class_names: Sequence[str], t
             limit = np.array([panel.width - 1, panel.height - 1] * 2)
             scaled = np.clip(np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * scale, 0, limit)
             placed = [tuple(box) for box in (scaled + np.array(corner * 2)).tolist()]
-            _draw_boxes(draw, placed, [class_color(int(c)) for c in classes], texts, cell)
+            draw_boxes(draw, placed, [class_color(int(c)) for c in classes], texts, cell)
     return sheet
 
 
@@ -134,7 +134,7 @@ def annotated(
     placed = np.clip(boxes.reshape(-1, 4) * scale, 0, np.array([size[0] - 1, size[1] - 1] * 2))
     texts = [f"{class_names[int(c)]} {s:.2f}" for c, s in zip(classes, scores, strict=True)]
     zoom = max(1.0, max(size) / LEAST_SIDE * 0.75)
-    _draw_boxes(ImageDraw.Draw(picture), [tuple(box) for box in placed.tolist()], colors, texts, (0, 0, *size), zoom)
+    draw_boxes(ImageDraw.Draw(picture), [tuple(box) for box in placed.tolist()], colors, texts, (0, 0, *size), zoom)
     return picture
 
 
@@ -149,11 +149,12 @@ def class_color(index: int) -> Color:
     return mixed[0], mixed[1], mixed[2]
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """Return the font of all pictures in a size of pixels."""
     return ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
-def _fit(image: np.ndarray) -> Image.Image:
+def fit(image: np.ndarray) -> Image.Image:
     """Return the (H, W, 3) image scaled to the greatest size that fits a panel, its aspect kept."""
     height, width = image.shape[:2]
     scale = min(PANEL_WIDTH / width, PANEL_HEIGHT / height)
@@ -169,25 +170,27 @@ def _contrast(color: Color) -> Color:
     return (0, 0, 0) if (luminance + 0.05) ** 2 > 0.05 * 1.05 else (255, 255, 255)
 
 
-def _draw_boxes(
+def draw_boxes(
     draw: ImageDraw.ImageDraw, boxes: list[Box], colors: list[Color], texts: list[str], cell: Box, zoom: float = 1.0
 ) -> None:
     """Draw boxes, in pixels of the sheet, and on top of all of them their labels, inside the cell.
 
-    Lines and letters are ``zoom`` times as large as on a sheet.
+    A label ``""`` is none. Lines and letters are ``zoom`` times as large as on a sheet.
     """
-    font, line = _font(round(FONT_SIZE * zoom)), round(BOX_WIDTH * zoom)
+    face, line = font(round(FONT_SIZE * zoom)), round(BOX_WIDTH * zoom)
     for (x0, y0, x1, y1), color in zip(boxes, colors, strict=True):
         rim = (x0 - HALO, y0 - HALO, x1 + HALO, y1 + HALO)
         draw.rectangle(rim, outline=_contrast(color), width=line + 2 * HALO)
         draw.rectangle((x0, y0, x1, y1), outline=color, width=line)
     taken: list[Box] = []
     for box, color, text in zip(boxes, colors, texts, strict=True):
-        width, height = font.getlength(text) + 2 * LABEL_PADDING, sum(font.getmetrics())
+        if not text:
+            continue
+        width, height = face.getlength(text) + 2 * LABEL_PADDING, sum(face.getmetrics())
         label = _place_label(box, width, height, cell, boxes, taken)
         taken.append(label)
         draw.rectangle(label, fill=color)
-        draw.text((label[0] + LABEL_PADDING, label[1] + height / 2), text, _contrast(color), font, anchor="lm")
+        draw.text((label[0] + LABEL_PADDING, label[1] + height / 2), text, _contrast(color), face, anchor="lm")
 
 
 def _place_label(box: Box, width: float, height: float, cell: Box, boxes: list[Box], taken: list[Box]) -> Box:

@@ -1,0 +1,288 @@
+"""What spoils the files of a data set, by their ending."""
+
+import filecmp
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from test_bad_input import huge_png
+
+from relvit_d2.data.folder import EXTENSIONS
+
+SECRET = "secret"
+NUMBERS = (
+    "nan",
+    "inf",
+    "-inf",
+    "1e308",
+    "-1e308",
+    "1e999",
+    "-1",
+    "0",
+    "0.5",
+    "1e-320",
+    "9" * 400,
+    "0x1F",
+    "1_0",
+    "٣",
+    "",
+)
+NAMES = ("", ".", "..", "a/b", "a\\b", "C:\\a", "a\0b", "\u202e", "x" * 300, "~", "%2e%2e", " ", "\ud800", "é", "a\nb")
+
+
+def nasty_name(draw: random.Random, outside: Path) -> str:
+    """A name that no file of a set should have."""
+    ups = "../" * draw.randint(1, 8)
+    return draw.choice((*NAMES, f"{ups}{outside.name}/{SECRET}", str(outside / SECRET), f"../{SECRET}"))
+
+
+def nasty_text(draw: random.Random, outside: Path) -> str:
+    """A number or a name."""
+    return draw.choice(NUMBERS) if draw.random() < 0.5 else nasty_name(draw, outside)
+
+
+def encoded(text: str) -> bytes:
+    """Bytes of a text that may not be one."""
+    return text.encode("utf-8", "surrogatepass")
+
+
+Mutation = Callable[[Path, random.Random, Path], None]
+
+
+def flip(path: Path, draw: random.Random, outside: Path) -> None:
+    data = bytearray(path.read_bytes())
+    for _ in range(draw.randint(1, 8) if data else 0):
+        data[draw.randrange(len(data))] = draw.randrange(256)
+    path.write_bytes(data)
+
+
+def cut(path: Path, draw: random.Random, outside: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: draw.randint(0, len(data))])
+
+
+def stir(path: Path, draw: random.Random, outside: Path) -> None:
+    data = path.read_bytes()
+    first, last = sorted(draw.randint(0, len(data)) for _ in range(2))
+    path.write_bytes(
+        data[:first] + draw.choice((b"", draw.randbytes(9), data[first:last] * 2, b"\0" * 50)) + data[last:]
+    )
+
+
+def empty(path: Path, draw: random.Random, outside: Path) -> None:
+    path.write_bytes(b"")
+
+
+def remove(path: Path, draw: random.Random, outside: Path) -> None:
+    path.unlink()
+
+
+def folder_instead(path: Path, draw: random.Random, outside: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def link_out(path: Path, draw: random.Random, outside: Path) -> None:
+    """A link to a sound file outside of the root: all is right but its place."""
+    target = outside / f"linked{path.suffix}"
+    shutil.copy(path, target)
+    path.unlink()
+    path.symlink_to(target if draw.random() < 0.5 else os.path.relpath(target, path.parent))
+
+
+def link_to_itself(path: Path, draw: random.Random, outside: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def foreign_name(path: Path, draw: random.Random, outside: Path) -> None:
+    """A second file whose name is no UTF-8."""
+    shutil.copy(path, os.fsdecode(os.fsencode(path.parent) + b"/\xff\xfe" + os.fsencode(path.suffix)))
+
+
+def neighbour(path: Path, draw: random.Random, outside: Path) -> None:
+    """The content of another file of the set."""
+    others = sorted(other for other in path.parent.parent.rglob("*") if other.is_file())
+    path.write_bytes(draw.choice(others).read_bytes() if others else b"")
+
+
+def xml_text(path: Path, draw: random.Random, outside: Path) -> None:
+    text = path.read_text()
+    spot = draw.choice(list(re.finditer(r">([^<>]+)<", text)) or [re.search("", text)])
+    assert spot
+    path.write_bytes(encoded(text[: spot.start() + 1] + nasty_text(draw, outside) + text[max(spot.end() - 1, 0) :]))
+
+
+def xml_element(path: Path, draw: random.Random, outside: Path) -> None:
+    text = path.read_text()
+    spots = list(re.finditer(r"<(\w+)>(?:(?!<\1>).)*?</\1>", text, re.S))
+    if spots:
+        spot = draw.choice(spots)
+        instead = draw.choice(("", spot[0] * 2, f"<{spot[1]}/>", f"<part>{spot[0]}</part>"))
+        path.write_text(text[: spot.start()] + instead + text[spot.end() :])
+
+
+def xml_bomb(path: Path, draw: random.Random, outside: Path) -> None:
+    text = path.read_text()
+    (outside / SECRET).write_text("dog")
+    head = draw.choice(
+        (
+            '<!DOCTYPE x [<!ENTITY a0 "ha">'
+            + "".join(f'<!ENTITY a{i} "{f"&a{i - 1};" * 10}">' for i in range(1, 12))
+            + "]>",
+            f'<!DOCTYPE x [<!ENTITY a11 SYSTEM "file://{outside / SECRET}">]>',
+            f'<!DOCTYPE x SYSTEM "file://{outside / SECRET}">',
+            '<!DOCTYPE x [<!ENTITY % p SYSTEM "http://127.0.0.1:9/x"> %p;]>',
+            '<?xml version="1.0" encoding="utf-7"?>',
+            '<?xml version="1.0" encoding="no-such"?>',
+        )
+    )
+    path.write_text(head + text.replace("dog", "&a11;" if "a11" in head else "dog", 1))
+
+
+def xml_depth(path: Path, draw: random.Random, outside: Path) -> None:
+    depth = draw.choice((100, 100, 100, 20_000))
+    path.write_text(path.read_text().replace("<object>", "<a>" * depth + "</a>" * depth + "<object>", 1))
+
+
+def json_node(path: Path, draw: random.Random, outside: Path) -> None:
+    """Change, remove or double something somewhere; the few long lists do not hide the small ones."""
+    document = json.loads(path.read_text())
+    node, depth = document, draw.randint(1, 5)
+    while True:
+        keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+        key = draw.choice(keys) if keys else None
+        depth -= 1
+        if key is None or depth == 0 or not isinstance(node[key], dict | list):
+            break
+        node = node[key]
+    values: tuple[Any, ...] = (None, True, "", [], {}, [[]], float("nan"), float("inf"), 1e308, -1, 0, 10**30, "1")
+    values += (nasty_name(draw, outside), [1, 2], [1, 2, 3, "x"], {"size": [1, 2], "counts": "\x7f"}, [0, 0, 0, 0])
+    if key is not None:
+        action = draw.randrange(4)
+        if action == 0:
+            del node[key]
+        elif action == 1 and isinstance(node, list):
+            node.append(node[key])
+        else:
+            node[key] = draw.choice(values)
+    path.write_text(json.dumps(document))
+
+
+def json_depth(path: Path, draw: random.Random, outside: Path) -> None:
+    path.write_text(
+        draw.choice(("[" * 100_000, '{"images":' * 50_000, "[]", "3", '{"images": [], "images": 3}', "null"))
+    )
+
+
+def text_field(path: Path, draw: random.Random, outside: Path) -> None:
+    lines = [line.split(" ") for line in path.read_text().split("\n")]
+    line = draw.choice(lines)
+    line[draw.randrange(len(line))] = nasty_text(draw, outside)
+    path.write_bytes(encoded("\n".join(map(" ".join, lines))))
+
+
+def text_line(path: Path, draw: random.Random, outside: Path) -> None:
+    lines = path.read_text().split("\n")
+    spot = draw.randrange(len(lines))
+    lines[spot : spot + 1] = draw.choice(
+        ([], lines[spot : spot + 1] * 2, [" ".join(lines[spot].split()[:-1])], ["\ufeff"])
+    )
+    path.write_text(draw.choice(("\n", "\r\n", "\x85")).join(lines))
+
+
+def hdf5_node(path: Path, draw: random.Random, outside: Path) -> None:
+    """Remove an object, or put one of another type, size, storage or a link in its place."""
+    with h5py.File(path, "r+") as file:
+        names: list[str] = []
+        file.visit(names.append)
+        name = draw.choice(names)
+        node = file[name]
+        if isinstance(node, h5py.Dataset) and draw.random() < 0.7:
+            column = node.dtype == h5py.ref_dtype
+            objects = [file[other].ref for other in draw.sample(names, min(5, len(names)))] + [h5py.Reference()]
+            if draw.random() < 0.6:
+                shape = node.shape
+                values: Any = (
+                    np.array(draw.choices(objects, k=node.size), h5py.ref_dtype).reshape(shape)
+                    if column
+                    else np.full(shape, draw.choice((np.nan, np.inf, -1e308, 1e308, -1, 0, 300))).astype(node.dtype)
+                )
+                node[...] = values
+                return
+            del file[name]
+            other: Any = draw.choice(
+                (np.ones((1, 1)), np.ones(3), "text", np.ones((2, 2), np.complex64), np.zeros((0, 1)), h5py.Empty("f"))
+            )
+            file[name] = other
+            return
+        del file[name]
+        file[name] = draw.choice((h5py.SoftLink("/" + name), h5py.SoftLink("/digitStruct"), h5py.SoftLink("/nowhere")))
+
+
+def hdf5_outside(path: Path, draw: random.Random, outside: Path) -> None:
+    """The same labels, but part of them lies in a file outside of the root."""
+    target = outside / "labels.h5"
+    shutil.copy(path, target)
+    with h5py.File(path, "r+") as file:
+        name = draw.choice(("digitStruct", "digitStruct/name", "#refs#/b0/left", "#refs#/n0", "#refs#/b1/label"))
+        node = file[name]
+        if isinstance(node, h5py.Dataset) and node.dtype != h5py.ref_dtype and draw.random() < 0.6:
+            values, raw = node[...], outside / "values"
+            raw.write_bytes(values.tobytes())
+            inner = file["#refs#/b0"] if name == "#refs#/b0/left" else None
+            if inner is not None and draw.random() < 0.5:
+                layout = h5py.VirtualLayout(values.shape, values.dtype)
+                layout[...] = h5py.VirtualSource(str(target), name, values.shape)
+                del file[name]
+                file.create_virtual_dataset(name, layout)
+            else:
+                del file[name]
+                file.create_dataset(name, values.shape, values.dtype, external=[(str(raw), 0, h5py.h5f.UNLIMITED)])
+            if name == "#refs#/n0":
+                references = file["digitStruct/name"][...]
+                references[0] = file[name].ref
+                file["digitStruct/name"][...] = references
+        else:
+            del file[name]
+            file[name] = h5py.ExternalLink(str(target), "/" + name)
+
+
+def huge_image(path: Path, draw: random.Random, outside: Path) -> None:
+    path.write_bytes(huge_png())
+
+
+ANY: tuple[Mutation, ...] = (cut, empty, remove, folder_instead, link_out, link_to_itself, foreign_name, neighbour)
+BY_ENDING: dict[str, tuple[Mutation, ...]] = {
+    ".xml": (xml_text, xml_text, xml_text, xml_element, xml_element, xml_bomb, xml_depth, flip, stir),
+    ".json": (*[json_node] * 20, json_depth, flip, stir),
+    ".txt": (text_field, text_field, text_field, text_line, flip, stir),
+    ".mat": (*[hdf5_node] * 5, hdf5_outside),
+    **dict.fromkeys(EXTENSIONS, (flip, flip, stir, huge_image)),
+}
+
+
+def spoil(root: Path, outside: Path, seed: int, sound: Path) -> str:
+    """Spoil one file of a data root, a copy of ``sound``; return what was done."""
+    draw = random.Random(seed)
+    files = sorted(path for path in root.rglob("*") if path.is_file() and not path.is_symlink())
+    if not files:
+        return "nothing left"
+    # Labels decide more than pixels.
+    path = draw.choices(files, [1.0 if file.suffix in EXTENSIONS else 5.0 for file in files])[0]
+    mutation = draw.choice(BY_ENDING.get(path.suffix.lower(), (flip, stir)) if draw.random() < 0.75 else ANY)
+    first = sound / path.relative_to(root)
+    if mutation in (hdf5_node, hdf5_outside) and not (first.is_file() and filecmp.cmp(path, first, shallow=False)):
+        mutation = stir  # HDF5's library may crash where it changes a damaged file
+    # A file that an earlier change left is not always one that this change can take apart.
+    with suppress(UnicodeDecodeError, json.JSONDecodeError, RecursionError, OSError, KeyError, RuntimeError, TypeError):
+        mutation(path, draw, outside)
+    return f"{mutation.__name__} {path.relative_to(root)}"

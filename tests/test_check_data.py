@@ -1,0 +1,245 @@
+"""What is told of data before training: counts, boxes against anchors, faults, copies, the page of samples."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.structures import Boxes, BoxMode, pairwise_iou
+from PIL import Image
+from scripts import run
+
+from relvit_d2.data.anchors import Anchors, fit_report, proposal, training_boxes
+from relvit_d2.data.check import before_training, check_images, check_labels
+from relvit_d2.data.mapper import DetectionMapper
+from relvit_d2.engine.config_file import load_config
+from relvit_d2.errors import UserError
+from relvit_d2.report.samples import Sample, draw_samples
+
+CLASSES = ("cat", "dog")
+DETECTION = "configs/base/detection.yaml"
+
+
+def record(name: str, *things: dict[str, Any], size: tuple[int, int] = (64, 48)) -> dict[str, Any]:
+    return {"file_name": name, "image_id": name, "width": size[0], "height": size[1], "annotations": list(things)}
+
+
+def thing(*box: float, category: int = 0, mode: BoxMode = BoxMode.XYXY_ABS, **more: int) -> dict[str, Any]:
+    return {"bbox": list(box), "bbox_mode": mode, "category_id": category, "iscrowd": 0, **more}
+
+
+def scattered(count: int, width: int, height: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes of all sizes and shapes inside images of one size."""
+    random = np.random.default_rng(seed)
+    ends = np.sort(random.uniform(0, 1, (count, 2, 2)), axis=1) * (width, height)
+    boxes = ends.reshape(count, 4)
+    boxes = boxes[(boxes[:, 2:] - boxes[:, :2] > 1).all(1)]
+    return boxes, np.tile([width, height], (len(boxes), 1)).astype(float)
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.5])
+def test_best_overlap_is_that_of_detectron2s_own_anchors(offset: float) -> None:
+    strides, sizes, ratios = (4, 8, 16, 32), ((12.0, 20.0), (40.0,), (64.0,), (130.0,)), ((0.5, 1.0, 2.0),) * 4
+    boxes, images = scattered(300, 192, 128)
+    generator = DefaultAnchorGenerator(
+        sizes=list(map(list, sizes)), aspect_ratios=list(map(list, ratios)), strides=list(strides), offset=offset
+    )
+    every = Boxes.cat(generator([torch.zeros(1, 1, 128 // stride, 192 // stride) for stride in strides]))
+    expected = pairwise_iou(Boxes(torch.tensor(boxes, dtype=torch.float32)), every).max(1).values
+    found = Anchors(strides, sizes, ratios, offset).best_ious(boxes, images)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(400, 300), (120, 333)])
+def test_boxes_are_resized_as_the_mapper_does(size: tuple[int, int], tmp_path: Path) -> None:
+    sizes = ("INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MAX_SIZE_TRAIN", "160")
+    cfg = load_config(DETECTION, [*sizes, "INPUT.RANDOM_FLIP", "none"])
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    box = [11.0, 17.0, 101.0, 207.0]
+    mapped = DetectionMapper(cfg, is_train=True)(record(str(tmp_path / "a.png"), thing(*box), size=size))
+    boxes, shape = training_boxes(np.array([box]), np.array([size], dtype=float), cfg)
+    assert tuple(shape[0][::-1]) == mapped["image"].shape[1:]
+    np.testing.assert_allclose(boxes, mapped["instances"].gt_boxes.tensor, rtol=1e-5)
+
+
+def test_proposed_anchors_fit_better_than_those_of_another_scale() -> None:
+    random = np.random.default_rng(0)
+    low = random.uniform(0, 100, (500, 2))
+    boxes = np.hstack([low, low + random.uniform((6, 12), (10, 20), (500, 2))])
+    images = np.full((500, 2), 128.0)
+    coarse = Anchors((4, 8, 16, 32, 64), ((64.0,), (128.0,), (256.0,), (512.0,), (512.0,)), ((1.0,),) * 5, 0.0)
+    better = proposal(boxes, images, coarse)
+    assert better.best_ious(boxes, images).mean() > 0.6 > 0.1 > coarse.best_ious(boxes, images).mean()
+    assert [len(level) for level in better.sizes] == [1] * 5
+    # Anchors that are right stay: nothing tried beats them.
+    assert proposal(boxes, images, better).best_ious(boxes, images).mean() >= better.best_ious(boxes, images).mean()
+
+
+def test_counts_and_quantiles() -> None:
+    cfg = load_config(DETECTION, ["INPUT.MIN_SIZE_TRAIN", "(48,)"])
+    records = [
+        record("a", thing(0, 0, 10, 10), thing(5, 5, 20, 30, category=0, mode=BoxMode.XYWH_ABS, difficult=1)),
+        record("b", thing(1, 1, 9, 9, category=1, iscrowd=1)),
+        record("c"),
+    ]
+    report = check_labels({"set": records}, CLASSES, cfg)
+    assert report["sets"]["set"] == {
+        "images": 3,
+        "objects": 2,
+        "crowds": 1,
+        "difficult": 1,
+        "without_objects": 1,
+        "classes": {"cat": 2, "dog": 0},
+    }
+    assert report["faults"] == []
+    assert report["warnings"][0] == "set: classes without an object (1): dog"
+    assert report["anchors"]["side"]["99"] == pytest.approx(600**0.5, abs=0.2)
+    assert json.loads(json.dumps(report)) == report
+
+
+@pytest.mark.parametrize(
+    ("things", "kind", "words"),
+    [
+        ([thing(0, 0, 5, 5, category=2)], "faults", "category_id that is none of 0 to 1 (1): a.jpg"),
+        ([thing(0, 0, 5, 5, category=-1)], "faults", "category_id"),
+        ([thing(0, 0, float("nan"), 5)], "faults", "not finite numbers (1): a.jpg"),
+        ([thing(0, 0, 5)], "faults", "four numbers"),
+        ([thing(0, 0, 5, 5, mode=BoxMode.XYXY_REL)], "faults", "bbox_mode"),
+        ([thing(9, 9, 9, 12)], "warnings", "without area, which are not trained on (1): a.jpg"),
+        ([thing(-9, 0, 9, 12), thing(0, 0, 66, 12)], "warnings", "leave their image by more than 1 pixel"),
+    ],
+)
+def test_wrong_labels_are_named(things: list[dict[str, Any]], kind: str, words: str) -> None:
+    report = check_labels({"set": [record("a.jpg", *things)]}, CLASSES, load_config(DETECTION, []))
+    assert any(words in sentence for sentence in report[kind])
+
+
+def test_what_is_right_is_not_named() -> None:
+    things = [thing(0, 0, 64, 48), thing(-0.5, 0, 9, 48.5, category=1), thing(60, 1, 1, 1, iscrowd=1)]
+    report = check_labels({"set": [record("a", *things)]}, CLASSES, load_config(DETECTION, []))
+    assert report["faults"] == report["warnings"] == []
+
+
+def test_equal_ids_are_a_fault_where_detections_are_told_apart_by_them() -> None:
+    twice = [record("a", thing(0, 0, 5, 5)), record("b", thing(0, 0, 5, 5)) | {"image_id": "a"}]
+    cfg = load_config(DETECTION, [])
+    assert any("image ids" in word for word in check_labels({"set": twice}, CLASSES, cfg, tests=("set",))["faults"])
+    report = check_labels({"set": twice}, CLASSES, cfg)
+    assert report["faults"] == [] and any("image ids" in word for word in report["warnings"])
+
+
+def noise(path: Path, seed: int, size: tuple[int, int] = (40, 30)) -> Path:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_every_image_is_looked_at(tmp_path: Path) -> None:
+    train, test = tmp_path / "train", tmp_path / "test"
+    train.mkdir()
+    test.mkdir()
+    files = [noise(train / f"{index}.png", index) for index in range(4)]
+    shutil.copy(files[0], train / "copy.png")
+    Image.open(files[1]).save(test / "other.bmp")  # the same pixels in another format
+    cut = noise(test / "cut.png", 9)
+    cut.write_bytes(cut.read_bytes()[:300])
+    (test / "empty.png").touch()
+    Image.new("RGB", (9, 9), (1, 2, 3)).save(test / "flat.png")
+    sets = {"train": sorted(train.iterdir()), "test": sorted(test.iterdir())}
+    cfg = load_config(DETECTION, [])
+    report = check_images(sets, cfg, labelled=False)
+    assert report["images"] == {"read": 7, "unreadable": 2, "one_colour": 1}
+    assert report["faults"] == []
+    text = " ".join(report["warnings"])
+    for words in (
+        f"{cut}' is damaged",
+        "empty.png' is not an image",
+        "one colour (1)",
+        "train: images that are the same",
+    ):
+        assert words in text
+    assert (
+        f"train and test: images in both, by their pixels (1): {files[1]} = {test / 'other.bmp'}" in report["warnings"]
+    )
+    assert sorted(map(len, report["duplicates"])) == [2, 2]
+    pixels = np.concatenate(
+        [np.asarray(Image.open(p)).reshape(-1, 3) for p in [*sets["train"], test / "other.bmp"]]
+        + [np.asarray(Image.open(test / "flat.png")).reshape(-1, 3)]
+    )
+    np.testing.assert_allclose(report["mean"], pixels.mean(0), atol=1e-3)
+    np.testing.assert_allclose(report["std"], pixels.std(0), atol=1e-3)
+    reversed_ = check_images(sets, load_config(DETECTION, ["INPUT.FORMAT", "BGR"]), labelled=False)
+    assert reversed_["mean"] == report["mean"][::-1]
+    assert len(check_images(sets, cfg, labelled=True)["faults"]) == 1
+
+
+def test_a_label_of_another_size_is_a_fault(tmp_path: Path) -> None:
+    path = str(noise(tmp_path / "a.png", 0))
+    cfg = load_config(DETECTION, [])
+    right = {"set": [record(path, size=(40, 30))]}
+    assert check_images(right, cfg, labelled=True)["faults"] == []
+    (fault,) = check_images({"set": [record(path, size=(30, 40))]}, cfg, labelled=True)["faults"]
+    assert f"{path} (says 30 x 40, is 40 x 30)" in fault
+
+
+def test_the_page_of_samples_has_every_image_and_its_boxes(tmp_path: Path) -> None:
+    grey = np.full((48, 64, 3), 128, np.uint8)
+    crowded = np.array([[4 * i, 10, 4 * i + 3, 30] for i in range(12)], dtype=float)
+    pictures = [
+        Sample(grey, np.array([[8.0, 8, 40, 40]]), np.array([1]), ["dog*"], "a.png"),
+        Sample(grey, crowded, np.array([0] * 12), ["cat"] * 12, "b.png"),
+        Sample(grey, np.zeros((0, 4)), np.zeros(0, int), [], "c.png"),
+    ]
+    draw_samples(pictures, tmp_path / "page.png", "title")
+    with Image.open(tmp_path / "page.png") as page:
+        pixels = np.asarray(page)
+    assert (pixels == 128).all(-1).mean() > 0.4
+    with pytest.raises(ValueError, match="at least one"):
+        draw_samples([], tmp_path / "none.png", "title")
+
+
+def test_the_script_checks_a_config_and_says_that_training_may_start(root: Path, tmp_path: Path) -> None:
+    names = ("DATASETS.TRAIN", "('svhn_train',)", "DATASETS.TEST", "('svhn_test',)")
+    output = tmp_path / "out"
+    script = ("tools/check_data.py", "--output", output)
+    done = run(root, *script, "--config-file", "configs/demo/streets.yaml", *names)
+    assert "training may start" in done.stdout
+    assert "12 images" in done.stdout
+    report = json.loads((output / "check.json").read_text())
+    assert report["images"]["read"] == 17 and report["faults"] == []
+    with Image.open(output / "check.png") as page:
+        assert page.width > 1000
+
+
+def test_the_script_checks_a_folder_of_images(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    noise(tmp_path / "images/a.png", 0)
+    done = run(tmp_path, "tools/check_data.py", "--output", tmp_path / "out", tmp_path / "images")
+    assert "1 read" in done.stdout and "training may start" in done.stdout
+
+
+def test_training_tells_what_it_found_and_refuses_wrong_labels(caplog: pytest.LogCaptureFixture) -> None:
+    cfg = load_config(DETECTION, ["DATASETS.TRAIN", "('mine',)"])
+    right, wrong = record("a.jpg", thing(0, 0, 9, 9)), record("b.jpg", thing(0, 0, 9, 9, category=7))
+    with caplog.at_level(logging.INFO):
+        before_training(cfg, [right], {"mine": [right]}, CLASSES)
+    assert "mine (training): 1 images, 1 objects of 2 classes" in caplog.text
+    assert "mine (training) and mine: images in both (1): a.jpg" in caplog.text
+    with pytest.raises(UserError, match=r"training may not start: mine: objects with a category_id .*b\.jpg"):
+        before_training(cfg, [right], {"mine": [right, wrong]}, CLASSES)
+
+
+def test_anchors_that_miss_many_boxes_are_told() -> None:
+    tiny = [record(str(i), thing(*box), size=(800, 800)) for i, box in enumerate(scattered(200, 12, 12)[0].tolist())]
+    (warning,) = check_labels({"s": tiny}, ("cat",), load_config(DETECTION, []))["warnings"]
+    assert "MODEL.ANCHOR_GENERATOR.SIZES [[" in warning
+
+
+def test_anchors_of_maps_without_a_known_stride_are_left_out() -> None:
+    cfg = load_config(DETECTION, ["MODEL.RPN.IN_FEATURES", "['res4']"])
+    assert fit_report(*scattered(5, 64, 64), cfg) == {}

@@ -1,0 +1,181 @@
+"""Check data before training on them: labels, boxes, anchors, every image, what train and test share.
+
+Give a config, names of data sets or folders of images. Writes check.json and check.png, a page of 16 samples. Exit
+status 0 when training may start, warnings or not, else 1.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+from detectron2.structures import BoxMode  # noqa: E402
+from fvcore.common.config import CfgNode  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from relvit_d2.data import catalog  # noqa: E402
+from relvit_d2.data.check import Report, check_images, check_labels, refuse  # noqa: E402
+from relvit_d2.data.decode import read_rgb  # noqa: E402
+from relvit_d2.data.records import Record  # noqa: E402
+from relvit_d2.engine.config_file import load_config  # noqa: E402
+from relvit_d2.engine.failures import guard  # noqa: E402
+from relvit_d2.errors import UserError  # noqa: E402
+from relvit_d2.files import write_json  # noqa: E402
+from relvit_d2.report.samples import Sample, draw_samples  # noqa: E402
+
+SHOWN = 16
+MARKS = {"difficult": "*", "iscrowd": "+"}
+DEFAULT = ROOT / "configs/base/detection.yaml"  # whose anchors and training size names alone are held against
+
+Sets = dict[str, list[Any]]  # records, or paths of images
+
+
+def main() -> int:
+    """Parse the command line and check."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n  python tools/check_data.py --config-file configs/voc_vit_s_224.yaml\n"
+        "  python tools/check_data.py svhn_train svhn_test\n  python tools/check_data.py path/to/images",
+    )
+    parser.add_argument("--config-file", help="check its DATASETS.TRAIN and DATASETS.TEST")
+    parser.add_argument("--output", type=Path, help="folder for check.json and check.png (default output/check/NAME)")
+    parser.add_argument("words", nargs="*", help="names or folders; with --config-file KEY VALUE pairs over it")
+    args = parser.parse_args()
+    return guard(lambda: check(args))
+
+
+def check(args: argparse.Namespace) -> None:
+    """Check, print, write.
+
+    Raises:
+        UserError: if the data are missing, or have a fault that training would fail on.
+    """
+    if not args.config_file and not args.words:
+        raise UserError("nothing to check: give --config-file, or names of data sets or folders")
+    cfg = load_config(args.config_file or str(DEFAULT), args.words if args.config_file else [])
+    names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST] if args.config_file else args.words
+    if not names:
+        raise UserError(f"config file '{args.config_file}' names no data set (DATASETS.TRAIN)")
+    tests = tuple(cfg.DATASETS.TEST) if args.config_file else ()
+    labelled = not (args.config_file and for_pretraining(args))
+    sets, classes = read(list(dict.fromkeys(names)), labelled, cfg.DATASETS.SKIP_MISSING)
+    labelled = bool(classes)
+    title = Path(args.config_file).stem if args.config_file else "_".join(Path(name).name for name in names)
+    output = args.output or Path("output/check") / title
+    output.mkdir(parents=True, exist_ok=True)
+
+    report: Report = {"faults": [], "warnings": []}
+    if labelled:
+        report = check_labels(sets, classes, cfg, tests=tests)
+        tell_labels(report, len(classes))
+    with tqdm(total=len({file_of(item) for items in sets.values() for item in items}), unit="image") as bar:
+        images = check_images(sets, cfg, labelled, bar.update)
+    tell_images(images, cfg)
+    report = {**report, **images, **{key: report[key] + images[key] for key in ("faults", "warnings")}}
+    for kind in ("warnings", "faults"):
+        for sentence in report[kind]:
+            print(f"{kind[:-1]}: {sentence}")
+    write_json(output / "check.json", report)
+    first, items = next(iter(sets.items()))
+    drawn = samples(items, classes)
+    if drawn:
+        legend = "".join(f"   {sign} {key.removeprefix('is')}" for key, sign in MARKS.items()) if labelled else ""
+        draw_samples(drawn, output / "check.png", f"{first}: {len(drawn)} of {len(items)} images{legend}")
+    print(f"written: {output}/check.json" + (f"\nlook at: {output}/check.png" if drawn else ""))
+    refuse(report)
+    print(f"training may start, {len(report['warnings'])} warnings")
+
+
+def for_pretraining(args: argparse.Namespace) -> bool:
+    """Whether the config is one that train_net.py refuses, so that labels do not matter."""
+    try:
+        load_config(args.config_file, args.words, "train_net.py")
+    except UserError:
+        return True
+    return False
+
+
+def read(names: list[str], labelled: bool, skip_missing: bool) -> tuple[Sets, list[str]]:
+    """Return records and their classes, or images and no class where labels do not matter or a name is a folder."""
+    if not labelled or any(catalog.is_folder(name) for name in names):
+        return {name: catalog.get_images(name, skip_missing) for name in names}, []
+    classes = {name: list(catalog.get_metadata(name).thing_classes) for name in names}
+    for name in names[1:]:
+        if classes[name] != classes[names[0]]:
+            raise UserError(f"data sets '{names[0]}' and '{name}' have different classes: check them one by one")
+    return {name: catalog.get_records(name, skip_missing) for name in names}, classes[names[0]]
+
+
+def file_of(item: Record | Path) -> str:
+    """Return the file of a record, or the path itself."""
+    return str(item["file_name"] if isinstance(item, dict) else item)
+
+
+def tell_labels(report: Report, classes: int) -> None:
+    """Print the counts and how the boxes lie to the anchors."""
+    facts = report["sets"]
+    width = max(len(label) for facts_of in facts.values() for label in facts_of["classes"])
+    for name, row in facts.items():
+        counted = ("images", "objects", "crowds", "difficult", "without_objects")
+        print(f"{name}: " + ", ".join(f"{row[key]} {key.replace('_', ' ')}" for key in counted))
+    print("objects of each class, in " + ", ".join(facts))
+    for label in next(iter(facts.values()))["classes"]:
+        print(f"  {label:<{width}}" + "".join(f"{row['classes'][label]:>9}" for row in facts.values()))
+    if not report["anchors"]:
+        return
+    fit = report["anchors"]
+    print(f"boxes of {next(iter(facts))} at training size ({fit['boxes']} looked at), 1, 25, 50, 75 and 99 % of them:")
+    for what, text in (("side", "square root of the area, pixels"), ("ratio", "height over width")):
+        print(f"  {text:<32}" + "".join(f"{value:>9.2f}" for value in fit[what].values()))
+    for which in ("anchors", "proposal"):
+        row = fit[which]
+        print(
+            f"{which}: SIZES {row['SIZES']} ASPECT_RATIOS {row['ASPECT_RATIOS']}\n"
+            f"  mean best IoU {row['best_iou']:.3f}; overlapped by 0.5: {row['reach_50']:.1%}, by "
+            f"{fit['positive_iou']:g}: {row['reach_positive']:.1%}"
+        )
+
+
+def tell_images(images: Report, cfg: CfgNode) -> None:
+    """Print what was found in the images."""
+    print("images: " + ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in images["images"].items()))
+    for what, key in (("mean", "PIXEL_MEAN"), ("std", "PIXEL_STD")):
+        own = ", ".join(f"{value:.2f}" for value in images[what])
+        print(f"pixel {what}: [{own}] {cfg.INPUT.FORMAT}; MODEL.{key} is {list(cfg.MODEL[key])}")
+
+
+def samples(items: list[Any], classes: list[str]) -> list[Sample]:
+    """Return images spread evenly over those with objects, if labelled; none that cannot be read."""
+    shown = [item for item in items if not isinstance(item, dict) or item.get("annotations")] or items
+    drawn = []
+    for index in np.unique(np.linspace(0, len(shown) - 1, min(SHOWN, len(shown))).round().astype(int)):
+        item = shown[index]
+        try:
+            image = read_rgb(file_of(item))
+        except UserError:
+            continue
+        things = item.get("annotations", []) if isinstance(item, dict) else []
+        things = [thing for thing in things if thing["category_id"] in range(len(classes))]
+        # A region that is no background of any class is there once for each of them.
+        regions = {(*thing["bbox"], thing.get("type")): thing for thing in things if thing.get("iscrowd")}
+        things = [thing for thing in things if not thing.get("iscrowd")] + list(regions.values())
+        boxes = [BoxMode.convert(list(thing["bbox"]), thing["bbox_mode"], BoxMode.XYXY_ABS) for thing in things]
+        numbers = np.array([thing["category_id"] for thing in things], dtype=int)
+        labels = [label_of(thing, classes) for thing in things]
+        drawn.append(Sample(image, np.array(boxes).reshape(-1, 4), numbers, labels, Path(file_of(item)).name))
+    return drawn
+
+
+def label_of(thing: Record, classes: list[str]) -> str:
+    """Return what is written at an object's box: what it is, and marks."""
+    marks = "".join(sign for key, sign in MARKS.items() if thing.get(key))
+    return str(thing.get("type") or classes[thing["category_id"]]) + marks
+
+
+if __name__ == "__main__":
+    sys.exit(main())
