@@ -26,9 +26,10 @@ def main(args: argparse.Namespace) -> None:
     cfg.freeze()
     start_run(cfg, args)
     wanted = args.eval_only or cfg.DATASETS.TEST
-    data, skip = cfg.DATASETS, cfg.DATASETS.SKIP_MISSING
-    tests = image_files("DATASETS.TEST", data.TEST, skip) if wanted else []
-    files = [] if args.eval_only else image_files("DATASETS.TRAIN", data.TRAIN, skip)
+    data = cfg.DATASETS
+    how = (data.SKIP_MISSING, data.DOWNLOAD, data.SYNSETS)
+    tests = image_files("DATASETS.TEST", data.TEST, *how) if wanted else []
+    files = [] if args.eval_only else image_files("DATASETS.TRAIN", data.TRAIN, *how)
     model = build_pretraining_model(cfg)
     weights = cfg.MODEL.WEIGHTS
     if args.eval_only:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from relvit_d2.detection.model import build_detector
 from relvit_d2.detection.run import build_trainer, evaluate, evaluation_sets, settle, training_records
-from relvit_d2.detection.weights import load_weights
 from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.engine.cli import keep_config, run_script, start_run
 from relvit_d2.engine.config_file import load_config
+from relvit_d2.engine.weights import load_weights
 from relvit_d2.errors import UserError
 
 SCRIPT = "train_net.py"
@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> None:
         return
     trainer = build_trainer(cfg, model, records, tests)
     if not (args.resume and trainer.resume(args.allow_changes)):
-        load_weights(cfg, model)
+        load_weights(cfg, model, model.backbone.encoder, "the detector's backbone")
     trainer.train()
     output = Path(cfg.OUTPUT_DIR)
     again = f"python train_net.py --config-file {output / 'config.yaml'} --eval-only --resume"

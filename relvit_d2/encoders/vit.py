@@ -88,8 +88,14 @@ class ViT(Encoder):
         """See :class:`Encoder`; the sequence is the transformer's own, without the class token."""
         return self.vit.forward_features(images)[:, self.vit.num_prefix_tokens :]
 
+    def summarised(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`Encoder`: the class token."""
+        sequence = self.vit.forward_features(images)
+        return sequence[:, 0], sequence[:, self.vit.num_prefix_tokens :]
+
     def compile_passes(self) -> None:
         """See :class:`Encoder`; here :meth:`forward` goes through :meth:`tokens`."""
+        self.summarised = torch.compile(self.summarised)  # type: ignore[method-assign]
         self.tokens = torch.compile(self.tokens)  # type: ignore[method-assign]
 
     def checkpoint_blocks(self) -> None:

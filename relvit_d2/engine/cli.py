@@ -5,6 +5,7 @@ import logging
 import platform
 import sys
 import warnings
+from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
 
@@ -38,12 +39,15 @@ _LEAST = {
 }
 
 
-def run_script(main: distributed.Main, example: str) -> int:
+def run_script(
+    main: distributed.Main, example: str, extend: Callable[[argparse.ArgumentParser], object] | None = None
+) -> int:
     """Parse Detectron2's command line and run ``main`` in as many processes as it asks for.
 
     Args:
         main: what a process does with the arguments; importable by name, since processes are spawned.
         example: a command line that runs, for ``--help``.
+        extend: adds the script's own arguments.
 
     Returns:
         The exit status (see :func:`relvit_d2.engine.failures.guard`).
@@ -53,6 +57,8 @@ def run_script(main: distributed.Main, example: str) -> int:
     parser.add_argument(
         "--allow-changes", action="store_true", help="with --resume: go on although the config is another"
     )
+    if extend:
+        extend(parser)
     args = parser.parse_args()
 
     def start() -> int:

@@ -1,11 +1,12 @@
-"""Weights into a detector, with proof that they arrived."""
+"""Weights into a model with an encoder in it, with proof that they arrived."""
 
 import logging
 from pathlib import Path
 
-from detectron2.modeling import GeneralizedRCNN
 from fvcore.common.config import CfgNode
+from torch import nn
 
+from relvit_d2.encoders import Encoder
 from relvit_d2.encoders.weights import ENOUGH, MatchReport, feature_difference, load_encoder
 from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.errors import UserError
@@ -16,11 +17,17 @@ TOLERANCE = 1e-4
 logger = logging.getLogger(__name__)
 
 
-def load_weights(cfg: CfgNode, model: GeneralizedRCNN) -> None:
-    """Load ``MODEL.WEIGHTS``: an ``encoder.safetensors``, a detector's checkpoint, or nothing.
+def load_weights(cfg: CfgNode, model: nn.Module, encoder: Encoder, what: str) -> None:
+    """Load ``MODEL.WEIGHTS``: an ``encoder.safetensors``, a checkpoint of the whole model, or nothing.
 
-    After an encoder file was loaded, the encoder of the file and the detector's are run on one image
+    After an encoder file was loaded, the encoder of the file and the model's are run on one image
     and must give equal features.
+
+    Args:
+        cfg: the config.
+        model: takes a checkpoint.
+        encoder: the part of it that takes an encoder file.
+        what: the name of that part, for the log.
 
     Raises:
         UserError: if the file is missing, is of something else, or the features differ.
@@ -29,7 +36,6 @@ def load_weights(cfg: CfgNode, model: GeneralizedRCNN) -> None:
     if not weights:
         logger.info("MODEL.WEIGHTS is empty: training from scratch")
     elif weights.endswith(".safetensors"):
-        encoder = model.backbone.encoder
         path = Path(weights)
         report = load_encoder(encoder, path)
         _check_pixels(cfg, report)
@@ -41,9 +47,7 @@ def load_weights(cfg: CfgNode, model: GeneralizedRCNN) -> None:
                 "describes; check that MODEL.ENCODER says what pre-training used"
             )
         note = f" (without the fresh {', '.join(report.fresh)})" if report.fresh else ""
-        logger.info(
-            f"features of the pre-trained encoder and of the detector's backbone agree to {difference:.1e}{note}"
-        )
+        logger.info(f"features of the pre-trained encoder and of {what} agree to {difference:.1e}{note}")
     else:
         checkpointer = Checkpointer(model, enough=ENOUGH, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
         checkpointer.load(weights, checkpointables=[])
