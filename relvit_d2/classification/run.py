@@ -68,8 +68,8 @@ def load_data(cfg: CfgNode, training: bool) -> ClassificationData:
     parts = [part for part in (train, validation, test) if part]
     for part in parts:
         check_same_classes(parts[0], part)
-        if part.note:
-            logger.warning(f"data set '{part.name}': {part.note}")
+    for name, note in {part.name: part.note for part in parts if part.note}.items():
+        logger.warning(f"data set '{name}': {note}")
     if train and cfg.INPUT.VIEW.CROP == "pad":
         _check_sizes(train, cfg.INPUT.VIEW.SIZE)
     return ClassificationData(train, validation, test)

@@ -61,6 +61,26 @@ class LabelledImages:
         """Return the images whose numbers stand in ``index``, ``(n,)`` int64."""
         return LabelledImages(self.name, take(self.images, index), self.labels[index], self.classes, self.note)
 
+    def decoded(self) -> "LabelledImages":
+        """Return the images as a stack if they are of one size and take at most ``IN_MEMORY`` bytes, else as they are.
+
+        Raises:
+            UserError: if an image is damaged.
+        """
+        files = self.images
+        if isinstance(files, ImageStack):
+            return self
+        height, width = image_size(files[0])
+        if 3 * height * width * len(files) > IN_MEMORY:
+            return self
+        read, stack = ImageReader(0), torch.empty(len(files), 3, height, width, dtype=torch.uint8)
+        for place, file in zip(stack, files, strict=True):
+            pixels = read(file)
+            if pixels.shape != place.shape:
+                return self
+            place.copy_(pixels)
+        return LabelledImages(self.name, ImageStack(stack, self.name), self.labels, self.classes, self.note)
+
     def in_turn(self) -> Tensor:
         """Return the images' numbers, ``(n,)`` int64: the first of each class, then the second of each, and so on."""
         return (places(self.labels) * len(self.classes) + self.labels).argsort()
@@ -120,10 +140,8 @@ def read_tree(path: Path, classes: Sequence[str] | None = None, name: str = "", 
         name: for messages; the path if it is empty.
         note: see :class:`LabelledImages`.
 
-    Images of one size that take at most ``IN_MEMORY`` bytes are decoded now; others stay files, or an archive's bytes.
-
     Raises:
-        UserError: if there are no two classes, a class has no image, or the archive or an image is damaged.
+        UserError: if there are no two classes, a class has no image, or the archive is damaged.
     """
     archive = archive_of(path)
     files = _read_archive(*archive) if archive else _list_folder(path, classes)
@@ -135,7 +153,7 @@ def read_tree(path: Path, classes: Sequence[str] | None = None, name: str = "", 
             raise UserError(f"'{path}' has no image of the class '{folder}': put some there, or take the folder away")
     images = [file for folder in known for file in files[folder]]
     labels = torch.repeat_interleave(torch.arange(len(known)), torch.tensor([len(files[folder]) for folder in known]))
-    return LabelledImages(name or str(path), decoded(images, name or str(path)), labels, known, note)
+    return LabelledImages(name or str(path), images, labels, known, note)
 
 
 def _list_folder(path: Path, classes: Sequence[str] | None) -> dict[str, list[Any]]:
@@ -175,17 +193,3 @@ def image_size(file: Any) -> tuple[int, int]:
     """
     with reading(file), opened(file) as image:
         return image.height, image.width
-
-
-def decoded(images: list[Any], name: str) -> Images:
-    """Return the images as a stack if they are of one size and take at most ``IN_MEMORY`` bytes, else as they are."""
-    height, width = image_size(images[0])
-    if 3 * height * width * len(images) > IN_MEMORY:
-        return images
-    read, stack = ImageReader(0), torch.empty(len(images), 3, height, width, dtype=torch.uint8)
-    for place, file in zip(stack, images, strict=True):
-        pixels = read(file)
-        if pixels.shape != place.shape:
-            return images
-        place.copy_(pixels)
-    return ImageStack(stack, name)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN, Flowers102
 
 from relvit_d2.data.catalog import _subset, dataset_root
-from relvit_d2.data.class_tree import LabelledImages, archive_of, decoded, read_tree, together
+from relvit_d2.data.class_tree import LabelledImages, archive_of, read_tree, together
 from relvit_d2.data.image_batches import ImageStack
 from relvit_d2.data.imagenet100 import synsets
 from relvit_d2.data.matlab5 import read_matlab5
@@ -63,7 +63,7 @@ def get_class_set(name: str, download: bool = False, synset_file: str = "") -> L
         whole = CLASS_SETS[base](download, synset_file)  # raises, with the nearest name
     order = whole.in_turn()
     chosen = some(order.tolist())
-    return whole if len(chosen) == len(whole) else whole.take(torch.tensor(chosen))
+    return (whole if len(chosen) == len(whole) else whole.take(torch.tensor(chosen))).decoded()
 
 
 def get_class_sets(key: str, names: Sequence[str], download: bool = False, synset_file: str = "") -> LabelledImages:
@@ -160,7 +160,7 @@ def _tiny(split: str, download: bool, _: str) -> LabelledImages:
     rows = [line.split("\t")[:2] for line in (root / "val/val_annotations.txt").read_text().splitlines() if line]
     number = {synset: label for label, synset in enumerate(classes)}
     labels = torch.tensor([number.get(synset, -1) for _, synset in rows])
-    return LabelledImages(name, decoded([root / "val/images" / file for file, _ in rows], name), labels, tuple(classes))
+    return LabelledImages(name, [root / "val/images" / file for file, _ in rows], labels, tuple(classes))
 
 
 def _imagenet(split: str, hundred: bool, download: bool, synset_file: str) -> LabelledImages:
