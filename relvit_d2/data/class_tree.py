@@ -1,5 +1,6 @@
 """Labelled images as a folder, or an archive of a folder, with a folder of images for each class."""
 
+import io
 import lzma
 import tarfile
 import zlib
@@ -10,9 +11,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from relvit_d2.data.decode import PackedImage, opened, reading
+from relvit_d2.data.decode import reading
 from relvit_d2.data.folder import EXTENSIONS, list_images
 from relvit_d2.data.image_batches import Images, ImageStack, joined, take
 from relvit_d2.data.mapper import ImageReader
@@ -123,6 +125,17 @@ def check_same_classes(one: LabelledImages, other: LabelledImages) -> None:
     raise UserError(f"data sets '{one.name}' and '{other.name}' have different classes{which}: make them agree")
 
 
+class PackedImage(io.BytesIO):
+    """The bytes of an image file that was read out of an archive; as a string, the archive and the file in it."""
+
+    def __init__(self, name: str, content: bytes) -> None:
+        super().__init__(content)
+        self._name = name
+
+    def __str__(self) -> str:
+        return self._name
+
+
 def archive_of(path: Path) -> tuple[Path, PurePosixPath] | None:
     """Split a path that leads into an archive, ``a/b.tar.gz/train``, into the archive and what follows; else None."""
     for archive in (path, *path.parents):
@@ -191,5 +204,5 @@ def image_size(file: Any) -> tuple[int, int]:
     Raises:
         UserError: if it is no image.
     """
-    with reading(file), opened(file) as image:
+    with reading(file), Image.open(file) as image:
         return image.height, image.width

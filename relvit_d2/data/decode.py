@@ -1,9 +1,7 @@
 """Image files to pixels, faults to one sentence."""
 
-import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,32 +10,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from relvit_d2.errors import UserError
 
 
-@dataclass(frozen=True)
-class PackedImage:
-    """An image file that was read out of an archive.
-
-    Attributes:
-        name: the archive and the file in it.
-        content: the file's bytes.
-    """
-
-    name: str
-    content: bytes
-
-    def __str__(self) -> str:
-        return self.name
-
-
-ImageFile = Path | str | PackedImage
-
-
-def opened(file: ImageFile) -> Image.Image:
-    """Open an image without decoding it."""
-    return Image.open(io.BytesIO(file.content) if isinstance(file, PackedImage) else file)
-
-
 @contextmanager
-def reading(path: ImageFile) -> Iterator[None]:
+def reading(path: Path | str) -> Iterator[None]:
     """Turn whatever goes wrong while the image ``path`` is read into a :class:`UserError` that names it."""
     try:
         yield
@@ -53,7 +27,7 @@ def reading(path: ImageFile) -> Iterator[None]:
         raise UserError(f"image '{path}' is damaged or cut short ({error}); replace it") from error
 
 
-def read_rgb(path: ImageFile, longest: int = 0) -> np.ndarray:
+def read_rgb(path: Path | str, longest: int = 0) -> np.ndarray:
     """Read an image as RGB, uint8, ``(H, W, 3)``, turned upright as its EXIF orientation says.
 
     Args:
@@ -64,7 +38,7 @@ def read_rgb(path: ImageFile, longest: int = 0) -> np.ndarray:
     Raises:
         UserError: if the file is missing, damaged or no image.
     """
-    with reading(path), opened(path) as image:
+    with reading(path), Image.open(path) as image:
         reduced: Image.Image = image
         if longest and max(image.size) > longest:
             scale = longest / max(image.size)
