@@ -69,7 +69,7 @@ def linear_probe(
         classes: how many there are.
 
     Returns:
-        ``accuracy`` on test, ``validation_accuracy`` and ``penalty``.
+        ``top1`` and ``validation_top1``, percent of right answers, and ``penalty``.
     """
     mean, std = train[0].mean(0), train[0].std(0).clamp(min=1e-6)
     known, held, unseen = (((part[0] - mean) / std) for part in (train, validation, test))
@@ -77,14 +77,13 @@ def linear_probe(
     solution = None
     for penalty in PENALTIES:
         solution = fit_linear(known, train[1], classes, penalty, solution)
-        accuracy = _accuracy(linear_scores(held, solution), validation[1])
-        if best is None or accuracy > best[0]:
-            best = accuracy, penalty, solution
+        right = _top1(linear_scores(held, solution), validation[1])
+        if best is None or right > best[0]:
+            best = right, penalty, solution
     assert best is not None
-    accuracy, penalty, solution = best
-    found = _accuracy(linear_scores(unseen, solution), test[1])
-    return {"accuracy": found, "validation_accuracy": accuracy, "penalty": penalty}
+    right, penalty, solution = best
+    return {"top1": _top1(linear_scores(unseen, solution), test[1]), "validation_top1": right, "penalty": penalty}
 
 
-def _accuracy(scores: Tensor, labels: Tensor) -> float:
-    return (scores.argmax(1) == labels).float().mean().item()
+def _top1(scores: Tensor, labels: Tensor) -> float:
+    return 100 * (scores.argmax(1) == labels).float().mean().item()

@@ -106,7 +106,7 @@ def split(data: LabelledImages, share: float, seed: int) -> tuple[LabelledImages
 
 
 def settle(cfg: CfgNode, data: ClassificationData) -> CfgNode:
-    """Return the config with ``TEST.BEST_METRIC``: the accuracy on what chooses the model, where something does.
+    """Return the config with ``TEST.BEST_METRIC``: the ``top1`` on what chooses the model, where something does.
 
     Raises:
         UserError: if the model shall be chosen on a test set that there is none of.
@@ -116,7 +116,7 @@ def settle(cfg: CfgNode, data: ClassificationData) -> CfgNode:
         raise UserError("TEST.BEST_ON_TEST chooses the model on DATASETS.TEST, which is empty: name a set")
     chooses = WATCHED if cfg.TEST.BEST_ON_TEST else "validation" if data.validation else ""
     if chooses and cfg.TEST.EVAL_PERIOD > 0 and not cfg.TEST.BEST_METRIC:
-        cfg.TEST.BEST_METRIC = f"{chooses}/accuracy"
+        cfg.TEST.BEST_METRIC = f"{chooses}/top1"
     cfg.freeze()
     return cfg
 
@@ -139,12 +139,21 @@ def _measure(cfg: CfgNode, model: ClassificationModel, sets: dict[str, LabelledI
     for name, part in sets.items():
         if figures := evaluate(cfg, model, part):
             results[name] = figures
-            logger.info(f"{name.replace('_', ' ')}: accuracy {figures['accuracy']:.2%}, loss {figures['loss']:.4f}")
+            logger.info(f"{name.replace('_', ' ')}: {_words(figures)}; {len(part)} images")
     return results
 
 
+def _words(figures: dict[str, float]) -> str:
+    return ", ".join(
+        f"{name} {value:.2f} %" if "top1" in name else f"{name} {value:.4g}" for name, value in figures.items()
+    )
+
+
 def evaluate(cfg: CfgNode, model: ClassificationModel, data: LabelledImages) -> dict[str, float]:
-    """Return ``accuracy`` (0..1) and ``loss`` (mean cross entropy); empty in all processes but the first."""
+    """Return ``top1``, percent of right answers, and ``loss``, the mean cross entropy.
+
+    Empty in all processes but the first.
+    """
     sums = torch.zeros(3, dtype=torch.float64)
     with model.evaluating(), choose_precision(cfg.SOLVER.PRECISION, model.device).autocast():
         for batch in fixed_batches(cfg, data.images, cfg.TEST.BATCH_SIZE):
@@ -157,40 +166,42 @@ def evaluate(cfg: CfgNode, model: ClassificationModel, data: LabelledImages) -> 
     if not parts:
         return {}
     hits, loss, count = torch.stack(parts).sum(0).tolist()
-    return {"accuracy": hits / count, "loss": loss / count}
+    return {"top1": 100 * hits / count, "loss": loss / count}
 
 
 def finish(cfg: CfgNode, model: ClassificationModel, trainer: Trainer, data: ClassificationData) -> None:
     """Take the best model, if one was chosen, look at the test set once, write results and the encoder.
 
-    ``inference/results.json`` holds the figures under ``test``, or under ``best_on_test`` where the test set chose the
-    model.
+    The figures are called ``test``, or ``best_on_test`` where the test set chose the model.
     """
     chosen, metric = "the last one", cfg.TEST.BEST_METRIC
     if metric:
         best = Path(cfg.OUTPUT_DIR) / "model_best.pth"
         extra = Checkpointer(model).load(str(best), checkpointables=[])
-        chosen = f"the best by {metric} ({extra['value']:.4f}), after iteration {extra['iteration']}"
-    results: dict[str, Any] = dict(trainer.results)
-    if data.test:
-        results["best_on_test" if cfg.TEST.BEST_ON_TEST else "test"] = evaluate(cfg, model, data.test)
-    tell(cfg, results | {"model": chosen}, data.test)
+        chosen = f"the best by {metric} ({extra['value']:.2f}), after iteration {extra['iteration']}"
+    name = "best_on_test" if cfg.TEST.BEST_ON_TEST else "test"
+    figures = evaluate(cfg, model, data.test) if data.test else {}
     if comm.is_main_process():
-        export_encoder(cfg, model, trainer.iter + 1, results)
+        export_encoder(cfg, model, trainer.iter + 1, trainer.results | {name: figures})
+    tell(cfg, {name: figures} if data.test else {}, data.test, trainer.results | {"model": chosen})
 
 
-def tell(cfg: CfgNode, results: dict[str, Any], test: LabelledImages | None) -> None:
-    """Log the figures on the test set and write ``inference/results.json``, in the first process."""
+def tell(
+    cfg: CfgNode, figures: dict[str, Any], test: LabelledImages | None, more: dict[str, Any] | None = None
+) -> None:
+    """Log the figures on the test set and write ``inference/results.json``, in the first process.
+
+    It holds under the name of the test set the ``figures``, the number of ``images`` and the ``note`` that has to be
+    said beside a figure of it, if there is one; and ``more``.
+    """
     if not comm.is_main_process():
         return
-    for name, figures in results.items():
-        if test and isinstance(figures, dict) and name not in ("validation", WATCHED):
-            words = ", ".join(
-                f"{key} {value:.2%}" if "accuracy" in key else f"{key} {value:.4g}" for key, value in figures.items()
-            )
-            logger.info(f"{name.replace('_', ' ')}: {words}; {len(test)} images of {test.name}")
+    results: dict[str, Any] = dict(more or {})
     if test:
-        results = results | {"data": test.name, "images": len(test)} | ({"note": test.note} if test.note else {})
+        for name, values in figures.items():
+            logger.info(f"{name.replace('_', ' ')}: {_words(values)}; {len(test)} images of {test.name}")
+        note = {"note": test.note} if test.note else {}
+        results[", ".join(cfg.DATASETS.TEST)] = {**figures, "images": len(test), **note}
     write_json(Path(cfg.OUTPUT_DIR) / "inference" / "results.json", results)
 
 
@@ -217,7 +228,7 @@ def probe(cfg: CfgNode, model: ClassificationModel, data: ClassificationData, ki
         return {}
     if held:
         return {kind: linear_probe(known, held, unseen, data.classes)}
-    return {kind: {"accuracy": knn_accuracy(*unseen, known=known)}}
+    return {kind: {"top1": 100 * knn_accuracy(*unseen, known=known)}}
 
 
 def export_encoder(cfg: CfgNode, model: ClassificationModel, iterations: int, results: dict[str, Any]) -> Path:
