@@ -2,11 +2,11 @@
 
 ``finetune_32_p4_compute`` is how many times faster our step is on a batch that is there: forward, loss, backward,
 clipping and optimiser, the augmentation left out on both sides. ``finetune_32_p4`` has the data included: whole
-iterations of our trainer, whose small images lie decoded in memory and are cropped and mirrored as a batch, over those of
-timm's training loop (its ``train.py``: create_model, create_optimizer_v2, create_loader with two workers, autocast,
+iterations of our trainer, whose small images lie decoded in memory and are cropped and mirrored as a batch, over those
+of timm's training loop (its ``train.py``: create_model, create_optimizer_v2, create_loader with two workers, autocast,
 dispatch_clip_grad) with the same random resized crop and flip. ``finetune_32_p4_data`` is the share of our iterations
-that is spent waiting for data. Images are JPEGs of smoothed noise, made for the run; decoding them once, before the first
-iteration, is not counted.
+that is spent waiting for data. Images are JPEGs of smoothed noise, made for the run; decoding them once, before the
+first iteration, is not counted.
 """
 
 import argparse

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -42,20 +41,6 @@ SMALL: dict[str, object] = {
     "DATALOADER.NUM_WORKERS": 0,
     "DATASETS.VALIDATION": "25%",
 }
-
-
-@pytest.fixture(scope="module")
-def trees(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes, red and blue pictures of 16 px: ``train`` with 12 each, ``test`` with 6 each."""
-    root, random = tmp_path_factory.mktemp("trees"), np.random.default_rng(0)
-    for part, count in (("train", 12), ("test", 6)):
-        for label, name in enumerate(("red", "blue")):
-            (root / part / name).mkdir(parents=True)
-            for number in range(count):
-                pixels = random.integers(0, 60, (16, 16, 3), dtype=np.uint8)
-                pixels[..., 2 * label] += 180
-                Image.fromarray(pixels).save(root / part / name / f"{number}.png")
-    return root
 
 
 def config(trees: Path, output: Path, *overrides: object) -> CfgNode:
