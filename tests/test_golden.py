@@ -162,8 +162,16 @@ def golden(stage: str, encoder: str) -> Losses:
     return read_losses(path)
 
 
-@pytest.mark.parametrize("encoder", list(ENCODERS))
-@pytest.mark.parametrize("stage", STAGES)
+# A classifier's ViT-B is no other code than its ViT-S, and takes as long as all others together.
+SLOW = ("classification", "vit_base")
+PAIRS = [
+    pytest.param(stage, encoder, marks=[pytest.mark.slow] * ((stage, encoder) == SLOW))
+    for stage in STAGES
+    for encoder in ENCODERS
+]
+
+
+@pytest.mark.parametrize(("stage", "encoder"), PAIRS)
 def test_losses_are_the_golden_ones(stage: str, encoder: str, train: Train, pytestconfig: pytest.Config) -> None:
     if pytestconfig.getoption("--write-golden"):
         losses = train(stage, encoder, {})
