@@ -127,7 +127,7 @@ def test_what_is_held_out_is_a_share_of_each_class_that_the_seed_draws() -> None
     stack = ImageStack(torch.arange(21, dtype=torch.uint8).view(21, 1, 1, 1).expand(-1, 3, 2, 2), "x")
     data = LabelledImages("x", stack, labels, ("a", "b", "c"))
     train, held = split(data, 0.5, seed=3)
-    assert held.labels.bincount().tolist() == [5, 2, 4] and train.labels.bincount().tolist() == [5, 2, 3]
+    assert held.labels.bincount().tolist() == [5, 2, 3] and train.labels.bincount().tolist() == [5, 2, 4]
     numbers = [[int(image[0, 0, 0]) for image in part.images] for part in (train, held)]
     assert sorted(numbers[0] + numbers[1]) == list(range(21))
     assert all(labels[number] == label for number, label in zip(numbers[1], held.labels.tolist(), strict=True))

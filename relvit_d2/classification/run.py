@@ -89,20 +89,21 @@ def _check_sizes(data: LabelledImages, size: int) -> None:
 
 
 def split(data: LabelledImages, share: float, seed: int) -> tuple[LabelledImages, LabelledImages]:
-    """Return what stays for training and what is held out: of each class ``share``, 0..1, to whole images.
+    """Return what stays for training and what is held out: ``share``, 0..1, of all images, and so of each class.
 
     Raises:
         UserError: if nothing would be held out, or nothing stay.
     """
     order = torch.from_numpy(generator(seed, "validation").permutation(len(data)))
     shuffled = data.labels[order]
-    held = places(shuffled) < (shuffled.bincount() * share).round()[shuffled]
-    if held.all() or not held.any():
+    quantile = (places(shuffled) + 0.5) / shuffled.bincount()[shuffled]
+    order, count = order[quantile.argsort(stable=True)], round(share * len(data))
+    if not 0 < count < len(data):
         raise UserError(
-            f"DATASETS.VALIDATION {share:.3%} holds out {int(held.sum())} of the {len(data)} images of '{data.name}': "
+            f"DATASETS.VALIDATION {share:.3%} holds out {count} of the {len(data)} images of '{data.name}': "
             "give another share, or '' for none"
         )
-    return data.take(order[~held].sort().values), data.take(order[held].sort().values)
+    return data.take(order[count:].sort().values), data.take(order[:count].sort().values)
 
 
 def settle(cfg: CfgNode, data: ClassificationData) -> CfgNode:
