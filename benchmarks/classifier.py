@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from fvcore.common.config import CfgNode
-from timm import create_model
 from timm.data import create_dataset, create_loader
 from timm.optim import create_optimizer_v2
 from timm.utils import dispatch_clip_grad
@@ -112,8 +112,9 @@ def our_step(cfg: CfgNode) -> Callable[[Tensor, Tensor], float]:
 
 def timms_step(cfg: CfgNode) -> Callable[[Tensor, Tensor], float]:
     """Return the step of timm's ``train.py`` (train_one_epoch) on normalised images and labels."""
-    solver, shape = cfg.SOLVER, {"img_size": SIDE, "patch_size": PATCH}
-    model = create_model("vit_small_patch16_224", num_classes=CLASSES, drop_path_rate=0.1, **shape)
+    solver = cfg.SOLVER
+    shape: dict[str, Any] = {"img_size": SIDE, "patch_size": PATCH, "drop_path_rate": 0.1}
+    model = timm.create_model("vit_small_patch16_224", num_classes=CLASSES, **shape)
     model = model.to(cfg.MODEL.DEVICE).train()
     optimizer = create_optimizer_v2(model, opt="adamw", lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY)
     precision, criterion = choose_precision(solver.PRECISION, torch.device(cfg.MODEL.DEVICE)), nn.CrossEntropyLoss()

@@ -203,7 +203,7 @@ def test_pixels_and_digits_of_svhn_are_those_of_its_file(data_root: Path, monkey
 
 @pytest.mark.parametrize("compress", [False, True])
 def test_matlab_files_come_back(compress: bool, tmp_path: Path) -> None:
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "longer_name": RANDOM.integers(0, 9, (3, 4, 2)).astype(np.uint8),
         "f": RANDOM.standard_normal((2, 5)),
         "one": np.array([[7]], dtype=np.uint8),

@@ -18,6 +18,7 @@ from relvit_d2.classification.run import ClassificationData, build_trainer, fini
 from relvit_d2.data.class_tree import LabelledImages
 from relvit_d2.data.image_batches import ImageStack
 from relvit_d2.encoders import ENCODERS, build_encoder
+from relvit_d2.encoders.vit import ViT
 from relvit_d2.engine.config_file import load_config
 from relvit_d2.engine.randomness import seed_everything, torch_generator
 from relvit_d2.errors import UserError
@@ -117,7 +118,7 @@ def test_the_head_reads_the_class_token_or_the_mean(name: str) -> None:
     assert summary.shape == (2, encoder.dim)
     has_class_token = any("cls_token" in key for key, _ in encoder.named_parameters())
     assert torch.allclose(summary, tokens.mean(1), atol=1e-5) == (not has_class_token)
-    if hasattr(encoder, "vit"):
+    if isinstance(encoder, ViT):
         with torch.no_grad():
             torch.testing.assert_close(summary, encoder.vit.forward_head(encoder.vit.forward_features(images)))
 

@@ -44,11 +44,10 @@ def few(samples: Path, tmp_path: Path) -> Path:
 def test_real_images_from_their_archive_through_both_stages(few: Path, tmp_path: Path) -> None:
     tiny = ("MODEL.ENCODER.NAME", "vit_nano", "SOLVER.IMS_PER_BATCH", 8, "SOLVER.MAX_ITER", 2, "SOLVER.WARMUP_ITERS", 1)
     images = ("DATASETS.TRAIN", "('cifar10_test[:40]',)", "DATASETS.TEST", "('cifar10_test[:20]',)")
-    how = ("--config-file", "configs/ssl/cifar10_vit_s4.yaml", *tiny, *images)
-    run(few, "pretrain_ssl.py", *how, "OUTPUT_DIR", tmp_path / "ssl")
-    weights = ("MODEL.WEIGHTS", tmp_path / "ssl/encoder.safetensors")
-    how = ("--config-file", "configs/cls/cifar10_vit_s4.yaml", *tiny, *images, "OUTPUT_DIR", tmp_path / "cls", *weights)
-    done = run(few, "train_cls.py", *how, "TEST.EVAL_PERIOD", 1)
+    ssl, cls = (("--config-file", f"configs/{part}/cifar10_vit_s4.yaml", *tiny, *images) for part in ("ssl", "cls"))
+    run(few, "pretrain_ssl.py", *ssl, "OUTPUT_DIR", tmp_path / "ssl")
+    weights = ("MODEL.WEIGHTS", tmp_path / "ssl/encoder.safetensors", "OUTPUT_DIR", tmp_path / "cls")
+    done = run(few, "train_cls.py", *cls, *weights, "TEST.EVAL_PERIOD", 1)
     for words in (
         "100.0% of the encoder's values matched",
         "fresh         1: vit.pos_embed",
