@@ -39,8 +39,10 @@ def main(args: argparse.Namespace) -> None:
             raise UserError("--eval-only needs a trained classifier: add MODEL.WEIGHTS path/to/model_final.pth")
         else:
             Checkpointer(model, allow_pickle=cfg.MODEL.ALLOW_PICKLE).load(weights, checkpointables=[])
-        results = probe(cfg, model, data, args.eval) if args.eval else {"test": evaluate(cfg, model, data.test)}
-        tell(cfg, results, data.test)
+        if args.eval:
+            tell(cfg, probe(cfg, model, data, args.eval), data.test, file=f"{args.eval}.json")
+        else:
+            tell(cfg, {"test": evaluate(cfg, model, data.test)}, data.test)
         return
     trainer = build_trainer(cfg, model, data)
     if not (args.resume and trainer.resume(args.allow_changes)):

@@ -90,7 +90,8 @@ def test_probes_and_evaluation_again(trees: Path, tmp_path: Path) -> None:
     first = read(tmp_path / "inference/results.json")[f"{trees}/test"]["test"]
     for flags, name in ((("--eval", "linear"), "linear"), (("--eval", "knn"), "knn"), (("--eval-only",), "test")):
         run(trees, *command(trees, tmp_path, flags=(*flags, "--resume")))
-        found = read(tmp_path / "inference/results.json")[f"{trees}/test"]
+        file = "results.json" if name == "test" else f"{name}.json"
+        found = read(tmp_path / "inference" / file)[f"{trees}/test"]
         assert found[name]["top1"] > 90 and found["images"] == 12
     assert found["test"] == first
 

@@ -188,9 +188,13 @@ def finish(cfg: CfgNode, model: ClassificationModel, trainer: Trainer, data: Cla
 
 
 def tell(
-    cfg: CfgNode, figures: dict[str, Any], test: LabelledImages | None, more: dict[str, Any] | None = None
+    cfg: CfgNode,
+    figures: dict[str, Any],
+    test: LabelledImages | None,
+    more: dict[str, Any] | None = None,
+    file: str = "results.json",
 ) -> None:
-    """Log the figures on the test set and write ``inference/results.json``, in the first process.
+    """Log the figures on the test set and write them into a ``file`` of ``inference``, in the first process.
 
     It holds under the name of the test set the ``figures``, the number of ``images`` and the ``note`` that has to be
     said beside a figure of it, if there is one; and ``more``.
@@ -203,7 +207,7 @@ def tell(
             logger.info(f"{name.replace('_', ' ')}: {_words(values)}; {len(test)} images of {test.name}")
         note = {"note": test.note} if test.note else {}
         results[", ".join(cfg.DATASETS.TEST)] = {**figures, "images": len(test), **note}
-    write_json(Path(cfg.OUTPUT_DIR) / "inference" / "results.json", results)
+    write_json(Path(cfg.OUTPUT_DIR) / "inference" / file, results)
 
 
 def probe(cfg: CfgNode, model: ClassificationModel, data: ClassificationData, kind: str) -> dict[str, Any]:

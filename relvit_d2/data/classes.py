@@ -37,7 +37,7 @@ _JPEG_NOTE = (
 def is_class_set(name: str) -> bool:
     """Whether ``name``, or what it is a subset of, is a classification set or lies in an archive."""
     base, _ = _subset(name)
-    return base in CLASS_SETS or archive_of(Path(base)) is not None
+    return base in CLASS_SETS or archive_of(Path(base).expanduser()) is not None
 
 
 def get_class_set(name: str, download: bool = False, synset_file: str = "") -> LabelledImages:
