@@ -6,7 +6,7 @@ class.
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,17 @@ def get_class_set(name: str, download: bool = False, synset_file: str = "") -> L
     Raises:
         UserError: for an unknown name, or missing or damaged data.
     """
+    return _listed(name, download, synset_file).decoded()
+
+
+@cache
+def about_class_set(name: str, download: bool = False, synset_file: str = "") -> tuple[int, str]:
+    """Return how many images a set has and the note that has to be said of it; arguments as :func:`get_class_set`."""
+    found = _listed(name, download, synset_file)
+    return len(found), found.note
+
+
+def _listed(name: str, download: bool, synset_file: str) -> LabelledImages:
     base, some = _subset(name)
     if base in CLASS_SETS:
         whole = CLASS_SETS[base](download, synset_file)
@@ -63,7 +74,7 @@ def get_class_set(name: str, download: bool = False, synset_file: str = "") -> L
         whole = CLASS_SETS[base](download, synset_file)  # raises, with the nearest name
     order = whole.in_turn()
     chosen = some(order.tolist())
-    return (whole if len(chosen) == len(whole) else whole.take(torch.tensor(chosen))).decoded()
+    return whole if len(chosen) == len(whole) else whole.take(torch.tensor(chosen))
 
 
 def get_class_sets(key: str, names: Sequence[str], download: bool = False, synset_file: str = "") -> LabelledImages:
