@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 from relvit_d2.classification.augmentation import Augmentation, AugmentationConfig
 from relvit_d2.classification.model import ClassificationModel, build_classifier
 from relvit_d2.classification.probes import fit_linear, linear_probe, linear_scores
-from relvit_d2.classification.run import ClassificationData, build_trainer, finish, load_data, settle, split
+from relvit_d2.classification.run import ClassificationData, build_trainer, finish, load_data, probe, settle, split
 from relvit_d2.data.class_tree import LabelledImages
 from relvit_d2.data.image_batches import ImageStack
 from relvit_d2.encoders import ENCODERS, build_encoder
@@ -187,8 +187,11 @@ def test_without_validation_the_last_model_is_tested(trees: Path, tmp_path: Path
 
 
 def test_it_learns_and_its_features_tell_the_classes(trees: Path, tmp_path: Path) -> None:
-    *_, results = trained(config(trees, tmp_path, "SOLVER.MAX_ITER", 40, "TEST.EVAL_PERIOD", 40))
+    cfg = config(trees, tmp_path, "SOLVER.MAX_ITER", 40, "TEST.EVAL_PERIOD", 40)
+    model, data, results = trained(cfg)
     assert results[f"{trees}/test"]["test"]["top1"] == 100
+    for kind in ("knn", "linear"):
+        assert probe(cfg, model, data, kind)[kind]["top1"] > 90
 
 
 def test_the_mean_of_the_weights_follows_them(trees: Path, tmp_path: Path) -> None:
