@@ -10,9 +10,9 @@ from detectron2.utils import comm
 from relvit_d2.data.catalog import keep_splits
 from relvit_d2.data.own import config_pairs, register_own
 from relvit_d2.engine.checkpoint import Checkpointer
-from relvit_d2.engine.cli import keep_config, run_script, start_run
+from relvit_d2.engine.cli import add_data, keep_config, run_script, start_run
 from relvit_d2.engine.config_file import load_config
-from relvit_d2.engine.encoder_weights import holds_encoder, load_proved
+from relvit_d2.engine.weights import holds_encoder, load_proved
 from relvit_d2.errors import UserError
 from relvit_d2.pretraining.model import build_pretraining_model, export_encoder
 from relvit_d2.pretraining.run import build_trainer, evaluate, image_files
@@ -30,9 +30,10 @@ def main(args: argparse.Namespace) -> None:
     start_run(cfg, args)
     register_own(cfg.DATASETS, labels=False)
     wanted = args.eval_only or cfg.DATASETS.TEST
-    data, skip = cfg.DATASETS, cfg.DATASETS.SKIP_MISSING
-    tests = image_files("DATASETS.TEST", data.TEST, skip) if wanted else []
-    files = [] if args.eval_only else image_files("DATASETS.TRAIN", data.TRAIN, skip)
+    data = cfg.DATASETS
+    how = (data.SKIP_MISSING, data.DOWNLOAD, data.SYNSETS)
+    tests = image_files("DATASETS.TEST", data.TEST, *how) if wanted else []
+    files = [] if args.eval_only else image_files("DATASETS.TRAIN", data.TRAIN, *how)
     keep_splits(data.TEST if args.eval_only else (*data.TRAIN, *data.TEST), Path(cfg.OUTPUT_DIR))
     model = build_pretraining_model(cfg)
     weights = cfg.MODEL.WEIGHTS
@@ -62,4 +63,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, "python pretrain_ssl.py --config-file configs/demo/ssl_streets.yaml"))
+    sys.exit(run_script(main, "python pretrain_ssl.py --config-file configs/demo/ssl_streets.yaml", add_data))

@@ -12,11 +12,10 @@ from relvit_d2.data.check import before_training
 from relvit_d2.data.own import config_pairs, register_own
 from relvit_d2.detection.model import build_detector
 from relvit_d2.detection.run import build_trainer, evaluate, evaluation_sets, settle, training_records
-from relvit_d2.detection.weights import load_weights
 from relvit_d2.engine.checkpoint import Checkpointer
-from relvit_d2.engine.cli import keep_config, run_script, start_run
+from relvit_d2.engine.cli import add_data, keep_config, run_script, start_run
 from relvit_d2.engine.config_file import load_config
-from relvit_d2.engine.encoder_weights import holds_encoder
+from relvit_d2.engine.weights import holds_encoder, load_weights
 from relvit_d2.errors import UserError
 from relvit_d2.report.page import report_run
 
@@ -53,7 +52,7 @@ def main(args: argparse.Namespace) -> None:
         return
     trainer = build_trainer(cfg, model, records, tests)
     if not (args.resume and trainer.resume(args.allow_changes)):
-        load_weights(cfg, model)
+        load_weights(cfg, model, model.backbone.encoder, cfg.INPUT.FORMAT)
     trainer.train()
     output = Path(cfg.OUTPUT_DIR)
     again = f"python train_net.py --config-file {output / 'config.yaml'} --eval-only --resume"
@@ -63,4 +62,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, "python train_net.py --config-file configs/demo/streets.yaml"))
+    sys.exit(run_script(main, "python train_net.py --config-file configs/demo/streets.yaml", add_data))

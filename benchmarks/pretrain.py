@@ -62,11 +62,11 @@ def main() -> None:
     tell(rows, args)
 
 
-def draw_images(folder: Path, size: tuple[int, int]) -> None:
-    """Write ``IMAGES`` JPEGs."""
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    for number in range(IMAGES):
+def draw_images(folder: Path, size: tuple[int, int], count: int = IMAGES, seed: int = 0) -> None:
+    """Write ``count`` JPEGs."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(seed)
+    for number in range(count):
         noise = Image.fromarray(random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
         noise.filter(ImageFilter.GaussianBlur(2)).save(folder / f"{number:04}.jpg", quality=90)
 

@@ -70,9 +70,27 @@ _C.DATASETS.CUSTOM = CfgNode(new_allowed=True)
 _C.DATASETS.SKIP_MISSING = False  # leave out images that are listed but absent, instead of refusing to start
 _C.DATASETS.TRAIN_DIFFICULT = True  # train on VOC's difficult objects, as Detectron2 does
 _C.DATASETS.IGNORE_DIFFICULT = True  # neither hits nor misses in evaluation, as VOC does
+_C.DATASETS.DOWNLOAD = False  # fetch a classification set that is missing, where torchvision can
+_C.DATASETS.VALIDATION = (
+    "10%"  # classification: share of the training images, or a set, that decides the best model; "": none
+)
+_C.DATASETS.SYNSETS = ""  # a text file with the folders of ImageNet that are ImageNet-100, one a line; "": those of CMC
 _C.INPUT = CfgNode()
 _C.INPUT.CHANNELS = 3  # of every image: 3 for RGB, 1 for gray; PIXEL_MEAN and PIXEL_STD have as many values
 _C.INPUT.WHITE = 0  # the value of more than eight bits that becomes 255; 0: 65535, the brightest of 16 bits
+_C.INPUT.VIEW = CfgNode()  # of classification
+_C.INPUT.VIEW.SIZE = 32  # side in pixels of what the encoder sees
+_C.INPUT.VIEW.CROP = (
+    "pad"  # training: pad, a window of images of SIZE pixels with a black rim; resized, any crop resized
+)
+_C.INPUT.VIEW.PAD = 4  # pixels of the rim
+_C.INPUT.VIEW.SCALE = [0.08, 1.0]  # share of the image's area in a resized crop
+_C.INPUT.VIEW.FLIP = 0.5  # probability of a horizontal flip
+_C.INPUT.VIEW.CENTRE = 0.0  # evaluation: side of the centred square seen, of the shorter side; 0: all, squeezed to SIZE
+_C.INPUT.VIEW.RANDAUGMENT = 0  # operations of torchvision's RandAugment on a training image; 0: off
+_C.INPUT.VIEW.MAGNITUDE = 9  # of RandAugment, 0..30
+_C.INPUT.VIEW.MIXUP = 0.0  # alpha of timm's mixup; 0: off
+_C.INPUT.VIEW.CUTMIX = 0.0  # alpha of timm's cutmix; 0: off
 _C.INPUT.LSJ = CfgNode()  # large-scale jitter, in place of MIN_SIZE_TRAIN
 _C.INPUT.LSJ.SIZE = 0  # pixels of the square crops; 0: off
 _C.INPUT.LSJ.SCALE = [0.1, 2.0]  # images are resized to fit the crop times a factor of this range
@@ -86,6 +104,7 @@ _C.SOLVER.REFERENCE_BATCH = (
 _C.SOLVER.ACCUMULATE = 1  # parts that every batch is computed in, one after the other, to save memory
 _C.SOLVER.LAYER_DECAY = 1.0  # a block learns at this times the rate of the next one, 0..1; for fine-tuning
 _C.SOLVER.CHECKPOINT_MAX_TO_KEEP = 0  # numbered checkpoints that stay, the newest; 0: all
+_C.SOLVER.EMA = 0.0  # classification: decay of the mean of the weights that is evaluated and kept, 0..1; 0: none
 _C.SOLVER.PRECISION = "auto"  # auto, float32 or bfloat16; auto: bfloat16 where the device multiplies it natively
 
 # Test.
@@ -93,6 +112,8 @@ _C.TEST = CfgNode()
 _C.TEST.BATCH_SIZE = 1  # images a batch in evaluation, per process
 _C.TEST.BEST_METRIC = ""  # such as "bbox/AP": its best value, or least if it is a loss, decides model_best.pth
 _C.TEST.PATIENCE = 0  # evaluations in a row without a better BEST_METRIC that end the run; 0: none do
+
+_C.TEST.BEST_ON_TEST = False  # choose the best classifier on DATASETS.TEST itself, and call its figure so
 
 # Detectron2's own keys whose defaults differ here.
 _CHANGED = {
@@ -131,8 +152,8 @@ WITHOUT_EFFECT = {
 }
 
 
-# Keys that one script alone reads, by how they begin.
-READ_BY_ONE = {
+# Keys that not every script reads, by how they begin.
+READ_BY_SOME = {
     "pretrain_ssl.py": (
         "PRETEXT.IMAGE_SIZE",
         "PRETEXT.POOL",
@@ -146,6 +167,19 @@ READ_BY_ONE = {
         "PRETEXT.MEGA.",
         "PRETEXT.KNN",
         "INPUT.LOAD_SIZE",
+        "DATASETS.DOWNLOAD",
+        "DATASETS.SYNSETS",
+    ),
+    "train_cls.py": (
+        "MODEL.RELVIT.JOINT",
+        "DATASETS.DOWNLOAD",
+        "DATASETS.SYNSETS",
+        "DATASETS.VALIDATION",
+        "INPUT.LOAD_SIZE",
+        "INPUT.VIEW.",
+        "SOLVER.EMA",
+        "TEST.BATCH_SIZE",
+        "TEST.BEST_ON_TEST",
     ),
     "train_net.py": (
         "MODEL.META_ARCHITECTURE",
@@ -183,6 +217,7 @@ FREE_ON_RESUME = (
     "MODEL.WEIGHTS",  # read at the start only
     "CUDNN_BENCHMARK",
     "DATALOADER.NUM_WORKERS",
+    "DATASETS.DOWNLOAD",
     "DATASETS.TEST",
     "TEST.",
     "SOLVER.CHECKPOINT_",

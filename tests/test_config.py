@@ -39,10 +39,11 @@ def test_the_arithmetic_in_a_header_is_that_of_the_schedule(path: str) -> None:
 def test_a_header_gives_row_commands_and_cost_and_the_commands_fit_together(path: str) -> None:
     header = Path(path).read_text()
     # Variants of a pre-training have no row of their own.
-    assert re.search("Table [23]", header) or ("/ssl/" in path and re.search("_BASE_: [a-z]", header))
+    assert re.search("Table [123]", header) or ("/ssl/" in path and re.search("_BASE_: [a-z]", header))
     assert re.search(r"^# Cost: .+", header, re.MULTILINE)
     commands = re.findall(r"python (\w+\.py) --config-file (\S+)", header)
-    assert ("pretrain_ssl.py" if "/ssl/" in path else "train_net.py", path) in commands
+    script = {"configs/ssl": "pretrain_ssl.py", "configs/cls": "train_cls.py", "configs": "train_net.py"}
+    assert (script[str(Path(path).parent)], path) in commands
     for script, file in commands:
         assert load_config(file, [], script)
     weights = load_config(path, []).MODEL.WEIGHTS
@@ -67,7 +68,7 @@ def test_no_two_runs_share_a_folder() -> None:
 
 @pytest.mark.parametrize("path", [path for path in ROWS if "/ssl/" in path])
 def test_the_stated_chance_is_that_of_the_model(path: str) -> None:
-    found = re.search(r"on a (\d+) x (\d+) grid: relation ([\d.]+) %, position ([\d.]+) %", Path(path).read_text())
+    found = re.search(r"on an? (\d+) x (\d+) grid: relation ([\d.]+) %, position ([\d.]+) %", Path(path).read_text())
     assert found
     task = build_pretraining_model(load_config(path, ["MODEL.DEVICE", "cpu"])).task
     assert task.grid == (int(found[1]), int(found[2]))

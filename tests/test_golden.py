@@ -1,4 +1,4 @@
-"""The first losses of every encoder in both stages are the recorded ones.
+"""The first losses of every encoder in every stage are the recorded ones.
 
 The records lie in ``tests/golden``; ``--write-golden`` writes them anew.
 """
@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+import torch
 from detectron2.config import CfgNode
 from torch import nn
 
+import relvit_d2.classification.run as classification
 import relvit_d2.detection.run as detection
 import relvit_d2.pretraining.run as pretraining
+from relvit_d2.classification.model import build_classifier
+from relvit_d2.data.class_tree import LabelledImages
 from relvit_d2.detection.model import build_detector
 from relvit_d2.encoders import ENCODERS, build_encoder
 from relvit_d2.engine.checkpoint import Checkpointer
@@ -88,9 +92,21 @@ def detection_trainer(encoder: str, overrides: dict[str, object]) -> Trainer:
     return detection.build_trainer(cfg, without_dropout(build_detector(cfg)), records, {})
 
 
+def classification_trainer(encoder: str, overrides: dict[str, object]) -> Trainer:
+    _, stride = patch_and_stride(encoder)
+    view = {"INPUT.VIEW.SIZE": 2 * stride, "INPUT.VIEW.CROP": "resized", "SOLVER.IMS_PER_BATCH": 4}
+    cfg = config("configs/base/cls.yaml", encoder, view | overrides)
+    files = pretraining.image_files("DATASETS.TRAIN", cfg.DATASETS.TRAIN, skip_missing=False)
+    labelled = LabelledImages("street numbers", files, torch.arange(len(files)) % 3, ("a", "b", "c"))
+    data = classification.ClassificationData(labelled, None, None)
+    seed_everything(cfg.SEED, "model")
+    return classification.build_trainer(cfg, without_dropout(build_classifier(cfg, data.classes)), data)
+
+
 STAGES: dict[str, Callable[[str, dict[str, object]], Trainer]] = {
     "pretraining": pretraining_trainer,
     "detection": detection_trainer,
+    "classification": classification_trainer,
 }
 
 
@@ -146,8 +162,16 @@ def golden(stage: str, encoder: str) -> Losses:
     return read_losses(path)
 
 
-@pytest.mark.parametrize("encoder", list(ENCODERS))
-@pytest.mark.parametrize("stage", STAGES)
+# A classifier's ViT-B is no other code than its ViT-S, and takes as long as all others together.
+SLOW = ("classification", "vit_base")
+PAIRS = [
+    pytest.param(stage, encoder, marks=[pytest.mark.slow] * ((stage, encoder) == SLOW))
+    for stage in STAGES
+    for encoder in ENCODERS
+]
+
+
+@pytest.mark.parametrize(("stage", "encoder"), PAIRS)
 def test_losses_are_the_golden_ones(stage: str, encoder: str, train: Train, pytestconfig: pytest.Config) -> None:
     if pytestconfig.getoption("--write-golden"):
         losses = train(stage, encoder, {})

@@ -13,6 +13,7 @@ from PIL import Image
 from scripts import command, fails, run
 
 import relvit_d2.pretraining.run as pretraining
+from relvit_d2.data.classes import get_class_set
 from relvit_d2.engine.config_file import load_config
 from relvit_d2.engine.randomness import seed_everything
 from relvit_d2.errors import UserError
@@ -135,8 +136,8 @@ def test_no_alarm_where_nothing_leaks(root: Path, tmp_path: Path, caplog: pytest
 @pytest.mark.parametrize("folder", ["absent", "flat"])
 def test_a_knn_folder_without_classes_is_told(folder: str, tmp_path: Path) -> None:
     (tmp_path / "flat").mkdir()
-    with pytest.raises(UserError, match=r"PRETEXT\.KNN"):
-        pretraining.labelled_images(str(tmp_path / folder))
+    with pytest.raises(UserError, match=f"{folder}.*a folder of images for each class"):
+        get_class_set(str(tmp_path / folder))
 
 
 def test_joint_training_through_the_script(root: Path, tmp_path: Path) -> None:

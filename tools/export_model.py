@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from relvit_d2.detection.backbone import build_encoder_pyramid_backbone  # noqa: E402
-from relvit_d2.detection.weights import load_weights  # noqa: E402
 from relvit_d2.engine.config_file import load_config  # noqa: E402
 from relvit_d2.engine.failures import guard  # noqa: E402
+from relvit_d2.engine.weights import load_weights  # noqa: E402
 from relvit_d2.errors import UserError  # noqa: E402
 from relvit_d2.files import appearing  # noqa: E402
 
@@ -75,7 +75,7 @@ def export(args: argparse.Namespace) -> None:
         cfg.MODEL.WEIGHTS = args.weights
     detector = nn.Module()  # what a detector's checkpoint calls its backbone
     backbone = detector.backbone = build_encoder_pyramid_backbone(cfg, None)
-    load_weights(cfg, detector)
+    load_weights(cfg, detector, backbone.encoder, cfg.INPUT.FORMAT)
     backbone.eval().requires_grad_(False)
     images = examples(backbone, cfg.INPUT.MAX_SIZE_TEST, args.size)
     program = torch.export.export(backbone, (images[0],), dynamic_shapes=shapes(backbone))

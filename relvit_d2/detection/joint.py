@@ -1,6 +1,5 @@
 """Mask R-CNN that is trained on the pretext tasks too."""
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,11 +11,10 @@ from fvcore.common.config import CfgNode
 from torch import Tensor
 
 from relvit_d2.encoders import Encoder
+from relvit_d2.engine.joint import say_if_positions_leak
 from relvit_d2.errors import UserError
 from relvit_d2.pretext.layout import PatchLayout
 from relvit_d2.pretext.task import PretextTask
-
-logger = logging.getLogger(__name__)
 
 
 @META_ARCH_REGISTRY.register()
@@ -44,11 +42,7 @@ class JointRCNN(GeneralizedRCNN):
         grid = tuple(cfg.MODEL.RELVIT.GRID)
         if len(grid) != 2 or min(grid) < 1:
             raise UserError(f"MODEL.RELVIT.GRID {list(grid)} is no grid: give rows and columns, such as [7, 7]")
-        if encoder.carries_positions:
-            logger.warning(
-                "joint training sees images as they are and the encoder carries positions, so its pretext tasks can be "
-                "solved without a look at the patches: their accuracies say little"
-            )
+        say_if_positions_leak(encoder)
         return parts | {"pretext": PretextTask.from_keys(encoder.dim, grid, cfg.PRETEXT)}
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:

@@ -45,6 +45,14 @@ class Encoder(nn.Module):
         maps = self(images)
         return maps[self.last].flatten(2).transpose(1, 2)
 
+    def summarised(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what a classifier reads of each image, ``(B, C)``, and :meth:`tokens`.
+
+        Here their mean; an encoder with a class token returns that.
+        """
+        tokens = self.tokens(images)
+        return tokens.mean(1), tokens
+
     @property
     def carries_positions(self) -> bool:
         """Whether a token can know its place beyond what the patches show.

@@ -168,15 +168,24 @@ class T2T(Encoder):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """See :class:`Encoder`; sides that are no multiples of 16 are padded with zeros, right and bottom."""
         height, width = images.shape[-2:]
-        tokens = self.tokens_to_token(F.pad(images, (0, -width % PATCH, 0, -height % PATCH)))
-        maps = self.contextualise(tokens)
-        return {name: as_map(m, *self.grid(height, width)) for name, m in zip(self.strides, maps, strict=True)}
+        maps = self.contextualise(self.embed(images))
+        return {name: as_map(m[:, 1:], *self.grid(height, width)) for name, m in zip(self.strides, maps, strict=True)}
+
+    def summarised(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`Encoder`: the class token."""
+        sequence = self.contextualise(self.embed(images))[-1]
+        return sequence[:, 0], sequence[:, 1:]
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Make the patches ``(B, N, 384)`` of images ``(B, C, H, W)``."""
+        height, width = images.shape[-2:]
+        return self.tokens_to_token(F.pad(images, (0, -width % PATCH, 0, -height % PATCH)))
 
     def contextualise(self, tokens: Tensor) -> list[Tensor]:
         """Run the embedded patches ``(B, N, 384)`` through the blocks, with class token and positions.
 
         Returns:
-            The normed outputs of the tapped blocks and of the last one, ``(B, N, 384)`` each.
+            The normed outputs of the tapped blocks and of the last one, ``(B, 1 + N, 384)`` each, class token first.
         """
         tokens = torch.cat((self.cls_token.to(tokens.dtype).expand(tokens.shape[0], -1, -1), tokens), dim=1)
         if self.positions:
@@ -185,8 +194,8 @@ class T2T(Encoder):
         for index, block in enumerate(self.blocks):
             tokens = checkpoint(block, tokens, use_reentrant=False) if self.checkpointing else block(tokens)
             if index in self.taps:
-                outputs.append(self.norm(tokens)[:, 1:])
-        return [*outputs, self.norm(tokens)[:, 1:]]
+                outputs.append(self.norm(tokens))
+        return [*outputs, self.norm(tokens)]
 
     def tap(self, count: int) -> None:
         """See :class:`Encoder`; every map goes through the final norm."""

@@ -54,22 +54,22 @@ class ViT(Encoder):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """See :class:`Encoder`; a side that is no multiple of the patch is padded with zeros, right and bottom."""
         grid = self.grid(*images.shape[-2:])
-        outputs = self.tapped(images)
-        return {name: x.transpose(1, 2).unflatten(2, grid) for name, x in zip(self.strides, outputs, strict=True)}
+        outputs = [x[:, self.vit.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid) for x in self.tapped(images)]
+        return dict(zip(self.strides, outputs, strict=True))
 
     def tokens(self, images: Tensor) -> Tensor:
         """See :class:`Encoder`; the sequence is the transformer's own, without the class token."""
-        return self.tapped(images)[-1]
+        return self.tapped(images)[-1][:, self.vit.num_prefix_tokens :]
 
     def tapped(self, images: Tensor) -> list[Tensor]:
-        """Return the tapped blocks' normed tokens ``(B, h * w, C)``, without the class token; the last block's last."""
+        """Return the tapped blocks' normed sequences ``(B, prefix + h * w, C)``, the last block's last."""
         vit, grid, outputs = self.vit, self.grid(*images.shape[-2:]), []
         x = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
         for index, (block, window) in enumerate(zip(vit.blocks, self._windows, strict=True)):
             run = partial(windowed_block, block, grid=grid, window=window) if window else block
             x = checkpoint(run, x, use_reentrant=False) if vit.grad_checkpointing else run(x)
             if index in self._taps:
-                outputs.append(vit.norm(x)[:, vit.num_prefix_tokens :])
+                outputs.append(vit.norm(x))
         return outputs
 
     def tap(self, count: int) -> None:
@@ -79,8 +79,14 @@ class ViT(Encoder):
         self.strides = dict.fromkeys(names, self.strides[self.last])
         self.channels = dict.fromkeys(names, self.dim)
 
+    def summarised(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`Encoder`: the class token where there is one."""
+        sequence = self.tapped(images)[-1]
+        tokens = sequence[:, self.vit.num_prefix_tokens :]
+        return tokens.mean(1) if self.vit.cls_token is None else sequence[:, 0], tokens
+
     def compile_passes(self) -> None:
-        """See :class:`Encoder`; both passes go through :meth:`tapped`."""
+        """See :class:`Encoder`; all passes go through :meth:`tapped`."""
         self.tapped = torch.compile(self.tapped)  # type: ignore[method-assign]
 
     def checkpoint_blocks(self) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
 
@@ -44,12 +45,15 @@ _LEAST = {
 }
 
 
-def run_script(main: distributed.Main, example: str) -> int:
+def run_script(
+    main: distributed.Main, example: str, extend: Callable[[argparse.ArgumentParser], object] | None = None
+) -> int:
     """Parse Detectron2's command line and run ``main`` in as many processes as it asks for.
 
     Args:
         main: what a process does with the arguments; importable by name, since processes are spawned.
         example: a command line that runs, for ``--help``.
+        extend: adds the script's own arguments.
 
     Returns:
         The exit status (see :func:`relvit_d2.engine.failures.guard`).
@@ -59,9 +63,8 @@ def run_script(main: distributed.Main, example: str) -> int:
     parser.add_argument(
         "--allow-changes", action="store_true", help="with --resume: go on although the config is another"
     )
-    parser.add_argument(
-        "--data", help="a folder of your own data, in place of DATASETS.TRAIN and DATASETS.TEST: docs/own_data.md"
-    )
+    if extend:
+        extend(parser)
     args = parser.parse_args()
 
     def start() -> int:
@@ -70,6 +73,13 @@ def run_script(main: distributed.Main, example: str) -> int:
         return distributed.run(main, args, parser.get_default("dist_url"))
 
     return guard(start)
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Add ``--data``, for scripts that take a user's own folder."""
+    parser.add_argument(
+        "--data", help="a folder of your own data, in place of DATASETS.TRAIN and DATASETS.TEST: docs/own_data.md"
+    )
 
 
 def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:

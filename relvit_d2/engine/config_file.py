@@ -9,7 +9,7 @@ import yaml  # type: ignore[import-untyped]
 from detectron2.config import get_cfg
 from fvcore.common.config import CfgNode
 
-from relvit_d2.config import READ_BY_ONE, WITHOUT_EFFECT, add_relvit_config
+from relvit_d2.config import READ_BY_SOME, WITHOUT_EFFECT, add_relvit_config
 from relvit_d2.errors import UserError, nearest
 
 
@@ -65,7 +65,7 @@ def dump_config(cfg: CfgNode, script: str | None) -> str:
         kept = {}
         for name, value in node.items():
             inner = pruned(value, f"{prefix}{name}.") if isinstance(value, dict) else value
-            if inner != {} and not (inner is value and _reader(prefix + name, script)):
+            if inner != {} and not (inner is value and _other_readers(prefix + name, script)):
                 kept[name] = inner
         return kept
 
@@ -116,14 +116,18 @@ def flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _reader(key: str, script: str | None) -> str | None:
-    """Return the other script that alone reads ``key``, if there is one."""
-    return next((r for r, keys in READ_BY_ONE.items() if script and r != script and key.startswith(keys)), None)
+def _other_readers(key: str, script: str | None) -> list[str]:
+    """Return the scripts that read ``key``, if only some do and ``script`` is none of them."""
+    readers = [reader for reader, keys in READ_BY_SOME.items() if key.startswith(keys)]
+    return readers if script and script not in readers else []
 
 
 def _check_reader(key: str, where: str, script: str | None) -> None:
-    if reader := _reader(key, script):
-        raise UserError(f"key {key} ({where}) is read by {reader} only: run that script, or leave the key out")
+    if readers := _other_readers(key, script):
+        raise UserError(
+            f"key {key} ({where}) is read by {' and '.join(readers)} only: run "
+            f"{'that script' if len(readers) == 1 else 'one of them'}, or leave the key out"
+        )
 
 
 def _value(cfg: CfgNode, key: str) -> object:

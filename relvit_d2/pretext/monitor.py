@@ -58,22 +58,29 @@ class FeatureStatistics:
         return torch.exp(-torch.xlogy(shares, shares).sum()).item()
 
 
-def knn_accuracy(features: Tensor, labels: Tensor, neighbours: int = 20) -> float:
+def knn_accuracy(
+    features: Tensor, labels: Tensor, neighbours: int = 20, known: tuple[Tensor, Tensor] | None = None
+) -> float:
     """Return the share, 0..1, of features whose nearest others vote for their label.
 
-    Leave-one-out: every feature is judged by all others; a neighbour votes with the cosine of the two.
+    A neighbour votes with the cosine of the two.
 
     Args:
         features: ``(n, dim)``.
         labels: ``(n,)`` int64 from 0.
         neighbours: how many vote, fewer if there are fewer.
+        known: the features ``(m, dim)`` that vote and their labels ``(m,)``; None for leave-one-out: every feature is
+            judged by all others.
     """
     unit = F.normalize(features.float(), dim=1)
+    voters, theirs = (unit, labels) if known is None else (F.normalize(known[0].float(), dim=1), known[1])
+    count = min(neighbours, len(voters) - (known is None))
     hits = 0
     for i in range(0, len(unit), 1024):
-        near = unit[i : i + 1024] @ unit.mT
-        near[torch.arange(len(near)), torch.arange(i, i + len(near))] = -math.inf
-        cosine, index = near.topk(min(neighbours, len(unit) - 1))
-        votes = near.new_zeros(len(near), int(labels.max()) + 1).scatter_add_(1, labels[index], cosine)
+        near = unit[i : i + 1024] @ voters.mT
+        if known is None:
+            near[torch.arange(len(near)), torch.arange(i, i + len(near))] = -math.inf
+        cosine, index = near.topk(count)
+        votes = near.new_zeros(len(near), int(theirs.max()) + 1).scatter_add_(1, theirs[index], cosine)
         hits += int((votes.argmax(1) == labels[i : i + 1024]).sum())
     return hits / max(len(unit), 1)

@@ -1,13 +1,15 @@
-"""Pre-trained weights into the encoder of a script's model, with proof that they arrived."""
+"""Weights into a script's model, with proof that a pre-trained encoder arrived."""
 
 import logging
 
 from fvcore.common.config import CfgNode
+from torch import nn
 
 from relvit_d2.encoders import Encoder
 from relvit_d2.encoders.converted import TOLERANCE
 from relvit_d2.encoders.published import is_published
-from relvit_d2.encoders.weights import MatchReport, feature_difference, load_encoder
+from relvit_d2.encoders.weights import ENOUGH, MatchReport, feature_difference, load_encoder
+from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -16,6 +18,28 @@ logger = logging.getLogger(__name__)
 def holds_encoder(weights: str) -> bool:
     """Whether ``MODEL.WEIGHTS`` names an ``encoder.safetensors`` or timm's weights, ``timm:NAME``."""
     return weights.endswith(".safetensors") or is_published(weights)
+
+
+def load_weights(cfg: CfgNode, model: nn.Module, encoder: Encoder, input_format: str) -> None:
+    """Load ``MODEL.WEIGHTS``: what :func:`holds_encoder`, a checkpoint of the whole model, or nothing.
+
+    Args:
+        cfg: the config.
+        model: takes a checkpoint.
+        encoder: the part of it that takes an encoder's weights.
+        input_format: see :func:`load_proved`.
+
+    Raises:
+        UserError: if the file is missing, is of something else, or features differ (:func:`load_proved`).
+    """
+    weights = cfg.MODEL.WEIGHTS
+    if not weights:
+        logger.info("MODEL.WEIGHTS is empty: training from scratch")
+    elif holds_encoder(weights):
+        load_proved(cfg, encoder, weights, input_format)
+    else:
+        checkpointer = Checkpointer(model, enough=ENOUGH, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
+        checkpointer.load(weights, checkpointables=[])
 
 
 def load_proved(cfg: CfgNode, encoder: Encoder, weights: str, input_format: str) -> None:

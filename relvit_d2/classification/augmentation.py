@@ -1,0 +1,128 @@
+"""What a classifier sees of a batch of uint8 images, made for all of them at once on their device."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms import v2
+
+from relvit_d2.errors import UserError
+from relvit_d2.pretext.resampling import random_boxes, resample
+
+CROPS = ("pad", "resized")
+RATIO = (3 / 4, 4 / 3)  # of width over height, torchvision's RandomResizedCrop
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """Sizes and odds. Defaults are the authors' for small images (transforms.py:206-259).
+
+    Attributes:
+        size: pixels of the square that the encoder sees.
+        crop: in training ``pad``, a window of an image of ``size`` pixels with a black rim, or ``resized``.
+        pad: pixels of the rim.
+        scale: range of a resized crop's share of the image's area.
+        flip: probability of a horizontal flip in training.
+        centre: in evaluation the side of the centred square that is seen, as a share of the shorter side; 0 for the
+            whole image, squeezed.
+        randaugment: operations of RandAugment an image (Cubuk et al., 2020); 0 for none.
+        magnitude: of them, 0..30.
+        mean, std: of RGB values in 0..1.
+
+    Raises:
+        UserError: for an unknown crop or a number out of range.
+    """
+
+    size: int
+    crop: str = "pad"
+    pad: int = 4
+    scale: tuple[float, float] = (0.08, 1.0)
+    flip: float = 0.5
+    centre: float = 0.0
+    randaugment: int = 0
+    magnitude: int = 9
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        if self.crop not in CROPS:
+            raise UserError(f"INPUT.VIEW.CROP '{self.crop}' is unknown; give {' or '.join(CROPS)}")
+        for key, value, least, most in (
+            ("SIZE", self.size, 1, float("inf")),
+            ("PAD", self.pad, 0, float("inf")),
+            ("FLIP", self.flip, 0, 1),
+            ("CENTRE", self.centre, 0, 1),
+            ("RANDAUGMENT", self.randaugment, 0, float("inf")),
+            ("MAGNITUDE", self.magnitude, 0, 30),
+        ):
+            if not least <= value <= most:
+                raise UserError(f"INPUT.VIEW.{key} {value} is out of range; give {least} to {most}")
+
+
+class Augmentation:
+    """Makes what the encoder sees; holds no state but its configuration."""
+
+    def __init__(self, config: AugmentationConfig) -> None:
+        self.config = config
+        self._augment = v2.RandAugment(config.randaugment, config.magnitude) if config.randaugment else None
+
+    @torch.no_grad()
+    def train(self, images: Tensor, sizes: Tensor, generator: torch.Generator, share: tuple[int, int, int]) -> Tensor:
+        """Crop, mirror and normalise at random; arguments as :meth:`relvit_d2.pretext.views.Views.train`.
+
+        The crops and flips of the whole batch are drawn from ``generator``; RandAugment draws from torch's own.
+
+        Returns:
+            ``(B, 3, size, size)`` float32.
+        """
+        config, (first, end, whole) = self.config, share
+        part = slice(first, end)
+        flip = (torch.rand(whole, generator=generator) < config.flip)[part]
+        if config.crop == "pad":
+            corner = torch.randint(2 * config.pad + 1, (whole, 2), generator=generator)[part]
+            pixels = self._window(images, corner, flip)
+        else:
+            all_sizes = torch.ones(whole, 2, dtype=torch.int64)
+            all_sizes[part] = sizes
+            boxes = random_boxes(all_sizes, config.scale, RATIO, generator)[part]
+            pixels = self._resized(images, boxes, flip)
+        if self._augment:
+            pixels = torch.stack([self._augment(image) for image in pixels])
+        return self._normalised(pixels)
+
+    @torch.no_grad()
+    def evaluate(self, images: Tensor, sizes: Tensor) -> Tensor:
+        """Resize the whole images or their centres and normalise: ``(B, 3, H, W)`` uint8 of true ``sizes`` ``(B, 2)``.
+
+        Returns:
+            ``(B, 3, size, size)`` float32.
+        """
+        size, centre = self.config.size, self.config.centre
+        if not centre and images.shape[2:] == (size, size):
+            return self._normalised(images.float().div_(255))
+        if centre:
+            side = (sizes.amin(1, keepdim=True) * centre).round().long().clamp(min=1).expand(-1, 2)
+            boxes = torch.cat(((sizes - side) // 2, side), 1)
+        else:
+            boxes = torch.cat((torch.zeros_like(sizes), sizes), 1)
+        return self._normalised(self._resized(images, boxes, torch.zeros(len(images), dtype=torch.bool)))
+
+    def _window(self, images: Tensor, corner: Tensor, flip: Tensor) -> Tensor:
+        """Cut a window out of each image with a black rim and mirror it: ``(B, 3, size, size)`` in 0..1."""
+        place = torch.arange(self.config.size)
+        rows = corner[:, :1] + place
+        cols = corner[:, 1:] + torch.where(flip[:, None], place.flip(0), place)
+        rows, cols = (x.to(images.device, non_blocking=True) for x in (rows, cols))
+        rimmed = F.pad(images, (self.config.pad,) * 4)
+        each = torch.arange(len(images), device=images.device)[:, None, None]
+        return rimmed[each, :, rows[:, :, None], cols[:, None]].permute(0, 3, 1, 2).float().div_(255)
+
+    def _resized(self, images: Tensor, boxes: Tensor, flip: Tensor) -> Tensor:
+        # Autocast would round the products to bfloat16, coarser than the images' own eight bits.
+        with torch.autocast(images.device.type, enabled=False):
+            return resample(images, boxes, flip, (self.config.size,) * 2).transpose(0, 1)
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        mean, std = (torch.tensor(x, device=pixels.device).view(3, 1, 1) for x in (self.config.mean, self.config.std))
+        return torch.addcmul(-mean / std, pixels, 1 / std)

@@ -1,0 +1,175 @@
+"""The model of classification: what is seen of a batch, the encoder, a linear head; the pretext heads in joint mode."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.utils import comm
+from fvcore.common.config import CfgNode
+from timm.data.mixup import Mixup
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from relvit_d2.classification.augmentation import Augmentation, AugmentationConfig
+from relvit_d2.encoders import Encoder, encoder_from_keys
+from relvit_d2.engine.joint import say_if_positions_leak
+from relvit_d2.errors import UserError
+from relvit_d2.pretext.layout import PatchLayout
+from relvit_d2.pretext.task import PretextTask
+
+
+class Classifier(nn.Module):
+    """An encoder and a linear head on its class token, or on the mean of its tokens where it has none.
+
+    As the authors' (models/relvit.py:218-227).
+    """
+
+    def __init__(self, encoder: Encoder, classes: int) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(encoder.dim, classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Map normalised images ``(B, 3, H, W)`` to float32 scores ``(B, classes)`` and tokens ``(B, N, dim)``."""
+        summary, tokens = self.encoder.summarised(pixels)
+        with torch.autocast(summary.device.type, enabled=False):
+            return self.head(summary.float()), tokens
+
+
+class ClassificationModel(nn.Module):
+    """uint8 images and labels to losses and accuracies.
+
+    Args:
+        network: what is trained.
+        augmentation: on the device of the images.
+        pretext: the tasks of joint training, told over the encoder's own grid.
+        mix: timm's mixup and cutmix: pixels and labels to mixed ones; None for none.
+        decay: of the mean of the network's weights that evaluation looks at; 0 for the weights themselves.
+    """
+
+    def __init__(
+        self,
+        network: Classifier,
+        augmentation: Augmentation,
+        pretext: PretextTask | None = None,
+        mix: Mixup | None = None,
+        decay: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.network, self.augmentation, self.pretext, self.mix = network, augmentation, pretext, mix
+        self.average = ModelEmaV3(network, decay).requires_grad_(False) if decay else None
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Take a training batch of :class:`relvit_d2.data.image_batches.TrainingBatches`; return scalars.
+
+        ``loss_class`` and ``accuracy_class`` (of the unmixed labels), in joint mode those of the pretext tasks, each
+        beside its ``chance_T``.
+        """
+        images = batch["images"].to(self.device, non_blocking=True)
+        pixels = self.augmentation.train(images, batch["sizes"], batch["generator"], batch["share"])
+        labels = target = batch["labels"].to(self.device, non_blocking=True)
+        if self.mix:
+            pixels, target = self.mix(pixels, labels)
+        scores, tokens = self.network(pixels)
+        told = {
+            "loss_class": F.cross_entropy(scores, target),
+            "accuracy_class": (scores.argmax(1) == labels).float().mean(),
+        }
+        if self.pretext:
+            layout = PatchLayout.full(len(tokens), self.pretext.grid, tokens.device)
+            chances = {f"chance_{name}": torch.tensor(value) for name, value in self.pretext.chance().items()}
+            told |= self.pretext(tokens, layout) | chances
+        return told
+
+    def evaluated(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return the scores and tokens of a batch with fixed views, by the mean of the weights if there is one."""
+        images = batch["images"].to(self.device, non_blocking=True)
+        network = self.network if self.average is None else self.average.module
+        return network(self.augmentation.evaluate(images, batch["sizes"]))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network lies."""
+        return self.network.head.weight.device
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder that is evaluated and exported."""
+        network = self.network if self.average is None else self.average.module
+        return network.encoder  # type: ignore[return-value]
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Switch to evaluation, without gradients, inside the block."""
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.train(was_training)
+
+    def follow(self) -> None:
+        """Take one step of the mean of the weights towards the weights, if there is a mean."""
+        if self.average is not None:
+            self.average.update(self.network)
+
+    def restart_average(self) -> None:
+        """Let the mean of the weights, if there is one, be the weights."""
+        if self.average is not None:
+            self.average.module.load_state_dict(self.network.state_dict())
+
+
+def build_classifier(cfg: CfgNode, classes: int) -> ClassificationModel:
+    """Build the model of ``classes`` classes on ``MODEL.DEVICE``.
+
+    Raises:
+        UserError: for keys that contradict each other or are out of range.
+    """
+    view, decay = cfg.INPUT.VIEW, cfg.SOLVER.EMA
+    if not 0 <= decay < 1:
+        raise UserError(f"SOLVER.EMA {decay} is no decay: give 0 for none, or less than 1, such as 0.9999")
+    if len(view.SCALE) != 2 or not 0 < view.SCALE[0] <= view.SCALE[1] <= 1:
+        raise UserError(
+            f"INPUT.VIEW.SCALE {list(view.SCALE)} is no range of shares; give two numbers, such as [0.08, 1]"
+        )
+    augmentation = Augmentation(
+        AugmentationConfig(
+            size=view.SIZE,
+            crop=view.CROP,
+            pad=view.PAD,
+            scale=tuple(view.SCALE),
+            flip=view.FLIP,
+            centre=view.CENTRE,
+            randaugment=view.RANDAUGMENT,
+            magnitude=view.MAGNITUDE,
+            mean=tuple(value / 255 for value in cfg.MODEL.PIXEL_MEAN),
+            std=tuple(value / 255 for value in cfg.MODEL.PIXEL_STD),
+        )
+    )
+    network = Classifier(encoder_from_keys(cfg.MODEL), classes)
+    pretext = None
+    if cfg.MODEL.RELVIT.JOINT:
+        say_if_positions_leak(network.encoder)
+        pretext = PretextTask.from_keys(network.encoder.dim, network.encoder.grid(view.SIZE, view.SIZE), cfg.PRETEXT)
+    model = ClassificationModel(network, augmentation, pretext, _mix(cfg, classes), decay)
+    return model.to(cfg.MODEL.DEVICE)
+
+
+def _mix(cfg: CfgNode, classes: int) -> Mixup | None:
+    """Return timm's mixup and cutmix, which draw from NumPy's global generator, seeded at each iteration's start."""
+    mixup, cutmix = cfg.INPUT.VIEW.MIXUP, cfg.INPUT.VIEW.CUTMIX
+    if min(mixup, cutmix) < 0:
+        raise UserError(f"INPUT.VIEW.MIXUP {mixup} and CUTMIX {cutmix}: give 0 for none, or more")
+    if not (mixup or cutmix):
+        return None
+    share = cfg.SOLVER.IMS_PER_BATCH // (comm.get_world_size() * cfg.SOLVER.ACCUMULATE)
+    if share % 2:
+        raise UserError(
+            f"INPUT.VIEW.MIXUP and CUTMIX mix images in pairs, but {share} of SOLVER.IMS_PER_BATCH "
+            f"{cfg.SOLVER.IMS_PER_BATCH} come at a time: choose an even number"
+        )
+    return Mixup(mixup, cutmix, label_smoothing=0.0, num_classes=classes)

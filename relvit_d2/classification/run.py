@@ -1,0 +1,253 @@
+"""A classifier's data, training and evaluation, from a config."""
+
+import logging
+import re
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.utils import comm
+from fvcore.common.config import CfgNode
+
+from relvit_d2.classification.model import ClassificationModel
+from relvit_d2.classification.probes import features, linear_probe
+from relvit_d2.data.class_tree import LabelledImages, check_same_classes, image_size, places
+from relvit_d2.data.classes import get_class_sets
+from relvit_d2.data.image_batches import ImageStack, TrainingBatches, fixed_batches
+from relvit_d2.encoders.weights import save_encoder
+from relvit_d2.engine.checkpoint import Checkpointer
+from relvit_d2.engine.precision import choose_precision
+from relvit_d2.engine.randomness import generator
+from relvit_d2.engine.trainer import Trainer
+from relvit_d2.errors import UserError
+from relvit_d2.files import write_json
+from relvit_d2.pretext.monitor import knn_accuracy
+
+WATCHED = "watched_test"  # the test set's name where it chooses the model
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ClassificationData:
+    """The sets of a run; what it does not need is None."""
+
+    train: LabelledImages | None
+    validation: LabelledImages | None
+    test: LabelledImages | None
+
+    @property
+    def classes(self) -> int:
+        """How many there are."""
+        return len(next(part for part in (self.train, self.test) if part).classes)
+
+
+def load_data(cfg: CfgNode, training: bool) -> ClassificationData:
+    """Read the sets of ``DATASETS``, and hold out ``DATASETS.VALIDATION``.
+
+    Args:
+        cfg: the config.
+        training: whether the training set is needed.
+
+    Raises:
+        UserError: if they are missing or damaged, their classes differ, or their sizes do not fit ``INPUT.VIEW``.
+    """
+    data = cfg.DATASETS
+    how = (data.DOWNLOAD, data.SYNSETS)
+    train = get_class_sets("DATASETS.TRAIN", data.TRAIN, *how) if training else None
+    validation = None
+    if train and data.VALIDATION:
+        if share := re.fullmatch(r"(\d+(?:\.\d+)?)%", data.VALIDATION):
+            train, validation = split(train, float(share[1]) / 100, cfg.SEED)
+        else:
+            validation = get_class_sets("DATASETS.VALIDATION", [data.VALIDATION], *how)
+    test = get_class_sets("DATASETS.TEST", data.TEST, *how) if data.TEST or not training else None
+    parts = [part for part in (train, validation, test) if part]
+    for part in parts:
+        check_same_classes(parts[0], part)
+    for name, note in {part.name: part.note for part in parts if part.note}.items():
+        logger.warning(f"data set '{name}': {note}")
+    if train and cfg.INPUT.VIEW.CROP == "pad":
+        _check_sizes(train, cfg.INPUT.VIEW.SIZE)
+    return ClassificationData(train, validation, test)
+
+
+def _check_sizes(data: LabelledImages, size: int) -> None:
+    """Refuse images that a window of ``size`` pixels does not fit."""
+    images = data.images
+    shape = tuple(images.pixels.shape[2:]) if isinstance(images, ImageStack) else None
+    odd = data.name if shape else next((file for file in images if image_size(file) != (size, size)), None)
+    if shape != (size, size) and odd is not None:
+        height, width = shape or image_size(odd)
+        raise UserError(
+            f"'{odd}' is {height}x{width} pixels, but INPUT.VIEW.CROP pad wants all images at INPUT.VIEW.SIZE {size}: "
+            "set the size to that of all images, or INPUT.VIEW.CROP resized"
+        )
+
+
+def split(data: LabelledImages, share: float, seed: int) -> tuple[LabelledImages, LabelledImages]:
+    """Return what stays for training and what is held out: ``share``, 0..1, of all images, and so of each class.
+
+    Raises:
+        UserError: if nothing would be held out, or nothing stay.
+    """
+    order = torch.from_numpy(generator(seed, "validation").permutation(len(data)))
+    shuffled = data.labels[order]
+    quantile = (places(shuffled) + 0.5) / shuffled.bincount()[shuffled]
+    order, count = order[quantile.argsort(stable=True)], round(share * len(data))
+    if not 0 < count < len(data):
+        raise UserError(
+            f"DATASETS.VALIDATION {share:.3%} holds out {count} of the {len(data)} images of '{data.name}': "
+            "give another share, or '' for none"
+        )
+    return data.take(order[count:].sort().values), data.take(order[:count].sort().values)
+
+
+def settle(cfg: CfgNode, data: ClassificationData) -> CfgNode:
+    """Return the config with ``TEST.BEST_METRIC``: the ``top1`` on what chooses the model, where something does.
+
+    Raises:
+        UserError: if the model shall be chosen on a test set that there is none of.
+    """
+    cfg = cfg.clone()
+    if cfg.TEST.BEST_ON_TEST and data.test is None:
+        raise UserError("TEST.BEST_ON_TEST chooses the model on DATASETS.TEST, which is empty: name a set")
+    chooses = WATCHED if cfg.TEST.BEST_ON_TEST else "validation" if data.validation else ""
+    if chooses and cfg.TEST.EVAL_PERIOD > 0 and not cfg.TEST.BEST_METRIC:
+        cfg.TEST.BEST_METRIC = f"{chooses}/top1"
+    cfg.freeze()
+    return cfg
+
+
+def build_trainer(cfg: CfgNode, model: ClassificationModel, data: ClassificationData) -> Trainer:
+    """Return the trainer of a classifier, with evaluation on what chooses the model."""
+    train = data.train
+    assert train is not None
+    watched = {WATCHED: data.test} if cfg.TEST.BEST_ON_TEST else {"validation": data.validation}
+    sets = {name: part for name, part in watched.items() if part}
+    measure = partial(_measure, cfg, model, sets) if sets else None
+    make_batches = partial(TrainingBatches, cfg, train.images, labels=train.labels)
+    trainer = Trainer(cfg, model, len(train), make_batches, measure, "train_cls.py")
+    trainer.optimizer.register_step_post_hook(lambda *_: model.follow())
+    return trainer
+
+
+def _measure(cfg: CfgNode, model: ClassificationModel, sets: dict[str, LabelledImages]) -> dict[str, Any]:
+    results = {}
+    for name, part in sets.items():
+        if figures := evaluate(cfg, model, part):
+            results[name] = figures
+            logger.info(f"{name.replace('_', ' ')}: {_words(figures)}; {len(part)} images")
+    return results
+
+
+def _words(figures: dict[str, float]) -> str:
+    return ", ".join(
+        f"{name} {value:.2f} %" if "top1" in name else f"{name} {value:.4g}" for name, value in figures.items()
+    )
+
+
+def evaluate(cfg: CfgNode, model: ClassificationModel, data: LabelledImages) -> dict[str, float]:
+    """Return ``top1``, percent of right answers, and ``loss``, the mean cross entropy.
+
+    Empty in all processes but the first.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)
+    with model.evaluating(), choose_precision(cfg.SOLVER.PRECISION, model.device).autocast():
+        for batch in fixed_batches(cfg, data.images, cfg.TEST.BATCH_SIZE):
+            labels = data.labels[batch["keys"]].to(model.device)
+            scores, _ = model.evaluated(batch)
+            hits = (scores.argmax(1) == labels).sum()
+            loss = F.cross_entropy(scores, labels, reduction="sum")
+            sums += torch.stack((hits.double(), loss.double(), hits.new_tensor(len(labels)).double())).cpu()
+    parts = comm.gather(sums)
+    if not parts:
+        return {}
+    hits, loss, count = torch.stack(parts).sum(0).tolist()
+    return {"top1": 100 * hits / count, "loss": loss / count}
+
+
+def finish(cfg: CfgNode, model: ClassificationModel, trainer: Trainer, data: ClassificationData) -> None:
+    """Take the best model, if one was chosen, look at the test set once, write results and the encoder.
+
+    The figures are called ``test``, or ``best_on_test`` where the test set chose the model.
+    """
+    chosen, metric = "the last one", cfg.TEST.BEST_METRIC
+    if metric:
+        best = Path(cfg.OUTPUT_DIR) / "model_best.pth"
+        extra = Checkpointer(model).load(str(best), checkpointables=[])
+        chosen = f"the best by {metric} ({extra['value']:.2f}), after iteration {extra['iteration']}"
+    name = "best_on_test" if cfg.TEST.BEST_ON_TEST else "test"
+    figures = evaluate(cfg, model, data.test) if data.test else {}
+    if comm.is_main_process():
+        export_encoder(cfg, model, trainer.iter + 1, trainer.results | {name: figures})
+    tell(cfg, {name: figures} if data.test else {}, data.test, trainer.results | {"model": chosen})
+
+
+def tell(
+    cfg: CfgNode,
+    figures: dict[str, Any],
+    test: LabelledImages | None,
+    more: dict[str, Any] | None = None,
+    file: str = "results.json",
+) -> None:
+    """Log the figures on the test set and write them into a ``file`` of ``inference``, in the first process.
+
+    It holds under the name of the test set the ``figures``, the number of ``images`` and the ``note`` that has to be
+    said beside a figure of it, if there is one; and ``more``.
+    """
+    if not comm.is_main_process():
+        return
+    results: dict[str, Any] = dict(more or {})
+    if test:
+        for name, values in figures.items():
+            logger.info(f"{name.replace('_', ' ')}: {_words(values)}; {len(test)} images of {test.name}")
+        note = {"note": test.note} if test.note else {}
+        results[", ".join(cfg.DATASETS.TEST)] = {**figures, "images": len(test), **note}
+    write_json(Path(cfg.OUTPUT_DIR) / "inference" / file, results)
+
+
+def probe(cfg: CfgNode, model: ClassificationModel, data: ClassificationData, kind: str) -> dict[str, Any]:
+    """Return ``{kind: figures}`` of the frozen encoder on the test set; ``kind`` is ``knn`` or ``linear``.
+
+    Empty in all processes but the first.
+
+    Raises:
+        UserError: if a linear probe has no validation images to choose by.
+    """
+    assert data.train is not None and data.test is not None
+    if kind == "linear" and data.validation is None:
+        raise UserError("a linear probe chooses its penalty on validation images: set DATASETS.VALIDATION, such as 10%")
+
+    def read(part: LabelledImages) -> tuple[torch.Tensor, torch.Tensor]:
+        with choose_precision(cfg.SOLVER.PRECISION, model.device).autocast():
+            found = features(model, fixed_batches(cfg, part.images, cfg.TEST.BATCH_SIZE))
+        return found.to(model.device), part.labels.to(model.device)
+
+    known, unseen = read(data.train), read(data.test)
+    held = read(data.validation) if kind == "linear" and data.validation else None
+    if not comm.is_main_process():
+        return {}
+    if held:
+        return {kind: linear_probe(known, held, unseen, data.classes)}
+    return {kind: {"top1": 100 * knn_accuracy(*unseen, known=known)}}
+
+
+def export_encoder(cfg: CfgNode, model: ClassificationModel, iterations: int, results: dict[str, Any]) -> Path:
+    """Write ``encoder.safetensors`` into ``OUTPUT_DIR`` and return its path; arguments say how it was trained."""
+    encoder, path = model.encoder, Path(cfg.OUTPUT_DIR) / "encoder.safetensors"
+    info = {
+        "pixel_mean": list(cfg.MODEL.PIXEL_MEAN),
+        "pixel_std": list(cfg.MODEL.PIXEL_STD),
+        "input_format": "RGB",
+        "patch": encoder.strides[encoder.last],
+        "image_size": cfg.INPUT.VIEW.SIZE,
+        "iteration": iterations,
+        "data": list(cfg.DATASETS.TRAIN),
+        "results": results,
+    }
+    save_encoder(encoder, path, info)
+    return path

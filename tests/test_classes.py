@@ -1,0 +1,321 @@
+"""The classification sets: what is read, in which order, and what is said of what cannot be read."""
+
+import io
+import pickle
+import struct
+import tarfile
+import zlib
+from collections.abc import Callable
+from hashlib import md5
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import CIFAR10, CIFAR100, SVHN, Flowers102
+
+from relvit_d2.data.class_tree import LabelledImages, read_tree
+from relvit_d2.data.classes import CLASS_SETS, about_class_set, get_class_set, get_class_sets
+from relvit_d2.data.image_batches import ImageStack
+from relvit_d2.data.imagenet100 import synsets
+from relvit_d2.data.matlab5 import read_matlab5
+from relvit_d2.errors import UserError
+
+RANDOM = np.random.default_rng(0)
+
+
+def picture(path: Path, size: tuple[int, int] = (32, 32)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(RANDOM.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(path)
+
+
+def tree(root: Path, classes: dict[str, int], size: tuple[int, int] = (32, 32)) -> Path:
+    for name, count in classes.items():
+        for number in range(count):
+            picture(root / name / f"{number:04}.png", size)
+    return root
+
+
+def packed(root: Path, archive: Path) -> Path:
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(root, arcname="set")
+    return archive
+
+
+def matlab5(arrays: dict[str, np.ndarray], compress: bool) -> bytes:
+    """A file as "MAT-File Format" (The MathWorks) describes it; names of up to four letters in the short form."""
+    kinds = {"u1": 2, "u2": 4, "i4": 5, "f8": 9}
+
+    def element(kind: int, data: bytes) -> bytes:
+        if len(data) <= 4:
+            return struct.pack("<HH", kind, len(data)) + data.ljust(4, b"\0")
+        return struct.pack("<II", kind, len(data)) + data + b"\0" * (-len(data) % 8)
+
+    out = b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack("<H2s", 0x0100, b"IM")
+    for name, array in arrays.items():
+        matrix = element(6, struct.pack("<II", 9, 0)) + element(5, struct.pack(f"<{array.ndim}i", *array.shape))
+        matrix += element(1, name.encode()) + element(kinds[array.dtype.str[1:]], array.tobytes(order="F"))
+        whole = struct.pack("<II", 14, len(matrix)) + matrix
+        if compress:
+            whole = (lambda data: struct.pack("<II", 15, len(data)) + data)(zlib.compress(whole))
+        out += whole
+    return out
+
+
+def write_cifar(root: Path, kind: type[CIFAR10], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten images a file, whose checksums become the expected ones."""
+    folder, key = root / kind.base_folder, "labels" if kind is CIFAR10 else "fine_labels"
+    folder.mkdir(parents=True, exist_ok=True)
+    for lists in ("train_list", "test_list"):
+        sums = []
+        for name, _ in getattr(kind, lists):
+            data = RANDOM.integers(0, 256, (10, 3072), dtype=np.uint8)
+            content = pickle.dumps({"data": data, key: list(range(10))})
+            (folder / name).write_bytes(content)
+            sums.append([name, md5(content).hexdigest()])
+        monkeypatch.setattr(kind, lists, sums)
+    names = [f"class {i}" for i in range(10 if kind is CIFAR10 else 100)]
+    content = pickle.dumps({kind.meta["key"]: names})
+    (folder / kind.meta["filename"]).write_bytes(content)
+    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": md5(content).hexdigest()})
+
+
+def write_svhn(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split_list = {}
+    for split, (url, file, _) in SVHN.split_list.items():
+        arrays = {
+            "X": RANDOM.integers(0, 256, (32, 32, 3, 10), dtype=np.uint8),
+            "y": np.arange(1, 11, dtype=np.uint8).reshape(10, 1),
+        }
+        (root / "svhn").mkdir(parents=True, exist_ok=True)
+        content = matlab5(arrays, compress=True)
+        (root / "svhn" / file).write_bytes(content)
+        split_list[split] = [url, file, md5(content).hexdigest()]
+    monkeypatch.setattr(SVHN, "split_list", split_list)
+
+
+def write_flowers(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = root / "flowers-102"
+    for number in range(1, 7):
+        picture(folder / f"jpg/image_{number:05}.jpg", (40 + number, 36))
+    parts = {"trnid": [1, 4], "valid": [2, 5], "tstid": [3, 6]}
+    sets = {name: np.array([numbers], dtype=np.uint16) for name, numbers in parts.items()}
+    files = {
+        "setid": matlab5(sets, compress=True),
+        "label": matlab5({"labels": np.array([[1.0, 1, 2, 2, 102, 7]])}, False),
+    }
+    known = dict(Flowers102._file_dict)
+    for key, content in files.items():
+        name = known[key][0]
+        (folder / name).write_bytes(content)
+        known[key] = (name, md5(content).hexdigest())
+    monkeypatch.setattr(Flowers102, "_file_dict", known)
+
+
+def write_tiny(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = root / "tiny-imagenet-200"
+    for synset in ("n02", "n01"):
+        for number in range(2):
+            picture(folder / f"train/{synset}/images/{synset}_{number}.JPEG", (64, 64))
+    (folder / "wnids.txt").write_text("n02\nn01\n")
+    for number in range(3):
+        picture(folder / f"val/images/val_{number}.JPEG", (64, 64))
+    rows = [f"val_{number}.JPEG\t{synset}\t0\t0\t9\t9\n" for number, synset in enumerate(["n01", "n02", "n01"])]
+    (folder / "val/val_annotations.txt").write_text("".join(rows))
+
+
+def write_imagenet(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split in ("train", "val"):
+        tree(root / "imagenet" / split, dict.fromkeys([*synsets(""), "n09999999"], 1), (9, 8))
+
+
+WRITERS: dict[str, Callable[[Path, pytest.MonkeyPatch], None]] = {
+    "cifar10": lambda root, patch: write_cifar(root, CIFAR10, patch),
+    "cifar100": lambda root, patch: write_cifar(root, CIFAR100, patch),
+    "svhn_digits": write_svhn,
+    "flower102": write_flowers,
+    "tiny_imagenet": write_tiny,
+    "imagenet100": write_imagenet,
+    "imagenet": write_imagenet,
+}
+EXPECTED = {  # images, classes, first labels
+    "cifar10_train": (50, 10, [0, 1, 2]),
+    "cifar10_test": (10, 10, [0, 1, 2]),
+    "cifar100_train": (10, 100, [0, 1, 2]),
+    "cifar100_test": (10, 100, [0, 1, 2]),
+    "svhn_digits_train": (10, 10, [1, 2, 3]),
+    "svhn_digits_test": (10, 10, [1, 2, 3]),
+    "svhn_digits_extra": (10, 10, [1, 2, 3]),
+    "flower102_train": (2, 102, [0, 1]),
+    "flower102_val": (2, 102, [0, 101]),
+    "flower102_test": (2, 102, [1, 6]),
+    "tiny_imagenet_train": (4, 2, [0, 0, 1]),
+    "tiny_imagenet_val": (3, 2, [1, 0, 1]),
+    "imagenet100_train": (100, 100, [0, 1, 2]),
+    "imagenet100_val": (100, 100, [0, 1, 2]),
+    "imagenet_train": (101, 101, [0, 1, 2]),
+    "imagenet_val": (101, 101, [0, 1, 2]),
+}
+
+
+@pytest.fixture
+def data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("name", list(CLASS_SETS))
+def test_every_set_is_read_where_its_publisher_puts_it(
+    name: str, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    WRITERS[name.rpartition("_")[0]](data_root, monkeypatch)
+    found = get_class_set(name)
+    count, classes, labels = EXPECTED[name]
+    assert (len(found), len(found.classes), found.labels[:3].tolist()) == (count, classes, labels)
+    assert isinstance(found.images, ImageStack) == (not name.startswith("flower"))  # whose images are of many sizes
+
+
+@pytest.mark.parametrize("name", list(CLASS_SETS))
+def test_a_set_that_is_missing_is_told_with_its_place(name: str, data_root: Path) -> None:
+    with pytest.raises(UserError, match=rf"missing: put it.* at {data_root}/.*DETECTRON2_DATASETS"):
+        get_class_set(name)
+
+
+@pytest.mark.parametrize("name", ["cifar10_train", "cifar100_test", "svhn_digits_train", "flower102_test"])
+def test_a_wrong_checksum_is_told(name: str, data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    WRITERS[name.rpartition("_")[0]](data_root, monkeypatch)
+    for file in data_root.rglob("*"):
+        if file.is_file() and file.suffix != ".jpg":
+            content = bytearray(file.read_bytes())
+            content[-1] ^= 1
+            file.write_bytes(bytes(content))
+    with pytest.raises(UserError, match=r"checksum is wrong: delete it and set DATASETS.DOWNLOAD True"):
+        get_class_set(name)
+
+
+def test_pixels_and_digits_of_svhn_are_those_of_its_file(data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_svhn(data_root, monkeypatch)
+    found, stored = get_class_set("svhn_digits_test"), read_matlab5(data_root / "svhn/test_32x32.mat")
+    assert found.labels.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
+    assert np.array_equal(found.images[3].permute(1, 2, 0).numpy(), stored["X"][..., 3])
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_matlab_files_come_back(compress: bool, tmp_path: Path) -> None:
+    arrays: dict[str, np.ndarray] = {
+        "longer_name": RANDOM.integers(0, 9, (3, 4, 2)).astype(np.uint8),
+        "f": RANDOM.standard_normal((2, 5)),
+        "one": np.array([[7]], dtype=np.uint8),
+    }
+    (tmp_path / "a.mat").write_bytes(matlab5(arrays, compress))
+    found = read_matlab5(tmp_path / "a.mat")
+    assert found.keys() == arrays.keys()
+    assert all(np.array_equal(found[name], arrays[name]) for name in arrays)
+    content = (tmp_path / "a.mat").read_bytes()
+    for bad in (content[:-30], content[:100], b"", content[:126] + b"XX" + content[128:]):
+        (tmp_path / "b.mat").write_bytes(bad)
+        with pytest.raises(UserError, match=r"b\.mat' is no MATLAB file"):
+            read_matlab5(tmp_path / "b.mat")
+
+
+def test_a_tree_and_a_tar_of_it_are_the_same_set(tmp_path: Path) -> None:
+    root = tree(tmp_path / "tree", {"b": 3, "a": 2})
+    picture(root / "a/.hidden.png")
+    (root / "readme.txt").write_text("no class")
+    one, other = get_class_set(str(root)), get_class_set(f"{packed(root, tmp_path / 't.tar.gz')}/set")
+    assert one.classes == other.classes == ("a", "b")
+    assert one.labels.tolist() == other.labels.tolist() == [0, 0, 1, 1, 1]
+    assert isinstance(one.images, ImageStack) and isinstance(other.images, ImageStack)
+    assert torch.equal(one.images.pixels, other.images.pixels)
+
+
+def test_images_of_many_sizes_stay_files(tmp_path: Path) -> None:
+    root = tree(tmp_path / "tree", {"a": 2, "b": 2})
+    picture(root / "b/0000.png", (20, 30))
+    archive = packed(root, tmp_path / "t.tar.gz")
+    found = get_class_set(f"{archive}/set")
+    assert isinstance(found.images, list)
+    assert str(found.images[2]) == f"{archive}/set/b/0000.png"
+
+
+def test_a_subset_takes_the_classes_in_turn(tmp_path: Path) -> None:
+    root = tree(tmp_path / "tree", {"a": 4, "b": 2, "c": 4})
+    assert get_class_set(f"{root}[:4]").labels.tolist() == [0, 1, 2, 0]
+    assert get_class_set(f"{root}[:70%]").labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    whole = get_class_set(str(root))
+    assert sorted(whole.in_turn().tolist()) == list(range(10))
+
+
+def damage(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_faults_of_trees_are_one_sentence(tmp_path: Path) -> None:
+    root = tree(tmp_path / "tree", {"a": 2, "b": 40})
+    archive = packed(root, tmp_path / "t.tar.gz")
+    damage(archive)
+    with pytest.raises(UserError, match=r"archive '.*t\.tar\.gz' is damaged"):
+        get_class_set(f"{archive}/set")
+    (tmp_path / "text.tar").write_text("no archive")
+    with pytest.raises(UserError, match=r"text\.tar' is damaged or no tar archive"):
+        get_class_set(str(tmp_path / "text.tar"))
+    with pytest.raises(UserError, match="holds no classes"):
+        get_class_set(f"{packed(root, archive)}/set/a")
+    (root / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no image of the class 'empty'"):
+        get_class_set(f"{packed(root, archive)}/set")
+    with pytest.raises(UserError, match=r"tree/empty holds no image"):
+        get_class_set(str(root))
+    (root / "empty").rmdir()
+    damage(root / "b/0003.png")
+    with pytest.raises(UserError, match=r"0003\.png' is damaged or cut short"):
+        get_class_set(str(root))
+    with pytest.raises(UserError, match=r"0003\.png' is damaged or cut short"):
+        get_class_set(f"{packed(root, archive)}/set")
+    with pytest.raises(UserError, match="did you mean 'cifar10_train'"):
+        get_class_set("cifar10_trian")
+    with pytest.raises(UserError, match=r"DATASETS.TRAIN is empty"):
+        get_class_sets("DATASETS.TRAIN", [])
+
+
+def test_labels_out_of_range_and_classes_that_differ(tmp_path: Path) -> None:
+    images = ImageStack(torch.zeros(3, 3, 4, 4, dtype=torch.uint8), "x")
+    with pytest.raises(UserError, match=r"image 1 of data set 'x' has the label 2, out of range for its 2 classes"):
+        LabelledImages("x", images, torch.tensor([0, 2, 1]), ("a", "b"))
+    one, other = tree(tmp_path / "one", {"a": 1, "b": 1}), tree(tmp_path / "other", {"a": 1, "c": 1})
+    with pytest.raises(UserError, match=r"different classes, 'b' is in one of them only"):
+        get_class_sets("DATASETS.TRAIN", [str(one), str(other)])
+    both = get_class_sets("DATASETS.TRAIN", [str(one), f"{one}[:1]"])
+    assert both.labels.tolist() == [0, 1, 0] and isinstance(both.images, ImageStack)
+
+
+def test_a_list_of_synsets_is_taken_in_its_order(
+    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert len(set(synsets(""))) == 100 == len(synsets(""))
+    write_imagenet(data_root, monkeypatch)
+    (tmp_path / "two.txt").write_text("n09999999\nn02869837\n")
+    assert get_class_set("imagenet100_val", synset_file=str(tmp_path / "two.txt")).classes == ("n09999999", "n02869837")
+    (tmp_path / "bad.txt").write_text("tench\n")
+    for file, words in (("bad.txt", "holds 'tench', which is no synset"), ("absent.txt", "cannot be read")):
+        with pytest.raises(UserError, match=words):
+            synsets(str(tmp_path / file))
+
+
+def test_the_jpeg_copies_of_cifar10_are_named_as_such(samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(samples))
+    found = get_class_set("cifar10_test[:20]")
+    assert "5.9 grey levels" in found.note and about_class_set("cifar10_test[:20]") == (20, found.note)
+    assert found.classes == ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    assert found.labels.bincount().tolist() == [2] * 10
+    with tarfile.open(samples / "cifar10_jpg.tar.gz") as tar:
+        content = tar.extractfile("test/airplane/0000.jpg")
+        assert content is not None
+        first = Image.open(io.BytesIO(content.read())).convert("RGB")
+    assert np.array_equal(found.images[0].permute(1, 2, 0).numpy(), np.asarray(first))
+
+
+def test_classes_of_a_tree_can_be_given(tmp_path: Path) -> None:
+    root = tree(tmp_path / "tree", {"a": 1, "b": 2, "c": 1})
+    assert read_tree(root, ["c", "b"]).labels.tolist() == [0, 1, 1]
