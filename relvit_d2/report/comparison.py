@@ -30,6 +30,11 @@ class Runs:
         """Sum up at least one figure."""
         return cls(statistics.fmean(figures), statistics.stdev(figures) if len(figures) > 1 else None, len(figures))
 
+    @classmethod
+    def known(cls, figure: float | None) -> "Runs | None":
+        """Return a published figure as one run, None where it is not known."""
+        return None if figure is None else cls(figure)
+
 
 class Difference(NamedTuple):
     """Of two means.

@@ -109,7 +109,8 @@ def _verdict(runs: Sequence[Run]) -> str:
             f"{task} {key} {value:.1f} on {name}"
             for name, tasks in run.results.items()
             for task, figures in tasks.items()
-            if isinstance(figures, dict) and (key := next(iter(figures), None)) and (value := figures[key]) is not None
+            if isinstance(figures, dict) and (key := next(iter(figures), None)) and isinstance(figures[key], float)
+            for value in [figures[key]]
         ]
         for name, figures in run.results.items():
             for task in ("relation", "position"):
@@ -198,7 +199,8 @@ def _flat_results(run: Run) -> dict[tuple[str, str, str], float | None]:
     for name, tasks in run.results.items():
         for task, figures in tasks.items():
             for key, value in figures.items() if isinstance(figures, dict) else [("", figures)]:
-                flat[name, task, key] = value
+                if value is None or isinstance(value, int | float):
+                    flat[name, task, key] = value
     return flat
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from relvit_d2.classification.table1 import TABLE1, Table1Row, both_phases
 from relvit_d2.report.comparison import Runs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,9 +104,11 @@ def tables() -> dict[str, dict[str, Row]]:
     """Return the rows by table and name.
 
     A detector's row stands for the track at 224 px, ``NAME_512`` for the one at 512, ``NAME_labels`` for
-    :func:`by_labels` of the first. The table ``demo`` is that of ``make demo``, which needs no data.
+    :func:`by_labels` of the first. In Table 1 ``supervised_longer`` trains for as many iterations as both phases of
+    ``upstream`` together. The table ``demo`` is that of ``make demo``, which needs no data.
     """
     found: dict[str, dict[str, Row]] = {"demo": {"streets": _demo()}}
+    found["table1"] = {name: _classifier(row) for name, row in TABLE1.items()}
     for table, rows in _DETECTORS.items():
         found[table] = {}
         for name, (title, config, published, images) in rows.items():
@@ -113,6 +116,25 @@ def tables() -> dict[str, dict[str, Row]]:
             larger = _detectors(f"{title} at 512 px", config, "", published, images)
             found[table] |= {name: row, f"{name}_512": larger, f"{name}_labels": by_labels(row)}
     return found
+
+
+def _classifier(row: Table1Row) -> Row:
+    """Return a row of Table 1; supervised training gets fine-tuning's schedule, and that of both phases beside it."""
+
+    def step(name: str, ending: str, encoder: str = "", overrides: tuple[tuple[str, object], ...] = ()) -> Step:
+        config = f"configs/cls/{row.config}{ending}.yaml"
+        return Step(name, "train_cls.py", config, encoder, overrides=overrides)
+
+    pretrain = Step("pretrain", "pretrain_ssl.py", f"configs/ssl/{row.config}.yaml")
+    twice = step("supervised_longer", "_supervised", overrides=both_phases(row, f"{ROOT}/configs"))
+    arms = [
+        Arm("supervised", (step("supervised", "_supervised"),), published=Runs.known(row.supervised)),
+        Arm("supervised_longer", (twice,), "supervised"),
+        Arm("upstream", (pretrain, step("upstream", "", "pretrain")), "supervised", Runs.known(row.finetuned)),
+    ]
+    if row.joint:
+        arms.insert(2, Arm("joint", (step("joint", "_joint"),), "supervised"))
+    return Row(row.title, "top-1 accuracy", ("test", "top1"), tuple(arms), row.images)
 
 
 def _detectors(title: str, config: str, track: str, published: Mapping[str, float], images: tuple[int, int]) -> Row:
@@ -123,9 +145,9 @@ def _detectors(title: str, config: str, track: str, published: Mapping[str, floa
             before = (Step(f"pretrain{ending}", "pretrain_ssl.py", f"configs/ssl/{config}{ending}.yaml"),)
         encoder = before[0].name if before else ""
         step = Step(name, "train_net.py", f"configs/{config}{track}{ending}.yaml", encoder)
-        figure = Runs(published[name]) if name in published else None
+        figure = Runs.known(published.get(name))
         arms.append(Arm(name, (*before, step), "" if name == "supervised" else "supervised", figure))
-    best = Runs(published["best"]) if "best" in published else None
+    best = Runs.known(published.get("best"))
     return Row(title, "box AP", ("bbox", "AP"), tuple(arms), images, best)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from relvit_d2.data import catalog
+from relvit_d2.data.classes import get_class_set, is_class_set
 from relvit_d2.engine.config_file import load_config
 from relvit_d2.errors import UserError
 from relvit_d2.files import write_json
@@ -126,11 +127,14 @@ def count_images(cfg: CfgNode) -> tuple[int, int]:
     Raises:
         UserError: if there are none of a name.
     """
-    train, test = (
-        sum(len(catalog.get_images(name, cfg.DATASETS.SKIP_MISSING)) for name in names)
-        for names in (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
-    )
-    return train, test
+    data = cfg.DATASETS
+
+    def count(name: str) -> int:
+        if is_class_set(name):
+            return len(get_class_set(name, data.DOWNLOAD, data.SYNSETS))
+        return len(catalog.get_images(name, data.SKIP_MISSING))
+
+    return sum(map(count, data.TRAIN)), sum(map(count, data.TEST))
 
 
 def collect(row: Row, seeds: Sequence[dict[str, Run]], images: tuple[int, int], scale: float) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def _read(folder: Path, name: str) -> Run:
     try:
         config = flat(yaml.safe_load((folder / "config.yaml").read_text()))
         info = _json(folder / "run.json")
-        results = _json(folder / "inference" / "results.json")
+        results = {k: v for k, v in _json(folder / "inference" / "results.json").items() if isinstance(v, dict)}
         lines = (folder / "metrics.json").read_text().splitlines() if (folder / "metrics.json").is_file() else []
         rows = {row["iteration"]: row for row in map(json.loads, lines)}
     except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
