@@ -6,15 +6,15 @@ import tarfile
 import zlib
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from relvit_d2.data.decode import reading
+from relvit_d2.data.archive import Member
+from relvit_d2.data.decode import image_size
 from relvit_d2.data.folder import EXTENSIONS, list_images
 from relvit_d2.data.image_batches import Images, ImageStack, joined, take
 from relvit_d2.data.mapper import ImageReader
@@ -72,7 +72,7 @@ class LabelledImages:
         files = self.images
         if isinstance(files, ImageStack):
             return self
-        height, width = image_size(files[0])
+        width, height = image_size(files[0])
         if 3 * height * width * len(files) > IN_MEMORY:
             return self
         read, stack = ImageReader(0), torch.empty(len(files), 3, height, width, dtype=torch.uint8)
@@ -125,15 +125,15 @@ def check_same_classes(one: LabelledImages, other: LabelledImages) -> None:
     raise UserError(f"data sets '{one.name}' and '{other.name}' have different classes{which}: make them agree")
 
 
-class PackedImage(io.BytesIO):
-    """The bytes of an image file that was read out of an archive; as a string, the archive and the file in it."""
+@dataclass(frozen=True)
+class UnpackedImage(Member):
+    """An image of an archive, read already: a compressed one is read from end to end, once."""
 
-    def __init__(self, name: str, content: bytes) -> None:
-        super().__init__(content)
-        self._name = name
+    content: bytes = field(repr=False)
 
-    def __str__(self) -> str:
-        return self._name
+    def open(self, limit: int = -1) -> io.BytesIO:
+        """See :class:`Member`."""
+        return io.BytesIO(self.content if limit < 0 else self.content[:limit])
 
 
 def archive_of(path: Path) -> tuple[Path, PurePosixPath] | None:
@@ -192,17 +192,8 @@ def _read_archive(archive: Path, inside: PurePosixPath) -> dict[str, list[Any]]:
                 elif len(parts) > 1 and member.isfile() and place.suffix.lower() in EXTENSIONS:
                     content = tar.extractfile(member)
                     assert content is not None
-                    files[parts[0]].append(PackedImage(f"{archive}/{member.name}", content.read()))
+                    image = UnpackedImage(archive, member.name, 0, member.size, content.read())
+                    files[parts[0]].append(image)
     except _DAMAGED as error:
         raise UserError(f"archive '{archive}' is damaged or no tar archive ({error}); get it anew") from error
     return {name: sorted(images, key=str) for name, images in files.items()}
-
-
-def image_size(file: Any) -> tuple[int, int]:
-    """Return the height and width that the head of an image file tells.
-
-    Raises:
-        UserError: if it is no image.
-    """
-    with reading(file), Image.open(file) as image:
-        return image.height, image.width

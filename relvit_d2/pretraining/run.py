@@ -13,9 +13,8 @@ from detectron2.utils import comm
 from fvcore.common.config import CfgNode
 
 from relvit_d2.data import catalog
-from relvit_d2.data.archive import ARCHIVES
 from relvit_d2.data.classes import get_class_set, get_class_sets, is_class_set
-from relvit_d2.data.folder import readable
+from relvit_d2.data.folder import is_source, readable
 from relvit_d2.data.image_batches import Images, TrainingBatches, fixed_batches, joined
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.trainer import Trainer
@@ -50,7 +49,7 @@ def image_files(
     """
 
     def read(name: str) -> Images:
-        if is_class_set(name) and not name.endswith(ARCHIVES):
+        if is_class_set(name) and not is_source(name.partition("[")[0]):
             return get_class_sets(key, [name], download, synset_file).images
         return readable(catalog.get_images(name, skip_missing))
 
