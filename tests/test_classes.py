@@ -236,7 +236,7 @@ def test_images_of_many_sizes_stay_files(tmp_path: Path) -> None:
     archive = packed(root, tmp_path / "t.tar.gz")
     found = get_class_set(f"{archive}/set")
     assert isinstance(found.images, list)
-    assert str(found.images[2]) == f"{archive}/set/b/0000.png"
+    assert str(found.images[2]) == f"{archive}:set/b/0000.png"
 
 
 def test_a_subset_takes_the_classes_in_turn(tmp_path: Path) -> None:
