@@ -75,7 +75,7 @@ def test_a_windowed_vit_is_exported_for_every_size_beyond_its_window(
     check(tmp_path / "backbone", to, [(1, 3, 56, 24), (4, 3, 16, 96)], opts, monkeypatch)
 
 
-FULL = ["MODEL.PYRAMID.STRIDES", "[4,8,16,32]", "MODEL.RPN.IN_FEATURES", "['p2','p3','p4','p5','p6']"]
+FULL = ["MODEL.PYRAMID.STRIDES", "[4,8,16,32]", "MODEL.RPN.IN_FEATURES", "['p2','p3','p4','p5']"]
 
 
 @pytest.mark.slow
