@@ -105,6 +105,7 @@ def test_a_compiled_vit_trains_on_images_of_changing_size(window: int) -> None:
         torch.testing.assert_close(gradients(compiled, found), gradients(plain, expected), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_exported_windowed_vit_takes_every_size_beyond_its_window() -> None:
     encoder = vit(window=3, global_blocks=2)
     sizes = ({0: Dim.STATIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
@@ -116,13 +117,13 @@ def test_an_exported_windowed_vit_takes_every_size_beyond_its_window() -> None:
 
 def test_global_weights_go_into_a_windowed_encoder_and_are_proved_there(tmp_path: Path) -> None:
     save_encoder(vit(), tmp_path / "encoder.safetensors", {})
-    windowed = vit(window=3)
+    windowed = vit(window=3, global_blocks=2)
     assert load_encoder(windowed, tmp_path / "encoder.safetensors").share == 1
     assert feature_difference(windowed, tmp_path / "encoder.safetensors") < 1e-6
 
 
 def test_windows_tell_a_token_its_place() -> None:
-    assert build_encoder("vit_nano", pos_embed=False, window=2).carries_positions
+    assert build_encoder("vit_nano", pos_embed=False, window=2, global_blocks=2).carries_positions
     assert not build_encoder("vit_nano", pos_embed=False, window=2, global_blocks=4).carries_positions
 
 
