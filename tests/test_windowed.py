@@ -1,6 +1,7 @@
 """Attention in windows: Detectron2's as an oracle, global attention as the limit, and what else a ViT must do."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from detectron2.modeling.backbone.vit import ViT
 from torch import Tensor, nn
 from torch.export import Dim, export
 
-from relvit_d2.encoders import Encoder, build_encoder, encoder_from_keys
+from relvit_d2.encoders import build_encoder, encoder_from_keys
 from relvit_d2.encoders.weights import feature_difference, load_encoder, save_encoder
 from relvit_d2.errors import UserError
 
@@ -20,11 +21,11 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-def vit(**arguments: int) -> Encoder:
+def vit(**arguments: int) -> Any:
     return build_encoder("vit_nano", patch_size=PATCH, img_size=SIDE, **arguments).eval()
 
 
-def twins(*arguments: dict[str, int]) -> list[Encoder]:
+def twins(*arguments: dict[str, int]) -> list[Any]:
     """Encoders of the same weights."""
     encoders = [vit(**each) for each in arguments]
     for encoder in encoders[1:]:
@@ -75,7 +76,7 @@ def test_a_patch_reaches_its_own_window_and_what_the_class_token_tells_the_other
 
 
 def test_the_blocks_that_stay_global_are_those_of_vitdet() -> None:
-    encoder = build_encoder("vit_tiny", window=14)
+    encoder: Any = build_encoder("vit_tiny", window=14)
     assert [i for i, window in enumerate(encoder._windows) if not window] == [2, 5, 8, 11]
 
 

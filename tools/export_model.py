@@ -134,8 +134,8 @@ def write(program: ExportedProgram, levels: list[str], to: str, path: Path) -> C
     if to == "torch-export":
         with path.open("wb") as file:
             torch.export.save(program, file)
-        with path.open("rb") as file:
-            return torch.export.load(file).module()
+        with path.open("rb") as written:
+            return torch.export.load(written).module()
     import onnxruntime
 
     names: dict[str, Any] = {"input_names": ["images"], "output_names": levels}

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -101,7 +101,9 @@ class ViT(Encoder):
     def contextualise(self, x: Tensor, grid: tuple[int, int]) -> list[Tensor]:
         """Run embedded tokens ``(B, prefix + h * w, C)`` of a grid through the blocks; see :meth:`tapped`."""
         vit, outputs = self.vit, []
-        for index, (block, window) in enumerate(zip(vit.blocks, self._windows, strict=True)):
+        for index, block in enumerate(vit.blocks):
+            window = self._windows[index]
+            assert isinstance(block, Block)
             run = partial(windowed_block, block, grid=grid, window=window) if window else block
             x = checkpoint(run, x, use_reentrant=False) if vit.grad_checkpointing else run(x)
             if index in self._taps:
