@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from scripts import fails, run
+from scripts import fails
 from torch import Tensor, nn
 
 from relvit_d2.detection import backbone as backbones
@@ -60,7 +60,7 @@ def check(path: Path, to: str, sizes: list[tuple[int, ...]], opts: list[str], mo
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("to", export_model.KINDS)
+@pytest.mark.parametrize("to", ["torch-export", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_a_vit_is_exported_for_every_size(to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check(tmp_path / "backbone", to, [(1, 3, 56, 24), (4, 3, 16, 96)], [], monkeypatch)
     assert [file.name for file in tmp_path.iterdir()] == ["backbone"]
@@ -75,7 +75,7 @@ def test_a_windowed_vit_is_exported_for_every_size_beyond_its_window(
     check(tmp_path / "backbone", to, [(1, 3, 56, 24), (4, 3, 16, 96)], opts, monkeypatch)
 
 
-FULL = ["MODEL.PYRAMID.STRIDES", "[4,8,16,32]", "MODEL.RPN.IN_FEATURES", "['p2','p3','p4','p5','p6']"]
+FULL = ["MODEL.PYRAMID.STRIDES", "[4,8,16,32]", "MODEL.RPN.IN_FEATURES", "['p2','p3','p4','p5']"]
 
 
 @pytest.mark.slow
@@ -112,10 +112,9 @@ def test_bad_input_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         export_model.export(arguments(tmp_path / "file", "onnx"))
 
 
-def test_the_script_tells_a_missing_file_and_its_help(root: Path) -> None:
+def test_the_script_tells_a_missing_file(root: Path) -> None:
     where = ("--config-file", CONFIG, "--to", "onnx", "--output", root / "x.onnx")
     assert "'absent.pth' is no file" in fails(root, "tools/export_model.py", "--weights", "absent.pth", *where)
-    assert "example:" in run(root, "tools/export_model.py", "--help").stdout
 
 
 def test_the_last_level_is_every_second_cell_of_the_one_before() -> None:

@@ -63,8 +63,12 @@ class ViT(Encoder):
 
     def tapped(self, images: Tensor) -> list[Tensor]:
         """Return the tapped blocks' normed sequences ``(B, prefix + h * w, C)``, the last block's last."""
-        vit, grid, outputs = self.vit, self.grid(*images.shape[-2:]), []
-        x = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
+        vit = self.vit
+        return self.contextualise(vit.norm_pre(vit._pos_embed(vit.patch_embed(images))), self.grid(*images.shape[-2:]))
+
+    def contextualise(self, x: Tensor, grid: tuple[int, int]) -> list[Tensor]:
+        """Run embedded tokens ``(B, prefix + h * w, C)`` of a grid through the blocks; see :meth:`tapped`."""
+        vit, outputs = self.vit, []
         for index, (block, window) in enumerate(zip(vit.blocks, self._windows, strict=True)):
             run = partial(windowed_block, block, grid=grid, window=window) if window else block
             x = checkpoint(run, x, use_reentrant=False) if vit.grad_checkpointing else run(x)
@@ -86,8 +90,11 @@ class ViT(Encoder):
         return tokens.mean(1) if self.vit.cls_token is None else sequence[:, 0], tokens
 
     def compile_passes(self) -> None:
-        """See :class:`Encoder`; all passes go through :meth:`tapped`."""
-        self.tapped = torch.compile(self.tapped)  # type: ignore[method-assign]
+        """See :class:`Encoder`; the embedding stays as it is.
+
+        torch 2.11 fails to compile the gradient of resampled positions once the size of an image may vary.
+        """
+        self.contextualise = torch.compile(self.contextualise)  # type: ignore[method-assign]
 
     def checkpoint_blocks(self) -> None:
         """See :class:`Encoder`."""
