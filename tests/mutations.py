@@ -274,7 +274,9 @@ def archive_member(path: Path, draw: random.Random, outside: Path) -> None:
     if path.suffix == ".zip":
         info = zipfile.ZipInfo(name)
         info.external_attr = draw.choice((0o120777, 0o100644, 0o40755)) << 16
-        info.compress_type = draw.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))
+        info.compress_type = draw.choice(
+            (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+        )
         with zipfile.ZipFile(path, "a") as packed:
             packed.writestr(info, draw.choice((target.encode("utf-8", "replace"), huge_png(), b"")))
         return

@@ -14,7 +14,7 @@ from detectron2.structures import BoxMode
 from relvit_d2.data.cache import Labels, cached
 from relvit_d2.data.decode import image_size
 from relvit_d2.data.folder import list_images
-from relvit_d2.data.places import refuse_stray
+from relvit_d2.data.places import refuse_links_out
 from relvit_d2.data.records import (
     BoxJudge,
     Record,
@@ -24,7 +24,6 @@ from relvit_d2.data.records import (
     existing,
     first_few,
     folders_below,
-    refuse_links_out,
     renumbered,
 )
 from relvit_d2.data.splits import ALL, one_or_split, split_of
@@ -59,8 +58,7 @@ def load_voc(root: Path, split: str, class_names: Sequence[str], skip_missing: b
     """
     images = voc_images(root, split, skip_missing)
     annotations = [root / "Annotations" / f"{image.stem}.xml" for image in images]
-    for path in annotations:
-        refuse_stray(path)
+    refuse_links_out(annotations)
 
     def read() -> Labels:
         category_ids = {name: index for index, name in enumerate(class_names)}
@@ -209,7 +207,7 @@ def _is_voc(path: Path) -> bool:
 
 def _ids(path: Path) -> list[str]:
     """Return the ids of one list of ``ImageSets/Main``: see :func:`voc_images`."""
-    refuse_stray(path)
+    refuse_links_out([path])
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
