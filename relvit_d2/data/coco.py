@@ -16,6 +16,7 @@ from relvit_d2.data.places import refuse_links_out
 from relvit_d2.data.records import (
     BoxJudge,
     Record,
+    check_printable,
     check_unique,
     checked_path,
     existing,
@@ -141,8 +142,12 @@ class CocoFolder:
         """
         if json_file:
             files = [checked_path(json_file, root, "JSON")]
+            refuse_links_out(files, root)
         else:
-            files = [path for folder in folders_below(root) for path in sorted(folder.glob("*.json")) if _is_coco(path)]
+            files = [path for folder in folders_below(root) for path in sorted(folder.glob("*.json"))]
+            check_printable(files)
+            refuse_links_out(files, root)
+            files = [path for path in files if _is_coco(path)]
             # COCO's own come with captions and keypoints of the same images beside them.
             files = [path for path in files if path.name.startswith("instances_")] or files
         if not files:
@@ -156,7 +161,6 @@ class CocoFolder:
                     "DATASETS.CUSTOM, or take one away"
                 )
             sets[split] = path
-        refuse_links_out(files, root)
         given = checked_path(images, root, "IMAGES") if images else None
         return cls(
             root, one_or_split({split: (path, given or _image_folder(root, path)) for split, path in sets.items()})

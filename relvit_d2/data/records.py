@@ -10,7 +10,7 @@ coordinates: the image spans ``[0, width] x [0, height]``.
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -162,6 +162,13 @@ def checked_name(name: str, where: str) -> str:
     if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
         raise UserError(f"{where} names {name!r}, which is not a plain file name: correct it")
     return name
+
+
+def check_printable(paths: Iterable[str | Path]) -> None:
+    """Raise a ``UserError`` for the first of ``paths`` that no log could hold."""
+    for path in paths:
+        if not str(path).isprintable():
+            raise UserError(f"the name of the file {os.fsencode(path)!r} cannot be printed: rename it")
 
 
 def check_unique(names: Sequence[str], where: str) -> None:

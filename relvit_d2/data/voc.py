@@ -18,6 +18,7 @@ from relvit_d2.data.places import refuse_links_out
 from relvit_d2.data.records import (
     BoxJudge,
     Record,
+    check_printable,
     check_unique,
     checked_box,
     checked_name,
@@ -121,6 +122,8 @@ class VocFolder:
         found: dict[str, list[Path]] = {}
         for folder in folders_below(root):
             files = sorted(path for path in folder.glob("*.xml") if not path.name.startswith("."))
+            check_printable(files)
+            refuse_links_out(files[:1], root)
             if files and _is_voc(files[0]):
                 split = next(filter(None, map(split_of, reversed(folder.relative_to(root).parts))), ALL)
                 found.setdefault(split, []).extend(files)

@@ -134,7 +134,7 @@ def _names(root: Path) -> dict[int, str]:
                 given = [line.strip() for line in text.splitlines() if line.strip()]
         except (OSError, ValueError, TypeError, LookupError, RecursionError, yaml.YAMLError) as error:
             raise UserError(
-                f"the names of classes in {path} cannot be read ({' '.join(str(error).split())})"
+                f"the names of classes in {path} cannot be read ({' '.join(str(error).split())}): correct it"
             ) from error
         if not given:
             continue
