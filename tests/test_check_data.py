@@ -271,11 +271,12 @@ def test_the_script_checks_a_folder_with_labels_and_what_a_config_says_of_it(tmp
     report = json.loads((tmp_path / "out/check.json").read_text())
     counts = {name: facts["classes"] for name, facts in report["sets"].items()}
     assert counts == {"cells_train": {"RBC": 2, "WBC": 2}, "cells_val": {"RBC": 1, "WBC": 1}}
-    own = {"gray": {"ROOT": str(tmp_path / "cells"), "SPLIT": "val"}}
-    keys = ("DATASETS.CUSTOM", own, "DATASETS.TRAIN", "('gray',)", "DATASETS.TEST", "()")
-    keys += ("INPUT.CHANNELS", 1, "MODEL.PIXEL_MEAN", "[100]", "MODEL.PIXEL_STD", "[50]")
-    script = ("tools/check_data.py", "--output", tmp_path / "gray", "--config-file", "configs/demo/streets.yaml")
-    run(tmp_path, *script, *keys)
+    base, config = Path("configs/demo/streets.yaml").absolute(), tmp_path / "gray.yaml"
+    config.write_text(
+        f"_BASE_: {base}\nINPUT: {{CHANNELS: 1}}\nMODEL: {{PIXEL_MEAN: [100.0], PIXEL_STD: [50.0]}}\n"
+        f"DATASETS: {{CUSTOM: {{gray: {{ROOT: {tmp_path}/cells, SPLIT: val}}}}, TRAIN: ['gray'], TEST: []}}\n"
+    )
+    run(tmp_path, "tools/check_data.py", "--output", tmp_path / "gray", "--config-file", config)
     report = json.loads((tmp_path / "gray/check.json").read_text())
     assert report["sets"]["gray"]["classes"] == {"RBC": 1, "WBC": 1} and len(report["mean"]) == 1
     (tmp_path / "cells/classes.txt").write_text("RBC\n")
