@@ -6,11 +6,12 @@ class UserError(Exception):
 
     The message is one sentence that names the thing and the mend. The scripts catch it once,
     print it and end with exit status 1; ``RELVIT_DEBUG=1`` shows the traceback instead. Line breaks, which names of
-    files and classes may hold, become blanks.
+    files and classes may hold, become blanks, and what cannot be printed its escape: ``\\x1b``.
     """
 
     def __init__(self, message: object) -> None:
-        super().__init__(" ".join(str(message).splitlines()))
+        text = " ".join(str(message).splitlines())
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
 
 
 def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:

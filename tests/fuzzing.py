@@ -6,11 +6,13 @@ written into a data root, and how it is read. ``mutations`` spoils it, each file
 
 import json
 import os
+import shutil
 import sys
+import tarfile
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from detectron2.structures import BoxMode
 from PIL import Image
 from test_svhn import write_mat
 
+from relvit_d2.data import own
 from relvit_d2.data.catalog import DATASETS, get_images, get_records
 from relvit_d2.data.decode import read_rgb
 from relvit_d2.errors import UserError
@@ -108,10 +111,37 @@ def make_images(root: Path) -> None:
     Image.fromarray(np.arange(63, dtype=np.uint16).reshape(7, 9) * 1000).save(folder / "l.png")
 
 
-def read_images(root: Path) -> list[dict[str, Any]]:
-    """List a folder and decode all that can be decoded, as pre-training does."""
+def make_yolo(root: Path) -> None:
+    """Write images, boxes, a polygon and the names of the classes as Ultralytics lays them out."""
+    for number in range(1, 4):
+        noise(root / f"images/train/{number}.jpg", number)
+    (root / "labels/train").mkdir(parents=True)
+    (root / "labels/train/1.txt").write_text("0 0.5 0.5 0.5 0.5\n2 0.1 0.2 0.2 0.4\n")
+    (root / "labels/train/2.txt").write_text("1 0.1 0.1 0.9 0.1 0.5 0.8\n")
+    (root / "data.yaml").write_text("train: images/train\nnc: 3\nnames:\n  0: cat\n  1: dog\n  2: cow\n")
+
+
+def make_archives(root: Path) -> None:
+    """Write a tar and a zip with the images of :func:`make_images`, the zip's packed in three ways."""
+    make_images(root)
+    files = sorted(path for path in (root / "images").rglob("*") if path.is_file())
+    with tarfile.open(root / "photos.tar", "w") as tar, zipfile.ZipFile(root / "photos.zip", "w") as packed:
+        for place, path in enumerate(files):
+            name = path.relative_to(root).as_posix()
+            tar.add(path, name)
+            packed.write(path, name, (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA)[place % 3])
+    shutil.rmtree(root / "images")
+
+
+def read_voc(root: Path) -> list[dict[str, Any]]:
+    """Read a folder in VOC's layout twice: by its lists, and by its annotations alone from the folder above."""
+    return own.READERS["voc"](root / "VOC2007") + own.READERS["voc"](root)
+
+
+def read_images(*sources: Path) -> list[dict[str, Any]]:
+    """List sources of images and decode all that can be decoded, as pre-training does."""
     records = []
-    for path in get_images(str(root / "images")):
+    for path in [image for source in sources for image in get_images(str(source))]:
         with suppress(UserError):
             pixels = read_rgb(path)
             assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
@@ -119,6 +149,9 @@ def read_images(root: Path) -> list[dict[str, Any]]:
                 {"file_name": str(path), "image_id": str(path), "height": pixels.shape[0], "width": pixels.shape[1]}
             )
     return records
+
+
+MANY = 120  # classes at most that a spoilt set of at most 80 can have
 
 
 @dataclass(frozen=True)
@@ -146,12 +179,16 @@ def of_catalog(make: Callable[[Path], None], name: str) -> Reader:
 READERS = {
     "voc": of_catalog(make_voc, "voc_2007_train"),
     "svhn": of_catalog(make_svhn, "svhn_test"),
-    "images": Reader(make_images, read_images, links=True),
+    "coco": of_catalog(make_coco, "coco_2017_val"),
+    "kitti": of_catalog(make_kitti, "kitti_train"),
+    # What a user brings along has the classes that it says it has.
+    "own_coco": Reader(make_coco, own.READERS["coco"], MANY),
+    "own_voc": Reader(make_voc, read_voc, MANY),
+    "own_yolo": Reader(make_yolo, own.READERS["yolo"], MANY),
+    "images": Reader(make_images, lambda root: read_images(root / "images"), links=True),
+    "zip": Reader(make_archives, lambda root: read_images(root / "photos.zip")),
+    "tar": Reader(make_archives, lambda root: read_images(root / "photos.tar")),
 }
-if find_spec("relvit_d2.data.coco"):
-    READERS["coco"] = of_catalog(make_coco, "coco_2017_val")
-if "kitti_train" in DATASETS:
-    READERS["kitti"] = of_catalog(make_kitti, "kitti_train")
 
 
 def check_records(records: list[dict[str, Any]], root: Path, classes: int) -> None:
@@ -207,7 +244,7 @@ def outcome(reader: Reader, root: Path, *allowed: Path) -> list[dict[str, Any]] 
         try:
             records = reader.read(root)
         except UserError as error:
-            assert str(error) and "\n" not in str(error), repr(str(error))
+            assert str(error).isprintable() and str(error), repr(str(error))
             return error
     check_records(records, root.parent if reader.links else root, reader.classes)
     return records

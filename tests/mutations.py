@@ -6,6 +6,8 @@ import os
 import random
 import re
 import shutil
+import tarfile
+import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -256,6 +258,59 @@ def hdf5_outside(path: Path, draw: random.Random, outside: Path) -> None:
             file[name] = h5py.ExternalLink(str(target), "/" + name)
 
 
+def yaml_bomb(path: Path, draw: random.Random, outside: Path) -> None:
+    """Lists of lists without end, Python's objects, keys and names that are none."""
+    laughs = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9))
+    names: tuple[str, ...] = (
+        "&a [*a]",
+        "!!python/object/apply:os.getcwd []",
+        "{-1: a}",
+        "{1e999: a}",
+        "[a, a]",
+        "[[a], b]",
+        "{[a]: b}",
+    )
+    names += ("2001-99-99", "{0: ~}", "{0: 1, 1: '1'}", "3", f"[{nasty_text(draw, outside)!r}]", "[" * 5000, "*a8")
+    path.write_bytes(encoded(f"a0: &a0 [x]\n{laughs}names: {draw.choice(names)}\n"))
+
+
+def archive_member(path: Path, draw: random.Random, outside: Path) -> None:
+    """A member that would lie or lead outside, comes twice, or says that it is larger than it is."""
+    (outside / SECRET).write_bytes(huge_png())
+    name = draw.choice(("a.png", "./a.png", "b/../a.png", f"{nasty_name(draw, outside)}.png"))
+    target = draw.choice((str(outside / SECRET), f"../{outside.name}/{SECRET}", name, "images/a.png"))
+    if path.suffix == ".zip":
+        info = zipfile.ZipInfo(name)
+        info.external_attr = draw.choice((0o120777, 0o100644, 0o40755)) << 16
+        info.compress_type = draw.choice(
+            (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+        )
+        with zipfile.ZipFile(path, "a") as packed:
+            packed.writestr(info, draw.choice((target.encode("utf-8", "replace"), huge_png(), b"")))
+        return
+    link = tarfile.TarInfo(name)
+    link.type = draw.choice((tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.REGTYPE))
+    link.linkname = target
+    with tarfile.open(path, "a") as tar:
+        tar.addfile(link)
+
+
+def archive_number(path: Path, draw: random.Random, outside: Path) -> None:
+    """Another number where an archive holds a size, a place, a method or a flag."""
+    data = bytearray(path.read_bytes())
+    if path.suffix == ".tar":
+        start = draw.choice([0, *(m.start() - 257 for m in re.finditer(rb"ustar", data))])
+        sizes = (b"77777777777\0", b"\xff" * 11 + b"\x00", b"\x80" + b"\x7f" * 11, b"00000000000\0", b"-0000000512\0")
+        data[start + 124 : start + 136] = draw.choice(sizes)
+        if draw.random() < 0.7:  # with a checksum that is right
+            data[start + 148 : start + 156] = b" " * 8
+            data[start + 148 : start + 156] = b"%06o\0 " % sum(data[start : start + 512])
+    else:
+        start = draw.choice([m.start() for m in re.finditer(rb"PK(\x01\x02|\x03\x04|\x05\x06)", data)])
+        data[start + draw.randint(4, 45)] = draw.choice((0, 1, 8, 12, 14, 99, 255))
+    path.write_bytes(data)
+
+
 def huge_image(path: Path, draw: random.Random, outside: Path) -> None:
     path.write_bytes(huge_png())
 
@@ -266,6 +321,8 @@ BY_ENDING: dict[str, tuple[Mutation, ...]] = {
     ".json": (*[json_node] * 20, json_depth, flip, stir),
     ".txt": (text_field, text_field, text_field, text_line, flip, stir),
     ".mat": (*[hdf5_node] * 5, hdf5_outside),
+    ".yaml": (text_field, text_line, yaml_bomb, yaml_bomb, flip, stir),
+    **dict.fromkeys((".zip", ".tar"), (archive_member, archive_member, archive_number, archive_number, flip, stir)),
     **dict.fromkeys(EXTENSIONS, (flip, flip, stir, huge_image)),
 }
 
@@ -282,7 +339,9 @@ def spoil(root: Path, outside: Path, seed: int, sound: Path) -> str:
     first = sound / path.relative_to(root)
     if mutation in (hdf5_node, hdf5_outside) and not (first.is_file() and filecmp.cmp(path, first, shallow=False)):
         mutation = stir  # HDF5's library may crash where it changes a damaged file
+    if mutation is link_out and path.suffix in (".zip", ".tar"):
+        mutation = stir  # an archive is named by its user alone
     # A file that an earlier change left is not always one that this change can take apart.
-    with suppress(UnicodeDecodeError, json.JSONDecodeError, RecursionError, OSError, KeyError, RuntimeError, TypeError):
+    with suppress(Exception):
         mutation(path, draw, outside)
     return f"{mutation.__name__} {path.relative_to(root)}"

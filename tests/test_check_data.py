@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from PIL import Image
 from scripts import run
 
 from relvit_d2.data.anchors import Anchors, fit_report, proposal, training_boxes
+from relvit_d2.data.catalog import get_images
 from relvit_d2.data.check import before_training, check_images, check_labels
+from relvit_d2.data.decode import PixelFormat
 from relvit_d2.data.mapper import DetectionMapper
+from relvit_d2.data.statistics import pixel_statistics
 from relvit_d2.engine.config_file import load_config
 from relvit_d2.errors import UserError
 from relvit_d2.report.samples import Sample, draw_samples
@@ -178,6 +182,37 @@ def test_every_image_is_looked_at(tmp_path: Path) -> None:
     assert len(check_images(sets, cfg, labelled=True)["faults"]) == 1
 
 
+@pytest.mark.parametrize("channels", [1, 5])
+def test_images_of_other_channels_are_read_as_training_reads_them(channels: int, tmp_path: Path) -> None:
+    random = np.random.default_rng(channels)
+    images = [random.integers(0, 4096, (20, 30, channels), np.uint16) for _ in range(3)]
+    for index, image in enumerate(images):
+        np.save(tmp_path / f"{index}.npy", image)
+    Image.new("RGB", (30, 20)).save(tmp_path / "rgb.png")
+    keys = ["INPUT.CHANNELS", str(channels), "INPUT.WHITE", "4095", "INPUT.FORMAT", "BGR"]
+    files = sorted(tmp_path.iterdir())
+    report = check_images({"set": files}, load_config(DETECTION, keys), labelled=True)
+    pixels = np.concatenate([(image * (255 / 4095)).round().reshape(-1, channels) for image in images])
+    if channels == 1:  # black, turned into gray
+        pixels = np.concatenate([pixels, np.zeros((600, 1))])
+        assert report["faults"] == [] and report["images"] == {"read": 4, "unreadable": 0, "one_colour": 1}
+    else:
+        (fault,) = report["faults"]
+        assert "rgb.png' has 3 channels, but INPUT.CHANNELS is 5" in fault
+    np.testing.assert_allclose(report["mean"], pixels.mean(0), atol=1e-3)
+    np.testing.assert_allclose(report["std"], pixels.std(0), atol=1e-3)
+    found = pixel_statistics(files[:3], PixelFormat(channels, 4095))
+    np.testing.assert_allclose(found.mean, pixels[:1800].mean(0))
+
+
+def test_images_in_an_archive_are_looked_at(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as packed:
+        for index in range(2):
+            packed.write(noise(tmp_path / f"{index}.png", 0), f"{index}.png")
+    report = check_images({"zip": get_images(str(tmp_path / "photos.zip"))}, load_config(DETECTION, []), labelled=False)
+    assert report["images"]["read"] == 2 and len(report["duplicates"]) == 1
+
+
 def test_a_label_of_another_size_is_a_fault(tmp_path: Path) -> None:
     path = str(noise(tmp_path / "a.png", 0))
     cfg = load_config(DETECTION, [])
@@ -221,6 +256,32 @@ def test_the_script_checks_a_folder_of_images(tmp_path: Path) -> None:
     noise(tmp_path / "images/a.png", 0)
     done = run(tmp_path, "tools/check_data.py", "--output", tmp_path / "out", tmp_path / "images")
     assert "1 read" in done.stdout and "training may start" in done.stdout
+
+
+def test_the_script_checks_a_folder_with_labels_and_what_a_config_says_of_it(tmp_path: Path) -> None:
+    for name, split in (("a", "train"), ("b", "train"), ("c", "val")):
+        (tmp_path / f"cells/images/{split}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"cells/labels/{split}").mkdir(parents=True, exist_ok=True)
+        gray = np.random.default_rng(ord(name)).integers(0, 256, (30, 40), np.uint8)
+        Image.fromarray(gray).save(tmp_path / f"cells/images/{split}/{name}.png")
+        (tmp_path / f"cells/labels/{split}/{name}.txt").write_text("0 0.5 0.5 0.5 0.5\n1 0.2 0.2 0.1 0.1\n")
+    (tmp_path / "cells/classes.txt").write_text("RBC\nWBC\n")
+    done = run(tmp_path, "tools/check_data.py", "--output", tmp_path / "out", tmp_path / "cells")
+    assert "training may start" in done.stdout
+    report = json.loads((tmp_path / "out/check.json").read_text())
+    counts = {name: facts["classes"] for name, facts in report["sets"].items()}
+    assert counts == {"cells_train": {"RBC": 2, "WBC": 2}, "cells_val": {"RBC": 1, "WBC": 1}}
+    base, config = Path("configs/demo/streets.yaml").absolute(), tmp_path / "gray.yaml"
+    config.write_text(
+        f"_BASE_: {base}\nINPUT: {{CHANNELS: 1}}\nMODEL: {{PIXEL_MEAN: [100.0], PIXEL_STD: [50.0]}}\n"
+        f"DATASETS: {{CUSTOM: {{gray: {{ROOT: {tmp_path}/cells, SPLIT: val}}}}, TRAIN: ['gray'], TEST: []}}\n"
+    )
+    run(tmp_path, "tools/check_data.py", "--output", tmp_path / "gray", "--config-file", config)
+    report = json.loads((tmp_path / "gray/check.json").read_text())
+    assert report["sets"]["gray"]["classes"] == {"RBC": 1, "WBC": 1} and len(report["mean"]) == 1
+    (tmp_path / "cells/classes.txt").write_text("RBC\n")
+    done = run(tmp_path, "tools/check_data.py", "--output", tmp_path / "out", tmp_path / "cells", status=1)
+    assert "is of the class 1" in done.stderr
 
 
 def test_training_tells_what_it_found_and_refuses_wrong_labels(caplog: pytest.LogCaptureFixture) -> None:

@@ -193,7 +193,12 @@ def test_no_link_leads_out_of_the_root(tmp_path: Path) -> None:
     path = write(root, content())
     (root / "b.png").rename(tmp_path / "outside.png")
     (root / "b.png").symlink_to("../outside.png")
-    assert len(load_coco(path, root)) == 2
     for read in (load_coco, coco_images):
-        with pytest.raises(UserError, match="leads out of"):
-            read(path, root, root=root)
+        for inside in (None, root):
+            with pytest.raises(UserError, match="leads out of"):
+                read(path, root, root=inside)
+    (root / "b.png").unlink()
+    (root / "elsewhere").mkdir()
+    (tmp_path / "outside.png").rename(root / "elsewhere/c.png")
+    (root / "b.png").symlink_to("elsewhere/c.png")
+    assert len(load_coco(path, root)) == len(load_coco(path, root, root=root)) == 2

@@ -1,7 +1,7 @@
 """Check data before training on them: labels, boxes, anchors, every image, what train and test share.
 
-Give a config, names of data sets or folders of images. Writes check.json and check.png, a page of 16 samples. Exit
-status 0 when training may start, warnings or not, else 1.
+Give a config, names of data sets, or folders, with labels or without. Writes check.json and check.png, a page of 16
+samples. Exit status 0 when training may start, warnings or not, else 1.
 """
 
 import argparse
@@ -18,13 +18,15 @@ from fvcore.common.config import CfgNode  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from relvit_d2.data import catalog  # noqa: E402
-from relvit_d2.data.check import Report, check_images, check_labels, refuse  # noqa: E402
-from relvit_d2.data.decode import read_rgb  # noqa: E402
+from relvit_d2.data.check import Report, check_images, check_labels, file_of, refuse  # noqa: E402
+from relvit_d2.data.decode import PixelFormat  # noqa: E402
+from relvit_d2.data.own import TRAINED_ON, find, named_sets, register_own  # noqa: E402
 from relvit_d2.data.records import Record  # noqa: E402
 from relvit_d2.engine.config_file import load_config  # noqa: E402
 from relvit_d2.engine.failures import guard  # noqa: E402
 from relvit_d2.errors import UserError  # noqa: E402
 from relvit_d2.files import write_json  # noqa: E402
+from relvit_d2.report.predictions import in_rgb  # noqa: E402
 from relvit_d2.report.samples import Sample, draw_samples  # noqa: E402
 
 SHOWN = 16
@@ -40,7 +42,7 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n  python tools/check_data.py --config-file configs/voc_vit_s_224.yaml\n"
-        "  python tools/check_data.py svhn_train svhn_test\n  python tools/check_data.py path/to/images",
+        "  python tools/check_data.py svhn_train svhn_test\n  python tools/check_data.py path/to/folder",
     )
     parser.add_argument("--config-file", help="check its DATASETS.TRAIN and DATASETS.TEST")
     parser.add_argument("--output", type=Path, help="folder for check.json and check.png (default output/check/NAME)")
@@ -57,15 +59,15 @@ def check(args: argparse.Namespace) -> None:
     """
     if not args.config_file and not args.words:
         raise UserError("nothing to check: give --config-file, or names of data sets or folders")
-    cfg = load_config(args.config_file or str(DEFAULT), args.words if args.config_file else [])
-    names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST] if args.config_file else args.words
+    cfg = load_config(args.config_file or str(DEFAULT), args.words if args.config_file else config_words(args.words))
+    names, tests = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], tuple(cfg.DATASETS.TEST)
     if not names:
         raise UserError(f"config file '{args.config_file}' names no data set (DATASETS.TRAIN)")
-    tests = tuple(cfg.DATASETS.TEST) if args.config_file else ()
     labelled = not (args.config_file and for_pretraining(args))
+    register_own(cfg.DATASETS, labelled)
     sets, classes = read(list(dict.fromkeys(names)), labelled, cfg.DATASETS.SKIP_MISSING)
     labelled = bool(classes)
-    title = Path(args.config_file).stem if args.config_file else "_".join(Path(name).name for name in names)
+    title = Path(args.config_file).stem if args.config_file else "_".join(Path(word).name for word in args.words)
     output = args.output or Path("output/check") / title
     output.mkdir(parents=True, exist_ok=True)
 
@@ -73,7 +75,7 @@ def check(args: argparse.Namespace) -> None:
     if labelled:
         report = check_labels(sets, classes, cfg, tests=tests)
         tell_labels(report, len(classes))
-    with tqdm(total=len({file_of(item) for items in sets.values() for item in items}), unit="image") as bar:
+    with tqdm(total=len({str(file_of(item)) for items in sets.values() for item in items}), unit="image") as bar:
         images = check_images(sets, cfg, labelled, bar.update)
     tell_images(images, cfg)
     report = {**report, **images, **{key: report[key] + images[key] for key in ("faults", "warnings")}}
@@ -82,13 +84,28 @@ def check(args: argparse.Namespace) -> None:
             print(f"{kind[:-1]}: {sentence}")
     write_json(output / "check.json", report)
     first, items = next(iter(sets.items()))
-    drawn = samples(items, classes)
+    drawn = samples(items, classes, PixelFormat(cfg.INPUT.CHANNELS, cfg.INPUT.WHITE))
     if drawn:
         legend = "".join(f"   {sign} {key.removeprefix('is')}" for key, sign in MARKS.items()) if labelled else ""
         draw_samples(drawn, output / "check.png", f"{first}: {len(drawn)} of {len(items)} images{legend}")
     print(f"written: {output}/check.json" + (f"\nlook at: {output}/check.png" if drawn else ""))
     refuse(report)
     print(f"training may start, {len(report['warnings'])} warnings")
+
+
+def config_words(words: list[str]) -> list[Any]:
+    """Return the config's keys and values, in turn, for names and folders; a folder with labels becomes its sets."""
+    custom: dict[str, dict[str, str]] = {}
+    train: list[str] = []
+    test: list[str] = []
+    for word in words:
+        root = Path(word).expanduser()
+        found = find(root) if root.is_dir() and catalog.is_folder(word) else None
+        sets = named_sets(word, *found) if found else {}
+        custom |= sets
+        train += [name for name, keys in sets.items() if keys["SPLIT"] in TRAINED_ON] if found else [word]
+        test += [name for name, keys in sets.items() if keys["SPLIT"] not in TRAINED_ON]
+    return ["DATASETS.CUSTOM", custom, "DATASETS.TRAIN", tuple(train), "DATASETS.TEST", tuple(test)]
 
 
 def for_pretraining(args: argparse.Namespace) -> bool:
@@ -109,11 +126,6 @@ def read(names: list[str], labelled: bool, skip_missing: bool) -> tuple[Sets, li
         if classes[name] != classes[names[0]]:
             raise UserError(f"data sets '{names[0]}' and '{name}' have different classes: check them one by one")
     return {name: catalog.get_records(name, skip_missing) for name in names}, classes[names[0]]
-
-
-def file_of(item: Record | Path) -> str:
-    """Return the file of a record, or the path itself."""
-    return str(item["file_name"] if isinstance(item, dict) else item)
 
 
 def tell_labels(report: Report, classes: int) -> None:
@@ -144,19 +156,20 @@ def tell_labels(report: Report, classes: int) -> None:
 def tell_images(images: Report, cfg: CfgNode) -> None:
     """Print what was found in the images."""
     print("images: " + ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in images["images"].items()))
+    order = f" {cfg.INPUT.FORMAT}" if cfg.INPUT.CHANNELS == 3 else ""
     for what, key in (("mean", "PIXEL_MEAN"), ("std", "PIXEL_STD")):
         own = ", ".join(f"{value:.2f}" for value in images[what])
-        print(f"pixel {what}: [{own}] {cfg.INPUT.FORMAT}; MODEL.{key} is {list(cfg.MODEL[key])}")
+        print(f"pixel {what}: [{own}]{order}; MODEL.{key} is {list(cfg.MODEL[key])}")
 
 
-def samples(items: list[Any], classes: list[str]) -> list[Sample]:
+def samples(items: list[Any], classes: list[str], pixels: PixelFormat) -> list[Sample]:
     """Return images spread evenly over those with objects, if labelled; none that cannot be read."""
     shown = [item for item in items if not isinstance(item, dict) or item.get("annotations")] or items
     drawn = []
     for index in np.unique(np.linspace(0, len(shown) - 1, min(SHOWN, len(shown))).round().astype(int)):
         item = shown[index]
         try:
-            image = read_rgb(file_of(item))
+            image = in_rgb(pixels.read(file_of(item)))
         except UserError:
             continue
         things = item.get("annotations", []) if isinstance(item, dict) else []
@@ -167,7 +180,7 @@ def samples(items: list[Any], classes: list[str]) -> list[Sample]:
         boxes = [BoxMode.convert(list(thing["bbox"]), thing["bbox_mode"], BoxMode.XYXY_ABS) for thing in things]
         numbers = np.array([thing["category_id"] for thing in things], dtype=int)
         labels = [label_of(thing, classes) for thing in things]
-        drawn.append(Sample(image, np.array(boxes).reshape(-1, 4), numbers, labels, Path(file_of(item)).name))
+        drawn.append(Sample(image, np.array(boxes).reshape(-1, 4), numbers, labels, Path(str(file_of(item))).name))
     return drawn
 
 

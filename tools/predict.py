@@ -31,7 +31,7 @@ from relvit_d2.engine.cli import silence  # noqa: E402
 from relvit_d2.engine.failures import guard  # noqa: E402
 from relvit_d2.errors import UserError  # noqa: E402
 from relvit_d2.files import appearing, write_text  # noqa: E402
-from relvit_d2.report.predictions import annotated  # noqa: E402
+from relvit_d2.report.predictions import annotated, in_rgb  # noqa: E402
 
 VIDEOS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 
@@ -103,11 +103,10 @@ def found(word: str) -> list[Path]:
 
 
 def picture(detector: Detector, image: np.ndarray, instances: Instances) -> Image.Image:
-    """Draw detections on an image; of other channels than RGB the first one is shown gray."""
-    shown = image if image.shape[2] == 3 else np.repeat(image[:, :, :1], 3, axis=2)
+    """Draw detections on an image."""
     fields = instances.pred_boxes.tensor.numpy(), instances.pred_classes.numpy(), instances.scores.numpy()
     masks = instances.pred_masks.numpy() if instances.has("pred_masks") else None
-    return annotated(shown, *fields, detector.class_names, masks)
+    return annotated(in_rgb(image), *fields, detector.class_names, masks)
 
 
 def told(name: str, instances: Instances, detector: Detector) -> list[dict[str, Any]]:

@@ -101,12 +101,14 @@ def list_members(archive: Path, extensions: Sequence[str]) -> list[Member]:
 
 
 def _tar_members(archive: Path) -> list[Member]:
+    members = []
     with tarfile.open(archive, "r:") as file:
-        return [
-            Member(archive, info.name, info.offset_data, info.size)
-            for info in file
-            if info.isreg() and not info.issparse()
-        ]
+        for info in file:
+            if info.size < 0:  # tarfile would go back, and find the same member for ever (CVE-2025-8194)
+                raise ValueError(f"a member of {info.size} bytes")
+            if info.isreg() and not info.issparse():
+                members.append(Member(archive, info.name, info.offset_data, info.size))
+    return members
 
 
 def _zip_members(archive: Path) -> list[Member]:

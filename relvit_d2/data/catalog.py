@@ -23,8 +23,8 @@ from relvit_d2.data.archive import ImageFile
 from relvit_d2.data.cache import cache_root
 from relvit_d2.data.coco import coco_images, load_coco
 from relvit_d2.data.folder import is_source, list_images, unlabelled_images
-from relvit_d2.data.kitti import CLASS_SETS, kitti_ids, load_kitti, random_split, sequence_split
-from relvit_d2.data.places import dataset_root, refuse_stray
+from relvit_d2.data.kitti import CLASS_SETS, kitti_ids, kitti_images, load_kitti, random_split, sequence_split
+from relvit_d2.data.places import dataset_root, refuse_links_out
 from relvit_d2.data.records import Record, existing
 from relvit_d2.data.streets import ensure_streets
 from relvit_d2.data.svhn import CLASS_NAMES as DIGITS
@@ -244,7 +244,7 @@ def _find(what: str, *places: str) -> Path:
     for place in places:
         if (root / place).exists():
             if (root / place).is_file():
-                refuse_stray(root / place)
+                refuse_links_out([root / place])
             return root / place
     value = os.environ.get("DETECTRON2_DATASETS")
     state = f"is '{value}'" if value else f"is not set, so it stands for {root.absolute()}"
@@ -356,7 +356,7 @@ def _kitti_entry(split: str, by_sequence: bool, classes: int) -> DatasetEntry:
     return DatasetEntry(
         classes=CLASS_SETS[classes],
         records=lambda _: load_kitti(_kitti_folder(), _kitti_split(split, by_sequence), CLASS_SETS[classes]),
-        images=lambda _: [_kitti_folder() / "image_2" / f"{name}.png" for name in _kitti_split(split, by_sequence)],
+        images=lambda _: kitti_images(_kitti_folder(), _kitti_split(split, by_sequence)),
         metrics=("coco", "kitti"),
         own_split=True,
     )

@@ -9,8 +9,8 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, combinations
-from pathlib import Path
+from functools import partial
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,8 +18,10 @@ from detectron2.structures import BoxMode
 from fvcore.common.config import CfgNode
 
 from relvit_d2.data.anchors import fit_report
-from relvit_d2.data.decode import read_rgb
+from relvit_d2.data.archive import ImageFile
+from relvit_d2.data.decode import PixelFormat
 from relvit_d2.data.records import BORDER_SLACK, Record
+from relvit_d2.data.statistics import PixelStatistics, histogram
 from relvit_d2.engine.machine import cores
 from relvit_d2.errors import UserError
 
@@ -208,31 +210,35 @@ class ImageFacts(NamedTuple):
         fault: why it cannot be read, or ``""``; the rest is empty then.
         size: width and height in pixels, upright.
         digest: of size and pixels, so that a copy in another format without loss is a copy.
-        histogram: (3, 256) how many pixels have each value, for red, green and blue.
+        histogram: see :func:`relvit_d2.data.statistics.histogram`.
     """
 
     path: str
     fault: str
     size: tuple[int, int] = (0, 0)
     digest: bytes = b""
-    histogram: np.ndarray = np.zeros((3, 256), dtype=np.int64)
+    histogram: np.ndarray = np.zeros((0, 256), dtype=np.int64)
 
 
-def look_at(path: str | Path) -> ImageFacts:
+def file_of(item: Record | ImageFile) -> ImageFile | str:
+    """Return the file of a record, or the file itself."""
+    return item["file_name"] if isinstance(item, dict) else item
+
+
+def look_at(path: ImageFile | str, wanted: PixelFormat) -> ImageFacts:
     """Decode one image."""
     try:
-        pixels = read_rgb(path)
+        pixels = wanted.read(path)
     except UserError as error:
         return ImageFacts(str(path), str(error))
     height, width = pixels.shape[:2]
     digest = hashlib.blake2b(f"{width}x{height}:".encode(), digest_size=16)
     digest.update(pixels.tobytes())
-    histogram = np.stack([np.bincount(pixels[..., channel].ravel(), minlength=256) for channel in range(3)])
-    return ImageFacts(str(path), "", (width, height), digest.digest(), histogram)
+    return ImageFacts(str(path), "", (width, height), digest.digest(), histogram(pixels))
 
 
 def check_images(
-    sets: Mapping[str, Sequence[Record | Path]],
+    sets: Mapping[str, Sequence[Record | ImageFile]],
     cfg: CfgNode,
     labelled: bool,
     progress: Callable[[], object] | None = None,
@@ -240,8 +246,8 @@ def check_images(
     """Decode every image and check it.
 
     Args:
-        sets: records, or paths of images, by the name of their set.
-        cfg: for the pixel statistics that the images' own are shown beside.
+        sets: records, or image files, by the name of their set.
+        cfg: for the channels and the range of values that are wanted.
         labelled: whether an image that cannot be read stops the training, as in detection, or is left out.
         progress: called after each image.
 
@@ -252,14 +258,14 @@ def check_images(
     """
     report: Report = {"faults": [], "warnings": []}
     files: dict[str, dict[str, Record | None]] = {
-        name: {
-            str(i["file_name"]) if isinstance(i, dict) else str(i): i if isinstance(i, dict) else None for i in items
-        }
+        name: {str(file_of(item)): item if isinstance(item, dict) else None for item in items}
         for name, items in sets.items()
     }
+    every = {str(file): file for items in sets.values() for file in map(file_of, items)}
+    look = partial(look_at, wanted=PixelFormat(cfg.INPUT.CHANNELS, cfg.INPUT.WHITE))
     facts: dict[str, ImageFacts] = {}
     with ThreadPoolExecutor(cores()) as pool:
-        for fact in pool.map(look_at, dict.fromkeys(chain.from_iterable(files.values()))):
+        for fact in pool.map(look, every.values()):
             facts[fact.path] = fact
             if progress:
                 progress()
@@ -277,7 +283,7 @@ def check_images(
         if wrong:
             faults.append(_line(name, "images that are not of the size that their label says", wrong))
     readable = [fact for fact in facts.values() if not fact.fault]
-    flat = [fact.path for fact in readable if (fact.histogram > 0).sum() == 3]
+    flat = [fact.path for fact in readable if (fact.histogram > 0).sum() == len(fact.histogram)]
     if flat:
         warnings.append(_line(" and ".join(sets), "images of one colour", flat))
     report["images"] = {"read": len(readable), "unreadable": len(unreadable), "one_colour": len(flat)}
@@ -311,10 +317,10 @@ def _duplicates(
 
 
 def _statistics(readable: Sequence[ImageFacts], cfg: CfgNode) -> Report:
-    histogram = np.sum([fact.histogram for fact in readable], axis=0) if readable else np.zeros((3, 256))
-    if cfg.INPUT.FORMAT == "BGR":
-        histogram = histogram[::-1]
-    values, total = np.arange(256), max(histogram[0].sum(), 1)
-    mean = histogram @ values / total
-    std = np.sqrt(np.maximum(histogram @ values**2 / total - mean**2, 0))
-    return {"mean": mean.round(3).tolist(), "std": std.round(3).tolist()}
+    if not readable:
+        return {"mean": [], "std": []}
+    found = PixelStatistics.of([fact.histogram for fact in readable])
+    step = -1 if cfg.INPUT.FORMAT == "BGR" and cfg.INPUT.CHANNELS == 3 else 1
+    return {
+        key: [round(value, 3) for value in values[::step]] for key, values in (("mean", found.mean), ("std", found.std))
+    }

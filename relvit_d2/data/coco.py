@@ -12,14 +12,15 @@ from typing import Any
 from detectron2.structures import BoxMode
 from pycocotools import mask as mask_util
 
+from relvit_d2.data.places import refuse_links_out
 from relvit_d2.data.records import (
     BoxJudge,
     Record,
+    check_printable,
     check_unique,
     checked_path,
     existing,
     folders_below,
-    refuse_links_out,
 )
 from relvit_d2.data.splits import one_or_split, split_of
 from relvit_d2.errors import UserError
@@ -48,7 +49,7 @@ def load_coco(
         folder: what its file names start from.
         skip_missing: see :func:`relvit_d2.data.records.existing`.
         classes: names that the file's categories must have, in the order of their ids; None takes any.
-        root: a folder that no image may lie outside of, not through a symbolic link either; None trusts links.
+        root: of a user's own data; see :func:`relvit_d2.data.places.refuse_links_out`.
 
     Returns:
         One record an image (see ``relvit_d2.data.records``); ``image_id`` is the file's.
@@ -65,9 +66,7 @@ def load_coco(
         )
     numbers = {category: number for number, category in enumerate(names)}
     images = _images(document, json_file, folder)
-    paths = existing(list(images.values()), str(json_file), skip_missing)
-    if root is not None:
-        refuse_links_out(paths, root)
+    paths = existing(list(images.values()), str(json_file), skip_missing, root)
     present = set(paths)
     entries = {entry["id"]: entry for entry in document["images"]}
     records: dict[int | str, Record] = {
@@ -112,10 +111,8 @@ def coco_classes(json_file: Path) -> tuple[str, ...]:
 
 def coco_images(json_file: Path, folder: Path, skip_missing: bool = False, root: Path | None = None) -> list[Path]:
     """Return the images that an annotation file lists, in order of their ids; see :func:`load_coco`."""
-    paths = existing(list(_images(_read(json_file), json_file, folder).values()), str(json_file), skip_missing)
-    if root is not None:
-        refuse_links_out(paths, root)
-    return paths
+    images = _images(_read(json_file), json_file, folder)
+    return existing(list(images.values()), str(json_file), skip_missing, root)
 
 
 @dataclass(frozen=True)
@@ -145,8 +142,12 @@ class CocoFolder:
         """
         if json_file:
             files = [checked_path(json_file, root, "JSON")]
+            refuse_links_out(files, root)
         else:
-            files = [path for folder in folders_below(root) for path in sorted(folder.glob("*.json")) if _is_coco(path)]
+            files = [path for folder in folders_below(root) for path in sorted(folder.glob("*.json"))]
+            check_printable(files)
+            refuse_links_out(files, root)
+            files = [path for path in files if _is_coco(path)]
             # COCO's own come with captions and keypoints of the same images beside them.
             files = [path for path in files if path.name.startswith("instances_")] or files
         if not files:
@@ -160,7 +161,6 @@ class CocoFolder:
                     "DATASETS.CUSTOM, or take one away"
                 )
             sets[split] = path
-        refuse_links_out(files, root)
         given = checked_path(images, root, "IMAGES") if images else None
         return cls(
             root, one_or_split({split: (path, given or _image_folder(root, path)) for split, path in sets.items()})

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from relvit_d2.data.archive import ImageFile, is_archive, list_members
 from relvit_d2.data.decode import UnreadableImageError, image_size
-from relvit_d2.data.records import first_few
+from relvit_d2.data.records import check_printable, first_few
 from relvit_d2.errors import UserError
 
 EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".npy", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -114,9 +114,7 @@ def _files_below(folder: str) -> Iterator[str]:
 def _images(paths: Iterable[str]) -> list[Path]:
     """Return the images among paths of files, sorted as paths are: folder by folder."""
     images = [path for path in paths if os.path.splitext(path)[1].lower() in EXTENSIONS]  # noqa: PTH122
-    for image in images:
-        if not image.isprintable():
-            raise UserError(f"the name of the image {os.fsencode(image)!r} cannot be printed: rename it")
+    check_printable(images)
     return sorted(map(Path, images))
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from detectron2.structures import BoxMode
 
 from relvit_d2.data.decode import image_size
-from relvit_d2.data.places import refuse_stray
+from relvit_d2.data.places import refuse_links_out
 from relvit_d2.data.records import Record, checked_box, checked_name
 from relvit_d2.errors import UserError, nearest
 
@@ -58,7 +58,10 @@ def load_kitti(folder: Path, ids: Sequence[str], class_names: Sequence[str]) -> 
     Raises:
         UserError: a file is missing or damaged, a type is unknown or the box of an object wrong; the file is named.
     """
-    return [_read_record(folder, image_id, class_names) for image_id in ids]
+    images = kitti_images(folder, ids)
+    labels = [folder / "label_2" / f"{image_id}.txt" for image_id in ids]
+    refuse_links_out(labels)
+    return [_read_record(*pair, class_names) for pair in zip(images, labels, strict=True)]
 
 
 def kitti_ids(folder: Path) -> tuple[str, ...]:
@@ -72,6 +75,17 @@ def kitti_ids(folder: Path) -> tuple[str, ...]:
     if not ids:
         raise UserError(f"{images} does not exist or holds no PNG: unpack data_object_image_2.zip there")
     return ids
+
+
+def kitti_images(folder: Path, ids: Sequence[str]) -> list[Path]:
+    """Return the images with these ids; no label is read.
+
+    Raises:
+        UserError: one is a link that leads out of the data.
+    """
+    images = [folder / "image_2" / f"{image_id}.png" for image_id in ids]
+    refuse_links_out(images)
+    return images
 
 
 @cache  # so that what it logs is told once
@@ -147,15 +161,17 @@ def read_drives(mapping: Path) -> list[str]:
     Raises:
         UserError: a file is missing or damaged.
     """
-    lines = _read_text(mapping / "train_mapping.txt").splitlines()
-    numbers = re.split(r"[\s,]+", _read_text(mapping / "train_rand.txt").strip(" \r\n,"))
+    files = mapping / "train_mapping.txt", mapping / "train_rand.txt"
+    refuse_links_out(files)
+    lines = _read_text(files[0]).splitlines()
+    numbers = re.split(r"[\s,]+", _read_text(files[1]).strip(" \r\n,"))
     drives = []
     for number in numbers:
         whole = number.isdecimal() and len(number) < 10  # Python refuses to read numbers of thousands of digits
         row = lines[int(number) - 1].split() if whole and 0 < int(number) <= len(lines) else []
         if len(row) != 3:
             raise UserError(
-                f"{mapping / 'train_rand.txt'} has the entry {number[:20]!r}, which is no line of train_mapping.txt "
+                f"{files[1]} has the entry {number[:20]!r}, which is no line of train_mapping.txt "
                 "with a date, a drive and a frame: restore both from the development kit"
             )
         drives.append(row[1])
@@ -175,7 +191,6 @@ def _quarter(count: int) -> int:
 
 
 def _read_text(path: Path) -> str:
-    refuse_stray(path)
     try:
         return path.read_text(encoding="ascii")
     except (OSError, UnicodeDecodeError) as error:
@@ -183,9 +198,7 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path} {reason}: restore it") from error
 
 
-def _read_record(folder: Path, image_id: str, class_names: Sequence[str]) -> Record:
-    image, label = folder / "image_2" / f"{image_id}.png", folder / "label_2" / f"{image_id}.txt"
-    refuse_stray(image)
+def _read_record(image: Path, label: Path, class_names: Sequence[str]) -> Record:
     width, height = image_size(image)
     annotations: list[Record] = []
     for number, line in enumerate(_read_text(label).splitlines(), start=1):
@@ -193,7 +206,7 @@ def _read_record(folder: Path, image_id: str, class_names: Sequence[str]) -> Rec
             annotations += _read_line(line.split(), width, height, f"{label}, line {number}", class_names)
     return {
         "file_name": str(image),
-        "image_id": image_id,
+        "image_id": image.stem,
         "height": height,
         "width": width,
         "annotations": annotations,

@@ -15,6 +15,7 @@ from relvit_d2.data.voc import VocFolder
 from relvit_d2.data.yolo import YoloFolder
 from relvit_d2.errors import UserError, nearest
 
+TRAINED_ON = ("train", "trainval")
 KEYS = ("ROOT", "FORMAT", "SPLIT", "CLASSES", "JSON", "IMAGES")
 
 logger = logging.getLogger(__name__)
@@ -48,15 +49,15 @@ FORMATS: dict[str, Callable[[Path], LabelledFolder | None]] = {
 """How a folder is looked at, in the order in which that is tried."""
 
 
-def look(root: Path, form: str = "") -> tuple[str, LabelledFolder]:
-    """Return the format of a folder, and the folder in it.
+def find(root: Path, form: str = "") -> tuple[str, LabelledFolder] | None:
+    """Return the format of a folder, and the folder in it, or None if nothing in it is labelled.
 
     Args:
         root: the folder.
         form: a name in ``FORMATS``; "" tries them all.
 
     Raises:
-        UserError: the folder is missing, or nothing in it is in that format, or in any.
+        UserError: the folder is missing, or labels in it are damaged.
     """
     if not root.is_dir():
         raise UserError(f"the data folder '{root}' does not exist: correct the path")
@@ -71,6 +72,17 @@ def look(root: Path, form: str = "") -> tuple[str, LabelledFolder]:
             ) from error
         if found:
             return name, found
+    return None
+
+
+def look(root: Path, form: str = "") -> tuple[str, LabelledFolder]:
+    """Return what :func:`find` does.
+
+    Raises:
+        UserError: the folder is missing, or nothing in it is in that format, or in any.
+    """
+    if found := find(root, form):
+        return found
     signs = {"coco": "COCO .json", "voc": "VOC's .xml files", "yolo": "YOLO's .txt labels of images"}
     missing = signs[form] if form else ", ".join(signs.values())
     raise UserError(f"'{root}' holds no labels that can be read ({missing}): correct the path, see docs/own_data.md")
@@ -87,6 +99,15 @@ def _whole(form: str) -> Callable[[Path], list[Record]]:
 
 READERS: dict[str, Callable[[Path], list[Record]]] = {form: _whole(form) for form in FORMATS}
 """Every set of a folder, one after the other, by format."""
+
+
+def named_sets(data: str, form: str, folder: LabelledFolder) -> dict[str, dict[str, str]]:
+    """Return what ``DATASETS.CUSTOM`` says of the sets of a folder, by the names that they get; see :func:`find`."""
+    stem = re.sub(r"\W+", "_", Path(data).expanduser().resolve().name).lower().strip("_") or "own"
+    splits = [split for split in offered(folder.sets) if split != ALL]
+    if any(f"{stem}_{split}" in catalog.DATASETS for split in splits):
+        stem = f"own_{stem}"
+    return {f"{stem}_{split}": {"ROOT": data, "FORMAT": form, "SPLIT": split} for split in splits}
 
 
 def config_pairs(data: str | None, script: str) -> list[Any]:
@@ -108,22 +129,19 @@ def config_pairs(data: str | None, script: str) -> list[Any]:
         if script != "pretrain_ssl.py" or not is_source(data):
             raise
         return ["DATASETS.TRAIN", (f"{root}/" if root.is_dir() else data,), "DATASETS.TEST", ()]
-    stem = re.sub(r"\W+", "_", root.resolve().name).lower().strip("_") or "own"
-    if any(f"{stem}_{split}" in catalog.DATASETS for split in offered(folder.sets)):
-        stem = f"own_{stem}"
-    splits = [split for split in offered(folder.sets) if split != ALL]
-    custom = {f"{stem}_{split}": {"ROOT": data, "FORMAT": form, "SPLIT": split} for split in splits}
-    train = next((split for split in ("train", "trainval") if split in splits), None)
+    custom = named_sets(data, form, folder)
+    splits = {keys["SPLIT"]: name for name, keys in custom.items()}
+    train = next((splits[split] for split in TRAINED_ON if split in splits), None)
     if not train:
         raise UserError(
             f"'{root}' has the sets {', '.join(splits)}, of which none is for training: name one train, or say which "
             "under DATASETS.CUSTOM"
         )
-    test = next((split for split in ("val", "test") if split in splits), None)
+    test = next((splits[split] for split in ("val", "test") if split in splits), None)
     return [
         *("DATASETS.CUSTOM", custom),
-        *("DATASETS.TRAIN", (f"{stem}_{train}",)),
-        *("DATASETS.TEST", (f"{stem}_{test}",) if test else ()),
+        *("DATASETS.TRAIN", (train,)),
+        *("DATASETS.TEST", (test,) if test else ()),
     ]
 
 

@@ -11,12 +11,11 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from relvit_d2.data.places import refuse_stray
+from relvit_d2.data.places import refuse_links_out
 from relvit_d2.errors import UserError, nearest
 
 Record = dict[str, Any]
@@ -154,27 +153,6 @@ def folders_below(root: Path, depth: int = 2) -> Iterator[Path]:
         level = [path for path in inside if path.is_dir() and not path.is_symlink() and path.name[0] != "."]
 
 
-def refuse_links_out(paths: Iterable[Path], root: Path) -> None:
-    """Raise a ``UserError`` for the first of ``paths`` that a symbolic link leads out of ``root``."""
-    real = os.path.realpath(root)
-    links: dict[Path, set[str]] = {}
-
-    def check(path: Path) -> None:
-        target = os.path.realpath(path)
-        if os.path.commonpath([real, target]) != real:
-            raise UserError(f"'{path}' leads out of '{root}', to '{target}': put the file itself there")
-
-    for path in paths:
-        folder = path.parent
-        if folder not in links:
-            links[folder] = set()
-            check(folder)
-            with suppress(FileNotFoundError), os.scandir(folder) as entries:
-                links[folder] = {entry.name for entry in entries if entry.is_symlink()}
-        if path.name in links[folder]:
-            check(path)
-
-
 def checked_name(name: str, where: str) -> str:
     """Return ``name`` if it is a plain file name, so that no list can point out of its own folder.
 
@@ -186,6 +164,13 @@ def checked_name(name: str, where: str) -> str:
     return name
 
 
+def check_printable(paths: Iterable[str | Path]) -> None:
+    """Raise a ``UserError`` for the first of ``paths`` that no log could hold."""
+    for path in paths:
+        if not str(path).isprintable():
+            raise UserError(f"the name of the file {os.fsencode(path)!r} cannot be printed: rename it")
+
+
 def check_unique(names: Sequence[str], where: str) -> None:
     """Raise a ``UserError`` naming the first of ``names`` that comes twice: its detections would count twice."""
     seen: set[str] = set()
@@ -195,38 +180,32 @@ def check_unique(names: Sequence[str], where: str) -> None:
         seen.add(name)
 
 
-def existing(images: Sequence[Path], where: str, skip_missing: bool) -> list[Path]:
+def existing(images: Sequence[Path], where: str, skip_missing: bool, root: Path | None = None) -> list[Path]:
     """Return those of ``images`` that exist, in their order.
 
     Args:
         images: what a data set lists.
         where: what lists them, for the messages.
         skip_missing: leave out the absent ones and name the first few in the log.
+        root: see :func:`relvit_d2.data.places.refuse_links_out`.
 
     Raises:
-        UserError: an image is absent and ``skip_missing`` is not set, none exists, or one is a link to elsewhere (see
-            :func:`relvit_d2.data.places.refuse_stray`).
+        UserError: an image is absent and ``skip_missing`` is not set, none exists, or one is a link to elsewhere.
     """
     # One listing a folder: asking for each of 100,000 files takes minutes on a network disk.
-    folders: dict[Path, dict[str, bool]] = {}
-    for folder in {image.parent for image in images}:
-        folders[folder] = {}
-        if folder.is_dir():
-            with os.scandir(folder) as entries:
-                folders[folder] = {entry.name: entry.is_symlink() for entry in entries}
-    found = [image for image in images if image.name in folders[image.parent]]
-    for image in found:
-        if folders[image.parent][image.name]:
-            refuse_stray(image)
+    folders = {image.parent for image in images}
+    names = {folder: set(os.listdir(folder)) if folder.is_dir() else set() for folder in folders}  # noqa: PTH208
+    found = [image for image in images if image.name in names[image.parent]]
+    refuse_links_out(found, root)
     if len(found) == len(images):
         return found
-    missing = [image for image in images if image.name not in folders[image.parent]]
+    missing = [image for image in images if image.name not in names[image.parent]]
     if not skip_missing or not found:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         mend = "" if skip_missing else ", or set DATASETS.SKIP_MISSING True to go on without"
         raise UserError(f"the image {missing[0]}{more} is missing but listed in {where}: restore it{mend}")
-    names = first_few([image.name for image in missing])
-    logger.warning(f"{len(missing)} of the {len(images)} images listed in {where} are missing and left out: {names}")
+    absent = first_few([image.name for image in missing])
+    logger.warning(f"{len(missing)} of the {len(images)} images listed in {where} are missing and left out: {absent}")
     return found
 
 

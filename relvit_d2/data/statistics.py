@@ -30,10 +30,24 @@ class PixelStatistics:
     std: list[float]
     images: int
 
+    @classmethod
+    def of(cls, histograms: Sequence[np.ndarray]) -> "PixelStatistics":
+        """Return those of images, at least one, of which each has its :func:`histogram`."""
+        counts, values = np.sum(histograms, axis=0), np.arange(256)
+        total = counts.sum(1)
+        mean = counts @ values / total
+        std = np.sqrt(np.maximum(counts @ values**2 / total - mean**2, 0))
+        return cls(mean.tolist(), std.tolist(), len(histograms))
+
     def config_lines(self) -> str:
         """Return mean and deviation as lines of a config file."""
         mean, std = ([round(value, 3) for value in values] for values in (self.mean, self.std))
         return f"MODEL:\n  PIXEL_MEAN: {mean}\n  PIXEL_STD: {std}"
+
+
+def histogram(pixels: np.ndarray) -> np.ndarray:
+    """Return how many pixels of an image, ``(H, W, C)`` uint8, have each value: ``(C, 256)`` int64."""
+    return np.stack([np.bincount(plane.ravel(), minlength=256) for plane in np.moveaxis(pixels, 2, 0)])
 
 
 def pixel_statistics(images: Sequence[ImageFile | str], pixels: PixelFormat, most: int = LOOKED_AT) -> PixelStatistics:
@@ -47,19 +61,13 @@ def pixel_statistics(images: Sequence[ImageFile | str], pixels: PixelFormat, mos
     Raises:
         UserError: not one can be read, or one has other channels.
     """
-    count, total, squares, read = 0, np.zeros(pixels.channels), np.zeros(pixels.channels), 0
+    histograms = []
     for image in _spread(images, most):
-        try:
-            values = pixels.read(image, LONGEST).reshape(-1, pixels.channels).astype(np.float64)
-        except UnreadableImageError:
-            continue
-        count, read = count + len(values), read + 1
-        total += values.sum(0)
-        squares += np.square(values).sum(0)
-    if not count:
+        with suppress(UnreadableImageError):
+            histograms.append(histogram(pixels.read(image, LONGEST)))
+    if not histograms:
         raise UserError(f"not one of the {len(images)} images can be read: give others")
-    mean = total / count
-    return PixelStatistics(mean.tolist(), np.sqrt(np.maximum(squares / count - mean**2, 0)).tolist(), read)
+    return PixelStatistics.of(histograms)
 
 
 def pixel_format(images: Sequence[ImageFile | str], most: int = 50) -> PixelFormat:

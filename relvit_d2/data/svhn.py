@@ -17,7 +17,7 @@ from h5py import h5d, h5g, h5l, h5o, h5r, h5s, h5t
 
 from relvit_d2.data.cache import Labels, cached
 from relvit_d2.data.decode import image_size
-from relvit_d2.data.places import refuse_stray
+from relvit_d2.data.places import refuse_links_out
 from relvit_d2.data.records import Record, check_unique, checked_name, existing
 from relvit_d2.errors import UserError
 
@@ -102,11 +102,12 @@ def svhn_images(folder: Path) -> list[Path]:
     """Return the images of one split, ``2.png`` before ``10.png``; no label is read.
 
     Raises:
-        UserError: the folder is missing or holds no PNG.
+        UserError: the folder is missing or holds no PNG, or one is a link that leads out of the data.
     """
     images = sorted(folder.glob("*.png"), key=lambda path: (len(path.stem), path.stem))
     if not images:
         raise UserError(f"the folder {folder} does not exist or holds no PNG: unpack the archive there")
+    refuse_links_out(images)
     return images
 
 
@@ -123,7 +124,7 @@ def _read_rows(path: Path) -> list[tuple[str, list[tuple[float, ...]]]]:
     """Return for every image its name and its digits, each ``FIELDS`` as floats."""
     if not path.is_file():
         raise UserError(f"the label file {path} is missing: unpack SVHN's format 1 archive there")
-    refuse_stray(path)
+    refuse_links_out([path])
     try:
         with h5py.File(path, "r") as file:
             struct = _member(file.id, b"digitStruct")

@@ -14,17 +14,17 @@ from detectron2.structures import BoxMode
 from relvit_d2.data.cache import Labels, cached
 from relvit_d2.data.decode import image_size
 from relvit_d2.data.folder import list_images
-from relvit_d2.data.places import refuse_stray
+from relvit_d2.data.places import refuse_links_out
 from relvit_d2.data.records import (
     BoxJudge,
     Record,
+    check_printable,
     check_unique,
     checked_box,
     checked_name,
     existing,
     first_few,
     folders_below,
-    refuse_links_out,
     renumbered,
 )
 from relvit_d2.data.splits import ALL, one_or_split, split_of
@@ -59,8 +59,7 @@ def load_voc(root: Path, split: str, class_names: Sequence[str], skip_missing: b
     """
     images = voc_images(root, split, skip_missing)
     annotations = [root / "Annotations" / f"{image.stem}.xml" for image in images]
-    for path in annotations:
-        refuse_stray(path)
+    refuse_links_out(annotations)
 
     def read() -> Labels:
         category_ids = {name: index for index, name in enumerate(class_names)}
@@ -123,6 +122,8 @@ class VocFolder:
         found: dict[str, list[Path]] = {}
         for folder in folders_below(root):
             files = sorted(path for path in folder.glob("*.xml") if not path.name.startswith("."))
+            check_printable(files)
+            refuse_links_out(files[:1], root)
             if files and _is_voc(files[0]):
                 split = next(filter(None, map(split_of, reversed(folder.relative_to(root).parts))), ALL)
                 found.setdefault(split, []).extend(files)
@@ -209,7 +210,7 @@ def _is_voc(path: Path) -> bool:
 
 def _ids(path: Path) -> list[str]:
     """Return the ids of one list of ``ImageSets/Main``: see :func:`voc_images`."""
-    refuse_stray(path)
+    refuse_links_out([path])
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -17,7 +17,8 @@ from detectron2.structures import BoxMode
 from relvit_d2.data.cache import Labels, cached
 from relvit_d2.data.decode import image_size
 from relvit_d2.data.folder import list_images
-from relvit_d2.data.records import BoxJudge, Record, check_unique, first_few, refuse_links_out, renumbered
+from relvit_d2.data.places import refuse_links_out
+from relvit_d2.data.records import BoxJudge, Record, check_unique, first_few, renumbered
 from relvit_d2.data.splits import one_or_split, split_of
 from relvit_d2.errors import UserError
 
@@ -133,7 +134,7 @@ def _names(root: Path) -> dict[int, str]:
                 given = [line.strip() for line in text.splitlines() if line.strip()]
         except (OSError, ValueError, TypeError, LookupError, RecursionError, yaml.YAMLError) as error:
             raise UserError(
-                f"the names of classes in {path} cannot be read ({' '.join(str(error).split())})"
+                f"the names of classes in {path} cannot be read ({' '.join(str(error).split())}): correct it"
             ) from error
         if not given:
             continue

@@ -154,6 +154,11 @@ def font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
+def in_rgb(image: np.ndarray) -> np.ndarray:
+    """Return an (H, W, C) image as one of three channels: of any other number the first is shown, in gray."""
+    return image if image.shape[2] == 3 else np.repeat(image[:, :, :1], 3, axis=2)
+
+
 def fit(image: np.ndarray) -> Image.Image:
     """Return the (H, W, 3) image scaled to the greatest size that fits a panel, its aspect kept."""
     height, width = image.shape[:2]
