@@ -108,8 +108,8 @@ def config_page() -> str:
     parts = [
         "# Config keys",
         "",
-        "Every key that is not Detectron2's, and Detectron2's whose defaults differ, from `relvit_d2/config.py`. All other",
-        "keys are [Detectron2's](https://detectron2.readthedocs.io/en/latest/modules/config.html#yaml-config-references).",
+        "Every key that is not Detectron2's, and Detectron2's whose defaults differ, from `relvit_d2/config.py`. Others",
+        "are [Detectron2's](https://detectron2.readthedocs.io/en/latest/modules/config.html#yaml-config-references).",
         "A key is set in a yaml file or as a `KEY VALUE` pair at the end of a command; an unknown one is refused.",
         "",
     ]
