@@ -103,7 +103,7 @@ def config_page() -> str:
 
     def readers(name: str) -> str:
         found = [script for script, starts in only.items() if name.startswith(starts)]
-        return f"`{found[0]}`" if found else "both"
+        return found[0].partition(".")[0] if found else "both"
 
     parts = [
         "# Config keys",
@@ -140,7 +140,7 @@ def page_of(name: str) -> str:
         text = text.partition("\n## More\n")[0] + "\n"  # the site has a menu
     for source, page in PAGES.items():
         text = text.replace(f"]({source}", f"]({page}")
-    return re.sub(r"\]\(docs/", "](", text)
+    return re.sub(r"\[docs/([\w/]+)\.md\]", r"[\1]", text).replace("](docs/", "](")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
