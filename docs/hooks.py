@@ -5,10 +5,11 @@ import io
 import re
 import tokenize
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
+if TYPE_CHECKING:  # the tests read the keys without MkDocs
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "relvit_d2" / "config.py"
@@ -108,8 +109,8 @@ def config_page() -> str:
     parts = [
         "# Config keys",
         "",
-        "Every key that is not Detectron2's, and Detectron2's whose defaults differ, from `relvit_d2/config.py`. Others",
-        "are [Detectron2's](https://detectron2.readthedocs.io/en/latest/modules/config.html#yaml-config-references).",
+        "Every key that is not Detectron2's, and Detectron2's whose defaults differ, from `relvit_d2/config.py`.",
+        "Others are [Detectron2's](https://detectron2.readthedocs.io/en/latest/modules/config.html#yaml-config-references).",
         "A key is set in a yaml file or as a `KEY VALUE` pair at the end of a command; an unknown one is refused.",
         "",
     ]
@@ -140,15 +141,22 @@ def page_of(name: str) -> str:
         text = text.partition("\n## More\n")[0] + "\n"  # the site has a menu
     for source, page in PAGES.items():
         text = text.replace(f"]({source}", f"]({page}")
-    return re.sub(r"\[docs/([\w/]+)\.md\]", r"[\1]", text).replace("](docs/", "](")
+    return text.replace("](docs/", "](")
 
 
-def on_files(files: Files, config: MkDocsConfig) -> Files:
+def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
     """Add the pages that are made."""
+    from mkdocs.structure.files import File
+
     made = {page: page_of(name) for name, page in PAGES.items()} | {"config.md": config_page()}
     for name, text in made.items():
         files.append(File.generated(config, name, content=text))
     return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Call a page by its name where a link's words are its path."""
+    return re.sub(r"\[(?:docs/)?([\w/]+)\.md\]\(", lambda match: f"[{match[1].replace('_', ' ')}](", markdown)
 
 
 def on_page_content(html: str, **_: Any) -> str:

@@ -100,7 +100,7 @@ _CHANGED = {
     "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],  # ImageNet's, RGB
     "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],  # ImageNet's, RGB
     "MODEL.BACKBONE.NAME": "build_encoder_pyramid_backbone",  # MODEL.ENCODER under MODEL.PYRAMID
-    "MODEL.BACKBONE.FREEZE_AT": 0,
+    "MODEL.BACKBONE.FREEZE_AT": 0,  # 1: the patch embedding is not trained; 2: nor the first block, and so on
     "MODEL.WEIGHTS": "",  # encoder.safetensors, model_*.pth or timm:NAME; empty: from scratch
     "MODEL.ROI_HEADS.NUM_CLASSES": 0,  # 0: as many as the data set has
     "SOLVER.LR_SCHEDULER_NAME": "WarmupCosineLR",  # after a linear warm-up of WARMUP_ITERS
@@ -126,7 +126,7 @@ WITHOUT_EFFECT = {
     "TEST.AUG.ENABLED": "INPUT.MIN_SIZE_TEST",
     "DATALOADER.SAMPLER_TRAIN": "nothing, the order is a function of SEED",
     "DATALOADER.REPEAT_THRESHOLD": "nothing, the order is a function of SEED",
-    "VIS_PERIOD": "tools of your own on inference/coco_instances_results.json",
+    "VIS_PERIOD": "nothing, report.html in OUTPUT_DIR shows the images",
 }
 
 
