@@ -76,6 +76,7 @@ def test_a_loaded_detector_finds_what_evaluation_found(trained: Path, detector: 
     assert detector.class_names == list("0123456789")
 
 
+@pytest.mark.filterwarnings("error:The given NumPy array is not writable")
 def test_paths_arrays_pictures_and_batches_give_the_same(detector: Detector, images: list[Path]) -> None:
     together = detector.batch(images)
     for path, expected in zip(images, together, strict=True):

@@ -20,6 +20,7 @@ from tqdm import tqdm  # noqa: E402
 from relvit_d2.data import catalog  # noqa: E402
 from relvit_d2.data.check import Report, check_images, check_labels, refuse  # noqa: E402
 from relvit_d2.data.decode import read_rgb  # noqa: E402
+from relvit_d2.data.own import register_own  # noqa: E402
 from relvit_d2.data.records import Record  # noqa: E402
 from relvit_d2.engine.config_file import load_config  # noqa: E402
 from relvit_d2.engine.failures import guard  # noqa: E402
@@ -58,6 +59,7 @@ def check(args: argparse.Namespace) -> None:
     if not args.config_file and not args.words:
         raise UserError("nothing to check: give --config-file, or names of data sets or folders")
     cfg = load_config(args.config_file or str(DEFAULT), args.words if args.config_file else [])
+    register_own(cfg.DATASETS)
     names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST] if args.config_file else args.words
     if not names:
         raise UserError(f"config file '{args.config_file}' names no data set (DATASETS.TRAIN)")
