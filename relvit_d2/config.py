@@ -22,7 +22,7 @@ _C.MODEL.PYRAMID = CfgNode()
 _C.MODEL.PYRAMID.NAME = "auto"
 _C.MODEL.PYRAMID.STRIDES = [4, 8, 16, 32]  # pixels per cell of each level, powers of two
 _C.MODEL.PYRAMID.TOP_BLOCK = True  # one more level, the last one at every second cell (p6)
-_C.MODEL.PYRAMID.OUT_CHANNELS = 256
+_C.MODEL.PYRAMID.OUT_CHANNELS = 256  # of every level
 _C.MODEL.PYRAMID.NORM = "LN"  # Detectron2's norm names
 
 _C.MODEL.CHECKPOINT = False  # recompute the encoder's blocks in the backward pass to save memory
@@ -37,9 +37,9 @@ _C.MODEL.RELVIT.GRID = [7, 7]  # rows and columns that positions are told in, la
 # The pretext tasks.
 _C.PRETEXT = CfgNode()
 _C.PRETEXT.WEIGHTS = CfgNode()  # a task of weight 0 is not built
-_C.PRETEXT.WEIGHTS.RELATION = 1.0
-_C.PRETEXT.WEIGHTS.POSITION = 1.0
-_C.PRETEXT.WEIGHTS.DISTANCE = 0.0
+_C.PRETEXT.WEIGHTS.RELATION = 1.0  # in which of nine directions each other patch lies
+_C.PRETEXT.WEIGHTS.POSITION = 1.0  # which cell of the grid a patch comes from
+_C.PRETEXT.WEIGHTS.DISTANCE = 0.0  # how far each other patch is
 _C.PRETEXT.WEIGHTS.ANGLE = 0.0  # the authors' angle, which tells no direction
 _C.PRETEXT.WEIGHTS.BEARING = 0.0  # the direction
 _C.PRETEXT.LABEL_SMOOTHING = 0.0  # 0..1, of every cross entropy
@@ -98,9 +98,8 @@ _C.INPUT.LOAD_SIZE = 512  # pre-training: larger images are reduced to this long
 
 # Solver.
 _C.SOLVER = CfgNode()
-_C.SOLVER.REFERENCE_BATCH = (
-    0  # the batch that BASE_LR is meant for: rates are scaled by IMS_PER_BATCH over it; 0: never
-)
+# The batch that BASE_LR is meant for: rates are scaled by IMS_PER_BATCH over it; 0: never
+_C.SOLVER.REFERENCE_BATCH = 0
 _C.SOLVER.ACCUMULATE = 1  # parts that every batch is computed in, one after the other, to save memory
 _C.SOLVER.LAYER_DECAY = 1.0  # a block learns at this times the rate of the next one, 0..1; for fine-tuning
 _C.SOLVER.CHECKPOINT_MAX_TO_KEEP = 0  # numbered checkpoints that stay, the newest; 0: all
@@ -117,22 +116,22 @@ _C.TEST.BEST_ON_TEST = False  # choose the best classifier on DATASETS.TEST itse
 
 # Detectron2's own keys whose defaults differ here.
 _CHANGED = {
-    "SEED": 0,
-    "INPUT.FORMAT": "RGB",
+    "SEED": 0,  # of every draw; a run is a function of its config and data
+    "INPUT.FORMAT": "RGB",  # order of the channels; Detectron2 has BGR
     "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],  # ImageNet's, RGB
-    "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
-    "MODEL.BACKBONE.NAME": "build_encoder_pyramid_backbone",
-    "MODEL.BACKBONE.FREEZE_AT": 0,
-    "MODEL.WEIGHTS": "",
+    "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],  # ImageNet's, RGB
+    "MODEL.BACKBONE.NAME": "build_encoder_pyramid_backbone",  # MODEL.ENCODER under MODEL.PYRAMID
+    "MODEL.BACKBONE.FREEZE_AT": 0,  # 1: the patch embedding is not trained; 2: nor the first block, and so on
+    "MODEL.WEIGHTS": "",  # encoder.safetensors, model_*.pth or timm:NAME; empty: from scratch
     "MODEL.ROI_HEADS.NUM_CLASSES": 0,  # 0: as many as the data set has
-    "SOLVER.LR_SCHEDULER_NAME": "WarmupCosineLR",
-    "SOLVER.WEIGHT_DECAY": 0.1,
-    "SOLVER.WEIGHT_DECAY_NORM": 0.0,
-    "SOLVER.WEIGHT_DECAY_BIAS": 0.0,
-    "SOLVER.BASE_LR": 5e-4,
-    "SOLVER.CLIP_GRADIENTS.ENABLED": True,
+    "SOLVER.LR_SCHEDULER_NAME": "WarmupCosineLR",  # after a linear warm-up of WARMUP_ITERS
+    "SOLVER.WEIGHT_DECAY": 0.1,  # AdamW's
+    "SOLVER.WEIGHT_DECAY_NORM": 0.0,  # of the norms' parameters
+    "SOLVER.WEIGHT_DECAY_BIAS": 0.0,  # of the biases
+    "SOLVER.BASE_LR": 5e-4,  # of AdamW, at REFERENCE_BATCH
+    "SOLVER.CLIP_GRADIENTS.ENABLED": True,  # by CLIP_VALUE
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "full_model",  # the global norm
-    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": 1.0,
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": 1.0,  # the largest norm
 }
 
 
@@ -148,7 +147,7 @@ WITHOUT_EFFECT = {
     "TEST.AUG.ENABLED": "INPUT.MIN_SIZE_TEST",
     "DATALOADER.SAMPLER_TRAIN": "nothing, the order is a function of SEED",
     "DATALOADER.REPEAT_THRESHOLD": "nothing, the order is a function of SEED",
-    "VIS_PERIOD": "tools of your own on inference/coco_instances_results.json",
+    "VIS_PERIOD": "nothing, report.html in OUTPUT_DIR shows the images",
 }
 
 

@@ -1,6 +1,7 @@
 """Detect objects in images and videos; write annotated pictures and one COCO-results JSON.
 
-For `street/1.jpg` the picture is `OUTPUT/1.png`, for a video `OUTPUT/NAME.mp4`. `OUTPUT/detections.json` lists dicts of
+For `street/1.jpg` the picture is `OUTPUT/1.png`, for a video `OUTPUT/NAME.mp4`; where several inputs would have one
+name, the folders or a number make them differ. `OUTPUT/detections.json` lists dicts of
 `image_id` (the path as given; of a video's frames with `#` and the frame's number), `category_id` (the class's index),
 `category`, `bbox` (x, y, width, height in pixels), `score` and, where the detector has masks, `segmentation` (RLE).
 """
@@ -9,7 +10,8 @@ import argparse
 import glob
 import json
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -64,26 +66,26 @@ def predict(args: argparse.Namespace) -> None:
     if not 0 <= args.threshold <= 1 or args.batch < 1:
         raise UserError(f"--threshold {args.threshold} --batch {args.batch}: give 0 to 1, and at least 1")
     silence()
-    files = [file for word in args.input for file in found(word)]
-    names = [file.stem for file in files]
+    files = list(dict.fromkeys(file for word in args.input for file in found(word)))
     detector = load_detector(args.weights, args.config_file, args.opts)
     args.output.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
     images = [file for file in files if file.suffix.lower() not in VIDEOS]
+    outputs = dict(zip(files, named(files), strict=True))
     for start in tqdm(range(0, len(images), args.batch), desc="images", unit="batch", disable=not images):
         batch = images[start : start + args.batch]
         for file, instances in zip(batch, detector.batch(batch), strict=True):
             kept = instances[instances.scores >= args.threshold]
-            # Two folders may have images of one name.
-            name = file.stem if names.count(file.stem) == 1 else "_".join(file.with_suffix("").parts).strip("/_.")
-            with appearing(args.output / f"{name}.png") as part:
+            with appearing(args.output / outputs[file]) as part:
                 picture(detector, detector.read(file), kept).save(part, format="PNG")
             results += told(str(file), kept, detector)
     for file in files:
         if file.suffix.lower() in VIDEOS:
-            results += video(file, args.output / f"{file.stem}.mp4", detector, args.threshold, args.batch)
+            results += video(file, args.output / outputs[file], detector, args.threshold, args.batch)
     write_text(args.output / "detections.json", json.dumps(results))
-    print(f"written: {args.output}/detections.json and {len(files)} pictures; {len(results)} detections")
+    videos = len(files) - len(images)
+    made = [f"{n} {what}{'s' * (n != 1)}" for n, what in ((len(images), "picture"), (videos, "video")) if n]
+    print(f"written: {args.output}/detections.json, {' and '.join(made)}; {len(results)} detections")
 
 
 def found(word: str) -> list[Path]:
@@ -100,6 +102,21 @@ def found(word: str) -> list[Path]:
     if not files:
         raise UserError(f"--input '{word}' is no image, folder, pattern or video that exists; correct the path")
     return files
+
+
+def named(files: Sequence[Path]) -> list[str]:
+    """Return the name of each file's picture or video, all of them different."""
+    stems = Counter(file.stem for file in files)
+    names: dict[str, None] = {}
+    for file in files:
+        stem = file.stem if stems[file.stem] == 1 else "_".join(file.with_suffix("").parts).strip("/_.")
+        ending = "mp4" if file.suffix.lower() in VIDEOS else "png"
+        name, number = f"{stem}.{ending}", 1
+        while name in names:
+            number += 1
+            name = f"{stem}_{number}.{ending}"
+        names[name] = None
+    return list(names)
 
 
 def picture(detector: Detector, image: np.ndarray, instances: Instances) -> Image.Image:

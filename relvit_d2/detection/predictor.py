@@ -77,7 +77,7 @@ class Detector:
                 f"an array of {image.dtype} and shape {image.shape} is no image: give uint8, height x width x "
                 f"{self._pixels.channels}"
             )
-        return image
+        return np.require(image, requirements="W")  # torch warns of arrays that cannot be written, such as Pillow's
 
 
 def load_detector(path: str | Path, config_file: str = "", overrides: Sequence[Any] = ()) -> Detector:

@@ -174,7 +174,8 @@ def pair_loss(
     are in float32 or, for float64 inputs, in float64, also under autocast.
 
     Args:
-        q, k: ``(B, maps, N, width)`` queries and keys, any floating type.
+        q: ``(B, maps, N, width)`` queries, any floating type.
+        k: keys, as ``q``.
         layout: the places of the same ``(B, N)`` tokens.
         kind: what is asked.
         dropout: share of the pairs, 0..1, that the loss leaves out, chosen by torch's global generator; the measure

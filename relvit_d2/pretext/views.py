@@ -217,7 +217,8 @@ class Views:
         batch that it comes in.
 
         Args:
-            images, sizes: as for :meth:`train`.
+            images: as for :meth:`train`.
+            sizes: as for :meth:`train`.
             keys: ``(B,)`` int64, such as the images' numbers in their data set.
 
         Returns:

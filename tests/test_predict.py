@@ -1,0 +1,167 @@
+"""Predictions outside of evaluation: the same detections, from files, arrays and videos, on disk and in Python."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from detectron2.structures import BoxMode, Instances
+from PIL import Image
+
+from relvit_d2 import load_detector
+from relvit_d2.detection.predictor import Detector
+from relvit_d2.errors import UserError
+from tests.scripts import command, run
+from tools.predict import main
+
+Failing = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def trained(root: Path) -> Iterator[Path]:
+    """The folder of a detector that has learnt next to nothing, but finds something everywhere."""
+    run(root, *command("train_net.py", root / "run", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DETECTRON2_DATASETS", str(root))
+        yield root / "run"
+
+
+@pytest.fixture(scope="module")
+def detector(trained: Path) -> Detector:
+    return load_detector(trained)
+
+
+@pytest.fixture(scope="module")
+def images(root: Path) -> list[Path]:
+    return sorted((root / "svhn/test").glob("*.png"))
+
+
+@pytest.fixture()
+def failing(trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Failing:
+    """Run tools/predict.py in this process; it must fail with one sentence, which is returned."""
+
+    def call(*words: object, weights: Path = trained) -> str:
+        monkeypatch.setattr(sys, "argv", ["predict.py", "--weights", *map(str, (weights, *words))])
+        assert main() == 1
+        lines = capsys.readouterr().err.splitlines()
+        errors = [line for line in lines if line.startswith("error: ")]
+        assert len(errors) == 1 and "Traceback" not in "".join(lines)
+        return errors[0]
+
+    return call
+
+
+def same(a: Instances, b: Instances) -> None:
+    assert len(a) == len(b) > 0 and a.image_size == b.image_size
+    for name in ("pred_classes", "scores"):
+        np.testing.assert_allclose(a.get(name).numpy(), b.get(name).numpy(), atol=1e-4)
+    np.testing.assert_allclose(a.pred_boxes.tensor.numpy(), b.pred_boxes.tensor.numpy(), atol=1e-3)
+
+
+def test_a_loaded_detector_finds_what_evaluation_found(trained: Path, detector: Detector, images: list[Path]) -> None:
+    written = json.loads((trained / "inference/coco_instances_results.json").read_text())
+    assert len(written) > 50
+    for image in images:
+        expected = [row for row in written if str(row["image_id"]) == image.stem]
+        found = detector(image)
+        assert len(found) == len(expected)
+        boxes = BoxMode.convert(found.pred_boxes.tensor, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS).numpy()
+        np.testing.assert_allclose(boxes, [row["bbox"] for row in expected], atol=1e-4)
+        np.testing.assert_allclose(found.scores.numpy(), [row["score"] for row in expected], atol=1e-4)
+        assert found.pred_classes.tolist() == [row["category_id"] for row in expected]
+        assert found.image_size == Image.open(image).size[::-1]
+    assert detector.class_names == list("0123456789")
+
+
+@pytest.mark.filterwarnings("error:The given NumPy array is not writable")
+def test_paths_arrays_pictures_and_batches_give_the_same(detector: Detector, images: list[Path]) -> None:
+    together = detector.batch(images)
+    for path, expected in zip(images, together, strict=True):
+        with Image.open(path) as picture:
+            for image in (path, str(path), picture, np.array(picture.convert("RGB"))):
+                same(detector(image), expected)
+    for bad in (np.zeros((8, 8, 3)), np.zeros((8, 8), np.uint8), np.zeros((0, 8, 3), np.uint8)):
+        with pytest.raises(UserError, match="is no image"):
+            detector(bad)
+
+
+def test_the_checkpoint_itself_and_its_folder_are_the_same_detector(
+    trained: Path, detector: Detector, images: list[Path]
+) -> None:
+    same(load_detector(trained / "model_final.pth")(images[0]), detector(images[0]))
+
+
+def test_the_tool_draws_every_input_and_writes_coco_results(
+    root: Path, trained: Path, detector: Detector, images: list[Path], tmp_path: Path
+) -> None:
+    # Names that meet: another folder's, another ending's.
+    other = tmp_path / "other"
+    other.mkdir()
+    with Image.open(images[0]) as picture:
+        picture.save(other / images[0].name)
+        picture.convert("RGB").save(other / f"{images[0].stem}.bmp")
+    made = video(tmp_path / "clip.mp4", [np.full((47, 61, 3), 40 * i, np.uint8) for i in range(5)])
+    pattern = f"{images[0].parent}/*.png"
+    words = ("--input", pattern, other, made, "--output", tmp_path / "out", "--threshold", 0, "--batch", 2)
+    done = run(root, "tools/predict.py", "--weights", trained, *words)
+    pictures = sorted((tmp_path / "out").glob("*.png"))
+    assert len(pictures) == len(images) + 2
+    assert f"{len(pictures)} pictures and 1 video" in done.stdout
+    for picture in pictures:
+        assert max(Image.open(picture).size) >= 800
+    results = json.loads((tmp_path / "out/detections.json").read_text())
+    for name in (*map(str, images), str(other / images[0].name), str(other / f"{images[0].stem}.bmp")):
+        rows = [row for row in results if row["image_id"] == name]
+        expected = detector(name)
+        np.testing.assert_allclose([row["score"] for row in rows], expected.scores.numpy(), atol=1e-4)
+        assert [row["category"] for row in rows] == [detector.class_names[i] for i in expected.pred_classes]
+    assert {row["image_id"] for row in results if "#" in row["image_id"]} == {f"{made}#{i}" for i in range(5)}
+    with av.open(str(tmp_path / "out/clip.mp4")) as written:
+        frames = [frame.to_ndarray(format="rgb24") for frame in written.decode(video=0)]
+    assert len(frames) == 5
+    assert frames[0].mean() < frames[-1].mean()
+
+
+def test_a_threshold_leaves_out_what_scores_less(
+    trained: Path, detector: Detector, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = detector(images[0]).scores
+    middle = float(scores.median())
+    words = ["--input", images[0], "--output", tmp_path, "--threshold", middle]
+    monkeypatch.setattr(sys, "argv", ["predict.py", "--weights", *map(str, (trained, *words))])
+    assert main() == 0
+    results = json.loads((tmp_path / "detections.json").read_text())
+    assert 0 < len(results) == int((scores >= middle).sum()) < len(scores)
+
+
+def test_bad_input_is_one_sentence(failing: Failing, images: list[Path], tmp_path: Path) -> None:
+    output = ("--output", tmp_path / "out")
+    assert "absent" in failing("--input", images[0], *output, weights=tmp_path / "absent/model_final.pth")
+    assert "holds no checkpoint" in failing(
+        "--input", images[0], *output, "--config-file", "configs/demo/streets.yaml", weights=tmp_path
+    )
+    assert "absent.png" in failing("--input", tmp_path / "absent.png", *output)
+    assert "--threshold 2" in failing("--input", images[0], *output, "--threshold", 2)
+    assert "--batch 0" in failing("--input", images[0], *output, "--batch", 0)
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(images[0].read_bytes()[:200])
+    assert "cut.png" in failing("--input", cut, *output)
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(b"no video at all" * 20)
+    assert "clip.mp4" in failing("--input", clip, *output)
+    assert not [*tmp_path.glob("out/*")]
+
+
+def video(path: Path, frames: list[np.ndarray]) -> Path:
+    """Write frames ``(H, W, 3)`` of uint8 as a video."""
+    height, width = (side // 2 * 2 for side in frames[0].shape[:2])
+    with av.open(str(path), "w") as sink:
+        stream = sink.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for frame in frames:
+            sink.mux(stream.encode(av.VideoFrame.from_ndarray(frame[:height, :width].copy(), format="rgb24")))
+        sink.mux(stream.encode(None))
+    return path
