@@ -28,10 +28,10 @@ def read_plain_jpeg(path: Path | str, longest: int = 0) -> np.ndarray | None:
     Raises:
         OSError: the file cannot be read.
     """
-    with open(path, "rb") as file:
+    with open(path, "rb", buffering=0) as file:
         if file.read(2) != START:
             return None
-        data = bytearray(START + file.read())
+        data = bytearray(START + file.readall())
     width, height = _plain_size(data)
     if not 0 < width * height <= (Image.MAX_IMAGE_PIXELS or width * height) or 0 < longest < max(width, height):
         return None

@@ -24,7 +24,8 @@ class DetectionMapper(DatasetMapper):
 
     Draws, boxes, classes and masks are those of Detectron2's mapper with the same augmentations and the same state of
     NumPy's global generator, to the bit; pixels of uint8 images differ by at most one grey level, where resizing rounds
-    the other way. The one exception: boxes of whole numbers are transformed as numbers, not cut to whole ones again.
+    the other way. ``image`` is a ``(C, H, W)`` view of ``(H, W, C)`` memory. The one exception: boxes of whole numbers
+    are transformed as numbers, not cut to whole ones again.
     """
 
     @classmethod
@@ -36,6 +37,12 @@ class DetectionMapper(DatasetMapper):
         batches are made, so that padding is known to be padding.
         """
         parts = super().from_config(cfg, is_train)
+        parts["augmentations"] = [
+            _ShortestEdge(a.short_edge_length, a.max_size, "range" if a.is_range else "choice", a.interp)
+            if isinstance(a, T.ResizeShortestEdge)
+            else a
+            for a in parts["augmentations"]
+        ]
         size = cfg.INPUT.LSJ.SIZE
         if is_train and size:
             flips = [a for a in parts["augmentations"] if isinstance(a, T.RandomFlip)]
@@ -69,7 +76,7 @@ class DetectionMapper(DatasetMapper):
             for step in drawn.transforms if isinstance(drawn, T.TransformList) else (drawn,):
                 pixels = _transformed(pixels, step)
                 steps.append(step)
-        record["image"] = pixels.permute(2, 0, 1).contiguous()
+        record["image"] = pixels.contiguous().permute(2, 0, 1)  # a copy of crops alone
         if self.is_train and "annotations" in dataset_dict:
             shape = (pixels.shape[0], pixels.shape[1])
             if self.use_instance_mask or self.use_keypoint:
@@ -99,9 +106,33 @@ def _transformed(image: Tensor, step: T.Transform) -> Tensor:
     if isinstance(step, T.HFlipTransform | T.VFlipTransform):
         return image.permute(2, 0, 1).flip(2 if isinstance(step, T.HFlipTransform) else 1).permute(1, 2, 0)
     if isinstance(step, T.ResizeTransform) and image.dtype == torch.uint8 and step.interp == Image.Resampling.BILINEAR:
-        planes = image.permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)  # copies crops
-        return F.interpolate(planes, (step.new_h, step.new_w), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+        # torch resamples rows first; where there will be fewer rows, columns first is less work.
+        if step.new_h < step.h:
+            image = _resampled(image, step.new_h, step.w)
+        return _resampled(image, step.new_h, step.new_w)
     return torch.from_numpy(np.ascontiguousarray(step.apply_image(image.numpy())))
+
+
+def _resampled(image: Tensor, height: int, width: int) -> Tensor:
+    """Resize uint8 ``(H, W, C)``."""
+    rows, columns, channels = image.shape
+    # A batch of one whose stride is that of a batch of many counts as channels last: its pixels are not repacked.
+    strides = (rows * columns * channels, 1, columns * channels, channels)
+    batch = image.contiguous().as_strided((1, channels, rows, columns), strides)
+    return F.interpolate(batch, (height, width), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+
+
+class _ShortestEdge(T.ResizeShortestEdge):
+    """Detectron2's resize with its draws, but a choice costs a third of ``np.random.choice``, which makes arrays."""
+
+    def get_transform(self, image: Tensor) -> T.Transform:
+        sizes, (height, width) = self.short_edge_length, image.shape[:2]
+        low, high = (sizes[0], sizes[1] + 1) if self.is_range else (0, len(sizes))
+        drawn = np.random.randint(low, high)
+        size = drawn if self.is_range else sizes[drawn]
+        if size == 0:
+            return T.NoOpTransform()
+        return T.ResizeTransform(height, width, *self.get_output_shape(height, width, size, self.max_size), self.interp)
 
 
 def _boxes_as_instances(
