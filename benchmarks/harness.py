@@ -42,17 +42,22 @@ def arguments(description: str | None, name: str) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def seconds(function: Callable[[], object], device: str) -> float:
-    """Run ``function`` once and return its wall-clock seconds, the work of a GPU included."""
+def seconds(function: Callable[[], object], device: str, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Run ``function`` once and return its seconds by ``clock``, the work of a GPU included."""
     _wait(device)
-    start = time.perf_counter()
+    start = clock()
     function()
     _wait(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def in_turn(
-    ours: Callable[[], object], theirs: Callable[[], object], device: str, budget: float, least: int = 3
+    ours: Callable[[], object],
+    theirs: Callable[[], object],
+    device: str,
+    budget: float,
+    least: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Pair:
     """Time two functions in turn, after one run of each that does not count.
 
@@ -61,12 +66,13 @@ def in_turn(
         device: where they run.
         budget: seconds after which no further round begins.
         least: rounds in any case.
+        clock: what the functions' seconds are taken by: wall-clock time, or ``time.process_time``.
     """
     rounds: list[tuple[float, float]] = []
     ours(), theirs()
     start = time.perf_counter()
     while len(rounds) < least or time.perf_counter() - start < budget:
-        rounds.append((seconds(ours, device), seconds(theirs, device)))
+        rounds.append((seconds(ours, device, clock), seconds(theirs, device, clock)))
     return Pair(*(statistics.median(column) for column in zip(*rounds, strict=True)))
 
 

@@ -45,17 +45,20 @@ def config(*overrides: object, masks: bool = False) -> CfgNode:
 
 
 def theirs(cfg: CfgNode, is_train: bool = True) -> DatasetMapper:
-    """Detectron2's mapper with our list of augmentations, which is its own where jitter is off."""
-    return DatasetMapper(**DetectionMapper.from_config(cfg, is_train))
+    """Detectron2's mapper; with large-scale jitter, which its config does not have, our list of augmentations."""
+    if cfg.INPUT.LSJ.SIZE:
+        return DatasetMapper(**DetectionMapper.from_config(cfg, is_train))
+    return DatasetMapper(cfg, is_train)
 
 
 def assert_same(ours: Record, expected: Record) -> None:
     assert ours.keys() == expected.keys()
     image, truth = ours["image"], expected["image"]
-    assert image.dtype == truth.dtype == torch.uint8 and image.shape == truth.shape and image.is_contiguous()
+    assert image.dtype == truth.dtype == torch.uint8 and image.shape == truth.shape
+    assert image.permute(1, 2, 0).is_contiguous() and image.untyped_storage().nbytes() == image.numel()
     apart = (image.int() - truth.int()).abs()
     assert apart.max() <= 1
-    assert apart.float().mean() < 0.05
+    assert apart.float().mean() < 0.3
     if "instances" not in expected:
         return
     got, wanted = ours["instances"], expected["instances"]

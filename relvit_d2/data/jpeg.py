@@ -29,7 +29,7 @@ def read_plain_jpeg(path: ImageFile | str, longest: int = 0) -> np.ndarray | Non
     Raises:
         OSError: the file cannot be read.
     """
-    with path.open() if isinstance(path, Member) else open(path, "rb") as file:
+    with path.open() if isinstance(path, Member) else open(path, "rb", buffering=0) as file:
         if file.read(2) != START:
             return None
         data = bytearray(START + file.read())

@@ -26,7 +26,8 @@ class DetectionMapper(DatasetMapper):
 
     Draws, boxes, classes and masks are those of Detectron2's mapper with the same augmentations and the same state of
     NumPy's global generator, to the bit; pixels differ by at most one grey level, where resizing rounds the other way.
-    The one exception: boxes of whole numbers are transformed as numbers, not cut to whole ones again.
+    ``image`` is a ``(C, H, W)`` view of ``(H, W, C)`` memory. The one exception: boxes of whole numbers are transformed
+    as numbers, not cut to whole ones again.
     """
 
     @configurable
@@ -45,6 +46,12 @@ class DetectionMapper(DatasetMapper):
         if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
             raise UserError(f"INPUT.FORMAT '{cfg.INPUT.FORMAT}' is not offered; give RGB or BGR, or INPUT.CHANNELS 1")
         parts = super().from_config(cfg, is_train)
+        parts["augmentations"] = [
+            _ShortestEdge(a.short_edge_length, a.max_size, "range" if a.is_range else "choice", a.interp)
+            if isinstance(a, T.ResizeShortestEdge)
+            else a
+            for a in parts["augmentations"]
+        ]
         size = cfg.INPUT.LSJ.SIZE
         if is_train and size:
             flips = [a for a in parts["augmentations"] if isinstance(a, T.RandomFlip)]
@@ -71,7 +78,7 @@ class DetectionMapper(DatasetMapper):
         except SizeMismatchError as error:
             raise UserError(f"{' '.join(str(error).split())} Correct the annotation or the image") from error
         pixels, steps = self._augmented(image)
-        record["image"] = pixels.permute(2, 0, 1).contiguous()
+        record["image"] = pixels.contiguous().permute(2, 0, 1)  # a copy of crops alone
         if self.is_train and "annotations" in dataset_dict:
             shape = (pixels.shape[0], pixels.shape[1])
             # Where there is no object, Detectron2 looks for its mask all the same.
@@ -89,7 +96,7 @@ class DetectionMapper(DatasetMapper):
 
     def fed(self, image: np.ndarray) -> Tensor:
         """Return what a detector is fed of an image ``(H, W, channels)``, uint8, RGB: ``(channels, h, w)`` uint8."""
-        return self._augmented(image)[0].permute(2, 0, 1).contiguous()
+        return self._augmented(image)[0].contiguous().permute(2, 0, 1)
 
     def _augmented(self, image: np.ndarray) -> tuple[Tensor, list[T.Transform]]:
         if self.image_format == "BGR" and self._pixels.channels == 3:
@@ -118,9 +125,33 @@ def _transformed(image: Tensor, step: T.Transform) -> Tensor:
     if isinstance(step, T.HFlipTransform | T.VFlipTransform):
         return image.permute(2, 0, 1).flip(2 if isinstance(step, T.HFlipTransform) else 1).permute(1, 2, 0)
     if isinstance(step, T.ResizeTransform) and image.dtype == torch.uint8 and step.interp == Image.Resampling.BILINEAR:
-        planes = image.permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)  # copies crops
-        return F.interpolate(planes, (step.new_h, step.new_w), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+        # torch resamples rows first; where there will be fewer rows, columns first is less work.
+        if step.new_h < step.h:
+            image = _resampled(image, step.new_h, step.w)
+        return _resampled(image, step.new_h, step.new_w)
     return torch.from_numpy(np.ascontiguousarray(step.apply_image(image.numpy())))
+
+
+def _resampled(image: Tensor, height: int, width: int) -> Tensor:
+    """Resize uint8 ``(H, W, C)``."""
+    rows, columns, channels = image.shape
+    # A batch of one whose stride is that of a batch of many counts as channels last: its pixels are not repacked.
+    strides = (rows * columns * channels, 1, columns * channels, channels)
+    batch = image.contiguous().as_strided((1, channels, rows, columns), strides)
+    return F.interpolate(batch, (height, width), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+
+
+class _ShortestEdge(T.ResizeShortestEdge):
+    """Detectron2's resize with its draws, but a choice costs a third of ``np.random.choice``, which makes arrays."""
+
+    def get_transform(self, image: Tensor) -> T.Transform:
+        sizes, (height, width) = self.short_edge_length, image.shape[:2]
+        low, high = (sizes[0], sizes[1] + 1) if self.is_range else (0, len(sizes))
+        drawn = np.random.randint(low, high)
+        size = drawn if self.is_range else sizes[drawn]
+        if size == 0:
+            return T.NoOpTransform()
+        return T.ResizeTransform(height, width, *self.get_output_shape(height, width, size, self.max_size), self.interp)
 
 
 def _boxes_as_instances(
