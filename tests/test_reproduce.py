@@ -29,12 +29,13 @@ HERE = [
 def test_every_command_of_a_row_fits_its_config_and_the_others(table: str, name: str, tmp_path: Path) -> None:
     row = tables()[table][name]
     runs = plan(row, 3, 0.5, tmp_path, [])
-    schedules = {r.config.SOLVER.MAX_ITER for r in runs.values() if r.step.script == "train_net.py"}
+    labelled = [r for r in runs.values() if r.step.script != "pretrain_ssl.py" and not r.step.overrides]
+    schedules = {r.config.SOLVER.MAX_ITER for r in labelled}
     assert len(schedules) == 1  # the same fine-tuning budget for all
     for planned in runs.values():
         script, _, path, flag, *keys = planned.command
         assert load_config(path, keys, script) == planned.config and flag == "--resume"
-        cfg, plain = planned.config, load_config(path, [])
+        cfg, plain = planned.config, load_config(path, [str(x) for pair in planned.step.overrides for x in pair])
         assert cfg.SEED == 3 and Path(cfg.OUTPUT_DIR) == planned.folder
         assert round(plain.SOLVER.MAX_ITER / 2) == cfg.SOLVER.MAX_ITER
         if not planned.step.encoder:

@@ -27,7 +27,7 @@ from relvit_d2.engine.precision import choose_precision  # noqa: E402
 from relvit_d2.errors import UserError, nearest  # noqa: E402
 from relvit_d2.files import write_json, write_text  # noqa: E402
 from relvit_d2.report.published import Row, tables  # noqa: E402
-from relvit_d2.report.reproduce import collect, count_images, page, plan  # noqa: E402
+from relvit_d2.report.reproduce import collect, count_images, data_note, page, plan  # noqa: E402
 
 
 def main() -> int:
@@ -89,7 +89,7 @@ def reproduce(args: argparse.Namespace, row: Row) -> None:
             "test": ", ".join(cfg.DATASETS.TEST),
             "images": images,
             "published_images": row.images,
-            "note": args.data_note,
+            "note": args.data_note or data_note(cfg),
         },
         "machine": {
             "device": device_name(cfg.MODEL.DEVICE),

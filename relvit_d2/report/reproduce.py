@@ -9,7 +9,7 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from relvit_d2.data import catalog
-from relvit_d2.data.classes import get_class_set, is_class_set
+from relvit_d2.data.classes import about_class_set, is_class_set
 from relvit_d2.engine.config_file import load_config
 from relvit_d2.errors import UserError
 from relvit_d2.files import write_json
@@ -131,10 +131,17 @@ def count_images(cfg: CfgNode) -> tuple[int, int]:
 
     def count(name: str) -> int:
         if is_class_set(name):
-            return len(get_class_set(name, data.DOWNLOAD, data.SYNSETS))
+            return about_class_set(name, data.DOWNLOAD, data.SYNSETS)[0]
         return len(catalog.get_images(name, data.SKIP_MISSING))
 
     return sum(map(count, data.TRAIN)), sum(map(count, data.TEST))
+
+
+def data_note(cfg: CfgNode) -> str:
+    """Return what has to be said of the classification sets that a config names, or nothing."""
+    data = cfg.DATASETS
+    names = [name for name in (*data.TRAIN, *data.TEST) if is_class_set(name)]
+    return "; ".join(dict.fromkeys(filter(None, (about_class_set(n, data.DOWNLOAD, data.SYNSETS)[1] for n in names))))
 
 
 def collect(row: Row, seeds: Sequence[dict[str, Run]], images: tuple[int, int], scale: float) -> dict[str, Any]:
