@@ -110,8 +110,8 @@ def test_the_tool_draws_every_input_and_writes_coco_results(
     pictures = sorted((tmp_path / "out").glob("*.png"))
     assert len(pictures) == len(images) + 2
     assert f"{len(pictures)} pictures and 1 video" in done.stdout
-    for picture in pictures:
-        assert max(Image.open(picture).size) >= 800
+    for path in pictures:
+        assert max(Image.open(path).size) >= 800
     results = json.loads((tmp_path / "out/detections.json").read_text())
     for name in (*map(str, images), str(other / images[0].name), str(other / f"{images[0].stem}.bmp")):
         rows = [row for row in results if row["image_id"] == name]
