@@ -56,8 +56,9 @@ def test_a_header_gives_row_commands_and_cost_and_the_commands_fit_together(path
 def test_digits_are_not_mirrored_and_anchors_fit_the_levels(path: str) -> None:
     cfg = load_config(path, [])
     if cfg.DATASETS.TRAIN[0].startswith(("svhn", "streets")):
-        assert (cfg.PRETEXT.FLIP == 0) if "ssl" in path else (cfg.INPUT.RANDOM_FLIP == "none")
-    if "ssl" not in path:
+        view = cfg.INPUT.VIEW.FLIP == 0 if "/cls/" in path else cfg.INPUT.RANDOM_FLIP == "none"
+        assert cfg.PRETEXT.FLIP == 0 if "ssl" in path else view
+    if "ssl" not in path and "/cls/" not in path:
         assert len(cfg.MODEL.ANCHOR_GENERATOR.SIZES) == len(cfg.MODEL.RPN.IN_FEATURES)
 
 
