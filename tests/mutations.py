@@ -270,7 +270,7 @@ def yaml_bomb(path: Path, draw: random.Random, outside: Path) -> None:
         "[[a], b]",
         "{[a]: b}",
     )
-    names += ("2001-99-99", "{0: ~}", "{0: 1, 1: '1'}", "3", f"[{nasty_text(draw, outside)!r}]", "[" * 5000, "*a8")
+    names += ("2001-99-99", "{0: ~}", "{0: 1, 1: '1'}", "3", f"[{nasty_text(draw, outside)!r}]", "[" * 1500, "*a8")
     path.write_bytes(encoded(f"a0: &a0 [x]\n{laughs}names: {draw.choice(names)}\n"))
 
 
