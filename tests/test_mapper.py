@@ -47,7 +47,8 @@ def config(*overrides: object, masks: bool = False) -> CfgNode:
 def theirs(cfg: CfgNode, is_train: bool = True) -> DatasetMapper:
     """Detectron2's mapper; with large-scale jitter, which its config does not have, our list of augmentations."""
     if cfg.INPUT.LSJ.SIZE:
-        return DatasetMapper(**DetectionMapper.from_config(cfg, is_train))
+        parts = DetectionMapper.from_config(cfg, is_train)
+        return DatasetMapper(**{key: value for key, value in parts.items() if key != "pixels"})
     return DatasetMapper(cfg, is_train)
 
 
