@@ -279,6 +279,6 @@ def test_mixed_sizes_where_they_must_agree_are_told_with_the_file(trees: Path, t
         for number, side in enumerate((16, 18)):
             Image.new("RGB", (side, 16)).save(tmp_path / f"mixed/{name}/{number}.png")
     names = ("DATASETS.TRAIN", f"('{tmp_path}/mixed',)", "DATASETS.TEST", "()", "DATASETS.VALIDATION", "")
-    with pytest.raises(UserError, match=r"a/1\.png' is 16x18 pixels, but INPUT.VIEW.CROP pad"):
+    with pytest.raises(UserError, match=r"a/1\.png' is 18x16 pixels, but INPUT.VIEW.CROP pad"):
         load_data(config(trees, tmp_path, *names), training=True)
     assert load_data(config(trees, tmp_path, *names, "INPUT.VIEW.CROP", "resized"), training=True).classes == 2

@@ -14,8 +14,9 @@ from fvcore.common.config import CfgNode
 
 from relvit_d2.classification.model import ClassificationModel
 from relvit_d2.classification.probes import features, linear_probe
-from relvit_d2.data.class_tree import LabelledImages, check_same_classes, image_size, places
+from relvit_d2.data.class_tree import LabelledImages, check_same_classes, places
 from relvit_d2.data.classes import get_class_sets
+from relvit_d2.data.decode import image_size
 from relvit_d2.data.image_batches import ImageStack, TrainingBatches, fixed_batches
 from relvit_d2.encoders.weights import save_encoder
 from relvit_d2.engine.checkpoint import Checkpointer
@@ -81,9 +82,9 @@ def _check_sizes(data: LabelledImages, size: int) -> None:
     shape = tuple(images.pixels.shape[2:]) if isinstance(images, ImageStack) else None
     odd = data.name if shape else next((file for file in images if image_size(file) != (size, size)), None)
     if shape != (size, size) and odd is not None:
-        height, width = shape or image_size(odd)
+        width, height = shape[::-1] if shape else image_size(odd)
         raise UserError(
-            f"'{odd}' is {height}x{width} pixels, but INPUT.VIEW.CROP pad wants all images at INPUT.VIEW.SIZE {size}: "
+            f"'{odd}' is {width}x{height} pixels, but INPUT.VIEW.CROP pad wants all images at INPUT.VIEW.SIZE {size}: "
             "set the size to that of all images, or INPUT.VIEW.CROP resized"
         )
 

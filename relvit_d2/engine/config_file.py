@@ -48,8 +48,10 @@ def load_config(config_file: str, overrides: list[str], script: str | None = Non
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):
         _check_reader(key, "an override", script)
         try:
-            cfg.merge_from_list([key, value])
-        except (KeyError, ValueError, AssertionError, AttributeError, TypeError) as error:
+            # A mapping, as of DATASETS.CUSTOM, comes as text from a command line.
+            mapping = isinstance(value, str) and value.startswith("{")
+            cfg.merge_from_list([key, yaml.safe_load(value) if mapping else value])
+        except (KeyError, ValueError, AssertionError, AttributeError, TypeError, yaml.YAMLError) as error:
             raise _config_error(error, f"override '{key} {value}'", cfg, key) from error
     defaults = get_cfg()
     for key, instead in WITHOUT_EFFECT.items():
