@@ -56,7 +56,7 @@ def measure(batch: int, folder: Path, args: argparse.Namespace) -> list[Row]:
     """Return the rows."""
     cfg = config(batch, folder, args.device)
     precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(args.device))
-    more = {"batch": batch, "precision": str(precision.dtype).removeprefix("torch.")}
+    more = {"batch": batch, "precision": precision.name}
     images = torch.randn(batch, 3, SIDE, SIDE, device=args.device)
     labels = torch.randint(CLASSES, (batch,), device=args.device)
     ours_step, timms = our_step(cfg), timms_step(cfg)

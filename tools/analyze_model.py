@@ -108,7 +108,7 @@ def analyse(config_file: str, batch: int, opts: list[str]) -> str:
     free = free_memory(cfg.MODEL.DEVICE)
     fits = int((SPARE * free - ADAMW * trained) / (total[1] * 2**20))
     return (
-        f"{what}, {str(precision.dtype).removeprefix('torch.')} on {device_name(cfg.MODEL.DEVICE)}\n\n"
+        f"{what}, {precision.name} on {device_name(cfg.MODEL.DEVICE)}\n\n"
         f"{tabulate(rows, heads, stralign='right', disable_numparse=True)}\n\n"
         f"{free / 2**30:.1f} GiB are free: about {max(fits, 0)} images a batch fit with AdamW"
         f"{'' if fits else '; set MODEL.CHECKPOINT True or smaller images'}. Larger batches: SOLVER.ACCUMULATE."

@@ -93,10 +93,10 @@ def scores(folder: Path) -> dict[str, float]:
 def machine(opts: list[str]) -> dict[str, Any]:
     """Say what the numbers were measured on."""
     cfg = load_config(DETECT, opts)
-    precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE)).dtype
+    precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE)).name
     return {
         "device": device_name(cfg.MODEL.DEVICE),
-        "precision": str(precision).removeprefix("torch."),
+        "precision": precision,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "seed": cfg.SEED,

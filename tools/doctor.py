@@ -108,7 +108,7 @@ def check_device() -> None:
     gpus = [f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" for gpu in properties]
     row("device", "; ".join(gpus) or "the processor, no GPU")
     chosen = choose_precision("auto", device)
-    row("precision auto", f"{str(chosen.dtype).removeprefix('torch.')}: {chosen.reason}")
+    row("precision auto", f"{chosen.name}: {chosen.reason}")
 
 
 def check_data() -> None:

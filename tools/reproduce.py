@@ -93,7 +93,7 @@ def reproduce(args: argparse.Namespace, row: Row) -> None:
         },
         "machine": {
             "device": device_name(cfg.MODEL.DEVICE),
-            "precision": str(choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE)).dtype)[6:],
+            "precision": choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE)).name,
             "torch": torch.__version__,
             "version": __version__,
         },

@@ -111,7 +111,7 @@ def resolve(name: str) -> str:
     _register_once()
     if name in DatasetCatalog:
         return name
-    base, take = _subset(name)
+    base, take = subset(name)
     if base not in DatasetCatalog:
         DATASETS[base]  # raises, with the nearest name
     DatasetCatalog.register(name, lambda: take(DatasetCatalog.get(base)))
@@ -133,7 +133,7 @@ def get_records(name: str, skip_missing: bool = False) -> list[Record]:
         UserError: an unknown name, or missing or damaged data.
     """
     resolve(name)
-    base, take = _subset(name)
+    base, take = subset(name)
     try:
         if entry := _entry(base):
             return take(entry.records(skip_missing))
@@ -155,7 +155,7 @@ def get_images(name: str, skip_missing: bool = False) -> list[ImageFile]:
     Raises:
         UserError: an unknown name, or missing data.
     """
-    base, take = _subset(name)
+    base, take = subset(name)
     if is_folder(name):
         base, take = (name, list) if Path(name).is_dir() else (base, take)
         return take(unlabelled_images(base))
@@ -167,7 +167,7 @@ def get_images(name: str, skip_missing: bool = False) -> list[ImageFile]:
 
 def is_folder(name: str) -> bool:
     """Whether :func:`get_images` takes ``name`` for a folder, or what else images come from, not for a data set."""
-    base, _ = _subset(name)
+    base, _ = subset(name)
     known = base in DATASETS or base in _own or base in DatasetCatalog
     return (Path(name).is_dir() and (os.sep in name or not known)) or os.sep in base or (not known and is_source(base))
 
@@ -198,7 +198,7 @@ def keep_splits(names: Iterable[str], output: Path) -> None:
     Raises:
         UserError: if the data are missing or ``output`` cannot be written.
     """
-    bases = {base for name in names for base in [_subset(name)[0]] if base in DATASETS and DATASETS[base].own_split}
+    bases = {base for name in names for base in [subset(name)[0]] if base in DATASETS and DATASETS[base].own_split}
     for base in sorted(bases) if comm.is_main_process() else ():
         ids = "".join(f"{Path(str(path)).stem}\n" for path in get_images(base))
         (output / "splits").mkdir(parents=True, exist_ok=True)
@@ -213,7 +213,7 @@ def _register_once() -> None:
     register_all()
 
 
-def _subset(name: str) -> tuple[str, Callable[[list], list]]:
+def subset(name: str) -> tuple[str, Callable[[list], list]]:
     """Return the name without its ``[:...]`` and the function that takes that many from a list."""
     match = _SUBSET.fullmatch(name)
     if not match:

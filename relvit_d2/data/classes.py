@@ -16,7 +16,7 @@ from detectron2.utils import comm
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN, Flowers102
 
-from relvit_d2.data.catalog import _subset, dataset_root
+from relvit_d2.data.catalog import dataset_root, subset
 from relvit_d2.data.class_tree import LabelledImages, archive_of, read_tree, together
 from relvit_d2.data.image_batches import ImageStack
 from relvit_d2.data.imagenet100 import synsets
@@ -36,7 +36,7 @@ _JPEG_NOTE = (
 
 def is_class_set(name: str) -> bool:
     """Whether ``name``, or what it is a subset of, is a classification set or lies in an archive."""
-    base, _ = _subset(name)
+    base, _ = subset(name)
     return base in CLASS_SETS or archive_of(Path(base).expanduser()) is not None
 
 
@@ -64,7 +64,7 @@ def about_class_set(name: str, download: bool = False, synset_file: str = "") ->
 
 
 def _listed(name: str, download: bool, synset_file: str) -> LabelledImages:
-    base, some = _subset(name)
+    base, some = subset(name)
     if base in CLASS_SETS:
         whole = CLASS_SETS[base](download, synset_file)
     elif "/" in base or Path(base).exists():

@@ -30,8 +30,12 @@ class EncoderBackbone(Backbone):
         In an encoder a token's channels lie side by side. On a CPU the maps are laid out channel by channel: torch's
         gradients of convolutions were seen to take three times as long otherwise (AMD EPYC, float32, 3 x 3).
         """
-        maps = self.encoder(x)
+        maps = self.maps(x)
         return {name: m.contiguous() for name, m in maps.items()} if x.device.type == "cpu" else maps
+
+    def maps(self, x: Tensor) -> dict[str, Tensor]:
+        """Map images to the maps that are given, in any layout."""
+        return self.encoder(x)
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride of each map."""
@@ -55,8 +59,8 @@ class NormedMaps(EncoderBackbone):
         self.names = names
         self.norms = nn.ModuleDict({n: nn.LayerNorm(encoder.channels[n]) for n in names if n != encoder.last})
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Map normalised images ``(B, in_chans, H, W)`` to the maps."""
+    def maps(self, x: Tensor) -> dict[str, Tensor]:
+        """See :class:`EncoderBackbone`."""
         maps = self.encoder(x)
         normed = {n: norm(maps[n].permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for n, norm in self.norms.items()}
         return {name: normed.get(name, maps[name]) for name in self.names}

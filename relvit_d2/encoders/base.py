@@ -161,6 +161,11 @@ def evenly(count: int, depth: int, name: str) -> list[int]:
     """
     if not 1 <= count <= depth:
         raise UserError(f"{count} levels need as many blocks, but encoder '{name}' has {depth}: ask for fewer levels")
+    return spaced(count, depth)
+
+
+def spaced(count: int, depth: int) -> list[int]:
+    """Return ``count`` of ``depth`` blocks as :func:`evenly`; 0 to ``depth`` of them."""
     return [depth * (i + 1) // count - 1 for i in range(count)]
 
 

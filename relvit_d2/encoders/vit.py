@@ -10,7 +10,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from relvit_d2.encoders.base import ENCODERS, Encoder, evenly
+from relvit_d2.encoders.base import ENCODERS, Encoder, evenly, spaced
 from relvit_d2.encoders.windowed import windowed_block
 from relvit_d2.errors import UserError
 
@@ -46,7 +46,7 @@ class ViT(Encoder):
         self.vit = vit
         patch_size, dim = vit.patch_embed.patch_size[0], vit.embed_dim
         self._taps = [depth - 1]
-        globals_ = [depth * (i + 1) // global_blocks - 1 for i in range(global_blocks)]
+        globals_ = spaced(global_blocks, depth)
         self._windows = [window if index not in globals_ else 0 for index in range(depth)]
         self.strides = {f"s{patch_size}": patch_size}
         self.channels = {f"s{patch_size}": dim}

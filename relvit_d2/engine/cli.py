@@ -30,6 +30,8 @@ from relvit_d2.files import remove_leftovers, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
+VERSIONS = f"relvit_d2 {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+
 # The least values of numbers that would else fail late, or mean nothing.
 _LEAST = {
     "SEED": 0,
@@ -119,7 +121,7 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         raise UserError(f"OUTPUT_DIR '{output}' cannot be written ({error.strerror}); choose another folder") from error
     silence()
     device = f"{device_name(cfg.MODEL.DEVICE)}, {torch.get_num_threads()} threads"
-    logger.info(f"relvit_d2 {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {device}")
+    logger.info(f"{VERSIONS}, {device}")
     logger.info(f"command: {' '.join(sys.argv)}")
     if comm.is_main_process() and not args.eval_only:
         _tell_run(cfg)
@@ -139,8 +141,8 @@ def _tell_run(cfg: CfgNode) -> None:
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "machine": f"{device_name(cfg.MODEL.DEVICE)}, {comm.get_world_size()} processes",
-        "precision": f"{str(precision.dtype).removeprefix('torch.')} ({precision.reason})",
-        "versions": f"relvit_d2 {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        "precision": f"{precision.name} ({precision.reason})",
+        "versions": VERSIONS,
         "commit": commit(),
     }
     write_json(Path(cfg.OUTPUT_DIR) / "run.json", info)

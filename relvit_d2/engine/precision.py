@@ -22,6 +22,11 @@ class Precision:
     reason: str
     device: torch.device
 
+    @property
+    def name(self) -> str:
+        """``float32`` or ``bfloat16``."""
+        return str(self.dtype).removeprefix("torch.")
+
     def autocast(self) -> AbstractContextManager[None]:
         """Return the context for a forward pass; it changes nothing in float32."""
         enabled = self.dtype != torch.float32

@@ -117,7 +117,7 @@ class Trainer(TrainerBase):
             )
         if test.PATIENCE and not test.BEST_METRIC:
             raise UserError(f'TEST.PATIENCE {test.PATIENCE} needs a TEST.BEST_METRIC to look at, such as "bbox/AP"')
-        logger.info(f"precision: {str(self.precision.dtype).removeprefix('torch.')} ({self.precision.reason})")
+        logger.info(f"precision: {self.precision.name} ({self.precision.reason})")
         parts = f", each in {solver.ACCUMULATE} parts" if solver.ACCUMULATE > 1 else ""
         logger.info(
             f"{self.samples} training images; {solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH}{parts} are "

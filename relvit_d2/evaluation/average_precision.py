@@ -1,7 +1,7 @@
 """COCO's average precision of a list of detections, and why there is none."""
 
 import logging
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import faster_coco_eval
@@ -11,7 +11,10 @@ logger = logging.getLogger(__name__)
 
 
 def coco_evaluation(
-    truth: COCO, detections: Sequence[dict[str, Any]], iou_type: str
+    truth: COCO,
+    detections: Sequence[dict[str, Any]],
+    iou_type: str,
+    tell: Callable[[str], object] = logger.info,
 ) -> faster_coco_eval.COCOeval_faster:
     """Return the finished COCO evaluation: ``stats`` and ``eval["precision"]`` are those of pycocotools.
 
@@ -24,6 +27,7 @@ def coco_evaluation(
             for masks ``segmentation`` in compressed RLE). One of an image that ``truth`` does not have is left out with
             a word in the log.
         iou_type: ``"bbox"`` or ``"segm"``.
+        tell: takes the lines of its table.
     """
     number = {image_id: index for index, image_id in enumerate(sorted(truth.imgs), start=1)}
     annotations = [a for a in truth.dataset["annotations"] if a["image_id"] in number]
@@ -49,9 +53,7 @@ def coco_evaluation(
             f"{len(detections) - len(found)} of {len(detections)} detections are left out: the ground truth has no "
             f"image {_few(strangers)}"
         )
-    evaluation = faster_coco_eval.COCOeval_faster(
-        numbered, numbered.loadRes(found), iou_type, print_function=logger.info
-    )
+    evaluation = faster_coco_eval.COCOeval_faster(numbered, numbered.loadRes(found), iou_type, print_function=tell)
     evaluation.run()
     return evaluation
 

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from detectron2.data import MetadataCatalog
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torchvision.ops import box_iou
+
+from relvit_d2.evaluation.average_precision import coco_evaluation
 
 MIN_SCORE, MIN_IOU = 0.5, 0.5  # of a detection that counts in images and confusions
 
@@ -128,11 +129,7 @@ def _boxes(entries: list[dict[str, Any]]) -> np.ndarray:
 def _precision(truth: COCO, detections: list[dict[str, Any]], classes: int) -> np.ndarray:
     if not detections:
         return np.zeros((classes, 101))
-    evaluation = COCOeval(truth, truth.loadRes(detections), "bbox")
-    evaluation.params.iouThrs = np.array([MIN_IOU])
-    evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
-    evaluation.params.maxDets = [100]
-    evaluation.evaluate()
-    evaluation.accumulate()
-    precision = evaluation.eval["precision"][0, :, :, 0, 0].T
+    evaluation = coco_evaluation(truth, detections, "bbox", tell=lambda _: None)
+    at = np.isclose(evaluation.params.iouThrs, MIN_IOU).argmax()
+    precision = evaluation.eval["precision"][at, :, :, 0, -1].T  # of all areas, with the most detections an image
     return np.where((precision < 0).all(1, keepdims=True), np.nan, precision)
