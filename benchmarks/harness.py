@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 
 class Pair(NamedTuple):
-    """Median seconds of two things, timed in turn."""
+    """Seconds of two things, timed in turn."""
 
     ours: float
     theirs: float
@@ -52,12 +52,7 @@ def seconds(function: Callable[[], object], device: str, clock: Callable[[], flo
 
 
 def in_turn(
-    ours: Callable[[], object],
-    theirs: Callable[[], object],
-    device: str,
-    budget: float,
-    least: int = 3,
-    clock: Callable[[], float] = time.perf_counter,
+    ours: Callable[[], object], theirs: Callable[[], object], device: str, budget: float, least: int = 3
 ) -> Pair:
     """Time two functions in turn, after one run of each that does not count.
 
@@ -66,13 +61,12 @@ def in_turn(
         device: where they run.
         budget: seconds after which no further round begins.
         least: rounds in any case.
-        clock: what the functions' seconds are taken by: wall-clock time, or ``time.process_time``.
     """
     rounds: list[tuple[float, float]] = []
     ours(), theirs()
     start = time.perf_counter()
     while len(rounds) < least or time.perf_counter() - start < budget:
-        rounds.append((seconds(ours, device, clock), seconds(theirs, device, clock)))
+        rounds.append((seconds(ours, device), seconds(theirs, device)))
     return Pair(*(statistics.median(column) for column in zip(*rounds, strict=True)))
 
 

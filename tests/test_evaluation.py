@@ -3,7 +3,6 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +28,6 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from relvit_d2.data.svhn import load_svhn
-from relvit_d2.evaluation.average_precision import coco_evaluation, why_no_precision
 from relvit_d2.evaluation.coco import CocoStyleEvaluator, coco_ground_truth
 from relvit_d2.evaluation.voc07 import Voc07Evaluator
 
@@ -275,106 +273,6 @@ def test_masks_are_evaluated_where_they_are_predicted(tmp_path: Path) -> None:
         assert results["segm"]["AP"] == pytest.approx(100)
         assert results["bbox"]["AP"] == pytest.approx(100)
     assert isinstance(rle["counts"], bytes)  # the records stay as they were
-
-
-def random_case(seed: int, images: int, crowd: float, ids: str) -> tuple[COCO, list[dict[str, Any]]]:
-    """Objects with masks in three classes of gapped ids, detections near and far with many equal scores."""
-    rng = np.random.default_rng(seed)
-
-    def blob() -> dict[str, Any]:
-        mask = np.zeros((120, 160), np.uint8, order="F")
-        (y0, x0), (h, w) = rng.integers(0, (100, 140)), rng.integers(4, 120, 2)
-        mask[y0 : y0 + h, x0 : x0 + w] = rng.random((120, 160))[y0 : y0 + h, x0 : x0 + w] < 0.8
-        rle = mask_util.encode(mask)
-        return {"bbox": mask_util.toBbox(rle).tolist(), "segmentation": rle, "area": float(mask_util.area(rle))}
-
-    names = [f"{n:04}" if ids == "text" else 7 * n for n in rng.permutation(images).tolist()]
-    annotations: list[dict[str, Any]] = []
-    detections: list[dict[str, Any]] = []
-    for name in names:
-        for _ in range(rng.integers(0, 5)):
-            own = {"image_id": name, "category_id": int(rng.choice([2, 5, 90]))}
-            number = {"id": len(annotations) + 1, "iscrowd": int(rng.random() < crowd)}
-            annotations.append({**blob(), **own, **number})
-            for _ in range(rng.integers(0, 4)):
-                x, y, w, h = np.array(annotations[-1]["bbox"]) + rng.normal(0, 3, 4)
-                shape = {"bbox": [x, y, abs(w), abs(h)], "segmentation": annotations[-1]["segmentation"]}
-                detections.append({**shape, **own, "score": round(float(rng.random()), 1)})
-        for _ in range(rng.integers(0, 60)):
-            shape = blob()
-            shape.pop("area")
-            label = int(rng.choice([2, 5, 90]))
-            detections.append({**shape, "image_id": name, "category_id": label, "score": round(float(rng.random()), 1)})
-    truth = COCO()
-    truth.dataset = {
-        "info": {},
-        "images": [{"id": name, "height": 120, "width": 160} for name in names],
-        "categories": [{"id": label, "name": str(label)} for label in (2, 5, 7, 90)],
-        "annotations": annotations,
-    }
-    truth.createIndex()
-    return truth, detections
-
-
-def official(truth: COCO, detections: list[dict[str, Any]], iou_type: str) -> COCOeval:
-    """Evaluate with pycocotools as Detectron2 does."""
-    results = [{k: v for k, v in d.items() if k != "bbox" or iou_type == "bbox"} for d in detections]
-    found = truth.loadRes(results) if results else COCO()
-    if not results:
-        found.dataset = {**truth.dataset, "annotations": []}
-        found.createIndex()
-    evaluation = COCOeval(truth, found, iou_type)
-    evaluation.evaluate()
-    evaluation.accumulate()
-    evaluation.summarize()
-    return evaluation
-
-
-CASES = {
-    "many": (1, 12, 0.0, "numbers"),
-    "crowd": (2, 12, 0.3, "text"),
-    "only crowd": (3, 6, 1.0, "numbers"),
-    "one image": (4, 1, 0.2, "text"),
-}
-
-
-@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
-@pytest.mark.parametrize("found", ["some", "none", "more than count"])
-@pytest.mark.parametrize("case", CASES)
-def test_fast_evaluation_is_pycocotools(case: str, found: str, iou_type: str) -> None:
-    truth, detections = random_case(*CASES[case])
-    if found == "none":
-        detections = []
-    if found == "more than count":  # 100 an image and class
-        detections = [{**d, "image_id": detections[0]["image_id"], "category_id": 5} for d in detections]
-    expected = official(truth, detections, iou_type)
-    ours = coco_evaluation(truth, detections, iou_type)
-    np.testing.assert_allclose(ours.stats[:12], expected.stats, rtol=0, atol=1e-12)
-    for name in ("precision", "recall"):
-        np.testing.assert_allclose(ours.eval[name], expected.eval[name], rtol=0, atol=1e-12)
-
-
-def test_an_object_of_id_0_can_be_found() -> None:
-    truth, _ = random_case(5, 1, 0.0, "numbers")
-    box = {"image_id": 0, "category_id": 2, "bbox": [10.0, 10.0, 50.0, 50.0]}
-    truth.dataset["annotations"] = [{**box, "id": 0, "area": 2500.0, "iscrowd": 0}]
-    truth.createIndex()
-    assert coco_evaluation(truth, [{**box, "score": 0.5}], "bbox").stats[0] == pytest.approx(1)
-
-
-def test_why_there_is_no_precision() -> None:
-    objects = [("a", 0), ("b", 1)]
-    reasons: dict[str, tuple[list[tuple[Any, int]], list[tuple[Any, int]]]] = {
-        "there is no ground truth": ([], objects),
-        "there are no detections": (objects, []),
-        "no detection is of an image that has objects": (objects, [(1, 0), (2, 1)]),
-        "(of detections 1, of objects 'a', 'b')": (objects, [(1, 0)]),
-        "no detection is of a class that has objects": (objects, [("a", 5)]),
-        "no detection is of a class that its image holds": (objects, [("a", 1)]),
-        "none of the 1 detections overlaps": (objects, [("a", 0)]),
-    }
-    for words, pairs in reasons.items():
-        assert words in why_no_precision(*pairs)
 
 
 def test_ids_that_do_not_match_give_0_and_the_reason(tmp_path: Path, log_lines: list[str]) -> None:

@@ -71,7 +71,11 @@ class DetectionMapper(DatasetMapper):
         """
         if self.proposal_topk is not None or "sem_seg_file_name" in dataset_dict:
             return super().__call__(dataset_dict)
-        record = copy.deepcopy({key: value for key, value in dataset_dict.items() if key != "annotations"})
+        record: dict[str, Any] = {
+            key: value if isinstance(value, str | int) else copy.deepcopy(value)
+            for key, value in dataset_dict.items()
+            if key != "annotations"
+        }
         image = self._pixels.read(record["file_name"])
         try:
             utils.check_image_size(record, image)
@@ -164,33 +168,31 @@ def _boxes_as_instances(
         steps: the transforms of the image.
         shape: height and width of the transformed image, pixels.
     """
-    height, width = shape
-    boxes, classes = [], []
-    for annotation in annotations:
-        if annotation.get("iscrowd", 0):
-            continue
-        box, mode = annotation["bbox"], annotation["bbox_mode"]
-        x0, y0, x1, y1 = box if mode == BoxMode.XYXY_ABS else BoxMode.convert(box, mode, BoxMode.XYXY_ABS)
-        for step in steps:
-            if isinstance(step, T.ResizeTransform):
-                across, down = step.new_w / step.w, step.new_h / step.h
-                x0, y0, x1, y1 = x0 * across, y0 * down, x1 * across, y1 * down
-            elif isinstance(step, T.CropTransform):
-                x0, y0, x1, y1 = x0 - step.x0, y0 - step.y0, x1 - step.x0, y1 - step.y0
-            elif isinstance(step, T.HFlipTransform):
-                x0, x1 = step.width - x1, step.width - x0
-            elif isinstance(step, T.VFlipTransform):
-                y0, y1 = step.height - y1, step.height - y0
-        boxes.append(
-            [min(max(x0, 0.0), width), min(max(y0, 0.0), height), min(max(x1, 0.0), width), min(max(y1, 0.0), height)]
-        )
-        classes.append(int(annotation["category_id"]))
+    objects = [a for a in annotations if not a.get("iscrowd", 0)]
+    exact = BoxMode.XYXY_ABS
+    boxes = [
+        a["bbox"] if a["bbox_mode"] == exact else BoxMode.convert(a["bbox"], a["bbox_mode"], exact) for a in objects
+    ]
+    for step in steps:
+        if isinstance(step, T.ResizeTransform):
+            across, down = step.new_w / step.w, step.new_h / step.h
+            boxes = [(x0 * across, y0 * down, x1 * across, y1 * down) for x0, y0, x1, y1 in boxes]
+        elif isinstance(step, T.CropTransform):
+            left, top = step.x0, step.y0
+            boxes = [(x0 - left, y0 - top, x1 - left, y1 - top) for x0, y0, x1, y1 in boxes]
+        elif isinstance(step, T.HFlipTransform):
+            boxes = [(step.width - x1, y0, step.width - x0, y1) for x0, y0, x1, y1 in boxes]
+        elif isinstance(step, T.VFlipTransform):
+            boxes = [(x0, step.height - y1, x1, step.height - y0) for x0, y0, x1, y1 in boxes]
+    limits = (shape[1], shape[0], shape[1], shape[0])
+    boxes = [[min(max(x, 0.0), limit) for x, limit in zip(box, limits, strict=True)] for box in boxes]
+    classes = [int(a["category_id"]) for a in objects]
     instances = Instances(
         shape,
         gt_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)),
         gt_classes=torch.tensor(classes, dtype=torch.int64),
     )
-    # A box of the least width is far above the threshold of Detectron2's filter, 1e-5 pixels, even in float32.
+    # Boxes far above the threshold of Detectron2's filter, 1e-5 pixels, need no filter, even in float32.
     if all(x1 - x0 > 1e-3 and y1 - y0 > 1e-3 for x0, y0, x1, y1 in boxes):
         return instances
     return utils.filter_empty_instances(instances)
