@@ -1,33 +1,25 @@
 """One self-contained HTML page on one or several runs: no network, no server, no script."""
 
-import base64
-import io
 import logging
-import math
 import re
-import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from relvit_d2.data.decode import read_rgb
 from relvit_d2.errors import UserError
 from relvit_d2.files import write_text
 from relvit_d2.report.curves import MOST, Line, chart
-from relvit_d2.report.detections import MIN_IOU, MIN_SCORE, Judged, JudgedImage, judge
-from relvit_d2.report.predictions import DetectionRow, detections_sheet
+from relvit_d2.report.detection_sections import detection_sections
+from relvit_d2.report.html import figure, grid, table
 from relvit_d2.report.pretext import sheet_of_run
+from relvit_d2.report.result_sections import class_tables, result_table, seed_table
 from relvit_d2.report.runs import Run, read_runs
 from relvit_d2.report.style import STYLE
 
 logger = logging.getLogger(__name__)
-
-SHOWN = 6  # best and worst images each
-MOST_CLASSES = 30  # rows of a confusion table; of more classes, the most confused
 
 
 def write_report(folders: Sequence[Path], path: Path) -> None:
@@ -71,17 +63,17 @@ def write_page(runs: Sequence[Run], path: Path, pictures: dict[str, Image.Image]
     title = "One run" if len(runs) == 1 else f"{len(runs)} runs"
     sections = [
         ("What was run", _what_was_run(runs)),
-        ("Results", _results(runs)),
-        ("Seeds", _seeds(runs)),
-        ("Per class", _per_class(runs)),
+        ("Results", result_table(runs)),
+        ("Seeds", seed_table(runs)),
+        ("Per class", class_tables(runs)),
         ("Learning curves", _curves(runs)),
         *(
             (f"Detections: {run.name}, {name}" if len(runs) > 1 else f"Detections: {name}", text)
-            for run, name, text in _detections(runs)
+            for run, name, text in detection_sections(runs)
         ),
         (
             "What pre-training sees and answers",
-            "".join(_figure(picture, caption) for caption, picture in (pictures or {}).items()),
+            "".join(figure(picture, caption) for caption, picture in (pictures or {}).items()),
         ),
         ("All keys", _all_keys(runs)),
     ]
@@ -133,16 +125,6 @@ def _key(name: str, color: int) -> str:
     return f'<span class="key">{line}{escape(name)}</span>'
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = True) -> str:
-    """Return a table whose cells are HTML already."""
-    cells = "".join(
-        f"<tr><th scope='row'>{row[0]}</th>{''.join(f'<td>{cell}</td>' for cell in row[1:])}</tr>" for row in rows
-    )
-    heads = "".join(f"<th scope='col'>{name}</th>" for name in head)
-    kind = " class='numbers'" if numbers else ""
-    return f"<div class='scroll'><table{kind}><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table></div>"
-
-
 def _what_was_run(runs: Sequence[Run]) -> str:
     def told(key: str) -> Callable[[Run], Any]:
         return lambda run: run.info.get(key, "")
@@ -176,7 +158,7 @@ def _what_was_run(runs: Sequence[Run]) -> str:
             rows.append(
                 [name, *(f"<span class='{'differs' if differ else ''}'>{escape(v) or '-'}</span>" for v in values)]
             )
-    return _table(["", *(escape(run.name) for run in runs)], rows, numbers=False) + _differences(runs)
+    return table(["", *(escape(run.name) for run in runs)], rows, numbers=False) + _differences(runs)
 
 
 def _differences(runs: Sequence[Run]) -> str:
@@ -190,105 +172,7 @@ def _differences(runs: Sequence[Run]) -> str:
             rows.append([f"<code>{escape(key)}</code>", *(escape(str(value)) for value in values)])
     if not rows:
         return "<p>The configs are the same.</p>"
-    return "<h3>Keys that differ</h3>" + _table(["key", *(escape(run.name) for run in runs)], rows, numbers=False)
-
-
-def _flat_results(run: Run) -> dict[tuple[str, str, str], float | None]:
-    """Return (data set, task, figure) -> value; a pre-training's figures have no task."""
-    flat: dict[tuple[str, str, str], float | None] = {}
-    for name, tasks in run.results.items():
-        for task, figures in tasks.items():
-            for key, value in figures.items() if isinstance(figures, dict) else [("", figures)]:
-                if value is None or isinstance(value, int | float):
-                    flat[name, task, key] = value
-    return flat
-
-
-def _results(runs: Sequence[Run]) -> str:
-    flats = [_flat_results(run) for run in runs]
-    keys = list(dict.fromkeys(key for flat in flats for key in flat if "-" not in key[2]))
-    if not keys:
-        return ""
-    rows = []
-    for name, task, figure in keys:
-        label = escape(_label(name, task, figure))
-        values = [flat.get((name, task, figure)) for flat in flats]
-        cells = [_value(value) for value in values]
-        for i, value in enumerate(values[1:], start=1):
-            if value is not None and values[0] is not None and not task.startswith("chance"):
-                cells[i] += f" <span class='difference'>({value - values[0]:+.3g})</span>"
-        rows.append([label, *cells])
-    note = "" if len(runs) == 1 else f"<p>In brackets: the difference to {escape(runs[0].name)}.</p>"
-    note += "<p>AP figures are in percent; accuracies and chances are fractions. “-”: there was nothing to find.</p>"
-    return _table(["", *(escape(run.name) for run in runs)], rows) + note
-
-
-def _label(name: str, task: str, figure: str) -> str:
-    """Name a figure of :func:`_flat_results`; a data set keeps its name as it is."""
-    where = "" if name in ("held_out", "training_images") else name
-    return " ".join(word for word in (where, task.replace("_", " "), figure) if word)
-
-
-def _value(value: float | None) -> str:
-    if value is None or not math.isfinite(value):
-        return "-"
-    return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4g}"
-
-
-def _seeds(runs: Sequence[Run]) -> str:
-    """Return the mean and spread of each arm of several runs that differ in the seed alone."""
-    arms: dict[str, list[Run]] = {}
-    for run in runs:
-        arms.setdefault(run.arm, []).append(run)
-    several = [arm for arm in arms.values() if len(arm) > 1]
-    if not several:
-        return ""
-    rows = []
-    for arm in several:
-        for key in _flat_results(arm[0]):
-            found = [flat[key] for run in arm if key in (flat := _flat_results(run))]
-            values = [value for value in found if value is not None]
-            if "-" not in key[2] and not key[1].startswith("chance") and len(values) > 1:
-                mean, spread = statistics.mean(values), statistics.stdev(values)
-                seeds = ", ".join(str(run.config.get("SEED")) for run in arm)
-                rows.append(
-                    [
-                        escape(arm[0].name),
-                        escape(_label(*key)),
-                        _value(mean),
-                        _value(spread),
-                        f"{len(values)} ({seeds})",
-                    ]
-                )
-    heads = ["arm, by its first run", "figure", "mean", "standard deviation", "runs (seeds)"]
-    return _table(heads, rows) + "<p>Runs of one arm have the same config but for the seed.</p>"
-
-
-def _per_class(runs: Sequence[Run]) -> str:
-    tables = []
-    flats = [_flat_results(run) for run in runs]
-    groups = dict.fromkeys((n, t, f.partition("-")[0]) for flat in flats for n, t, f in flat if "-" in f)
-    for name, task, figure in groups:
-        classes = dict.fromkeys(
-            f.partition("-")[2]
-            for flat in flats
-            for n, t, f in flat
-            if (n, t) == (name, task) and f.startswith(f"{figure}-")
-        )
-        rows = []
-        for label in classes:
-            values = [flat.get((name, task, f"{figure}-{label}")) for flat in flats]
-            rows.append([escape(label), *(_bar(value) for value in values)])
-        heading = f"<h3>{escape(f'{figure} of {name}, {task}')}</h3>"
-        tables.append(heading + _table(["class", *(escape(run.name) for run in runs)], rows))
-    return "".join(tables)
-
-
-def _bar(value: float | None) -> str:
-    """Return a percentage with a bar behind it."""
-    if value is None or not math.isfinite(value):
-        return "-"
-    return f"<span class='bar' style='--share:{min(max(value, 0), 100):.0f}%'>{value:.1f}</span>"
+    return "<h3>Keys that differ</h3>" + table(["key", *(escape(run.name) for run in runs)], rows, numbers=False)
 
 
 def _curves(runs: Sequence[Run]) -> str:
@@ -313,12 +197,8 @@ def _curves(runs: Sequence[Run]) -> str:
     if not first + rest:
         return ""
     note = "Dashed: the level of chance. " if any("dashed" in text for text in first) else ""
-    more = f"<details><summary>{len(rest)} more</summary>{_grid(rest)}</details>" if rest else ""
-    return f"<p>{note}Lines of more than {MOST} points show means of equal runs of points.</p>{_grid(first)}{more}"
-
-
-def _grid(charts: Sequence[str]) -> str:
-    return f"<div class='charts'>{''.join(charts)}</div>"
+    more = f"<details><summary>{len(rest)} more</summary>{grid(rest)}</details>" if rest else ""
+    return f"<p>{note}Lines of more than {MOST} points show means of equal runs of points.</p>{grid(first)}{more}"
 
 
 # What comes first among curves, in this order.
@@ -329,91 +209,6 @@ def _order(name: str) -> tuple[int, str]:
     return next((i for i, kind in enumerate(_KINDS) if re.match(kind, name)), len(_KINDS)), name
 
 
-def _detections(runs: Sequence[Run]) -> Iterable[tuple[Run, str, str]]:
-    for run in runs:
-        if not run.detects:
-            continue
-        for name in run.config.get("DATASETS.TEST") or ():
-            folder = run.folder / "inference"
-            inner = folder / name if (folder / name).is_dir() else folder
-            if (judged := judge(inner, name)) is not None:
-                yield run, name, _precision_recall(judged) + _images(judged) + _confusion(judged)
-
-
-def _precision_recall(judged: Judged) -> str:
-    known = np.flatnonzero(~np.isnan(judged.precision).any(1))
-    if not len(known):
-        return ""
-    mean = judged.precision[known].mean(0)
-    mean_chart = chart("mean of all classes", [Line("precision", judged.recall, mean, 0)], "recall")
-    charts = [
-        chart(judged.classes[index], [Line("precision", judged.recall, judged.precision[index], 0)], "recall")
-        for index in known[:MOST_CLASSES]
-    ]
-    which = "each class" if len(known) <= MOST_CLASSES else f"the first {MOST_CLASSES} classes"
-    each = f"<details><summary>{which}</summary>{_grid(charts)}</details>"
-    return f"<h3>Precision over recall at IoU {MIN_IOU}</h3>{_grid([mean_chart])}{each}"
-
-
-def _images(judged: Judged) -> str:
-    """Return pictures of the best and the worst images, or why there are none."""
-    count = min(SHOWN, -(-len(judged.images) // 2))
-    best, worst = judged.images[:count], judged.images[len(judged.images) - min(count, len(judged.images) - count) :]
-    parts = []
-    for title, images in (("Best images", best), ("Worst images", worst[::-1])):
-        try:
-            rows = [_row(image) for image in images]
-        except UserError as error:
-            return f"<p>The images are not there any more, so none is shown: {escape(str(error))}.</p>"
-        if rows:
-            scores = ", ".join(f"{image.path.name} {image.f1:.2f}" for image in images)
-            caption = f"Truth beside detections of score {MIN_SCORE} or more; F1 at IoU {MIN_IOU}: {scores}"
-            parts.append(f"<h3>{title}</h3>{_figure(detections_sheet(rows, judged.classes), caption)}")
-    return "".join(parts)
-
-
-def _row(image: JudgedImage) -> DetectionRow:
-    return DetectionRow(
-        read_rgb(image.path), image.truth_boxes, image.truth_classes, image.boxes, image.labels, image.scores
-    )
-
-
-def _figure(picture: Image.Image, caption: str) -> str:
-    """Return a picture as a JPEG within the page, a fifth of the size of a PNG."""
-    buffer = io.BytesIO()
-    picture.convert("RGB").save(buffer, "JPEG", quality=88)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    text = escape(caption)
-    return f'<figure><img alt="{text}" src="data:image/jpeg;base64,{data}"><figcaption>{text}</figcaption></figure>'
-
-
-def _confusion(judged: Judged) -> str:
-    """Return the table of true and detected classes; of many classes, the pairs most often confused."""
-    counts, classes = judged.confusion, judged.classes
-    heading = f"<h3>Confusion of classes</h3><p>Detections of score {MIN_SCORE} or more, matched at IoU {MIN_IOU}.</p>"
-    if len(classes) > MOST_CLASSES:
-        wrong = counts[:-1, :-1] * (1 - np.eye(len(classes), dtype=np.int64))
-        pairs = [divmod(int(i), len(classes)) for i in np.argsort(-wrong, axis=None, kind="stable")[:20]]
-        rows = [
-            [escape(classes[t]), escape(classes[d]), str(wrong[t, d]), f"{wrong[t, d] / max(counts[t].sum(), 1):.0%}"]
-            for t, d in pairs
-            if wrong[t, d]
-        ]
-        return heading + _table(["true class", "taken for", "times", "of its objects"], rows) if rows else ""
-    rows = []
-    for i, row in enumerate(counts):
-        total = max(int(row.sum()), 1)
-        cells = [
-            f"<span class='cell{' right' * (i == j)}' style='--share:{100 * value / total:.0f}%'>{value or ''}</span>"
-            for j, value in enumerate(row)
-        ]
-        if i == len(classes):
-            cells[-1] = ""
-        rows.append([escape(classes[i]) if i < len(classes) else "<i>background</i>", *cells])
-    head = ["true \\ detected", *map(escape, classes), "<i>missed</i>"]
-    return heading + _table(head, rows)
-
-
 def _all_keys(runs: Sequence[Run]) -> str:
     parts = []
     for run in runs:
@@ -421,6 +216,6 @@ def _all_keys(runs: Sequence[Run]) -> str:
             [f"<code>{escape(key)}</code>", f"<code>{escape(str(run.config[key]))}</code>"]
             for key in sorted(run.config)
         ]
-        table = _table(["key", "value"], rows, numbers=False)
-        parts.append(f"<details><summary>{escape(run.name)}: {len(rows)} keys</summary>{table}</details>")
+        keys = table(["key", "value"], rows, numbers=False)
+        parts.append(f"<details><summary>{escape(run.name)}: {len(rows)} keys</summary>{keys}</details>")
     return "".join(parts)
