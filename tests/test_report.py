@@ -178,8 +178,13 @@ def overlap(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_a_model_of_any_script_is_analysed(root: Path) -> None:
-    for config, stages in (("streets", ("encoder", "pyramid", "proposals", "heads")), ("ssl_streets", ("views",))):
-        done = run(root, "tools/analyze_model.py", "--config-file", f"configs/demo/{config}.yaml")
+    cases = {
+        "demo/streets": ("encoder", "pyramid", "proposals", "heads"),
+        "demo/ssl_streets": ("views",),
+        "cls/cifar10_vit_s4_joint": ("augmentation", "encoder", "head", "pretext"),
+    }
+    for config, stages in cases.items():
+        done = run(root, "tools/analyze_model.py", "--config-file", f"configs/{config}.yaml")
         rows = {row.split()[0]: row.split()[-4:] for row in done.stdout.splitlines() if len(row.split()) >= 5}
         assert all(stage in rows for stage in stages)
         parameters = {name: float(row[0]) for name, row in rows.items() if re.fullmatch(r"[\d.]+", row[0])}

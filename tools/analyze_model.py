@@ -27,6 +27,8 @@ from detectron2.utils.events import EventStorage  # noqa: E402
 from fvcore.common.config import CfgNode  # noqa: E402
 from tabulate import tabulate  # type: ignore[import-untyped]  # noqa: E402
 
+from relvit_d2.classification.model import build_classifier  # noqa: E402
+from relvit_d2.classification.run import load_data  # noqa: E402
 from relvit_d2.data import catalog  # noqa: E402
 from relvit_d2.data.own import register_own  # noqa: E402
 from relvit_d2.detection.model import build_detector  # noqa: E402
@@ -43,6 +45,7 @@ from relvit_d2.pretraining.model import build_pretraining_model  # noqa: E402
 OBJECTS = 8  # of a random image
 ADAMW = 16  # bytes a trained parameter: itself, its gradient and AdamW's two averages, float32
 SPARE = 0.8  # share of the free memory that activations may fill; the backward pass needs some of its own
+UNKNOWN_CLASSES = 1000  # of a classifier whose data is not here
 REPEATS = 3
 
 Batches = Callable[[int], Any]
@@ -56,7 +59,7 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  python tools/analyze_model.py --config-file configs/demo/streets.yaml",
     )
-    parser.add_argument("--config-file", required=True, help="of train_net.py or pretrain_ssl.py")
+    parser.add_argument("--config-file", required=True, help="of train_net.py, pretrain_ssl.py or train_cls.py")
     parser.add_argument("--batch", type=int, default=1, help="images of the measured pass (default 1)")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs over the config")
     args = parser.parse_args()
@@ -279,7 +282,34 @@ def _pretraining(config_file: str, opts: list[str]) -> tuple[CfgNode, nn.Module,
     return cfg, model, stages, batches, f"pre-training, views of {side} x {side}"
 
 
-BUILDERS = {"train_net.py": _detector, "pretrain_ssl.py": _pretraining}
+def _classifier(config_file: str, opts: list[str]) -> tuple[CfgNode, nn.Module, Stages, Batches, str]:
+    cfg = load_config(config_file, opts, "train_cls.py")
+    try:
+        classes = load_data(cfg, training=True).classes
+    except UserError:  # no data here
+        classes = UNKNOWN_CLASSES
+    model = build_classifier(cfg, classes)
+    model.mix = None  # pairs of images cost nothing, and may be a pass of one
+    stages: Stages = {
+        "augmentation": (model.augmentation, "train"),
+        "encoder": (model.network.encoder, "summarised"),
+        "head": (model.network.head, "forward"),
+    }
+    if model.pretext is not None:
+        stages["pretext heads"] = (model.pretext, "forward")
+    side = cfg.INPUT.VIEW.SIZE
+
+    def batches(images: int) -> dict[str, Any]:
+        generator = torch_generator(0, "analysis")
+        pixels = torch.randint(256, (images, 3, side, side), dtype=torch.uint8, generator=generator)
+        labels = torch.randint(classes, (images,), generator=generator)
+        whole = {"sizes": torch.tensor([(side, side)] * images), "share": (0, images, images)}
+        return {"images": pixels, "labels": labels, "generator": generator, **whole}
+
+    return cfg, model, stages, batches, f"classifier of {classes} classes, images of {side} x {side}"
+
+
+BUILDERS = {"train_net.py": _detector, "pretrain_ssl.py": _pretraining, "train_cls.py": _classifier}
 
 
 if __name__ == "__main__":
