@@ -1,7 +1,6 @@
 """Pre-train an encoder from images alone, on the spatial relations of their patches."""
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
@@ -16,11 +15,9 @@ from relvit_d2.engine.weights import holds_encoder, load_proved
 from relvit_d2.errors import UserError
 from relvit_d2.pretraining.model import build_pretraining_model, export_encoder
 from relvit_d2.pretraining.run import build_trainer, evaluate, image_files
-from relvit_d2.report.page import report_run
+from relvit_d2.report.ending import end_run
 
 SCRIPT = "pretrain_ssl.py"
-
-logger = logging.getLogger("relvit_d2.pretrain_ssl")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -58,8 +55,7 @@ def main(args: argparse.Namespace) -> None:
     trainer.train()
     if comm.is_main_process():
         path = export_encoder(cfg, model, trainer.iter + 1, trainer.results)
-        report_run(path.parent)
-        logger.info(f"encoder kept; fine-tune with: python train_net.py --config-file FILE MODEL.WEIGHTS {path}")
+        end_run(path.parent, f"python train_net.py --config-file FILE MODEL.WEIGHTS {path}")
 
 
 if __name__ == "__main__":

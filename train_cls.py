@@ -1,7 +1,6 @@
 """Train, fine-tune or evaluate a classifier, or probe an encoder."""
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
@@ -14,11 +13,9 @@ from relvit_d2.engine.cli import keep_config, run_script, start_run
 from relvit_d2.engine.config_file import load_config
 from relvit_d2.engine.weights import holds_encoder, load_weights
 from relvit_d2.errors import UserError
-from relvit_d2.report.page import report_run
+from relvit_d2.report.ending import end_run
 
 SCRIPT = "train_cls.py"
-
-logger = logging.getLogger("relvit_d2.train_cls")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -54,11 +51,8 @@ def main(args: argparse.Namespace) -> None:
     trainer.train()
     finish(cfg, model, trainer, data)
     if comm.is_main_process():
-        report_run(Path(cfg.OUTPUT_DIR))
-    logger.info(
-        f"trained; probe it with: python train_cls.py --config-file {Path(cfg.OUTPUT_DIR) / 'config.yaml'} "
-        "--eval linear --resume"
-    )
+        output = Path(cfg.OUTPUT_DIR)
+        end_run(output, f"python train_cls.py --config-file {output / 'config.yaml'} --eval linear --resume")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

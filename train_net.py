@@ -17,7 +17,7 @@ from relvit_d2.engine.cli import add_data, keep_config, run_script, start_run
 from relvit_d2.engine.config_file import load_config
 from relvit_d2.engine.weights import holds_encoder, load_weights
 from relvit_d2.errors import UserError
-from relvit_d2.report.page import report_run
+from relvit_d2.report.ending import end_run
 
 SCRIPT = "train_net.py"
 
@@ -55,10 +55,9 @@ def main(args: argparse.Namespace) -> None:
         load_weights(cfg, model, model.backbone.encoder, cfg.INPUT.FORMAT)
     trainer.train()
     output = Path(cfg.OUTPUT_DIR)
-    again = f"python train_net.py --config-file {output / 'config.yaml'} --eval-only --resume"
     if comm.is_main_process():
-        report_run(output)
-    logger.info(f"trained; evaluate again with: {again}")
+        config, weights = output / "config.yaml", output / "model_final.pth"
+        end_run(output, f"python tools/predict.py --config-file {config} --weights {weights} --input IMAGES")
 
 
 if __name__ == "__main__":

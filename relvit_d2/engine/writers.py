@@ -87,27 +87,27 @@ class ProgressPrinter(EventWriter):
         """Log the line; once, that reading the data takes most of the time."""
         storage = get_event_storage()
         names = storage.histories().keys()
-        parts = [f"iter {storage.iter + 1}/{self._max_iter}"]
+        parts = [f"iter {storage.iter + 1:>{len(str(self._max_iter))}}/{self._max_iter}"]
         waiting, speed = 0.0, []
         if "time" in names:
             left = storage.history("time").median(1000) * (self._max_iter - storage.iter - 1)
-            parts.append(f"eta {datetime.timedelta(seconds=int(left))}")
+            parts.append(f"eta {datetime.timedelta(seconds=int(left))!s:>8}")
             # A median would not see that one batch in a few is late.
             count = storage.count_samples("time", PERIOD)
             seconds = max(storage.history("time").avg(count), 1e-9)
             waiting = storage.history("data_time").avg(count) / seconds
-            speed = [f"{seconds:.3f} s/iter  {self._batch / seconds:.1f} images/s  data {waiting:.0%}"]
+            speed = [f"{seconds:.3f} s/iter  {self._batch / seconds:5.1f} images/s  data {waiting:4.0%}"]
         losses = [n for n in names if n == "total_loss" or n.startswith("loss_")]
-        parts += [f"{n} {_median(storage, n):.4g}" for n in sorted(losses, key=lambda n: (n != "total_loss", n))]
+        parts += [f"{n} {_median(storage, n):7.4f}" for n in sorted(losses, key=lambda n: (n != "total_loss", n))]
         for name in names:
             measure, _, task = name.partition("_")
             if measure in ("accuracy", "error"):
-                form = ".1%" if measure == "accuracy" else ".3f"
+                form = "5.1%" if measure == "accuracy" else ".3f"
                 known = f"chance_{task}" in names
                 chance = f" (chance {storage.history('chance_' + task).latest():{form}})" if known else ""
                 parts.append(f"{task} {_median(storage, name):{form}}{chance}")
         if "lr" in names:
-            parts.append(f"lr {storage.history('lr').latest():.3g}")
+            parts.append(f"lr {storage.history('lr').latest():.2e}")
         logger.info("  ".join([*parts, *speed, f"memory {peak_memory(self._device):.1f} GiB"]))
         if waiting > SLOW_DATA and not self._said_slow:
             self._said_slow = True

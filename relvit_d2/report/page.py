@@ -15,7 +15,7 @@ from relvit_d2.report.curves import MOST, Line, chart
 from relvit_d2.report.detection_sections import detection_sections
 from relvit_d2.report.html import figure, grid, table
 from relvit_d2.report.pretext import sheet_of_run
-from relvit_d2.report.result_sections import class_tables, result_table, seed_table
+from relvit_d2.report.result_sections import class_tables, result_table, seed_table, verdict
 from relvit_d2.report.runs import Run, read_runs
 from relvit_d2.report.style import STYLE
 
@@ -40,16 +40,6 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
         else:
             pictures[f"{run.name}: images, what the encoder sees of them, and what it answers"] = sheet
     write_page(runs, path, pictures)
-
-
-def report_run(folder: Path) -> None:
-    """Write ``report.html`` on the run in ``folder`` into it; a fault is told and spoils nothing."""
-    try:
-        write_report([folder], folder / "report.html")
-    except UserError as error:
-        logger.warning(f"no report was written: {error}")
-    else:
-        logger.info(f"report: {folder / 'report.html'}")
 
 
 def write_page(runs: Sequence[Run], path: Path, pictures: dict[str, Image.Image] | None = None) -> None:
@@ -88,29 +78,18 @@ def write_page(runs: Sequence[Run], path: Path, pictures: dict[str, Image.Image]
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>relvit_d2: {escape(names)}</title><style>{STYLE}</style></head><body>"
-        f"<header><h1>{escape(title)}: {escape(names)}</h1>{_verdict(runs)}{_legend(runs)}<nav>{toc}</nav></header>"
+        f"<header><h1>{escape(title)}: {escape(names)}</h1>{_verdicts(runs)}{_legend(runs)}<nav>{toc}</nav></header>"
         f"<main>{body}</main></body></html>\n",
     )
 
 
-def _verdict(runs: Sequence[Run]) -> str:
+def _verdicts(runs: Sequence[Run]) -> str:
     """Say each run's result in a sentence."""
     sentences = []
     for run in runs:
-        said = [
-            f"{task} {key} {value:.1f} on {name}"
-            for name, tasks in run.results.items()
-            for task, figures in tasks.items()
-            if isinstance(figures, dict) and (key := next(iter(figures), None)) and isinstance(figures[key], float)
-            for value in [figures[key]]
-        ]
-        for name, figures in run.results.items():
-            for task in ("relation", "position"):
-                accuracy, chance = figures.get(f"accuracy_{task}"), figures.get(f"chance_{task}")
-                if isinstance(accuracy, float) and isinstance(chance, float):
-                    said.append(f"{task} accuracy {accuracy:.1%} (chance {chance:.1%}) on {name.replace('_', ' ')}")
         last = f" after {int(run.rows[-1]['iteration']) + 1} iterations" if run.rows else ""
-        sentences.append(f"<li><b>{escape(run.name)}</b>: {escape('; '.join(said) or 'no evaluation yet')}{last}</li>")
+        said = escape("; ".join(verdict(run)) or "no evaluation yet")
+        sentences.append(f"<li><b>{escape(run.name)}</b>: {said}{last}</li>")
     return f"<ul class='verdict'>{''.join(sentences)}</ul>"
 
 

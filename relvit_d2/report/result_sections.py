@@ -9,6 +9,23 @@ from relvit_d2.report.html import table
 from relvit_d2.report.runs import Run
 
 
+def verdict(run: Run) -> list[str]:
+    """Return the first figure of each task on each data set, and accuracies beside their chance."""
+    said = [
+        f"{task} {key} {value:.1f} on {name}"
+        for name, tasks in run.results.items()
+        for task, figures in tasks.items()
+        if isinstance(figures, dict) and (key := next(iter(figures), None)) and isinstance(figures[key], float)
+        for value in [figures[key]]
+    ]
+    for name, figures in run.results.items():
+        for task in ("relation", "position"):
+            accuracy, chance = figures.get(f"accuracy_{task}"), figures.get(f"chance_{task}")
+            if isinstance(accuracy, float) and isinstance(chance, float):
+                said.append(f"{task} accuracy {accuracy:.1%} (chance {chance:.1%}) on {name.replace('_', ' ')}")
+    return said
+
+
 def result_table(runs: Sequence[Run]) -> str:
     """Return every figure of every run beside its difference to the first run."""
     flats = [_flat_results(run) for run in runs]

@@ -1,0 +1,52 @@
+"""The end of a run: its report page, a small table, and the command to type next."""
+
+import datetime
+import logging
+from pathlib import Path
+
+from tabulate import tabulate  # type: ignore[import-untyped]
+
+from relvit_d2.engine.writers import PERIOD
+from relvit_d2.errors import UserError
+from relvit_d2.report.page import write_report
+from relvit_d2.report.result_sections import verdict
+from relvit_d2.report.runs import Run, read_runs
+
+FILES = ("model_best.pth", "model_final.pth", "encoder.safetensors", "report.html")
+
+logger = logging.getLogger(__name__)
+
+
+def end_run(folder: Path, command: str) -> None:
+    """Write ``report.html`` on the run in ``folder`` into it and log its table; a fault is told and spoils nothing.
+
+    Args:
+        folder: the run's OUTPUT_DIR.
+        command: what is typed next.
+    """
+    try:
+        write_report([folder], folder / "report.html")
+        table = closing_table(read_runs([folder])[0], command)
+    except UserError as error:
+        logger.warning(f"no report was written: {error}")
+        table = f"next: {command}"
+    logger.info(f"the run has ended\n{table}")
+
+
+def closing_table(run: Run, command: str) -> str:
+    """Return what a run took, what it reached, what it left and the command to type next, a line each."""
+    batch, seconds, loss = run.config["SOLVER.IMS_PER_BATCH"], run.series("time")[1], run.series("total_loss")[1]
+    rows = []
+    if len(seconds) and len(loss):
+        taken, speed = datetime.timedelta(seconds=round(seconds.sum())), len(seconds) * batch / seconds.sum()
+        ends = [f"{part.mean():.4g}" for part in (loss[:PERIOD], loss[-PERIOD:])]
+        rows = [
+            ("trained", f"{len(loss):,} iterations of {batch} images in {taken}, {speed:.1f} images/s"),
+            ("loss", f"{ends[0]} at first, {ends[1]} at last (means of {PERIOD} iterations)"),
+        ]
+    rows += [
+        ("result", "\n".join(verdict(run)) or "no evaluation: DATASETS.TEST is empty"),
+        ("written", ", ".join(name for name in FILES if (run.folder / name).exists()) + f" in {run.folder}"),
+        ("next", command),
+    ]
+    return tabulate(rows, tablefmt="plain", disable_numparse=True)
