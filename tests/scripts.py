@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 
 TINY = {
@@ -79,3 +80,9 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | Non
         assert time.monotonic() < end, "waited in vain"
         assert process is None or process.poll() is None, "".join(process.communicate())
         time.sleep(0.02)
+
+
+def digests(folder: Path, pattern: str = "*") -> dict[str, str]:
+    """Return the digest of each file right in ``folder``, but for the log, that every start adds to."""
+    files = [path for path in folder.glob(pattern) if path.is_file() and path.name != "log.txt"]
+    return {path.name: sha256(path.read_bytes()).hexdigest() for path in files}

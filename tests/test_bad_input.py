@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripts import command, fails, run
+from scripts import command, digests, fails, run
 
 SSL, DETECT = "pretrain_ssl.py", "train_net.py"
 VOC = ("DATASETS.TRAIN", "('voc_2007_train',)", "DATASETS.TEST", "()")
@@ -283,12 +283,12 @@ def test_tools_say_it_in_one_sentence_too(tool: tuple[object, ...], words: str, 
 
 def test_a_full_disk_leaves_the_last_checkpoint(root: Path, tmp_path: Path) -> None:
     run(root, *command(SSL, tmp_path, "SOLVER.MAX_ITER", 4))
-    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.pth")}
+    before = digests(tmp_path, "*.pth")
     more = command(SSL, tmp_path, "SOLVER.MAX_ITER", 8, flags=("--resume", "--allow-changes"))
     sentence = fails(root, *more, fault="full:1000000")
     assert "model_0000005.pth' could not be written" in sentence
     assert "the previous one is untouched" in sentence or "what was there is untouched" in sentence
-    assert before == {path.name: path.read_bytes() for path in tmp_path.glob("*.pth")}
+    assert before == digests(tmp_path, "*.pth")
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
     assert not list(tmp_path.rglob("*.part"))
     run(root, *more)

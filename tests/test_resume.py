@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from scripts import SCRIPTS, command, fails, run, started, wait_for
+from scripts import SCRIPTS, command, digests, fails, run, started, wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_trainer import equal
 
@@ -112,11 +112,11 @@ def test_resume_in_an_empty_folder_starts_at_zero_and_says_so(root: Path, tmp_pa
 def test_resume_refuses_another_config_unless_told(root: Path, straight: dict[str, Path], tmp_path: Path) -> None:
     output = tmp_path / "copy"
     shutil.copytree(straight["pretrain_ssl.py"], output)
-    before = {path: path.read_bytes() for path in output.iterdir() if path.is_file() and path.name != "log.txt"}
+    before = digests(output)
     changed = command("pretrain_ssl.py", output, *RUN, 0, "SOLVER.BASE_LR", 5e-4, "SEED", 4, flags=("--resume",))
     sentence = fails(root, *changed)
     assert "SOLVER.BASE_LR 0.001, but now it is 0.0005" in sentence or "SEED 0, but now it is 4" in sentence
-    assert before == {path: path.read_bytes() for path in output.iterdir() if path.is_file() and path.name != "log.txt"}
+    assert before == digests(output)
     free = ("TEST.EVAL_PERIOD", 0, "DATALOADER.NUM_WORKERS", 1, "SOLVER.CHECKPOINT_PERIOD", 0)
     run(root, *command("pretrain_ssl.py", output, *RUN, 0, *free, flags=("--resume",)))
     more = (*RUN, 0, "SOLVER.MAX_ITER", ITERATIONS + 1, "DATASETS.TEST", "()")

@@ -2,11 +2,7 @@
 
 import argparse
 import logging
-import platform
-import shlex
-import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from functools import reduce
@@ -18,19 +14,16 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from fvcore.common.config import CfgNode
 
-from relvit_d2 import __version__
 from relvit_d2.engine import distributed
 from relvit_d2.engine.config_file import dump_config
 from relvit_d2.engine.failures import guard
 from relvit_d2.engine.machine import device_name
-from relvit_d2.engine.precision import choose_precision
+from relvit_d2.engine.provenance import VERSIONS
 from relvit_d2.engine.randomness import seed_everything
 from relvit_d2.errors import UserError
-from relvit_d2.files import remove_leftovers, write_json, write_text
+from relvit_d2.files import remove_leftovers, write_text
 
 logger = logging.getLogger(__name__)
-
-VERSIONS = f"relvit_d2 {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
 
 # The least values of numbers that would else fail late, or mean nothing.
 _LEAST = {
@@ -123,8 +116,6 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     device = f"{device_name(cfg.MODEL.DEVICE)}, {torch.get_num_threads()} threads"
     logger.info(f"{VERSIONS}, {device}")
     logger.info(f"command: {' '.join(sys.argv)}")
-    if comm.is_main_process() and not args.eval_only:
-        _tell_run(cfg)
     seed_everything(cfg.SEED, "model")
 
 
@@ -132,29 +123,6 @@ def silence() -> None:
     """Drop what code of Detectron2 and fvcore says at every start and a user of this project cannot mend."""
     warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming release")
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
-
-
-def _tell_run(cfg: CfgNode) -> None:
-    """Write ``run.json``: what was started, on what, with what."""
-    precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE))
-    info = {
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "machine": f"{device_name(cfg.MODEL.DEVICE)}, {comm.get_world_size()} processes",
-        "precision": f"{precision.name} ({precision.reason})",
-        "versions": VERSIONS,
-        "commit": commit(),
-    }
-    write_json(Path(cfg.OUTPUT_DIR) / "run.json", info)
-
-
-def commit() -> str:
-    """Return the commit of the checkout that this package lies in, with a + if files differ from it; else nothing."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
 
 
 def _check_pixels(cfg: CfgNode) -> None:

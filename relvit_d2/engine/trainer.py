@@ -24,6 +24,7 @@ from relvit_d2.engine.hooks import CheckpointHook, EvaluationHook
 from relvit_d2.engine.interrupts import Interrupted
 from relvit_d2.engine.optimizer import build_clipper, build_optimizer
 from relvit_d2.engine.precision import choose_precision
+from relvit_d2.engine.provenance import provenance
 from relvit_d2.engine.randomness import seed_everything
 from relvit_d2.engine.resume import check_same_run
 from relvit_d2.engine.schedule import batch_factor, build_schedule
@@ -211,12 +212,13 @@ class Trainer(TrainerBase):
             self.after_train()
 
     def _settle_output(self) -> None:
-        """Keep the config, and forget an earlier run's faults and, unless this run goes on with it, its checkpoint."""
+        """Keep config and provenance; forget an earlier run's faults, and its checkpoint unless this run resumes it."""
         if not comm.is_main_process():
             return
         output = Path(self.cfg.OUTPUT_DIR)
         output.mkdir(parents=True, exist_ok=True)
         write_text(output / "config.yaml", self.config)
+        write_json(output / "run.json", provenance(self.cfg))
         for file in output.glob("not_finite_*.json"):
             file.unlink()
         if self.start_iter == 0 and self.checkpointer.has_checkpoint():

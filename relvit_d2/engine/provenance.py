@@ -1,0 +1,40 @@
+"""What a run was: command, machine, versions, commit."""
+
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from detectron2.utils import comm
+from fvcore.common.config import CfgNode
+
+from relvit_d2 import __version__
+from relvit_d2.engine.machine import device_name
+from relvit_d2.engine.precision import choose_precision
+
+VERSIONS = f"relvit_d2 {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def provenance(cfg: CfgNode) -> dict[str, str]:
+    """Return what ``run.json`` says: what was started, on what, with what."""
+    precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE))
+    return {
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "machine": f"{device_name(cfg.MODEL.DEVICE)}, {comm.get_world_size()} processes",
+        "precision": f"{precision.name} ({precision.reason})",
+        "versions": VERSIONS,
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str:
+    """Return the commit of the checkout that this package lies in, with a + if files differ from it; else nothing."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
