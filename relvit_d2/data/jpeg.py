@@ -32,7 +32,9 @@ def read_plain_jpeg(path: ImageFile | str, longest: int = 0) -> np.ndarray | Non
     with path.open() if isinstance(path, Member) else open(path, "rb", buffering=0) as file:
         if file.read(2) != START:
             return None
-        data = bytearray(START + file.read())
+        data = bytearray(file.seek(0, io.SEEK_END))
+        file.seek(0)
+        file.readinto(data)  # type: ignore[attr-defined]
     width, height = _plain_size(data)
     if not 0 < width * height <= (Image.MAX_IMAGE_PIXELS or width * height) or 0 < longest < max(width, height):
         return None

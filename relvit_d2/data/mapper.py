@@ -127,7 +127,7 @@ def _transformed(image: Tensor, step: T.Transform) -> Tensor:
     if isinstance(step, T.CropTransform):
         return image[step.y0 : step.y0 + step.h, step.x0 : step.x0 + step.w]
     if isinstance(step, T.HFlipTransform | T.VFlipTransform):
-        return image.permute(2, 0, 1).flip(2 if isinstance(step, T.HFlipTransform) else 1).permute(1, 2, 0)
+        return image.flip(1 if isinstance(step, T.HFlipTransform) else 0)
     if isinstance(step, T.ResizeTransform) and image.dtype == torch.uint8 and step.interp == Image.Resampling.BILINEAR:
         # torch resamples rows first; where there will be fewer rows, columns first is less work.
         if step.new_h < step.h:
@@ -184,12 +184,15 @@ def _boxes_as_instances(
             boxes = [(step.width - x1, y0, step.width - x0, y1) for x0, y0, x1, y1 in boxes]
         elif isinstance(step, T.VFlipTransform):
             boxes = [(x0, step.height - y1, x1, step.height - y0) for x0, y0, x1, y1 in boxes]
-    limits = (shape[1], shape[0], shape[1], shape[0])
-    boxes = [[min(max(x, 0.0), limit) for x, limit in zip(box, limits, strict=True)] for box in boxes]
+    height, width = shape
+    boxes = [
+        (min(max(x0, 0.0), width), min(max(y0, 0.0), height), min(max(x1, 0.0), width), min(max(y1, 0.0), height))
+        for x0, y0, x1, y1 in boxes
+    ]
     classes = [int(a["category_id"]) for a in objects]
     instances = Instances(
         shape,
-        gt_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)),
+        gt_boxes=Boxes(torch.from_numpy(np.array(boxes, dtype=np.float32).reshape(-1, 4))),
         gt_classes=torch.tensor(classes, dtype=torch.int64),
     )
     # Boxes far above the threshold of Detectron2's filter, 1e-5 pixels, need no filter, even in float32.
