@@ -41,8 +41,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n  python tools/check_data.py --config-file configs/voc_vit_s_224.yaml\n"
-        "  python tools/check_data.py svhn_train svhn_test\n  python tools/check_data.py path/to/folder",
+        epilog="examples:\n  python tools/check_data.py --config-file configs/demo/streets.yaml\n"
+        "  python tools/check_data.py streets_train streets_test\n  python tools/check_data.py path/to/folder",
     )
     parser.add_argument("--config-file", help="check its DATASETS.TRAIN and DATASETS.TEST")
     parser.add_argument("--output", type=Path, help="folder for check.json and check.png (default output/check/NAME)")

@@ -3,12 +3,11 @@
 Prints the Python, the package versions, the device and the precision chosen for it, and the data sets found
 under ``$DETECTRON2_DATASETS``. Runs in a half-built environment too. Exit status 0 when training can start,
 else 1; missing data sets are named but do not count, since ``make demo`` needs none.
-
-Usage: python tools/doctor.py
 """
 
 from __future__ import annotations  # an old Python gets a sentence, not a syntax error
 
+import argparse
 import importlib
 import importlib.util
 import os
@@ -134,6 +133,11 @@ def check_data() -> None:
 
 def main() -> int:
     """Print the table and the mends; return the exit status."""
+    argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  python tools/doctor.py",
+    ).parse_args()
     warnings.simplefilter("ignore")
     row("Python", f"{platform.python_version()}   {sys.executable}")
     fault = check_python(sys.version_info)

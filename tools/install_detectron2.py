@@ -8,8 +8,6 @@ them. A Detectron2 that imports already is left as it is.
 
 The wheel's metadata asks for ``numpy<2`` and ``black``, and ``pip check`` says so; the code runs with
 NumPy 2, and black only formats the files of ``LazyConfig.to_py``.
-
-Usage: python tools/install_detectron2.py [--requirements FILE]
 """
 
 from __future__ import annotations  # an old Python gets a sentence, not a syntax error
@@ -156,7 +154,11 @@ def ensure(requirements: Path) -> str:
 
 def main() -> int:
     """Run the script; return the exit status."""
-    parser = argparse.ArgumentParser(description="Install Detectron2's Python code without a compiler.")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  python tools/install_detectron2.py",
+    )
     parser.add_argument("--requirements", type=Path, default=REQUIREMENTS, help="file that pins the wheel and its hash")
     problem = check_python(sys.version_info)
     if problem:

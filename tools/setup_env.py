@@ -3,10 +3,9 @@
 Every step looks at what is there, so a second run goes on where the first stopped. ``.venv/.ready`` is
 written last; ``make`` reads it. pip's own words go to ``.venv/setup.log``. Standard library only, and
 readable by Python 3.6, so that an old Python gets a sentence instead of a syntax error.
-
-Usage: python3 tools/setup_env.py
 """
 
+import argparse
 import subprocess
 import sys
 import time
@@ -114,6 +113,11 @@ def set_up() -> None:
 
 def main() -> int:
     """Run the script; return the exit status."""
+    argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  python3 tools/setup_env.py",
+    ).parse_args()
     problem = check_python(sys.version_info)
     if problem is None:
         try:
