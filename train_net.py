@@ -54,10 +54,8 @@ def main(args: argparse.Namespace) -> None:
     if not (args.resume and trainer.resume(args.allow_changes)):
         load_weights(cfg, model, model.backbone.encoder, cfg.INPUT.FORMAT)
     trainer.train()
-    output = Path(cfg.OUTPUT_DIR)
     if comm.is_main_process():
-        config, weights = output / "config.yaml", output / "model_final.pth"
-        end_run(output, f"python tools/predict.py --config-file {config} --weights {weights} --input IMAGES")
+        end_run(Path(cfg.OUTPUT_DIR), f"python tools/predict.py --weights {cfg.OUTPUT_DIR} --input IMAGES")
 
 
 if __name__ == "__main__":
