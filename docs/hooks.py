@@ -99,12 +99,12 @@ def _beside(comments: dict[int, tuple[bool, str]], node: ast.stmt | ast.expr) ->
 def config_page() -> str:
     """Return the page of all keys."""
     source = CONFIG.read_text()
-    only: dict[str, tuple[str, ...]] = ast.literal_eval(_table(source, "READ_BY_ONE"))
+    some: dict[str, tuple[str, ...]] = ast.literal_eval(_table(source, "READ_BY_SOME"))
     without: dict[str, str] = ast.literal_eval(_table(source, "WITHOUT_EFFECT"))
 
     def readers(name: str) -> str:
-        found = [script for script, starts in only.items() if name.startswith(starts)]
-        return found[0].partition(".")[0] if found else "both"
+        found = [script.removesuffix(".py") for script, starts in some.items() if name.startswith(starts)]
+        return ", ".join(found) or "all"
 
     parts = [
         "# Config keys",
