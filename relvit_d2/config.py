@@ -71,18 +71,16 @@ _C.DATASETS.SKIP_MISSING = False  # leave out images that are listed but absent,
 _C.DATASETS.TRAIN_DIFFICULT = True  # train on VOC's difficult objects, as Detectron2 does
 _C.DATASETS.IGNORE_DIFFICULT = True  # neither hits nor misses in evaluation, as VOC does
 _C.DATASETS.DOWNLOAD = False  # fetch a classification set that is missing, where torchvision can
-_C.DATASETS.VALIDATION = (
-    "10%"  # classification: share of the training images, or a set, that decides the best model; "": none
-)
+# classification: share of the training images, or a set, that decides the best model; "": none
+_C.DATASETS.VALIDATION = "10%"
 _C.DATASETS.SYNSETS = ""  # a text file with the folders of ImageNet that are ImageNet-100, one a line; "": those of CMC
 _C.INPUT = CfgNode()
 _C.INPUT.CHANNELS = 3  # of every image: 3 for RGB, 1 for gray; PIXEL_MEAN and PIXEL_STD have as many values
 _C.INPUT.WHITE = 0  # the value of more than eight bits that becomes 255; 0: 65535, the brightest of 16 bits
 _C.INPUT.VIEW = CfgNode()  # of classification
 _C.INPUT.VIEW.SIZE = 32  # side in pixels of what the encoder sees
-_C.INPUT.VIEW.CROP = (
-    "pad"  # training: pad, a window of images of SIZE pixels with a black rim; resized, any crop resized
-)
+# training: pad, a window of images of SIZE pixels with a black rim; resized, any crop resized
+_C.INPUT.VIEW.CROP = "pad"
 _C.INPUT.VIEW.PAD = 4  # pixels of the rim
 _C.INPUT.VIEW.SCALE = [0.08, 1.0]  # share of the image's area in a resized crop
 _C.INPUT.VIEW.FLIP = 0.5  # probability of a horizontal flip

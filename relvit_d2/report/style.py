@@ -31,7 +31,7 @@ td { min-width: 4ch; max-width: 60ch; }
 .differs { background: var(--mark); padding: 0 3px; }
 .difference { color: var(--soft); }
 .bar { display: block; min-width: 90px; padding: 0 4px;
-  background: linear-gradient(90deg, var(--fill) var(--share), transparent 0); }
+  background: linear-gradient(var(--fill), var(--fill)) no-repeat 0 0 / var(--share) 100%; }
 .cell { display: block; min-width: 2.5ch; padding: 0 3px;
   background: color-mix(in srgb, var(--c1) calc(var(--share) * .8), transparent); }
 .cell.right { background: color-mix(in srgb, var(--right) var(--share), transparent); }
@@ -51,5 +51,5 @@ summary { cursor: pointer; color: var(--c0); }
 @media (max-width: 600px) { header, main { padding: 0 12px; } h1 { font-size: 1.25rem; } th, td { padding: 4px 8px; }
   td { max-width: 34ch; } }
 @media print { :root { color-scheme: light; } nav { display: none; } body { font-size: 11pt; }
-  section, figure, .chart, tr { break-inside: avoid; } .scroll { overflow: visible; } }
+  figure, .chart, tr { break-inside: avoid; } h2, h3 { break-after: avoid; } .scroll { overflow: visible; } }
 """ + "".join(f".c{i} {{ stroke: var(--c{i}); }} circle.c{i} {{ fill: var(--c{i}); }}\n" for i in range(7))
