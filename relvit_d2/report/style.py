@@ -51,5 +51,5 @@ summary { cursor: pointer; color: var(--c0); }
 @media (max-width: 600px) { header, main { padding: 0 12px; } h1 { font-size: 1.25rem; } th, td { padding: 4px 8px; }
   td { max-width: 34ch; } }
 @media print { :root { color-scheme: light; } nav { display: none; } body { font-size: 11pt; }
-  figure, .chart, tr { break-inside: avoid; } h2, h3 { break-after: avoid; } .scroll { overflow: visible; } }
+  figure, .chart, tr, .numbers { break-inside: avoid; } h2, h3 { break-after: avoid; } .scroll { overflow: visible; } }
 """ + "".join(f".c{i} {{ stroke: var(--c{i}); }} circle.c{i} {{ fill: var(--c{i}); }}\n" for i in range(7))
