@@ -16,7 +16,7 @@ demo: $(READY)
 
 # Two files of tests at a time, with a thread each.
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --durations 30
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

@@ -186,7 +186,30 @@ CASES = {
     "pixels of another scale": Case("INPUT.FORMAT RGB, not BGR", ("MODEL.WEIGHTS", "{encoder}", "INPUT.FORMAT", "BGR")),
     "detector of another size": Case("fits only", ("MODEL.WEIGHTS", "{detector}", "MODEL.PYRAMID.OUT_CHANNELS", 32)),
 }
-ROWS = [(name, script) for name, case in CASES.items() for script in case.scripts]
+# Their sentences come from where those of other rows come from.
+LIKE_OTHERS = {
+    "key twice in a base",
+    "config of the detector",
+    "key of the other script",
+    "batch of nothing",
+    "parts of nothing",
+    "seed below nothing",
+    "reference below nothing",
+    "less than no checkpoints",
+    "patience below nothing",
+    "output cannot be made",
+    "folder without images",
+    "image is cut short",
+    "annotation of an unknown class",
+    "own folder is absent",
+    "weights are a folder",
+    "weights are text",
+}
+ROWS = [
+    pytest.param(name, script, marks=[pytest.mark.slow] if name in LIKE_OTHERS else [])
+    for name, case in CASES.items()
+    for script in case.scripts
+]
 
 
 @pytest.fixture(scope="module")

@@ -99,6 +99,7 @@ def test_what_has_no_counterpart_is_refused() -> None:
         to_detectron2(build_encoder("timm:test_vit4", img_size=32))
 
 
+@pytest.mark.slow
 def test_the_tools_write_what_others_load(root: Path, tmp_path: Path) -> None:
     encoder = scattered("vit_nano", patch_size=8, img_size=32)
     save_encoder(encoder, tmp_path / "first.safetensors", {})

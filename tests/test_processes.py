@@ -109,7 +109,7 @@ def test_the_failing_process_is_heard_once_and_nothing_hangs(
     assert time.monotonic() - began < 120
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_process_that_the_system_kills_is_named(rank: int, root: Path, tmp_path: Path) -> None:
     given = command("train_net.py", tmp_path, "SOLVER.MAX_ITER", 10_000, flags=TWO)
     sentence = fails(root, *given, fault=f"step:2:{rank}")

@@ -116,6 +116,7 @@ def test_pretraining_takes_a_plain_folder_of_images(root: Path, tmp_path: Path) 
     assert (tmp_path / "out/encoder.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_two_processes_train_both_stages(root: Path, tmp_path: Path) -> None:
     run(root, *pretrain(tmp_path / "ssl", "SOLVER.MAX_ITER", 2, flags=("--num-gpus", 2)))
     encoder = tmp_path / "ssl/encoder.safetensors"

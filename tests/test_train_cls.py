@@ -75,6 +75,7 @@ def test_killed_and_resumed_it_is_the_straight_run(trees: Path, tmp_path: Path) 
     assert read(straight / "inference/results.json") == read(killed / "inference/results.json")
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(trees: Path, tmp_path: Path) -> None:
     plain = ("MODEL.ENCODER.DROP_PATH", 0.0)
     *_, alone = trained(config(trees, tmp_path / "one", *plain))
