@@ -106,8 +106,10 @@ SIZE = [30, 40]
     [
         (("images", 0, "id"), 3, "two images with the id 3"),
         (("images", 0, "id"), None, "an image with the id None"),
+        (("images", 0, "id"), "a", "with numbers for ids and images with texts"),
         (("images", 0, "file_name"), "../b.png", "no path inside"),
         (("images", 0, "file_name"), "/etc/passwd", "no path inside"),
+        (("images", 0, "file_name"), "./", "no path inside"),
         (("images", 0, "file_name"), "C:\\b.png", "no path inside"),
         (("images", 0, "file_name"), "sub/../../b.png", "no path inside"),
         (("images", 0, "file_name"), "b\ud800.png", "no path inside"),

@@ -252,7 +252,9 @@ def _images(document: dict[str, Any], json_file: Path, folder: Path) -> dict[int
     if not images:
         raise UserError(f"{json_file} lists no images")
     check_unique([str(path) for path in images.values()], str(json_file))
-    return dict(sorted(images.items(), key=lambda pair: (isinstance(pair[0], str), pair[0])))
+    if len({type(key) for key in images}) > 1:
+        raise UserError(f"{json_file} has images with numbers for ids and images with texts: give all the same kind")
+    return dict(sorted(images.items()))
 
 
 def _thing(

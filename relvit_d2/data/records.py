@@ -139,7 +139,7 @@ def checked_path(name: Any, folder: Path, where: str) -> Path:
     """
     text = name.replace("\\", "/") if isinstance(name, str) else ""
     parts = [part for part in text.split("/") if part != "."]
-    if not text or not text.isprintable() or text.startswith("/") or ":" in parts[0] or {"", ".."} & set(parts):
+    if not (text and parts) or not text.isprintable() or ":" in parts[0] or {"", ".."} & set(parts):
         raise UserError(f"{where} names {name!r}, which is no path inside '{folder}': correct it")
     return folder.joinpath(*parts)
 
