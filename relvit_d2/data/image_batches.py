@@ -14,6 +14,7 @@ from relvit_d2.data.loader import EndlessBatches, EndlessOrder, ordered_batches
 from relvit_d2.data.mapper import ImageReader, pad_images
 from relvit_d2.engine.randomness import torch_generator
 from relvit_d2.engine.trainer import Batches
+from relvit_d2.errors import UserError
 
 Images = Sequence[Any]  # an ImageStack, or what ImageReader reads
 
@@ -101,6 +102,7 @@ class TrainingBatches:
         self._order = EndlessOrder(len(images), self._size, cfg.SEED, start, rank, world, solver.ACCUMULATE)
         self._batches: Batches
         if isinstance(images, ImageStack):
+            _check_channels(cfg, images)
             self._batches = StackBatches(images.to(cfg.MODEL.DEVICE), self._order)
         else:
             how = ImageReader.of(cfg), pad_images, self._order, cfg.SEED, cfg.DATALOADER.NUM_WORKERS
@@ -137,6 +139,7 @@ def fixed_batches(cfg: CfgNode, images: Images, size: int, replaces: bool = Fals
     """
     rank, world = comm.get_rank(), comm.get_world_size()
     if isinstance(images, ImageStack):
+        _check_channels(cfg, images)
         share = np.array_split(np.arange(len(images)), world)[rank]
         for start in range(0, len(share), size):
             keys = torch.from_numpy(share[start : start + size])
@@ -150,6 +153,15 @@ def fixed_batches(cfg: CfgNode, images: Images, size: int, replaces: bool = Fals
         end = first + len(batch["sizes"])
         yield batch | {"keys": torch.arange(first, end)}
         first = end
+
+
+def _check_channels(cfg: CfgNode, images: ImageStack) -> None:
+    channels = images.pixels.shape[1]
+    if channels != cfg.INPUT.CHANNELS:
+        raise UserError(
+            f"the images of '{images.name}' have {channels} channels, but INPUT.CHANNELS is {cfg.INPUT.CHANNELS}: "
+            f"set it to {channels}"
+        )
 
 
 def _sizes(pixels: Tensor, count: int) -> Tensor:

@@ -199,6 +199,8 @@ def _boxes_as_instances(
             boxes = [(step.width - x1, y0, step.width - x0, y1) for x0, y0, x1, y1 in boxes]
         elif isinstance(step, T.VFlipTransform):
             boxes = [(x0, step.height - y1, x1, step.height - y0) for x0, y0, x1, y1 in boxes]
+        elif not isinstance(step, T.NoOpTransform):
+            boxes = step.apply_box(np.array(boxes, dtype=np.float64).reshape(-1, 4)).tolist()
     height, width = shape
     boxes = [
         (min(max(x0, 0.0), width), min(max(y0, 0.0), height), min(max(x1, 0.0), width), min(max(y1, 0.0), height))
