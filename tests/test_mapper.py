@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
 from detectron2.data.datasets import load_coco_json
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BitMasks, BoxMode, PolygonMasks
@@ -100,6 +101,17 @@ def compare(cfg: CfgNode, records: list[Record]) -> None:
 @pytest.fixture(scope="module")
 def voc(samples: Path) -> list[Record]:
     return load_voc(samples / "VOC2007", "trainval", VOC_CLASSES, False)
+
+
+def test_augmentations_of_a_users_own(voc: list[Record]) -> None:
+    own = [T.RandomExtent((0.8, 1.2), (0.2, 0.2)), T.RandomFlip()]
+    cfg = config()
+    for seed, record in enumerate(voc[:4]):
+        results = []
+        for mapper in (DetectionMapper(cfg, augmentations=own), DatasetMapper(cfg, augmentations=own)):
+            np.random.seed(seed)
+            results.append(mapper(record))
+        assert_same(*results)
 
 
 @pytest.fixture(scope="module")
