@@ -7,18 +7,22 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from detectron2.structures import BoxMode
 from hypothesis import given
 from hypothesis import strategies as st
 
 from relvit_d2.errors import UserError
+from relvit_d2.evaluation.coco import coco_ground_truth, ground_truth_file
 from relvit_d2.report.curves import MOST, Line, chart, thinned, ticks
-from relvit_d2.report.detections import MIN_IOU, match
+from relvit_d2.report.detection_sections import detection_sections
+from relvit_d2.report.detections import MIN_IOU, judge, match
 from relvit_d2.report.page import write_report
-from relvit_d2.report.runs import read_runs
+from relvit_d2.report.runs import Run, read_runs
 from tests.scripts import command, run
 
 
@@ -155,6 +159,50 @@ def test_a_chart_is_sound_xml_whatever_its_names() -> None:
     points = root.find("polyline").attrib["points"].split()  # type: ignore[union-attr]
     heights = [-float(point.split(",")[1]) for point in points]
     assert np.argsort(heights).tolist() == [0, 2, 1, 4, 3]
+
+
+def evaluated(folder: Path, name: str, detections: str = "[]") -> None:
+    """Leave detections and the truth of one image with one object, of class a of a and b, in a folder of inference."""
+    folder.mkdir(parents=True, exist_ok=True)
+    one = {"bbox": [1, 1, 5, 5], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+    record = {"file_name": "x.png", "image_id": name, "height": 8, "width": 8, "annotations": [one]}
+    truth = coco_ground_truth([record], ["a", "b"], ignore_difficult=True)
+    ground_truth_file(folder, name).write_text(json.dumps(truth))
+    (folder / "coco_instances_results.json").write_text(detections)
+
+
+def run_of(folder: Path, results: dict[str, Any], **config: Any) -> Run:
+    return Run(folder, folder.name, config, {}, [], results)
+
+
+def test_detections_are_judged_by_the_truth_of_the_set_that_was_evaluated(tmp_path: Path) -> None:
+    detection = {"image_id": "b[:2]", "category_id": 0, "bbox": [1, 1, 4, 4], "score": 0.9}
+    evaluated(tmp_path / "inference", "a")
+    evaluated(tmp_path / "inference", "b[:2]", json.dumps([detection]))
+    judged = judge(tmp_path / "inference", "b[:2]")
+    assert judged and judged.images[0].f1 == 1 and judged.precision[0].tolist() == [1] * 101
+    detector = {"MODEL.META_ARCHITECTURE": "GeneralizedRCNN", "DATASETS.TEST": ["a"]}
+    one = run_of(tmp_path, {"b[:2]": {"bbox": {"AP": 1.0}}}, **detector)
+    assert [name for _, name, _ in detection_sections([one])] == ["b[:2]"]
+    for name in "cd":
+        evaluated(tmp_path / "inference" / name, name)
+    several = run_of(tmp_path, {"c": {}, "d": {}}, **detector)
+    assert [name for _, name, _ in detection_sections([several])] == ["c", "d"]
+
+
+def test_a_class_without_objects_has_no_precision_even_without_detections(tmp_path: Path) -> None:
+    evaluated(tmp_path, "set")
+    judged = judge(tmp_path, "set")
+    assert judged and judged.precision[0].tolist() == [0] * 101 and np.isnan(judged.precision[1]).all()
+
+
+@pytest.mark.parametrize("damaged", ["[{", '[{"bbox": [1, 1, 4, 4]}]', '{"bbox": 1}'])
+def test_damaged_detections_are_one_sentence(damaged: str, tmp_path: Path) -> None:
+    evaluated(tmp_path, "set", damaged)
+    if damaged.startswith("{"):
+        ground_truth_file(tmp_path, "set").write_text("[]")
+    with pytest.raises(UserError, match=r"coco_instances_results\.json' or .* is damaged .* --eval-only"):
+        judge(tmp_path, "set")
 
 
 def test_matching_is_the_plain_greedy_one() -> None:
