@@ -21,7 +21,7 @@ from relvit_d2.engine.config_file import dump_config, load_config
 from relvit_d2.engine.randomness import seed_everything
 from relvit_d2.errors import UserError
 from relvit_d2.pretraining.model import PretrainingModel, build_pretraining_model
-from relvit_d2.pretraining.run import image_files
+from relvit_d2.pretraining.run import image_files, next_command
 from relvit_d2.report.pretext import assign, draw_pretext, pretext_rows, sheet_of_run
 
 
@@ -198,6 +198,12 @@ def test_a_run_of_another_machine_has_its_picture(
     cfg.MODEL.DEVICE, cfg.MODEL.COMPILE = "cuda", True
     (tmp_path / "config.yaml").write_text(dump_config(cfg, "pretrain_ssl.py"))
     assert np.asarray(sheet_of_run(tmp_path, count=2)).std() > 10
+
+
+def test_the_next_command_is_that_of_the_kind_of_data(trees: Path) -> None:
+    for name, script in (("cifar10_train", "train_cls.py"), ("svhn_train", "train_net.py"), (trees, "train_net.py")):
+        said = next_command(config("DATASETS.TRAIN", f"('{name}',)"), Path("out/encoder.safetensors"))
+        assert said == f"python {script} --config-file FILE MODEL.WEIGHTS out/encoder.safetensors"
 
 
 def test_assignment_gives_every_token_a_cell_of_its_own_the_surest_first() -> None:
