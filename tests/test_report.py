@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from relvit_d2.evaluation.coco import coco_ground_truth, ground_truth_file
 from relvit_d2.report.curves import MOST, Line, chart, thinned, ticks
 from relvit_d2.report.detection_sections import detection_sections
 from relvit_d2.report.detections import MIN_IOU, judge, match
+from relvit_d2.report.ending import end_run
 from relvit_d2.report.page import write_report
 from relvit_d2.report.runs import Run, read_runs
 from tests.scripts import command, run
@@ -203,6 +205,26 @@ def test_damaged_detections_are_one_sentence(damaged: str, tmp_path: Path) -> No
         ground_truth_file(tmp_path, "set").write_text("[]")
     with pytest.raises(UserError, match=r"coco_instances_results\.json' or .* is damaged .* --eval-only"):
         judge(tmp_path, "set")
+
+
+def test_a_fault_of_the_report_is_told_and_spoils_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("it\nbroke")
+
+    monkeypatch.setattr("relvit_d2.report.ending.write_report", fail)
+    monkeypatch.setattr(logging.getLogger("relvit_d2"), "propagate", True)
+    (tmp_path / "config.yaml").write_text("SOLVER: {IMS_PER_BATCH: 2}")
+    with caplog.at_level("INFO"):
+        end_run(tmp_path, "go on")
+    assert "the report is not whole: RuntimeError: it broke" in caplog.text
+    assert "no evaluation" in caplog.text and "go on" in caplog.text
+    caplog.clear()
+    (tmp_path / "config.yaml").unlink()
+    with caplog.at_level("INFO"):
+        end_run(tmp_path, "go on")
+    assert "has no config.yaml" in caplog.text and "next: go on" in caplog.text
 
 
 def test_matching_is_the_plain_greedy_one() -> None:

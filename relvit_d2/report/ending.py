@@ -24,12 +24,16 @@ def end_run(folder: Path, command: str) -> None:
         folder: the run's OUTPUT_DIR.
         command: what is typed next.
     """
+    table = f"next: {command}"
     try:
-        write_report([folder], folder / "report.html")
-        table = closing_table(read_runs([folder])[0], command)
-    except UserError as error:
-        logger.warning(f"no report was written: {error}")
-        table = f"next: {command}"
+        try:
+            write_report([folder], folder / "report.html")
+        finally:
+            table = closing_table(read_runs([folder])[0], command)
+    except Exception as error:
+        words = " ".join(str(error).split())
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        logger.warning(f"the report is not whole: {kind}{words}")
     logger.info(f"the run has ended\n{table}")
 
 
