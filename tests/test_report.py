@@ -22,8 +22,9 @@ from relvit_d2.evaluation.coco import coco_ground_truth, ground_truth_file
 from relvit_d2.report.curves import MOST, Line, chart, thinned, ticks
 from relvit_d2.report.detection_sections import detection_sections
 from relvit_d2.report.detections import MIN_IOU, judge, match
-from relvit_d2.report.ending import end_run
+from relvit_d2.report.ending import closing_table, end_run
 from relvit_d2.report.page import write_report
+from relvit_d2.report.result_sections import result_table, verdict
 from relvit_d2.report.runs import Run, read_runs
 from tests.scripts import command, run
 
@@ -205,6 +206,28 @@ def test_damaged_detections_are_one_sentence(damaged: str, tmp_path: Path) -> No
         ground_truth_file(tmp_path, "set").write_text("[]")
     with pytest.raises(UserError, match=r"coco_instances_results\.json' or .* is damaged .* --eval-only"):
         judge(tmp_path, "set")
+
+
+def test_what_was_evaluated_is_said(tmp_path: Path) -> None:
+    errors = {"held_out": {"error_distance": 0.25, "chance_distance": 0.5, "feature_std": 1.0}}
+    classifier = {"cifar10_test": {"test": {"top1": 90.1, "loss": 0.3}, "images": 9}, "validation": {"top1": 88.0}}
+    said: dict[str, dict[str, Any]] = {
+        "distance error 0.250 (chance 0.500) on held out": errors,
+        "relation accuracy 30.0% (chance 20.0%) on held out": {
+            "held_out": {"accuracy_relation": 0.3, "chance_relation": 0.2}
+        },
+        "bbox AP: nothing to find on svhn_test": {"svhn_test": {"bbox": {"AP": None, "AP50": None}}},
+        "bbox AP 12.3 on svhn_test": {"svhn_test": {"bbox": {"AP": 12.34}}},
+        "test top1 90.1 % on cifar10_test\ntop1 88.0 % on validation": classifier,
+        "no figures": {"svhn_test": {}},
+        "no evaluation: DATASETS.TEST is empty": {},
+    }
+    for words, results in said.items():
+        one = run_of(tmp_path, results, **{"SOLVER.IMS_PER_BATCH": 1})
+        assert "\n".join(verdict(one)) == ("" if words.startswith("no ") else words)
+        table = closing_table(one, "go on")
+        assert all(line in table for line in words.splitlines()) and "go on" in table
+    assert "AP figures and top1 are in percent" in result_table([run_of(tmp_path, classifier)])
 
 
 def test_a_fault_of_the_report_is_told_and_spoils_nothing(

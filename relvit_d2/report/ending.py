@@ -39,6 +39,7 @@ def end_run(folder: Path, command: str) -> None:
 
 def closing_table(run: Run, command: str) -> str:
     """Return what a run took, what it reached, what it left and the command to type next, a line each."""
+    nothing = "no figures" if run.results else "no evaluation: DATASETS.TEST is empty"
     batch, seconds, loss = run.config["SOLVER.IMS_PER_BATCH"], run.series("time")[1], run.series("total_loss")[1]
     rows = []
     if len(seconds) and len(loss):
@@ -49,7 +50,7 @@ def closing_table(run: Run, command: str) -> str:
             ("loss", f"{ends[0]} at first, {ends[1]} at last (means of {PERIOD} iterations)"),
         ]
     rows += [
-        ("result", "\n".join(verdict(run)) or "no evaluation: DATASETS.TEST is empty"),
+        ("result", "\n".join(verdict(run)) or nothing),
         ("written", ", ".join(name for name in FILES if (run.folder / name).exists()) + f" in {run.folder}"),
         ("next", command),
     ]
