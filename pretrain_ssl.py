@@ -14,7 +14,7 @@ from relvit_d2.engine.config_file import load_config
 from relvit_d2.engine.weights import holds_encoder, load_proved
 from relvit_d2.errors import UserError
 from relvit_d2.pretraining.model import build_pretraining_model, export_encoder
-from relvit_d2.pretraining.run import build_trainer, evaluate, image_files
+from relvit_d2.pretraining.run import build_trainer, evaluate, image_files, next_command
 from relvit_d2.report.ending import end_run
 
 SCRIPT = "pretrain_ssl.py"
@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
     trainer.train()
     if comm.is_main_process():
         path = export_encoder(cfg, model, trainer.iter + 1, trainer.results)
-        end_run(path.parent, f"python train_net.py --config-file FILE MODEL.WEIGHTS {path}")
+        end_run(path.parent, next_command(cfg, path))
 
 
 if __name__ == "__main__":

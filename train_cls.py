@@ -7,7 +7,7 @@ from pathlib import Path
 from detectron2.utils import comm
 
 from relvit_d2.classification.model import build_classifier
-from relvit_d2.classification.run import build_trainer, evaluate, finish, load_data, probe, settle, tell
+from relvit_d2.classification.run import build_trainer, evaluate, finish, load_data, next_command, probe, settle, tell
 from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.engine.cli import keep_config, run_script, start_run
 from relvit_d2.engine.config_file import load_config
@@ -51,8 +51,7 @@ def main(args: argparse.Namespace) -> None:
     trainer.train()
     finish(cfg, model, trainer, data)
     if comm.is_main_process():
-        output = Path(cfg.OUTPUT_DIR)
-        end_run(output, f"python train_cls.py --config-file {output / 'config.yaml'} --eval linear --resume")
+        end_run(Path(cfg.OUTPUT_DIR), next_command(cfg, data))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

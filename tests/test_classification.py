@@ -14,7 +14,16 @@ from torchvision.transforms import v2
 from relvit_d2.classification.augmentation import Augmentation, AugmentationConfig
 from relvit_d2.classification.model import ClassificationModel, build_classifier
 from relvit_d2.classification.probes import fit_linear, linear_probe, linear_scores
-from relvit_d2.classification.run import ClassificationData, build_trainer, finish, load_data, probe, settle, split
+from relvit_d2.classification.run import (
+    ClassificationData,
+    build_trainer,
+    finish,
+    load_data,
+    next_command,
+    probe,
+    settle,
+    split,
+)
 from relvit_d2.data.class_tree import LabelledImages
 from relvit_d2.data.image_batches import ImageStack
 from relvit_d2.encoders import ENCODERS, build_encoder
@@ -184,6 +193,24 @@ def test_without_validation_the_last_model_is_tested(trees: Path, tmp_path: Path
     _, data, results = trained(config(trees, tmp_path, "DATASETS.VALIDATION", ""))
     assert data.train and len(data.train) == 24 and results["model"] == "the last one"
     assert not (tmp_path / "model_best.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ((), "train_cls.py --config-file {0}/config.yaml --eval linear MODEL.WEIGHTS {0}/encoder.safetensors"),
+        (
+            ("DATASETS.VALIDATION", ""),
+            "train_cls.py --config-file {0}/config.yaml --eval knn MODEL.WEIGHTS {0}/encoder.safetensors",
+        ),
+        (("DATASETS.TEST", "()"), "tools/report.py {0} --output report.html"),
+    ],
+)
+def test_the_next_command_is_one_that_can_run(
+    overrides: tuple[str, ...], words: str, trees: Path, tmp_path: Path
+) -> None:
+    cfg = config(trees, tmp_path, *overrides)
+    assert next_command(cfg, load_data(cfg, training=True)) == "python " + words.format(tmp_path)
 
 
 def test_it_learns_and_its_features_tell_the_classes(trees: Path, tmp_path: Path) -> None:

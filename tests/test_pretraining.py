@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,14 @@ from scripts import command, fails, run
 
 import relvit_d2.pretraining.run as pretraining
 from relvit_d2.data.classes import get_class_set
-from relvit_d2.engine.config_file import load_config
+from relvit_d2.data.image_batches import ImageStack
+from relvit_d2.engine.checkpoint import Checkpointer
+from relvit_d2.engine.config_file import dump_config, load_config
 from relvit_d2.engine.randomness import seed_everything
 from relvit_d2.errors import UserError
 from relvit_d2.pretraining.model import PretrainingModel, build_pretraining_model
-from relvit_d2.report.pretext import assign, draw_pretext, pretext_rows
+from relvit_d2.pretraining.run import image_files, next_command
+from relvit_d2.report.pretext import assign, draw_pretext, pretext_rows, sheet_of_run
 
 
 def config(*overrides: object) -> CfgNode:
@@ -175,6 +179,31 @@ def test_rows_of_the_picture_show_the_true_layout(tmp_path: Path) -> None:
     assert np.asarray(Image.open(tmp_path / "rows.png")).std() > 10
     with pytest.raises(ValueError, match="at least one"):
         draw_pretext([], tmp_path / "none.png", "nothing")
+
+
+@pytest.mark.parametrize("kind", ["stack", "folder"])
+def test_a_run_of_another_machine_has_its_picture(
+    kind: str, trees: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained on a GPU, compiled, on a folder or on a classification set in an archive, whose images are decoded."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    name = f"{trees}/train"
+    if kind == "stack":
+        with tarfile.open(tmp_path / "set.tar.gz", "w:gz") as archive:
+            archive.add(trees / "train", "train")
+        name = f"{tmp_path}/set.tar.gz/train"
+    cfg = config("PRETEXT.IMAGE_SIZE", 32, "DATASETS.TRAIN", f"('{name}',)", "OUTPUT_DIR", tmp_path)
+    assert isinstance(image_files("DATASETS.TRAIN", [name], False), ImageStack) == (kind == "stack")
+    Checkpointer(build_pretraining_model(cfg), str(tmp_path)).save("model_final")
+    cfg.MODEL.DEVICE, cfg.MODEL.COMPILE = "cuda", True
+    (tmp_path / "config.yaml").write_text(dump_config(cfg, "pretrain_ssl.py"))
+    assert np.asarray(sheet_of_run(tmp_path, count=2)).std() > 10
+
+
+def test_the_next_command_is_that_of_the_kind_of_data(trees: Path) -> None:
+    for name, script in (("cifar10_train", "train_cls.py"), ("svhn_train", "train_net.py"), (trees, "train_net.py")):
+        said = next_command(config("DATASETS.TRAIN", f"('{name}',)"), Path("out/encoder.safetensors"))
+        assert said == f"python {script} --config-file FILE MODEL.WEIGHTS out/encoder.safetensors"
 
 
 def test_assignment_gives_every_token_a_cell_of_its_own_the_surest_first() -> None:

@@ -2,23 +2,30 @@
 
 import html.parser
 import json
+import logging
 import re
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from detectron2.structures import BoxMode
 from hypothesis import given
 from hypothesis import strategies as st
 
 from relvit_d2.errors import UserError
+from relvit_d2.evaluation.coco import coco_ground_truth, ground_truth_file
 from relvit_d2.report.curves import MOST, Line, chart, thinned, ticks
-from relvit_d2.report.detections import MIN_IOU, match
+from relvit_d2.report.detection_sections import detection_sections
+from relvit_d2.report.detections import MIN_IOU, judge, match
+from relvit_d2.report.ending import closing_table, end_run
 from relvit_d2.report.page import write_report
-from relvit_d2.report.runs import read_runs
+from relvit_d2.report.result_sections import result_table, verdict
+from relvit_d2.report.runs import Run, read_runs
 from tests.scripts import command, run
 
 
@@ -155,6 +162,92 @@ def test_a_chart_is_sound_xml_whatever_its_names() -> None:
     points = root.find("polyline").attrib["points"].split()  # type: ignore[union-attr]
     heights = [-float(point.split(",")[1]) for point in points]
     assert np.argsort(heights).tolist() == [0, 2, 1, 4, 3]
+
+
+def evaluated(folder: Path, name: str, detections: str = "[]") -> None:
+    """Leave detections and the truth of one image with one object, of class a of a and b, in a folder of inference."""
+    folder.mkdir(parents=True, exist_ok=True)
+    one = {"bbox": [1, 1, 5, 5], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+    record = {"file_name": "x.png", "image_id": name, "height": 8, "width": 8, "annotations": [one]}
+    truth = coco_ground_truth([record], ["a", "b"], ignore_difficult=True)
+    ground_truth_file(folder, name).write_text(json.dumps(truth))
+    (folder / "coco_instances_results.json").write_text(detections)
+
+
+def run_of(folder: Path, results: dict[str, Any], **config: Any) -> Run:
+    return Run(folder, folder.name, config, {}, [], results)
+
+
+def test_detections_are_judged_by_the_truth_of_the_set_that_was_evaluated(tmp_path: Path) -> None:
+    detection = {"image_id": "b[:2]", "category_id": 0, "bbox": [1, 1, 4, 4], "score": 0.9}
+    evaluated(tmp_path / "inference", "a")
+    evaluated(tmp_path / "inference", "b[:2]", json.dumps([detection]))
+    judged = judge(tmp_path / "inference", "b[:2]")
+    assert judged and judged.images[0].f1 == 1 and judged.precision[0].tolist() == [1] * 101
+    detector = {"MODEL.META_ARCHITECTURE": "GeneralizedRCNN", "DATASETS.TEST": ["a"]}
+    one = run_of(tmp_path, {"b[:2]": {"bbox": {"AP": 1.0}}}, **detector)
+    assert [name for _, name, _ in detection_sections([one])] == ["b[:2]"]
+    for name in "cd":
+        evaluated(tmp_path / "inference" / name, name)
+    several = run_of(tmp_path, {"c": {}, "d": {}}, **detector)
+    assert [name for _, name, _ in detection_sections([several])] == ["c", "d"]
+
+
+def test_a_class_without_objects_has_no_precision_even_without_detections(tmp_path: Path) -> None:
+    evaluated(tmp_path, "set")
+    judged = judge(tmp_path, "set")
+    assert judged and judged.precision[0].tolist() == [0] * 101 and np.isnan(judged.precision[1]).all()
+
+
+@pytest.mark.parametrize("damaged", ["[{", '[{"bbox": [1, 1, 4, 4]}]', '{"bbox": 1}'])
+def test_damaged_detections_are_one_sentence(damaged: str, tmp_path: Path) -> None:
+    evaluated(tmp_path, "set", damaged)
+    if damaged.startswith("{"):
+        ground_truth_file(tmp_path, "set").write_text("[]")
+    with pytest.raises(UserError, match=r"coco_instances_results\.json' or .* is damaged .* --eval-only"):
+        judge(tmp_path, "set")
+
+
+def test_what_was_evaluated_is_said(tmp_path: Path) -> None:
+    errors = {"held_out": {"error_distance": 0.25, "chance_distance": 0.5, "feature_std": 1.0}}
+    classifier = {"cifar10_test": {"test": {"top1": 90.1, "loss": 0.3}, "images": 9}, "validation": {"top1": 88.0}}
+    said: dict[str, dict[str, Any]] = {
+        "distance error 0.250 (chance 0.500) on held out": errors,
+        "relation accuracy 30.0% (chance 20.0%) on held out": {
+            "held_out": {"accuracy_relation": 0.3, "chance_relation": 0.2}
+        },
+        "bbox AP: nothing to find on svhn_test": {"svhn_test": {"bbox": {"AP": None, "AP50": None}}},
+        "bbox AP 12.3 on svhn_test": {"svhn_test": {"bbox": {"AP": 12.34}}},
+        "test top1 90.1 % on cifar10_test\ntop1 88.0 % on validation": classifier,
+        "no figures": {"svhn_test": {}},
+        "no evaluation: DATASETS.TEST is empty": {},
+    }
+    for words, results in said.items():
+        one = run_of(tmp_path, results, **{"SOLVER.IMS_PER_BATCH": 1})
+        assert "\n".join(verdict(one)) == ("" if words.startswith("no ") else words)
+        table = closing_table(one, "go on")
+        assert all(line in table for line in words.splitlines()) and "go on" in table
+    assert "AP figures and top1 are in percent" in result_table([run_of(tmp_path, classifier)])
+
+
+def test_a_fault_of_the_report_is_told_and_spoils_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("it\nbroke")
+
+    monkeypatch.setattr("relvit_d2.report.ending.write_report", fail)
+    monkeypatch.setattr(logging.getLogger("relvit_d2"), "propagate", True)
+    (tmp_path / "config.yaml").write_text("SOLVER: {IMS_PER_BATCH: 2}")
+    with caplog.at_level("INFO"):
+        end_run(tmp_path, "go on")
+    assert "the report is not whole: RuntimeError: it broke" in caplog.text
+    assert "no evaluation" in caplog.text and "go on" in caplog.text
+    caplog.clear()
+    (tmp_path / "config.yaml").unlink()
+    with caplog.at_level("INFO"):
+        end_run(tmp_path, "go on")
+    assert "has no config.yaml" in caplog.text and "next: go on" in caplog.text
 
 
 def test_matching_is_the_plain_greedy_one() -> None:

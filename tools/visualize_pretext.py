@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from relvit_d2.data.folder import list_images  # noqa: E402
 from relvit_d2.engine.checkpoint import Checkpointer  # noqa: E402
-from relvit_d2.engine.config_file import load_config  # noqa: E402
+from relvit_d2.engine.config_file import load_config, use_here  # noqa: E402
 from relvit_d2.engine.failures import guard  # noqa: E402
 from relvit_d2.errors import UserError  # noqa: E402
 from relvit_d2.pretraining.model import build_pretraining_model  # noqa: E402
@@ -58,6 +58,7 @@ def draw(args: argparse.Namespace) -> None:
     files = list_images(args.images)
     config = args.config_file or args.weights.parent / "config.yaml"
     cfg = load_config(str(config), args.opts, "pretrain_ssl.py")
+    use_here(cfg)
     model = build_pretraining_model(cfg)
     Checkpointer(model, allow_pickle=cfg.MODEL.ALLOW_PICKLE).load(str(args.weights), checkpointables=[])
     rows = rows_of_files(cfg, model, files, args.count)

@@ -237,6 +237,16 @@ def probe(cfg: CfgNode, model: ClassificationModel, data: ClassificationData, ki
     return {kind: {"top1": 100 * knn_accuracy(*unseen, known=known)}}
 
 
+def next_command(cfg: CfgNode, data: ClassificationData) -> str:
+    """Return what is typed after a training: the probe that its sets allow, or its page where there is no test set."""
+    output = Path(cfg.OUTPUT_DIR)
+    if data.test is None:
+        return f"python tools/report.py {output} --output report.html"
+    kind = "linear" if data.validation else "knn"
+    script = f"python train_cls.py --config-file {output / 'config.yaml'} --eval {kind}"
+    return f"{script} MODEL.WEIGHTS {output / 'encoder.safetensors'}"
+
+
 def export_encoder(cfg: CfgNode, model: ClassificationModel, iterations: int, results: dict[str, Any]) -> Path:
     """Write ``encoder.safetensors`` into ``OUTPUT_DIR`` and return its path; arguments say how it was trained."""
     encoder, path = model.encoder, Path(cfg.OUTPUT_DIR) / "encoder.safetensors"

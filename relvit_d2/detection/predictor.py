@@ -17,7 +17,7 @@ from relvit_d2.data.decode import PixelFormat
 from relvit_d2.data.mapper import DetectionMapper
 from relvit_d2.detection.model import build_detector
 from relvit_d2.engine.checkpoint import Checkpointer
-from relvit_d2.engine.config_file import load_config
+from relvit_d2.engine.config_file import load_config, use_here
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.errors import UserError
 
@@ -95,12 +95,10 @@ def load_detector(path: str | Path, config_file: str = "", overrides: Sequence[A
     folder = path if path.is_dir() else path.parent
     config_file = config_file or str(folder / "config.yaml")
     cfg = load_config(config_file, [str(word) for word in overrides], "train_net.py")
-    if not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"  # it may have been trained elsewhere
+    use_here(cfg)
     names = _class_names(cfg, folder)
     if not cfg.MODEL.ROI_HEADS.NUM_CLASSES:
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(names)
-    cfg.MODEL.COMPILE = False
     model = build_detector(cfg)
     checkpointer = Checkpointer(model, str(folder), allow_pickle=cfg.MODEL.ALLOW_PICKLE)
     if path.is_dir() and not checkpointer.has_checkpoint():

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml  # type: ignore[import-untyped]
 from detectron2.config import get_cfg
 from fvcore.common.config import CfgNode
@@ -58,6 +59,13 @@ def load_config(config_file: str, overrides: list[str], script: str | None = Non
         if _value(cfg, key) != _value(defaults, key):
             raise UserError(f"key {key} has no effect here; leave it out and set {instead}")
     return cfg
+
+
+def use_here(cfg: CfgNode) -> None:
+    """Let the config of a run use its model on this machine: without a GPU where there is none, uncompiled."""
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.COMPILE = False
 
 
 def dump_config(cfg: CfgNode, script: str | None) -> str:

@@ -65,8 +65,7 @@ class CocoStyleEvaluator(COCOEvaluator):
             super().__init__(dataset_name, output_dir=str(output_dir), use_fast_impl=False)
             return
 
-        stem = re.sub(r"[^\w.-]+", "_", dataset_name)
-        json_file = output_dir / f"{stem}_ground_truth.json"
+        json_file = ground_truth_file(output_dir, dataset_name)
         write_text(json_file, json.dumps(coco_ground_truth(records, class_names, ignore_difficult)))
         # Detectron2 reads the path from the global catalog, where it cannot be set twice: an entry of this
         # evaluator's own stands in while the base class starts, and is taken out again.
@@ -100,6 +99,12 @@ class CocoStyleEvaluator(COCOEvaluator):
                 wanted, found = ([(x["image_id"], x["category_id"]) for x in items] for items in (counted, detections))
                 logger.warning("COCO-style %s AP is %s: %s.", task, results["AP"], why_no_precision(wanted, found))
             self._results[task] = results
+
+
+def ground_truth_file(folder: Path, dataset_name: str) -> Path:
+    """Return where :class:`CocoStyleEvaluator` writes the ground truth of a data set in its ``output_dir``."""
+    stem = re.sub(r"[^\w.-]+", "_", dataset_name)
+    return folder / f"{stem}_ground_truth.json"
 
 
 def coco_ground_truth(

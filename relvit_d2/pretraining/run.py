@@ -49,7 +49,7 @@ def image_files(
     """
 
     def read(name: str) -> Images:
-        if is_class_set(name) and not is_source(name.partition("[")[0]):
+        if _has_classes(name):
             return get_class_sets(key, [name], download, synset_file).images
         return readable(catalog.get_images(name, skip_missing))
 
@@ -57,6 +57,17 @@ def image_files(
     if not any(map(len, parts)):
         raise UserError(f"{key} names no image; give a data set or a folder, such as \"('path/to/images',)\"")
     return joined(parts)
+
+
+def _has_classes(name: str) -> bool:
+    """Whether a name is that of a classification set, which an archive of classes is too."""
+    return is_class_set(name) and not is_source(name.partition("[")[0])
+
+
+def next_command(cfg: CfgNode, encoder: Path) -> str:
+    """Return what is typed after a pre-training: the training on data of its kind, from its ``encoder``'s file."""
+    script = "train_cls.py" if all(map(_has_classes, cfg.DATASETS.TRAIN)) else "train_net.py"
+    return f"python {script} --config-file FILE MODEL.WEIGHTS {encoder}"
 
 
 def build_trainer(cfg: CfgNode, model: PretrainingModel, files: Images, tests: Images) -> Trainer:

@@ -18,15 +18,18 @@ MOST_CLASSES = 30  # rows of a confusion table; of more classes, the most confus
 
 
 def detection_sections(runs: Sequence[Run]) -> Iterable[tuple[Run, str, str]]:
-    """Yield run, data set and section for each data set whose detections and truth are there."""
+    """Yield run, data set and section for each data set whose detections and truth are there.
+
+    Raises:
+        UserError: if the files of one are damaged.
+    """
     for run in runs:
         if not run.detects:
             continue
         pixels = PixelFormat(run.config.get("INPUT.CHANNELS", 3), run.config.get("INPUT.WHITE", 0.0))
-        for name in run.config.get("DATASETS.TEST") or ():
-            folder = run.folder / "inference"
-            inner = folder / name if (folder / name).is_dir() else folder
-            if (judged := judge(inner, name)) is not None:
+        for name in run.results:  # DATASETS.TEST may have been another one when they were written
+            folder = run.folder / "inference" / (name if len(run.results) > 1 else "")
+            if (judged := judge(folder, name)) is not None:
                 yield run, name, _precision_recall(judged) + _images(judged, pixels) + _confusion(judged)
 
 

@@ -13,7 +13,9 @@ from detectron2.data import MetadataCatalog
 from pycocotools.coco import COCO
 from torchvision.ops import box_iou
 
+from relvit_d2.errors import UserError
 from relvit_d2.evaluation.average_precision import coco_evaluation
+from relvit_d2.evaluation.coco import ground_truth_file
 
 MIN_SCORE, MIN_IOU = 0.5, 0.5  # of a detection that counts in images and confusions
 
@@ -56,20 +58,33 @@ class JudgedImage:
 
 
 def judge(inference: Path, name: str) -> Judged | None:
-    """Judge the box detections of the data set ``name`` in ``inference``; None where they or the truth are missing."""
-    found = inference / "coco_instances_results.json"
-    truth_file = next(inference.glob("*_ground_truth.json"), None)
-    root = Path()
-    if truth_file is None:
+    """Judge the box detections of the data set ``name`` in ``inference``; None where they or the truth are missing.
+
+    Raises:
+        UserError: if the files are damaged or do not belong together.
+    """
+    found, truth_file, root = inference / "coco_instances_results.json", ground_truth_file(inference, name), Path()
+    if not truth_file.is_file():
         metadata = MetadataCatalog.get(name)
         truth_file, root = Path(metadata.get("json_file") or ""), Path(metadata.get("image_root") or "")
     if not (found.is_file() and truth_file.is_file()):
         return None
+    try:
+        return _judged(found, truth_file, root)
+    except (KeyError, ValueError, TypeError, AssertionError) as error:  # pycocotools asserts
+        raise UserError(
+            f"'{found}' or '{truth_file}' is damaged ({type(error).__name__}: {error}): "
+            "evaluate again, with --eval-only"
+        ) from error
+
+
+def _judged(found: Path, truth_file: Path, root: Path) -> Judged:
+    """Judge the detections of one file by the truth of another, whose images lie in ``root``."""
     detections = [d for d in json.loads(found.read_text()) if "bbox" in d]
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells its progress
         truth = COCO(str(truth_file))
         categories = truth.getCatIds()
-        precision = _precision(truth, detections, len(categories))
+        precision = _precision(truth, detections)
     index = {category: number for number, category in enumerate(categories)}
     confusion = np.zeros((len(categories) + 1, len(categories) + 1), dtype=np.int64)
     by_image: dict[Any, list[dict[str, Any]]] = {}
@@ -126,9 +141,7 @@ def _boxes(entries: list[dict[str, Any]]) -> np.ndarray:
     return boxes
 
 
-def _precision(truth: COCO, detections: list[dict[str, Any]], classes: int) -> np.ndarray:
-    if not detections:
-        return np.zeros((classes, 101))
+def _precision(truth: COCO, detections: list[dict[str, Any]]) -> np.ndarray:
     evaluation = coco_evaluation(truth, detections, "bbox", tell=lambda _: None)
     at = np.isclose(evaluation.params.iouThrs, MIN_IOU).argmax()
     precision = evaluation.eval["precision"][at, :, :, 0, -1].T  # of all areas, with the most detections an image

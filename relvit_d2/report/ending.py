@@ -24,17 +24,22 @@ def end_run(folder: Path, command: str) -> None:
         folder: the run's OUTPUT_DIR.
         command: what is typed next.
     """
+    table = f"next: {command}"
     try:
-        write_report([folder], folder / "report.html")
-        table = closing_table(read_runs([folder])[0], command)
-    except UserError as error:
-        logger.warning(f"no report was written: {error}")
-        table = f"next: {command}"
+        try:
+            write_report([folder], folder / "report.html")
+        finally:
+            table = closing_table(read_runs([folder])[0], command)
+    except Exception as error:
+        words = " ".join(str(error).split())
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        logger.warning(f"the report is not whole: {kind}{words}")
     logger.info(f"the run has ended\n{table}")
 
 
 def closing_table(run: Run, command: str) -> str:
     """Return what a run took, what it reached, what it left and the command to type next, a line each."""
+    nothing = "no figures" if run.results else "no evaluation: DATASETS.TEST is empty"
     batch, seconds, loss = run.config["SOLVER.IMS_PER_BATCH"], run.series("time")[1], run.series("total_loss")[1]
     rows = []
     if len(seconds) and len(loss):
@@ -45,7 +50,7 @@ def closing_table(run: Run, command: str) -> str:
             ("loss", f"{ends[0]} at first, {ends[1]} at last (means of {PERIOD} iterations)"),
         ]
     rows += [
-        ("result", "\n".join(verdict(run)) or "no evaluation: DATASETS.TEST is empty"),
+        ("result", "\n".join(verdict(run)) or nothing),
         ("written", ", ".join(name for name in FILES if (run.folder / name).exists()) + f" in {run.folder}"),
         ("next", command),
     ]

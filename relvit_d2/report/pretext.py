@@ -4,7 +4,7 @@ import colorsys
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,11 +16,11 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
-from relvit_d2.data.catalog import get_images
+from relvit_d2.data.image_batches import Images
 from relvit_d2.data.mapper import ImageReader, pad_images
 from relvit_d2.data.own import register_own
 from relvit_d2.engine.checkpoint import Checkpointer
-from relvit_d2.engine.config_file import load_config
+from relvit_d2.engine.config_file import load_config, use_here
 from relvit_d2.engine.randomness import torch_generator
 from relvit_d2.errors import UserError
 from relvit_d2.files import appearing
@@ -29,6 +29,7 @@ from relvit_d2.pretext.targets import RELATIONS, all_pairs, pair_relation, posit
 from relvit_d2.pretext.task import PositionTask, RelationTask
 from relvit_d2.pretext.views import Views, permute_patches
 from relvit_d2.pretraining.model import PretrainingModel, build_pretraining_model
+from relvit_d2.pretraining.run import image_files
 
 WORDS = ("above left", "above", "above right", "left", "itself", "right", "below left", "below", "below right")
 CELL = 2.1  # inches of a panel's side
@@ -99,22 +100,25 @@ def sheet_of_run(folder: Path, count: int = 4) -> Image.Image:
         UserError: if the checkpoint or the images are gone.
     """
     cfg = load_config(str(folder / "config.yaml"), [], "pretrain_ssl.py")
+    use_here(cfg)
     model = build_pretraining_model(cfg)
     checkpointer = Checkpointer(model, str(folder))
     if not checkpointer.has_checkpoint():
         raise UserError(f"'{folder}' has no checkpoint")
     checkpointer.load(checkpointer.get_checkpoint_file(), checkpointables=[])
     register_own(cfg.DATASETS, labels=False)
-    names = cfg.DATASETS.TEST or cfg.DATASETS.TRAIN
-    files = [file for name in names for file in get_images(name, cfg.DATASETS.SKIP_MISSING)]
+    part = "TEST" if cfg.DATASETS.TEST else "TRAIN"
+    how = {"skip_missing": cfg.DATASETS.SKIP_MISSING, "synset_file": cfg.DATASETS.SYNSETS}
+    files = image_files(f"DATASETS.{part}", cfg.DATASETS[part], **how)
     rows = rows_of_files(cfg, model, files, count)
     return pretext_sheet(rows, "what pre-training asks and what it answers")
 
 
-def rows_of_files(cfg: CfgNode, model: PretrainingModel, files: Sequence[Any], count: int) -> list[PretextRow]:
+def rows_of_files(cfg: CfgNode, model: PretrainingModel, files: Images, count: int) -> list[PretextRow]:
     """Return :func:`pretext_rows` of ``count`` of ``files``, spread over them."""
     reader = ImageReader.of(cfg)
-    batch = pad_images([reader(file) for file in files[:: max(len(files) // count, 1)][:count]])
+    chosen = files[:: max(len(files) // count, 1)][:count]
+    batch = pad_images([file if isinstance(file, Tensor) else reader(file) for file in chosen])
     images = batch["images"].to(next(model.parameters()).device)
     was_training = model.training
     rows = pretext_rows(model.eval(), images, batch["sizes"], torch_generator(cfg.SEED, "picture"))

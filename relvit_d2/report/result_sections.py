@@ -8,22 +8,32 @@ from html import escape
 from relvit_d2.report.html import table
 from relvit_d2.report.runs import Run
 
+UNNAMED = ("held_out", "training_images")  # images that stand in results without the name of their set
+
 
 def verdict(run: Run) -> list[str]:
-    """Return the first figure of each task on each data set, and accuracies beside their chance."""
-    said = [
-        f"{task} {key} {value:.1f} on {name}"
-        for name, tasks in run.results.items()
-        for task, figures in tasks.items()
-        if isinstance(figures, dict) and (key := next(iter(figures), None)) and isinstance(figures[key], float)
-        for value in [figures[key]]
-    ]
+    """Return the first figure of each task on each data set, and accuracies and errors beside their chance."""
+    said = []
     for name, figures in run.results.items():
-        for task in ("relation", "position"):
-            accuracy, chance = figures.get(f"accuracy_{task}"), figures.get(f"chance_{task}")
-            if isinstance(accuracy, float) and isinstance(chance, float):
-                said.append(f"{task} accuracy {accuracy:.1%} (chance {chance:.1%}) on {name.replace('_', ' ')}")
+        where = f"on {name.replace('_', ' ') if name in UNNAMED else name}"
+        for key, value in figures.items():
+            kind, _, task = key.partition("_")
+            chance = figures.get(f"chance_{task}")
+            if isinstance(value, dict) and value:
+                said.append(f"{key} {_first(*next(iter(value.items())))} {where}")
+            elif key == "top1":
+                said.append(f"{_first(key, value)} {where}")
+            elif kind in ("accuracy", "error") and isinstance(value, float) and isinstance(chance, float):
+                form = ".1%" if kind == "accuracy" else ".3f"
+                said.append(f"{task} {kind} {value:{form}} (chance {chance:{form}}) {where}")
     return said
+
+
+def _first(key: str, value: float | None) -> str:
+    """Put a figure into words; null stands for NaN."""
+    if not isinstance(value, int | float):
+        return f"{key}: nothing to find"
+    return f"{key} {value:.1f}{' %' if key == 'top1' else ''}"
 
 
 def result_table(runs: Sequence[Run]) -> str:
@@ -42,7 +52,8 @@ def result_table(runs: Sequence[Run]) -> str:
                 cells[i] += f" <span class='difference'>({value - values[0]:+.3g})</span>"
         rows.append([label, *cells])
     note = "" if len(runs) == 1 else f"<p>In brackets: the difference to {escape(runs[0].name)}.</p>"
-    note += "<p>AP figures are in percent; accuracies and chances are fractions. “-”: there was nothing to find.</p>"
+    note += "<p>AP figures and top1 are in percent; accuracies and chances are fractions. "
+    note += "“-”: there was nothing to find.</p>"
     return table(["", *(escape(run.name) for run in runs)], rows) + note
 
 
@@ -109,7 +120,7 @@ def _flat_results(run: Run) -> dict[tuple[str, str, str], float | None]:
 
 def _label(name: str, task: str, figure: str) -> str:
     """Name a figure of :func:`_flat_results`; a data set keeps its name as it is."""
-    where = "" if name in ("held_out", "training_images") else name
+    where = "" if name in UNNAMED else name
     return " ".join(word for word in (where, task.replace("_", " "), figure) if word)
 
 
