@@ -44,10 +44,11 @@ def closing_table(run: Run, command: str) -> str:
     rows = []
     if len(seconds) and len(loss):
         taken, speed = datetime.timedelta(seconds=round(seconds.sum())), len(seconds) * batch / seconds.sum()
-        ends = [f"{part.mean():.4g}" for part in (loss[:PERIOD], loss[-PERIOD:])]
+        few = min(PERIOD, -(-len(loss) // 2))
+        ends = [f"{part.mean():.4g}" for part in (loss[:few], loss[-few:])]
         rows = [
             ("trained", f"{len(loss):,} iterations of {batch} images in {taken}, {speed:.1f} images/s"),
-            ("loss", f"{ends[0]} at first, {ends[1]} at last (means of {PERIOD} iterations)"),
+            ("loss", f"{ends[0]} at first, {ends[1]} at last (means of {few})"),
         ]
     rows += [
         ("result", "\n".join(verdict(run)) or nothing),
