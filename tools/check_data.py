@@ -25,7 +25,7 @@ from relvit_d2.data.records import Record  # noqa: E402
 from relvit_d2.engine.config_file import load_config  # noqa: E402
 from relvit_d2.engine.failures import guard  # noqa: E402
 from relvit_d2.errors import UserError  # noqa: E402
-from relvit_d2.files import write_json  # noqa: E402
+from relvit_d2.files import make_folder, write_json  # noqa: E402
 from relvit_d2.report.predictions import in_rgb  # noqa: E402
 from relvit_d2.report.samples import Sample, draw_samples  # noqa: E402
 
@@ -69,7 +69,7 @@ def check(args: argparse.Namespace) -> None:
     labelled = bool(classes)
     title = Path(args.config_file).stem if args.config_file else "_".join(Path(word).name for word in args.words)
     output = args.output or Path("output/check") / title
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
 
     report: Report = {"faults": [], "warnings": []}
     if labelled:
