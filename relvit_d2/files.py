@@ -37,6 +37,18 @@ def appearing(path: Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, unless it is there.
+
+    Raises:
+        UserError: if it is a file or cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder '{folder}' cannot be made ({error.strerror}); choose another folder") from error
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what processes that were killed while writing left in ``folder``, not below; a living one's files stay."""
     for part in folder.glob(".*.part"):

@@ -24,6 +24,7 @@ from relvit_d2.data.statistics import pixel_statistics
 from relvit_d2.engine.config_file import load_config
 from relvit_d2.errors import UserError
 from relvit_d2.report.samples import Sample, draw_samples
+from tools.check_data import config_words
 
 CLASSES = ("cat", "dog")
 DETECTION = "configs/base/detection.yaml"
@@ -282,6 +283,18 @@ def test_the_script_checks_a_folder_with_labels_and_what_a_config_says_of_it(tmp
     (tmp_path / "cells/classes.txt").write_text("RBC\n")
     done = run(tmp_path, "tools/check_data.py", "--output", tmp_path / "out", tmp_path / "cells", status=1)
     assert "is of the class 1" in done.stderr
+
+
+def test_folders_whose_sets_have_one_name_are_refused(tmp_path: Path) -> None:
+    for parent in ("a", "b"):
+        folder = tmp_path / parent / "cells"
+        folder.mkdir(parents=True)
+        noise(folder / "1.png", 0)
+        (folder / "1.txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    a, b = str(tmp_path / "a/cells"), str(tmp_path / "b/cells")
+    assert "cells_train" in config_words([a])[1]
+    with pytest.raises(UserError, match=r"a/cells' and '.*b/cells' both hold the set cells_train"):
+        config_words([a, b])
 
 
 def test_training_tells_what_it_found_and_refuses_wrong_labels(caplog: pytest.LogCaptureFixture) -> None:

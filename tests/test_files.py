@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from relvit_d2.errors import UserError
-from relvit_d2.files import appearing, remove_leftovers, write_json, write_text
+from relvit_d2.files import appearing, make_folder, remove_leftovers, write_json, write_text
 
 
 def test_a_failure_leaves_what_was_there_and_no_leftovers(tmp_path: Path) -> None:
@@ -20,6 +20,17 @@ def test_a_failure_leaves_what_was_there_and_no_leftovers(tmp_path: Path) -> Non
         raise ZeroDivisionError
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["kept.txt"]
+
+
+def test_a_folder_is_made_or_refused_in_one_sentence(tmp_path: Path) -> None:
+    make_folder(tmp_path / "a/b")
+    make_folder(tmp_path / "a/b")
+    assert (tmp_path / "a/b").is_dir()
+    file = tmp_path / "file"
+    file.touch()
+    for folder in (file, file / "below"):
+        with pytest.raises(UserError, match=f"'{folder}' cannot be made .*choose another folder"):
+            make_folder(folder)
 
 
 def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:

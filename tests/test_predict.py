@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -15,7 +16,8 @@ from relvit_d2 import load_detector
 from relvit_d2.detection.predictor import Detector
 from relvit_d2.errors import UserError
 from tests.scripts import command, run
-from tools.predict import main
+from tools.predict import main, written_rate
+from tools.predict import video as annotate
 
 Failing = Callable[..., str]
 
@@ -125,6 +127,35 @@ def test_the_tool_draws_every_input_and_writes_coco_results(
     assert frames[0].mean() < frames[-1].mean()
 
 
+def test_a_video_of_variable_frame_rate_is_written_at_its_average(detector: Detector, tmp_path: Path) -> None:
+    made = video(tmp_path / "clip.mp4", [np.full((32, 32, 3), 50, np.uint8)] * 5, [2001, 2009, 2015, 2022, 2029])
+    with av.open(str(made)) as source:
+        rate = source.streams.video[0].average_rate
+    assert rate and rate.numerator > 65535
+    annotate(made, tmp_path / "out.mp4", detector, 0.5, 4)
+    with av.open(str(tmp_path / "out.mp4")) as written:
+        assert float(written.streams.video[0].average_rate or 0) == pytest.approx(float(rate), rel=1e-4)
+        assert len(list(written.decode(video=0))) == 5
+
+
+def test_a_frame_rate_that_the_codec_takes_stays() -> None:
+    assert written_rate(Fraction(30000, 1001)) == Fraction(30000, 1001) and written_rate(None) == 25
+    for rate in (Fraction(2997000, 100121), Fraction(19001317, 633380), Fraction(1, 3600)):
+        found = written_rate(rate)
+        assert found.numerator <= 65535 and float(found) == pytest.approx(float(rate), rel=1e-4)
+    assert written_rate(Fraction(90000)) == 65535
+
+
+def test_videos_are_refused_by_a_detector_of_other_channels(
+    detector: Detector, failing: Failing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = video(tmp_path / "clip.mp4", [np.full((32, 32, 3), 50, np.uint8)])
+    monkeypatch.setattr(detector, "channels", 1)
+    monkeypatch.setattr("tools.predict.load_detector", lambda *_: detector)
+    assert "clip.mp4' is a video, but INPUT.CHANNELS is 1" in failing("--input", made, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_threshold_leaves_out_what_scores_less(
     trained: Path, detector: Detector, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,15 +184,21 @@ def test_bad_input_is_one_sentence(failing: Failing, images: list[Path], tmp_pat
     clip.write_bytes(b"no video at all" * 20)
     assert "clip.mp4" in failing("--input", clip, *output)
     assert not [*tmp_path.glob("out/*")]
+    assert "cut.png' cannot be made" in failing("--input", images[0], "--output", cut)
 
 
-def video(path: Path, frames: list[np.ndarray]) -> Path:
-    """Write frames ``(H, W, 3)`` of uint8 as a video."""
+def video(path: Path, frames: list[np.ndarray], steps: list[int] | None = None) -> Path:
+    """Write frames ``(H, W, 3)`` of uint8 as a video, 10 a second or ``steps`` / 60000 s apart."""
     height, width = (side // 2 * 2 for side in frames[0].shape[:2])
     with av.open(str(path), "w") as sink:
         stream = sink.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for frame in frames:
-            sink.mux(stream.encode(av.VideoFrame.from_ndarray(frame[:height, :width].copy(), format="rgb24")))
+        if steps:
+            stream.codec_context.time_base = Fraction(1, 60000)
+        for index, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels[:height, :width].copy(), format="rgb24")
+            if steps:
+                frame.pts, frame.time_base = sum(steps[:index]), Fraction(1, 60000)
+            sink.mux(stream.encode(frame))
         sink.mux(stream.encode(None))
     return path

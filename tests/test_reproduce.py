@@ -108,7 +108,7 @@ def test_runs_that_differ_by_chance_are_within_noise_in_95_of_100_cases() -> Non
     assert 0.94 < sum(map(bool, within)) / len(within) < 0.98  # a little wider, for degrees are rounded down
 
 
-def told(row: Row, figures: dict[str, list[float]], images: tuple[int, int], scale: float, folder: Path) -> str:
+def told(row: Row, figures: dict[str, Any], images: tuple[int, int], scale: float, folder: Path) -> str:
     seeds = [plan(row, seed, scale, folder, []) for seed in range(len(figures["supervised"]))]
     for name, values in figures.items():
         for seed, value in zip(seeds, values, strict=False):
@@ -146,6 +146,28 @@ def test_a_finished_run_of_another_kind_is_not_taken(tmp_path: Path) -> None:
     assert plan(row, 0, 1.0, tmp_path, [])["pretrain"].finished()
     with pytest.raises(UserError, match="choose another --output"):
         plan(row, 0, 1.0, tmp_path, ["SOLVER.MAX_ITER", "3"])["pretrain"].finished()
+
+
+@pytest.mark.parametrize("key", ["SEED", "OUTPUT_DIR", "MODEL.WEIGHTS", "SOLVER.CHECKPOINT_MAX_TO_KEEP"])
+def test_a_key_that_every_run_sets_itself_is_refused(key: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"key {key} is set for every run here"):
+        plan(tables()["demo"]["streets"], 0, 1.0, tmp_path, ["SOLVER.MAX_ITER", "3", key, "5"])
+
+
+def test_a_classifiers_sets_have_one_figure(tmp_path: Path) -> None:
+    row = next(iter(tables()["table1"].values()))
+    run = plan(row, 0, 1.0, tmp_path, ["DATASETS.TEST", "('cifar10_test[:5]','cifar10_test[:9]')"])["supervised"]
+    results = {"cifar10_test[:5], cifar10_test[:9]": {"test": {"top1": 7.0}}}
+    (run.folder / "inference").mkdir(parents=True)
+    (run.folder / "inference/results.json").write_text(json.dumps(results))
+    run.finish()
+    assert run.figure(row.place) == 7.0
+
+
+def test_a_finished_run_without_a_figure_is_not_told_as_to_be_run(tmp_path: Path) -> None:
+    row = tables()["table2"]["swin_t"]
+    text = told(row, {"supervised": [None]}, (5011, 4952), 1.0, tmp_path)
+    assert "| supervised | none found |" in text and "| upstream | not run yet |" in text
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from relvit_d2.data.records import Record  # noqa: E402
 from relvit_d2.engine.config_file import load_config  # noqa: E402
 from relvit_d2.engine.failures import guard  # noqa: E402
 from relvit_d2.errors import UserError  # noqa: E402
-from relvit_d2.files import write_json  # noqa: E402
+from relvit_d2.files import make_folder, write_json  # noqa: E402
 from relvit_d2.report.predictions import in_rgb  # noqa: E402
 from relvit_d2.report.samples import Sample, draw_samples  # noqa: E402
 
@@ -69,7 +69,7 @@ def check(args: argparse.Namespace) -> None:
     labelled = bool(classes)
     title = Path(args.config_file).stem if args.config_file else "_".join(Path(word).name for word in args.words)
     output = args.output or Path("output/check") / title
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
 
     report: Report = {"faults": [], "warnings": []}
     if labelled:
@@ -94,7 +94,11 @@ def check(args: argparse.Namespace) -> None:
 
 
 def config_words(words: list[str]) -> list[Any]:
-    """Return the config's keys and values, in turn, for names and folders; a folder with labels becomes its sets."""
+    """Return the config's keys and values, in turn, for names and folders; a folder with labels becomes its sets.
+
+    Raises:
+        UserError: if two folders' sets would have one name.
+    """
     custom: dict[str, dict[str, str]] = {}
     train: list[str] = []
     test: list[str] = []
@@ -102,6 +106,9 @@ def config_words(words: list[str]) -> list[Any]:
         root = Path(word).expanduser()
         found = find(root) if root.is_dir() and catalog.is_folder(word) else None
         sets = named_sets(word, *found) if found else {}
+        if twice := custom.keys() & sets.keys():
+            first = custom[min(twice)]["ROOT"]
+            raise UserError(f"'{first}' and '{word}' both hold the set {min(twice)}: check them one by one")
         custom |= sets
         train += [name for name, keys in sets.items() if keys["SPLIT"] in TRAINED_ON] if found else [word]
         test += [name for name, keys in sets.items() if keys["SPLIT"] not in TRAINED_ON]

@@ -12,6 +12,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,10 @@ from relvit_d2.detection.predictor import Detector, load_detector  # noqa: E402
 from relvit_d2.engine.cli import silence  # noqa: E402
 from relvit_d2.engine.failures import guard  # noqa: E402
 from relvit_d2.errors import UserError  # noqa: E402
-from relvit_d2.files import appearing, write_text  # noqa: E402
+from relvit_d2.files import appearing, make_folder, write_text  # noqa: E402
 from relvit_d2.report.predictions import annotated, in_rgb  # noqa: E402
 
+LARGEST = 65535  # denominator of a time base that the codec takes
 VIDEOS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 
 
@@ -68,7 +70,10 @@ def predict(args: argparse.Namespace) -> None:
     silence()
     files = list(dict.fromkeys(file for word in args.input for file in found(word)))
     detector = load_detector(args.weights, args.config_file, args.opts)
-    args.output.mkdir(parents=True, exist_ok=True)
+    clip = next((file for file in files if file.suffix.lower() in VIDEOS), None)
+    if clip and detector.channels != 3:
+        raise UserError(f"'{clip}' is a video, but INPUT.CHANNELS is {detector.channels}, not 3: give images")
+    make_folder(args.output)
     results: list[dict[str, Any]] = []
     images = [file for file in files if file.suffix.lower() not in VIDEOS]
     outputs = dict(zip(files, named(files), strict=True))
@@ -152,7 +157,7 @@ def video(file: Path, output: Path, detector: Detector, threshold: float, size: 
                     drawn = picture(detector, image, kept)
                     drawn = drawn.resize((drawn.width // 2 * 2, drawn.height // 2 * 2))  # the codec wants even sides
                     if written is None:
-                        written = sink.add_stream("mpeg4", rate=stream.average_rate or 25)
+                        written = sink.add_stream("mpeg4", rate=written_rate(stream.average_rate))
                         written.width, written.height, written.pix_fmt = drawn.width, drawn.height, "yuv420p"
                         written.bit_rate = 8_000_000
                     sink.mux(written.encode(av.VideoFrame.from_image(drawn)))
@@ -165,6 +170,12 @@ def video(file: Path, output: Path, detector: Detector, threshold: float, size: 
     except (av.error.FFmpegError, IndexError) as error:
         raise UserError(f"video '{file}' cannot be decoded ({error}); give another") from error
     return results
+
+
+def written_rate(rate: Fraction | None) -> Fraction:
+    """Return the frame rate that the codec takes and that is nearest to ``rate``, or to 25 if that is unknown."""
+    seconds = max(1 / (rate or Fraction(25)), Fraction(1, LARGEST))
+    return 1 / seconds.limit_denominator(LARGEST)
 
 
 def batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:

@@ -10,6 +10,7 @@ from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-d
 from tqdm import tqdm
 
 from relvit_d2.errors import UserError
+from relvit_d2.files import make_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,9 +27,9 @@ def run_script(title: str, command: list[str], output: Path, total: int) -> None
         total: iteration at which the script stops; 0 for one that does not train.
 
     Raises:
-        UserError: if the script fails, with the script's own sentence.
+        UserError: if the script fails, with the script's own sentence, or ``output`` cannot be made.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     console, metrics = output / "console.txt", output / "metrics.json"
     pause = 0.5 if sys.stderr.isatty() else 10.0
     with console.open("w") as log, tqdm(desc=title, total=total, unit="it", mininterval=pause) as bar:

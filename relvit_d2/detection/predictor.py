@@ -29,6 +29,7 @@ class Detector:
 
     Attributes:
         class_names: names of the class indices, as far as they are known: else the numbers.
+        channels: of an image.
     """
 
     def __init__(self, cfg: CfgNode, model: GeneralizedRCNN, class_names: Sequence[str]) -> None:
@@ -40,6 +41,7 @@ class Detector:
             class_names: one a class.
         """
         self.class_names = list(class_names)
+        self.channels: int = cfg.INPUT.CHANNELS
         self._model = model.eval()
         self._mapper = DetectionMapper(cfg, is_train=False)
         self._pixels = PixelFormat(cfg.INPUT.CHANNELS, cfg.INPUT.WHITE)

@@ -16,6 +16,14 @@ from relvit_d2.files import write_json
 from relvit_d2.report.comparison import Difference, Runs, difference
 from relvit_d2.report.published import ROOT, Row, Step
 
+# What the tool sets itself, and how else a user does.
+_OWN = {
+    "SEED": "choose how many with --seeds",
+    "OUTPUT_DIR": "choose the folder with --output",
+    "MODEL.WEIGHTS": "each arm starts from its own pre-training",
+    "SOLVER.CHECKPOINT_MAX_TO_KEEP": "the last checkpoint of each run is kept",
+}
+
 # What a shorter schedule has less of.
 _SCHEDULE = ("SOLVER.MAX_ITER", "SOLVER.WARMUP_ITERS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD")
 
@@ -61,11 +69,13 @@ class Run:
         write_json(self.folder / "finished.json", self.settings)
 
     def figure(self, place: Sequence[str]) -> float | None:
-        """Return what it measured on its first test set, None before its end or where that is no number."""
+        """Return what it measured, a detector on its first test set; None before its end or where that is no number."""
         if not self.finished():
             return None
         found: Any = json.loads((self.folder / "inference/results.json").read_text())
-        for key in (self.config.DATASETS.TEST[0], *place):
+        tests = self.config.DATASETS.TEST
+        # A classifier's sets are measured as one.
+        for key in (", ".join(tests) if self.step.script == "train_cls.py" else tests[0], *place):
             found = found[key]
         return found
 
@@ -81,8 +91,10 @@ def plan(row: Row, seed: int, scale: float, output: Path, opts: list[str]) -> di
         opts: keys and values over every config.
 
     Raises:
-        UserError: for a config that cannot be read.
+        UserError: for a config that cannot be read, or a key that the runs set themselves.
     """
+    if key := next((key for key in opts[::2] if key in _OWN), None):
+        raise UserError(f"key {key} is set for every run here: leave it out; {_OWN[key]}")
     runs: dict[str, Run] = {}
     for step in (step for arm in row.arms for step in arm.steps):
         if step.name in runs:
@@ -163,6 +175,7 @@ def collect(row: Row, seeds: Sequence[dict[str, Run]], images: tuple[int, int], 
         ours = sums.get(arm.name)
         arms[arm.name] = {
             "values": figures[arm.name],
+            "finished": sum(seed[arm.steps[-1].name].finished() for seed in seeds),
             "mean": ours and ours.mean,
             "spread": ours and ours.spread,
             "gain": _compared(ours, sums.get(arm.baseline), scale == 1),
@@ -266,7 +279,7 @@ def _number(value: float | None, sign: str = "") -> str:
 def _mean(arm: dict[str, Any], mark: str) -> str:
     done = sum(value is not None for value in arm["values"])
     if not done:
-        return "not run yet"
+        return "none found" if arm["finished"] else "not run yet"
     spread = "" if arm["spread"] is None else f" ± {arm['spread']:.2f}"
     count = "" if done == len(arm["values"]) else f" ({done} of {len(arm['values'])})"
     return f"{arm['mean']:.2f}{mark}{spread}{count}"
