@@ -298,6 +298,8 @@ STREETS = ("--config-file", "configs/demo/streets.yaml")
         (("overfit_check.py", "--config-file", "configs/ssl/voc_vit_s.yaml"), "is read by pretrain_ssl.py only"),
         (("overfit_check.py", *STREETS, "DATASETS.TRAIN", "('streets_trian',)"), "did you mean 'streets_train'"),
         (("compare_runs.py", "no", "no"), "'no' cannot be read"),
+        (("analyze_model.py", *STREETS, "SOLVER.BASE_LRR", 1), "did you mean 'SOLVER.BASE_LR'"),
+        (("analyze_model.py", *STREETS, "DATASETS.TRAIN", "()"), "DATASETS.TRAIN is empty"),
     ],
 )
 def test_tools_say_it_in_one_sentence_too(tool: tuple[object, ...], words: str, root: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from relvit_d2.data.own import register_own  # noqa: E402
 from relvit_d2.detection.model import build_detector  # noqa: E402
 from relvit_d2.detection.run import settle, training_records  # noqa: E402
 from relvit_d2.engine.cli import silence  # noqa: E402
-from relvit_d2.engine.config_file import load_config  # noqa: E402
+from relvit_d2.engine.config_file import load_config, use_here  # noqa: E402
 from relvit_d2.engine.failures import guard  # noqa: E402
 from relvit_d2.engine.machine import device_name, free_memory  # noqa: E402
 from relvit_d2.engine.precision import choose_precision  # noqa: E402
@@ -75,6 +75,7 @@ def analyse(config_file: str, batch: int, opts: list[str]) -> str:
     if batch < 1:
         raise UserError(f"--batch {batch}: give at least 1")
     silence()
+    load_config(config_file, opts)  # what is wrong for every script is told as such
     build = next(builder for script, builder in BUILDERS.items() if _reads(script, config_file, opts))
     cfg, model, stages, batches, what = build(config_file, opts)
     precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE))
@@ -109,11 +110,11 @@ def analyse(config_file: str, batch: int, opts: list[str]) -> str:
     heads = ("stage", "parameters, M", "GFLOP/image", "kept, MiB/image", "images/s")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     free = free_memory(cfg.MODEL.DEVICE)
-    fits = int((SPARE * free - ADAMW * trained) / (total[1] * 2**20))
+    fits = max(int((SPARE * free - ADAMW * trained) / (total[1] * 2**20)), 0)
     return (
         f"{what}, {precision.name} on {device_name(cfg.MODEL.DEVICE)}\n\n"
         f"{tabulate(rows, heads, stralign='right', disable_numparse=True)}\n\n"
-        f"{free / 2**30:.1f} GiB are free: about {max(fits, 0)} images a batch fit with AdamW"
+        f"{free / 2**30:.1f} GiB are free: about {fits} images a batch fit with AdamW"
         f"{'' if fits else '; set MODEL.CHECKPOINT True or smaller images'}. Larger batches: SOLVER.ACCUMULATE."
     )
 
@@ -221,10 +222,15 @@ def _reads(script: str, config_file: str, opts: list[str]) -> bool:
 
 def _detector(config_file: str, opts: list[str]) -> tuple[CfgNode, nn.Module, Stages, Batches, str]:
     cfg = load_config(config_file, opts, "train_net.py")
+    use_here(cfg)
     register_own(cfg.DATASETS)
+    assumed = ""
     try:
         cfg = settle(cfg, training_records(cfg))
-    except UserError:  # no data here
+    except UserError as error:
+        if not cfg.DATASETS.TRAIN:
+            raise
+        assumed = f"; MODEL.MASK_ON as it stands, since the data cannot be read ({error})"
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(catalog.get_metadata(cfg.DATASETS.TRAIN[0]).thing_classes)
     model = build_detector(cfg)
     stages: Stages = {
@@ -244,7 +250,7 @@ def _detector(config_file: str, opts: list[str]) -> tuple[CfgNode, nn.Module, St
         return [_random_image(height, width, cfg, generator) for _ in range(images)]
 
     masks = "with" if cfg.MODEL.MASK_ON else "without"
-    return cfg, model, stages, batches, f"detector {masks} masks, images of {height} x {width}"
+    return cfg, model, stages, batches, f"detector {masks} masks, images of {height} x {width}{assumed}"
 
 
 def _random_image(height: int, width: int, cfg: CfgNode, generator: torch.Generator) -> dict[str, Any]:
@@ -264,6 +270,7 @@ def _random_image(height: int, width: int, cfg: CfgNode, generator: torch.Genera
 
 def _pretraining(config_file: str, opts: list[str]) -> tuple[CfgNode, nn.Module, Stages, Batches, str]:
     cfg = load_config(config_file, opts, "pretrain_ssl.py")
+    use_here(cfg)
     model = build_pretraining_model(cfg)
     stages: Stages = {
         "views": (model.views, "train"),
@@ -284,6 +291,7 @@ def _pretraining(config_file: str, opts: list[str]) -> tuple[CfgNode, nn.Module,
 
 def _classifier(config_file: str, opts: list[str]) -> tuple[CfgNode, nn.Module, Stages, Batches, str]:
     cfg = load_config(config_file, opts, "train_cls.py")
+    use_here(cfg)
     try:
         classes = load_data(cfg, training=True).classes
     except UserError:  # no data here
