@@ -413,7 +413,7 @@ def test_a_loader_that_is_the_bottleneck_is_said_once(tmp_path: Path, caplog: py
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("iter ")]
     assert [line.split()[1] for line in lines] == ["20/60", "40/60", "60/60"]
     for line in lines:
-        assert re.search(r"eta \d.* images/s  data +\d+%  memory \d+\.\d GiB", line)
+        assert re.search(r"eta +\d.* images/s  data +\d+%  memory \d+\.\d GiB", line)
 
 
 class Collected(EventWriter):
