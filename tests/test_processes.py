@@ -190,7 +190,7 @@ def handlers_kept() -> Iterator[None]:
 
 
 def test_a_fault_in_the_data_of_one_process_is_one_sentence(root: Path, tmp_path: Path) -> None:
-    given = command("pretrain_ssl.py", tmp_path, "SOLVER.MAX_ITER", 10_000, flags=TWO)
+    given = command("train_net.py", tmp_path, flags=TWO)
     victim = root / "svhn/train/3.png"
     whole = victim.read_bytes()
     victim.write_bytes(whole[:-400])
