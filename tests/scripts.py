@@ -1,12 +1,15 @@
 """Scripts as a user runs them: subprocesses, real files, exit statuses."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
@@ -25,6 +28,15 @@ def command(script: str, output: Path, *more: object, flags: tuple[object, ...] 
     return (script, "--config-file", CONFIGS[script], *flags, *TINY[script].split(), *names, *more)
 
 
+def _environment(root: Path) -> dict[str, str]:
+    return os.environ | {
+        "DETECTRON2_DATASETS": str(root),
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "XDG_CACHE_HOME": str(root / "cache"),
+    }
+
+
 @contextmanager
 def started(root: Path, *command: object, fault: str = "") -> Iterator[subprocess.Popen[str]]:
     """Start a script with ``root`` as the data root; nothing of it is left when the block ends.
@@ -32,12 +44,7 @@ def started(root: Path, *command: object, fault: str = "") -> Iterator[subproces
     Args:
         fault: see ``tests/faults/sitecustomize.py``.
     """
-    environment = os.environ | {
-        "DETECTRON2_DATASETS": str(root),
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "XDG_CACHE_HOME": str(root / "cache"),
-    }
+    environment = _environment(root)
     if fault:
         here = Path(__file__).parent
         environment |= {"PYTHONPATH": f"{here / 'faults'}:{here.parent}", "RELVIT_FAULT": fault}
@@ -57,12 +64,42 @@ def started(root: Path, *command: object, fault: str = "") -> Iterator[subproces
         process.communicate()
 
 
+@cache
+def _fork_server() -> subprocess.Popen[str]:
+    """Start ``tests/fork_server.py``; it ends with this process."""
+    return subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("fork_server.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=_environment(Path("/nowhere")),
+    )
+
+
+def _forked(root: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
+    server = _fork_server()
+    assert server.stdin and server.stdout
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        request = {"argv": command, "env": _environment(root), "out": str(out), "err": str(err)}
+        print(json.dumps(request), file=server.stdin, flush=True)
+        return subprocess.CompletedProcess(command, int(server.stdout.readline()), out.read_text(), err.read_text())
+
+
 def run(root: Path, *command: object, status: int = 0, fault: str = "") -> subprocess.CompletedProcess[str]:
-    """Run a script to its end; its exit status must be ``status``, a negative one for a signal."""
-    with started(root, *command, fault=fault) as process:
-        output, errors = process.communicate()
-    assert process.returncode == status, output[-3000:] + errors[-3000:]
-    return subprocess.CompletedProcess([*map(str, command)], status, output, errors)
+    """Run a script to its end; its exit status must be ``status``, a negative one for a signal.
+
+    One process without a fault is forked from one that has imported everything: a start takes seconds.
+    """
+    words = [*map(str, command)]
+    if fault or "--num-gpus" in words or not words[0].endswith(".py"):
+        with started(root, *words, fault=fault) as process:
+            output, errors = process.communicate()
+        done = subprocess.CompletedProcess(words, process.returncode, output, errors)
+    else:
+        done = _forked(root, words)
+    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
 
 
 def fails(root: Path, *command: object, fault: str = "") -> str:

@@ -226,12 +226,17 @@ def _detector(config_file: str, opts: list[str]) -> tuple[CfgNode, nn.Module, St
     register_own(cfg.DATASETS)
     assumed = ""
     try:
-        cfg = settle(cfg, training_records(cfg))
+        records = training_records(cfg)
     except UserError as error:
         if not cfg.DATASETS.TRAIN:
             raise
-        assumed = f"; MODEL.MASK_ON as it stands, since the data cannot be read ({error})"
-        cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(catalog.get_metadata(cfg.DATASETS.TRAIN[0]).thing_classes)
+        records, assumed = [], f"; assumed, since the data cannot be read ({error})"
+    asked, cfg = cfg.MODEL.MASK_ON, settle(cfg, records)
+    if assumed:
+        cfg.defrost()
+        # Of the data sets that need not be here to be known, COCO's alone have masks.
+        metadata = [catalog.get_metadata(name).as_dict() for name in cfg.DATASETS.TRAIN]
+        cfg.MODEL.MASK_ON = asked and all("thing_dataset_id_to_contiguous_id" in known for known in metadata)
     model = build_detector(cfg)
     stages: Stages = {
         "encoder": (model.backbone.encoder, "forward"),
@@ -292,10 +297,13 @@ def _pretraining(config_file: str, opts: list[str]) -> tuple[CfgNode, nn.Module,
 def _classifier(config_file: str, opts: list[str]) -> tuple[CfgNode, nn.Module, Stages, Batches, str]:
     cfg = load_config(config_file, opts, "train_cls.py")
     use_here(cfg)
+    assumed = ""
     try:
         classes = load_data(cfg, training=True).classes
-    except UserError:  # no data here
-        classes = UNKNOWN_CLASSES
+    except UserError as error:
+        if not cfg.DATASETS.TRAIN:
+            raise
+        classes, assumed = UNKNOWN_CLASSES, f"; their number is assumed, since the data cannot be read ({error})"
     model = build_classifier(cfg, classes)
     model.mix = None  # pairs of images cost nothing, and may be a pass of one
     stages: Stages = {
@@ -314,7 +322,7 @@ def _classifier(config_file: str, opts: list[str]) -> tuple[CfgNode, nn.Module, 
         whole = {"sizes": torch.tensor([(side, side)] * images), "share": (0, images, images)}
         return {"images": pixels, "labels": labels, "generator": generator, **whole}
 
-    return cfg, model, stages, batches, f"classifier of {classes} classes, images of {side} x {side}"
+    return cfg, model, stages, batches, f"classifier of {classes} classes, images of {side} x {side}{assumed}"
 
 
 BUILDERS = {"train_net.py": _detector, "pretrain_ssl.py": _pretraining, "train_cls.py": _classifier}

@@ -166,7 +166,11 @@ def _process(main: Main, args: argparse.Namespace) -> None:
 def _work(main: Main, args: argparse.Namespace) -> None:
     if not distributed.is_initialized():
         _join_torchrun()
-    main(args)
+    try:
+        main(args)
+    except Exception:
+        interrupts.uninstall()  # who started the processes may end this one while it finds its words
+        raise
     # A process that leaves while another still talks to it takes that one down.
     comm.synchronize()
     distributed.destroy_process_group()

@@ -1,0 +1,38 @@
+"""Runs scripts in forks of one process that has imported what they import, most of the time of a short run.
+
+Reads requests from its standard input, a JSON object a line: ``argv`` (script and arguments), ``env`` (the whole
+environment), ``out`` and ``err`` (files for what the script prints). Answers each with its exit status, a negative one
+for a signal. Only imports happen before a fork, so no thread and no random state is shared; variables that libraries
+read when they are imported must be those of the server.
+"""
+
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import pretrain_ssl  # noqa: F401
+import train_cls  # noqa: F401
+import train_net  # noqa: F401
+
+for line in sys.stdin:
+    request = json.loads(line)
+    child = os.fork()
+    if not child:
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+
+os.setsid()
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+for stream, name in ((1, request["out"]), (2, request["err"])):
+    os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), stream)
+os.environ.clear()
+os.environ.update(request["env"])
+sys.argv = request["argv"]
+sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
+runpy.run_path(sys.argv[0], run_name="__main__")
