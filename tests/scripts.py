@@ -89,10 +89,12 @@ def _forked(root: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
 def run(root: Path, *command: object, status: int = 0, fault: str = "") -> subprocess.CompletedProcess[str]:
     """Run a script to its end; its exit status must be ``status``, a negative one for a signal.
 
-    One process without a fault is forked from one that has imported everything: a start takes seconds.
+    One process without a fault is forked from one that has imported everything: a start takes seconds. Hugging Face's
+    library reads its variables when it is imported.
     """
     words = [*map(str, command)]
-    if fault or "--num-gpus" in words or not words[0].endswith(".py"):
+    imports = fault or "--num-gpus" in words or any(name.startswith("HF_") for name in os.environ)
+    if imports or not words[0].endswith(".py"):
         with started(root, *words, fault=fault) as process:
             output, errors = process.communicate()
         done = subprocess.CompletedProcess(words, process.returncode, output, errors)
