@@ -97,7 +97,7 @@ def test_a_detectors_gradient_is_the_mean_over_processes_and_parts(
         assert any(not torch.allclose(found[0][0][name], found[1][0][name]) for name in found[0][0])
 
 
-@pytest.mark.parametrize("launcher", [(), TORCHRUN])
+@pytest.mark.parametrize("launcher", [(), pytest.param(TORCHRUN, marks=pytest.mark.slow)])
 def test_the_failing_process_is_heard_once_and_nothing_hangs(
     launcher: tuple[object, ...], root: Path, tmp_path: Path
 ) -> None:

@@ -140,7 +140,7 @@ def test_a_new_run_in_a_used_folder_is_never_continued_by_the_old_one(
     [
         (signal.SIGTERM, "train_net.py", ()),
         (signal.SIGINT, "pretrain_ssl.py", ()),
-        (signal.SIGTERM, "pretrain_ssl.py", ("--num-gpus", "2")),
+        pytest.param(signal.SIGTERM, "pretrain_ssl.py", ("--num-gpus", "2"), marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_ends_the_run_after_the_iteration_with_a_checkpoint(
@@ -162,7 +162,7 @@ def test_a_signal_ends_the_run_after_the_iteration_with_a_checkpoint(
     assert json.loads(metrics.read_text().splitlines()[-1])["iteration"] == kept
 
 
-@pytest.mark.parametrize("flags", [(), ("--num-gpus", "2")])
+@pytest.mark.parametrize("flags", [(), pytest.param(("--num-gpus", "2"), marks=pytest.mark.slow)])
 def test_all_processes_die_with_the_script(flags: tuple[str, ...], root: Path, tmp_path: Path) -> None:
     given = command("train_net.py", tmp_path, "SOLVER.MAX_ITER", 10_000, "DATALOADER.NUM_WORKERS", 2, flags=flags)
     metrics = tmp_path / "metrics.json"
