@@ -9,7 +9,9 @@ read when they are imported must be those of the server.
 import json
 import os
 import runpy
+import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,7 +25,10 @@ for line in sys.stdin:
     child = os.fork()
     if not child:
         break
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # nothing that the script started is left
+    print(status, flush=True)
 else:
     sys.exit()
 

@@ -86,15 +86,19 @@ def _forked(root: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, int(server.stdout.readline()), out.read_text(), err.read_text())
 
 
-def run(root: Path, *command: object, status: int = 0, fault: str = "") -> subprocess.CompletedProcess[str]:
+def run(
+    root: Path, *command: object, status: int = 0, fault: str = "", fresh: bool = False
+) -> subprocess.CompletedProcess[str]:
     """Run a script to its end; its exit status must be ``status``, a negative one for a signal.
 
-    One process without a fault is forked from one that has imported everything: a start takes seconds. Hugging Face's
-    library reads its variables when it is imported.
+    One process without a fault is forked from one that has imported everything: a start takes seconds.
+
+    Args:
+        fault: see ``tests/faults/sitecustomize.py``.
+        fresh: start a new interpreter all the same, for variables that libraries read when they are imported.
     """
     words = [*map(str, command)]
-    imports = fault or "--num-gpus" in words or any(name.startswith("HF_") for name in os.environ)
-    if imports or not words[0].endswith(".py"):
+    if fresh or fault or "--num-gpus" in words or not words[0].endswith(".py"):
         with started(root, *words, fault=fault) as process:
             output, errors = process.communicate()
         done = subprocess.CompletedProcess(words, process.returncode, output, errors)
@@ -104,9 +108,9 @@ def run(root: Path, *command: object, status: int = 0, fault: str = "") -> subpr
     return done
 
 
-def fails(root: Path, *command: object, fault: str = "") -> str:
+def fails(root: Path, *command: object, fault: str = "", fresh: bool = False) -> str:
     """Run a script that must fail the right way; return its sentence."""
-    done = run(root, *command, status=1, fault=fault)
+    done = run(root, *command, status=1, fault=fault, fresh=fresh)
     assert "Traceback" not in done.stdout + done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr

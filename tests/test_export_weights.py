@@ -177,7 +177,7 @@ def test_a_script_says_in_one_sentence_that_weights_cannot_be_had(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     keys = ("MODEL.WEIGHTS", "timm:test_vit", "MODEL.ENCODER.NAME", "timm:test_vit", "MODEL.ENCODER.PATCH_SIZE", 16)
-    error = fails(root, *command("pretrain_ssl.py", tmp_path / "out", *keys))
+    error = fails(root, *command("pretrain_ssl.py", tmp_path / "out", *keys), fresh=True)
     assert "'timm:test_vit' is not in timm's cache and could not be downloaded" in error
 
 
@@ -188,10 +188,10 @@ def test_published_weights_for_other_pixels_are_refused(
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     cached(tmp_path, "test_vit", "test_vit.r160_in1k")
     keys = ("MODEL.WEIGHTS", "timm:test_vit", "MODEL.ENCODER.NAME", "timm:test_vit", "MODEL.ENCODER.PATCH_SIZE", 16)
-    error = fails(root, *command("train_net.py", tmp_path / "out", *keys))
+    error = fails(root, *command("train_net.py", tmp_path / "out", *keys), fresh=True)
     assert "'timm:test_vit' was pre-trained with MODEL.PIXEL_MEAN [127.5, 127.5, 127.5]" in error
     half = ("MODEL.PIXEL_MEAN", "[127.5, 127.5, 127.5]", "MODEL.PIXEL_STD", "[127.5, 127.5, 127.5]")
-    done = run(root, *command("pretrain_ssl.py", tmp_path / "ssl", *keys, *half, "SOLVER.MAX_ITER", 1))
+    done = run(root, *command("pretrain_ssl.py", tmp_path / "ssl", *keys, *half, "SOLVER.MAX_ITER", 1), fresh=True)
     assert "weights 'timm:test_vit': 100.0% of the encoder's values matched" in done.stdout
     assert "left out here: vit.pos_embed of 'timm:test_vit'" in done.stdout
     assert "of this one agree" in done.stdout

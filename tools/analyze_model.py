@@ -220,6 +220,13 @@ def _reads(script: str, config_file: str, opts: list[str]) -> bool:
     return True
 
 
+def _assumed(cfg: CfgNode, fault: UserError) -> str:
+    """Say that something is assumed because of the ``fault`` of absent data, or raise it where no data are named."""
+    if not cfg.DATASETS.TRAIN:
+        raise fault
+    return f"assumed, since the data cannot be read ({fault})"
+
+
 def _detector(config_file: str, opts: list[str]) -> tuple[CfgNode, nn.Module, Stages, Batches, str]:
     cfg = load_config(config_file, opts, "train_net.py")
     use_here(cfg)
@@ -228,9 +235,7 @@ def _detector(config_file: str, opts: list[str]) -> tuple[CfgNode, nn.Module, St
     try:
         records = training_records(cfg)
     except UserError as error:
-        if not cfg.DATASETS.TRAIN:
-            raise
-        records, assumed = [], f"; assumed, since the data cannot be read ({error})"
+        records, assumed = [], f"; {_assumed(cfg, error)}"
     asked, cfg = cfg.MODEL.MASK_ON, settle(cfg, records)
     if assumed:
         cfg.defrost()
@@ -301,9 +306,7 @@ def _classifier(config_file: str, opts: list[str]) -> tuple[CfgNode, nn.Module, 
     try:
         classes = load_data(cfg, training=True).classes
     except UserError as error:
-        if not cfg.DATASETS.TRAIN:
-            raise
-        classes, assumed = UNKNOWN_CLASSES, f"; their number is assumed, since the data cannot be read ({error})"
+        classes, assumed = UNKNOWN_CLASSES, f"; their number is {_assumed(cfg, error)}"
     model = build_classifier(cfg, classes)
     model.mix = None  # pairs of images cost nothing, and may be a pass of one
     stages: Stages = {

@@ -164,13 +164,13 @@ def _process(main: Main, args: argparse.Namespace) -> None:
 
 
 def _work(main: Main, args: argparse.Namespace) -> None:
-    if not distributed.is_initialized():
-        _join_torchrun()
     try:
+        if not distributed.is_initialized():
+            _join_torchrun()
         main(args)
+        # A process that leaves while another still talks to it takes that one down.
+        comm.synchronize()
+        distributed.destroy_process_group()
     except Exception:
-        interrupts.uninstall()  # who started the processes may end this one while it finds its words
+        interrupts.uninstall()  # who started the processes ends this one if it knows the reason
         raise
-    # A process that leaves while another still talks to it takes that one down.
-    comm.synchronize()
-    distributed.destroy_process_group()

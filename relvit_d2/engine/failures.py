@@ -85,7 +85,6 @@ def _lost_another(error: Exception) -> bool:
 def _tell_of_loss(error: Exception) -> None:
     if interrupts.received():  # who started the processes ends them all and tells why
         return
-    interrupts.uninstall()  # who started the processes ends this one if it knows the reason
     time.sleep(_PATIENCE)
     if may_tell():
         reason = str(error).strip().splitlines()[0]
