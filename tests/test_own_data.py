@@ -87,6 +87,12 @@ def write_voc(root: Path) -> Path:
     return root
 
 
+def write_deeper_voc(root: Path) -> Path:
+    """The layout not in the folder itself but in one below, as archives unpack."""
+    write_voc(root / "VOC2007")
+    return root
+
+
 def write_flat_voc(root: Path) -> Path:
     """XML beside the images, in folders of the splits, and without sizes."""
     for name, split, objects in IMAGES:
@@ -127,6 +133,7 @@ WRITERS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "coco": ("coco", write_coco),
     "coco by split": ("coco", write_split_first_coco),
     "voc": ("voc", write_voc),
+    "voc one folder deeper": ("voc", write_deeper_voc),
     "voc beside the images": ("voc", write_flat_voc),
     "yolo": ("yolo", write_yolo),
     "yolo by split": ("yolo", write_split_first_yolo),
@@ -262,6 +269,16 @@ def test_data_without_a_training_set_are_refused(tmp_path: Path) -> None:
     (root / "annotations/train.json").rename(root / "annotations/second.json")
     with pytest.raises(UserError, match=r"has the sets second, val, of which none is for training"):
         config_pairs(str(root), "train_net.py")
+
+
+def test_of_two_voc_layouts_one_must_be_named(tmp_path: Path) -> None:
+    for name in ("VOC2007", "VOC2012"):
+        write_voc(tmp_path / "VOCdevkit" / name)
+    with pytest.raises(
+        UserError, match=r"VOC2007' and .*VOC2012' are both data sets in VOC's layout: give one of them"
+    ):
+        look(tmp_path / "VOCdevkit")
+    assert len(READERS["voc"](write_voc(tmp_path / "VOCdevkit/VOC2007/other").parent)) == 3  # its own lists go first
 
 
 def test_a_name_of_the_package_stays_what_it_is(tmp_path: Path) -> None:

@@ -111,14 +111,20 @@ class VocFolder:
     def find(cls, root: Path) -> "VocFolder | None":
         """Return what lies in ``root``, or None if there are no annotations in VOC's format.
 
-        Either ``Annotations``, ``JPEGImages`` and the lists of ``ImageSets/Main``, or XML files in any folders, whose
-        names say of which split they are.
+        Either ``Annotations``, ``JPEGImages`` and the lists of ``ImageSets/Main``, in ``root`` or in one folder at most
+        two below, or XML files in any folders, whose names say of which split they are.
+
+        Raises:
+            UserError: lists lie in several folders, or labels are damaged.
         """
-        lists = {name: root / "ImageSets/Main" / f"{name}.txt" for name in LISTS}
-        lists = {name: path for name, path in lists.items() if path.is_file()}
-        if lists and (root / "Annotations").is_dir():
-            sets = {name: [root / "Annotations" / f"{i}.xml" for i in _ids(path)] for name, path in lists.items()}
-            return cls(root, one_or_split(sets), listed=True)
+        listed = {folder: lists for folder in folders_below(root) if (lists := _lists(folder))}
+        if len(listed) > 1 and root not in listed:
+            first, second, *_ = listed
+            raise UserError(f"'{first}' and '{second}' are both data sets in VOC's layout: give one of them")
+        if listed:
+            folder, lists = next(iter(listed.items()))
+            sets = {name: [folder / "Annotations" / f"{i}.xml" for i in _ids(path)] for name, path in lists.items()}
+            return cls(folder, one_or_split(sets), listed=True)
         found: dict[str, list[Path]] = {}
         for folder in folders_below(root):
             files = sorted(path for path in folder.glob("*.xml") if not path.name.startswith("."))
@@ -201,6 +207,12 @@ class VocFolder:
         refuse_links_out([path for pair in pairs for path in pair], self.root)
         check_unique([str(image) for _, image in pairs], f"'{self.root}'")
         return pairs, absent
+
+
+def _lists(folder: Path) -> dict[str, Path]:
+    """Return the lists of images that a folder in VOC's layout has, by the name of the split."""
+    lists = {name: folder / "ImageSets/Main" / f"{name}.txt" for name in LISTS}
+    return {name: path for name, path in lists.items() if path.is_file() and (folder / "Annotations").is_dir()}
 
 
 def _is_voc(path: Path) -> bool:
