@@ -77,8 +77,9 @@ class Swin(Encoder):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """See :class:`Encoder`."""
-        height, width = images.shape[-2:]
-        x = self.swin.patch_embed(F.pad(images, (0, -width % PATCH, 0, -height % PATCH)))
+        down, right = (-side % PATCH for side in images.shape[-2:])
+        # Padding by nothing would copy the images, and the copy would be kept for the backward pass.
+        x = self.swin.patch_embed(F.pad(images, (0, right, 0, down)) if down or right else images)
         maps = {}
         for name, stage in zip(self.strides, self.swin.layers, strict=True):
             assert isinstance(stage, SwinTransformerStage)

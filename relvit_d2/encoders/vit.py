@@ -64,7 +64,17 @@ class ViT(Encoder):
     def tapped(self, images: Tensor) -> list[Tensor]:
         """Return the tapped blocks' normed sequences ``(B, prefix + h * w, C)``, the last block's last."""
         vit = self.vit
-        return self.contextualise(vit.norm_pre(vit._pos_embed(vit.patch_embed(images))), self.grid(*images.shape[-2:]))
+        return self.contextualise(vit.norm_pre(vit._pos_embed(self._patches(images))), self.grid(*images.shape[-2:]))
+
+    def _patches(self, images: Tensor) -> Tensor:
+        """Embed images, ``(B, h, w, C)``.
+
+        Padding by nothing, as timm's pass does it, would copy them, and the copy would be kept for the backward pass.
+        """
+        embed = self.vit.patch_embed
+        if torch.compiler.is_compiling() or any(side % embed.patch_size[0] for side in images.shape[-2:]):
+            return embed(images)
+        return embed.norm(embed.proj(images).permute(0, 2, 3, 1))
 
     def contextualise(self, x: Tensor, grid: tuple[int, int]) -> list[Tensor]:
         """Run embedded tokens ``(B, prefix + h * w, C)`` of a grid through the blocks; see :meth:`tapped`."""
