@@ -52,6 +52,12 @@ def make_voc(root: Path) -> None:
         (folder / f"Annotations/00000{number}.xml").write_text(text)
 
 
+def make_xml(root: Path) -> None:
+    """Write images and annotations in VOC's format without lists."""
+    make_voc(root)
+    shutil.rmtree(root / "VOC2007/ImageSets")
+
+
 def make_coco(root: Path) -> None:
     """Write COCO's val2017 with three images, all 80 categories, polygons, a crowd and an uncompressed RLE."""
     classes = DATASETS["coco_2017_val"].classes
@@ -133,11 +139,6 @@ def make_archives(root: Path) -> None:
     shutil.rmtree(root / "images")
 
 
-def read_voc(root: Path) -> list[dict[str, Any]]:
-    """Read a folder in VOC's layout twice: by its lists, and by its annotations alone from the folder above."""
-    return own.READERS["voc"](root / "VOC2007") + own.READERS["voc"](root)
-
-
 def read_images(*sources: Path) -> list[dict[str, Any]]:
     """List sources of images and decode all that can be decoded, as pre-training does."""
     records = []
@@ -183,7 +184,8 @@ READERS = {
     "kitti": of_catalog(make_kitti, "kitti_train"),
     # What a user brings along has the classes that it says it has.
     "own_coco": Reader(make_coco, own.READERS["coco"], MANY),
-    "own_voc": Reader(make_voc, read_voc, MANY),
+    "own_voc": Reader(make_voc, own.READERS["voc"], MANY),
+    "own_xml": Reader(make_xml, own.READERS["voc"], MANY),
     "own_yolo": Reader(make_yolo, own.READERS["yolo"], MANY),
     "images": Reader(make_images, lambda root: read_images(root / "images"), links=True),
     "zip": Reader(make_archives, lambda root: read_images(root / "photos.zip")),

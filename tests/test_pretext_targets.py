@@ -129,6 +129,11 @@ def test_distance_has_the_published_moments() -> None:
     assert pair_deviation(pair_distance, (7, 7)) == pytest.approx(distance.std(correction=0).item(), abs=1e-6)
 
 
+def same_values(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Compare up to the last bits: a processor's vector instructions round an arc tangent otherwise than its scalar."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("grid", [(2, 2), (4, 7), (7, 4), (1, 5)])
 @pytest.mark.parametrize("function", [pair_distance, pair_angle, pair_bearing])
 def test_pair_targets_fill_their_range_and_move_with_their_patches(
@@ -140,14 +145,15 @@ def test_pair_targets_fill_their_range_and_move_with_their_patches(
     moved, order = shuffled(layout)
     image = torch.arange(2)
     again = values[image[:, None, None], order[:, :, None], order[:, None, :]]
-    torch.testing.assert_close(all_pairs(function, moved), again, rtol=0, atol=0)
+    same_values(all_pairs(function, moved), again)
 
 
 @pytest.mark.parametrize("grid", [(2, 2), (4, 7), (7, 4)])
 def test_laws_of_distance_angle_and_bearing(grid: tuple[int, int]) -> None:
     layout = PatchLayout.full(1, grid)
     distance, angle, bearing = (all_pairs(f, layout)[0] for f in (pair_distance, pair_angle, pair_bearing))
-    assert torch.equal(distance, distance.mT) and torch.equal(angle, angle.mT)
+    same_values(distance, distance.mT)
+    same_values(angle, angle.mT)
     assert (distance.diagonal() == -1).all() and (angle.diagonal() == -1).all()
     # The way back is the opposite direction, half a turn (1) away.
     turned = (bearing - bearing.mT).abs()[~torch.eye(len(bearing), dtype=torch.bool)]
@@ -171,7 +177,7 @@ def test_a_padded_image_has_the_targets_of_its_own_grid() -> None:
     kept = padded.valid[0]
     assert padded.extent().tolist() == [list(own)]
     for function in (pair_relation, pair_distance, pair_angle, pair_bearing):
-        assert torch.equal(all_pairs(function, padded)[0][kept][:, kept], all_pairs(function, alone)[0])
+        same_values(all_pairs(function, padded)[0][kept][:, kept], all_pairs(function, alone)[0])
     assert torch.equal(positions(padded, own)[0][kept], positions(alone)[0])
 
 
