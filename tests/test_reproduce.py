@@ -109,7 +109,7 @@ def test_runs_that_differ_by_chance_are_within_noise_in_95_of_100_cases() -> Non
 
 
 def told(row: Row, figures: dict[str, Any], images: tuple[int, int], scale: float, folder: Path) -> str:
-    seeds = [plan(row, seed, scale, folder, []) for seed in range(len(figures["supervised"]))]
+    seeds = [plan(row, seed, scale, folder, []) for seed in range(len(next(iter(figures.values()))))]
     for name, values in figures.items():
         for seed, value in zip(seeds, values, strict=False):
             test = seed[name].config.DATASETS.TEST[0]
@@ -138,6 +138,9 @@ def test_the_table_says_what_the_runs_hold_and_no_more(tmp_path: Path) -> None:
     text = told(row, one, (5011, 4952), 0.5, tmp_path / "one")
     assert "| upstream | 20.00* | +5.00* |" in text and "noise" not in text
     assert "One seed" in text and "rehearsal" in text
+    labels = tables()["table2"]["vit_s_labels"]
+    text = told(labels, {"supervised_10": [15.0]}, (3952, 1000), 1.0, tmp_path / "labels")
+    assert "Nothing was published of these arms." in text and "other data" not in text
 
 
 def test_a_finished_run_of_another_kind_is_not_taken(tmp_path: Path) -> None:

@@ -46,7 +46,8 @@ def windowed_attention(attention: Attention, x: Tensor, grid: Grid, window: int)
     count = windows.shape[0] // x.shape[0]
     before = qkv[:, :prefix]
     if prefix:
-        windows = torch.cat((before.repeat_interleave(count, 0), windows), dim=1)
+        # Not repeat_interleave: ONNX's translation wants the count to be known.
+        windows = torch.cat((before[:, None].expand(-1, count, -1, -1).flatten(0, 1), windows), dim=1)
     out = joined(_attend(attention, *_heads(attention, windows), prefix), sides, grid).flatten(1, 2)
     if prefix:
         _, keys, values = _heads(attention, qkv)
@@ -61,7 +62,7 @@ def cut(x: Tensor, sides: Grid, fill: Tensor | None) -> Tensor:
     Where the last windows are not full, ``fill`` of shape ``(C,)``, or zero, is put.
     """
     (rows, cols), (high, wide) = x.shape[1:3], sides
-    down, right = -(-rows // high), -(-cols // wide)
+    down, right = _count((rows, cols), sides)
     if torch.compiler.is_compiling() or (rows, cols) != (down * high, right * wide):
         x = F.pad(x if fill is None else x - fill, (0, 0, 0, right * wide - cols, 0, down * high - rows))
         x = x if fill is None else x + fill
@@ -72,10 +73,17 @@ def cut(x: Tensor, sides: Grid, fill: Tensor | None) -> Tensor:
 def joined(windows: Tensor, sides: Grid, grid: Grid) -> Tensor:
     """Undo :func:`cut`: windows to maps ``(B, rows, cols, C)`` without what was put."""
     (rows, cols), (high, wide) = grid, sides
-    down, right = -(-rows // high), -(-cols // wide)
+    down, right = _count(grid, sides)
     x = windows.reshape(-1, down, right, high, wide, windows.shape[-1]).transpose(2, 3)
     x = x.reshape(-1, down * high, right * wide, x.shape[-1])
     return F.pad(x, (0, 0, 0, cols - right * wide, 0, rows - down * high))
+
+
+def _count(grid: Grid, sides: Grid) -> Grid:
+    """How many windows cover the grid, down and to the right."""
+    (rows, cols), (high, wide) = grid, sides
+    # Of positive numbers only: an ONNX program divides negative ones towards zero.
+    return (rows + high - 1) // high, (cols + wide - 1) // wide
 
 
 def _heads(attention: Attention, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:

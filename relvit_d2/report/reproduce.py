@@ -235,7 +235,9 @@ def page(results: dict[str, Any]) -> str:
     data = results["data"]
     ours, theirs = data["images"], data["published_images"]
     words = [f"Trained on {data['train']}, {ours[0]:,} images, tested on {data['test']}, {ours[1]:,}."]
-    if not theirs:
+    if all(arm["published"] is None for arm in results["arms"].values()):
+        words.append("Nothing was published of these arms.")
+    elif not theirs:
         words.append("What the paper used is not known here.")
     elif list(theirs) != list(ours):
         words.append(
