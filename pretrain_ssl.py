@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
     trainer.train()
     if comm.is_main_process():
         path = export_encoder(cfg, model, trainer.iter + 1, trainer.results)
-        end_run(path.parent, next_command(cfg, path))
+        end_run(path.parent, next_command(args.config_file, args.data, cfg, path))
 
 
 if __name__ == "__main__":

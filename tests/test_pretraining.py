@@ -201,9 +201,22 @@ def test_a_run_of_another_machine_has_its_picture(
 
 
 def test_the_next_command_is_that_of_the_kind_of_data(trees: Path) -> None:
-    for name, script in (("cifar10_train", "train_cls.py"), ("svhn_train", "train_net.py"), (trees, "train_net.py")):
-        said = next_command(config("DATASETS.TRAIN", f"('{name}',)"), Path("out/encoder.safetensors"))
-        assert said == f"python {script} --config-file FILE MODEL.WEIGHTS out/encoder.safetensors"
+    cifar, svhn, images = ("cifar10_train", "svhn_train", str(trees))
+    for name, own, data, words in (
+        (cifar, "configs/ssl/cifar10_vit_s4.yaml", None, "train_cls.py --config-file configs/cls/cifar10_vit_s4.yaml"),
+        (svhn, "configs/ssl/svhn_vit_s.yaml", None, "train_net.py --config-file configs/svhn_vit_s.yaml"),
+        (images, "configs/demo/ssl_streets.yaml", "my data", "train_net.py --config-file configs/demo/streets.yaml"),
+        (images, str(trees / "mine.yaml"), None, "train_net.py --config-file FILE"),
+    ):
+        said = next_command(own, data, config("DATASETS.TRAIN", f"('{name}',)"), Path("out/encoder.safetensors"))
+        where = " --data 'my data'" if data else ""
+        assert said == f"python {words}{where} MODEL.WEIGHTS out/encoder.safetensors"
+
+
+def test_every_pretraining_has_a_training_of_its_name() -> None:
+    for own in Path("configs/ssl").glob("*.yaml"):
+        cfg = load_config(str(own), [], "pretrain_ssl.py")
+        assert "FILE" not in next_command(str(own), None, cfg, Path("encoder.safetensors"))
 
 
 def test_assignment_gives_every_token_a_cell_of_its_own_the_surest_first() -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shlex
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -64,10 +65,18 @@ def _has_classes(name: str) -> bool:
     return is_class_set(name) and not is_source(name.partition("[")[0])
 
 
-def next_command(cfg: CfgNode, encoder: Path) -> str:
-    """Return what is typed after a pre-training: the training on data of its kind, from its ``encoder``'s file."""
-    script = "train_cls.py" if all(map(_has_classes, cfg.DATASETS.TRAIN)) else "train_net.py"
-    return f"python {script} --config-file FILE MODEL.WEIGHTS {encoder}"
+def next_command(config_file: str, data: str | None, cfg: CfgNode, encoder: Path) -> str:
+    """Return what is typed after a pre-training: the training on data of its kind, from its ``encoder``'s file.
+
+    Its config is the one that has the name of ``config_file``, ``configs/NAME.yaml`` or ``configs/cls/NAME.yaml`` after
+    ``configs/ssl/NAME.yaml``, and FILE where there is none; ``data`` is what ``--data`` was given.
+    """
+    script, room = ("train_cls.py", "cls") if all(map(_has_classes, cfg.DATASETS.TRAIN)) else ("train_net.py", "")
+    own = Path(config_file)
+    names = (own.parent.parent / room / own.name, own.with_name(own.name.removeprefix("ssl_")))
+    config = next((str(path) for path in names if path != own and path.is_file()), "FILE")
+    where = ["--data", data] if data else []
+    return shlex.join(["python", script, "--config-file", config, *where, "MODEL.WEIGHTS", str(encoder)])
 
 
 def build_trainer(cfg: CfgNode, model: PretrainingModel, files: Images, tests: Images) -> Trainer:
