@@ -168,6 +168,28 @@ def test_a_threshold_leaves_out_what_scores_less(
     assert 0 < len(results) == int((scores >= middle).sum()) < len(scores)
 
 
+def test_what_cannot_be_read_is_named_and_the_rest_is_done(
+    failing: Failing, detector: Detector, images: list[Path], tmp_path: Path
+) -> None:
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(images[0].read_bytes()[:200])
+    noise = np.random.default_rng(0).integers(0, 255, (20, 48, 64, 3), dtype=np.uint8)
+    clip = video(tmp_path / "clip.mp4", list(noise))
+    data, middle = clip.read_bytes(), clip.stat().st_size // 2
+    clip.write_bytes(data[:middle] + bytes(3000) + data[middle + 3000 :])
+    out = tmp_path / "out"
+    message = failing("--input", cut, images[0], clip, "--output", out, "--threshold", 0, "--batch", 1)
+    assert message.startswith("error: 2 of 3 inputs could not be read: ")
+    assert "cut.png" in message and "clip.mp4' is damaged after frame " in message
+    rows = json.loads((out / "detections.json").read_text())
+    assert len([row for row in rows if row["image_id"] == str(images[0])]) == len(detector(images[0]))
+    with av.open(str(out / "clip.mp4")) as written:
+        frames = len(list(written.decode(video=0)))
+    assert 0 < frames < 20 and f"after frame {frames - 1} " in message
+    assert {row["image_id"] for row in rows if "#" in row["image_id"]} == {f"{clip}#{i}" for i in range(frames)}
+    assert {file.name for file in out.iterdir()} == {f"{images[0].stem}.png", "clip.mp4", "detections.json"}
+
+
 def test_bad_input_is_one_sentence(failing: Failing, images: list[Path], tmp_path: Path) -> None:
     output = ("--output", tmp_path / "out")
     assert "absent" in failing("--input", images[0], *output, weights=tmp_path / "absent/model_final.pth")

@@ -4,6 +4,8 @@ For `street/1.jpg` the picture is `OUTPUT/1.png`, for a video `OUTPUT/NAME.mp4`;
 name, the folders or a number make them differ. `OUTPUT/detections.json` lists dicts of
 `image_id` (the path as given; of a video's frames with `#` and the frame's number), `category_id` (the class's index),
 `category`, `bbox` (x, y, width, height in pixels), `score` and, where the detector has masks, `segmentation` (RLE).
+An image that cannot be read is left out, a video is written up to where it is damaged; both are named at the end, and
+the exit status is 1.
 """
 
 import argparse
@@ -11,7 +13,7 @@ import glob
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -28,6 +30,7 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json  # noqa
 from detectron2.structures import Instances  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from relvit_d2.data.decode import UnreadableImageError  # noqa: E402
 from relvit_d2.data.folder import EXTENSIONS, list_images  # noqa: E402
 from relvit_d2.detection.predictor import Detector, load_detector  # noqa: E402
 from relvit_d2.engine.cli import silence  # noqa: E402
@@ -37,6 +40,7 @@ from relvit_d2.files import appearing, make_folder, write_text  # noqa: E402
 from relvit_d2.report.predictions import annotated, in_rgb  # noqa: E402
 
 LARGEST = 65535  # denominator of a time base that the codec takes
+NAMED = 10  # faults that are told in full
 VIDEOS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 
 
@@ -63,7 +67,8 @@ def predict(args: argparse.Namespace) -> None:
     """Detect and write.
 
     Raises:
-        UserError: for an input that is missing or cannot be read, a detector that is none, or a number out of range.
+        UserError: for an input that is missing, a detector that is none, or a number out of range; for inputs that
+            cannot be read, when all others are done.
     """
     if not 0 <= args.threshold <= 1 or args.batch < 1:
         raise UserError(f"--threshold {args.threshold} --batch {args.batch}: give 0 to 1, and at least 1")
@@ -75,22 +80,40 @@ def predict(args: argparse.Namespace) -> None:
         raise UserError(f"'{clip}' is a video, but INPUT.CHANNELS is {detector.channels}, not 3: give images")
     make_folder(args.output)
     results: list[dict[str, Any]] = []
+    made: Counter[str] = Counter()
+    faults: list[str] = []
     images = [file for file in files if file.suffix.lower() not in VIDEOS]
     outputs = dict(zip(files, named(files), strict=True))
     for start in tqdm(range(0, len(images), args.batch), desc="images", unit="batch", disable=not images):
-        batch = images[start : start + args.batch]
-        for file, instances in zip(batch, detector.batch(batch), strict=True):
+        batch = {}
+        for file in images[start : start + args.batch]:
+            try:
+                batch[file] = detector.read(file)
+            except UnreadableImageError as error:
+                faults.append(str(error))
+        for (file, image), instances in zip(batch.items(), detector.batch([*batch.values()]), strict=True):
             kept = instances[instances.scores >= args.threshold]
             with appearing(args.output / outputs[file]) as part:
-                picture(detector, detector.read(file), kept).save(part, format="PNG")
+                picture(detector, image, kept).save(part, format="PNG")
             results += told(str(file), kept, detector)
+            made["picture"] += 1
     for file in files:
         if file.suffix.lower() in VIDEOS:
-            results += video(file, args.output / outputs[file], detector, args.threshold, args.batch)
-    write_text(args.output / "detections.json", json.dumps(results))
-    videos = len(files) - len(images)
-    made = [f"{n} {what}{'s' * (n != 1)}" for n, what in ((len(images), "picture"), (videos, "video")) if n]
-    print(f"written: {args.output}/detections.json, {' and '.join(made)}; {len(results)} detections")
+            try:
+                rows, fault = video(file, args.output / outputs[file], detector, args.threshold, args.batch)
+            except UnreadableImageError as error:
+                faults.append(str(error))
+                continue
+            results += rows
+            made["video"] += 1
+            faults += [fault] if fault else []
+    if made:
+        write_text(args.output / "detections.json", json.dumps(results))
+        counts = " and ".join(f"{count} {what}{'s' * (count != 1)}" for what, count in made.items())
+        print(f"written: {args.output}/detections.json, {counts}; {len(results)} detections")
+    if faults:
+        more = f"; and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
+        raise UserError(f"{len(faults)} of {len(files)} inputs could not be read: {'; '.join(faults[:NAMED])}{more}")
 
 
 def found(word: str) -> list[Path]:
@@ -137,21 +160,33 @@ def told(name: str, instances: Instances, detector: Detector) -> list[dict[str, 
     return [result | {"category": detector.class_names[result["category_id"]]} for result in results]
 
 
-def video(file: Path, output: Path, detector: Detector, threshold: float, size: int) -> list[dict[str, Any]]:
+def video(
+    file: Path, output: Path, detector: Detector, threshold: float, size: int
+) -> tuple[list[dict[str, Any]], str]:
     """Detect in every frame of a video and write it anew with what was found.
 
+    Returns:
+        the results, and a sentence on where decoding broke off, empty if it did not.
+
     Raises:
-        UserError: if it cannot be decoded.
+        UnreadableImageError: if not one frame can be decoded.
     """
-    results = []
+    results: list[dict[str, Any]] = []
+    fault, count = "", 0
     try:
         with av.open(str(file)) as source, appearing(output) as part, av.open(str(part), "w", format="mp4") as sink:
             stream = source.streams.video[0]
             written = None
-            frames = (frame.to_ndarray(format="rgb24") for frame in source.decode(stream))
             bar = tqdm(desc=file.name, total=stream.frames or None, unit="frame")
-            count = 0
-            for batch in batches(frames, size):
+            decoded = source.decode(stream)
+            while not fault:
+                batch: list[np.ndarray] = []
+                try:
+                    batch.extend(frame.to_ndarray(format="rgb24") for frame in islice(decoded, size))
+                except av.error.FFmpegError as error:
+                    fault = str(error)
+                if not batch:
+                    break
                 for image, instances in zip(batch, detector.batch(batch), strict=True):
                     kept = instances[instances.scores >= threshold]
                     drawn = picture(detector, image, kept)
@@ -165,23 +200,17 @@ def video(file: Path, output: Path, detector: Detector, threshold: float, size: 
                     count += 1
                     bar.update()
             if written is None:
-                raise UserError(f"video '{file}' has no frame that can be decoded; give another")
+                raise UnreadableImageError(f"video '{file}' has no frame that can be decoded; give another")
             sink.mux(written.encode(None))
     except (av.error.FFmpegError, IndexError) as error:
-        raise UserError(f"video '{file}' cannot be decoded ({error}); give another") from error
-    return results
+        raise UnreadableImageError(f"video '{file}' cannot be decoded ({error}); give another") from error
+    return results, fault and f"video '{file}' is damaged after frame {count - 1} ({fault}); what follows is left out"
 
 
 def written_rate(rate: Fraction | None) -> Fraction:
     """Return the frame rate that the codec takes and that is nearest to ``rate``, or to 25 if that is unknown."""
     seconds = max(1 / (rate or Fraction(25)), Fraction(1, LARGEST))
     return 1 / seconds.limit_denominator(LARGEST)
-
-
-def batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    """Give the items in lists of ``size``."""
-    while batch := list(islice(items, size)):
-        yield batch
 
 
 if __name__ == "__main__":

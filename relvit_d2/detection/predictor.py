@@ -62,6 +62,8 @@ class Detector:
             UserError: if a file cannot be read, or an array is no such image.
         """
         arrays = [self.read(image) for image in images]
+        if not arrays:
+            return []
         inputs = [{"image": self._mapper.fed(a), "height": a.shape[0], "width": a.shape[1]} for a in arrays]
         with self._precision.autocast():
             outputs = self._model(inputs)
