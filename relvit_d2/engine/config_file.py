@@ -135,7 +135,7 @@ def _other_readers(key: str, script: str | None) -> list[str]:
 def _check_reader(key: str, where: str, script: str | None) -> None:
     if readers := _other_readers(key, script):
         raise UserError(
-            f"key {key} ({where}) is read by {' and '.join(readers)} only: run "
+            f"key {key} ({where}) is read by {' and '.join(readers)} only: give a config or a run of {script}, start "
             f"{'that script' if len(readers) == 1 else 'one of them'}, or leave the key out"
         )
 
