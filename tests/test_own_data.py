@@ -345,6 +345,26 @@ def test_no_link_leads_out_of_the_root(kind: str, tmp_path: Path) -> None:
     assert len(READERS[kind](root)) == 3
 
 
+def test_no_link_to_labels_is_followed_to_find_the_classes(tmp_path: Path) -> None:
+    """Classes without names are those of the labels, which are read before any record is."""
+    root = write_yolo(tmp_path / "own")
+    (root / "data.yaml").unlink()
+    label = next(root.rglob("a.txt"))
+    label.rename(tmp_path / "outside.txt")
+    label.symlink_to(tmp_path / "outside.txt")
+    with pytest.raises(UserError, match="leads out of"):
+        look(root)[1].classes()
+
+
+def test_no_folder_of_lists_outside_the_root_is_read(tmp_path: Path) -> None:
+    root = WRITERS["voc"][1](tmp_path / "own")
+    lists = next(root.rglob("ImageSets"))
+    lists.rename(tmp_path / "lists")
+    lists.symlink_to(tmp_path / "lists")
+    with pytest.raises(UserError, match="leads out of"):
+        look(root)
+
+
 def test_real_cells(samples: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = samples / "bccd/BCCD"
     form, folder = look(root)

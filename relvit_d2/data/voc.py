@@ -123,7 +123,9 @@ class VocFolder:
             raise UserError(f"'{first}' and '{second}' are both data sets in VOC's layout: give one of them")
         if listed:
             folder, lists = next(iter(listed.items()))
-            sets = {name: [folder / "Annotations" / f"{i}.xml" for i in _ids(path)] for name, path in lists.items()}
+            sets = {
+                name: [folder / "Annotations" / f"{i}.xml" for i in _ids(path, root)] for name, path in lists.items()
+            }
             return cls(folder, one_or_split(sets), listed=True)
         found: dict[str, list[Path]] = {}
         for folder in folders_below(root):
@@ -220,9 +222,9 @@ def _is_voc(path: Path) -> bool:
         return b"<annotation" in file.read(4096)
 
 
-def _ids(path: Path) -> list[str]:
-    """Return the ids of one list of ``ImageSets/Main``: see :func:`voc_images`."""
-    refuse_links_out([path])
+def _ids(path: Path, root: Path | None = None) -> list[str]:
+    """Return the ids of one list of ``ImageSets/Main``: see :func:`voc_images`; ``root``: see ``refuse_links_out``."""
+    refuse_links_out([path], root)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -99,7 +99,8 @@ class YoloFolder:
         return images
 
     def _numbers(self) -> dict[int, str]:
-        files = (_label_file(image, self.root) for image in chain.from_iterable(self.sets.values()))
+        files = [_label_file(image, self.root) for image in chain.from_iterable(self.sets.values())]
+        refuse_links_out(files, self.root)
         numbers = {_class(words, where) for file in files for words, where in _lines(file)}
         return {number: str(number) for number in sorted(numbers)}
 
