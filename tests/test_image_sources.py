@@ -146,6 +146,24 @@ def test_every_truncation_of_an_archive(archive: Path) -> None:
             assert str(archive) in str(error)
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_every_byte_of_a_zip_spoilt(tmp_path: Path, method: int) -> None:
+    with zipfile.ZipFile(tmp_path / "sound.zip", "w", method) as file:
+        file.writestr("1.png", encoded(1))
+    sound = (tmp_path / "sound.zip").read_bytes()
+    refused = 0
+    for place in range(len(sound)):
+        spoilt = tmp_path / f"{place}.zip"  # an open one is kept by its name
+        spoilt.write_bytes(sound[:place] + bytes([sound[place] ^ 0xFF]) + sound[place + 1 :])
+        try:
+            for member in list_members(spoilt, [".png"]):
+                read_rgb(member)
+        except UserError as error:
+            assert str(spoilt) in str(error)
+            refused += 1
+    assert len(sound) / 4 < refused < len(sound)
+
+
 def test_a_name_that_is_no_utf8_is_one_sentence(folder: Path) -> None:
     Path(os.fsdecode(os.fsencode(folder) + b"/\xff.png")).write_bytes(encoded(1))
     with pytest.raises(UserError, match=r"\\xff\.png' cannot be printed: rename it"):

@@ -1,11 +1,13 @@
 """Images inside zip and tar files, read where they are: nothing is unpacked."""
 
 import io
+import lzma
 import os
+import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -14,6 +16,12 @@ from relvit_d2.errors import UserError
 
 ARCHIVES = (".zip", ".tar")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+
+# What tarfile and zipfile raise, beside OSError, depends on where the damage is.
+ARCHIVE_DAMAGE = (
+    *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
+    *(EOFError, RuntimeError, ValueError, LookupError, OverflowError),
+)
 
 LARGEST = 2**29
 """Bytes of the largest member that is read: a few bytes of a zip can ask for gigabytes of memory."""
@@ -50,7 +58,7 @@ class Member:
             try:
                 with _zip(self.archive, os.getpid()).open(self.name) as file:
                     return io.BytesIO(file.read(limit))
-            except (zipfile.BadZipFile, KeyError, RuntimeError, NotImplementedError, EOFError, zlib.error) as error:
+            except ARCHIVE_DAMAGE as error:
                 raise OSError(str(error)) from error  # damaged, encrypted, or packed in a way that Python cannot read
         with self.archive.open("rb") as tar:
             tar.seek(self.offset)
@@ -87,8 +95,7 @@ def list_members(archive: Path, extensions: Sequence[str]) -> list[Member]:
         members = _tar_members(archive) if archive.name.lower().endswith(".tar") else _zip_members(archive)
     except FileNotFoundError as error:
         raise UserError(f"the archive '{archive}' does not exist: correct the path") from error
-    # What a damaged archive raises depends on where the damage is.
-    except (OSError, tarfile.TarError, zipfile.BadZipFile, ValueError, LookupError, EOFError, OverflowError) as error:
+    except (OSError, *ARCHIVE_DAMAGE) as error:
         raise UserError(f"the archive '{archive}' is damaged or no archive ({error}): fetch it again") from error
     found: dict[str, Member] = {}
     for member in members:  # of two members with one name an archive means the last
@@ -100,15 +107,22 @@ def list_members(archive: Path, extensions: Sequence[str]) -> list[Member]:
     return [found[name] for name in sorted(found)]
 
 
+def each_member(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Go through a tar once.
+
+    Raises:
+        ValueError: a member has less than no bytes: tarfile would go back, and find it for ever (CVE-2025-8194).
+    """
+    for info in tar:
+        if info.size < 0:
+            raise ValueError(f"a member of {info.size} bytes")
+        yield info
+
+
 def _tar_members(archive: Path) -> list[Member]:
-    members = []
     with tarfile.open(archive, "r:") as file:
-        for info in file:
-            if info.size < 0:  # tarfile would go back, and find the same member for ever (CVE-2025-8194)
-                raise ValueError(f"a member of {info.size} bytes")
-            if info.isreg() and not info.issparse():
-                members.append(Member(archive, info.name, info.offset_data, info.size))
-    return members
+        infos = [info for info in each_member(file) if info.isreg() and not info.issparse()]
+    return [Member(archive, info.name, info.offset_data, info.size) for info in infos]
 
 
 def _zip_members(archive: Path) -> list[Member]:

@@ -1,9 +1,7 @@
 """Labelled images as a folder, or an archive of a folder, with a folder of images for each class."""
 
 import io
-import lzma
 import tarfile
-import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relvit_d2.data.archive import Member
+from relvit_d2.data.archive import ARCHIVE_DAMAGE, Member, each_member
 from relvit_d2.data.decode import image_size
 from relvit_d2.data.folder import EXTENSIONS, list_images
 from relvit_d2.data.image_batches import Images, ImageStack, joined, take
@@ -21,7 +19,6 @@ from relvit_d2.data.mapper import ImageReader
 from relvit_d2.errors import UserError
 
 IN_MEMORY = 2**31  # bytes of decoded pixels up to which images of one size are kept decoded
-_DAMAGED = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
 
 
 @dataclass(frozen=True)
@@ -180,7 +177,7 @@ def _read_archive(archive: Path, inside: PurePosixPath) -> dict[str, list[Any]]:
     files: defaultdict[str, list[Any]] = defaultdict(list)
     try:
         with tarfile.open(archive) as tar:
-            for member in tar:
+            for member in each_member(tar):
                 place = PurePosixPath(member.name)
                 if not place.is_relative_to(inside):
                     continue
@@ -194,6 +191,6 @@ def _read_archive(archive: Path, inside: PurePosixPath) -> dict[str, list[Any]]:
                     assert content is not None
                     image = UnpackedImage(archive, member.name, 0, member.size, content.read())
                     files[parts[0]].append(image)
-    except _DAMAGED as error:
+    except (OSError, *ARCHIVE_DAMAGE) as error:
         raise UserError(f"archive '{archive}' is damaged or no tar archive ({error}); get it anew") from error
     return {name: sorted(images, key=str) for name, images in files.items()}

@@ -3,23 +3,21 @@
 import fcntl
 import hashlib
 import http.client
-import lzma
 import os
 import shutil
 import stat
-import struct
 import tarfile
 import time
 import urllib.error
 import urllib.request
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from relvit_d2.data.archive import ARCHIVE_DAMAGE, each_member
 from relvit_d2.errors import UserError
 
 ATTEMPTS = 5
@@ -29,11 +27,6 @@ TIMEOUT = 60.0
 """Seconds without a byte after which a connection counts as broken."""
 
 _CHUNK = 1 << 20
-# What tarfile and zipfile raise depends on where the damage is.
-_DAMAGE = (
-    *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
-    *(EOFError, RuntimeError, NotImplementedError, ValueError, OverflowError),
-)
 Progress = Callable[[int], object]
 
 
@@ -200,7 +193,7 @@ def unpack(path: Path, folder: Path, progress: Progress | None = None) -> None:
             _move(workplace, folder)
         finally:
             shutil.rmtree(workplace, ignore_errors=True)
-    except _DAMAGE as error:
+    except ARCHIVE_DAMAGE as error:
         raise _damaged(path, error) from error
     except OSError as error:
         if error.errno is None:  # gzip and bz2 say so of damage
@@ -227,7 +220,7 @@ def _members(path: Path) -> Iterator[tuple[PurePosixPath, int, IO[bytes] | None]
                 yield name, entry.file_size, None if entry.is_dir() else archive.open(entry)
         return
     with tarfile.open(path) as archive:
-        for member in archive:
+        for member in each_member(archive):
             if not (member.isfile() or member.isdir()):
                 raise UserError(f"the archive '{path}' holds a link or a device '{member.name}': do not use it")
             yield _inside(member.name, path), member.size, archive.extractfile(member)
