@@ -5,6 +5,9 @@ against Detectron2's ViT-S as ViTDet has it, in windows of 14 with the global bl
 SimpleFeaturePyramid; ``swin_tiny_P`` against Detectron2's Swin-T on its FPN. Detectron2 has no T2T-ViT, so
 ``t2t_vit_14_P`` is compared with its ViT-S too. P is fp32, and bf16 where the machine multiplies it natively.
 
+``batch_of_one_size`` and ``batch_of_mixed_sizes`` compare our detector with the default ViT-S, which passes images of
+each size by themselves, with the same detector passing the padded batch at once, in float32.
+
 A ratio is how many times more images a second ours takes forward and backward, ``memory_ratio`` ours over theirs: what
 the pass holds at its peak beyond model, gradients and images. Both sides have the same heads, batch and precision, and
 objects enough that every pass trains on the same number of regions. Detectron2's ViT goes without relative positions,
@@ -14,6 +17,7 @@ which would make it slower.
 import argparse
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,6 +25,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, SimpleFeaturePyramid, SwinTransformer, ViT
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.modeling.proposal_generator import RPN
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
@@ -35,6 +40,10 @@ SIDE = 512  # pixels
 WINDOW, GLOBAL_BLOCKS = 14, (2, 5, 8, 11)  # detectron2/model_zoo/configs/common/models/mask_rcnn_vitdet.py
 OBJECTS = 64  # an image: fill the share of the regions that are of objects, 0.25 of 64
 BATCHES = {"cpu": 2, "cuda": 8}
+SIZES = {
+    "batch_of_one_size": [(384, 512)] * 2,
+    "batch_of_mixed_sizes": [(384, 512), (512, 384)],
+}
 VIT: dict[str, object] = {"NAME": "vit_small", "PATCH_SIZE": 16, "IMG_SIZE": SIDE, "DROP_PATH": 0.0}
 # name: keys of MODEL.ENCODER, Detectron2's backbone
 PAIRS = {
@@ -51,15 +60,17 @@ def main() -> None:
     precisions = {"fp32": "float32"}
     if choose_precision("auto", torch.device(args.device)).dtype == torch.bfloat16:
         precisions["bf16"] = "bfloat16"
-    tell((measure(name, *precision, args) for precision in precisions.items() for name in PAIRS), args)
+    backbones = (measure(name, *precision, args) for precision in precisions.items() for name in PAIRS)
+    tell(chain(backbones, (batches(name, args) for name in SIZES)), args)
 
 
 def measure(name: str, short: str, precision: str, args: argparse.Namespace) -> Row:
     """Return the row of an encoder in a precision."""
     batch = 1 if args.quick and args.device == "cpu" else BATCHES[args.device]
     keys, backbone = PAIRS[name]
-    ours = training_pass(config(keys, None, args), precision, batch)
-    theirs = training_pass(config(VIT, backbone, args), precision, batch)
+    sizes = [(SIDE, SIDE)] * batch
+    ours = training_pass(config(keys, None, args), precision, sizes)
+    theirs = training_pass(config(VIT, backbone, args), precision, sizes)
     pair = in_turn(ours, theirs, args.device, budget=10 if args.quick else 60)
     mine, others = (peak_bytes(run, args.device) for run in (ours, theirs))
     return {
@@ -71,6 +82,21 @@ def measure(name: str, short: str, precision: str, args: argparse.Namespace) -> 
         "theirs_images_per_s": batch / pair.theirs,
         "ours_MiB": mine / 2**20,
         "theirs_MiB": others / 2**20,
+    }
+
+
+def batches(name: str, args: argparse.Namespace) -> Row:
+    """Return the row of a batch whose images are passed by size, against the padded batch."""
+    sizes = SIZES[name] * (1 if args.device == "cpu" else 4)
+    cfg = config(VIT, None, args)
+    ours, theirs = training_pass(cfg, "float32", sizes), training_pass(cfg, "float32", sizes, padded=True)
+    pair = in_turn(ours, theirs, args.device, budget=20 if args.quick else 60)
+    return {
+        "name": name,
+        "ratio": pair.ratio,
+        "batch": len(sizes),
+        "ours_images_per_s": len(sizes) / pair.ours,
+        "theirs_images_per_s": len(sizes) / pair.theirs,
     }
 
 
@@ -92,12 +118,17 @@ def config(encoder: dict[str, object], backbone: str | None, args: argparse.Name
     return load_config("configs/base/detection.yaml", [str(part) for pair in values.items() for part in pair])
 
 
-def training_pass(cfg: CfgNode, precision: str, batch: int) -> Callable[[], None]:
-    """Return a forward and a backward pass of the detector on ``batch`` images."""
+def training_pass(
+    cfg: CfgNode, precision: str, sizes: list[tuple[int, int]], padded: bool = False
+) -> Callable[[], None]:
+    """Return a forward and a backward pass of the detector on images of ``sizes``, ``padded`` to one batch or not."""
     seed_everything(0, "model")
     model = build_detector(cfg).train()
+    if padded:
+        model.features = lambda images: model.backbone(images.tensor)
+        model.proposal_generator.forward = partial(RPN.forward, model.proposal_generator)
     autocast = choose_precision(precision, torch.device(cfg.MODEL.DEVICE)).autocast
-    inputs = [image_with_objects(seed) for seed in range(batch)]
+    inputs = [image_with_objects(seed, *size) for seed, size in enumerate(sizes)]
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
 
@@ -109,18 +140,18 @@ def training_pass(cfg: CfgNode, precision: str, batch: int) -> Callable[[], None
     return run
 
 
-def image_with_objects(seed: int) -> dict[str, Any]:
+def image_with_objects(seed: int, height: int, width: int) -> dict[str, Any]:
     """Draw an image of noise with ``OBJECTS`` rectangles and their masks, as Detectron2's mappers give one."""
     generator = torch.Generator().manual_seed(seed)
-    corner = torch.randint(0, SIDE - 128, (OBJECTS, 2), generator=generator)
+    corner = torch.randint(0, min(height, width) - 128, (OBJECTS, 2), generator=generator)
     extent = torch.randint(32, 128, (OBJECTS, 2), generator=generator)
     boxes = torch.cat((corner, corner + extent), dim=1)
-    masks = torch.zeros(OBJECTS, SIDE, SIDE, dtype=torch.bool)
+    masks = torch.zeros(OBJECTS, height, width, dtype=torch.bool)
     for mask, (left, top, right, bottom) in zip(masks, boxes.tolist(), strict=True):
         mask[top:bottom, left:right] = True
-    objects = Instances((SIDE, SIDE), gt_boxes=Boxes(boxes.float()), gt_masks=BitMasks(masks))
+    objects = Instances((height, width), gt_boxes=Boxes(boxes.float()), gt_masks=BitMasks(masks))
     objects.gt_classes = torch.randint(0, 20, (OBJECTS,), generator=generator)
-    return {"image": torch.randint(0, 256, (3, SIDE, SIDE), generator=generator), "instances": objects}
+    return {"image": torch.randint(0, 256, (3, height, width), generator=generator), "instances": objects}
 
 
 @BACKBONE_REGISTRY.register()

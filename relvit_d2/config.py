@@ -29,6 +29,11 @@ _C.MODEL.CHECKPOINT = False  # recompute the encoder's blocks in the backward pa
 _C.MODEL.COMPILE = False  # make the encoder's passes with torch.compile, which needs a C++ compiler on a CPU
 _C.MODEL.ALLOW_PICKLE = False  # read weights that are pickles, such as *.pkl: reading one can run any code in it
 
+_C.MODEL.CLASSIFIER = CfgNode()
+# cls: the classifier reads the class token, of an encoder without one the mean of the patch tokens, as the authors'
+# does; mean: that mean. Pre-training trains no class token.
+_C.MODEL.CLASSIFIER.POOL = "cls"
+
 # Pretext losses beside the detector's.
 _C.MODEL.RELVIT = CfgNode()
 _C.MODEL.RELVIT.JOINT = False  # train on both at once; PRETEXT.WEIGHTS says which and how much
@@ -45,8 +50,12 @@ _C.PRETEXT.WEIGHTS.BEARING = 0.0  # the direction
 _C.PRETEXT.LABEL_SMOOTHING = 0.0  # 0..1, of every cross entropy
 _C.PRETEXT.PAIR_DROPOUT = 0.0  # 0..1, share of the pairs of patches that a training loss leaves out
 _C.PRETEXT.IMAGE_SIZE = 224  # side of the square views in pixels
-_C.PRETEXT.POOL = 1  # 2: heads see tokens averaged over windows of 3 x 3 at every second one, as the authors' do of T2T
-_C.PRETEXT.CROP_SCALE = [0.08, 1.0]  # share of the image's area in a random crop
+_C.PRETEXT.POOL = 1  # 2: the heads read every second token of the average over 3 x 3, as the authors' do of T2T
+# resized: a random part of the image, resized; pad: the image resized, padded, and a random window of that
+_C.PRETEXT.CROP = "resized"
+_C.PRETEXT.CROP_SCALE = [0.08, 1.0]  # resized: share of the image's area in a crop
+_C.PRETEXT.PAD = 4  # pad: pixels added on each side
+_C.PRETEXT.PAD_MODE = "constant"  # pad: constant, black pixels; reflect, the image mirrored at its edges
 _C.PRETEXT.FLIP = 0.5  # probability of a horizontal flip
 _C.PRETEXT.PATCH_CROP = 1.15  # a patch is cropped by this factor and resized back; 1.0 turns it off
 _C.PRETEXT.JITTER = [0.4, 0.4, 0.4, 0.1]  # brightness, contrast, saturation, hue, drawn for every patch
@@ -156,8 +165,8 @@ WITHOUT_EFFECT = {
 READ_BY_SOME = {
     "pretrain_ssl.py": (
         "PRETEXT.IMAGE_SIZE",
-        "PRETEXT.POOL",
-        "PRETEXT.CROP_SCALE",
+        "PRETEXT.CROP",
+        "PRETEXT.PAD",
         "PRETEXT.FLIP",
         "PRETEXT.PATCH_CROP",
         "PRETEXT.JITTER",
@@ -175,6 +184,7 @@ READ_BY_SOME = {
         "DATASETS.SYNSETS",
     ),
     "train_cls.py": (
+        "MODEL.CLASSIFIER.",
         "MODEL.RELVIT.JOINT",
         "DATASETS.DOWNLOAD",
         "DATASETS.SYNSETS",

@@ -14,9 +14,9 @@ from hashlib import sha256
 from pathlib import Path
 
 TINY = {
-    "pretrain_ssl.py": "SOLVER.MAX_ITER 6 SOLVER.IMS_PER_BATCH 8 SOLVER.WARMUP_ITERS 2 PRETEXT.IMAGE_SIZE 32 "
+    "pretrain_ssl.py": "SOLVER.MAX_ITER 6 SOLVER.IMS_PER_BATCH 8 SOLVER.WARMUP_ITERS 0 PRETEXT.IMAGE_SIZE 32 "
     "SOLVER.CHECKPOINT_PERIOD 3",
-    "train_net.py": "SOLVER.MAX_ITER 4 SOLVER.IMS_PER_BATCH 4 SOLVER.WARMUP_ITERS 2 SOLVER.CHECKPOINT_PERIOD 2",
+    "train_net.py": "SOLVER.MAX_ITER 4 SOLVER.IMS_PER_BATCH 4 SOLVER.WARMUP_ITERS 0 SOLVER.CHECKPOINT_PERIOD 2",
 }
 CONFIGS = {"pretrain_ssl.py": "configs/demo/ssl_streets.yaml", "train_net.py": "configs/demo/streets.yaml"}
 SCRIPTS = tuple(CONFIGS)

@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from relvit_d2.classification.augmentation import Augmentation, AugmentationConfig
-from relvit_d2.classification.model import ClassificationModel, build_classifier
+from relvit_d2.classification.model import ClassificationModel, Classifier, build_classifier
 from relvit_d2.classification.probes import fit_linear, linear_probe, linear_scores
 from relvit_d2.classification.run import (
     ClassificationData,
@@ -113,6 +113,19 @@ def test_the_centre_is_that_of_torchvision() -> None:
     squeezed = Augmentation(AugmentationConfig(28, mean=(0, 0, 0), std=(1, 1, 1)))
     found = squeezed.evaluate(image[None], torch.tensor([[60, 90]]))[0]
     torch.testing.assert_close(found, v2.Resize((28, 28), antialias=True)(image / 255), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["vit_nano", "swin_tiny", "t2t_vit_14"])
+def test_a_classifier_on_the_mean_reads_the_mean_of_the_patch_tokens(name: str) -> None:
+    network = Classifier(build_encoder(name, img_size=64), 5, "mean").eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        scores, _ = network(images)
+        torch.testing.assert_close(scores, network.head(network.encoder.tokens(images).mean(1)))
+        network.pool = "cls"
+        assert torch.allclose(network(images)[0], scores, atol=1e-6) == (name == "swin_tiny")
+    with pytest.raises(UserError, match=r"MODEL.CLASSIFIER.POOL 'max' is unknown; give cls or mean"):
+        Classifier(network.encoder, 5, "max")
 
 
 @pytest.mark.parametrize("name", list(ENCODERS))

@@ -52,10 +52,44 @@ def test_a_header_gives_row_commands_and_cost_and_the_commands_fit_together(path
         assert [f"{folder}/encoder.safetensors" for folder in before] == [weights] * bool(weights)
 
 
+# The image transforms of the authors' code (guglielmocamporese/relvit, dataloaders/transforms.py:206-259), the same in
+# pre-training and classification: RandomCrop(size, padding=4) for the small sets, else RandomResizedCrop(size) with
+# torchvision's scale; RandomHorizontalFlip everywhere. Row: side, crop, pixels of padding or scale.
+TRANSFORMS: dict[str, tuple[int, str, int | list[float]]] = {
+    "cifar10_vit_s4": (32, "pad", 4),
+    "cifar100_vit_s4": (32, "pad", 4),
+    "svhn_vit_s4": (32, "pad", 4),
+    "tiny_imagenet_vit_s8": (64, "pad", 4),
+    "flower102_vit_s32": (224, "resized", [0.08, 1.0]),
+    "imagenet100_vit_s32": (224, "resized", [0.08, 1.0]),
+    "imagenet_vit_s32": (224, "resized", [0.08, 1.0]),
+}
+
+
+@pytest.mark.parametrize("row", TRANSFORMS)
+def test_crop_scale_and_flip_of_a_row_of_table_1_are_the_authors(row: str) -> None:
+    side, crop, extent = TRANSFORMS[row]
+    views = load_config(f"configs/ssl/{row}.yaml", []).PRETEXT
+    seen = views.IMAGE_SIZE, views.CROP, views.PAD if crop == "pad" else views.CROP_SCALE
+    assert (*seen, views.FLIP, views.PAD_MODE) == (side, crop, extent, 0.5, "constant")
+    paths = [path for path in CONFIGS if Path(path).parent.name == "cls" and Path(path).name.startswith(f"{row}")]
+    assert len(paths) >= 2
+    for path in paths:
+        view = load_config(path, []).INPUT.VIEW
+        assert (view.SIZE, view.CROP, view.PAD if crop == "pad" else view.SCALE, view.FLIP) == (side, crop, extent, 0.5)
+
+
+def test_every_row_of_table_1_has_the_authors_transforms() -> None:
+    assert {
+        Path(path).stem.removesuffix("_supervised").removesuffix("_joint") for path in CONFIGS if "/cls/" in path
+    } == {*TRANSFORMS}
+
+
 @pytest.mark.parametrize("path", [path for path in CONFIGS if "base/" not in path])
 def test_digits_are_not_mirrored_and_anchors_fit_the_levels(path: str) -> None:
     cfg = load_config(path, [])
-    if cfg.DATASETS.TRAIN[0].startswith(("svhn", "streets")):
+    # Rows of Table 1 mirror digits as the authors do.
+    if cfg.DATASETS.TRAIN[0].startswith(("svhn_", "streets")) and "svhn_digits" not in cfg.DATASETS.TRAIN[0]:
         view = cfg.INPUT.VIEW.FLIP == 0 if "/cls/" in path else cfg.INPUT.RANDOM_FLIP == "none"
         assert cfg.PRETEXT.FLIP == 0 if "ssl" in path else view
     if "ssl" not in path and "/cls/" not in path:

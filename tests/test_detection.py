@@ -1,5 +1,6 @@
 """The backbone under Detectron2's contract: padding, levels, gradients, refusals."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from relvit_d2.config import add_relvit_config
 from relvit_d2.detection import backbone
 from relvit_d2.detection.model import build_detector
-from relvit_d2.detection.run import training_records
+from relvit_d2.detection.run import evaluate, evaluation_sets, training_records
 from relvit_d2.encoders import ENCODERS, build_encoder
 from relvit_d2.encoders.vit import ViT
 from relvit_d2.engine.config_file import load_config
@@ -212,3 +213,81 @@ def test_first_blocks_are_frozen_on_request() -> None:
     assert frozen == {name for name, _ in net.encoder.named_parameters() if name.startswith(first)}
     with pytest.raises(UserError, match="up to 5"):
         build_detector(tiny_config("MODEL.BACKBONE.FREEZE_AT", 6))
+
+
+SIZES = [(40, 100), (97, 33), (64, 128), (33, 47)]  # wide, tall, the largest, the smallest; not multiples of a patch
+
+
+def mixed_batch_config(name: str, pyramid: str, *overrides: object) -> CfgNode:
+    scales = (4, 2, 1) if pyramid == "fpn" else (2, 1, 0.5)
+    few = ["MODEL.RPN.PRE_NMS_TOPK_TEST", 300, "MODEL.RPN.POST_NMS_TOPK_TEST", 200, "TEST.DETECTIONS_PER_IMAGE", 50]
+    anchors = ["MODEL.ANCHOR_GENERATOR.SIZES", [[8], [16], [32], [64]]]
+    keys = [*fitting(name, scales), "MODEL.PYRAMID.NAME", pyramid, "MODEL.PYRAMID.TOP_BLOCK", True, *few, *anchors]
+    cfg = tiny_config(*keys, "MODEL.ENCODER.IMG_SIZE", 64, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, *overrides)
+    last = cfg.MODEL.PYRAMID.STRIDES[-1].bit_length()
+    cfg.MODEL.RPN.IN_FEATURES = [*cfg.MODEL.RPN.IN_FEATURES, f"p{last}"]
+    return cfg
+
+
+CASES = [
+    pytest.param(name, pyramid, keys, marks=pytest.mark.slow if name in ("vit_tiny", "vit_base", "vit_small") else ())
+    for name in ENCODERS
+    for pyramid in (("simple", "fpn") if name == "swin_tiny" else ("simple", "multitap"))
+    for keys in [(), *[("MODEL.ENCODER.WINDOW", 3, "MODEL.ENCODER.GLOBAL_BLOCKS", 1)] * name.startswith("vit")]
+]
+
+
+@pytest.mark.parametrize(("name", "pyramid", "keys"), CASES)
+def test_an_image_gives_the_same_alone_and_beside_larger_ones(
+    name: str, pyramid: str, keys: tuple[object, ...]
+) -> None:
+    """Features within its own padded size, proposals and detections."""
+    torch.manual_seed(0)
+    model = build_detector(mixed_batch_config(name, pyramid, *keys)).eval()
+    # Weights far from their initial values, so that positions and objectness matter.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    batch = records(SIZES)
+    with torch.no_grad():
+        images = model.preprocess_image(batch)
+        levels = model.features(images)
+        proposals, _ = model.proposal_generator(images, levels, None)
+        found = model(batch)
+        for number, entry in enumerate(batch):
+            own = model.preprocess_image([entry])
+            own_levels = model.features(own)
+            for level, expected in own_levels.items():
+                rows, cols = expected.shape[2:]
+                torch.testing.assert_close(
+                    levels[level][number : number + 1, :, :rows, :cols], expected, rtol=1e-4, atol=1e-4
+                )
+            (own_proposals,), _ = model.proposal_generator(own, own_levels, None)
+            assert len(own_proposals) > 20
+            boxes = own_proposals.proposal_boxes.tensor
+            torch.testing.assert_close(proposals[number].proposal_boxes.tensor, boxes, rtol=1e-4, atol=1e-3)
+            alone, beside = model([entry])[0]["instances"], found[number]["instances"]
+            assert len(alone) == len(beside) > 5
+            torch.testing.assert_close(beside.scores, alone.scores, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(beside.pred_boxes.tensor, alone.pred_boxes.tensor, rtol=1e-4, atol=1e-3)
+            assert torch.equal(beside.pred_classes, alone.pred_classes)
+
+
+def test_evaluation_does_not_depend_on_the_size_of_its_batches(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Detections of images of several sizes in batches of one and of five."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(root))
+    found = []
+    for batch in (1, 5):
+        torch.manual_seed(0)
+        output = tmp_path / str(batch)
+        keys = ["TEST.BATCH_SIZE", batch, "OUTPUT_DIR", str(output), "DATASETS.TEST", ("svhn_test",)]
+        cfg = tiny_config(*keys, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
+        evaluate(cfg, build_detector(cfg), evaluation_sets(cfg))
+        found.append(json.loads((output / "inference/coco_instances_results.json").read_text()))
+    one, five = found
+    assert len(one) == len(five) > 50
+    for mine, other in zip(one, five, strict=True):
+        assert mine["image_id"] == other["image_id"] and mine["category_id"] == other["category_id"]
+        assert [*mine["bbox"], mine["score"]] == pytest.approx([*other["bbox"], other["score"]], rel=1e-4, abs=1e-3)

@@ -244,3 +244,11 @@ def test_bad_arguments_are_one_sentence() -> None:
         build_encoder("vit_nano", patchsize=4)
     with pytest.raises(UserError, match=r"IMG_SIZE 30.*PATCH_SIZE 16"):
         encoder_from_keys({"ENCODER": {"NAME": "vit_nano", "IMG_SIZE": 30, "PATCH_SIZE": 16}, **PLAIN})
+
+
+@pytest.mark.parametrize("name", [name for name in ENCODERS if name != "swin_tiny"])
+def test_class_tokens_start_as_the_authors(name: str) -> None:
+    """A truncated normal of standard deviation 0.02 (models/backbones/vit.py, t2t.py)."""
+    encoder = build_encoder(name)
+    (token,) = (parameter for key, parameter in encoder.named_parameters() if key.endswith("cls_token"))
+    assert token.std().item() == pytest.approx(0.02, rel=0.25)

@@ -10,8 +10,8 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from test_detection import fitting, tiny_config
 
-from relvit_d2.detection.joint import JointRCNN
 from relvit_d2.detection.model import build_detector
+from relvit_d2.detection.rcnn import RelViTRCNN
 from relvit_d2.encoders import ENCODERS
 from relvit_d2.pretext.layout import PatchLayout
 from relvit_d2.pretext.task import PretextTask
@@ -60,7 +60,7 @@ def test_the_losses_of_both_come_side_by_side() -> None:
 def test_padding_takes_no_part() -> None:
     """A small image beside a large one has the pretext losses of the encoder's own tokens inside it."""
     joint = build_detector(tiny_config(*JOINT))
-    assert isinstance(joint, JointRCNN)
+    assert isinstance(joint, RelViTRCNN)
     batch = [entry(64, 64), entry(33, 46)]
     seen: list[PatchLayout] = []
     joint.pretext.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
@@ -72,7 +72,7 @@ def test_padding_takes_no_part() -> None:
 
 def test_pretext_losses_are_those_of_the_task_on_the_last_map() -> None:
     joint = build_detector(tiny_config(*JOINT))
-    assert isinstance(joint, JointRCNN) and isinstance(joint.pretext, PretextTask)
+    assert isinstance(joint, RelViTRCNN) and isinstance(joint.pretext, PretextTask)
     batch = [entry(48, 64)]
     both = joint(batch)
     images = joint.preprocess_image(batch).tensor
@@ -98,3 +98,36 @@ def test_that_positions_leak_is_said(caplog: pytest.LogCaptureFixture) -> None:
     caplog.clear()
     build_detector(tiny_config(*JOINT, "MODEL.ENCODER.POS_EMBED", False))
     assert not caplog.records
+
+
+def test_a_t2t_reads_pooled_tokens_and_positions_inside_each_image() -> None:
+    """As in the authors' code: 14 x 14 tokens become 7 x 7 before every head, whatever the training."""
+    joint = build_detector(tiny_config(*JOINT, *fitting("t2t_vit_14", (1, 0.5)), "PRETEXT.POOL", 2))
+    assert isinstance(joint, RelViTRCNN)
+    seen: list[tuple[torch.Tensor, PatchLayout]] = []
+    joint.pretext.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    joint([entry(224, 224), entry(100, 150)])
+    tokens, layout = seen[0]
+    assert tokens.shape[1] == 49 and layout.grid == (7, 7)
+    assert layout.extent().tolist() == [[7, 7], [4, 5]]  # of 7 x 10 tokens
+
+
+def test_pretext_losses_of_a_batch_are_those_of_its_images() -> None:
+    """The mean over the images' pairs and tokens, each computed alone."""
+    joint = build_detector(tiny_config(*JOINT))
+    joint.eval()
+    joint.pretext.eval()
+    batch = [entry(64, 40), entry(33, 46)]
+
+    def scores(entries: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        images = joint.preprocess_image(entries)
+        with joint._last_maps() as maps:
+            joint.features(images)
+        return joint._pretext_losses(images, maps)
+
+    both, alone = scores(batch), [scores([one]) for one in batch]
+    tokens = [16 * 10, 9 * 12]
+    for name, power in (("loss_position", 1), ("loss_relation", 2)):
+        shares = torch.tensor(tokens, dtype=torch.float32) ** power
+        expected = (torch.stack([one[name] for one in alone]) * shares).sum() / shares.sum()
+        torch.testing.assert_close(both[name], expected)

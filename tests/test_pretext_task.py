@@ -166,3 +166,31 @@ def test_tokens_of_another_grid_are_told_in_the_tasks_own() -> None:
     cells = torch.tensor([0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3])
     expected = nn.functional.cross_entropy(scores, cells)
     torch.testing.assert_close(task(tokens, layout)["loss_position"], expected)
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (7, 5), (1, 2)])
+def test_pooled_tokens_are_those_of_torchs_average_without_padding(grid: tuple[int, int]) -> None:
+    task = PretextTask(DIM, GRID, {"relation": 1.0}, pool=2)
+    last = torch.randn(2, DIM, *grid)
+    tokens, layout = task.pooled(last)
+    expected = nn.functional.avg_pool2d(last, 3, 2, 1, count_include_pad=False)
+    torch.testing.assert_close(tokens, expected.flatten(2).mT)
+    assert layout.grid == expected.shape[2:] and layout.valid.all()
+
+
+def test_pooled_tokens_of_an_image_do_not_depend_on_the_padding_of_its_batch() -> None:
+    task = PretextTask(DIM, GRID, {"relation": 1.0}, pool=2)
+    last, extents = torch.randn(2, DIM, 9, 8), torch.tensor([[9, 8], [5, 4]])
+    tokens, layout = task.pooled(last, extents)
+    (alone,), _ = task.pooled(last[1:, :, :5, :4])
+    torch.testing.assert_close(tokens[1][layout.valid[1]], alone)
+    assert layout.extent().tolist() == [[5, 4], [3, 2]]
+
+
+@pytest.mark.parametrize("name", list(PRETEXT_TASKS))
+def test_heads_start_as_the_authors_linear_layers(name: str) -> None:
+    """nn.Linear's default: uniform within 1 / sqrt(dim) (models/relvit.py:66-81,134-149)."""
+    dim = 256
+    for parameter in PRETEXT_TASKS[name](dim, (8, 8)).parameters():
+        assert parameter.abs().max() <= dim**-0.5
+        assert parameter.std().item() == pytest.approx((3 * dim) ** -0.5, rel=0.15 if parameter.ndim == 1 else 0.02)

@@ -9,7 +9,7 @@ import torch
 import torchvision.transforms.functional as F
 from torch import Tensor
 from torchvision.io import read_image
-from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import RandomCrop, RandomResizedCrop
 
 from benchmarks.plain import ADJUST, plain_patches
 from relvit_d2.errors import UserError
@@ -93,6 +93,54 @@ def test_resample_is_torchvisions_resized_crop(large: int, monkeypatch: pytest.M
     for b, (top, left, height, width) in enumerate(boxes.tolist()):
         crop = F.resized_crop(images[b] / 255, top, left, height, width, [16, 24], antialias=True)
         torch.testing.assert_close(views[:, b], F.hflip(crop) if flip[b] else crop, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["constant", "reflect"])
+@pytest.mark.parametrize("large", [1, 10**6], ids=["one by one", "together"])
+def test_padded_crops_are_those_of_torchvisions_random_crop(
+    large: int, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the corners that the views draw given to ``RandomCrop``, and its result mirrored where they mirror."""
+    monkeypatch.setattr(resampling, "LARGE", large)
+    images, sizes = batch_of(40, 24, 24)
+    views, _ = Views(replace(PLAIN, crop_kind="pad", pad_mode=mode)).train(images, sizes, seeded(3))
+    generator = seeded(3)
+    corners, flips = torch.randint(9, (40, 2), generator=generator), torch.rand(40, generator=generator) < 0.5
+    assert flips.any() and not flips.all()
+    assert (corners == 0).any(0).all() and (corners == 8).any(0).all()
+    for image, view, corner, flip in zip(images, views, corners.tolist(), flips, strict=True):
+        crop = RandomCrop(24, padding=4, padding_mode=mode)
+        monkeypatch.setattr(crop, "get_params", lambda image, size, corner=corner: (*corner, *size))
+        expected = crop(image / 255)
+        torch.testing.assert_close(view, F.hflip(expected) if flip else expected, rtol=0, atol=1e-6)
+
+
+def test_a_padded_crop_of_another_size_is_that_of_the_resized_centre() -> None:
+    images, sizes = batch_of(6, 40, 60)
+    config = replace(PLAIN, crop_kind="pad", pad=3, flip=0.0)
+    resized = F.resize(F.center_crop(images, [40, 40]).float() / 255, [24, 24], antialias=True)
+    corners = torch.randint(7, (6, 2), generator=seeded())
+    views, _ = Views(config).train(images, sizes, seeded())
+    for image, view, (top, left) in zip(resized, views, corners.tolist(), strict=True):
+        expected = F.crop(F.pad(image, [3]), top, left, 24, 24)
+        torch.testing.assert_close(view, expected, rtol=0, atol=1e-6)
+
+
+def test_mega_patches_cut_a_padded_crop() -> None:
+    images, sizes = batch_of(6, 24, 24)
+    config = replace(PLAIN, crop_kind="pad", flip=0.0)
+    cut = replace(config, mega=MegaPatches(2))
+    padded, _ = Views(config).train(images, sizes, seeded(1))
+    views, _ = Views(cut).train(images, sizes, seeded(1))
+    generator = seeded(1)
+    torch.randint(9, (6, 2), generator=generator), torch.rand(6, generator=generator)
+    rows, cols = cuts_of(cut, *(torch.rand(6, 2, generator=generator) for _ in range(2)))
+    for b, view in enumerate(views):
+        for i in range(2):
+            for j in range(2):
+                piece = padded[b, :, rows[b, i] : rows[b, i + 1], cols[b, j] : cols[b, j + 1]]
+                expected = F.resize(piece, [8, 8], antialias=True)
+                torch.testing.assert_close(view[:, 8 * i : 8 * i + 8, 8 * j : 8 * j + 8], expected, rtol=0, atol=1e-5)
 
 
 def test_boxes_lie_inside_their_images_and_ranges() -> None:

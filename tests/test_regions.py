@@ -17,7 +17,7 @@ from test_detection import tiny_config
 from relvit_d2.data.mapper import DetectionMapper
 from relvit_d2.data.regions import Targets, ignored_regions
 from relvit_d2.detection.model import build_detector
-from relvit_d2.detection.regions import IgnoringROIHeads, IgnoringRPN
+from relvit_d2.detection.regions import IgnoringROIHeads, RelViTRPN
 
 REGION = [32.0, 0.0, 64.0, 64.0]  # the right half
 
@@ -65,7 +65,7 @@ def test_regions_follow_flips_and_crops() -> None:
 
 def test_no_anchor_inside_a_region_is_background() -> None:
     rpn = build_detector(tiny_config()).proposal_generator
-    assert type(rpn) is IgnoringRPN
+    assert type(rpn) is RelViTRPN
     rpn.batch_size_per_image = 10000  # all are sampled
     grid = torch.cartesian_prod(torch.arange(0, 64, 4), torch.arange(0, 64, 4)).float()
     anchors = [Boxes(torch.cat([grid, grid + side], dim=1)) for side in (8, 16)]

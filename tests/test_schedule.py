@@ -57,6 +57,19 @@ def test_every_schedule_by_name_is_finite_and_below_the_base_rate(name: str) -> 
     assert all(math.isfinite(rate) and 0 <= rate <= cfg.SOLVER.BASE_LR * (1 + 1e-12) for rate in rates)
 
 
+@pytest.mark.parametrize("warmup", [30, 31])
+def test_a_warmup_as_long_as_the_run_is_refused(warmup: int) -> None:
+    cfg = get_cfg()
+    add_relvit_config(cfg)
+    cfg.merge_from_list(["SOLVER.MAX_ITER", 30, "SOLVER.WARMUP_ITERS", warmup])
+    with pytest.raises(
+        UserError, match=rf"WARMUP_ITERS {warmup} is not less than SOLVER.MAX_ITER 30, .*: set SOLVER.WARMUP_ITERS 3,"
+    ):
+        build_schedule(cfg)
+    cfg.SOLVER.WARMUP_ITERS = 29
+    assert build_schedule(cfg)(29) == pytest.approx(cfg.SOLVER.BASE_LR)
+
+
 def test_an_unknown_schedule_names_the_nearest() -> None:
     cfg = get_cfg()
     add_relvit_config(cfg)

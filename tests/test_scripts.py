@@ -157,7 +157,7 @@ def test_the_demo_runs_from_nothing_to_a_table_and_a_picture(tmp_path: Path) -> 
         shutil.copytree(name, copy / name)
     for name in ("train_net.py", "pretrain_ssl.py"):
         shutil.copy(name, copy / name)
-    run(tmp_path, copy / "tools/demo.py", "SOLVER.MAX_ITER", 2)
+    run(tmp_path, copy / "tools/demo.py", "SOLVER.MAX_ITER", 2, "SOLVER.WARMUP_ITERS", 0)
     results = json.loads((copy / "output/demo/results.json").read_text())
     assert results.keys() == {"finetune", "supervised", "pretrain", "machine"}
     for arm in ("finetune", "supervised"):

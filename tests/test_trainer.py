@@ -12,6 +12,7 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine.hooks import PeriodicWriter
 from detectron2.utils.events import EventWriter, get_event_storage
+from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
 from relvit_d2.config import add_relvit_config
@@ -39,7 +40,9 @@ def config(output: Path, iterations: int) -> CfgNode:
     cfg = get_cfg()
     add_relvit_config(cfg)
     cfg.merge_from_list(["OUTPUT_DIR", str(output), "MODEL.DEVICE", "cpu", "SOLVER.PRECISION", "float32"])
-    cfg.merge_from_list(["SOLVER.MAX_ITER", iterations, "SOLVER.WARMUP_ITERS", 2, "SOLVER.IMS_PER_BATCH", 4])
+    cfg.merge_from_list(
+        ["SOLVER.MAX_ITER", iterations, "SOLVER.WARMUP_ITERS", min(2, iterations - 1), "SOLVER.IMS_PER_BATCH", 4]
+    )
     cfg.merge_from_list(["SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", "SOLVER.CHECKPOINT_PERIOD", 5])
     return cfg
 
@@ -180,10 +183,11 @@ def test_decay_reaches_matrices_only() -> None:
     add_relvit_config(cfg)
     model = Regression()
     model.pos_embed = nn.Parameter(torch.zeros(3, 3))
+    model.swin = next(m for m in build_encoder("swin_tiny").modules() if isinstance(m, WindowAttention))
     optimizer = build_optimizer(cfg, model)
     decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] > 0 for p in g["params"]}
     names = {name for name, p in model.named_parameters() if id(p) in decayed}
-    assert names == {"net.0.weight", "net.3.weight"}
+    assert names == {"net.0.weight", "net.3.weight", "swin.qkv.weight", "swin.proj.weight"}
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
 
 

@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
 from relvit_d2.errors import UserError
-from relvit_d2.pretext.resampling import random_boxes, resample
+from relvit_d2.pretext.resampling import padded_window, random_boxes, resample
 
 CROPS = ("pad", "resized")
 RATIO = (3 / 4, 4 / 3)  # of width over height, torchvision's RandomResizedCrop
@@ -81,7 +80,8 @@ class Augmentation:
         flip = (torch.rand(whole, generator=generator) < config.flip)[part]
         if config.crop == "pad":
             corner = torch.randint(2 * config.pad + 1, (whole, 2), generator=generator)[part]
-            pixels = self._window(images, corner, flip)
+            window = padded_window(corner, flip, (config.size,) * 2, config.pad, "constant")
+            pixels = self._resized(images, _whole(sizes), flip, window)
         else:
             all_sizes = torch.ones(whole, 2, dtype=torch.int64)
             all_sizes[part] = sizes
@@ -105,24 +105,21 @@ class Augmentation:
             side = (sizes.amin(1, keepdim=True) * centre).round().long().clamp(min=1).expand(-1, 2)
             boxes = torch.cat(((sizes - side) // 2, side), 1)
         else:
-            boxes = torch.cat((torch.zeros_like(sizes), sizes), 1)
+            boxes = _whole(sizes)
         return self._normalised(self._resized(images, boxes, torch.zeros(len(images), dtype=torch.bool)))
 
-    def _window(self, images: Tensor, corner: Tensor, flip: Tensor) -> Tensor:
-        """Cut a window out of each image with a black rim and mirror it: ``(B, 3, size, size)`` in 0..1."""
-        place = torch.arange(self.config.size)
-        rows = corner[:, :1] + place
-        cols = corner[:, 1:] + torch.where(flip[:, None], place.flip(0), place)
-        rows, cols = (x.to(images.device, non_blocking=True) for x in (rows, cols))
-        rimmed = F.pad(images, (self.config.pad,) * 4)
-        each = torch.arange(len(images), device=images.device)[:, None, None]
-        return rimmed[each, :, rows[:, :, None], cols[:, None]].permute(0, 3, 1, 2).float().div_(255)
-
-    def _resized(self, images: Tensor, boxes: Tensor, flip: Tensor) -> Tensor:
+    def _resized(
+        self, images: Tensor, boxes: Tensor, flip: Tensor, window: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         # Autocast would round the products to bfloat16, coarser than the images' own eight bits.
         with torch.autocast(images.device.type, enabled=False):
-            return resample(images, boxes, flip, (self.config.size,) * 2).transpose(0, 1)
+            return resample(images, boxes, flip, (self.config.size,) * 2, window=window).transpose(0, 1)
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         mean, std = (torch.tensor(x, device=pixels.device).view(3, 1, 1) for x in (self.config.mean, self.config.std))
         return torch.addcmul(-mean / std, pixels, 1 / std)
+
+
+def _whole(sizes: Tensor) -> Tensor:
+    """Boxes of whole images of ``sizes`` ``(B, 2)``."""
+    return torch.cat((torch.zeros_like(sizes), sizes), 1)

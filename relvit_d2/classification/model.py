@@ -16,25 +16,37 @@ from relvit_d2.classification.augmentation import Augmentation, AugmentationConf
 from relvit_d2.encoders import Encoder, encoder_from_keys
 from relvit_d2.engine.joint import say_if_positions_leak
 from relvit_d2.errors import UserError
-from relvit_d2.pretext.layout import PatchLayout
-from relvit_d2.pretext.task import PretextTask
+from relvit_d2.pretext.task import PretextTask, pooling
+
+POOLS = ("cls", "mean")
 
 
 class Classifier(nn.Module):
-    """An encoder and a linear head on its class token, or on the mean of its tokens where it has none.
+    """An encoder and a linear head.
 
-    As the authors' (models/relvit.py:218-227).
+    Args:
+        encoder: what the head reads.
+        classes: how many there are.
+        pool: ``cls``, the class token, of an encoder without one the mean of the patch tokens (the authors',
+            models/relvit.py:218-227); ``mean``, that mean.
+
+    Raises:
+        UserError: for another ``pool``.
     """
 
-    def __init__(self, encoder: Encoder, classes: int) -> None:
+    def __init__(self, encoder: Encoder, classes: int, pool: str = "cls") -> None:
         super().__init__()
-        self.encoder, self.head = encoder, nn.Linear(encoder.dim, classes)
+        if pool not in POOLS:
+            raise UserError(f"MODEL.CLASSIFIER.POOL '{pool}' is unknown; give {' or '.join(POOLS)}")
+        self.encoder, self.head, self.pool = encoder, nn.Linear(encoder.dim, classes), pool
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Map normalised images ``(B, 3, H, W)`` to float32 scores ``(B, classes)`` and tokens ``(B, N, dim)``."""
         summary, tokens = self.encoder.summarised(pixels)
+        if self.pool == "mean":
+            summary = tokens.mean(1)
         with torch.autocast(summary.device.type, enabled=False):
             return self.head(summary.float()), tokens
 
@@ -79,7 +91,8 @@ class ClassificationModel(nn.Module):
             "accuracy_class": (scores.argmax(1) == labels).float().mean(),
         }
         if self.pretext:
-            layout = PatchLayout.full(len(tokens), self.pretext.grid, tokens.device)
+            last = tokens.mT.unflatten(2, self.network.encoder.grid(*pixels.shape[2:]))
+            tokens, layout = self.pretext.pooled(last)
             chances = {f"chance_{name}": torch.tensor(value) for name, value in self.pretext.chance().items()}
             told |= self.pretext(tokens, layout) | chances
         return told
@@ -150,11 +163,12 @@ def build_classifier(cfg: CfgNode, classes: int) -> ClassificationModel:
             std=tuple(value / 255 for value in cfg.MODEL.PIXEL_STD),
         )
     )
-    network = Classifier(encoder_from_keys(cfg.MODEL), classes)
+    network = Classifier(encoder_from_keys(cfg.MODEL), classes, cfg.MODEL.CLASSIFIER.POOL)
     pretext = None
     if cfg.MODEL.RELVIT.JOINT:
         say_if_positions_leak(network.encoder)
-        pretext = PretextTask.from_keys(network.encoder.dim, network.encoder.grid(view.SIZE, view.SIZE), cfg.PRETEXT)
+        rows, cols = (-(-side // pooling(cfg.PRETEXT)) for side in network.encoder.grid(view.SIZE, view.SIZE))
+        pretext = PretextTask.from_keys(network.encoder.dim, (rows, cols), cfg.PRETEXT)
     model = ClassificationModel(network, augmentation, pretext, _mix(cfg, classes), decay)
     return model.to(cfg.MODEL.DEVICE)
 

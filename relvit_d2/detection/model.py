@@ -9,15 +9,16 @@ from fvcore.common.config import CfgNode
 from torch import Tensor
 
 from relvit_d2.detection import backbone  # noqa: F401  (registers the backbone)
-from relvit_d2.detection.joint import JointRCNN
-from relvit_d2.detection.regions import HEEDING
+from relvit_d2.detection.rcnn import RelViTRCNN
+from relvit_d2.detection.regions import HEADS
 from relvit_d2.errors import UserError
 
 
 def build_detector(cfg: CfgNode) -> GeneralizedRCNN:
     """Build Detectron2's model on ``MODEL.DEVICE``, with every score and box offset in float32.
 
-    Detectron2's own RPN and region heads are built as those that heed regions to be ignored.
+    Detectron2's model, RPN and region heads are replaced by :class:`relvit_d2.detection.rcnn.RelViTRCNN` and those of
+    :mod:`relvit_d2.detection.regions`.
 
     Under autocast the last layers would return bfloat16, whose eight significant bits make neighbouring scores
     tie: that shuffles proposals and detections and coarsens the losses. Those layers are small.
@@ -26,13 +27,14 @@ def build_detector(cfg: CfgNode) -> GeneralizedRCNN:
         UserError: for a ``MODEL.META_ARCHITECTURE`` other than GeneralizedRCNN.
     """
     if cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
-        raise UserError(f"MODEL.META_ARCHITECTURE '{cfg.MODEL.META_ARCHITECTURE}' is not offered; set GeneralizedRCNN")
+        raise UserError(
+            f"MODEL.META_ARCHITECTURE '{cfg.MODEL.META_ARCHITECTURE}' is not supported; set GeneralizedRCNN"
+        )
     cfg = cfg.clone()
     cfg.defrost()
-    if cfg.MODEL.RELVIT.JOINT:
-        cfg.MODEL.META_ARCHITECTURE = JointRCNN.__name__
+    cfg.MODEL.META_ARCHITECTURE = RelViTRCNN.__name__
     for part in (cfg.MODEL.PROPOSAL_GENERATOR, cfg.MODEL.ROI_HEADS):
-        part.NAME = HEEDING.get(part.NAME, part.NAME)
+        part.NAME = HEADS.get(part.NAME, part.NAME)
     model = build_model(cfg)
     rpn, box = model.proposal_generator.rpn_head, model.roi_heads.box_predictor
     last = [rpn.objectness_logits, rpn.anchor_deltas, box.cls_score, box.bbox_pred]

@@ -1,25 +1,98 @@
-"""Region heads that make no background of regions to be ignored: crowds, KITTI's ``DontCare``.
+"""Region heads that leave out what is not part of an image, and make no background of regions to be ignored.
 
-A box counts as inside a region if more than half of its own area is.
+Not part of an image is what only the padding of its batch added. Regions to be ignored are crowds and KITTI's
+``DontCare``; a box counts as inside one if more than half of its own area is.
 """
 
+from typing import Any
+
 import torch
+from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY, ROI_HEADS_REGISTRY
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import StandardROIHeads
-from detectron2.structures import Boxes, Instances, pairwise_ioa, pairwise_iou
+from detectron2.structures import Boxes, ImageList, Instances, pairwise_ioa, pairwise_iou
+from fvcore.common.config import CfgNode
 from torch import Tensor
 
 from relvit_d2.data.regions import Targets
 
 INSIDE = 0.5
+OUTSIDE_LOGIT = -1e8  # of anchors outside their image; finite, since Detectron2 takes infinity for divergence
+
+
+def padded_size(size: tuple[int, int], divisibility: int) -> tuple[int, int]:
+    """Return height and width of an image padded to multiples of ``divisibility`` pixels; 0 is none."""
+    height, width = (-(-int(side) // max(divisibility, 1)) * max(divisibility, 1) for side in size)
+    return height, width
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
-class IgnoringRPN(RPN):
-    """Detectron2's RPN; an anchor inside a region that would be background is not trained on."""
+class RelViTRPN(RPN):
+    """Detectron2's RPN with proposals that do not depend on the batch, and regions to be ignored.
 
-    _inside: Tensor | None = None  # of the anchors of the image whose labels are being made, which are in a region
+    Anchors outside an image's own padded size are neither trained on nor proposed, and its maps are zero there, as
+    beyond the edge of a map. An anchor inside a region to be ignored that would be background is not trained on.
+
+    Args:
+        divisibility: images are padded to multiples of this many pixels.
+        parts: see Detectron2's class.
+    """
+
+    @configurable
+    def __init__(self, *, divisibility: int, **parts: Any) -> None:
+        super().__init__(**parts)
+        self.divisibility = divisibility
+        self._sizes: list[tuple[int, int]] = []  # padded, of the images of the pass, where they are not all equal
+        self._ignored: Tensor | None = None  # which anchors, of the image being labelled, are in a region
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        """See Detectron2's ``configurable``."""
+        return super().from_config(cfg, input_shape) | {"divisibility": cfg.MODEL.PYRAMID.STRIDES[-1]}
+
+    def forward(
+        self, images: ImageList, features: dict[str, Tensor], gt_instances: list[Instances] | None = None
+    ) -> tuple[list[Instances], dict[str, Tensor]]:
+        """See Detectron2's class."""
+        sizes = [padded_size(size, self.divisibility) for size in images.image_sizes]
+        self._sizes = sizes if len(set(sizes)) > 1 else []
+        if self._sizes:
+            names = zip(self.in_features, self.anchor_generator.strides, strict=True)
+            features = {name: self._cleared(features[name], stride) for name, stride in names}
+        return super().forward(images, features, gt_instances)
+
+    def _cleared(self, level: Tensor, stride: int) -> Tensor:
+        """Set a level ``(B, C, h, w)`` to zero outside each image's own padded size."""
+        sizes = torch.tensor(self._sizes, device=level.device)
+        rows, cols = (torch.arange(0, side * stride, stride, device=level.device) for side in level.shape[2:])
+        inside = (rows < sizes[:, :1])[:, :, None] & (cols < sizes[:, 1:])[:, None]
+        return level * inside[:, None]
+
+    def _outside(self, anchors: list[Boxes]) -> list[Tensor]:
+        """Return which anchors of each level lie outside each image's own padded size, ``(B, R)`` bool each."""
+        outside = []
+        for boxes, stride in zip(anchors, self.anchor_generator.strides, strict=True):
+            # The corner of an anchor's cell is a multiple of the stride: half a pixel is more than its rounding error.
+            corners = boxes.get_centers() - self.anchor_generator.offset * stride + 0.5
+            sizes = corners.new_tensor(self._sizes).flip(1)
+            outside.append((corners > sizes[:, None]).any(2))
+        return outside
+
+    def predict_proposals(
+        self,
+        anchors: list[Boxes],
+        pred_objectness_logits: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        image_sizes: list[tuple[int, int]],
+    ) -> list[Instances]:
+        """See Detectron2's class."""
+        if self._sizes:
+            pairs = zip(pred_objectness_logits, self._outside(anchors), strict=True)
+            pred_objectness_logits = [logits.masked_fill(outside, OUTSIDE_LOGIT) for logits, outside in pairs]
+        found = super().predict_proposals(anchors, pred_objectness_logits, pred_anchor_deltas, image_sizes)
+        return [proposals[proposals.objectness_logits > OUTSIDE_LOGIT] for proposals in found]
 
     @torch.no_grad()
     def label_and_sample_anchors(
@@ -27,18 +100,21 @@ class IgnoringRPN(RPN):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """See Detectron2's class."""
         every = Boxes.cat(anchors)
+        inside = ~torch.cat(self._outside(anchors), 1) if self._sizes else [slice(None)] * len(gt_instances)
         labels, boxes = [], []
-        for instances in gt_instances:
-            self._inside = inside_regions(every, instances)
-            (image_labels,), (image_boxes,) = super().label_and_sample_anchors([every], [instances])
+        for own, instances in zip(inside, gt_instances, strict=True):
+            self._ignored = inside_regions(every[own], instances)
+            (own_labels,), (own_boxes,) = super().label_and_sample_anchors([every[own]], [instances])
+            image_labels, image_boxes = own_labels.new_full((len(every),), -1), torch.zeros_like(every.tensor)
+            image_labels[own], image_boxes[own] = own_labels, own_boxes
             labels.append(image_labels)
             boxes.append(image_boxes)
-        self._inside = None
+        self._ignored = None
         return labels, boxes
 
     def _subsample_labels(self, label: Tensor) -> Tensor:
-        if self._inside is not None:
-            label[(label == 0) & self._inside] = -1
+        if self._ignored is not None:
+            label[(label == 0) & self._ignored] = -1
         return super()._subsample_labels(label)
 
 
@@ -59,8 +135,8 @@ class IgnoringROIHeads(StandardROIHeads):
         return super().label_and_sample_proposals(kept, targets)
 
 
-HEEDING = {"RPN": IgnoringRPN.__name__, "StandardROIHeads": IgnoringROIHeads.__name__}
-"""Detectron2's names, and those of the classes here that stand in for them."""
+HEADS = {"RPN": RelViTRPN.__name__, "StandardROIHeads": IgnoringROIHeads.__name__}
+"""Detectron2's names, and those of the classes here that replace them."""
 
 
 def inside_regions(boxes: Boxes, instances: Instances) -> Tensor | None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from timm.layers import Attention, resample_abs_pos_embed, resample_patch_embed
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from relvit_d2.encoders.base import ENCODERS, Encoder, evenly, spaced
@@ -209,6 +209,8 @@ def _builder(dim: int, depth: int, heads: int) -> Callable[..., Encoder]:
             proj_drop_rate=dropout,
             **ANY_SIZE,
         )
+        assert vit.cls_token is not None
+        nn.init.trunc_normal_(vit.cls_token, std=0.02)  # as the authors'; timm's is 1e-6
         return ViT(vit, window, global_blocks)
 
     return build

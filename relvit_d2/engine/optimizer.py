@@ -12,18 +12,18 @@ from relvit_d2.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Tables of positions and tokens: decay would pull them to zero without a loss asking for it
-# (timm's VisionTransformer.no_weight_decay names the same).
-_UNDECAYED = ("pos_embed", "cls_token")
+# Position tables and class tokens are not weight matrices: decay would only pull them to zero
+# (no_weight_decay of timm's VisionTransformer and SwinTransformer).
+_UNDECAYED = ("pos_embed", "cls_token", "relative_position_bias_table")
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.AdamW:
     """Build AdamW with ``SOLVER.WEIGHT_DECAY`` on weight matrices only.
 
-    Norms take ``SOLVER.WEIGHT_DECAY_NORM``, biases ``SOLVER.WEIGHT_DECAY_BIAS``, position embeddings and
-    class tokens none. Parameters that need no gradient are left out. The ``scale`` of a group is what its learning rate
-    is multiplied by: ``SOLVER.LAYER_DECAY`` to the number of the encoder's blocks above, and 1 outside the encoder (K.
-    Clark et al., "ELECTRA", 2020).
+    Norms take ``SOLVER.WEIGHT_DECAY_NORM``, biases ``SOLVER.WEIGHT_DECAY_BIAS``; position embeddings, relative
+    position biases and class tokens take none. Parameters that need no gradient are left out. The ``scale`` of a group
+    is what its learning rate is multiplied by: ``SOLVER.LAYER_DECAY`` to the number of the encoder's blocks above, and
+    1 outside the encoder (K. Clark et al., "ELECTRA", 2020).
 
     Raises:
         UserError: for a ``LAYER_DECAY`` outside 0..1.

@@ -50,10 +50,15 @@ def build_schedule(cfg: CfgNode) -> Schedule:
     """Return the learning rate of each iteration, from the ``SOLVER`` keys, scaled by :func:`batch_factor`.
 
     Raises:
-        UserError: for an unknown ``SOLVER.LR_SCHEDULER_NAME``.
+        UserError: for an unknown ``SOLVER.LR_SCHEDULER_NAME``, or a warm-up as long as the run.
     """
     solver = cfg.SOLVER
     steps, base, end, warmup = solver.MAX_ITER, solver.BASE_LR, solver.BASE_LR_END, solver.WARMUP_ITERS
+    if warmup >= steps:
+        raise UserError(
+            f"SOLVER.WARMUP_ITERS {warmup} is not less than SOLVER.MAX_ITER {steps}, so the learning rate would never "
+            f"reach SOLVER.BASE_LR: set SOLVER.WARMUP_ITERS {steps // 10}, a tenth of the run"
+        )
     known: dict[str, Schedule] = {
         "QuarterCosineLR": lambda i: quarter_cosine(i, steps, base, end, warmup),
         "WarmupCosineLR": lambda i: warmup_cosine(i, steps, base, end, warmup),

@@ -4,14 +4,12 @@ from torch import Tensor, nn
 
 from relvit_d2.errors import UserError
 
-INIT_STD = 0.02  # of the truncated normal that initialises a ViT's linear layers
-
 
 class PairHead(nn.Module):
     """Queries and keys of the score maps of a :class:`relvit_d2.pretext.pair_loss.PairKind`.
 
-    Each map has width floor(dim / maps) and no bias (authors' code, models/relvit.py:66-81,138-147). The authors'
-    value projections never reach a loss and are left out.
+    Each map has width floor(dim / maps), no bias and the default initialisation of ``nn.Linear`` (authors' code,
+    models/relvit.py:66-81,138-147). The authors' value projections never reach a loss and are left out.
 
     Args:
         dim: width of a token.
@@ -30,7 +28,6 @@ class PairHead(nn.Module):
                 f"choose an encoder of width {maps} or more"
             )
         self.query_key = nn.Linear(dim, 2 * maps * self.width, bias=False)
-        nn.init.trunc_normal_(self.query_key.weight, std=INIT_STD)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Turn ``(B, N, dim)`` tokens into queries and keys, ``(B, maps, N, width)`` each."""
@@ -38,17 +35,3 @@ class PairHead(nn.Module):
         maps = self.query_key(tokens).view(batch, count, 2, self.maps, self.width)
         queries, keys = maps.permute(2, 0, 3, 1, 4)
         return queries, keys
-
-
-class PositionHead(nn.Linear):
-    """A linear layer with bias from a token to the cells of the grid (authors' code, models/relvit.py:149).
-
-    Args:
-        dim: width of a token.
-        cells: number of cells of the grid.
-    """
-
-    def __init__(self, dim: int, cells: int) -> None:
-        super().__init__(dim, cells)
-        nn.init.trunc_normal_(self.weight, std=INIT_STD)
-        nn.init.zeros_(self.bias)

@@ -60,6 +60,32 @@ def centre_boxes(sizes: Tensor, shape: tuple[int, int]) -> Tensor:
     return torch.cat(((sizes.long() - crop) // 2, crop), 1)
 
 
+def padded_window(corner: Tensor, flip: Tensor, shape: tuple[int, int], pad: int, mode: str) -> tuple[Tensor, Tensor]:
+    """Return which rows and columns of an image a window of its padded copy shows.
+
+    The window is that of torchvision's ``RandomCrop(shape, padding=pad, padding_mode=mode)`` of an image of ``shape``
+    pixels, mirrored afterwards where ``flip`` is set, read from the image that is mirrored already.
+
+    Args:
+        corner: ``(B, 2)`` int64, 0..2 * pad, the window's top left corner in the padded image.
+        flip: ``(B,)`` bool, which images are mirrored left to right.
+        shape: height and width of the image and of the window.
+        pad: pixels added on each side.
+        mode: ``constant`` for black pixels, ``reflect`` for the image mirrored at its edge, the edge not repeated.
+
+    Returns:
+        ``(B, height)`` and ``(B, width)`` int64; -1 for black.
+    """
+    left = torch.where(flip, 2 * pad - corner[:, 1], corner[:, 1])
+    axes = []
+    for start, length in zip((corner[:, 0], left), shape, strict=True):
+        index = start[:, None] - pad + torch.arange(length, device=start.device)
+        if mode == "reflect":
+            index = (length - 1 - (index.abs() - (length - 1)).abs()) if length > 1 else torch.zeros_like(index)
+        axes.append(index.masked_fill((index < 0) | (index >= length), -1))
+    return axes[0], axes[1]
+
+
 def triangle_weights(centre: Tensor, step: Tensor, first: Tensor, end: Tensor, source: int) -> Tensor:
     """Weights that resample an axis by an antialiased triangle filter.
 
@@ -127,8 +153,9 @@ def resample(
     crop: tuple[int, int],
     cuts: tuple[Tensor, Tensor] | None = None,
     shape: tuple[int, int] | None = None,
+    window: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Crop, resize (antialiased), mirror and cut: ``(B, C, H, W)`` uint8 to ``(C, B, h, w)`` float32 in 0..1.
+    """Crop, resize (antialiased), mirror, shift and cut: ``(B, C, H, W)`` uint8 to ``(C, B, h, w)`` float32 in 0..1.
 
     Args:
         images: ``(B, C, H, W)`` uint8.
@@ -137,10 +164,13 @@ def resample(
         crop: height and width that a box is resized to.
         cuts: where the bands of the crop begin and end (:func:`cuts_of`), None for no mega-patches.
         shape: height and width of the result; None for those of the crop.
+        window: the rows and columns of the crop that are shown in its place (:func:`padded_window`); None for all.
     """
     shape = shape or crop
     if images.device.type == "cpu" and images.shape[2] * images.shape[3] >= LARGE:
         view = _resize_one_by_one(images, boxes, flip, crop)
+        if window is not None:
+            view = _rows(_rows(view, window[0]).mT, window[1]).mT
         if cuts is None:
             return view
         along_y, along_x = mega_weights(cuts[0], crop[0], shape[0]), mega_weights(cuts[1], crop[1], shape[1])
@@ -150,22 +180,30 @@ def resample(
     top, left = boxes[:, :2].amin(0).tolist()
     bottom, right = (boxes[:, :2] + boxes[:, 2:]).amax(0).tolist()
     boxes, flip = boxes.to(images.device), flip.to(images.device)
-    window = images[:, :, top:bottom, left:right]
-    window = window.to(torch.float32, memory_format=torch.contiguous_format)
-    batch, channels, height, width = window.shape
+    pixels = images[:, :, top:bottom, left:right]
+    pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+    batch, channels, height, width = pixels.shape
     along_y = resize_weights(boxes[:, 0] - top, boxes[:, 2], torch.zeros_like(flip), height, crop[0])
     along_x = resize_weights(boxes[:, 1] - left, boxes[:, 3], flip, width, crop[1])
+    if window is not None:
+        along_y, along_x = (_rows(w, index.to(w.device)) for w, index in zip((along_y, along_x), window, strict=True))
     if cuts is not None:  # resampling what was resampled is one product of weights
         cut_y, cut_x = (x.to(images.device) for x in cuts)
         along_y = torch.bmm(mega_weights(cut_y, crop[0], shape[0]), along_y)
         along_x = torch.bmm(mega_weights(cut_x, crop[1], shape[1]), along_x)
     along_x.div_(255)
 
-    view = window.new_empty(channels, batch, *shape)
-    rows = torch.bmm(window.view(batch, channels * height, width), along_x.mT).view(batch, channels, height, shape[1])
+    view = pixels.new_empty(channels, batch, *shape)
+    rows = torch.bmm(pixels.view(batch, channels * height, width), along_x.mT).view(batch, channels, height, shape[1])
     for channel in range(channels):
         torch.bmm(along_y, rows[:, channel], out=view[channel])
     return view
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """Select rows of ``(..., B, h, w)`` by ``index`` ``(B, rows)``, zeros where it is -1: ``(..., B, rows, w)``."""
+    each = torch.arange(len(index), device=x.device)[:, None]
+    return x[..., each, index.clamp(min=0), :] * (index >= 0)[..., None]
 
 
 def _resize_one_by_one(images: Tensor, boxes: Tensor, flip: Tensor, crop: tuple[int, int]) -> Tensor:

@@ -4,11 +4,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relvit_d2.errors import UserError
-from relvit_d2.pretext.heads import PairHead, PositionHead
+from relvit_d2.pretext.heads import PairHead
 from relvit_d2.pretext.layout import PatchLayout
 from relvit_d2.pretext.pair_loss import Angle, Bearing, Distance, PairKind, Relation, pair_loss
 from relvit_d2.pretext.targets import pair_deviation, position_chance, positions, relation_chance
@@ -107,7 +108,7 @@ class PositionTask(Task):
 
     def __init__(self, dim: int, grid: tuple[int, int], config: LossConfig = DEFAULT) -> None:
         super().__init__(dim, grid, config)
-        self.head = PositionHead(dim, grid[0] * grid[1])
+        self.head = nn.Linear(dim, grid[0] * grid[1])  # authors' code, models/relvit.py:149
 
     def forward(self, tokens: Tensor, layout: PatchLayout) -> tuple[Tensor, Tensor]:
         """Score every valid token."""
@@ -159,15 +160,22 @@ class PretextTask(nn.Module):
         grid: rows and columns that positions are told in.
         weights: weight of the loss of each named task; a task of weight 0 is not built.
         config: what the losses share.
+        pool: 1, or 2 for heads that read every second token of the average over 3 x 3 (:meth:`pooled`).
 
     Raises:
         UserError: an unknown task, a negative weight, or no weight above 0.
     """
 
     def __init__(
-        self, dim: int, grid: tuple[int, int], weights: dict[str, float], config: LossConfig = DEFAULT
+        self,
+        dim: int,
+        grid: tuple[int, int],
+        weights: dict[str, float],
+        config: LossConfig = DEFAULT,
+        pool: int = 1,
     ) -> None:
         super().__init__()
+        self.pool = pool
         for name, weight in weights.items():
             if weight < 0:
                 raise UserError(f"the weight of pretext task '{name}' is {weight}: give 0 or more")
@@ -192,6 +200,28 @@ class PretextTask(nn.Module):
             scores[f"{task.measure}_{name}"] = measure
         return scores
 
+    def pooled(self, last: Tensor, extents: Tensor | None = None) -> tuple[Tensor, PatchLayout]:
+        """Return the tokens that the heads read of an encoder's last map, and their layout in unpermuted images.
+
+        With ``pool`` 2 a token is the mean of the 3 x 3 around every second one, without what lies outside the image
+        (the authors' code for T2T, models/relvit.py:151-152,203-207).
+
+        Args:
+            last: ``(B, dim, h, w)``.
+            extents: ``(B, 2)`` integer rows and columns that each image covers of the map; None for all.
+
+        Returns:
+            ``(B, N, dim)``, row by row, and the layout, in which tokens outside an image are invalid.
+        """
+        extents = torch.tensor([last.shape[2:]] * len(last), device=last.device) if extents is None else extents
+        layout = PatchLayout.padded((last.shape[2], last.shape[3]), extents)
+        if self.pool == 2:
+            inside = layout.valid.view(-1, 1, *layout.grid).to(last.dtype)
+            sums, counts = (F.avg_pool2d(x, 3, 2, 1) for x in (last * inside, inside))
+            last = sums / counts.clamp(min=1 / 9)
+            layout = PatchLayout.padded((last.shape[2], last.shape[3]), (extents + 1) // 2)
+        return last.flatten(2).mT, layout
+
     def chance(self, grid: tuple[int, int] | None = None) -> dict[str, float]:
         """Return each task's measure by chance under the task's name.
 
@@ -204,10 +234,21 @@ class PretextTask(nn.Module):
     def from_keys(cls, dim: int, grid: tuple[int, int], keys: Mapping[str, Any]) -> "PretextTask":
         """Build the tasks that the config node ``PRETEXT`` describes."""
         weights = {name.lower(): weight for name, weight in keys["WEIGHTS"].items()}
-        return cls(dim, grid, weights, LossConfig(keys["LABEL_SMOOTHING"], keys["PAIR_DROPOUT"]))
+        return cls(dim, grid, weights, LossConfig(keys["LABEL_SMOOTHING"], keys["PAIR_DROPOUT"]), pooling(keys))
 
     def named_tasks(self) -> Iterator[tuple[str, Task]]:
         """Walk the tasks that are built."""
         for name, task in self.tasks.items():
             assert isinstance(task, Task)
             yield name, task
+
+
+def pooling(keys: Mapping[str, Any]) -> int:
+    """Return ``POOL`` of the config node ``PRETEXT``.
+
+    Raises:
+        UserError: unless it is 1 or 2.
+    """
+    if keys["POOL"] not in (1, 2):
+        raise UserError(f"PRETEXT.POOL {keys['POOL']} is not supported; give 1 or 2")
+    return int(keys["POOL"])

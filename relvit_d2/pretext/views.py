@@ -1,8 +1,8 @@
 """Training and evaluation views of a whole batch at once, from uint8 images, on the images' device.
 
-A view is a resized crop, cut into mega-patches or not, whose patches are each cropped, coloured and moved on their
-own. Crop and mega-patches are one resampling, two batched matrix products. The patches are then gathered once, with
-their crops and sorted for the colour jitter (see color.py), and once more to the slots of the permuted view.
+A view is a resized or a padded crop, cut into mega-patches or not, whose patches are each cropped, coloured and moved
+on their own. Crop and mega-patches are one resampling, two batched matrix products. The patches are then gathered once,
+with their crops and sorted for the colour jitter (see color.py), and once more to the slots of the permuted view.
 """
 
 from collections.abc import Iterator
@@ -16,10 +16,13 @@ from relvit_d2.errors import UserError
 from relvit_d2.pretext.color import HUE, ORDERS, SATURATION, add_noise_, color_jitter_, grayscale_
 from relvit_d2.pretext.hashing import hashed_uniform
 from relvit_d2.pretext.layout import PatchLayout
-from relvit_d2.pretext.resampling import centre_boxes, random_boxes, resample, resize_weights
+from relvit_d2.pretext.resampling import centre_boxes, padded_window, random_boxes, resample, resize_weights
 
 # Pixels of the views made in one pass on a CPU, so that the planes of a pass stay in its cache.
 CPU_PASS_PIXELS = 2**18
+
+CROPS = ("resized", "pad")
+PAD_MODES = ("constant", "reflect")  # torchvision's names
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,12 @@ class ViewConfig:
         size: pixels of a crop, one number for a square or ``(height, width)``; multiples of ``patch_size``.
         patch_size: pixels of a patch's side.
         mega: cut the crop into mega-patches; None for a view that is the crop.
-        crop_scale: range of a crop's share of the image's area.
-        crop_ratio: range of a crop's width over its height.
+        crop_kind: in training ``resized``, a random part of the image, resized; or ``pad``, the largest centred part
+            of the view's aspect, resized, padded, and a random window of the view's size of that.
+        pad: pixels added on each side for ``pad``.
+        pad_mode: what is added: ``constant`` black pixels, or ``reflect``, the image mirrored at its edges.
+        crop_scale: range of a resized crop's share of the image's area.
+        crop_ratio: range of a resized crop's width over its height.
         flip: probability of a horizontal flip.
         patch_crop: each patch shows a random window of round(patch_size / patch_crop) pixels, resized to
             the patch; None leaves patches whole.
@@ -64,12 +71,16 @@ class ViewConfig:
             those of any other number keep saturation, hue and gray, which are RGB's.
 
     Raises:
-        UserError: a size that is no multiple of the patch, a window larger than its patch, or cuts that do not fit.
+        UserError: a size that is no multiple of the patch, a window larger than its patch, cuts that do not fit, or
+            a crop or padding that does not exist.
     """
 
     size: int | tuple[int, int]
     patch_size: int
     mega: MegaPatches | None = None
+    crop_kind: str = "resized"
+    pad: int = 4
+    pad_mode: str = "constant"
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
@@ -85,6 +96,13 @@ class ViewConfig:
 
     def __post_init__(self) -> None:
         height, width = self.crop
+        for key, value, known in (("CROP", self.crop_kind, CROPS), ("PAD_MODE", self.pad_mode, PAD_MODES)):
+            if value not in known:
+                raise UserError(f"PRETEXT.{key} '{value}' is unknown; give {' or '.join(known)}")
+        if not 0 <= self.pad < min(height, width):
+            raise UserError(
+                f"PRETEXT.PAD {self.pad} is out of range; give 0 to {min(height, width) - 1}, less than the view's side"
+            )
         if height % self.patch_size or width % self.patch_size:
             raise UserError(
                 f"a view of {height}x{width} pixels is no whole number of patches of {self.patch_size} pixels: "
@@ -198,8 +216,15 @@ class Views:
         part = slice(first, end)
         all_sizes = sizes.new_ones(whole, 2, device=generator.device)
         all_sizes[part] = sizes.to(generator.device)
-        boxes = random_boxes(all_sizes, config.crop_scale, config.crop_ratio, generator)[part]
+        window = None
+        if config.crop_kind == "pad":
+            boxes = centre_boxes(all_sizes[part], config.crop)
+            corner = torch.randint(2 * config.pad + 1, (whole, 2), generator=generator, device=generator.device)[part]
+        else:
+            boxes = random_boxes(all_sizes, config.crop_scale, config.crop_ratio, generator)[part]
         flip = (torch.rand(whole, generator=generator, device=generator.device) < config.flip)[part]
+        if config.crop_kind == "pad":
+            window = padded_window(corner, flip, config.crop, config.pad, config.pad_mode)
         cuts = None
         if config.mega is not None:
             lines = [torch.rand(whole, n, generator=generator, device=generator.device)[part] for n in _lines(config)]
@@ -207,7 +232,7 @@ class Views:
         draws = None
         if config.augments_patches or config.permute:
             draws = PatchDraws(*(x[part] for x in draw_patches(config, whole, generator)))
-        return self._make(images, boxes, flip, cuts, draws), self._layout(images, draws and draws.slot)
+        return self._make(images, boxes, flip, cuts, draws, window), self._layout(images, draws and draws.slot)
 
     @torch.no_grad()
     def evaluate(self, images: Tensor, sizes: Tensor, keys: Tensor) -> tuple[Tensor, PatchLayout]:
@@ -244,7 +269,13 @@ class Views:
         return layout.permuted(slot.to(images.device)) if slot is not None and self.config.permute else layout
 
     def _make(
-        self, images: Tensor, boxes: Tensor, flip: Tensor, cuts: tuple[Tensor, Tensor] | None, draws: PatchDraws | None
+        self,
+        images: Tensor,
+        boxes: Tensor,
+        flip: Tensor,
+        cuts: tuple[Tensor, Tensor] | None,
+        draws: PatchDraws | None,
+        window: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         config, device = self.config, images.device
         mean, std = (torch.tensor(x, device=device).view(-1, 1, 1, 1) for x in (config.mean, config.std))
@@ -252,8 +283,9 @@ class Views:
         for part in self._passes(images):
             # Autocast would round the products to bfloat16, coarser than the images' own eight bits.
             with torch.autocast(device.type, enabled=False):
-                some = cuts and (cuts[0][part], cuts[1][part])
-                view = resample(images[part], boxes[part], flip[part], config.crop, some, config.shape)
+                some_cuts, some_window = (x and (x[0][part], x[1][part]) for x in (cuts, window))
+                how = config.crop, some_cuts, config.shape, some_window
+                view = resample(images[part], boxes[part], flip[part], *how)
                 if draws is not None:
                     view = augment_patches(view, config, PatchDraws(*(x[part] for x in draws)))
             # One pass normalises and puts the channels back behind the batch.

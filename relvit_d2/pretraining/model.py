@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from detectron2.utils import comm
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from relvit_d2.encoders.weights import save_encoder
 from relvit_d2.errors import UserError
 from relvit_d2.pretext.layout import PatchLayout
 from relvit_d2.pretext.monitor import FeatureStatistics
-from relvit_d2.pretext.task import PretextTask
+from relvit_d2.pretext.task import PretextTask, pooling
 from relvit_d2.pretext.views import MegaPatches, ViewConfig, Views
 
 logger = logging.getLogger(__name__)
@@ -29,14 +28,12 @@ class PretrainingModel(nn.Module):
     Args:
         encoder: what is trained and kept.
         task: the heads, trained and dropped.
-        views: augmentation, on the device of the model.
-        pool: 1, or 2 for heads that see every second token of the average over 3 x 3 (the authors' for T2T,
-            models/relvit.py:151-152,203-207); the patches of the views are as much larger.
+        views: augmentation, on the device of the model; its patches are those of the tokens that the heads read.
     """
 
-    def __init__(self, encoder: Encoder, task: PretextTask, views: Views, pool: int = 1) -> None:
+    def __init__(self, encoder: Encoder, task: PretextTask, views: Views) -> None:
         super().__init__()
-        self.encoder, self.task, self.views, self.pool = encoder, task, views, pool
+        self.encoder, self.task, self.views = encoder, task, views
         self.chances = {f"chance_{name}": torch.tensor(value) for name, value in task.chance().items()}
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -50,11 +47,10 @@ class PretrainingModel(nn.Module):
         return self.task(self.tokens(pixels), layout) | self.chances
 
     def tokens(self, pixels: Tensor) -> Tensor:
-        """Return what the heads see of views ``(B, C, h, w)``: ``(B, N, dim)``, row by row."""
-        if self.pool == 1:
+        """Return what the heads read of views ``(B, C, h, w)``: ``(B, N, dim)``, row by row."""
+        if self.task.pool == 1:
             return self.encoder.tokens(pixels)
-        last = self.encoder(pixels)[self.encoder.last]
-        return F.avg_pool2d(last, 3, self.pool, 1, count_include_pad=False).flatten(2).mT
+        return self.task.pooled(self.encoder(pixels)[self.encoder.last])[0]
 
     def look(self, batch: dict[str, Any]) -> tuple[Tensor, PatchLayout]:
         """Return the views of a batch: see :meth:`forward`."""
@@ -75,9 +71,7 @@ def build_pretraining_model(cfg: CfgNode) -> PretrainingModel:
     for key, count in (("CROP_SCALE", 2), ("JITTER", 4)):
         if len(pretext[key]) != count:
             raise UserError(f"PRETEXT.{key} {list(pretext[key])} has {len(pretext[key])} numbers; give {count}")
-    if pretext.POOL not in (1, 2):
-        raise UserError(f"PRETEXT.POOL {pretext.POOL} is not offered; give 1 or 2")
-    stride = encoder.strides[encoder.last] * pretext.POOL
+    stride = encoder.strides[encoder.last] * pooling(pretext)
     if pretext.IMAGE_SIZE % stride:
         below = pretext.IMAGE_SIZE // stride * stride
         raise UserError(
@@ -89,6 +83,9 @@ def build_pretraining_model(cfg: CfgNode) -> PretrainingModel:
             size=pretext.IMAGE_SIZE,
             patch_size=stride,
             mega=_mega_patches(pretext.MEGA),
+            crop_kind=pretext.CROP,
+            pad=pretext.PAD,
+            pad_mode=pretext.PAD_MODE,
             crop_scale=tuple(pretext.CROP_SCALE),
             flip=pretext.FLIP,
             patch_crop=pretext.PATCH_CROP,
@@ -105,7 +102,7 @@ def build_pretraining_model(cfg: CfgNode) -> PretrainingModel:
     if cfg.INPUT.CHANNELS != 3 and (any(pretext.JITTER[2:]) or pretext.GRAY_PROB):
         logger.info("saturation, hue and gray, which are RGB's, are left alone: INPUT.CHANNELS is not 3")
     task = PretextTask.from_keys(encoder.dim, views.config.grid, pretext)
-    return PretrainingModel(encoder, task, views, pretext.POOL).to(cfg.MODEL.DEVICE)
+    return PretrainingModel(encoder, task, views).to(cfg.MODEL.DEVICE)
 
 
 def _mega_patches(keys: CfgNode) -> MegaPatches | None:

@@ -1,0 +1,146 @@
+"""Mask R-CNN in which an image's detections do not depend on its batch, trained on the pretext tasks too on request."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+from detectron2.structures import ImageList, Instances
+from fvcore.common.config import CfgNode
+from torch import Tensor
+
+from relvit_d2.detection.regions import padded_size
+from relvit_d2.encoders import Encoder
+from relvit_d2.engine.joint import say_if_positions_leak
+from relvit_d2.errors import UserError
+from relvit_d2.pretext.task import PretextTask
+
+
+@META_ARCH_REGISTRY.register()
+class RelViTRCNN(GeneralizedRCNN):
+    """Detectron2's GeneralizedRCNN with features that do not depend on the padding of a batch.
+
+    Positions, attention and windows of a transformer depend on the size of its input. So an image is padded to the
+    divisibility of its own size only, images of equal padded size pass the backbone together, and the region proposal
+    network (:class:`relvit_d2.detection.regions.RelViTRPN`) leaves out the rest of the batch's maps.
+
+    With ``pretext`` the pretext losses on the encoder's last map are added to the losses of training. The images are
+    not permuted, for the detector needs them as they are. Tokens that see nothing but padding take no part.
+    """
+
+    @configurable
+    def __init__(self, *, pretext: PretextTask | None, **parts: Any) -> None:
+        super().__init__(**parts)
+        self.pretext = pretext
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """See Detectron2's ``configurable``.
+
+        Raises:
+            UserError: for tasks that cannot be built, or a ``MODEL.RELVIT.GRID`` that is not a grid.
+        """
+        parts = super().from_config(cfg)
+        return parts | {"pretext": _pretext(cfg, parts["backbone"].encoder) if cfg.MODEL.RELVIT.JOINT else None}
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """See Detectron2's class; joint training adds ``loss_T``, ``accuracy_T`` and ``chance_T`` of each task T."""
+        if not self.training:
+            return self.inference(batched_inputs)
+        images = self.preprocess_image(batched_inputs)
+        instances = [entry["instances"].to(self.device) for entry in batched_inputs]
+        with self._last_maps() as last_maps:
+            features = self.features(images)
+        proposals, proposal_losses = self.proposal_generator(images, features, instances)
+        _, losses = self.roi_heads(images, features, proposals, instances)
+        return losses | proposal_losses | self._pretext_losses(images, last_maps)
+
+    def inference(
+        self,
+        batched_inputs: list[dict[str, Any]],
+        detected_instances: list[Instances] | None = None,
+        do_postprocess: bool = True,
+    ) -> Any:
+        """See Detectron2's class."""
+        images = self.preprocess_image(batched_inputs)
+        features = self.features(images)
+        if detected_instances is None:
+            proposals, _ = self.proposal_generator(images, features, None)
+            results, _ = self.roi_heads(images, features, proposals, None)
+        else:
+            boxes = [instances.to(self.device) for instances in detected_instances]
+            results = self.roi_heads.forward_with_given_boxes(features, boxes)
+        return self._postprocess(results, batched_inputs, images.image_sizes) if do_postprocess else results
+
+    def features(self, images: ImageList) -> dict[str, Tensor]:
+        """Return the backbone's levels, each image's computed at its own padded size.
+
+        Beyond that size a level repeats its last row and column, which is what RoIAlign reads at the edge of a map.
+        """
+        groups = self._groups(images)
+        if len(groups) == 1:
+            return self.backbone(images.tensor)
+        levels = [self.backbone(images.tensor[group, :, :h, :w]) for (h, w), group in groups.items()]
+        return {name: _batched([maps[name] for maps in levels], groups.values()) for name in levels[0]}
+
+    def _groups(self, images: ImageList) -> dict[tuple[int, int], list[int]]:
+        """Return the numbers of the images of each padded size ``(height, width)``."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for number, size in enumerate(images.image_sizes):
+            groups.setdefault(padded_size(size, self.backbone.size_divisibility), []).append(number)
+        return groups
+
+    @contextmanager
+    def _last_maps(self) -> Iterator[list[Tensor]]:
+        """Collect the encoder's last map of every pass inside the block, in joint training."""
+        maps: list[Tensor] = []
+        if self.pretext is None:
+            yield maps
+            return
+        handle = self.backbone.encoder.register_forward_hook(
+            lambda encoder, _, outputs: maps.append(outputs[encoder.last])
+        )
+        try:
+            yield maps
+        finally:
+            handle.remove()
+
+    def _pretext_losses(self, images: ImageList, last_maps: list[Tensor]) -> dict[str, Tensor]:
+        """Return the pretext losses on the last maps of the groups of images, and the accuracies by chance."""
+        if self.pretext is None:
+            return {}
+        last = _batched(last_maps, self._groups(images).values())
+        grids = [self.backbone.encoder.grid(*size) for size in images.image_sizes]
+        tokens, layout = self.pretext.pooled(last, torch.tensor(grids, device=last.device))
+        grids = [(rows, cols) for rows, cols in layout.extent().tolist()]
+        chances = {
+            f"chance_{name}": torch.tensor([task.chance(grid) for grid in grids]).mean()
+            for name, task in self.pretext.named_tasks()
+            if task.measure == "accuracy"
+        }
+        return self.pretext(tokens, layout) | chances
+
+
+def _pretext(cfg: CfgNode, encoder: Encoder) -> PretextTask:
+    """Build the pretext tasks of joint training."""
+    grid = tuple(cfg.MODEL.RELVIT.GRID)
+    if len(grid) != 2 or min(grid) < 1:
+        raise UserError(f"MODEL.RELVIT.GRID {list(grid)} is not a grid: give rows and columns, such as [7, 7]")
+    say_if_positions_leak(encoder)
+    return PretextTask.from_keys(encoder.dim, grid, cfg.PRETEXT)
+
+
+def _batched(parts: list[Tensor], groups: Iterable[list[int]]) -> Tensor:
+    """Put maps ``(b, C, h, w)`` of several sizes into one ``(B, C, max h, max w)``, repeating last rows and columns.
+
+    Args:
+        parts: the maps of each group.
+        groups: the places in the batch of each group's maps.
+    """
+    height, width = (max(part.shape[axis] for part in parts) for axis in (2, 3))
+    padded = [F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]), mode="replicate") for x in parts]
+    places = torch.tensor([number for group in groups for number in group], device=parts[0].device)
+    return torch.cat(padded)[places.argsort()]
