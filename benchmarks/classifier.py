@@ -136,7 +136,9 @@ def trained(cfg: CfgNode) -> tuple[float, float]:
     data = load_data(cfg, training=True)
     seed_everything(cfg.SEED, "model")
     build_trainer(cfg, build_classifier(settle(cfg, data), data.classes), data).train()
-    rows = [json.loads(line) for line in (Path(cfg.OUTPUT_DIR) / "metrics.json").read_text().splitlines()][WARM:]
+    rows = [
+        json.loads(line) for line in (Path(cfg.OUTPUT_DIR) / "metrics.json").read_text(encoding="utf-8").splitlines()
+    ][WARM:]
     took, waited = ([row[name] for row in rows] for name in ("time", "data_time"))
     return min(took), sum(waited) / sum(took)
 

@@ -122,7 +122,9 @@ def trained(cfg: CfgNode, folder: Path, iterations: int) -> tuple[float, float]:
     seed_everything(cfg.SEED, "model")
     trainer = build_trainer(cfg, build_pretraining_model(cfg), files, files[:1])
     trainer.train()
-    rows = [json.loads(line) for line in (Path(cfg.OUTPUT_DIR) / "metrics.json").read_text().splitlines()][WARM:]
+    rows = [
+        json.loads(line) for line in (Path(cfg.OUTPUT_DIR) / "metrics.json").read_text(encoding="utf-8").splitlines()
+    ][WARM:]
     took, waited = ([row[name] for row in rows] for name in ("time", "data_time"))
     return min(took), sum(waited) / sum(took)
 

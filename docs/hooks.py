@@ -98,7 +98,7 @@ def _beside(comments: dict[int, tuple[bool, str]], node: ast.stmt | ast.expr) ->
 
 def config_page() -> str:
     """Return the page of all keys."""
-    source = CONFIG.read_text()
+    source = CONFIG.read_text(encoding="utf-8")
     some: dict[str, tuple[str, ...]] = ast.literal_eval(_table(source, "READ_BY_SOME"))
     without: dict[str, str] = ast.literal_eval(_table(source, "WITHOUT_EFFECT"))
 
@@ -136,7 +136,7 @@ def _code(words: str) -> str:
 
 def page_of(name: str) -> str:
     """Return a file of the repository's root with its links as they are in the site."""
-    text = (ROOT / name).read_text()
+    text = (ROOT / name).read_text(encoding="utf-8")
     if name == "README.md":
         text = text.partition("\n## More\n")[0] + "\n"  # the site has a menu
     for source, page in PAGES.items():

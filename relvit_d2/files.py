@@ -76,9 +76,9 @@ def _flush(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path``."""
+    """Write ``text`` to ``path`` as UTF-8; bytes of file names that are not text are written as they are."""
     with appearing(path) as part:
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -82,7 +82,7 @@ class Case:
 BOTH = (SSL, DETECT)
 CASES = {
     "misspelt key": Case("did you mean 'SOLVER.MAX_ITER'", ("SOLVER.MAX_ITTER", 3)),
-    "wrong type": Case("SOLVER.MAX_ITER wants a value of type int", ("SOLVER.MAX_ITER", "soon")),
+    "wrong type": Case("SOLVER.MAX_ITER takes a value of type int", ("SOLVER.MAX_ITER", "soon")),
     "flag after the overrides": Case("flags go before", ("--resume", "--eval-only")),
     "key twice in a file": Case(
         "bad.yaml' has the key 'MAX_ITER' twice in one place, the second time in line 4",

@@ -10,7 +10,7 @@ from detectron2.config import get_cfg
 
 from relvit_d2.config import _CHANGED, WITHOUT_EFFECT, add_relvit_config
 from relvit_d2.encoders import ENCODERS
-from relvit_d2.engine.config_file import load_config
+from relvit_d2.engine.config_file import flat, load_config
 from relvit_d2.errors import UserError
 from relvit_d2.pretraining.model import build_pretraining_model
 
@@ -145,6 +145,16 @@ def test_keys_without_effect_are_refused_and_exist() -> None:
         (["MODEL.ENCODER.PATCHSIZE", "8"], r"did you mean 'MODEL.ENCODER.PATCH_SIZE'"),
         (["SOLVER.MAX_ITER", "many"], r"SOLVER.MAX_ITER.*int.*many"),
         (["SOLVER.MAX_ITER"], "KEY VALUE pairs"),
+        (["SOLVER.MAX_ITER", "2.5"], r"SOLVER.MAX_ITER takes a value of type int, not 2.5"),
+        (["SOLVER.MAX_ITER", "True"], r"SOLVER.MAX_ITER takes a value of type int, not True"),
+        (["SOLVER.BASE_LR", "nan"], r"SOLVER.BASE_LR takes a value of type float"),
+        (["MODEL.MASK_ON", "2"], r"MODEL.MASK_ON takes a value of type bool, not 2"),
+        (["INPUT.MIN_SIZE_TRAIN", "512"], r"takes a value of type tuple, such as \(64,\), not 512 of type int"),
+        (["MODEL.PYRAMID.STRIDES", "['p2']"], r"MODEL.PYRAMID.STRIDES takes a value of type list"),
+        (["SOLVER", "3"], r"SOLVER is a group of keys"),
+        (["SEED.VALUE", "3"], r"SEED takes a value of type int"),
+        (["VERSION", "1"], r"VERSION 1 .* rewrite the file for version 2"),
+        (["DATASETS.CUSTOM", "{a: ["], r"override 'DATASETS.CUSTOM \{a: \['"),
     ],
 )
 def test_bad_overrides(overrides: list[str], words: str) -> None:
@@ -159,6 +169,8 @@ def test_bad_overrides(overrides: list[str], words: str) -> None:
             "VERSION: 2\nSOLVER:\n  MAX_ITTER: 3\n",
             r"unknown config key 'SOLVER.MAX_ITTER'; did you mean 'SOLVER.MAX_ITER'",
         ),
+        ("SOLVER:\n  MAX_ITER: null\n", r"SOLVER.MAX_ITER takes a value of type int, not None"),
+        ("SOLVER: 3\n", r"bad.yaml': SOLVER is a group of keys"),
         ("VERSION: 2\nSOLVER:\n  MAX_ITER: soon\n", r"SOLVER.MAX_ITER.*int.*soon"),
         ("VERSION: 2\nSOLVER: [\n", "not valid yaml"),
         ("_BASE_: nowhere.yaml\n", "nowhere.yaml"),
@@ -170,6 +182,66 @@ def test_bad_files(text: str, words: str, tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises(UserError, match=words):
         load_config(str(path), [])
+
+
+# Values in other notations than the key's, and what they mean.
+MEANT: dict[type, list[tuple[str, Any]]] = {
+    int: [("7.0", 7), ("1e3", 1000), ("1_000", 1000)],
+    float: [("0", 0.0), ("3", 3.0), ("5e-4", 5e-4)],
+    bool: [("true", True), ("0", False), ("no", False), ("True", True)],
+    str: [("20240101", "20240101"), ("1.50", "1.50"), ("010", "010"), ("12:30", "12:30"), ("2024-01-01", "2024-01-01")],
+}
+
+
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("as_file", [False, True], ids=["override", "file"])
+def test_every_key_takes_another_notation_of_its_type(as_file: bool, number: int, tmp_path: Path) -> None:
+    base = str(Path("configs/base/detection.yaml").resolve())
+    given, meant = dict[str, str](), dict[str, Any]()
+    for key, item in flat(load_config(base, [])).items():
+        if type(item) in MEANT and key != "VERSION" and key not in WITHOUT_EFFECT:
+            given[key], meant[key] = MEANT[type(item)][number % len(MEANT[type(item)])]
+    if as_file:
+        tree: dict[str, Any] = {"_BASE_": base}
+        for key, text in given.items():
+            *groups, name = key.split(".")
+            functools.reduce(lambda node, part: node.setdefault(part, {}), groups, tree)[name] = text
+        (tmp_path / "notations.yaml").write_text(flow(tree))
+        cfg = load_config(str(tmp_path / "notations.yaml"), [])
+    else:
+        cfg = load_config(base, [part for pair in given.items() for part in pair])
+    found = flat(cfg)
+    assert {key: (found[key], type(found[key])) for key in meant} == {k: (v, type(v)) for k, v in meant.items()}
+
+
+def flow(node: Any) -> str:
+    """The yaml of nested dictionaries with the texts as they are."""
+    return "{" + ", ".join(f"{k}: {flow(v)}" for k, v in node.items()) + "}" if isinstance(node, dict) else node
+
+
+def test_lists_take_other_notations_too(tmp_path: Path) -> None:
+    keys = {
+        "MODEL.PYRAMID.STRIDES": ("[4.0, 8, 16.0, 32]", [4, 8, 16, 32]),
+        "MODEL.ANCHOR_GENERATOR.SIZES": ("[[22.6, 32.0], [64]]", [[22.6, 32], [64]]),
+        "INPUT.CROP.SIZE": ("[384, 600]", [384, 600]),
+        "INPUT.MIN_SIZE_TRAIN": ("[384.0, 600]", (384, 600)),
+        "MODEL.RPN.IN_FEATURES": ("(2, 'p3')", ["2", "p3"]),
+        "DATASETS.TRAIN": ("['a', 'b']", ("a", "b")),
+    }
+    cfg = load_config("configs/base/detection.yaml", [part for key in keys for part in (key, keys[key][0])])
+    assert {key: repr(value(cfg, key)) for key in keys} == {key: repr(meant) for key, (_, meant) in keys.items()}
+
+
+def test_an_own_set_takes_texts_as_they_are_written(tmp_path: Path) -> None:
+    text = "{ROOT: 2024, SPLIT: train, CLASSES: [no, 010, 1.50]}"
+    (tmp_path / "own.yaml").write_text(f"DATASETS: {{CUSTOM: {{cells: {text}}}}}\n")
+    meant = {"ROOT": "2024", "SPLIT": "train", "CLASSES": ["no", "010", "1.50"]}
+    assert load_config(str(tmp_path / "own.yaml"), []).DATASETS.CUSTOM.cells == meant
+    base = "configs/base/detection.yaml"
+    assert load_config(base, ["DATASETS.CUSTOM", f"{{cells: {text}}}"]).DATASETS.CUSTOM.cells == meant
+    assert {"cells": meant | {"ROOT": "2025"}} == load_config(
+        base, ["DATASETS.CUSTOM.cells", text, "DATASETS.CUSTOM.cells.ROOT", "2025"]
+    ).DATASETS.CUSTOM
 
 
 def test_an_absent_file_is_named() -> None:

@@ -1,5 +1,6 @@
 """Files appear whole or not at all."""
 
+import ast
 import json
 import os
 import subprocess
@@ -10,6 +11,42 @@ import pytest
 
 from relvit_d2.errors import UserError
 from relvit_d2.files import appearing, make_folder, remove_leftovers, write_json, write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted(p for folder in ("relvit_d2", "tools", "benchmarks", "docs") for p in (ROOT / folder).rglob("*.py"))
+
+
+def opens_text(call: ast.Call) -> bool:
+    """Whether a call reads or writes text, as far as its own words say; ``path.open()`` of an archive is left out."""
+    function, keys = call.func, {keyword.arg: keyword.value for keyword in call.keywords}
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    if {"text", "universal_newlines"} & keys.keys() or name in ("read_text", "write_text"):
+        return True
+    if name not in ("open", "fdopen"):
+        return False
+    method = isinstance(function, ast.Attribute) and name == "open"
+    mode = keys.get("mode", dict(enumerate(call.args)).get(0 if method else 1, ast.Constant("" if method else "r")))
+    return isinstance(mode, ast.Constant) and str(mode.value) in ("r", "w", "a", "x", "r+", "w+", "a+")
+
+
+def test_text_is_utf8_whatever_the_locale() -> None:
+    """Every call that opens text names its encoding, but for ``write_text`` of ``relvit_d2.files``."""
+    forgotten = []
+    for path in SOURCES:
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and opens_text(call):
+                given = {keyword.arg for keyword in call.keywords}
+                ours = ast.unparse(call.func) == "write_text"
+                old = path.name == "setup_env.py" and "universal_newlines" in given  # for a Python without encoding=
+                if not (ours or old or "encoding" in given):
+                    forgotten.append(f"{path}:{call.lineno}: {ast.unparse(call)}")
+    assert not forgotten
+
+
+def test_names_of_files_are_written_as_their_bytes(tmp_path: Path) -> None:
+    """A name that the locale does not decode holds lone surrogates, which UTF-8 refuses."""
+    write_text(tmp_path / "names.txt", "ä " + os.fsdecode(b"\xff\n"))
+    assert (tmp_path / "names.txt").read_bytes() == "ä ".encode() + b"\xff\n"
 
 
 def test_a_failure_leaves_what_was_there_and_no_leftovers(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from detectron2.structures import BoxMode
 from fvcore.common.config import CfgNode
 from PIL import Image
-from scripts import run
+from scripts import fails, run
 
 from relvit_d2.data import cache, catalog
 from relvit_d2.data.coco import load_coco
@@ -450,3 +450,30 @@ def test_train_evaluate_and_pretrain_on_own_data(tmp_path: Path) -> None:
     small = (*TINY, "PRETEXT.IMAGE_SIZE", 32, "OUTPUT_DIR", tmp_path / "ssl")
     config = ("--config-file", "configs/demo/ssl_streets.yaml")
     assert "2 training images" in run(tmp_path, "pretrain_ssl.py", *config, "--data", root, *small).stdout
+
+
+def test_a_locale_that_is_not_utf8_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In ASCII, files are the same UTF-8, and what the terminal cannot show is printed as its escape."""
+    root = write_yolo(tmp_path / "own")
+    (root / "data.yaml").write_text("names: [Käfer, 猫]\n", encoding="utf-8")
+    config = tmp_path / "config.yaml"
+    base = Path("configs/demo/streets.yaml").resolve()
+    config.write_text(f"# Größe\n_BASE_: {base}\nOUTPUT_DIR: {tmp_path / 'out'}\n", encoding="utf-8")
+    for name, value in {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}.items():
+        monkeypatch.setenv(name, value)
+    done = run(tmp_path, "train_net.py", "--config-file", config, "--data", root, *TINY, fresh=True)
+    assert "classes K\\xe4fer, \\u732b" in done.stdout
+    assert "the report is not whole" not in done.stdout
+    for name in ("report.html", "log.txt"):
+        text = (tmp_path / "out" / name).read_text(encoding="utf-8")
+        assert "Käfer" in text and "猫" in text, name
+    done = run(tmp_path, "tools/check_data.py", root, "--output", tmp_path / "check", fresh=True)
+    assert "K\\xe4fer" in done.stdout
+    weights = ("--weights", tmp_path / "out", "--input", root / "images")
+    run(tmp_path, "tools/predict.py", *weights, "--output", tmp_path / "found", fresh=True)
+    output = ("OUTPUT_DIR", tmp_path / "größe")
+    sentence = fails(tmp_path, "train_net.py", "--config-file", config, "--data", root, *output, fresh=True)
+    assert "is not valid in the encoding of this locale, ascii: set the environment variable PYTHONUTF8=1" in sentence
+    config.write_text(f"_BASE_: {base}\nOUTPUT_DIR: {tmp_path / 'größe'}\n", encoding="utf-8")
+    sentence = fails(tmp_path, "train_net.py", "--config-file", config, "--data", root, *TINY, fresh=True)
+    assert "OUTPUT_DIR" in sentence and "PYTHONUTF8=1" in sentence

@@ -7,7 +7,9 @@ tests need no network; the real wheel is installed by ``test_doctor.py``.
 import ast
 import csv
 import hashlib
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,9 +19,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-SET_UP_FILES = ("Makefile", "requirements-detectron2.txt", "tools/setup_env.py", "tools/install_detectron2.py")
+SET_UP_FILES = (
+    "Makefile",
+    "pyproject.toml",
+    "requirements-detectron2.txt",
+    "tools/setup_env.py",
+    "tools/install_detectron2.py",
+)
 NO_NETWORK = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "PIP_FIND_LINKS": ""}
 WHEEL_FILES = {
     "detectron2/__init__.py": "__version__ = '0.7.2'\n",
@@ -212,15 +223,62 @@ def test_make_setup_fails_in_one_sentence_and_repairs(wheels: Path, tmp_path: Pa
     assert run("make", "--question", ".venv/.ready", cwd=tmp_path, env=offline).returncode == 1
 
 
-def test_a_python_that_does_not_fit_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def required_python() -> str:
+    (specifier,) = re.findall(r'^requires-python = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    return str(specifier)
+
+
+# Every version of Python that pyproject.toml promises, and its neighbours.
+PYTHONS = [f"3.{minor}" for minor in range(40) if SpecifierSet(required_python()).contains(f"3.{minor}.0")]
+OTHERS = [f"3.{minor}" for minor in range(40) if f"3.{minor}" not in PYTHONS]
+
+
+def test_every_place_promises_the_same_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     from setup_env import check_python
 
-    assert all(check_python((3, minor, 0)) is None for minor in (10, 11, 12))
-    for version in ((2, 7, 18), (3, 6, 15), (3, 9, 18), (3, 13, 0)):
-        sentence = check_python(version)
-        assert ".".join(map(str, version)) in sentence
+    span = f"Python {PYTHONS[0]} to {PYTHONS[-1]}"
+    assert span in (ROOT / "README.md").read_text()
+    assert f'python_version = "{PYTHONS[0]}"' in (ROOT / "pyproject.toml").read_text()  # of mypy
+    assert f'target-version = "py{PYTHONS[0].replace(".", "")}"' in (ROOT / "pyproject.toml").read_text()  # of ruff
+    assert all(check_python((*map(int, version.split(".")), 7)) is None for version in PYTHONS)
+    for version in ("2.7", *OTHERS):
+        sentence = check_python((*map(int, version.split(".")), 18))
+        assert f"{span} is needed, this is {version}.18;" in sentence
         assert "make PYTHON=python3.11 setup" in sentence
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", PYTHONS)
+def test_the_pins_resolve_for_every_promised_version(version: str, tmp_path: Path) -> None:
+    """pip finds a wheel of every pin for that Python, and no pin contradicts what another one requires."""
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    target = {"python_version": version, "python_full_version": f"{version}.0", "extra": ""}
+    # pip evaluates markers for the Python that it runs in, so they are evaluated here.
+    pins = [pin for pin in map(Requirement, lines) if pin.marker is None or pin.marker.evaluate(target)]
+    assert len({pin.name for pin in pins}) == len({Requirement(line).name for line in lines}) == len(pins)
+    wanted, report = tmp_path / "requirements.txt", tmp_path / "report.json"
+    wanted.write_text("".join(f"{pin.name}{pin.specifier}\n" for pin in pins))
+    done = run(
+        *(sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--no-deps", "--quiet"),
+        *("--python-version", version, "--implementation", "cp", "--target", tmp_path / "site"),
+        *("--only-binary=:all:", "--no-binary=fvcore", "--report", report, "-r", wanted),  # fvcore has no wheel
+        cwd=tmp_path,
+        env=environment(),
+    )
+    if "Connection" in done.stderr:
+        pytest.skip("the package index is not reachable")
+    assert done.returncode == 0, done.stderr
+    found = {
+        canonicalize_name(item["metadata"]["name"]): item["metadata"]
+        for item in json.loads(report.read_text())["install"]
+    }
+    assert found.keys() == {canonicalize_name(pin.name) for pin in pins}
+    for name, metadata in found.items():
+        for needed in map(Requirement, metadata.get("requires_dist", ())):
+            other = found.get(canonicalize_name(needed.name))
+            if other and (needed.marker is None or needed.marker.evaluate(target)):
+                assert needed.specifier.contains(other["version"], prereleases=True), f"{name}: {needed}"
 
 
 def test_an_old_python_can_read_the_set_up_script() -> None:

@@ -83,7 +83,7 @@ def read_losses(run: Path) -> Losses:
     """
     path = run / "metrics.json" if run.is_dir() else run
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no text"
         raise UserError(

@@ -86,7 +86,7 @@ def run(title: str, script: str, config: str, output: Path, opts: list[str]) -> 
 
 def scores(folder: Path) -> dict[str, float]:
     """Read the box AP of the test set that a phase evaluated."""
-    box = next(iter(json.loads((folder / "inference/results.json").read_text()).values()))["bbox"]
+    box = next(iter(json.loads((folder / "inference/results.json").read_text(encoding="utf-8")).values()))["bbox"]
     return {name: round(box[name], 2) for name in ("AP", "AP50", "AP75")}
 
 
@@ -139,7 +139,7 @@ def table(results: dict[str, Any], images: int, seconds: float) -> str:
 
 def draw(records: list[dict[str, Any]], output: Path) -> None:
     """Draw the first test images, truth beside the fine-tuned detector's boxes."""
-    found = json.loads((output / "finetune/inference/coco_instances_results.json").read_text())
+    found = json.loads((output / "finetune/inference/coco_instances_results.json").read_text(encoding="utf-8"))
     rows = []
     for record in records[:SHOWN]:
         mine = [d for d in found if d["image_id"] == record["image_id"] and d["score"] >= SCORE]

@@ -62,7 +62,9 @@ def probe() -> tuple[bool, str]:
     """Import Detectron2 in a fresh process; return (True, its version) or (False, the import's error)."""
     code = "import detectron2, detectron2.modeling; print(detectron2.__version__)"
     # The working directory is first on the path of ``python -c``: a folder named detectron2 must not count.
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=sys.prefix)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", errors="replace", cwd=sys.prefix
+    )
     words = (done.stdout if done.returncode == 0 else done.stderr).strip() or f"exit status {done.returncode}"
     return done.returncode == 0, words.splitlines()[-1]
 
@@ -80,7 +82,7 @@ def download(requirements: Path, target: Path) -> None:
     ]
     command += ["--no-deps", "--only-binary=:all:", "--python-version", "3.10", "--implementation", "cp"]
     command += ["--target", str(target), "--require-hashes", "-r", str(requirements)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
     if done.returncode:
         raise InstallError(f"Detectron2 was not installed: {explain_pip(done.stdout)}")
 
@@ -90,11 +92,11 @@ def prune(package: Path, info: Path) -> None:
     for compiled in package.glob("_C*"):
         compiled.unlink()
     record = info / "RECORD"
-    with record.open(newline="") as file:
+    with record.open(newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     owned = (package.name, info.name)
     kept = [row for row in rows if Path(row[0]).parts[0] in owned and (package.parent / row[0]).exists()]
-    with record.open("w", newline="") as file:
+    with record.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows(kept)
 
 

@@ -86,7 +86,7 @@ def check(config_file: str, images: int, opts: list[str]) -> None:
         run_script(f"training to {end}", [*script, *resume, *pairs, *goal], output, end)
         test = ["DATASETS.TEST", f"({name!r},)", "MODEL.WEIGHTS", str(output / "model_final.pth")]
         run_script("evaluating", [*script, "--eval-only", *pairs, *test], output, 0)
-        ap50 = json.loads((output / "inference/results.json").read_text())[name]["bbox"]["AP50"] or 0.0
+        ap50 = json.loads((output / "inference/results.json").read_text(encoding="utf-8"))[name]["bbox"]["AP50"] or 0.0
         seconds = time.monotonic() - start
         print(f"after {end} iterations and {seconds:.0f} s: AP50 {ap50:.1f} on {images} images", flush=True)
         if ap50 > PASS:

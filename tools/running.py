@@ -32,7 +32,7 @@ def run_script(title: str, command: list[str], output: Path, total: int) -> None
     make_folder(output)
     console, metrics = output / "console.txt", output / "metrics.json"
     pause = 0.5 if sys.stderr.isatty() else 10.0
-    with console.open("w") as log, tqdm(desc=title, total=total, unit="it", mininterval=pause) as bar:
+    with console.open("w", encoding="utf-8") as log, tqdm(desc=title, total=total, unit="it", mininterval=pause) as bar:
         full = [sys.executable, str(ROOT / command[0]), *command[1:]]
         before = _iterations(metrics, total)
         # Ctrl-C reaches this process alone, which passes on one signal: a second one would end the script at once.
@@ -55,7 +55,7 @@ def run_script(title: str, command: list[str], output: Path, total: int) -> None
             bar.set_postfix_str("done", refresh=False)
             bar.update(total - bar.n)
     if process.returncode:
-        lines = console.read_text().strip().splitlines() or ["it said nothing"]
+        lines = console.read_text(encoding="utf-8").strip().splitlines() or ["it said nothing"]
         errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
         raise UserError(f"{command[0]} failed: {(errors or lines)[-1]} (whole log: {console})")
 

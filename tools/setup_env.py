@@ -6,6 +6,7 @@ readable by Python 3.6, so that an old Python gets a sentence instead of a synta
 """
 
 import argparse
+import re
 import subprocess
 import sys
 import time
@@ -22,17 +23,26 @@ class SetupError(Exception):
     """A failure that the user can mend; the message is one sentence."""
 
 
+def supported_minors() -> range:
+    """Return the minor versions of Python 3 that ``requires-python`` in ``pyproject.toml`` allows."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    ((first, end),) = re.findall(r'^requires-python = ">=3\.(\d+),<3\.(\d+)"$', text, re.MULTILINE)
+    return range(int(first), int(end))
+
+
 def check_python(version: tuple) -> "str | None":
-    """Return None for a version (major, minor, micro, ...) that the package runs on, else what to do."""
-    if (3, 10) <= tuple(version[:2]) <= (3, 12):
+    """Return None for a supported version (major, minor, micro, ...), else a sentence with the correction."""
+    minors = supported_minors()
+    if version[0] == 3 and version[1] in minors:
         return None
     found = ".".join(str(part) for part in version[:3])
-    return f"Python 3.10 to 3.12 is needed, this is {found}; run make PYTHON=python3.11 setup"
+    return f"Python 3.{minors[0]} to 3.{minors[-1]} is needed, this is {found}; run make PYTHON=python3.11 setup"
 
 
 def venv_works() -> bool:
-    """Say whether ``.venv`` has a Python of a fitting version with pip."""
-    code = "import sys, pip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))"
+    """Return whether ``.venv`` has a supported Python with pip."""
+    minors = supported_minors()
+    code = f"import sys, pip; sys.exit(not (3, {minors[0]}) <= sys.version_info[:2] <= (3, {minors[-1]}))"
     try:
         return subprocess.run([str(PYTHON), "-c", code], stderr=subprocess.DEVNULL).returncode == 0
     except OSError:
@@ -65,7 +75,7 @@ def install_requirements() -> None:
 
     command = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
     start = time.monotonic()
-    with LOG.open("w") as log:
+    with LOG.open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
             command + ["-r", str(ROOT / "requirements.txt")], stdout=log, stderr=subprocess.STDOUT
         )
@@ -81,7 +91,7 @@ def install_requirements() -> None:
     if sys.stdout.isatty():
         print("\r", end="")
     if process.returncode:
-        reason = explain_pip(LOG.read_text(errors="replace"))
+        reason = explain_pip(LOG.read_text(encoding="utf-8", errors="replace"))
         raise SetupError(f"requirements.txt was not installed: {reason} (all of pip's output: {LOG})")
 
 

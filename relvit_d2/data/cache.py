@@ -127,7 +127,7 @@ def _digest(real: Path, sources: Iterable[Path]) -> str:
 
 def _load(path: Path, digest: str) -> dict[str, Any] | None:
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_text(encoding="utf-8"))
         return document if document["info"]["digest"] == digest else None
     except (OSError, ValueError, LookupError, TypeError):
         return None  # absent, or cut short by whatever

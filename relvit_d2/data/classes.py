@@ -165,10 +165,14 @@ def _flowers(split: str, download: bool, _: str) -> LabelledImages:
 
 def _tiny(split: str, download: bool, _: str) -> LabelledImages:
     root, name = _extracted("Tiny-ImageNet", "tiny-imagenet-200"), f"tiny_imagenet_{split}"
-    classes = (root / "wnids.txt").read_text().split()
+    classes = (root / "wnids.txt").read_text(encoding="utf-8").split()
     if split == "train":
         return read_tree(root / "train", classes, name)
-    rows = [line.split("\t")[:2] for line in (root / "val/val_annotations.txt").read_text().splitlines() if line]
+    rows = [
+        line.split("\t")[:2]
+        for line in (root / "val/val_annotations.txt").read_text(encoding="utf-8").splitlines()
+        if line
+    ]
     number = {synset: label for label, synset in enumerate(classes)}
     labels = torch.tensor([number.get(synset, -1) for _, synset in rows])
     return LabelledImages(name, [root / "val/images" / file for file, _ in rows], labels, tuple(classes))

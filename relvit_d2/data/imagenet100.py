@@ -32,7 +32,7 @@ def synsets(file: str) -> list[str]:
     if not file:
         return CMC_SYNSETS.split()
     try:
-        names = Path(file).read_text().split()
+        names = Path(file).read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"DATASETS.SYNSETS '{file}' cannot be read: give a text file with a synset a line") from error
     if odd := next((name for name in names if not (name[:1] == "n" and name[1:].isdecimal())), None):

@@ -101,7 +101,10 @@ def random_split(ids: tuple[str, ...]) -> dict[str, list[str]]:
     Returns:
         Sorted ids under ``"train"`` and ``"val"``.
     """
-    lists = {split: resources.files(__package__).joinpath(f"kitti_{split}.txt").read_text().split() for split in SPLITS}
+    lists = {
+        split: resources.files(__package__).joinpath(f"kitti_{split}.txt").read_text(encoding="utf-8").split()
+        for split in SPLITS
+    }
     official = sorted(lists["train"] + lists["val"])
     if ids == tuple(official):
         return lists

@@ -10,6 +10,7 @@ coordinates: the image spans ``[0, width] x [0, height]``.
 import logging
 import math
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,7 +169,8 @@ def check_printable(paths: Iterable[str | Path]) -> None:
     """Raise a ``UserError`` for the first of ``paths`` that no log could hold."""
     for path in paths:
         if not str(path).isprintable():
-            raise UserError(f"the name of the file {os.fsencode(path)!r} cannot be printed: rename it")
+            locale = "" if sys.getfilesystemencoding() == "utf-8" else ", or set the environment variable PYTHONUTF8=1"
+            raise UserError(f"the name of the file {os.fsencode(path)!r} cannot be printed: rename it{locale}")
 
 
 def check_unique(names: Sequence[str], where: str) -> None:

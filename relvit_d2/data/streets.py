@@ -118,7 +118,9 @@ def ensure_streets(root: Path) -> Path:
             with tqdm(total=total, desc="drawing streets", unit="image", mininterval=0.5) as bar:
                 for split, (seed, count) in SPLITS.items():
                     generate(workplace / split, count, seed, lambda _: bar.update())
-            (workplace / "streets.json").write_text(json.dumps({"version": VERSION, "splits": SPLITS}) + "\n")
+            (workplace / "streets.json").write_text(
+                json.dumps({"version": VERSION, "splits": SPLITS}) + "\n", encoding="utf-8"
+            )
     except OSError as error:
         raise UserError(
             f"the data set streets cannot be written to {folder} ({error}): free some space there, or set "
@@ -294,7 +296,7 @@ def _write_labels(path: Path, numbers: Sequence[Number]) -> None:
 
 def _stored_version(folder: Path) -> int | None:
     try:
-        return json.loads((folder / "streets.json").read_text())["version"]
+        return json.loads((folder / "streets.json").read_text(encoding="utf-8"))["version"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -115,7 +115,7 @@ def _class_names(cfg: CfgNode, folder: Path) -> list[str]:
     file = folder / "classes.json"
     if file.is_file():
         try:
-            return [str(name) for name in json.loads(file.read_text())]
+            return [str(name) for name in json.loads(file.read_text(encoding="utf-8"))]
         except ValueError as error:
             raise UserError(f"'{file}' is damaged: remove it, or write a list of the classes' names") from error
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):

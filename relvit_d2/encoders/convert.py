@@ -198,7 +198,7 @@ def timm_vit(found: Found, kind: str = "timm", architecture: str | None = None, 
 def _config_beside(path: Path) -> dict[str, Any]:
     beside = path.parent / "config.json"
     try:
-        config = json.loads(beside.read_text()) if beside.is_file() else {}
+        config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) and isinstance(config.get("architecture"), str) else {}

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -103,15 +104,22 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         )
     output = Path(cfg.OUTPUT_DIR)
     try:
+        os.fsencode(cfg.OUTPUT_DIR.encode().decode())  # TensorBoard's writer encodes it as UTF-8
         output.mkdir(parents=True, exist_ok=True)
-        setup_logger(str(output), distributed_rank=comm.get_rank(), name="relvit_d2", abbrev_name="relvit")
-        setup_logger(str(output), distributed_rank=comm.get_rank(), name="detectron2", abbrev_name="d2")
-        setup_logger(str(output), distributed_rank=comm.get_rank(), name="fvcore")
+        for name, short in (("relvit_d2", "relvit"), ("detectron2", "d2"), ("fvcore", "fvcore")):
+            log = setup_logger(str(output), distributed_rank=comm.get_rank(), name=name, abbrev_name=short)
+            # Detectron2 opens log.txt in the locale's encoding.
+            log.handlers[-1].stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[attr-defined]
         if comm.is_main_process() and not args.eval_only:  # an evaluation may run beside a training
             for folder in (output, output / "inference"):
                 remove_leftovers(folder)
     except OSError as error:
         raise UserError(f"OUTPUT_DIR '{output}' cannot be written ({error.strerror}); choose another folder") from error
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"OUTPUT_DIR '{output}' is not valid in the encoding of this locale, {sys.getfilesystemencoding()}: choose "
+            "another folder, or set the environment variable PYTHONUTF8=1"
+        ) from error
     silence()
     device = f"{device_name(cfg.MODEL.DEVICE)}, {torch.get_num_threads()} threads"
     logger.info(f"{VERSIONS}, {device}")

@@ -1,6 +1,6 @@
 """A config from its file and ``KEY VALUE`` pairs, faults as one sentence."""
 
-import re
+import ast
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,10 @@ def load_config(config_file: str, overrides: list[str], script: str | None = Non
         raise UserError(
             f"config file '{config_file}' does not exist; the ones that come with the project are in configs/"
         )
-    for file, content in _files(path, ()):
+    for file, content, written in _files(path, ()):
         for key in flat(content):
             _check_reader(key, str(file), script)
-    try:
-        cfg.merge_from_file(str(path), allow_unsafe=False)
-    except (KeyError, ValueError, AssertionError, AttributeError, TypeError) as error:
-        raise _config_error(error, f"config file '{config_file}'", cfg) from error
+        _merge(cfg, content, written, f"config file '{file}'", list(flat(cfg)))
     if flag := next((word for word in overrides[::2] if word.startswith("--")), None):
         raise UserError(f"'{flag}' stands among the KEY VALUE pairs; flags go before them")
     if len(overrides) % 2:
@@ -48,12 +45,19 @@ def load_config(config_file: str, overrides: list[str], script: str | None = Non
         )
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):
         _check_reader(key, "an override", script)
-        try:
-            # A mapping, as of DATASETS.CUSTOM, comes as text from a command line.
-            mapping = isinstance(value, str) and value.startswith("{")
-            cfg.merge_from_list([key, yaml.safe_load(value) if mapping else value])
-        except (KeyError, ValueError, AssertionError, AttributeError, TypeError, yaml.YAMLError) as error:
-            raise _config_error(error, f"override '{key} {value}'", cfg, key) from error
+        where, content, written = f"override '{key} {value}'", _decode(value), value
+        if isinstance(value, str) and value.startswith("{"):  # a mapping, as of DATASETS.CUSTOM
+            try:
+                content, written = yaml.safe_load(value), yaml.load(value, yaml.BaseLoader)
+            except yaml.YAMLError as error:
+                raise UserError(f"{where}: {' '.join(str(error).split())}") from error
+        for part in reversed(key.split(".")):
+            content, written = {part: content}, {part: written}
+        _merge(cfg, content, written, where, list(flat(cfg)))
+    if cfg.VERSION != get_cfg().VERSION:
+        raise UserError(
+            f"VERSION {cfg.VERSION} of Detectron2's configs is not supported: rewrite the file for version 2"
+        )
     defaults = get_cfg()
     for key, instead in WITHOUT_EFFECT.items():
         if _value(cfg, key) != _value(defaults, key):
@@ -97,13 +101,16 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _files(path: Path, above: tuple[Path, ...]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Give the content of a yaml file and of those that it builds on, without its ``_BASE_``."""
+def _files(path: Path, above: tuple[Path, ...]) -> Iterator[tuple[Path, dict[str, Any], Any]]:
+    """Yield the bases of a yaml file and then itself: path, content without ``_BASE_``, and content with all scalars
+    as the text that is in the file."""
     if path.resolve() in above:
         raise UserError(f"config file '{path}' builds on itself through _BASE_: take one _BASE_ out")
     try:
         with path.open(encoding="utf-8") as file:
             content = yaml.load(file, _StrictLoader)
+            file.seek(0)
+            written = yaml.load(file, yaml.BaseLoader)
     except yaml.YAMLError as error:
         raise UserError(f"config file '{path}' is not valid yaml: {' '.join(str(error).split())}") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -115,7 +122,7 @@ def _files(path: Path, above: tuple[Path, ...]) -> Iterator[tuple[Path, dict[str
     bases = content.pop("_BASE_", [])
     for base in [bases] if isinstance(bases, str) else bases:
         yield from _files(path.parent / Path(base).expanduser(), (*above, path.resolve()))
-    yield path, content
+    yield path, content, written
 
 
 def flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -146,24 +153,106 @@ def _value(cfg: CfgNode, key: str) -> object:
     return cfg
 
 
-def _config_error(error: Exception, where: str, cfg: CfgNode, key: str = "") -> UserError:
-    """Put one of yacs's complaints into a sentence."""
-    text = str(error.args[0]) if error.args else str(error)
-    if mismatch := re.search(
-        r"Type mismatch \((.+?) vs\. (.+?)\) with values \((.+?) vs\. (.+)\) for config key: (\S+)",
-        text,
-        re.S,
-    ):
-        wants, got, _, value, full = mismatch.groups()
+def _decode(value: Any) -> Any:
+    """Return the Python value that a text stands for, such as 1e-4, which is a text in YAML 1.1; else the text."""
+    try:
+        return ast.literal_eval(value) if isinstance(value, str) else value
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return value
 
-        def kind(s: str) -> str:
-            return re.sub(r"<class '(.+?)'>", r"\1", s)
 
-        return UserError(f"{where}: key {full} wants a value of type {kind(wants)}, not {value} of type {kind(got)}")
-    unknown = re.search(r"Non-existent (?:config )?key: (\S+)", text)
-    name = unknown.group(1) if unknown else key
-    if name and (unknown or isinstance(error, KeyError | AssertionError)):
-        return UserError(
-            f"{where}: unknown config key '{name}'{nearest(name, list(flat(cfg))) or '; see relvit_d2/config.py'}"
-        )
-    return UserError(f"{where}: {' '.join(text.split())}")
+def _merge(
+    node: CfgNode, content: dict[Any, Any], written: Any, where: str, known: list[str], prefix: str = ""
+) -> None:
+    """Set keys of a config in place.
+
+    Args:
+        node: the config, or one of its groups.
+        content: values by name.
+        written: the same with scalars as text.
+        where: the origin of the content, for errors.
+        known: all keys of the config.
+        prefix: the full name of ``node`` with a dot.
+
+    Raises:
+        UserError: for an unknown key or a value of the wrong type.
+    """
+    for name, value in content.items():
+        key, text = f"{prefix}{name}", written.get(str(name)) if isinstance(written, dict) else None
+        text = value if text is None else text
+        if name not in node and not node.is_new_allowed():
+            raise UserError(f"{where}: unknown config key '{key}'{nearest(key, known) or '; see relvit_d2/config.py'}")
+        default = node.get(name)
+        if name not in node and isinstance(value, dict):
+            default = node[name] = CfgNode(new_allowed=True)
+        if isinstance(default, CfgNode):
+            if isinstance(value, dict):
+                _merge(default, value, text, where, known, f"{key}.")
+            elif value is not None:  # what a group without keys is in yaml
+                raise UserError(
+                    f"{where}: {key} is a group of keys and takes no value; set {key}.{next(iter(default), 'NAME')}"
+                )
+        elif name not in node or node.is_new_allowed():
+            node[name] = text
+        else:
+            try:
+                node[name] = _as_type_of(default, value, text)
+            except (TypeError, ValueError, OverflowError) as error:
+                example = f", such as {default}" if isinstance(default, list | tuple) and default else ""
+                raise UserError(
+                    f"{where}: key {key} takes a value of type {type(default).__name__}{example}, not {value!r} of "
+                    f"type {type(value).__name__}"
+                ) from error
+
+
+def _as_type_of(default: Any, value: Any, written: Any) -> Any:
+    """Return a value in the type of a default, where nothing is lost: 0 as 0.0, 3.0 as 3, a number as text as written.
+
+    Args:
+        default: of the type that is needed.
+        value: as Python or yaml reads it.
+        written: the same as text.
+
+    Raises:
+        TypeError, ValueError, OverflowError: if it has another type.
+    """
+    kind = type(default)
+    if kind is str:
+        if isinstance(value, str) or value is None:
+            return value or ""
+        if not isinstance(written, str | int | float):
+            raise TypeError
+        return str(written)
+    value = _decode(value)
+    if kind is bool and isinstance(value, str):
+        value = yaml.safe_load(value)  # true, no, ...
+    if isinstance(value, int | float) and (kind is bool or not isinstance(value, bool)):
+        number = kind(value)
+        if number != value:
+            raise ValueError
+        return number
+    if kind in (list, tuple) and isinstance(value, list | tuple):
+        return kind(_items(default, value, written))
+    if type(value) is not kind:
+        raise TypeError
+    return value
+
+
+def _items(default: Any, values: Any, written: Any) -> Iterator[Any]:
+    """Yield the items of a list in the type of the items of ``default``; numbers may have fractions."""
+    while isinstance(default, list | tuple) and default:
+        default = default[0]
+    texts = written if isinstance(written, list) else values
+    for value, text in zip(values, texts, strict=True):
+        if isinstance(value, list | tuple):
+            yield type(value)(_items(default, value, text))
+        elif isinstance(default, str):
+            yield _as_type_of(default, value, text)
+        elif isinstance(default, int | float):
+            number = _decode(value)
+            if not isinstance(number, int | float):
+                raise TypeError
+            # INPUT.CROP.SIZE is a share or a number of pixels: an integer stays one.
+            yield int(number) if type(default) is int and number == int(number) else number
+        else:
+            yield value

@@ -1,6 +1,7 @@
 """What the user reads when a run fails: one sentence, from one process."""
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -24,6 +25,8 @@ _LOST = ("closed by peer", "reset by peer", "Broken pipe", "remote process exite
 def guard(function: Callable[[], int | None]) -> int:
     """Run ``function``, tell the user what ended it before its time, and return the exit status.
 
+    Characters that the terminal's encoding lacks are printed as their escape, such as ``\\u4e2d``.
+
     That is the one that ``function`` returned, 0 for None; 1 after a :class:`UserError`, whose sentence is printed
     (``RELVIT_DEBUG=1``: its traceback); 128 and the signal's number after Ctrl-C and SIGTERM. With several processes
     the first that fails speaks, the others are silent.
@@ -31,7 +34,11 @@ def guard(function: Callable[[], int | None]) -> int:
     Raises:
         Exception: what is a defect, with a single process.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
+        _check_arguments()
         return function() or 0
     except UserError as error:
         if may_tell():
@@ -54,6 +61,19 @@ def guard(function: Callable[[], int | None]) -> int:
         elif may_tell():
             traceback.print_exception(error)
         return 1
+
+
+def _check_arguments() -> None:
+    """Refuse arguments that are not text, as file names are that the locale's encoding does not decode."""
+    for word in sys.argv:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"the argument {os.fsencode(word)!r} is not valid in the encoding of this locale, "
+                f"{sys.getfilesystemencoding()}: set the environment variable PYTHONUTF8=1 if it is UTF-8, else rename "
+                "the file"
+            ) from error
 
 
 def say(error: UserError) -> None:

@@ -14,7 +14,11 @@ def processor() -> str:
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        models = (line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line)
+        models = (
+            line.partition(":")[2].strip()
+            for line in info.read_text(encoding="utf-8").splitlines()
+            if "model name" in line
+        )
         name = next(models, name)
     return f"{name}, {cores()} cores"
 
@@ -43,6 +47,6 @@ def free_memory(device: str) -> float:
         return float(torch.cuda.mem_get_info(device)[0])
     info = Path("/proc/meminfo")
     if info.exists():
-        lines = dict(line.split(":", 1) for line in info.read_text().splitlines())
+        lines = dict(line.split(":", 1) for line in info.read_text(encoding="utf-8").splitlines())
         return float(lines["MemAvailable"].split()[0]) * 2**10
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -133,7 +133,7 @@ def drop_later_metrics(path: Path, start: int) -> dict[str, float]:
         return {}
     kept: list[str] = []
     held: dict[str, float] = {}
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
             at = row.pop("iteration")

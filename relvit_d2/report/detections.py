@@ -80,7 +80,7 @@ def judge(inference: Path, name: str) -> Judged | None:
 
 def _judged(found: Path, truth_file: Path, root: Path) -> Judged:
     """Judge the detections of one file by the truth of another, whose images lie in ``root``."""
-    detections = [d for d in json.loads(found.read_text()) if "bbox" in d]
+    detections = [d for d in json.loads(found.read_text(encoding="utf-8")) if "bbox" in d]
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells its progress
         truth = COCO(str(truth_file))
         categories = truth.getCatIds()

@@ -55,7 +55,7 @@ class Run:
         path = self.folder / "finished.json"
         if not path.is_file():
             return False
-        there = json.loads(path.read_text())
+        there = json.loads(path.read_text(encoding="utf-8"))
         for key, value in self.settings.items():
             if there.get(key) != json.loads(json.dumps(value)):
                 raise UserError(
@@ -72,7 +72,7 @@ class Run:
         """Return what it measured, a detector on its first test set; None before its end or where that is no number."""
         if not self.finished():
             return None
-        found: Any = json.loads((self.folder / "inference/results.json").read_text())
+        found: Any = json.loads((self.folder / "inference/results.json").read_text(encoding="utf-8"))
         tests = self.config.DATASETS.TEST
         # A classifier's sets are measured as one.
         for key in (", ".join(tests) if self.step.script == "train_cls.py" else tests[0], *place):

@@ -79,10 +79,14 @@ def _read(folder: Path, name: str) -> Run:
     if not (folder / "config.yaml").is_file():
         raise UserError(f"'{folder}' is no run: it has no config.yaml; give an OUTPUT_DIR of one of the scripts")
     try:
-        config = flat(yaml.safe_load((folder / "config.yaml").read_text()))
+        config = flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
         info = _json(folder / "run.json")
         results = {k: v for k, v in _json(folder / "inference" / "results.json").items() if isinstance(v, dict)}
-        lines = (folder / "metrics.json").read_text().splitlines() if (folder / "metrics.json").is_file() else []
+        lines = (
+            (folder / "metrics.json").read_text(encoding="utf-8").splitlines()
+            if (folder / "metrics.json").is_file()
+            else []
+        )
         rows = {row["iteration"]: row for row in map(json.loads, lines)}
     except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"the files of the run '{folder}' are damaged ({error}): give another run") from error
@@ -90,7 +94,7 @@ def _read(folder: Path, name: str) -> Run:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _names(folders: list[Path]) -> list[str]:
