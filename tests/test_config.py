@@ -9,6 +9,7 @@ import pytest
 from detectron2.config import get_cfg
 
 from relvit_d2.config import _CHANGED, WITHOUT_EFFECT, add_relvit_config
+from relvit_d2.detection.backbone import SimplePyramid, build_encoder_pyramid_backbone
 from relvit_d2.encoders import ENCODERS
 from relvit_d2.engine.config_file import flat, load_config
 from relvit_d2.errors import UserError
@@ -94,6 +95,31 @@ def test_digits_are_not_mirrored_and_anchors_fit_the_levels(path: str) -> None:
         assert cfg.PRETEXT.FLIP == 0 if "ssl" in path else view
     if "ssl" not in path and "/cls/" not in path:
         assert len(cfg.MODEL.ANCHOR_GENERATOR.SIZES) == len(cfg.MODEL.RPN.IN_FEATURES)
+
+
+@pytest.mark.parametrize("path", [path for path in ROWS if "ssl/" not in path and "cls/" not in path])
+def test_a_header_names_the_pyramid_and_why(path: str) -> None:
+    """The pyramid that the config builds, and beside the paper's FPN the key that is nearer to it."""
+    cfg, header = load_config(path, []), " ".join(Path(path).read_text().replace("\n# ", " ").split())
+    pyramid = built_pyramid(cfg.MODEL.ENCODER.NAME, cfg.MODEL.ENCODER.PATCH_SIZE, cfg.MODEL.PYRAMID.NAME)
+    assert f"Pyramid: {'simple' if pyramid is SimplePyramid else 'FPN'}" in header and 'paper writes "FPN"' in header
+    assert ("MODEL.PYRAMID.NAME multitap" in header) == (pyramid is SimplePyramid)
+
+
+@pytest.mark.parametrize("path", ROWS)
+def test_a_header_states_how_the_authors_data_and_choice_of_the_model_differ(path: str) -> None:
+    header, stem = " ".join(Path(path).read_text().replace("\n# ", " ").split()), Path(path).stem
+    assert ("minival that later became val2017 (from memory)" in header) == stem.startswith("coco_")
+    assert ("Kaggle set ambityga/imagenet100" in header) == stem.startswith("imagenet100_")
+    assert ("the least validation loss" in header) == ("/ssl/" in path)
+    if "/cls/" in path and not stem.endswith(("_supervised", "_joint")):
+        assert "The authors" in header and "TEST.BEST_ON_TEST True" in header
+
+
+@functools.cache
+def built_pyramid(encoder: str, patch: int, pyramid: str) -> type:
+    keys = ["MODEL.ENCODER.NAME", encoder, "MODEL.ENCODER.PATCH_SIZE", str(patch), "MODEL.PYRAMID.NAME", pyramid]
+    return type(build_encoder_pyramid_backbone(load_config("configs/base/detection.yaml", keys), None))
 
 
 def test_no_two_runs_share_a_folder() -> None:

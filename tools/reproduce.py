@@ -20,14 +20,13 @@ from running import run_script  # noqa: E402
 
 from relvit_d2 import __version__  # noqa: E402
 from relvit_d2.engine import interrupts  # noqa: E402
-from relvit_d2.engine.config_file import load_config  # noqa: E402
 from relvit_d2.engine.failures import guard  # noqa: E402
 from relvit_d2.engine.machine import device_name  # noqa: E402
 from relvit_d2.engine.precision import choose_precision  # noqa: E402
 from relvit_d2.errors import UserError, nearest  # noqa: E402
 from relvit_d2.files import write_json, write_text  # noqa: E402
 from relvit_d2.report.published import Row, tables  # noqa: E402
-from relvit_d2.report.reproduce import collect, count_images, data_note, page, plan  # noqa: E402
+from relvit_d2.report.reproduce import ImageCounts, collect, count_images, page, plan  # noqa: E402
 
 
 def main() -> int:
@@ -73,24 +72,23 @@ def reproduce(args: argparse.Namespace, row: Row) -> None:
     ending = f"_{args.scale:g}" if args.scale < 1 else ""
     output = (args.output or Path(f"output/{args.table}_{args.row}{ending}")).absolute()
     seeds = [plan(row, seed, args.scale, output, args.opts) for seed in range(args.seeds)]
-    for run in seeds[0].values():  # what is missing is told before the first run, not hours later
-        count_images(run.config)
-    step = row.arms[0].steps[-1]
-    cfg = load_config(str(ROOT / step.config), args.opts, step.script)
-    if not cfg.DATASETS.TEST:
-        raise UserError("DATASETS.TEST is empty, so there is nothing to compare; name a data set")
-    images = count_images(cfg)
+    images: dict[str, ImageCounts] = {}
+    counts: dict[tuple[str, str], ImageCounts] = {}
+    for run in seeds[0].values():  # missing data end the tool before the first run, not hours later
+        if not run.config.DATASETS.TEST:
+            raise UserError("DATASETS.TEST is empty, so there is nothing to compare; name a data set")
+        key = (run.step.script, str(run.config.DATASETS))
+        if key not in counts:
+            counts[key] = count_images(run.config, run.step.script)
+        images[run.step.name] = counts[key]
+    arms = {arm.name: images[arm.steps[-1].name] for arm in row.arms}
+    notes = dict.fromkeys(count.note for count in arms.values() if count.note)
+    cfg = seeds[0][row.arms[0].steps[-1].name].config
     about: dict[str, Any] = {
         "table": args.table,
         "row": args.row,
         "seeds": args.seeds,
-        "data": {
-            "train": ", ".join(cfg.DATASETS.TRAIN),
-            "test": ", ".join(cfg.DATASETS.TEST),
-            "images": images,
-            "published_images": row.images,
-            "note": args.data_note or data_note(cfg),
-        },
+        "note": args.data_note or "; ".join(notes),
         "machine": {
             "device": device_name(cfg.MODEL.DEVICE),
             "precision": choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE)).name,
@@ -100,8 +98,8 @@ def reproduce(args: argparse.Namespace, row: Row) -> None:
         "command": shlex.join(["python", "tools/reproduce.py", *sys.argv[1:]]),
     }
 
-    def tell() -> str:
-        results = about | collect(row, seeds, images, args.scale)
+    def write() -> str:
+        results = about | collect(row, seeds, arms, args.scale)
         text = page(results)
         write_json(output / "results.json", results)
         write_text(output / "results.md", text)
@@ -113,8 +111,8 @@ def reproduce(args: argparse.Namespace, row: Row) -> None:
             title = f"{number}/{total} {run.step.name}, seed {seed}"
             run_script(title, run.command, run.folder, run.config.SOLVER.MAX_ITER)
             run.finish()
-            tell()
-    print(f"\n{tell()}\nwritten: {output}/results.json, {output}/results.md")
+            write()
+    print(f"\n{write()}\nwritten: {output}/results.json, {output}/results.md")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from fvcore.common.config import CfgNode
 from relvit_d2.classification.model import ClassificationModel
 from relvit_d2.classification.probes import features, linear_probe
 from relvit_d2.data.class_tree import LabelledImages, check_same_classes, places
-from relvit_d2.data.classes import get_class_sets
+from relvit_d2.data.classes import list_class_sets
 from relvit_d2.data.decode import image_size
 from relvit_d2.data.image_batches import ImageStack, TrainingBatches, fixed_batches
 from relvit_d2.encoders.weights import save_encoder
@@ -46,34 +46,50 @@ class ClassificationData:
         return len(next(part for part in (self.train, self.test) if part).classes)
 
 
-def load_data(cfg: CfgNode, training: bool) -> ClassificationData:
-    """Read the sets of ``DATASETS``, and hold out ``DATASETS.VALIDATION``.
+def list_data(cfg: CfgNode, training: bool) -> ClassificationData:
+    """Return the sets of ``DATASETS`` less what ``DATASETS.VALIDATION`` holds out; images in files are not decoded.
 
     Args:
         cfg: the config.
         training: whether the training set is needed.
 
     Raises:
-        UserError: if they are missing or damaged, their classes differ, or their sizes do not fit ``INPUT.VIEW``.
+        UserError: if they are missing or damaged, or their classes differ.
     """
     data = cfg.DATASETS
     how = (data.DOWNLOAD, data.SYNSETS)
-    train = get_class_sets("DATASETS.TRAIN", data.TRAIN, *how) if training else None
+    train = list_class_sets("DATASETS.TRAIN", data.TRAIN, *how) if training else None
     validation = None
     if train and data.VALIDATION:
         if share := re.fullmatch(r"(\d+(?:\.\d+)?)%", data.VALIDATION):
             train, validation = split(train, float(share[1]) / 100, cfg.SEED)
         else:
-            validation = get_class_sets("DATASETS.VALIDATION", [data.VALIDATION], *how)
-    test = get_class_sets("DATASETS.TEST", data.TEST, *how) if data.TEST or not training else None
+            validation = list_class_sets("DATASETS.VALIDATION", [data.VALIDATION], *how)
+    test = list_class_sets("DATASETS.TEST", data.TEST, *how) if data.TEST or not training else None
     parts = [part for part in (train, validation, test) if part]
     for part in parts:
         check_same_classes(parts[0], part)
+    return ClassificationData(train, validation, test)
+
+
+def load_data(cfg: CfgNode, training: bool) -> ClassificationData:
+    """Return the sets of :func:`list_data`, small images decoded.
+
+    Args:
+        cfg: the config.
+        training: whether the training set is needed.
+
+    Raises:
+        UserError: as :func:`list_data`, or if the images do not fit ``INPUT.VIEW``.
+    """
+    listed = list_data(cfg, training)
+    data = ClassificationData(*(part and part.decoded() for part in (listed.train, listed.validation, listed.test)))
+    parts = [part for part in (data.train, data.validation, data.test) if part]
     for name, note in {part.name: part.note for part in parts if part.note}.items():
         logger.warning(f"data set '{name}': {note}")
-    if train and cfg.INPUT.VIEW.CROP == "pad":
-        _check_sizes(train, cfg.INPUT.VIEW.SIZE)
-    return ClassificationData(train, validation, test)
+    if data.train and cfg.INPUT.VIEW.CROP == "pad":
+        _check_sizes(data.train, cfg.INPUT.VIEW.SIZE)
+    return data
 
 
 def _check_sizes(data: LabelledImages, size: int) -> None:

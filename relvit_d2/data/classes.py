@@ -6,7 +6,7 @@ class.
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +56,6 @@ def get_class_set(name: str, download: bool = False, synset_file: str = "") -> L
     return _listed(name, download, synset_file).decoded()
 
 
-@cache
-def about_class_set(name: str, download: bool = False, synset_file: str = "") -> tuple[int, str]:
-    """Return how many images a set has and the note that has to be said of it; arguments as :func:`get_class_set`."""
-    found = _listed(name, download, synset_file)
-    return len(found), found.note
-
-
 def _listed(name: str, download: bool, synset_file: str) -> LabelledImages:
     base, some = subset(name)
     if base in CLASS_SETS:
@@ -77,8 +70,8 @@ def _listed(name: str, download: bool, synset_file: str) -> LabelledImages:
     return whole if len(chosen) == len(whole) else whole.take(torch.tensor(chosen))
 
 
-def get_class_sets(key: str, names: Sequence[str], download: bool = False, synset_file: str = "") -> LabelledImages:
-    """Return the images of several sets together; of several processes one downloads.
+def list_class_sets(key: str, names: Sequence[str], download: bool = False, synset_file: str = "") -> LabelledImages:
+    """Return the images of several sets together, those in files not decoded; of several processes one downloads.
 
     Args:
         key: the config key that names them, for the message.
@@ -91,10 +84,17 @@ def get_class_sets(key: str, names: Sequence[str], download: bool = False, synse
         raise UserError(f"{key} is empty; name a set, such as ('cifar10_train',), or a folder with a folder a class")
     if download and not comm.is_main_process():
         comm.synchronize()
-    sets = [get_class_set(name, download, synset_file) for name in names]
+    sets = [_listed(name, download, synset_file) for name in names]
     if download and comm.is_main_process():
         comm.synchronize()
+    if len({isinstance(part.images, ImageStack) for part in sets}) > 1:
+        sets = [part.decoded() for part in sets]  # pixels and files do not make one sequence
     return together(sets)
+
+
+def get_class_sets(key: str, names: Sequence[str], download: bool = False, synset_file: str = "") -> LabelledImages:
+    """Return the images of several sets together, decoded if they are small; arguments as :func:`list_class_sets`."""
+    return list_class_sets(key, names, download, synset_file).decoded()
 
 
 def _checked(what: str, place: Path, download: bool, make: Callable[[], Any]) -> Any:

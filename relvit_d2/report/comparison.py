@@ -17,7 +17,7 @@ class Runs:
 
     Attributes:
         mean: of the figures.
-        spread: their sample standard deviation (n - 1); None of a single run, and where it was not published.
+        spread: their sample standard deviation (n - 1); None of a single run.
         count: number of runs.
     """
 
@@ -29,11 +29,6 @@ class Runs:
     def of(cls, figures: Sequence[float]) -> "Runs":
         """Sum up at least one figure."""
         return cls(statistics.fmean(figures), statistics.stdev(figures) if len(figures) > 1 else None, len(figures))
-
-    @classmethod
-    def known(cls, figure: float | None) -> "Runs | None":
-        """Return a published figure as one run, None where it is not known."""
-        return None if figure is None else cls(figure)
 
 
 class Difference(NamedTuple):
