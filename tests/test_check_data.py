@@ -85,6 +85,17 @@ def test_proposed_anchors_fit_better_than_those_of_another_scale() -> None:
     assert proposal(boxes, images, better).best_ious(boxes, images).mean() >= better.best_ious(boxes, images).mean()
 
 
+@pytest.mark.parametrize(("box", "size"), [((608, 2), (640, 480)), ((2, 470), (640, 480)), ((2000, 4), (2000, 4))])
+def test_flat_boxes_have_anchors(box: tuple[int, int], size: tuple[int, int]) -> None:
+    things = [thing(0, y, box[0], y + box[1]) for y in range(min(size[1] - box[1] + 1, 9))]
+    report = check_labels({"set": [record("a", *things, size=size)] * 30}, CLASSES, load_config(DETECTION, []))
+    proposed = report["anchors"]["proposal"]
+    (ratios,) = proposed["ASPECT_RATIOS"]
+    assert any(ratio == pytest.approx(box[1] / box[0], rel=0.2) for ratio in ratios)  # sides are whole pixels
+    assert proposed["best_iou"] > 3 * report["anchors"]["anchors"]["best_iou"] > 0
+    assert report["faults"] == []
+
+
 def test_counts_and_quantiles() -> None:
     cfg = load_config(DETECTION, ["INPUT.MIN_SIZE_TRAIN", "(48,)"])
     records = [
@@ -220,7 +231,7 @@ def test_a_label_of_another_size_is_a_fault(tmp_path: Path) -> None:
     right = {"set": [record(path, size=(40, 30))]}
     assert check_images(right, cfg, labelled=True)["faults"] == []
     (fault,) = check_images({"set": [record(path, size=(30, 40))]}, cfg, labelled=True)["faults"]
-    assert f"{path} (says 30 x 40, is 40 x 30)" in fault
+    assert f"{path} (recorded 30 x 40, has 40 x 30)" in fault
 
 
 def test_the_page_of_samples_has_every_image_and_its_boxes(tmp_path: Path) -> None:

@@ -276,12 +276,16 @@ def check_images(
         said.append(_line(" and ".join(sets), "images that cannot be read", [fact.fault for fact in unreadable]))
     for name, items in files.items():
         wrong = [
-            f"{path} (says {record['width']} x {record['height']}, is {facts[path].size[0]} x {facts[path].size[1]})"
+            f"{path} (recorded {record['width']} x {record['height']}, has {width} x {height})"
             for path, record in items.items()
-            if record and not facts[path].fault and (record["width"], record["height"]) != facts[path].size
+            for width, height in [facts[path].size]
+            if record and not facts[path].fault and (record["width"], record["height"]) != (width, height)
         ]
         if wrong:
-            faults.append(_line(name, "images that are not of the size that their label says", wrong))
+            what = (
+                "images of another size than the one in their label, or if it has none, than when the labels were read"
+            )
+            faults.append(_line(name, what, wrong))
     readable = [fact for fact in facts.values() if not fact.fault]
     flat = [fact.path for fact in readable if (fact.histogram > 0).sum() == len(fact.histogram)]
     if flat:
