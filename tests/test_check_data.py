@@ -135,6 +135,24 @@ def test_wrong_labels_are_named(things: list[dict[str, Any]], kind: str, words: 
     assert any(words in sentence for sentence in report[kind])
 
 
+def test_sets_with_nothing_to_find_are_no_fault() -> None:
+    cfg = load_config(DETECTION, [])
+    sound = [record("a", thing(0, 0, 9, 9), thing(0, 0, 9, 9, category=1))]
+    report = check_labels({"train": sound, "bare": [record("b")], "empty": []}, CLASSES, cfg, tests=("bare", "empty"))
+    assert report["faults"] == []
+    nothing = "so that an evaluation on it finds nothing and its AP is NaN"
+    assert report["warnings"] == [f"bare: not one object in its images, {nothing}", f"empty: no image, {nothing}"]
+
+
+def test_more_objects_than_the_detector_returns_are_named() -> None:
+    things = [thing(0, 0, 9, 9, category=i % 2) for i in range(20)] + [thing(0, 0, 9, 9, iscrowd=1)]
+    for limit, warnings in ((20, 0), (19, 1)):
+        cfg = load_config(DETECTION, ["TEST.DETECTIONS_PER_IMAGE", str(limit)])
+        report = check_labels({"set": [record("a.jpg", *things)]}, CLASSES, cfg)
+        assert len(report["warnings"]) == warnings and report["faults"] == []
+    assert "more objects than TEST.DETECTIONS_PER_IMAGE 19" in report["warnings"][0] and "a.jpg" in str(report)
+
+
 def test_what_is_right_is_not_named() -> None:
     things = [thing(0, 0, 64, 48), thing(-0.5, 0, 9, 48.5, category=1), thing(60, 1, 1, 1, iscrowd=1)]
     report = check_labels({"set": [record("a", *things)]}, CLASSES, load_config(DETECTION, []))
