@@ -11,7 +11,15 @@ from relvit_d2.data.catalog import get_metadata, keep_splits
 from relvit_d2.data.check import before_training
 from relvit_d2.data.own import config_pairs, register_own
 from relvit_d2.detection.model import build_detector
-from relvit_d2.detection.run import build_trainer, evaluate, evaluation_sets, settle, training_records
+from relvit_d2.detection.run import (
+    build_trainer,
+    evaluate,
+    evaluated_records,
+    evaluation_sets,
+    mask_notes,
+    settle,
+    training_records,
+)
 from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.engine.cli import add_data, keep_config, run_script, start_run
 from relvit_d2.engine.config_file import load_config
@@ -32,11 +40,11 @@ def main(args: argparse.Namespace) -> None:
     tests = evaluation_sets(asked)
     if args.eval_only and not tests:
         raise UserError("DATASETS.TEST is empty; name a data set to evaluate on, such as ('voc_2007_test',)")
-    records = [record for test in tests.values() for record in test] if args.eval_only else training_records(asked)
+    records = evaluated_records(tests) if args.eval_only else training_records(asked)
     keep_splits(tests if args.eval_only else (*asked.DATASETS.TRAIN, *tests), Path(asked.OUTPUT_DIR))
     cfg = settle(asked, records)
-    if asked.MODEL.MASK_ON and not cfg.MODEL.MASK_ON:
-        logger.info("the data have boxes without masks: the mask head is off")
+    for note in mask_notes(asked, cfg, records, tests):
+        logger.info(note)
     if not args.eval_only:
         before_training(cfg, records, tests, get_metadata(cfg.DATASETS.TRAIN[0]).thing_classes)
     model = build_detector(cfg)

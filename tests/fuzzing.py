@@ -23,7 +23,7 @@ from test_svhn import write_mat
 
 from relvit_d2.data import own
 from relvit_d2.data.catalog import DATASETS, get_images, get_records
-from relvit_d2.data.decode import read_rgb
+from relvit_d2.data.decode import image_size, read_rgb
 from relvit_d2.errors import UserError
 
 
@@ -112,6 +112,7 @@ def make_images(root: Path) -> None:
     folder = root / "images"
     kinds = [("a.png", "RGB"), ("b.jpg", "RGB"), ("c.png", "P"), ("d.png", "L"), ("e.png", "RGBA"), ("f.png", "1")]
     kinds += [("g.bmp", "RGB"), ("h.tif", "RGB"), ("i.webp", "RGB"), ("j.jpg", "CMYK"), ("sub/k.ppm", "RGB")]
+    kinds += [("m.gif", "P"), ("n.jfif", "RGB")]
     for seed, (name, mode) in enumerate(kinds):
         noise(folder / name, seed, (9, 7), mode)
     Image.fromarray(np.arange(63, dtype=np.uint16).reshape(7, 9) * 1000).save(folder / "l.png")
@@ -146,6 +147,7 @@ def read_images(*sources: Path) -> list[dict[str, Any]]:
         with suppress(UserError):
             pixels = read_rgb(path)
             assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
+            assert image_size(path) == pixels.shape[1::-1], path
             records.append(
                 {"file_name": str(path), "image_id": str(path), "height": pixels.shape[0], "width": pixels.shape[1]}
             )

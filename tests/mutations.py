@@ -6,8 +6,10 @@ import os
 import random
 import re
 import shutil
+import struct
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+from PIL import Image
 from test_bad_input import huge_png
 
 from relvit_d2.data.folder import EXTENSIONS
@@ -311,6 +314,33 @@ def archive_number(path: Path, draw: random.Random, outside: Path) -> None:
     path.write_bytes(data)
 
 
+def image_metadata(path: Path, draw: random.Random, outside: Path) -> None:
+    """Turn an image by EXIF data that its format allows; behind a PNG's pixels by data that may be damaged."""
+    exif = Image.Exif()
+    exif[0x0112] = draw.randrange(10)
+    with Image.open(path) as image:
+        image.load()
+    if image.format != "PNG" or draw.random() < 0.2:
+        image.save(path, format=image.format, exif=exif)
+        return
+    body = bytearray(exif.tobytes().removeprefix(b"Exif\0\0"))
+    if draw.random() < 0.3:
+        body[draw.randrange(len(body))] = draw.randrange(256)
+    text = b"\nexif\n%8d\n" % len(body) + body.hex().encode()
+    kind, content = draw.choice(
+        (
+            (b"eXIf", bytes(body)),
+            (b"tEXt", b"Raw profile type exif\0" + text),
+            (b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(text)[: draw.choice((None, 9))]),
+        )
+    )
+    data = path.read_bytes()
+    place = draw.choice((len(data) - 12, 33))  # before the last chunk, or behind the first
+    checksum = zlib.crc32(kind + content) ^ draw.choice((0, 0, 0, 1))
+    chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+    path.write_bytes(data[:place] + chunk + data[place:])
+
+
 def huge_image(path: Path, draw: random.Random, outside: Path) -> None:
     path.write_bytes(huge_png())
 
@@ -323,7 +353,7 @@ BY_ENDING: dict[str, tuple[Mutation, ...]] = {
     ".mat": (*[hdf5_node] * 5, hdf5_outside),
     ".yaml": (text_field, text_line, yaml_bomb, yaml_bomb, flip, stir),
     **dict.fromkeys((".zip", ".tar"), (archive_member, archive_member, archive_number, archive_number, flip, stir)),
-    **dict.fromkeys(EXTENSIONS, (flip, flip, stir, huge_image)),
+    **dict.fromkeys(EXTENSIONS, (flip, flip, stir, huge_image, image_metadata, image_metadata)),
 }
 
 

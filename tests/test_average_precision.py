@@ -50,17 +50,19 @@ def random_case(seed: int, images: int, crowd: float, ids: str) -> tuple[COCO, l
     return truth, detections
 
 
-def official(truth: COCO, detections: list[dict[str, Any]], iou_type: str) -> COCOeval:
-    """Evaluate with pycocotools as Detectron2 does."""
+def official(truth: COCO, detections: list[dict[str, Any]], iou_type: str, limit: int = 100) -> COCOeval:
+    """Evaluate with pycocotools as Detectron2 does; its summary is made for a limit of 100 alone."""
     results = [{k: v for k, v in d.items() if k != "bbox" or iou_type == "bbox"} for d in detections]
     found = truth.loadRes(results) if results else COCO()
     if not results:
         found.dataset = {**truth.dataset, "annotations": []}
         found.createIndex()
     evaluation = COCOeval(truth, found, iou_type)
+    evaluation.params.maxDets = [1, 10, limit]
     evaluation.evaluate()
     evaluation.accumulate()
-    evaluation.summarize()
+    if limit == 100:
+        evaluation.summarize()
     return evaluation
 
 
@@ -86,6 +88,18 @@ def test_fast_evaluation_is_pycocotools(case: str, found: str, iou_type: str) ->
     np.testing.assert_allclose(ours.stats[:12], expected.stats, rtol=0, atol=1e-12)
     for name in ("precision", "recall"):
         np.testing.assert_allclose(ours.eval[name], expected.eval[name], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("limit", [1, 7, 20, 100, 300])
+def test_the_limit_of_detections_is_pycocotools(limit: int) -> None:
+    truth, detections = random_case(6, 8, 0.2, "numbers")
+    detections = [{**d, "category_id": 5} for d in detections for _ in range(4)]  # up to 240 of an image
+    expected = official(truth, detections, "bbox", limit)
+    ours = coco_evaluation(truth, detections, "bbox", limit)
+    for name in ("precision", "recall"):
+        np.testing.assert_allclose(ours.eval[name], expected.eval[name], rtol=0, atol=1e-12)
+    precision = expected.eval["precision"][..., 0, -1]
+    assert ours.stats[0] == pytest.approx(precision[precision > -1].mean())
 
 
 def test_an_object_of_id_0_can_be_found() -> None:

@@ -1,17 +1,22 @@
 """Gray, deep and many-channelled images, from the file to the loss."""
 
+import io
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
 from detectron2.utils.events import EventStorage
 from PIL import Image
 from scripts import run
 
-from relvit_d2.data.decode import PixelFormat, image_size, read_rgb
+from relvit_d2.data.catalog import get_images
+from relvit_d2.data.decode import PixelFormat, channels_and_white, image_size, read_rgb
 from relvit_d2.data.mapper import DetectionMapper, ImageReader
 from relvit_d2.data.statistics import pixel_format, pixel_statistics
 from relvit_d2.detection.model import build_detector
@@ -55,7 +60,7 @@ def test_more_than_eight_bits(tmp_path: Path, name: str, channels: int) -> None:
 
 def test_numbers_of_no_known_range(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", FIVE.astype(np.float32) / 255)
-    with pytest.raises(UserError, match=r"a\.npy' holds float32 numbers, whose range nothing tells: set INPUT.WHITE"):
+    with pytest.raises(UserError, match=r"a\.npy' holds float32 numbers, whose range is unknown: set INPUT.WHITE"):
         PixelFormat(5).read(tmp_path / "a.npy")
     assert (PixelFormat(5, 1).read(tmp_path / "a.npy") == FIVE).all()
     np.save(tmp_path / "b.npy", np.full((4, 4), np.nan, np.float32))
@@ -92,14 +97,94 @@ def test_bad_arrays_are_one_sentence(tmp_path: Path, content: Any) -> None:
         PixelFormat(3).read(path)
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_sizes_are_upright(tmp_path: Path, orientation: int) -> None:
+def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn stored pixels as EXIF 2.3 defines its tag 0x0112."""
+    turned = pixels.swapaxes(0, 1) if orientation > 4 else pixels
+    if orientation in (2, 3, 6, 7):
+        turned = turned[:, ::-1]
+    return turned[::-1] if orientation in (3, 4, 7, 8) else turned
+
+
+def exif_of(orientation: int) -> Image.Exif:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    for name in ("a.jpg", "a.png"):
-        Image.fromarray(FIVE[..., :3]).save(tmp_path / name, exif=exif)
-        height, width = read_rgb(tmp_path / name).shape[:2]
-        assert image_size(tmp_path / name) == (width, height)
+    return exif
+
+
+def add_chunk(file: Path, kind: bytes, body: bytes) -> None:
+    """Put a chunk behind the pixels of a PNG file."""
+    data = file.read_bytes()
+    chunk = len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+    file.write_bytes(data[:-12] + chunk + data[-12:])
+
+
+def chunk_of(kind: str, orientation: int) -> tuple[bytes, bytes]:
+    """Return a chunk that holds an orientation: EXIF, EXIF as ImageMagick writes it into text, or XMP."""
+    exif = exif_of(orientation).tobytes()
+    profile = f"\nexif\n{len(exif):8d}\n{exif.hex()}\n".encode()
+    return {
+        "eXIf": (b"eXIf", exif.removeprefix(b"Exif\0\0")),
+        "tEXt": (b"tEXt", b"Raw profile type exif\0" + profile),
+        "zTXt": (b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(profile)),
+        "iTXt": (b"iTXt", b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="%d"/>' % orientation),
+    }[kind]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("pixels", [FIVE[..., :3], GRAY, DEEP], ids=["colour", "gray", "deep"])
+def test_pixels_and_sizes_are_upright_wherever_the_orientation_is_stored(
+    tmp_path: Path, orientation: int, pixels: np.ndarray
+) -> None:
+    for name in ("a.jpg", "a.webp", "a.tif", "a.png"):
+        if not (pixels is DEEP and name in ("a.jpg", "a.webp")):
+            Image.fromarray(pixels).save(
+                tmp_path / name, exif=exif_of(orientation), quality=100, subsampling=0, lossless=True
+            )
+    for kind in ("eXIf", "tEXt", "zTXt", "iTXt"):
+        Image.fromarray(pixels).save(tmp_path / f"{kind}.png")
+        add_chunk(tmp_path / f"{kind}.png", *chunk_of(kind, orientation))
+    with zipfile.ZipFile(tmp_path / f"{orientation}.zip", "w") as packed:  # archives stay open by their path
+        for file in sorted(tmp_path.glob("*.png")):
+            packed.write(file, file.name)
+    for path in [
+        *sorted(tmp_path.glob("a.*")),
+        *sorted(tmp_path.glob("*.png")),
+        *get_images(f"{tmp_path}/{orientation}.zip"),
+    ]:
+        expected = upright(pixels, orientation)
+        for channels in (1, 3):
+            read = PixelFormat(channels).read(path)
+            assert image_size(path) == read.shape[1::-1] == expected.shape[1::-1], path
+            if isinstance(path, Path):
+                with Image.open(io.BytesIO(path.read_bytes())) as picture:
+                    for _ in range(2):  # before its pixels are decoded and after
+                        assert (PixelFormat(channels).convert(picture) == read).all(), path
+                        picture.load()
+            plain = PixelFormat(channels).convert(Image.fromarray(expected))
+            assert np.abs(read.astype(int) - plain).mean() < (20 if str(path).endswith(".jpg") else 0.001), path
+            assert max(image_size(path)) == 30 and PixelFormat(channels).read(path, 15).shape[1::-1] == (
+                (15, 10) if expected.shape[1] == 30 else (10, 15)
+            )
+        if isinstance(path, Path) and pixels is not DEEP and path.suffix != ".tif":  # which Detectron2 turns twice
+            assert (read_image(str(path), "RGB") == read_rgb(path)).all(), path
+
+
+def test_damaged_metadata_do_not_make_an_image_unreadable(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    for kind, body in ((b"eXIf", b"nonsense"), (b"tEXt", b"Raw profile type exif\0\nexif\n 4\nxyz")):
+        Image.fromarray(FIVE[..., :3]).save(path)
+        add_chunk(path, kind, body)
+        assert image_size(path) == (30, 20) and (read_rgb(path) == FIVE[..., :3]).all()
+
+
+def test_an_animation_is_its_first_frame_and_has_no_pages(tmp_path: Path) -> None:
+    frames = [Image.fromarray(GRAY + np.uint8(40 * i)) for i in range(4)]
+    for name in ("a.gif", "a.png", "a.webp"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
+        assert (PixelFormat(1).read(tmp_path / name)[..., 0] == GRAY).all()
+        assert channels_and_white(tmp_path / name)[0] in (1, 3)
+        with pytest.raises(UserError, match=r"set it to [13]"):
+            PixelFormat(4).read(tmp_path / name)
 
 
 def test_statistics_are_those_of_all_pixels(tmp_path: Path) -> None:

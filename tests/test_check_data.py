@@ -85,6 +85,17 @@ def test_proposed_anchors_fit_better_than_those_of_another_scale() -> None:
     assert proposal(boxes, images, better).best_ious(boxes, images).mean() >= better.best_ious(boxes, images).mean()
 
 
+@pytest.mark.parametrize(("box", "size"), [((608, 2), (640, 480)), ((2, 470), (640, 480)), ((2000, 4), (2000, 4))])
+def test_flat_boxes_have_anchors(box: tuple[int, int], size: tuple[int, int]) -> None:
+    things = [thing(0, y, box[0], y + box[1]) for y in range(min(size[1] - box[1] + 1, 9))]
+    report = check_labels({"set": [record("a", *things, size=size)] * 30}, CLASSES, load_config(DETECTION, []))
+    proposed = report["anchors"]["proposal"]
+    (ratios,) = proposed["ASPECT_RATIOS"]
+    assert any(ratio == pytest.approx(box[1] / box[0], rel=0.2) for ratio in ratios)  # sides are whole pixels
+    assert proposed["best_iou"] > 3 * report["anchors"]["anchors"]["best_iou"] > 0
+    assert report["faults"] == []
+
+
 def test_counts_and_quantiles() -> None:
     cfg = load_config(DETECTION, ["INPUT.MIN_SIZE_TRAIN", "(48,)"])
     records = [
@@ -122,6 +133,24 @@ def test_counts_and_quantiles() -> None:
 def test_wrong_labels_are_named(things: list[dict[str, Any]], kind: str, words: str) -> None:
     report = check_labels({"set": [record("a.jpg", *things)]}, CLASSES, load_config(DETECTION, []))
     assert any(words in sentence for sentence in report[kind])
+
+
+def test_sets_with_nothing_to_find_are_no_fault() -> None:
+    cfg = load_config(DETECTION, [])
+    sound = [record("a", thing(0, 0, 9, 9), thing(0, 0, 9, 9, category=1))]
+    report = check_labels({"train": sound, "bare": [record("b")], "empty": []}, CLASSES, cfg, tests=("bare", "empty"))
+    assert report["faults"] == []
+    nothing = "so that an evaluation on it finds nothing and its AP is NaN"
+    assert report["warnings"] == [f"bare: not one object in its images, {nothing}", f"empty: no image, {nothing}"]
+
+
+def test_more_objects_than_the_detector_returns_are_named() -> None:
+    things = [thing(0, 0, 9, 9, category=i % 2) for i in range(20)] + [thing(0, 0, 9, 9, iscrowd=1)]
+    for limit, warnings in ((20, 0), (19, 1)):
+        cfg = load_config(DETECTION, ["TEST.DETECTIONS_PER_IMAGE", str(limit)])
+        report = check_labels({"set": [record("a.jpg", *things)]}, CLASSES, cfg)
+        assert len(report["warnings"]) == warnings and report["faults"] == []
+    assert "more objects than TEST.DETECTIONS_PER_IMAGE 19" in report["warnings"][0] and "a.jpg" in str(report)
 
 
 def test_what_is_right_is_not_named() -> None:
@@ -220,7 +249,7 @@ def test_a_label_of_another_size_is_a_fault(tmp_path: Path) -> None:
     right = {"set": [record(path, size=(40, 30))]}
     assert check_images(right, cfg, labelled=True)["faults"] == []
     (fault,) = check_images({"set": [record(path, size=(30, 40))]}, cfg, labelled=True)["faults"]
-    assert f"{path} (says 30 x 40, is 40 x 30)" in fault
+    assert f"{path} (recorded 30 x 40, has 40 x 30)" in fault
 
 
 def test_the_page_of_samples_has_every_image_and_its_boxes(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from pycocotools.cocoeval import COCOeval
 
 from relvit_d2.data.svhn import load_svhn
 from relvit_d2.evaluation.coco import CocoStyleEvaluator, coco_ground_truth
+from relvit_d2.evaluation.kitti import KittiEvaluator
 from relvit_d2.evaluation.voc07 import Voc07Evaluator
 
 
@@ -273,6 +275,64 @@ def test_masks_are_evaluated_where_they_are_predicted(tmp_path: Path) -> None:
         assert results["segm"]["AP"] == pytest.approx(100)
         assert results["bbox"]["AP"] == pytest.approx(100)
     assert isinstance(rle["counts"], bytes)  # the records stay as they were
+
+
+def masked(evaluator: CocoStyleEvaluator, image_ids: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Results where each image has one detection, of class 0, with the mask of its box."""
+    evaluator.reset()
+    for image_id in image_ids:
+        found = instances([([30, 20, 90, 60], 0, 0.9)])
+        mask = torch.zeros(1, 200, 200, dtype=torch.bool)
+        mask[:, 20:60, 30:90] = True
+        found.pred_masks = mask
+        evaluator.process([{"image_id": image_id}], [{"instances": found}])
+    return evaluator.evaluate()
+
+
+def test_masks_are_evaluated_only_where_every_object_has_one(tmp_path: Path) -> None:
+    item = {"bbox": [30, 20, 90, 60], "category_id": 0}
+    whole = item | {"segmentation": [[30, 20, 90, 20, 90, 60, 30, 60]]}
+    crowd = {"bbox": [100, 100, 150, 150], "category_id": 0, "iscrowd": 1}
+    mixed = [record("a", [whole]), record("b", [item])]
+    results = masked(CocoStyleEvaluator("mixed", mixed, ["x"], tmp_path / "mixed", True), "ab")
+    assert results.keys() == {"bbox"} and results["bbox"]["AP"] == pytest.approx(100)
+    crowded = [record("a", [whole, crowd]), record("b", [whole])]
+    results = masked(CocoStyleEvaluator("crowd", crowded, ["x"], tmp_path / "crowd", True), "ab")
+    assert results["bbox"]["AP"] == results["segm"]["AP"] == pytest.approx(100)
+    # A COCO file of the data set's own, as Detectron2 registers it.
+    name = "test_evaluation_mixed"
+    file = tmp_path / "mixed.json"
+    file.write_text(json.dumps(coco_ground_truth(mixed, ["x"], True)))
+    try:
+        MetadataCatalog.get(name).set(json_file=str(file), thing_classes=["x"])
+        results = masked(CocoStyleEvaluator(name, None, ["x"], tmp_path / "file", True), "ab")
+    finally:
+        MetadataCatalog.remove(name)
+    assert results.keys() == {"bbox"} and results["bbox"]["AP"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_sets_without_objects_or_images_have_no_ap_and_the_reason(
+    count: int, tmp_path: Path, log_lines: list[str]
+) -> None:
+    records = [record(image_id, []) for image_id in "ab"[:count]]
+    for found in ({item["image_id"]: boxes for item in records} for boxes in ([], [([20.0, 20, 50, 50], 0, 0.9)])):
+        coco = run(CocoStyleEvaluator("bare", records, ["x", "y"], tmp_path, True), found)["bbox"]
+        voc = run(Voc07Evaluator("bare", records, ["x", "y"], True), found)["voc07"]
+        kitti = run(KittiEvaluator("bare", records, ["Car", "Cyclist"]), found)["kitti"]
+        figures = [*coco.values(), *voc.values(), *kitti.values()]
+        assert len(figures) > 20 and all(map(math.isnan, figures))
+    assert sum("no ground truth" in line for line in log_lines) == 6
+
+
+def test_as_many_detections_count_as_the_detector_returns(tmp_path: Path, log_lines: list[str]) -> None:
+    boxes = [[x, y, x + 9.0, y + 9.0] for x in range(0, 200, 10) for y in range(0, 80, 10)]
+    records = [record("a", [{"bbox": box, "category_id": 0} for box in boxes])]
+    found: Found = {"a": [(box, 0, 1 - index / 1000) for index, box in enumerate(boxes)]}
+    for limit, ap in ((len(boxes), 100), (1000, 100), (100, 63)):  # 100 of 160 objects: recalls 0 to 0.62 of 101
+        results = run(CocoStyleEvaluator("many", records, ["x"], tmp_path, True, limit), found)
+        assert results["bbox"]["AP"] == pytest.approx(100 * ap / (100 if ap == 100 else 101))
+        assert f"COCO-style bbox AP of many, at most {limit} detections an image:" in log_lines
 
 
 def test_ids_that_do_not_match_give_0_and_the_reason(tmp_path: Path, log_lines: list[str]) -> None:

@@ -106,7 +106,7 @@ def test_archives_are_read_where_they_are(archive: Path, folder: Path) -> None:
 
 
 def test_headers_of_large_members(tmp_path: Path) -> None:
-    """The size of a member is told by its beginning, or by all of it where that does not do."""
+    """The header of a member is read from its first bytes, or from all of it where they do not suffice."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 500, 3), np.uint8))
     buffer = io.BytesIO()
     noise.save(buffer, "TIFF")  # its directory lies at the end
@@ -114,6 +114,7 @@ def test_headers_of_large_members(tmp_path: Path) -> None:
         file.writestr("a.tiff", buffer.getvalue())
     (member,) = list_members(tmp_path / "a.zip", [".tiff"])
     assert member.size > 2**18
+    assert readable([member]) == [member]
     assert image_size(member) == (500, 400)
 
 

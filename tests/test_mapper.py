@@ -14,11 +14,13 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BitMasks, BoxMode, PolygonMasks
 from fvcore.common.config import CfgNode
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from relvit_d2.data.catalog import VOC_CLASSES
 from relvit_d2.data.decode import read_rgb
-from relvit_d2.data.mapper import DetectionMapper
+from relvit_d2.data.mapper import DetectionMapper, ShortestEdge
 from relvit_d2.data.voc import load_voc
 from relvit_d2.engine.config_file import load_config
 from relvit_d2.errors import UserError
@@ -240,11 +242,35 @@ def test_faults_are_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     noise(40, 30).save(path)
     mapper = DetectionMapper(config())
-    with pytest.raises(UserError, match=r"a\.png.*Correct the annotation or the image"):
+    with pytest.raises(UserError, match=r"a\.png' has 40 x 30 pixels, but 41 x 30 were recorded"):
         mapper(odd_record(path, (41, 30)))
     for form in ("RGB", "BGR"):
         with pytest.raises(UserError, match=r"absent\.png' does not exist"):
             DetectionMapper(config("INPUT.FORMAT", form))(odd_record(tmp_path / "absent.png", (40, 30)))
+
+
+@pytest.mark.parametrize("name", ["reduced", "range", "jitter"])
+@pytest.mark.parametrize("size", [(2000, 4), (4, 2000), (3000, 1), (1, 1)])
+def test_flat_images_keep_a_pixel_on_each_side(name: str, size: tuple[int, int], tmp_path: Path) -> None:
+    noise(*size).save(tmp_path / "a.png")
+    width, height = size
+    record = odd_record(tmp_path / "a.png", size)
+    record["annotations"] = [
+        {"bbox": [0, 0, width, height], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0, "iscrowd": 0}
+    ]
+    for is_train in (True, False):
+        sizes = ("INPUT.MIN_SIZE_TEST", 224, "INPUT.MAX_SIZE_TEST", 224)
+        mapped = DetectionMapper(config(*AUGMENTATIONS[name], *sizes), is_train)(record)
+        assert min(mapped["image"].shape) > 0
+        if is_train:
+            assert mapped["instances"].gt_boxes.area().min() > 0
+            assert mapped["instances"].image_size == mapped["image"].shape[1:]
+
+
+@given(st.tuples(*[st.integers(1, 4000)] * 2), st.integers(1, 900), st.integers(1, 1400))
+def test_resizing_is_detectron2s_unless_a_side_would_vanish(size: tuple[int, int], short: int, longest: int) -> None:
+    expected = T.ResizeShortestEdge.get_output_shape(*size, short, longest)
+    assert ShortestEdge.get_output_shape(*size, short, longest) == (max(expected[0], 1), max(expected[1], 1))
 
 
 def test_semantic_labels_go_along(tmp_path: Path) -> None:

@@ -477,3 +477,29 @@ def test_a_locale_that_is_not_utf8_loses_nothing(tmp_path: Path, monkeypatch: py
     config.write_text(f"_BASE_: {base}\nOUTPUT_DIR: {tmp_path / 'größe'}\n", encoding="utf-8")
     sentence = fails(tmp_path, "train_net.py", "--config-file", config, "--data", root, *TINY, fresh=True)
     assert "OUTPUT_DIR" in sentence and "PYTHONUTF8=1" in sentence
+
+
+def test_masks_of_some_objects_and_sets_with_nothing_to_find(tmp_path: Path) -> None:
+    """Box AP for all objects, mask AP where all have masks, decided before training; evaluation of nothing."""
+    root = write_yolo(tmp_path / "own")
+    triangle = "0 0.1 0.1 0.9 0.1 0.1 0.9\n"
+    (root / "labels/train/a.txt").write_text(triangle)
+    (root / "labels/val/c.txt").write_text(triangle + "1 0.5 0.5 0.5 0.5\n")
+    flags = ("--config-file", "configs/demo/streets.yaml")
+    masks = ("MODEL.MASK_ON", "True", "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead")
+    output = tmp_path / "out"
+    done = run(tmp_path, "train_net.py", *flags, "--data", root, *TINY, *masks, "OUTPUT_DIR", output)
+    sentence = "1 objects of own_val have no mask: box AP is computed on it, but no mask AP"
+    assert done.stdout.count(sentence) == 1 and "loss_mask" in done.stdout.partition(sentence)[2]
+    results = json.loads((output / "inference/results.json").read_text())["own_val"]
+    assert results.keys() == {"bbox"} and results["bbox"]["AP"] is not None
+    assert "result   bbox (at most 20 detections an image) AP" in done.stdout
+    (root / "labels/val/c.txt").write_text("")
+    again = ("train_net.py", "--config-file", output / "config.yaml", "--eval-only", "--resume")
+    assert "own_val: not one object" not in run(tmp_path, *again).stdout
+    assert json.loads((output / "inference/results.json").read_text())["own_val"]["bbox"]["AP"] is None
+    shutil.rmtree(root / "images/val")
+    (root / "images/train/b.png").unlink()  # one image alone: nothing is held out
+    done = run(tmp_path, "train_net.py", *flags, "--data", root, *TINY, "OUTPUT_DIR", tmp_path / "one")
+    assert "own_val: no image, so that an evaluation on it finds nothing" in done.stdout
+    assert "AP: nothing to find on own_val" in done.stdout

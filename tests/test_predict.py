@@ -90,6 +90,21 @@ def test_paths_arrays_pictures_and_batches_give_the_same(detector: Detector, ima
             detector(bad)
 
 
+def test_pictures_of_pillow_are_read_like_their_files(detector: Detector, images: list[Path], tmp_path: Path) -> None:
+    with Image.open(images[0]) as picture:
+        gray = np.array(picture.convert("L"))
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        picture.convert("RGB").save(tmp_path / "turned.jpg", exif=exif)
+    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    for path in sorted(tmp_path.iterdir()):
+        with Image.open(path) as picture:
+            same(detector(picture), detector(path))
+    assert detector(tmp_path / "turned.jpg").image_size == gray.shape[::-1]
+    with pytest.raises(UserError, match="float32 numbers, whose range is unknown"):
+        detector(Image.fromarray(gray.astype(np.float32)))
+
+
 def test_the_checkpoint_itself_and_its_folder_are_the_same_detector(
     trained: Path, detector: Detector, images: list[Path]
 ) -> None:

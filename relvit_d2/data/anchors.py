@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from detectron2.data.transforms import ResizeShortestEdge
 from fvcore.common.config import CfgNode
+
+from relvit_d2.data.mapper import ShortestEdge
 
 SAMPLE = 20_000
 """Most boxes that are looked at, spread evenly: a share of them is known to a third of a percent then."""
@@ -92,7 +93,7 @@ def proposal(boxes: np.ndarray, sizes: np.ndarray, anchors: Anchors) -> Anchors:
     """
     extents = boxes[:, 2:] - boxes[:, :2]
     count = len(anchors.ratios[0])
-    ratios = tuple(round(value, 2) for value in _clusters(extents[:, 1] / extents[:, 0], count).tolist())
+    ratios = tuple(_rounded(value) for value in _clusters(extents[:, 1] / extents[:, 0], count).tolist())
     per_level, levels = len(anchors.sizes[0]), len(anchors.strides)
     inner = 2.0 ** (np.arange(per_level) / per_level)
     ladders = [np.outer(np.array(anchors.strides) * base, inner) for base in _BASES]
@@ -162,8 +163,13 @@ def _resized(width: int, height: int, cfg: CfgNode) -> tuple[int, int]:
         return max(round(width * scale), 1), max(round(height * scale), 1)
     given = sorted(cfg.INPUT.MIN_SIZE_TRAIN)
     shortest = sum(given) // 2 if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" else given[len(given) // 2]
-    new_height, new_width = ResizeShortestEdge.get_output_shape(height, width, shortest, cfg.INPUT.MAX_SIZE_TRAIN)
+    new_height, new_width = ShortestEdge.get_output_shape(height, width, shortest, cfg.INPUT.MAX_SIZE_TRAIN)
     return new_width, new_height
+
+
+def _rounded(ratio: float) -> float:
+    """Return a positive ratio with two decimals, a small one with two significant digits: never 0."""
+    return round(ratio, max(2, 1 - math.floor(math.log10(ratio))))
 
 
 def _clusters(values: np.ndarray, count: int) -> np.ndarray:

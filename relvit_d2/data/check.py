@@ -55,7 +55,7 @@ def check_labels(
     Args:
         sets: records by the name of their set.
         classes: names in the order of the category ids.
-        cfg: for the training size and the anchors.
+        cfg: for the training size, the anchors and the limit of detections.
         training: the set whose boxes are held against the anchors; None: the first.
         tests: sets that are evaluated on.
 
@@ -67,7 +67,7 @@ def check_labels(
     report: Report = {"sets": {}, "anchors": {}, "faults": [], "warnings": []}
     training = training or next(iter(sets), None)
     for name, records in sets.items():
-        report["sets"][name], sound = _check_set(name, records, classes, report)
+        report["sets"][name], sound = _check_set(name, records, classes, cfg, report)
         _check_ids(name, records, report["faults" if name in tests else "warnings"])
         if name == training and sound is not None:
             report["anchors"] = fit_report(*sound, cfg)
@@ -112,7 +112,7 @@ def refuse(report: Report) -> None:
 
 
 def _check_set(
-    name: str, records: Sequence[Record], classes: Sequence[str], report: Report
+    name: str, records: Sequence[Record], classes: Sequence[str], cfg: CfgNode, report: Report
 ) -> tuple[Report, Boxes | None]:
     """Return the facts of a set, and its sound boxes unless some are no boxes at all."""
     faults, warnings = report["faults"], report["warnings"]
@@ -135,7 +135,15 @@ def _check_set(
     ]
     if unknown:
         faults.append(_line(name, f"objects with a category_id that is none of 0 to {len(classes) - 1}", unknown))
-    if absent := [label for label, count in facts["classes"].items() if not count]:
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    full = [r for r in records if sum(not a.get("iscrowd") for a in r.get("annotations", [])) > limit >= 0]
+    if full:
+        what = f"images with more objects than TEST.DETECTIONS_PER_IMAGE {limit}, of which the rest cannot be found"
+        warnings.append(_line(name, what, full))
+    if not facts["objects"]:
+        what = "not one object in its images" if records else "no image"
+        warnings.append(f"{name}: {what}, so that an evaluation on it finds nothing and its AP is NaN")
+    elif absent := [label for label, count in facts["classes"].items() if not count]:
         warnings.append(_line(name, "classes without an object", absent))
     boxes = _corners(objects)
     if boxes is None:
@@ -164,12 +172,12 @@ def _check_set(
 
 def _corners(objects: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
     """Return all boxes as (N, 4) XYXY, or None if one is not four numbers."""
+    if not objects:
+        return np.empty((0, 4))
     try:
         boxes = np.array([thing["bbox"] for thing in objects], dtype=np.float64).reshape(len(objects), -1)
     except (ValueError, TypeError):
         return None
-    if not objects:
-        return boxes.reshape(0, 4)
     modes = {thing["bbox_mode"] for thing in objects}
     if boxes.shape[1] != 4 or not modes <= {BoxMode.XYXY_ABS, BoxMode.XYWH_ABS}:
         return None
@@ -276,12 +284,16 @@ def check_images(
         said.append(_line(" and ".join(sets), "images that cannot be read", [fact.fault for fact in unreadable]))
     for name, items in files.items():
         wrong = [
-            f"{path} (says {record['width']} x {record['height']}, is {facts[path].size[0]} x {facts[path].size[1]})"
+            f"{path} (recorded {record['width']} x {record['height']}, has {width} x {height})"
             for path, record in items.items()
-            if record and not facts[path].fault and (record["width"], record["height"]) != facts[path].size
+            for width, height in [facts[path].size]
+            if record and not facts[path].fault and (record["width"], record["height"]) != (width, height)
         ]
         if wrong:
-            faults.append(_line(name, "images that are not of the size that their label says", wrong))
+            what = (
+                "images of another size than the one in their label, or if it has none, than when the labels were read"
+            )
+            faults.append(_line(name, what, wrong))
     readable = [fact for fact in facts.values() if not fact.fault]
     flat = [fact.path for fact in readable if (fact.histogram > 0).sum() == len(fact.histogram)]
     if flat:

@@ -3,20 +3,21 @@
 import struct
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import IO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from relvit_d2.data.archive import ImageFile, Member
 from relvit_d2.data.jpeg import read_plain_jpeg
+from relvit_d2.data.orientation import SWAPPED, orientation, upright
 from relvit_d2.errors import UserError
 
 DEEP_MODES = ("I", "F")  # Pillow's modes of more than eight bits, beside those that begin with I;16
-TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
-HEADER = 2**18  # bytes of an archive's member that its size is looked for in first
+HEADER = 2**18  # bytes of an archive's member that are read first to find its header
 WHITE_16 = 65535  # the brightest value of 16 bits
 
 # What Pillow and NumPy raise on a damaged file depends on where the damage is.
@@ -83,24 +84,39 @@ class PixelFormat:
 
         Raises:
             UnreadableImageError: if the file is missing, damaged or no image.
-            UserError: if it has other channels, or values whose range nothing tells.
+            UserError: if it has other channels, or values whose range is unknown.
         """
         with reading(path):
             if self.channels == 3 and (plain := read_plain_jpeg(path, longest)) is not None:
                 return plain
             if str(path).lower().endswith(".npy"):
                 return self._fitted(_load_array(path), path, longest)
-            with Image.open(_opened(path)) as image:
-                mode = ("L", "RGB")[self.channels == 3]
-                if self.channels not in (1, 3) or _is_deep(image):
-                    return self._fitted(_bands(image, self.channels), path, longest)
-                reduced: Image.Image = image
-                size = _reduced(image.size, longest)
-                if size != image.size:
-                    image.draft(mode, (2 * size[0], 2 * size[1]))
-                    reduced = image.convert(mode).resize(size, Image.Resampling.BILINEAR)
-                pixels = np.array(ImageOps.exif_transpose(reduced).convert(mode))
-                return pixels.reshape(*pixels.shape[:2], self.channels)
+            with _opened(path) as file, Image.open(file) as image:
+                return self._of(image, path, longest)
+
+    def convert(self, image: Image.Image) -> np.ndarray:
+        """Return an image of Pillow as :meth:`read` returns its file.
+
+        Raises:
+            UnreadableImageError: if its file is damaged.
+            UserError: if it has other channels, or values whose range is unknown.
+        """
+        name = str(getattr(image, "filename", "")) or "Pillow image"
+        with reading(name):
+            return self._of(image, name)
+
+    def _of(self, image: Image.Image, path: ImageFile | str, longest: int = 0) -> np.ndarray:
+        mode = ("L", "RGB")[self.channels == 3]
+        stored = orientation(image)
+        if self.channels not in (1, 3) or _is_deep(image):
+            return self._fitted(_bands(image, self.channels, stored), path, longest)
+        reduced: Image.Image = image
+        size = _reduced(image.size, longest)
+        if size != image.size:
+            image.draft(mode, (2 * size[0], 2 * size[1]))
+            reduced = image.convert(mode).resize(size, Image.Resampling.BILINEAR)
+        pixels = np.array(upright(reduced, stored).convert(mode))
+        return pixels.reshape(*pixels.shape[:2], self.channels)
 
     def _fitted(self, pixels: np.ndarray, path: ImageFile | str, longest: int) -> np.ndarray:
         """Bring ``(H, W)`` or ``(H, W, C)`` of any type to the channels and the range wanted."""
@@ -130,8 +146,8 @@ class PixelFormat:
         white = self.white or (WHITE_16 if pixels.dtype.itemsize == 2 and pixels.dtype.kind == "u" else 0)
         if not white:
             raise UserError(
-                f"image '{path}' holds {pixels.dtype} numbers, whose range nothing tells: set INPUT.WHITE to the value "
-                "that is to count as white"
+                f"image '{path}' holds {pixels.dtype} numbers, whose range is unknown: set INPUT.WHITE to the value "
+                "that counts as white, or convert the image to 8 bits"
             )
         scaled = pixels.astype(np.float32) * (255 / white)
         if not np.isfinite(scaled).all():
@@ -154,11 +170,25 @@ def image_size(path: ImageFile | str) -> tuple[int, int]:
         if str(path).lower().endswith(".npy"):
             height, width = _load_array(path).shape[:2]
             return width, height
-        with _open_header(path) as image:
-            # A PNG looks for EXIF data behind its pixels, which takes as long as to decode them.
-            looks = image.format != "PNG" or "exif" in image.info
-            turned = looks and image.getexif().get(ExifTags.Base.Orientation) in TURNED
-            return (image.height, image.width) if turned else image.size
+        with _opened(path) as file, Image.open(file) as image:
+            return (image.height, image.width) if orientation(image) in SWAPPED else image.size
+
+
+def check_header(path: ImageFile | str) -> None:
+    """Read an image's header, of a member of an archive only its first bytes where they suffice.
+
+    Raises:
+        UnreadableImageError: the file is missing or no image.
+    """
+    with reading(path):
+        if str(path).lower().endswith(".npy"):
+            _load_array(path)
+            return
+        if isinstance(path, Member) and path.size > HEADER:
+            with suppress(*DAMAGE), Image.open(path.open(HEADER)):  # metadata may fill more than that
+                return
+        with _opened(path) as file, Image.open(file):
+            pass
 
 
 def channels_and_white(path: ImageFile | str) -> tuple[int, float]:
@@ -173,26 +203,18 @@ def channels_and_white(path: ImageFile | str) -> tuple[int, float]:
         if str(path).lower().endswith(".npy"):
             values = _load_array(path)
             return values.shape[2] if values.ndim == 3 else 1, _largest(values)
-        with Image.open(_opened(path)) as image:
+        with _opened(path) as file, Image.open(file) as image:
             gray = image.mode in ("1", "L", "LA") or _is_deep(image)
-            return getattr(image, "n_frames", 1) if gray else 3, _largest(np.array(image)) if _is_deep(image) else 0.0
+            return _pages(image) if gray else 3, _largest(np.array(image)) if _is_deep(image) else 0.0
 
 
 def _largest(values: np.ndarray) -> float:
     return float(values.max()) if values.size and values.dtype.itemsize > 1 else 0.0
 
 
-def _opened(path: ImageFile | str) -> Any:
-    return path.open() if isinstance(path, Member) else path
-
-
-def _open_header(path: ImageFile | str) -> Image.Image:
-    if isinstance(path, Member) and path.size > HEADER:
-        try:
-            return Image.open(path.open(HEADER))
-        except DAMAGE:  # metadata may fill more than that
-            pass
-    return Image.open(_opened(path))
+def _opened(path: ImageFile | str) -> IO[bytes]:
+    """Open a file for Pillow, which given a path would map it: that garbles TIFF files that are not stored upright."""
+    return path.open() if isinstance(path, Member) else Path(path).open("rb")
 
 
 def _load_array(path: ImageFile | str) -> np.ndarray:
@@ -209,16 +231,22 @@ def _is_deep(image: Image.Image) -> bool:
     return image.mode in DEEP_MODES or image.mode.startswith("I;16")
 
 
-def _bands(image: Image.Image, channels: int) -> np.ndarray:
-    """Return the bands of an image, or of the pages of one that has a band a page, upright."""
-    pages = getattr(image, "n_frames", 1)
+def _bands(image: Image.Image, channels: int, stored: int) -> np.ndarray:
+    """Return the bands of an image, or of the pages of a TIFF that has a band a page, upright."""
+    pages = _pages(image)
     if pages == channels > 1 and len(image.getbands()) == 1:
-        planes = []
+        first, planes = image.tell(), []
         for page in range(pages):
             image.seek(page)
             planes.append(np.array(image))
+        image.seek(first)
         return np.stack(planes, axis=2)
-    return np.array(ImageOps.exif_transpose(image))
+    return np.array(upright(image, stored))
+
+
+def _pages(image: Image.Image) -> int:
+    """Return the number of pages; the frames of an animation are none."""
+    return getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
 
 
 def _reduced(size: tuple[int, int], longest: int) -> tuple[int, int]:

@@ -8,11 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from relvit_d2.data.archive import ImageFile, is_archive, list_members
-from relvit_d2.data.decode import UnreadableImageError, image_size
+from relvit_d2.data.decode import UnreadableImageError, check_header
 from relvit_d2.data.records import check_printable, first_few
 from relvit_d2.errors import UserError
 
-EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".npy", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+EXTENSIONS = frozenset({".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".npy", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+"""Suffixes of files that count as images, in small letters; of an animation the first frame does."""
 LIST = ".txt"
 THREADS = 8  # that look at headers: most of the time goes by until a disk answers
 
@@ -77,7 +78,7 @@ def readable(images: Sequence[ImageFile]) -> list[ImageFile]:
 
     def fault(image: ImageFile) -> UnreadableImageError | None:
         try:
-            image_size(image)
+            check_header(image)
         except UnreadableImageError as error:
             return error
         return None

@@ -5,10 +5,11 @@ import struct
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from relvit_d2.data.archive import ImageFile, Member
+from relvit_d2.data.orientation import orientation
 
 START = b"\xff\xd8"
 # Markers of ITU-T T.81, table B.1. APP1 holds EXIF and XMP data.
@@ -64,9 +65,9 @@ def _plain_size(data: bytearray) -> tuple[int, int]:
 
 
 def _is_upright(data: bytearray) -> bool:
-    """Say whether Pillow finds no EXIF orientation, or 1; what it cannot read counts as none, as in Detectron2."""
+    """Return whether the image is stored upright."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return bool(image.getexif().get(ExifTags.Base.Orientation, 1) == 1)
+            return orientation(image) == 1
     except Exception:  # Pillow raises whatever the damage leads to
         return False

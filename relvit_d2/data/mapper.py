@@ -52,7 +52,7 @@ class DetectionMapper(DatasetMapper):
             flips = [a for a in parts["augmentations"] if isinstance(a, T.RandomFlip)]
             low, high = cfg.INPUT.LSJ.SCALE
             parts["augmentations"] = [
-                T.ResizeScale(low, high, size, size),
+                _Scale(low, high, size, size),
                 T.FixedSizeCrop((size, size), pad=False),
                 *flips,
             ]
@@ -75,7 +75,12 @@ class DetectionMapper(DatasetMapper):
         try:
             utils.check_image_size(record, image)
         except SizeMismatchError as error:
-            raise UserError(f"{' '.join(str(error).split())} Correct the annotation or the image") from error
+            height, width = image.shape[:2]
+            raise UserError(
+                f"image '{record['file_name']}' has {width} x {height} pixels, but {record['width']} x "
+                f"{record['height']} were recorded for it: correct the size in its label, or start again if the label "
+                "has none, because the image has changed since its size was read"
+            ) from error
         pixels, steps = self._augmented(image)
         record["image"] = pixels.contiguous().permute(2, 0, 1)  # a copy of crops alone
         if self.is_train and "annotations" in dataset_dict:
@@ -144,16 +149,26 @@ def _quick(augmentation: T.Augmentation) -> T.Augmentation:
     """Return what draws the same in less time, if there is such a thing."""
     a = augmentation
     if isinstance(a, T.ResizeShortestEdge):
-        return _ShortestEdge(a.short_edge_length, a.max_size, "range" if a.is_range else "choice", a.interp)
+        return ShortestEdge(a.short_edge_length, a.max_size, "range" if a.is_range else "choice", a.interp)
     if isinstance(a, T.RandomFlip):
         return _Flip(a.prob, horizontal=a.horizontal, vertical=a.vertical)
     return a
 
 
-class _ShortestEdge(T.ResizeShortestEdge):
-    """Detectron2's resize with its draws, but a choice costs a third of ``np.random.choice``, which makes arrays."""
+class ShortestEdge(T.ResizeShortestEdge):
+    """Detectron2's resize with its draws, but a choice costs a third of ``np.random.choice``, which makes arrays.
+
+    The shorter side of a very flat image keeps at least one pixel.
+    """
+
+    @staticmethod
+    def get_output_shape(oldh: int, oldw: int, short_edge_length: int, max_size: int) -> tuple[int, int]:
+        """Return the new height and width in pixels."""
+        height, width = T.ResizeShortestEdge.get_output_shape(oldh, oldw, short_edge_length, max_size)
+        return max(height, 1), max(width, 1)
 
     def get_transform(self, image: Tensor) -> T.Transform:
+        """Draw the size."""
         sizes, (height, width) = self.short_edge_length, image.shape[:2]
         if self.is_range:
             size = np.random.randint(sizes[0], sizes[1] + 1)
@@ -162,6 +177,14 @@ class _ShortestEdge(T.ResizeShortestEdge):
         if size == 0:
             return T.NoOpTransform()
         return T.ResizeTransform(height, width, *self.get_output_shape(height, width, size, self.max_size), self.interp)
+
+
+class _Scale(T.ResizeScale):
+    """Detectron2's resize, but the shorter side of a very flat image keeps at least one pixel."""
+
+    def _get_resize(self, image: Tensor, scale: float) -> T.Transform:
+        step = super()._get_resize(image, scale)
+        return T.ResizeTransform(step.h, step.w, max(step.new_h, 1), max(step.new_w, 1), step.interp)
 
 
 class _Flip(T.RandomFlip):

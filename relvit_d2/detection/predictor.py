@@ -56,10 +56,11 @@ class Detector:
         """Return Detectron2's instances of each image, on the CPU, boxes in pixels of the image.
 
         Args:
-            images: paths, Pillow's images, or arrays ``(H, W, channels)`` of uint8, RGB.
+            images: paths, Pillow's images, which are read like their files (EXIF orientation, more than 8 bits), or
+                arrays ``(H, W, channels)`` of uint8, RGB.
 
         Raises:
-            UserError: if a file cannot be read, or an array is no such image.
+            UserError: if a file cannot be read, or an image has another type or number of channels.
         """
         arrays = [self.read(image) for image in images]
         if not arrays:
@@ -74,8 +75,7 @@ class Detector:
         if isinstance(image, str | Path):
             return self._pixels.read(image)
         if isinstance(image, Image.Image):
-            image = np.asarray(image.convert("L" if self._pixels.channels == 1 else "RGB"))
-            image = image.reshape(*image.shape[:2], -1)
+            image = self._pixels.convert(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != self._pixels.channels or not image.size:
             raise UserError(
                 f"an array of {image.dtype} and shape {image.shape} is no image: give uint8, height x width x "

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterable
 from functools import partial
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fvcore.common.config import CfgNode
 from relvit_d2.data import catalog
 from relvit_d2.data.loader import EndlessBatches, EndlessOrder, ordered_batches
 from relvit_d2.data.mapper import DetectionMapper
+from relvit_d2.data.records import without_mask
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.trainer import Trainer
 from relvit_d2.errors import UserError
@@ -56,7 +58,7 @@ def settle(cfg: CfgNode, records: Records) -> CfgNode:
         )
     heads.NUM_CLASSES = count
     objects = [a for r in records for a in r.get("annotations", []) if not a.get("iscrowd")]
-    cfg.MODEL.MASK_ON &= bool(objects) and all("segmentation" in a for a in objects)
+    cfg.MODEL.MASK_ON &= bool(objects) and not without_mask(records)
     if cfg.MODEL.MASK_ON and any(isinstance(a["segmentation"], dict) for a in objects):
         cfg.INPUT.MASK_FORMAT = "bitmask"  # Detectron2 has no polygons for an RLE
     if cfg.MODEL.MASK_ON and (cfg.INPUT.CROP.ENABLED or cfg.INPUT.LSJ.SIZE) and not find_spec("shapely"):
@@ -66,6 +68,36 @@ def settle(cfg: CfgNode, records: Records) -> CfgNode:
         )
     cfg.freeze()
     return cfg
+
+
+def mask_notes(asked: CfgNode, cfg: CfgNode, records: Records, tests: dict[str, Records]) -> list[str]:
+    """Return sentences on objects without masks, because of which masks are not predicted or not evaluated.
+
+    Args:
+        asked: the config before :func:`settle`, ``cfg`` after it.
+        cfg: see ``asked``.
+        records: see :func:`settle`.
+        tests: records by the name of the set, to evaluate on.
+    """
+    if not asked.MODEL.MASK_ON:
+        return []
+    if not cfg.MODEL.MASK_ON:
+        count = f"{len(without_mask(records))} of {sum(len(r.get('annotations', [])) for r in records)}"
+        return [f"{count} objects have no mask: the mask head is off, and there is box AP only"]
+    counts = {name: len(without_mask(test)) for name, test in tests.items()}
+    return [
+        f"{count} objects of {name} have no mask: box AP is computed on it, but no mask AP"
+        for name, count in counts.items()
+        if count
+    ]
+
+
+def evaluated_records(tests: dict[str, Records]) -> Records:
+    """Return the records that decide, in an evaluation alone, whether masks are predicted.
+
+    They are those of the sets where every object has a mask, or of all sets if there is none.
+    """
+    return list(chain.from_iterable([test for test in tests.values() if not without_mask(test)] or tests.values()))
 
 
 def training_records(cfg: CfgNode) -> Records:
@@ -161,7 +193,8 @@ def _evaluators(cfg: CfgNode, name: str, records: Records, output: Path) -> Iter
     if "coco" in metrics:
         # The file of a data set that lacks images asks for objects that cannot be found.
         truth = None if metadata.get("json_file") and not cfg.DATASETS.SKIP_MISSING else records
-        yield CocoStyleEvaluator(name, truth, metadata.thing_classes, output, ignore_difficult=ignore)
+        limit = cfg.TEST.DETECTIONS_PER_IMAGE
+        yield CocoStyleEvaluator(name, truth, metadata.thing_classes, output, ignore_difficult=ignore, limit=limit)
     if "voc07" in metrics:
         yield Voc07Evaluator(name, records, metadata.thing_classes, ignore_difficult=ignore)
     if "kitti" in metrics:

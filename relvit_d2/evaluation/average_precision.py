@@ -7,6 +7,9 @@ from typing import Any
 import faster_coco_eval
 from pycocotools.coco import COCO
 
+COCO_LIMIT = 100
+"""Detections of an image and a class that COCO's own AP counts."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -14,6 +17,7 @@ def coco_evaluation(
     truth: COCO,
     detections: Sequence[dict[str, Any]],
     iou_type: str,
+    limit: int = COCO_LIMIT,
     tell: Callable[[str], object] = logger.info,
 ) -> faster_coco_eval.COCOeval_faster:
     """Return the finished COCO evaluation: ``stats`` and ``eval["precision"]`` are those of pycocotools.
@@ -27,6 +31,7 @@ def coco_evaluation(
             for masks ``segmentation`` in compressed RLE). One of an image that ``truth`` does not have is left out with
             a word in the log.
         iou_type: ``"bbox"`` or ``"segm"``.
+        limit: detections of an image and a class that count, those of the highest scores.
         tell: takes the lines of its table.
     """
     number = {image_id: index for index, image_id in enumerate(sorted(truth.imgs), start=1)}
@@ -54,6 +59,7 @@ def coco_evaluation(
             f"image {_few(strangers)}"
         )
     evaluation = faster_coco_eval.COCOeval_faster(numbered, numbered.loadRes(found), iou_type, print_function=tell)
+    evaluation.params.maxDets = [1, 10, limit]
     evaluation.run()
     return evaluation
 

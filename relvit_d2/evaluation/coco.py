@@ -13,9 +13,11 @@ import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import BoxMode, PolygonMasks
+from detectron2.utils import comm
 from pycocotools import mask as mask_util
 
-from relvit_d2.evaluation.average_precision import coco_evaluation, why_no_precision
+from relvit_d2.data.records import without_mask
+from relvit_d2.evaluation.average_precision import COCO_LIMIT, coco_evaluation, why_no_precision
 from relvit_d2.files import write_text
 
 logger = logging.getLogger(__name__)
@@ -27,12 +29,14 @@ class CocoStyleEvaluator(COCOEvaluator):
     Results, tables and ``coco_instances_results.json`` are Detectron2's: AP, AP50, AP75, APs, APm, APl
     and ``AP-<class>`` in percent under ``"bbox"`` and, where masks are predicted, ``"segm"``. The numbers are
     those of pycocotools (see :func:`relvit_d2.evaluation.average_precision.coco_evaluation`).
-    Four things differ from Detectron2:
+    These points differ from Detectron2:
 
     * the ground truth is written anew to ``<output_dir>/<dataset_name>_ground_truth.json`` by every
       evaluator, so an earlier run's file is never read, and the data set's metadata is left as it was;
     * no detection at all gives AP 0, not NaN (NaN is kept for "there was nothing to find");
-    * an AP of 0 or NaN comes with a line in the log that says why;
+    * an AP of 0 or NaN comes with a line in the log that gives the reason; a data set without images has AP NaN;
+    * masks are evaluated where every object has one; a crowd without a mask is ignored in its whole box;
+    * as many detections of an image count as the detector returns, and the log names that limit;
     * detections of images that the ground truth lacks are left out with a line in the log.
     """
 
@@ -43,6 +47,7 @@ class CocoStyleEvaluator(COCOEvaluator):
         class_names: Sequence[str],
         output_dir: str | Path,
         ignore_difficult: bool,
+        limit: int = COCO_LIMIT,
     ) -> None:
         """Write the ground truth and load it.
 
@@ -53,16 +58,21 @@ class CocoStyleEvaluator(COCOEvaluator):
             class_names: names of the contiguous class ids 0..K-1; unused when ``records`` is None.
             output_dir: folder of all files; made when missing.
             ignore_difficult: see :func:`coco_ground_truth`; unused when ``records`` is None.
+            limit: detections of an image that count, ``TEST.DETECTIONS_PER_IMAGE``.
 
         Raises:
             ValueError: ``records`` is None and the data set's metadata has no ``json_file``.
         """
         output_dir = Path(output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
+        self._name = dataset_name
+        options: dict[str, Any] = {"output_dir": str(output_dir), "use_fast_impl": False, "max_dets_per_image": limit}
         if records is None:
             if MetadataCatalog.get(dataset_name).get("json_file") is None:
                 raise ValueError(f"data set '{dataset_name}' has no json_file of its own: give its records")
-            super().__init__(dataset_name, output_dir=str(output_dir), use_fast_impl=False)
+            super().__init__(dataset_name, **options)
+            if self._do_evaluation and not all(a.get("segmentation") for a in self._coco_api.dataset["annotations"]):
+                self._tasks = ("bbox",)
             return
 
         json_file = ground_truth_file(output_dir, dataset_name)
@@ -72,12 +82,19 @@ class CocoStyleEvaluator(COCOEvaluator):
         entry = f"{dataset_name} as written to {json_file}"
         MetadataCatalog.get(entry).set(json_file=str(json_file), thing_classes=list(class_names))
         try:
-            masks = any("segmentation" in a for record in records for a in record.get("annotations", []))
-            # Masks that a model predicts for data without masks cannot be judged.
-            tasks = None if masks else ("bbox",)
-            super().__init__(entry, tasks=tasks, output_dir=str(output_dir), use_fast_impl=False)
+            super().__init__(entry, tasks=None if not without_mask(records) else ("bbox",), **options)
         finally:
             MetadataCatalog.remove(entry)
+
+    def evaluate(self, img_ids: list[Any] | None = None) -> dict[str, dict[str, float]]:
+        """Return the results of all processes' detections on the main process, elsewhere ``{}``."""
+        if not self._do_evaluation or self._coco_api.imgs:
+            return super().evaluate(img_ids)
+        if not comm.is_main_process():
+            return {}
+        self._results: dict[str, dict[str, float]] = {}
+        self._eval_predictions([])
+        return self._results
 
     def _eval_predictions(self, predictions: list[dict[str, Any]], img_ids: list[Any] | None = None) -> None:
         detections = list(itertools.chain.from_iterable(prediction["instances"] for prediction in predictions))
@@ -91,8 +108,10 @@ class CocoStyleEvaluator(COCOEvaluator):
             for detection in detections:
                 detection["category_id"] = back[detection["category_id"]]
         write_text(Path(self._output_dir) / "coco_instances_results.json", json.dumps(detections))
+        limit = self._max_dets_per_image[-1]
         for task in tasks:
-            evaluation = coco_evaluation(self._coco_api, detections, task)
+            logger.info("COCO-style %s AP of %s, at most %d detections an image:", task, self._name, limit)
+            evaluation = coco_evaluation(self._coco_api, detections, task, limit)
             results = self._derive_coco_results(evaluation, task, self._metadata.get("thing_classes"))
             if results["AP"] == 0 or math.isnan(results["AP"]):
                 counted = [a for a in self._coco_api.dataset["annotations"] if not a.get("iscrowd", 0)]
@@ -113,7 +132,7 @@ def coco_ground_truth(
     """Return the COCO annotation format's dict for Detectron2 records.
 
     Category ids are the contiguous class ids. Areas, which decide small, medium and large, are those of
-    the segmentation where there is one and of the box elsewhere.
+    the segmentation where there is one and of the box elsewhere. An ignored region without a mask gets its box as mask.
 
     Args:
         records: dicts with ``file_name``, ``image_id`` (str or int), ``height``, ``width`` and
@@ -153,6 +172,9 @@ def coco_ground_truth(
             }
             if "segmentation" in annotation:
                 entry["segmentation"], entry["area"] = _segmentation_and_area(annotation["segmentation"])
+            elif ignored:
+                x1, y1 = x + width, y + height
+                entry["segmentation"] = [[x, y, x1, y, x1, y1, x, y1]]
             annotations.append(entry)
     categories = [{"id": index, "name": name} for index, name in enumerate(class_names)]
     return {"images": images, "categories": categories, "annotations": annotations}

@@ -29,7 +29,7 @@ def detection_sections(runs: Sequence[Run]) -> Iterable[tuple[Run, str, str]]:
         pixels = PixelFormat(run.config.get("INPUT.CHANNELS", 3), run.config.get("INPUT.WHITE", 0.0))
         for name in run.results:  # DATASETS.TEST may have been another one when they were written
             folder = run.folder / "inference" / (name if len(run.results) > 1 else "")
-            if (judged := judge(folder, name)) is not None:
+            if (judged := judge(folder, name, run.detection_limit)) is not None:
                 yield run, name, _precision_recall(judged) + _images(judged, pixels) + _confusion(judged)
 
 

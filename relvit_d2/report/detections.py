@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 from torchvision.ops import box_iou
 
 from relvit_d2.errors import UserError
-from relvit_d2.evaluation.average_precision import coco_evaluation
+from relvit_d2.evaluation.average_precision import COCO_LIMIT, coco_evaluation
 from relvit_d2.evaluation.coco import ground_truth_file
 
 MIN_SCORE, MIN_IOU = 0.5, 0.5  # of a detection that counts in images and confusions
@@ -57,8 +57,13 @@ class JudgedImage:
     f1: float
 
 
-def judge(inference: Path, name: str) -> Judged | None:
+def judge(inference: Path, name: str, limit: int = COCO_LIMIT) -> Judged | None:
     """Judge the box detections of the data set ``name`` in ``inference``; None where they or the truth are missing.
+
+    Args:
+        inference: folder of the detections.
+        name: of the data set.
+        limit: see :func:`relvit_d2.evaluation.average_precision.coco_evaluation`.
 
     Raises:
         UserError: if the files are damaged or do not belong together.
@@ -70,7 +75,7 @@ def judge(inference: Path, name: str) -> Judged | None:
     if not (found.is_file() and truth_file.is_file()):
         return None
     try:
-        return _judged(found, truth_file, root)
+        return _judged(found, truth_file, root, limit)
     except (KeyError, ValueError, TypeError, AssertionError) as error:  # pycocotools asserts
         raise UserError(
             f"'{found}' or '{truth_file}' is damaged ({type(error).__name__}: {error}): "
@@ -78,13 +83,13 @@ def judge(inference: Path, name: str) -> Judged | None:
         ) from error
 
 
-def _judged(found: Path, truth_file: Path, root: Path) -> Judged:
+def _judged(found: Path, truth_file: Path, root: Path, limit: int) -> Judged:
     """Judge the detections of one file by the truth of another, whose images lie in ``root``."""
     detections = [d for d in json.loads(found.read_text(encoding="utf-8")) if "bbox" in d]
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells its progress
         truth = COCO(str(truth_file))
         categories = truth.getCatIds()
-        precision = _precision(truth, detections)
+        precision = _precision(truth, detections, limit)
     index = {category: number for number, category in enumerate(categories)}
     confusion = np.zeros((len(categories) + 1, len(categories) + 1), dtype=np.int64)
     by_image: dict[Any, list[dict[str, Any]]] = {}
@@ -141,8 +146,8 @@ def _boxes(entries: list[dict[str, Any]]) -> np.ndarray:
     return boxes
 
 
-def _precision(truth: COCO, detections: list[dict[str, Any]]) -> np.ndarray:
-    evaluation = coco_evaluation(truth, detections, "bbox", tell=lambda _: None)
+def _precision(truth: COCO, detections: list[dict[str, Any]], limit: int) -> np.ndarray:
+    evaluation = coco_evaluation(truth, detections, "bbox", limit, tell=lambda _: None)
     at = np.isclose(evaluation.params.iouThrs, MIN_IOU).argmax()
     precision = evaluation.eval["precision"][at, :, :, 0, -1].T  # of all areas, with the most detections an image
     return np.where((precision < 0).all(1, keepdims=True), np.nan, precision)

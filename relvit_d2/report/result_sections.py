@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Sequence
 from html import escape
 
+from relvit_d2.evaluation.average_precision import COCO_LIMIT
 from relvit_d2.report.html import table
 from relvit_d2.report.runs import Run
 
@@ -20,13 +21,19 @@ def verdict(run: Run) -> list[str]:
             kind, _, task = key.partition("_")
             chance = figures.get(f"chance_{task}")
             if isinstance(value, dict) and value:
-                said.append(f"{key} {_first(*next(iter(value.items())))} {where}")
+                said.append(f"{_task(run, key)} {_first(*next(iter(value.items())))} {where}")
             elif key == "top1":
                 said.append(f"{_first(key, value)} {where}")
             elif kind in ("accuracy", "error") and isinstance(value, float) and isinstance(chance, float):
                 form = ".1%" if kind == "accuracy" else ".3f"
                 said.append(f"{task} {kind} {value:{form}} (chance {chance:{form}}) {where}")
     return said
+
+
+def _task(run: Run, task: str) -> str:
+    """Return the name of a task, with the limit of detections an image where COCO's AP has another one than COCO's."""
+    limited = task in ("bbox", "segm") and run.detection_limit != COCO_LIMIT
+    return f"{task} (at most {run.detection_limit} detections an image)" if limited else task
 
 
 def _first(key: str, value: float | None) -> str:
@@ -114,7 +121,7 @@ def _flat_results(run: Run) -> dict[tuple[str, str, str], float | None]:
         for task, figures in tasks.items():
             for key, value in figures.items() if isinstance(figures, dict) else [("", figures)]:
                 if value is None or isinstance(value, int | float):
-                    flat[name, task, key] = value
+                    flat[name, _task(run, task), key] = value
     return flat
 
 

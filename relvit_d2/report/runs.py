@@ -11,6 +11,7 @@ import yaml  # type: ignore[import-untyped]
 
 from relvit_d2.engine.config_file import flat
 from relvit_d2.errors import UserError
+from relvit_d2.evaluation.average_precision import COCO_LIMIT
 
 # Keys that runs of one arm may differ in: where they lie, and the seed.
 _NOT_THE_ARM = ("SEED", "OUTPUT_DIR", "MODEL.WEIGHTS", "VERSION", "CUDNN_BENCHMARK", "DATALOADER.NUM_WORKERS")
@@ -52,6 +53,11 @@ class Run:
     def detects(self) -> bool:
         """Whether it is a run of a detector."""
         return "MODEL.META_ARCHITECTURE" in self.config
+
+    @property
+    def detection_limit(self) -> int:
+        """Detections of an image that its AP counts."""
+        return int(self.config.get("TEST.DETECTIONS_PER_IMAGE", COCO_LIMIT))
 
     @property
     def pretrains(self) -> bool:

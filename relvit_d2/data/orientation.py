@@ -1,0 +1,81 @@
+"""The orientation in which an image is stored: one decision for its size and for its pixels."""
+
+import io
+import struct
+import zlib
+
+from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngImageFile
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image upright, by the value of EXIF 2.3's tag 0x0112."""
+
+SWAPPED = (5, 6, 7, 8)
+"""Orientations that exchange width and height."""
+
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_METADATA = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")  # chunks that may hold EXIF or XMP data
+
+
+def orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation that the pixels of an image still have, 1 to 8; no pixel is decoded.
+
+    Detectron2's ``read_image`` finds the same, except in TIFF files, which Pillow turns upright itself. Metadata that
+    cannot be read count as none, as there.
+
+    Args:
+        image: opened, whether loaded or not; it is left as it is.
+    """
+    if image.format == "TIFF":
+        return 1
+    try:
+        source = image
+        if isinstance(image, PngImageFile) and "exif" not in image.info:
+            source = _without_pixels(image) or image
+        # PngImageFile.getexif would decode the pixels in search of chunks behind them.
+        found = Image.Image.getexif(source).get(ExifTags.Base.Orientation)
+    except Exception:  # Pillow raises whatever the damage leads to
+        return 1
+    return found if found in TURNS else 1
+
+
+def upright(image: Image.Image, stored: int) -> Image.Image:
+    """Return an image that has the :func:`orientation` ``stored``, or a reduced copy of it, upright."""
+    return image.transpose(TURNS[stored]) if stored in TURNS else image
+
+
+def _without_pixels(image: PngImageFile) -> Image.Image | None:
+    """Return a PNG with the metadata of a PNG file, from before and behind its pixels; None if it has none."""
+    file = image.fp
+    if file is None:  # loaded, so that Pillow has read all chunks
+        return None
+    place = file.tell()
+    chunks: list[tuple[bytes, bytes]] = []
+    try:
+        file.seek(len(_SIGNATURE))
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if kind in (b"IHDR", *_METADATA):
+                chunks.append((kind, file.read(length)))
+            else:
+                file.seek(length, io.SEEK_CUR)
+            file.seek(4, io.SEEK_CUR)  # checksum
+            if kind == b"IEND":
+                break
+    finally:
+        file.seek(place)
+    if len(chunks) < 2:
+        return None
+    data = [
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in (*chunks, (b"IDAT", b""), (b"IEND", b""))
+    ]
+    return Image.open(io.BytesIO(_SIGNATURE + b"".join(data)))
