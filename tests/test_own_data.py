@@ -115,7 +115,9 @@ def write_yolo(root: Path) -> Path:
         (root / f"labels/{split}").mkdir(parents=True, exist_ok=True)
         if objects:  # an image without objects has no file
             (root / f"labels/{split}/{name}.txt").write_text(yolo_lines(objects, {"cat": 0, "dog": 1}))
-    (root / "data.yaml").write_text("train: ../somewhere/else\nval: /no/such/folder\nnames: [cat, dog]\n")
+    (root / "data.yaml").write_text(
+        "path: /no/such\ntrain: ../images/train\nval: /no/such/images/val\nnames: [cat, dog]\n"
+    )
     return root
 
 
@@ -292,7 +294,7 @@ def test_a_name_of_the_package_stays_what_it_is(tmp_path: Path) -> None:
     ("line", "says"),
     [
         ("x 0.5 0.5 0.1 0.1", "begins with 'x'"),
-        ("2 0.5 0.5 0.1 0.1", "of the class 2, but the names of classes tell 0, 1"),
+        ("2 0.5 0.5 0.1 0.1", "of the class 2, but the names of classes are for 0, 1"),
         ("-1 0.5 0.5 0.1 0.1", "begins with '-1'"),
         ("0 0.5 0.5 0.1", "3 numbers"),
         ("0 0.5 0.5 0.1 0.1 0.9", "5 numbers"),

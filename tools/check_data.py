@@ -1,7 +1,7 @@
 """Check data before training on them: labels, boxes, anchors, every image, what train and test share.
 
 Give a config, names of data sets, or folders, with labels or without. Writes check.json and check.png, a page of 16
-samples. Exit status 0 when training may start, warnings or not, else 1.
+samples. Exit status 0 when training may start (pre-training where no labels are recognised), warnings or not, else 1.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from tqdm import tqdm  # noqa: E402
 from relvit_d2.data import catalog  # noqa: E402
 from relvit_d2.data.check import Report, check_images, check_labels, file_of, refuse  # noqa: E402
 from relvit_d2.data.decode import PixelFormat  # noqa: E402
-from relvit_d2.data.own import TRAINED_ON, find, named_sets, register_own  # noqa: E402
+from relvit_d2.data.own import TRAINED_ON, find, named_sets, near_misses, register_own  # noqa: E402
 from relvit_d2.data.records import Record  # noqa: E402
 from relvit_d2.engine.config_file import load_config  # noqa: E402
 from relvit_d2.engine.failures import guard  # noqa: E402
@@ -63,7 +63,7 @@ def check(args: argparse.Namespace) -> None:
     names, tests = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], tuple(cfg.DATASETS.TEST)
     if not names:
         raise UserError(f"config file '{args.config_file}' names no data set (DATASETS.TRAIN)")
-    labelled = not (args.config_file and for_pretraining(args))
+    labelled = wanted = not (args.config_file and for_pretraining(args))
     register_own(cfg.DATASETS, labelled)
     sets, classes = read(list(dict.fromkeys(names)), labelled, cfg.DATASETS.SKIP_MISSING)
     labelled = bool(classes)
@@ -72,6 +72,8 @@ def check(args: argparse.Namespace) -> None:
     make_folder(output)
 
     report: Report = {"faults": [], "warnings": []}
+    if wanted and not labelled:
+        report["warnings"] += not_recognised(names)
     if labelled:
         report = check_labels(sets, classes, cfg, tests=tests)
         tell_labels(report, len(classes))
@@ -90,7 +92,18 @@ def check(args: argparse.Namespace) -> None:
         draw_samples(drawn, output / "check.png", f"{first}: {len(drawn)} of {len(items)} images{legend}")
     print(f"written: {output}/check.json" + (f"\nlook at: {output}/check.png" if drawn else ""))
     refuse(report)
-    print(f"training may start, {len(report['warnings'])} warnings")
+    which = "training" if labelled else "no labels were checked: pre-training"
+    print(f"{which} may start, {len(report['warnings'])} warnings")
+
+
+def not_recognised(names: list[str]) -> list[str]:
+    """Return a warning for each of ``names`` that is a source of images without labels."""
+    warnings = []
+    for name in filter(catalog.is_folder, dict.fromkeys(names)):
+        path = Path(catalog.subset(name)[0]).expanduser()
+        near = "".join(f"; {reason}" for reason in (near_misses(path) if path.is_dir() else []))
+        warnings.append(f"{name}: no labels were recognised, so it serves for pre-training only{near}")
+    return warnings
 
 
 def config_words(words: list[str]) -> list[Any]:

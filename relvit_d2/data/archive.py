@@ -73,7 +73,7 @@ def is_archive(path: Path) -> bool:
     return path.name.lower().endswith(ARCHIVES + COMPRESSED)
 
 
-def list_members(archive: Path, extensions: Sequence[str]) -> list[Member]:
+def list_members(archive: Path, extensions: Sequence[str], folders: bool = False) -> list[Member]:
     """Return the images in a zip or an uncompressed tar, sorted by name.
 
     Hidden files are left out, links too, and members with an absolute name or one that holds ``..``, which no honest
@@ -82,6 +82,7 @@ def list_members(archive: Path, extensions: Sequence[str]) -> list[Member]:
     Args:
         archive: the file.
         extensions: endings of images in small letters, with their dots.
+        folders: return the folders that a zip lists too; their names end with a slash.
 
     Raises:
         UserError: the file is missing, damaged or compressed as a whole.
@@ -102,7 +103,9 @@ def list_members(archive: Path, extensions: Sequence[str]) -> list[Member]:
         path = PurePosixPath(member.name)
         honest = not path.is_absolute() and ".." not in path.parts and "\\" not in member.name
         visible = not any(part.startswith((".", "__MACOSX")) for part in path.parts)
-        if honest and visible and path.suffix.lower() in extensions and member.name.isprintable():
+        folder = member.name.endswith("/")
+        wanted = folders if folder else path.suffix.lower() in extensions
+        if honest and visible and wanted and member.name.isprintable():
             found[member.name] = member
     return [found[name] for name in sorted(found)]
 
@@ -127,7 +130,7 @@ def _tar_members(archive: Path) -> list[Member]:
 
 def _zip_members(archive: Path) -> list[Member]:
     with zipfile.ZipFile(archive) as file:
-        return [Member(archive, info.filename, -1, info.file_size) for info in file.infolist() if not info.is_dir()]
+        return [Member(archive, info.filename, -1, info.file_size) for info in file.infolist()]
 
 
 @lru_cache(maxsize=4)

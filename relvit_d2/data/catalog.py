@@ -34,7 +34,7 @@ from relvit_d2.errors import UserError
 from relvit_d2.files import write_text
 from relvit_d2.registry import Registry
 
-_SUBSET = re.compile(r"(?P<base>[^\[\]]+)\[:(?P<amount>\d+(?:\.\d+)?)(?P<percent>%?)\]")
+_SUBSET = re.compile(r"(?P<base>.+)\[:(?P<amount>\d+(?:\.\d+)?)(?P<percent>%?)\]")
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,6 @@ def get_images(name: str, skip_missing: bool = False) -> list[ImageFile]:
     """
     base, take = subset(name)
     if is_folder(name):
-        base, take = (name, list) if Path(name).is_dir() else (base, take)
         return take(unlabelled_images(base))
     resolve(name)
     if entry := _entry(base):
@@ -214,9 +213,12 @@ def _register_once() -> None:
 
 
 def subset(name: str) -> tuple[str, Callable[[list], list]]:
-    """Return the name without its ``[:...]`` and the function that takes that many from a list."""
+    """Return the name without its ``[:...]`` and the function that takes that many from a list.
+
+    A path that exists is a name as it is, brackets or not.
+    """
     match = _SUBSET.fullmatch(name)
-    if not match:
+    if not match or os.path.exists(os.path.expanduser(name)):  # noqa: PTH110,PTH111  (False for what is not a path)
         return name, list
     amount, percent = float(match["amount"]), bool(match["percent"])
     if amount == 0 or (percent and amount > 100) or not (percent or amount.is_integer()):

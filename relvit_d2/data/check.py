@@ -72,6 +72,9 @@ def check_labels(
         if name == training and sound is not None:
             report["anchors"] = fit_report(*sound, cfg)
             _judge_anchors(report)
+    trained_on = [name for name in sets if name not in tests]
+    if trained_on and not any(report["sets"][name]["objects"] for name in trained_on):
+        report["faults"].append(f"{' + '.join(trained_on)}: no image has an object to train on: label some")
     for first, second in combinations(sets, 2):
         files = {record["file_name"] for record in sets[first]}
         if shared := [r["file_name"] for r in sets[second] if r["file_name"] in files]:

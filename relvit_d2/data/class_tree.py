@@ -1,4 +1,4 @@
-"""Labelled images as a folder, or an archive of a folder, with a folder of images for each class."""
+"""Labelled images as a folder, or a zip or tar of a folder, with a folder of images for each class."""
 
 import io
 import tarfile
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relvit_d2.data.archive import ARCHIVE_DAMAGE, Member, each_member
+from relvit_d2.data.archive import ARCHIVE_DAMAGE, Member, each_member, list_members
 from relvit_d2.data.decode import image_size
 from relvit_d2.data.folder import EXTENSIONS, list_images
 from relvit_d2.data.image_batches import Images, ImageStack, joined, take
@@ -142,7 +142,7 @@ def archive_of(path: Path) -> tuple[Path, PurePosixPath] | None:
 
 
 def read_tree(path: Path, classes: Sequence[str] | None = None, name: str = "", note: str = "") -> LabelledImages:
-    """Read a class-per-folder tree, or one in a tar archive (compressed or not).
+    """Read a class-per-folder tree, or one in a zip or a tar archive (compressed or not).
 
     Args:
         path: the folder of the folders, which may lie in an archive: ``cifar.tar.gz/train``.
@@ -174,6 +174,25 @@ def _list_folder(path: Path, classes: Sequence[str] | None) -> dict[str, list[An
 
 
 def _read_archive(archive: Path, inside: PurePosixPath) -> dict[str, list[Any]]:
+    return (_read_zip if archive.suffix.lower() == ".zip" else _read_tar)(archive, inside)
+
+
+def _read_zip(archive: Path, inside: PurePosixPath) -> dict[str, list[Any]]:
+    """Return the images of each class; they are unpacked when they are read, since a zip gives access to each."""
+    files: defaultdict[str, list[Any]] = defaultdict(list)
+    for member in list_members(archive, sorted(EXTENSIONS), folders=True):
+        place = PurePosixPath(member.name)
+        if not place.is_relative_to(inside):
+            continue
+        parts = place.relative_to(inside).parts
+        if parts and member.name.endswith("/"):
+            files[parts[0]] += []
+        elif len(parts) > 1:
+            files[parts[0]].append(member)
+    return dict(files)
+
+
+def _read_tar(archive: Path, inside: PurePosixPath) -> dict[str, list[Any]]:
     files: defaultdict[str, list[Any]] = defaultdict(list)
     try:
         with tarfile.open(archive) as tar:

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import mmap
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,21 +13,23 @@ from typing import Any
 from detectron2.structures import BoxMode
 from pycocotools import mask as mask_util
 
-from relvit_d2.data.places import refuse_links_out
+from relvit_d2.data.places import names_on_disk, refuse_links_out
 from relvit_d2.data.records import (
     BoxJudge,
     Record,
-    check_printable,
     check_unique,
     checked_path,
     existing,
+    files_with,
     folders_below,
+    parse_flag,
+    parse_whole_number,
 )
-from relvit_d2.data.splits import one_or_split, split_of
+from relvit_d2.data.splits import one_or_split, split_of, splits_of_folders
 from relvit_d2.errors import UserError
 
 KEYS = (b'"images"', b'"annotations"', b'"categories"')
-TRIED = 20  # images that are looked for to tell in which folder they lie
+TRIED = 20  # images that are searched for to find their folder
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +44,8 @@ def load_coco(
     """Read one annotation file, images in order of their ids.
 
     Category ids may be any whole numbers; ``category_id`` is their place in ascending order. Polygons become
-    ``segmentation``, and so does an RLE; an annotation whose ``segmentation`` is empty has a box only. Boxes are
-    ``[x, y, width, height]`` from the image's edge. See :class:`BoxJudge` for what becomes of bad ones.
+    ``segmentation``, and so does an RLE; an annotation whose ``segmentation`` is empty or covers nothing has a box
+    only. Boxes are ``[x, y, width, height]`` from the image's edge. :class:`BoxJudge` handles invalid ones.
 
     Args:
         json_file: the annotation file.
@@ -58,17 +61,16 @@ def load_coco(
         UserError: the file is missing or damaged, or an image is missing; the message names it.
     """
     document = _read(json_file)
-    names = _names(document, json_file)
-    if classes is not None and list(names.values()) != list(classes):
+    names, numbers = _categories(document, json_file)
+    if classes is not None and names != list(classes):
         raise UserError(
-            f"{json_file} has the categories {', '.join(names.values())}, not {', '.join(classes)}: give files with "
+            f"{json_file} has the categories {', '.join(names)}, not {', '.join(classes)}: give files with "
             "one list of categories, or DATASETS.CUSTOM's CLASSES in the order of the ids"
         )
-    numbers = {category: number for number, category in enumerate(names)}
     images = _images(document, json_file, folder)
     paths = existing(list(images.values()), str(json_file), skip_missing, root)
     present = set(paths)
-    entries = {entry["id"]: entry for entry in document["images"]}
+    entries = {_image_id(entry.get("id")): entry for entry in document["images"]}
     records: dict[int | str, Record] = {
         key: {
             "file_name": str(path),
@@ -88,9 +90,10 @@ def load_coco(
         if number in seen:
             raise UserError(f"{json_file} has two annotations with the id {number}: give each its own")
         seen.add(number)
-        image = annotation.get("image_id")
-        if not isinstance(image, int | str) or image not in images:
-            raise UserError(f"{where} is of the image {image!r}, which the file does not list: correct or remove it")
+        image = _image_id(annotation.get("image_id"))
+        if image is None or image not in images:
+            given = annotation.get("image_id")
+            raise UserError(f"{where} is of the image {given!r}, which the file does not list: correct or remove it")
         if image in records:
             record = records[image]
             if thing := _thing(annotation, record, numbers, judge, f"{where} ({Path(record['file_name']).name})"):
@@ -106,7 +109,7 @@ def coco_classes(json_file: Path) -> tuple[str, ...]:
     Raises:
         UserError: the file is missing or damaged.
     """
-    return tuple(_names(_read(json_file), json_file).values())
+    return tuple(_categories(_read(json_file), json_file)[0])
 
 
 def coco_images(json_file: Path, folder: Path, skip_missing: bool = False, root: Path | None = None) -> list[Path]:
@@ -132,8 +135,8 @@ class CocoFolder:
     def find(cls, root: Path, json_file: str = "", images: str = "") -> "CocoFolder | None":
         """Return what lies in ``root``, or None if no file there is an annotation file.
 
-        Files are looked for in ``root`` and two folders below; the name of one, or of its folder, says of which split
-        it is. Images are looked for where their names lead to files.
+        Files are searched for in ``root`` and two folders below; the split is that in the name of the file, or else in
+        the names of its folders. Images are searched for where their names lead to files.
 
         Args:
             root: the folder.
@@ -144,17 +147,17 @@ class CocoFolder:
             files = [checked_path(json_file, root, "JSON")]
             refuse_links_out(files, root)
         else:
-            files = [path for folder in folders_below(root) for path in sorted(folder.glob("*.json"))]
-            check_printable(files)
+            files = _json_files(root)
             refuse_links_out(files, root)
-            files = [path for path in files if _is_coco(path)]
+            files = [path for path in files if _has_keys(path, KEYS)]
             # COCO's own come with captions and keypoints of the same images beside them.
             files = [path for path in files if path.name.startswith("instances_")] or files
         if not files:
             return None
         sets: dict[str, Path] = {}
-        for path in files:
-            split = split_of(path.stem) or split_of(path.parent.name if path.parent != root else "") or path.stem
+        folders = splits_of_folders([path.parent.relative_to(root).parts for path in files])
+        for path, above in zip(files, folders, strict=True):
+            split = split_of(path.stem) or above or path.stem
             if split in sets:
                 raise UserError(
                     f"'{sets[split]}' and '{path}' are both annotation files of one split: name one under JSON in "
@@ -179,11 +182,21 @@ class CocoFolder:
         return coco_images(*self.sets[split], skip_missing, self.root)
 
 
-def _is_coco(path: Path) -> bool:
-    """Whether a json holds the three keys; it is searched, not parsed, since it may be of hundreds of megabytes."""
+def without_categories(root: Path) -> list[Path]:
+    """Return the annotation files that :meth:`CocoFolder.find` passes over since they have no categories."""
+    files = [path for path in _json_files(root) if not path.is_symlink()]
+    return [path for path in files if _has_keys(path, KEYS[:2]) and not _has_keys(path, KEYS[2:])]
+
+
+def _json_files(root: Path) -> list[Path]:
+    return [path for folder in folders_below(root) for path in files_with(folder, ".json")]
+
+
+def _has_keys(path: Path, keys: Sequence[bytes]) -> bool:
+    """Whether a json holds the keys; it is searched, not parsed, since it may be of hundreds of megabytes."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return all(content.find(key) >= 0 for key in KEYS)
+            return all(content.find(key) >= 0 for key in keys)
     except (OSError, ValueError):  # an empty file has no map
         return False
 
@@ -197,7 +210,8 @@ def _image_folder(root: Path, json_file: Path) -> Path:
     own = split_of(json_file.stem) or split_of(json_file.parent.name)
 
     def found(folder: Path) -> tuple[int, bool, bool]:
-        hits = sum(checked_path(name, folder, str(json_file)).is_file() for name in names)
+        paths = [checked_path(name, folder, str(json_file)) for name in names]
+        hits = sum(path.is_file() for path in names_on_disk(paths, folder))
         return hits, split_of(folder.name) == own, folder == json_file.parent
 
     return max(folders_below(root), key=found)
@@ -223,48 +237,66 @@ def _damaged(json_file: Path, error: Exception) -> UserError:
     return UserError(f"{json_file} is damaged or no COCO annotation file ({reason}): restore it")
 
 
-def _names(document: dict[str, Any], json_file: Path) -> dict[int, str]:
-    """Return the names of the categories by their ids, in ascending order."""
+def _categories(document: dict[str, Any], json_file: Path) -> tuple[list[str], dict[int, int]]:
+    """Return the names of the classes in ascending order of the categories' ids, and the class of each id.
+
+    Some programs add a root category that the others have as ``supercategory`` and that may have the name of one of
+    them; the two are one class.
+    """
     names: dict[int, str] = {}
+    parents: dict[int, Any] = {}
     for category in document["categories"]:
         number, name = _whole(category, "id", f"a category of {json_file}"), category.get("name")
         if number in names:
             raise UserError(f"{json_file} has two categories with the id {number}: give each its own")
         if not isinstance(name, str) or not name.strip() or not name.isprintable():
             raise UserError(f"{json_file} has a category {number} with the name {name!r}: give it one in letters")
-        names[number] = name
-    check_unique(list(names.values()), f"the categories of {json_file}")
+        names[number], parents[number] = name, category.get("supercategory")
+    roots = {number for number, name in names.items() if parents[number] != name and name in map(str, parents.values())}
+    twice = {name for name, count in Counter(names.values()).items() if count > 1}
+    kept = {number: name for number, name in sorted(names.items()) if not (number in roots and name in twice)}
+    lost = twice - set(kept.values())
+    check_unique([*kept.values(), *lost, *lost], f"the categories of {json_file}")
     if not names:
         raise UserError(f"{json_file} has no categories: list what the objects can be")
-    return dict(sorted(names.items()))
+    places = {name: place for place, name in enumerate(kept.values())}
+    return list(places), {number: places[name] for number, name in names.items()}
 
 
 def _images(document: dict[str, Any], json_file: Path, folder: Path) -> dict[int | str, Path]:
     """Return the paths of the images by their ids, in ascending order."""
     images: dict[int | str, Path] = {}
     for entry in document["images"]:
-        key = entry.get("id")
-        if not isinstance(key, int | str) or isinstance(key, bool):
-            raise UserError(f"{json_file} has an image with the id {key!r}: give it a whole number or a text")
+        key = _image_id(entry.get("id"))
+        if key is None:
+            raise UserError(f"{json_file} has an image with the id {entry.get('id')!r}: give it a whole number or text")
         if key in images:
             raise UserError(f"{json_file} has two images with the id {key!r}: give each its own")
         images[key] = checked_path(entry.get("file_name"), folder, f"{json_file}, image {key!r},")
     if not images:
         raise UserError(f"{json_file} lists no images")
+    images = dict(zip(images, names_on_disk(images.values(), folder), strict=True))
     check_unique([str(path) for path in images.values()], str(json_file))
     if len({type(key) for key in images}) > 1:
         raise UserError(f"{json_file} has images with numbers for ids and images with texts: give all the same kind")
     return dict(sorted(images.items()))
 
 
+def _image_id(value: Any) -> int | str | None:
+    return value if isinstance(value, str) else parse_whole_number(value)
+
+
 def _thing(
     annotation: dict[str, Any], record: Record, numbers: dict[int, int], judge: BoxJudge, where: str
 ) -> dict[str, Any] | None:
-    category, crowd = annotation.get("category_id"), annotation.get("iscrowd", 0)
-    if not isinstance(category, int) or category not in numbers:
-        raise UserError(f"{where} has the category {category!r}, which is not in the file's categories: correct it")
-    if crowd not in (0, 1):
-        raise UserError(f"{where} has iscrowd {crowd!r}: it must be 0 or 1")
+    category, crowd = parse_whole_number(annotation.get("category_id")), parse_flag(annotation.get("iscrowd"))
+    if category is None or category not in numbers:
+        raise UserError(
+            f"{where} has the category {annotation.get('category_id')!r}, which is not in the file's categories: "
+            "correct it"
+        )
+    if crowd is None:
+        raise UserError(f"{where} has iscrowd {annotation['iscrowd']!r}: it must be 0 or 1")
     x, y, width, height = _finite(annotation.get("bbox"), where, 4)
     if width < 0 or height < 0:
         raise UserError(f"{where} has the box {annotation['bbox']}, of negative width or height: correct or remove it")
@@ -272,24 +304,28 @@ def _thing(
     box = judge([x, y, x + width, y + height], *size, where)
     if box is None:
         return None
-    thing = {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": numbers[category], "iscrowd": int(crowd)}
+    thing = {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": numbers[category], "iscrowd": crowd}
     if annotation.get("segmentation"):
-        thing["segmentation"] = _segmentation(annotation["segmentation"], *size, where)
-        if not thing["segmentation"]:
-            judge.leave_out(where)
-            return None
+        if mask := _segmentation(annotation["segmentation"], *size, where):
+            thing["segmentation"] = mask
+        else:
+            judge.without_mask(where)
     return thing
 
 
-def _segmentation(given: Any, width: int, height: int, where: str) -> list[list[float]] | dict[str, Any]:
-    """Return the polygons of three points or more, or an RLE of the image's size."""
+def _segmentation(given: Any, width: int, height: int, where: str) -> list[list[float]] | dict[str, Any] | None:
+    """Return the polygons that have an area, or an RLE of the image's size; None or [] if nothing is covered."""
     if isinstance(given, list):
         polygons = [_finite(polygon, where) for polygon in given]
         limit = max(width, height)
         if any(not -limit <= value <= 2 * limit for polygon in polygons for value in polygon):
             raise UserError(f"{where} has a polygon far outside its image of {width} x {height} pixels: correct it")
-        # Detectron2 drops the others too (data/datasets/coco.py, load_coco_json).
-        return [polygon for polygon in polygons if len(polygon) % 2 == 0 and len(polygon) >= 6]
+        # Detectron2 drops those of fewer than three points too (data/datasets/coco.py, load_coco_json).
+        return [
+            polygon
+            for polygon in polygons
+            if len(polygon) % 2 == 0 and len(polygon) >= 6 and len(set(polygon[::2])) > 1 < len(set(polygon[1::2]))
+        ]
     try:
         if list(given["size"]) != [height, width]:
             raise ValueError(f"its size is {given['size']}")
@@ -297,18 +333,21 @@ def _segmentation(given: Any, width: int, height: int, where: str) -> list[list[
         if isinstance(counts, list):
             if sum(counts) != width * height or min(counts) < 0:
                 raise ValueError("its runs do not fill the image")
+            if not sum(counts[1::2]):
+                return None
             return mask_util.frPyObjects(given, height, width) | {"size": [height, width]}
         if not isinstance(counts, str) or not counts.isascii():
             raise ValueError("its counts are neither numbers nor text")
-        if _pixels_of(counts) != width * height:
+        runs = _runs(counts)
+        if sum(runs) != width * height:
             raise ValueError("its runs do not fill the image")
-        return {"size": [height, width], "counts": counts}
+        return None if not sum(runs[1::2]) else {"size": [height, width], "counts": counts}
     except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise UserError(f"{where} has a mask that is no RLE of its image's size ({error}): correct it") from error
 
 
-def _pixels_of(counts: str) -> int:
-    """Return how many pixels the runs of a compressed RLE cover.
+def _runs(counts: str) -> list[int]:
+    """Return the runs of a compressed RLE: pixels off, on, off, ...
 
     pycocotools trusts the text and writes beyond its memory where it lies. A run is a number in groups of five bits,
     low ones first, with a sixth bit where more follow and the sign in the last group's fifth; from the third on it is
@@ -331,7 +370,7 @@ def _pixels_of(counts: str) -> int:
         value = shift = 0
     if shift:
         raise ValueError("its last run is cut short")
-    return sum(runs)
+    return runs
 
 
 def _finite(given: Any, where: str, count: int | None = None) -> list[float]:
@@ -345,9 +384,9 @@ def _finite(given: Any, where: str, count: int | None = None) -> list[float]:
 
 
 def _whole(entry: dict[str, Any], key: str, where: str) -> int:
-    value = entry.get(key)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise UserError(f"{where} has the {key} {value!r}: give it a whole number")
+    value = parse_whole_number(entry.get(key))
+    if value is None:
+        raise UserError(f"{where} has the {key} {entry.get(key)!r}: give it a whole number")
     return value
 
 

@@ -29,20 +29,25 @@ def is_source(name: str) -> bool:
 def unlabelled_images(name: str) -> list[ImageFile]:
     """Return the images of a folder, of a pattern with ``*``, of a text list (one path a line) or of a zip or tar.
 
-    Folders and patterns are sorted by path; a list keeps its order, and its relative paths start where it lies.
+    Folders and patterns are sorted by path; a list keeps its order, and its relative paths start where it lies. A part
+    of a pattern that exists as it is written, such as a folder with ``[`` in its name, is not taken as a pattern.
 
     Raises:
         UserError: the source is missing, damaged or holds no image.
     """
     path = Path(name).expanduser()
     if _is_pattern(name) and not path.exists():
-        found: list[ImageFile] = list(_images(filter(os.path.isfile, glob.glob(str(path), recursive=True))))  # noqa: PTH207
+        pattern = _literal_where_it_exists(path)
+        found: list[ImageFile] = list(_images(filter(os.path.isfile, glob.glob(pattern, recursive=True))))  # noqa: PTH207
     elif path.suffix.lower() == LIST and path.is_file():
         return list(_listed(path))
     elif is_archive(path) and not path.is_dir():
         found = list(list_members(path, sorted(EXTENSIONS)))
     else:
-        return list(list_images(path))
+        images, links = _scan(path)
+        if links:
+            logger.warning(f"links to folders are not followed: {first_few(links)}")
+        return list(images)
     if not found:
         raise UserError(f"'{name}' holds no image with one of {', '.join(sorted(EXTENSIONS))}")
     return found
@@ -56,17 +61,35 @@ def list_images(folder: Path) -> list[Path]:
     Raises:
         UserError: the folder is missing or holds no image.
     """
+    return _scan(folder)[0]
+
+
+def _scan(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return what :func:`list_images` does, and the links to folders, which are not followed, sorted too."""
     if not folder.is_dir():
         raise UserError(f"the image folder {folder} does not exist: correct the path")
+    found: list[str] = []
     try:
-        images = _images(_files_below(str(folder)))
+        images = _images(files_below(str(folder), found))
     except OSError as error:
         raise UserError(
             f"the folder '{error.filename}' cannot be read ({error.strerror}): see who may read it"
         ) from error
+    check_printable(found)
+    links = sorted(map(Path, found))
     if not images:
-        raise UserError(f"the folder {folder} holds no image with one of {', '.join(sorted(EXTENSIONS))}")
-    return images
+        not_followed = f"; links to folders are not followed: {first_few(links)}" if links else ""
+        raise UserError(f"the folder {folder} holds no image with one of {', '.join(sorted(EXTENSIONS))}{not_followed}")
+    return images, links
+
+
+def linked_folders(folder: Path) -> list[Path]:
+    """Return the links to folders below ``folder``, which are not followed, sorted by path."""
+    links: list[str] = []
+    for _ in files_below(str(folder), links):
+        pass
+    check_printable(links)
+    return sorted(map(Path, links))
 
 
 def readable(images: Sequence[ImageFile]) -> list[ImageFile]:
@@ -100,16 +123,32 @@ def _is_pattern(name: str) -> bool:
     return "*" in name or "?" in name
 
 
-def _files_below(folder: str) -> Iterator[str]:
-    """Give the files below a folder, without hidden ones; links to folders are not followed, they may lead back."""
+def _literal_where_it_exists(pattern: Path) -> str:
+    """Return a pattern for :func:`glob.glob` in which those first parts that exist stand for themselves."""
+    start = Path(pattern.anchor)
+    parts = pattern.relative_to(start).parts
+    count = 0
+    while count < len(parts) and os.path.exists(start / parts[count]):  # noqa: PTH110  (False where it may not look)
+        start /= parts[count]
+        count += 1
+    return os.path.join(glob.escape(str(start)), *parts[count:])  # noqa: PTH118
+
+
+def files_below(folder: str, links: list[str]) -> Iterator[str]:
+    """Yield the files below a folder, without hidden ones.
+
+    Links to folders are not followed, since they may lead back; they are appended to ``links``.
+    """
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name[0] == ".":
                 continue
             if entry.is_dir(follow_symlinks=False):
-                yield from _files_below(entry.path)
+                yield from files_below(entry.path, links)
             elif entry.is_file():
                 yield entry.path
+            elif entry.is_symlink() and entry.is_dir():
+                links.append(entry.path)
 
 
 def _images(paths: Iterable[str]) -> list[Path]:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from relvit_d2.data import catalog
-from relvit_d2.data.coco import CocoFolder
-from relvit_d2.data.folder import is_source
-from relvit_d2.data.records import Record
+from relvit_d2.data.coco import CocoFolder, without_categories
+from relvit_d2.data.folder import is_source, linked_folders
+from relvit_d2.data.places import refuse_links_out
+from relvit_d2.data.records import Record, first_few
 from relvit_d2.data.splits import ALL, HELD_OUT, divide, offered
 from relvit_d2.data.voc import VocFolder
 from relvit_d2.data.yolo import YoloFolder
@@ -57,21 +58,19 @@ def find(root: Path, form: str = "") -> tuple[str, LabelledFolder] | None:
         form: a name in ``FORMATS``; "" tries them all.
 
     Raises:
-        UserError: the folder is missing, or labels in it are damaged.
+        UserError: the folder is missing, a folder in it is a link to elsewhere, or labels in it are damaged.
     """
     if not root.is_dir():
         raise UserError(f"the data folder '{root}' does not exist: correct the path")
     if form and form not in FORMATS:
         raise UserError(f"FORMAT '{form}' is unknown; give {', '.join(FORMATS)}, or '' to look")
-    for name in [form] if form else FORMATS:
-        try:
-            found = FORMATS[name](root)
-        except OSError as error:
-            raise UserError(
-                f"'{error.filename or root}' cannot be read ({error.strerror}): see who may read it"
-            ) from error
-        if found:
-            return name, found
+    try:
+        refuse_links_out(linked_folders(root), root)
+        for name in [form] if form else FORMATS:
+            if found := FORMATS[name](root):
+                return name, found
+    except OSError as error:
+        raise UserError(f"'{error.filename or root}' cannot be read ({error.strerror}): see who may read it") from error
     return None
 
 
@@ -85,7 +84,24 @@ def look(root: Path, form: str = "") -> tuple[str, LabelledFolder]:
         return found
     signs = {"coco": "COCO .json", "voc": "VOC's .xml files", "yolo": "YOLO's .txt labels of images"}
     missing = signs[form] if form else ", ".join(signs.values())
-    raise UserError(f"'{root}' holds no labels that can be read ({missing}): correct the path, see docs/own_data.md")
+    near = "".join(f"; {reason}" for reason in near_misses(root))
+    raise UserError(
+        f"'{root}' holds no labels that can be read ({missing}): correct the path, see docs/own_data.md{near}"
+    )
+
+
+def near_misses(root: Path) -> list[str]:
+    """Return what may be the labels of a folder in which :func:`find` finds none, and why they are not read."""
+    reasons = []
+    if files := without_categories(root):
+        reasons.append(
+            f"{first_few(files)} has images and annotations but no categories: list id and name of each class"
+        )
+    if links := linked_folders(root):
+        reasons.append(
+            f"links to folders are not followed, such as {first_few(links)}: put the folders themselves there"
+        )
+    return reasons
 
 
 def _whole(form: str) -> Callable[[Path], list[Record]]:
@@ -168,7 +184,7 @@ def register_own(keys: Mapping[str, Any], labels: bool = True) -> None:
                 raise UserError(f"{where}.{key} is {value!r}: give {'a list' if key == 'CLASSES' else 'text'}")
         if not own.get("ROOT"):
             raise UserError(f"{where} has no ROOT: give the folder of the data set")
-        if any(name == full.partition("[")[0] for full in wanted):
+        if any(name == catalog.subset(full)[0] for full in wanted):
             _register(name, where, own, labels)
 
 

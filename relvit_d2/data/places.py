@@ -1,7 +1,9 @@
 """Where data lie, and files that are links to somewhere else."""
 
 import os
+import unicodedata
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 from relvit_d2.errors import UserError
@@ -10,6 +12,52 @@ from relvit_d2.errors import UserError
 def dataset_root() -> Path:
     """Return ``$DETECTRON2_DATASETS``, or ``datasets`` in the working directory as Detectron2 does."""
     return Path(os.environ.get("DETECTRON2_DATASETS") or "datasets").expanduser()
+
+
+def normal_form(name: str) -> str:
+    """Return a name in Unicode's composed form, in which ``é`` is one character.
+
+    macOS decomposes names of files that annotation files hold composed, so both forms are the same name.
+    """
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def names_on_disk(paths: Iterable[Path], root: Path) -> list[Path]:
+    """Return ``paths``, which lie below ``root``, spelled as the files on the disk are.
+
+    A name that a folder lacks is replaced by one with the same :func:`normal_form`; an absent file keeps its path.
+    """
+
+    @cache
+    def listing(folder: Path) -> dict[str, str]:
+        try:
+            names = os.listdir(folder)  # noqa: PTH208
+        except OSError:
+            return {}
+        return {normal_form(name): name for name in names} | {name: name for name in names}
+
+    @cache
+    def spelled(folder: Path) -> Path:
+        return folder if folder == root else entry(folder)
+
+    def entry(path: Path) -> Path:
+        parent, names = spelled(path.parent), listing(spelled(path.parent))
+        return parent / (names.get(path.name) or names.get(normal_form(path.name)) or path.name)
+
+    return [path if str(path.relative_to(root)).isascii() else entry(path) for path in paths]
+
+
+def child(folder: Path, *names: str) -> Path:
+    """Return ``folder / names[0] / ...``, each with the capitals that it has on the disk, if it is there."""
+    for name in names:
+        if not (folder / name).exists():
+            try:
+                spellings = sorted(x for x in os.listdir(folder) if x.lower() == name.lower())  # noqa: PTH208
+            except OSError:
+                spellings = []
+            name = spellings[0] if spellings else name
+        folder = folder / name
+    return folder
 
 
 def refuse_links_out(paths: Iterable[Path], root: Path | None = None) -> None:

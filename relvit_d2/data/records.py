@@ -10,6 +10,7 @@ coordinates: the image spans ``[0, width] x [0, height]``.
 import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -88,6 +89,7 @@ class BoxJudge:
     _judged: int = 0
     _empty: list[str] = field(default_factory=list)
     _cut: list[str] = field(default_factory=list)
+    _maskless: list[str] = field(default_factory=list)
 
     def __call__(
         self, corners: Sequence[float], width: int, height: int, where: str, first_pixel: int = 0
@@ -96,7 +98,7 @@ class BoxJudge:
         self._judged += 1
         xmin, ymin, xmax, ymax = corners
         if (xmin == xmax and ymin <= ymax) or (ymin == ymax and xmin <= xmax):
-            self.leave_out(where)
+            self._empty.append(where)
             return None
         box = checked_box(corners, width, height, where, first_pixel, slack=max(width, height))
         shifted = [xmin - first_pixel, ymin - first_pixel, xmax, ymax]
@@ -104,12 +106,12 @@ class BoxJudge:
             self._cut.append(where)
         return box
 
-    def leave_out(self, where: str) -> None:
-        """Count an object that covers nothing."""
-        self._empty.append(where)
+    def without_mask(self, where: str) -> None:
+        """Count an object whose box is kept although its mask has no area."""
+        self._maskless.append(where)
 
     def notes(self) -> list[str]:
-        """Return what was left out and what was cut, as sentences for the log.
+        """Return what was left out or changed, as sentences for the log.
 
         Raises:
             UserError: if more than half of the boxes stick out: they are those of images of another size.
@@ -119,12 +121,46 @@ class BoxJudge:
                 f"{len(self._cut)} of the {self._judged} boxes of {self.where} stick out of their images, the first in "
                 f"{self._cut[0]}: they belong to images of another size, or are in another format"
             )
-        done = ((self._empty, "have no area and are left out"), (self._cut, "stick out and are cut at the border"))
+        done = (
+            (self._empty, "have no area and are left out"),
+            (self._cut, "stick out and are cut at the border"),
+            (self._maskless, "have a mask without area and are kept as boxes without a mask"),
+        )
         return [
             f"{len(boxes)} of the {self._judged} boxes of {self.where} {what}: {first_few(boxes)}"
             for boxes, what in done
             if boxes
         ]
+
+
+def parse_whole_number(value: Any) -> int | None:
+    """Return the whole number that ``value`` writes in any decimal notation, or None if it writes none.
+
+    Programs write the same class as ``3``, ``3.0``, ``"3"`` or ``3.000000e+00``.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    if isinstance(value, int):
+        return value
+    if isinstance(value, str):
+        if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", value.strip(), re.ASCII | re.IGNORECASE):
+            return None
+        value = float(value)
+    return int(value) if math.isfinite(value) and value.is_integer() and abs(value) < 2**53 else None
+
+
+def parse_flag(value: Any) -> int | None:
+    """Return 0 or 1 for a flag such as ``iscrowd`` or ``difficult``, or None if ``value`` is not a flag.
+
+    What is empty or ``Unspecified`` (PASCAL's word in its annotation files) counts as 0.
+    """
+    text = str(value).strip().lower()
+    if value is None or text in ("", "unspecified", "none", "null", "false", "no"):
+        return 0
+    if text in ("true", "yes"):
+        return 1
+    number = parse_whole_number(value)
+    return number if number in (0, 1) else None
 
 
 def first_few(names: Sequence[Any]) -> str:
@@ -146,12 +182,31 @@ def checked_path(name: Any, folder: Path, where: str) -> Path:
 
 
 def folders_below(root: Path, depth: int = 2) -> Iterator[Path]:
-    """Give ``root`` and the folders below it down to ``depth``, without hidden ones and links, in order of name."""
+    """Yield ``root`` and the folders below it down to ``depth``, without hidden ones and links, in order of name."""
     level = [root]
     for _ in range(depth + 1):
         yield from level
-        inside = (child for folder in level for child in sorted(folder.iterdir()))
-        level = [path for path in inside if path.is_dir() and not path.is_symlink() and path.name[0] != "."]
+        below = []
+        for folder in level:
+            with os.scandir(folder) as entries:
+                names = [e.name for e in entries if e.name[0] != "." and e.is_dir(follow_symlinks=False)]
+            below += [folder / name for name in sorted(names)]
+        level = below
+
+
+def files_with(folder: Path, extension: str) -> list[Path]:
+    """Return the files right in ``folder`` with an extension (small letters, with its dot) in any case, sorted.
+
+    Hidden files are left out.
+
+    Raises:
+        UserError: one has a name that cannot be printed.
+    """
+    with os.scandir(folder) as entries:
+        names = sorted(e.name for e in entries if e.name[0] != "." and e.name.lower().endswith(extension))
+    files = [folder / name for name in names]
+    check_printable(files)
+    return files
 
 
 def checked_name(name: str, where: str) -> str:

@@ -1,8 +1,10 @@
 """Training, validation and test sets, told by names of files and folders, or made."""
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -28,6 +30,22 @@ def split_of(name: str) -> str | None:
     """Return ``train``, ``trainval``, ``val`` or ``test`` if a name says so: ``instances_val2017.json`` says val."""
     words = re.findall("[a-z]+", name.lower())
     return next((_WORDS[word] for word in reversed(words) if word in _WORDS), None)
+
+
+def splits_of_folders(folders: Sequence[Sequence[str]]) -> list[str | None]:
+    """Return the split that each of ``folders``, given by their names from the data set's root on, is in.
+
+    Of the names that are a split (``train``, ``Valid``) the outermost decides, or else of those that hold one
+    (``train2017``); folders that all have in common do not tell any apart.
+    """
+    common = len(os.path.commonprefix([list(folder) for folder in set(map(tuple, folders))]))
+
+    @cache
+    def split(names: tuple[str, ...]) -> str | None:
+        exact = (_WORDS.get(name.lower()) for name in names)
+        return next(filter(None, (*exact, *map(split_of, names))), None)
+
+    return [split(tuple(folder[common:])) for folder in folders]
 
 
 def one_or_split(sets: dict[str, T]) -> dict[str, T]:

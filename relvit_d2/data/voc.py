@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,22 +14,26 @@ from detectron2.structures import BoxMode
 
 from relvit_d2.data.cache import Labels, cached
 from relvit_d2.data.decode import image_size
-from relvit_d2.data.folder import list_images
-from relvit_d2.data.places import refuse_links_out
+from relvit_d2.data.folder import EXTENSIONS, list_images
+from relvit_d2.data.places import child, normal_form, refuse_links_out
 from relvit_d2.data.records import (
     BoxJudge,
     Record,
-    check_printable,
     check_unique,
     checked_box,
     checked_name,
     existing,
+    files_with,
     first_few,
     folders_below,
+    parse_flag,
     renumbered,
 )
-from relvit_d2.data.splits import ALL, one_or_split, split_of
+from relvit_d2.data.splits import ALL, one_or_split, splits_of_folders
 from relvit_d2.errors import UserError, nearest
+
+SUPERSETS = {"gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc-kr": "cp949"}
+"""Encodings that files are in which declare the first one (WHATWG, Encoding Standard, names and labels)."""
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 LISTS = ("train", "val", "trainval", "test")
@@ -81,8 +86,8 @@ def load_voc(root: Path, split: str, class_names: Sequence[str], skip_missing: b
 def voc_images(root: Path, split: str, skip_missing: bool = False) -> list[Path]:
     """Return the images of one split in the order of its list; no annotation is touched.
 
-    A line of the list is an id, or an id and a flag as in the lists of single classes; blank lines are skipped
-    and Windows line ends are accepted.
+    A line of the list is an id, or an id and a flag as in the lists of single classes. An id may have the extension of
+    an image or ``.xml``; blank lines are skipped and Windows line ends are accepted.
 
     Raises:
         UserError: the list is missing, empty, holds an id twice or none that is a file name, or an image is missing.
@@ -112,7 +117,7 @@ class VocFolder:
         """Return what lies in ``root``, or None if there are no annotations in VOC's format.
 
         Either ``Annotations``, ``JPEGImages`` and the lists of ``ImageSets/Main``, in ``root`` or in one folder at most
-        two below, or XML files in any folders, whose names say of which split they are.
+        two below, or XML files in any folders, whose names give the split. Names may have any capitals.
 
         Raises:
             UserError: lists lie in several folders, or labels are damaged.
@@ -123,18 +128,20 @@ class VocFolder:
             raise UserError(f"'{first}' and '{second}' are both data sets in VOC's layout: give one of them")
         if listed:
             folder, lists = next(iter(listed.items()))
+            annotations = child(folder, "Annotations")
+            known = {normal_form(path.stem): path for path in files_with(annotations, ".xml")}
             sets = {
-                name: [folder / "Annotations" / f"{i}.xml" for i in _ids(path, root)] for name, path in lists.items()
+                name: [known.get(i, annotations / f"{i}.xml") for i in _ids(path, root, known)]
+                for name, path in lists.items()
             }
             return cls(folder, one_or_split(sets), listed=True)
         found: dict[str, list[Path]] = {}
-        for folder in folders_below(root):
-            files = sorted(path for path in folder.glob("*.xml") if not path.name.startswith("."))
-            check_printable(files)
-            refuse_links_out(files[:1], root)
-            if files and _is_voc(files[0]):
-                split = next(filter(None, map(split_of, reversed(folder.relative_to(root).parts))), ALL)
-                found.setdefault(split, []).extend(files)
+        folders = {folder: files for folder in folders_below(root) if (files := files_with(folder, ".xml"))}
+        splits = splits_of_folders([folder.relative_to(root).parts for folder in folders])
+        for split, files in zip(splits, folders.values(), strict=True):
+            refuse_links_out(files, root)
+            if any(map(_is_voc, files)):
+                found.setdefault(split or ALL, []).extend(files)
         return cls(root, one_or_split(found), listed=False) if found else None
 
     def classes(self) -> tuple[str, ...]:
@@ -187,16 +194,16 @@ class VocFolder:
     @cached_property
     def _images_by_stem(self) -> dict[str, list[Path]]:
         images: dict[str, list[Path]] = {}
-        folder = self.root / "JPEGImages"
+        folder = child(self.root, "JPEGImages")
         for image in list_images(folder if self.listed and folder.is_dir() else self.root):
-            images.setdefault(image.stem, []).append(image)
+            images.setdefault(normal_form(image.stem), []).append(image)
         return images
 
     def _pairs(self, annotations: Sequence[Path]) -> tuple[list[tuple[Path, Path]], list[Path]]:
         """Return the annotations with their images, which have their names, and the annotations without an image."""
         pairs, absent = [], []
         for path in annotations:
-            found = self._images_by_stem.get(path.stem, [])
+            found = self._images_by_stem.get(normal_form(path.stem), [])
             if len(found) > 1:  # of one name in several folders that which lies nearest
                 shared = [len(os.path.commonpath([path, image])) for image in found]
                 found = [image for image, length in zip(found, shared, strict=True) if length == max(shared)]
@@ -213,35 +220,65 @@ class VocFolder:
 
 def _lists(folder: Path) -> dict[str, Path]:
     """Return the lists of images that a folder in VOC's layout has, by the name of the split."""
-    lists = {name: folder / "ImageSets/Main" / f"{name}.txt" for name in LISTS}
-    return {name: path for name, path in lists.items() if path.is_file() and (folder / "Annotations").is_dir()}
+    lists = {name: child(folder, "ImageSets", "Main", f"{name}.txt") for name in LISTS}
+    return {name: path for name, path in lists.items() if path.is_file() and child(folder, "Annotations").is_dir()}
 
 
 def _is_voc(path: Path) -> bool:
-    with path.open("rb") as file:
-        return b"<annotation" in file.read(4096)
+    return b"<annotation" in path.read_bytes().replace(b"\0", b"")  # UTF-16 has them between ASCII's letters
 
 
-def _ids(path: Path, root: Path | None = None) -> list[str]:
-    """Return the ids of one list of ``ImageSets/Main``: see :func:`voc_images`; ``root``: see ``refuse_links_out``."""
+def _ids(path: Path, root: Path | None = None, known: Collection[str] = ()) -> list[str]:
+    """Return the ids of one list of ``ImageSets/Main``: see :func:`voc_images`.
+
+    Args:
+        path: the list.
+        root: see :func:`relvit_d2.data.places.refuse_links_out`.
+        known: ids that have an annotation, in their normal form: they may have spaces and end like a file name.
+    """
     refuse_links_out([path], root)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the image list {path} cannot be read ({type(error).__name__}): restore it") from error
-    ids = [checked_name(line.split()[0], f"the image list {path}") for line in lines if line.strip()]
+    ids = [checked_name(_id(line.strip(), known), f"the image list {path}") for line in lines if line.strip()]
     if not ids:
         raise UserError(f"the image list {path} is empty: restore it")
     check_unique(ids, f"the image list {path}")
     return ids
 
 
+def _id(line: str, known: Collection[str]) -> str:
+    first = line.split()[0]
+    names = [normal_form(name) for name in (line, line.rsplit(maxsplit=1)[0], first)]
+    candidates = [form for name in names for form in (name, _without_extension(name))]
+    return next((name for name in candidates if name in known), _without_extension(first))
+
+
+def _without_extension(name: str) -> str:
+    stem, extension = os.path.splitext(name)  # noqa: PTH122
+    return stem if extension.lower() in (*EXTENSIONS, ".xml") else name
+
+
+def _parse(path: Path) -> Element:
+    """Return the root element of an XML file in the encoding that it declares.
+
+    expat knows few encodings and none of several bytes a character, so others are decoded here.
+    """
+    data = path.read_bytes()
+    declared = re.match(rb"(?:\xef\xbb\xbf)?<\?xml[^>]*?encoding\s*=\s*[\"']([\w.-]+)[\"']", data)
+    encoding = declared[1].decode("ascii", "replace").lower() if declared else "utf-8"
+    if encoding.startswith(("utf", "iso-8859-1", "us-ascii", "ascii")):
+        return ElementTree.fromstring(data)
+    return ElementTree.fromstring(data.decode(SUPERSETS.get(encoding, encoding)))
+
+
 def _read_annotation(path: Path, image: Path, image_id: str, number: Callable[[str, str], int], judge: Judge) -> Record:
     try:
-        tree = ElementTree.parse(path).getroot()
+        tree = _parse(path)
     except FileNotFoundError as error:
         raise UserError(f"the annotation {path} is missing: restore it") from error
-    # defusedxml's refusals are ValueErrors; an unknown text encoding is a LookupError.
+    # defusedxml's refusals and bytes that are not in the encoding are ValueErrors, an unknown encoding a LookupError.
     except (ParseError, OSError, ValueError, LookupError) as error:
         raise UserError(f"the annotation {path} is not sound XML ({error}): restore it") from error
     if isinstance(judge, BoxJudge) and tree.findtext("size/width", "0").strip() in ("0", ""):
@@ -270,9 +307,9 @@ def _read_object(
     if box is None:
         raise UserError(f"{where} has no <bndbox>: add it or remove the object")
     where = f"{where} ({name})"
-    difficult = element.findtext("difficult", default="0").strip()
-    if difficult not in ("0", "1"):
-        raise UserError(f"{where} has <difficult> {difficult!r}: it must be 0 or 1")
+    difficult = parse_flag(element.findtext("difficult"))
+    if difficult is None:
+        raise UserError(f"{where} has <difficult> {element.findtext('difficult')!r}: it must be 0 or 1")
     corners = judge([_number(box, corner, where) for corner in CORNERS], *size, where, first_pixel=1)
     if corners is None:
         return None
@@ -281,7 +318,7 @@ def _read_object(
         "bbox_mode": BoxMode.XYXY_ABS,
         "category_id": category,
         "iscrowd": 0,
-        "difficult": int(difficult),
+        "difficult": difficult,
     }
 
 

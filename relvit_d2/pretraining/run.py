@@ -62,7 +62,7 @@ def image_files(
 
 def _has_classes(name: str) -> bool:
     """Whether a name is that of a classification set, which an archive of classes is too."""
-    return is_class_set(name) and not is_source(name.partition("[")[0])
+    return is_class_set(name) and not is_source(catalog.subset(name)[0])
 
 
 def next_command(config_file: str, data: str | None, cfg: CfgNode, encoder: Path) -> str:
