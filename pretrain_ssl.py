@@ -6,16 +6,16 @@ from pathlib import Path
 
 from detectron2.utils import comm
 
-from relvit_d2.data.catalog import keep_splits
-from relvit_d2.data.own import config_pairs, register_own
+from relvit_d2.config.config_file import load_config
+from relvit_d2.data.detection.catalog import keep_splits
+from relvit_d2.data.detection.custom import config_pairs, register_own
 from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.engine.cli import add_data, keep_config, run_script, start_run
-from relvit_d2.engine.config_file import load_config
 from relvit_d2.engine.weights import holds_encoder, load_proved
-from relvit_d2.errors import UserError
 from relvit_d2.pretraining.model import build_pretraining_model, export_encoder
 from relvit_d2.pretraining.run import build_trainer, evaluate, image_files, next_command
-from relvit_d2.report.ending import end_run
+from relvit_d2.report.run_summary import end_run
+from relvit_d2.utils.errors import UserError
 
 SCRIPT = "pretrain_ssl.py"
 

@@ -8,12 +8,12 @@ from detectron2.utils import comm
 
 from relvit_d2.classification.model import build_classifier
 from relvit_d2.classification.run import build_trainer, evaluate, finish, load_data, next_command, probe, settle, tell
+from relvit_d2.config.config_file import load_config
 from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.engine.cli import keep_config, run_script, start_run
-from relvit_d2.engine.config_file import load_config
 from relvit_d2.engine.weights import holds_encoder, load_weights
-from relvit_d2.errors import UserError
-from relvit_d2.report.ending import end_run
+from relvit_d2.report.run_summary import end_run
+from relvit_d2.utils.errors import UserError
 
 SCRIPT = "train_cls.py"
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from detectron2.utils import comm
 
-from relvit_d2.data.catalog import get_metadata, keep_splits
-from relvit_d2.data.check import before_training
-from relvit_d2.data.own import config_pairs, register_own
+from relvit_d2.analysis.data_checks import before_training
+from relvit_d2.config.config_file import load_config
+from relvit_d2.data.detection.catalog import get_metadata, keep_splits
+from relvit_d2.data.detection.custom import config_pairs, register_own
 from relvit_d2.detection.model import build_detector
 from relvit_d2.detection.run import (
     build_trainer,
@@ -22,10 +23,9 @@ from relvit_d2.detection.run import (
 )
 from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.engine.cli import add_data, keep_config, run_script, start_run
-from relvit_d2.engine.config_file import load_config
 from relvit_d2.engine.weights import holds_encoder, load_weights
-from relvit_d2.errors import UserError
-from relvit_d2.report.ending import end_run
+from relvit_d2.report.run_summary import end_run
+from relvit_d2.utils.errors import UserError
 
 SCRIPT = "train_net.py"
 

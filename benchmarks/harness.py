@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from relvit_d2.engine.machine import device_name
+from relvit_d2.utils.hardware import device_name
 
 Row = dict[str, Any]
 

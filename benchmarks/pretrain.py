@@ -28,11 +28,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import Row, arguments, matrix_rate, tell
 from benchmarks.plain import plain_patches, plain_view
-from relvit_d2.data.mapper import ImageReader
-from relvit_d2.engine.config_file import load_config
+from relvit_d2.config.config_file import load_config
+from relvit_d2.data.detection.mapper import ImageReader
 from relvit_d2.engine.optimizer import build_clipper, build_optimizer
 from relvit_d2.engine.precision import choose_precision
-from relvit_d2.engine.randomness import seed_everything
 from relvit_d2.pretext.layout import PatchLayout
 from relvit_d2.pretext.pair_loss import pair_loss_plain
 from relvit_d2.pretext.resampling import random_boxes
@@ -40,6 +39,7 @@ from relvit_d2.pretext.task import RelationTask
 from relvit_d2.pretext.views import PatchDraws, ViewConfig, draw_patches
 from relvit_d2.pretraining.model import PretrainingModel, build_pretraining_model
 from relvit_d2.pretraining.run import build_trainer
+from relvit_d2.utils.randomness import seed_everything
 
 # name: pixels of a view, of a patch, (width, height) of the images, batch
 SETTINGS = {"32_p4": (32, 4, (32, 32), 256), "224_p16": (224, 16, (500, 375), 256)}

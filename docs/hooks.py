@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # the tests read the keys without MkDocs
     from mkdocs.structure.files import Files
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = ROOT / "relvit_d2" / "config.py"
+CONFIG = ROOT / "relvit_d2" / "config" / "__init__.py"
 # Files of the repository's root that are pages too.
 PAGES = {"README.md": "index.md", **{f"{n}.md": f"{n.lower()}.md" for n in ("MODEL_ZOO", "CONTRIBUTING", "CHANGELOG")}}
 
@@ -109,7 +109,7 @@ def config_page() -> str:
     parts = [
         "# Config keys",
         "",
-        "Every key that is not Detectron2's, and Detectron2's whose defaults differ, from `relvit_d2/config.py`.",
+        "Every key that is not Detectron2's, and Detectron2's whose defaults differ.",
         "Others are [Detectron2's](https://detectron2.readthedocs.io/en/latest/modules/config.html#yaml-config-references).",
         "A key is set in a yaml file or as a `KEY VALUE` pair at the end of a command; an unknown one is refused.",
         "",

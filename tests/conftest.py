@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from relvit_d2.data.streets import generate
+from relvit_d2.data.detection.streets import generate
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

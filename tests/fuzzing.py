@@ -21,10 +21,10 @@ from detectron2.structures import BoxMode
 from PIL import Image
 from test_svhn import write_mat
 
-from relvit_d2.data import own
-from relvit_d2.data.catalog import DATASETS, get_images, get_records
-from relvit_d2.data.decode import image_size, read_rgb
-from relvit_d2.errors import UserError
+from relvit_d2.data.detection import custom
+from relvit_d2.data.detection.catalog import DATASETS, get_images, get_records
+from relvit_d2.data.images.decode import image_size, read_rgb
+from relvit_d2.utils.errors import UserError
 
 
 def noise(path: Path, seed: int, size: tuple[int, int] = (40, 30), mode: str = "RGB") -> None:
@@ -185,10 +185,10 @@ READERS = {
     "coco": of_catalog(make_coco, "coco_2017_val"),
     "kitti": of_catalog(make_kitti, "kitti_train"),
     # What a user brings along has the classes that it says it has.
-    "own_coco": Reader(make_coco, own.READERS["coco"], MANY),
-    "own_voc": Reader(make_voc, own.READERS["voc"], MANY),
-    "own_xml": Reader(make_xml, own.READERS["voc"], MANY),
-    "own_yolo": Reader(make_yolo, own.READERS["yolo"], MANY),
+    "own_coco": Reader(make_coco, custom.READERS["coco"], MANY),
+    "own_voc": Reader(make_voc, custom.READERS["voc"], MANY),
+    "own_xml": Reader(make_xml, custom.READERS["voc"], MANY),
+    "own_yolo": Reader(make_yolo, custom.READERS["yolo"], MANY),
     "images": Reader(make_images, lambda root: read_images(root / "images"), links=True),
     "zip": Reader(make_archives, lambda root: read_images(root / "photos.zip")),
     "tar": Reader(make_archives, lambda root: read_images(root / "photos.tar")),
@@ -224,7 +224,7 @@ sys.addaudithook(_watch)
 
 @contextmanager
 def nothing_else_is_opened(*allowed: Path) -> Iterator[None]:
-    """Fail if a file is opened that lies in none of ``allowed`` and is not Python's own.
+    """Fail if a file is opened that lies in none of ``allowed`` and is not Python's custom.
 
     Python's audit sees what Python opens; HDF5's library opens its files by itself.
     """

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from test_bad_input import huge_png
 
-from relvit_d2.data.folder import EXTENSIONS
+from relvit_d2.data.images.folder import EXTENSIONS
 
 SECRET = "secret"
 NUMBERS = (

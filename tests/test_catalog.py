@@ -8,8 +8,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from PIL import Image
 
-from relvit_d2.data import streets
-from relvit_d2.data.catalog import (
+from relvit_d2.data.detection import streets
+from relvit_d2.data.detection.catalog import (
     DATASETS,
     dataset_root,
     get_images,
@@ -18,8 +18,8 @@ from relvit_d2.data.catalog import (
     register_all,
     resolve,
 )
-from relvit_d2.data.folder import list_images
-from relvit_d2.errors import UserError
+from relvit_d2.data.images.folder import list_images
+from relvit_d2.utils.errors import UserError
 
 
 @pytest.fixture

@@ -15,16 +15,16 @@ from detectron2.utils.events import EventStorage
 from PIL import Image
 from scripts import run
 
-from relvit_d2.data.catalog import get_images
-from relvit_d2.data.decode import PixelFormat, channels_and_white, image_size, read_rgb
-from relvit_d2.data.mapper import DetectionMapper, ImageReader
-from relvit_d2.data.statistics import pixel_format, pixel_statistics
+from relvit_d2.analysis.pixel_statistics import pixel_format, pixel_statistics
+from relvit_d2.config.config_file import load_config
+from relvit_d2.data.detection.catalog import get_images
+from relvit_d2.data.detection.mapper import DetectionMapper, ImageReader
+from relvit_d2.data.images.decode import PixelFormat, channels_and_white, image_size, read_rgb
 from relvit_d2.detection.model import build_detector
-from relvit_d2.engine.config_file import load_config
-from relvit_d2.engine.randomness import torch_generator
-from relvit_d2.errors import UserError
 from relvit_d2.pretext.views import ViewConfig, Views
 from relvit_d2.pretraining.model import build_pretraining_model
+from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.randomness import torch_generator
 
 rng = np.random.default_rng(0)
 GRAY = rng.integers(0, 256, (20, 30), np.uint8)

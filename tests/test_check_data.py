@@ -15,15 +15,15 @@ from detectron2.structures import Boxes, BoxMode, pairwise_iou
 from PIL import Image
 from scripts import run
 
-from relvit_d2.data.anchors import Anchors, fit_report, proposal, training_boxes
-from relvit_d2.data.catalog import get_images
-from relvit_d2.data.check import before_training, check_images, check_labels
-from relvit_d2.data.decode import PixelFormat
-from relvit_d2.data.mapper import DetectionMapper
-from relvit_d2.data.statistics import pixel_statistics
-from relvit_d2.engine.config_file import load_config
-from relvit_d2.errors import UserError
+from relvit_d2.analysis.anchors import Anchors, fit_report, proposal, training_boxes
+from relvit_d2.analysis.data_checks import before_training, check_images, check_labels
+from relvit_d2.analysis.pixel_statistics import pixel_statistics
+from relvit_d2.config.config_file import load_config
+from relvit_d2.data.detection.catalog import get_images
+from relvit_d2.data.detection.mapper import DetectionMapper
+from relvit_d2.data.images.decode import PixelFormat
 from relvit_d2.report.samples import Sample, draw_samples
+from relvit_d2.utils.errors import UserError
 from tools.check_data import config_words
 
 CLASSES = ("cat", "dog")

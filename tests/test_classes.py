@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN, Flowers102
 
-from relvit_d2.data.class_tree import LabelledImages, read_tree
-from relvit_d2.data.classes import CLASS_SETS, get_class_set, get_class_sets
-from relvit_d2.data.image_batches import ImageStack
-from relvit_d2.data.imagenet100 import synsets
-from relvit_d2.data.matlab5 import read_matlab5
-from relvit_d2.errors import UserError
+from relvit_d2.data.classification.datasets import CLASS_SETS, get_class_set, get_class_sets
+from relvit_d2.data.classification.image_folder import LabelledImages, read_tree
+from relvit_d2.data.classification.imagenet100 import synsets
+from relvit_d2.data.classification.matlab5 import read_matlab5
+from relvit_d2.data.images.batches import ImageStack
+from relvit_d2.utils.errors import UserError
 
 RANDOM = np.random.default_rng(0)
 

@@ -24,14 +24,14 @@ from relvit_d2.classification.run import (
     settle,
     split,
 )
-from relvit_d2.data.class_tree import LabelledImages
-from relvit_d2.data.image_batches import ImageStack
+from relvit_d2.config.config_file import load_config
+from relvit_d2.data.classification.image_folder import LabelledImages
+from relvit_d2.data.images.batches import ImageStack
 from relvit_d2.encoders import ENCODERS, build_encoder
 from relvit_d2.encoders.vit import ViT
-from relvit_d2.engine.config_file import load_config
-from relvit_d2.engine.randomness import seed_everything, torch_generator
-from relvit_d2.errors import UserError
 from relvit_d2.pretext.monitor import knn_accuracy
+from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.randomness import seed_everything, torch_generator
 
 SMALL: dict[str, object] = {
     "MODEL.DEVICE": "cpu",
@@ -178,7 +178,7 @@ def test_every_mode_trains_chooses_on_validation_and_looks_at_the_test_set_once(
     mode: str, trees: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if mode == "large images":  # too many bytes for the memory: they go through the loader
-        monkeypatch.setattr("relvit_d2.data.class_tree.IN_MEMORY", 100)
+        monkeypatch.setattr("relvit_d2.data.classification.image_folder.IN_MEMORY", 100)
     cfg = config(trees, tmp_path, *MODES[mode])
     model, data, results = trained(cfg)
     assert data.train and isinstance(data.train.images, ImageStack) == (mode != "large images")

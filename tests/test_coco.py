@@ -11,8 +11,8 @@ from detectron2.structures import BoxMode
 from PIL import Image
 from pycocotools import mask as mask_util
 
-from relvit_d2.data.coco import coco_classes, coco_images, load_coco
-from relvit_d2.errors import UserError
+from relvit_d2.data.detection.coco import coco_classes, coco_images, load_coco
+from relvit_d2.utils.errors import UserError
 
 TRIANGLE = [4.0, 5.0, 20.0, 5.0, 4.0, 25.0]
 

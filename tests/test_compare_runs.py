@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from relvit_d2.errors import UserError
+from relvit_d2.utils.errors import UserError
 from tools.compare_runs import Losses, compare, main, read_losses
 
 Tool = Callable[..., tuple[int, str, str]]

@@ -9,11 +9,11 @@ import pytest
 from detectron2.config import get_cfg
 
 from relvit_d2.config import _CHANGED, WITHOUT_EFFECT, add_relvit_config
+from relvit_d2.config.config_file import flat, load_config
 from relvit_d2.detection.backbone import SimplePyramid, build_encoder_pyramid_backbone
 from relvit_d2.encoders import ENCODERS
-from relvit_d2.engine.config_file import flat, load_config
-from relvit_d2.errors import UserError
 from relvit_d2.pretraining.model import build_pretraining_model
+from relvit_d2.utils.errors import UserError
 
 CONFIGS = sorted(str(path) for path in Path("configs").rglob("*.yaml"))
 ROWS = [path for path in CONFIGS if "base/" not in path and "demo/" not in path]

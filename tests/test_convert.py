@@ -15,13 +15,13 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from relvit_d2.conversion.checkpoint_file import find_encoder
+from relvit_d2.conversion.convert import CONVERTERS, Converted, convert, detect, fold_scales
+from relvit_d2.conversion.converted import prove
+from relvit_d2.conversion.encoder_file import feature_difference, load_encoder, save_encoder
 from relvit_d2.encoders import build_encoder
-from relvit_d2.encoders.checkpoint_file import find_encoder
-from relvit_d2.encoders.convert import CONVERTERS, Converted, convert, detect, fold_scales
-from relvit_d2.encoders.converted import prove
 from relvit_d2.encoders.t2t import sinusoid
-from relvit_d2.encoders.weights import feature_difference, load_encoder, save_encoder
-from relvit_d2.errors import UserError
+from relvit_d2.utils.errors import UserError
 
 Tensors = dict[str, Tensor]
 # timm's ViT-Ti as our vit_nano, with patches as DINOv2's.

@@ -16,10 +16,10 @@ import pytest
 from scripts import fails, run
 
 from relvit_d2.data import download
-from relvit_d2.data.catalog import DATASETS
+from relvit_d2.data.detection.catalog import DATASETS
 from relvit_d2.data.download import Archive, fetch, unpack
-from relvit_d2.data.sources import SOURCES
-from relvit_d2.errors import UserError
+from relvit_d2.data.download_urls import SOURCES
+from relvit_d2.utils.errors import UserError
 
 CONTENT = bytes(range(256)) * 4096 * 3
 SHA = f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.export import Dim, export
 
 from relvit_d2.encoders import ENCODERS, Encoder, build_encoder, encoder_from_keys
-from relvit_d2.errors import UserError
 from relvit_d2.pretext.layout import PatchLayout
 from relvit_d2.pretext.task import PretextTask
+from relvit_d2.utils.errors import UserError
 
 NAMES = [*ENCODERS, "timm:test_vit"]  # one stands for all of timm
 # The larger ViTs are the code of the smallest.

@@ -28,7 +28,7 @@ from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from relvit_d2.data.svhn import load_svhn
+from relvit_d2.data.detection.svhn import load_svhn
 from relvit_d2.evaluation.coco import CocoStyleEvaluator, coco_ground_truth
 from relvit_d2.evaluation.kitti import KittiEvaluator
 from relvit_d2.evaluation.voc07 import Voc07Evaluator

@@ -11,11 +11,11 @@ import torch
 from scripts import fails
 from torch import Tensor, nn
 
+from relvit_d2.config.config_file import load_config
 from relvit_d2.detection import backbone as backbones
 from relvit_d2.detection.backbone import build_encoder_pyramid_backbone
 from relvit_d2.encoders import build_encoder
-from relvit_d2.engine.config_file import load_config
-from relvit_d2.errors import UserError
+from relvit_d2.utils.errors import UserError
 from tools import export_model
 
 CONFIG = "configs/demo/streets.yaml"

@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 from scripts import command, fails, run
 from torch import Tensor, nn
 
-from relvit_d2.detection.to_detectron2 import to_detectron2
+from relvit_d2.conversion.checkpoint_file import find_encoder
+from relvit_d2.conversion.convert import convert
+from relvit_d2.conversion.encoder_file import feature_difference, load_encoder, read_encoder, save_encoder
+from relvit_d2.conversion.to_detectron2 import to_detectron2
+from relvit_d2.conversion.to_timm import prove_timm, to_timm
 from relvit_d2.encoders import Encoder, build_encoder
-from relvit_d2.encoders.checkpoint_file import find_encoder
-from relvit_d2.encoders.convert import convert
-from relvit_d2.encoders.to_timm import prove_timm, to_timm
-from relvit_d2.encoders.weights import feature_difference, load_encoder, read_encoder, save_encoder
-from relvit_d2.errors import UserError
+from relvit_d2.utils.errors import UserError
 
 
 def scattered(name: str, **arguments: Any) -> Encoder:
@@ -143,8 +143,8 @@ def cached(cache: Path, model: str, repository: str) -> dict[str, Tensor]:
 OFFLINE = """
 import sys, torch
 from relvit_d2.encoders import build_encoder
-from relvit_d2.encoders.weights import feature_difference, load_encoder
-from relvit_d2.errors import UserError
+from relvit_d2.conversion.encoder_file import feature_difference, load_encoder
+from relvit_d2.utils.errors import UserError
 for name, patch in (("timm:test_vit", 16), ("timm:test_vit3", 16)):
     encoder = build_encoder(name, patch_size=patch, img_size=96)
     report = load_encoder(encoder, "timm:test_vit.r160_in1k" if name == "timm:test_vit" else name)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from relvit_d2.errors import UserError
-from relvit_d2.files import appearing, make_folder, remove_leftovers, write_json, write_text
+from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.files import appearing, make_folder, remove_leftovers, write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(p for folder in ("relvit_d2", "tools", "benchmarks", "docs") for p in (ROOT / folder).rglob("*.py"))
@@ -30,7 +30,7 @@ def opens_text(call: ast.Call) -> bool:
 
 
 def test_text_is_utf8_whatever_the_locale() -> None:
-    """Every call that opens text names its encoding, but for ``write_text`` of ``relvit_d2.files``."""
+    """Every call that opens text names its encoding, but for ``write_text`` of ``relvit_d2.utils.files``."""
     forgotten = []
     for path in SOURCES:
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

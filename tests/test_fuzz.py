@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from mutations import spoil
 
-from relvit_d2.data import own
-from relvit_d2.data.catalog import DATASETS
-from relvit_d2.errors import UserError
+from relvit_d2.data.detection import custom
+from relvit_d2.data.detection.catalog import DATASETS
+from relvit_d2.utils.errors import UserError
 
 MEMORY = Path("/dev/shm")  # a file system in memory: most of a spoilt set's time is its files' otherwise
 
@@ -115,7 +115,7 @@ def test_no_reader_is_missing_here() -> None:
     families = {name.partition("_")[0] for name in DATASETS}
     # Streets are drawn here and read by SVHN's reader.
     assert families - {"streets"} <= set(READERS)
-    assert {f"own_{form}" for form in own.READERS} <= set(READERS)
+    assert {f"own_{form}" for form in custom.READERS} <= set(READERS)
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from relvit_d2.data.archive import Member, list_members
-from relvit_d2.data.catalog import get_images
-from relvit_d2.data.decode import image_size, read_rgb
-from relvit_d2.data.folder import EXTENSIONS, list_images, readable
+from relvit_d2.data.detection.catalog import get_images
+from relvit_d2.data.detection.mapper import ImageReader
+from relvit_d2.data.images.archive import Member, list_members
+from relvit_d2.data.images.decode import image_size, read_rgb
+from relvit_d2.data.images.folder import EXTENSIONS, list_images, readable
 from relvit_d2.data.loader import EndlessBatches, EndlessOrder, ordered_batches
-from relvit_d2.data.mapper import ImageReader
-from relvit_d2.errors import UserError
+from relvit_d2.utils.errors import UserError
 
 NAMES = ("a/1.png", "a/b/2.JPG", "3.png")
 

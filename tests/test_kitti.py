@@ -21,9 +21,8 @@ from PIL import Image
 from scripts import command, run
 
 import relvit_d2
-from relvit_d2.data import catalog
-from relvit_d2.data.decode import read_rgb
-from relvit_d2.data.kitti import (
+from relvit_d2.data.detection import catalog
+from relvit_d2.data.detection.kitti import (
     CLASS_SETS,
     TYPES,
     kitti_ids,
@@ -33,8 +32,9 @@ from relvit_d2.data.kitti import (
     sequence_split,
     shuffled,
 )
-from relvit_d2.errors import UserError
+from relvit_d2.data.images.decode import read_rgb
 from relvit_d2.evaluation.coco import CocoStyleEvaluator, coco_ground_truth
+from relvit_d2.utils.errors import UserError
 
 OFFICIAL = tuple(f"{index:06d}" for index in range(7481))
 REST = "-1.57 {} 1.89 0.48 1.20 1.84 1.47 8.41 0.01"

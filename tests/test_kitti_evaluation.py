@@ -9,7 +9,7 @@ import pytest
 from detectron2.structures import BoxMode
 from evaluation_cases import Found, Records, run
 
-from relvit_d2.data.kitti import CLASS_SETS, NEIGHBOURS, kitti_ids, load_kitti
+from relvit_d2.data.detection.kitti import CLASS_SETS, NEIGHBOURS, kitti_ids, load_kitti
 from relvit_d2.evaluation.kitti import LEVELS, MIN_IOU, KittiEvaluator, recall_thresholds
 
 CLASSES = list(CLASS_SETS[3])

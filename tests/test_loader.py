@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from relvit_d2.data.decode import read_rgb
+from relvit_d2.data.detection.mapper import pad_images
+from relvit_d2.data.images.decode import read_rgb
 from relvit_d2.data.loader import EndlessBatches, EndlessOrder, ordered_batches
-from relvit_d2.data.mapper import pad_images
-from relvit_d2.errors import UserError
+from relvit_d2.utils.errors import UserError
 
 
 def take(order: EndlessOrder, count: int) -> list[list[tuple[int, int]]]:

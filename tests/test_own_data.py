@@ -13,12 +13,13 @@ from fvcore.common.config import CfgNode
 from PIL import Image
 from scripts import fails, run
 
-from relvit_d2.data import cache, catalog
-from relvit_d2.data.coco import load_coco
-from relvit_d2.data.own import FORMATS, READERS, config_pairs, look, register_own
-from relvit_d2.data.splits import divide, split_of
-from relvit_d2.engine.config_file import dump_config, load_config
-from relvit_d2.errors import UserError
+from relvit_d2.config.config_file import dump_config, load_config
+from relvit_d2.data import cache
+from relvit_d2.data.detection import catalog
+from relvit_d2.data.detection.coco import load_coco
+from relvit_d2.data.detection.custom import FORMATS, READERS, config_pairs, look, register_own
+from relvit_d2.data.detection.splits import divide, split_of
+from relvit_d2.utils.errors import UserError
 
 XML = """<annotation><size><width>{size[0]}</width><height>{size[1]}</height></size>{objects}</annotation>"""
 OBJECT = """<object><name>{name}</name><bndbox><xmin>{box[0]}</xmin><ymin>{box[1]}</ymin><xmax>{box[2]}</xmax>

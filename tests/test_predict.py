@@ -14,7 +14,7 @@ from PIL import Image
 
 from relvit_d2 import load_detector
 from relvit_d2.detection.predictor import Detector
-from relvit_d2.errors import UserError
+from relvit_d2.utils.errors import UserError
 from tests.scripts import command, run
 from tools.predict import main, written_rate
 from tools.predict import video as annotate

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from relvit_d2.pretext.hashing import hashed_uniform
 from relvit_d2.pretext.layout import PatchLayout
 from relvit_d2.pretext.pair_loss import (
     Angle,
@@ -17,6 +16,7 @@ from relvit_d2.pretext.pair_loss import (
     pair_loss,
     pair_loss_plain,
 )
+from relvit_d2.utils.hashing import hashed_uniform
 
 KINDS = [Relation(), Relation(0.1), Distance(), Angle(), Bearing()]
 NAMES = ["relation", "smoothed", "distance", "angle", "bearing"]

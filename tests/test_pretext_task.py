@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from relvit_d2.errors import UserError
 from relvit_d2.pretext.heads import PairHead
 from relvit_d2.pretext.layout import PatchLayout
 from relvit_d2.pretext.task import PRETEXT_TASKS, LossConfig, PositionTask, PretextTask
+from relvit_d2.utils.errors import UserError
 
 GRID, DIM = (3, 4), 20
 

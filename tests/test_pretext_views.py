@@ -12,7 +12,6 @@ from torchvision.io import read_image
 from torchvision.transforms import RandomCrop, RandomResizedCrop
 
 from benchmarks.plain import ADJUST, plain_patches
-from relvit_d2.errors import UserError
 from relvit_d2.pretext import resampling
 from relvit_d2.pretext import views as module
 from relvit_d2.pretext.color import BRIGHTNESS, CONTRAST, SATURATION, add_noise_, blend_, grayscale_, hue_
@@ -28,6 +27,7 @@ from relvit_d2.pretext.views import (
     draw_patches,
     permute_patches,
 )
+from relvit_d2.utils.errors import UserError
 
 PLAIN = ViewConfig(24, 8, patch_crop=None, jitter_prob=0, gray_prob=0, mean=(0, 0, 0), std=(1, 1, 1))
 FULL = ViewConfig((16, 24), 8, permute=True, mean=(0, 0, 0), std=(1, 1, 1))

@@ -14,15 +14,15 @@ from PIL import Image
 from scripts import command, fails, run
 
 import relvit_d2.pretraining.run as pretraining
-from relvit_d2.data.classes import get_class_set
-from relvit_d2.data.image_batches import ImageStack
+from relvit_d2.config.config_file import dump_config, load_config
+from relvit_d2.data.classification.datasets import get_class_set
+from relvit_d2.data.images.batches import ImageStack
 from relvit_d2.engine.checkpoint import Checkpointer
-from relvit_d2.engine.config_file import dump_config, load_config
-from relvit_d2.engine.randomness import seed_everything
-from relvit_d2.errors import UserError
 from relvit_d2.pretraining.model import PretrainingModel, build_pretraining_model
 from relvit_d2.pretraining.run import image_files, next_command
 from relvit_d2.report.pretext import assign, draw_pretext, pretext_rows, sheet_of_run
+from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.randomness import seed_everything
 
 
 def config(*overrides: object) -> CfgNode:

@@ -18,12 +18,12 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from scripts import command, fails, run, started, wait_for
 
+from relvit_d2.config.config_file import load_config
 from relvit_d2.detection.model import build_detector
 from relvit_d2.detection.run import build_trainer, settle, training_batches, training_records
 from relvit_d2.engine import distributed
-from relvit_d2.engine.config_file import load_config
-from relvit_d2.engine.interrupts import Interrupted
-from relvit_d2.engine.randomness import seed_everything
+from relvit_d2.engine.signals import Interrupted
+from relvit_d2.utils.randomness import seed_everything
 
 TWO = ("--num-gpus", 2)
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)

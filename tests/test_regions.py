@@ -14,8 +14,8 @@ from detectron2.utils.events import EventStorage
 from PIL import Image
 from test_detection import tiny_config
 
-from relvit_d2.data.mapper import DetectionMapper
-from relvit_d2.data.regions import Targets, ignored_regions
+from relvit_d2.data.detection.mapper import DetectionMapper
+from relvit_d2.data.detection.regions import Targets, ignored_regions
 from relvit_d2.detection.model import build_detector
 from relvit_d2.detection.regions import IgnoringROIHeads, RelViTRPN
 

@@ -17,15 +17,15 @@ from detectron2.structures import BoxMode
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relvit_d2.errors import UserError
 from relvit_d2.evaluation.coco import coco_ground_truth, ground_truth_file
 from relvit_d2.report.curves import MOST, Line, chart, thinned, ticks
 from relvit_d2.report.detection_sections import detection_sections
 from relvit_d2.report.detections import MIN_IOU, judge, match
-from relvit_d2.report.ending import closing_table, end_run
 from relvit_d2.report.page import write_report
 from relvit_d2.report.result_sections import result_table, verdict
+from relvit_d2.report.run_summary import closing_table, end_run
 from relvit_d2.report.runs import Run, read_runs
+from relvit_d2.utils.errors import UserError
 from tests.scripts import command, run
 
 
@@ -236,7 +236,7 @@ def test_a_fault_of_the_report_is_told_and_spoils_nothing(
     def fail(*_: object) -> None:
         raise RuntimeError("it\nbroke")
 
-    monkeypatch.setattr("relvit_d2.report.ending.write_report", fail)
+    monkeypatch.setattr("relvit_d2.report.run_summary.write_report", fail)
     monkeypatch.setattr(logging.getLogger("relvit_d2"), "propagate", True)
     (tmp_path / "config.yaml").write_text("SOLVER: {IMS_PER_BATCH: 2}")
     with caplog.at_level("INFO"):

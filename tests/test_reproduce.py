@@ -11,12 +11,12 @@ import torch
 from scripts import fails, run, started, wait_for
 
 from relvit_d2.classification.run import load_data
-from relvit_d2.data import catalog
-from relvit_d2.engine.config_file import load_config
-from relvit_d2.errors import UserError
-from relvit_d2.report.comparison import _T, Runs, difference
-from relvit_d2.report.published import Row, tables
-from relvit_d2.report.reproduce import ImageCounts, Run, collect, count_images, page, plan, why_no_verdict
+from relvit_d2.config.config_file import load_config
+from relvit_d2.data.detection import catalog
+from relvit_d2.experiments.comparison import _T, Runs, difference
+from relvit_d2.experiments.published import Row, tables
+from relvit_d2.experiments.reproduce import ImageCounts, Run, collect, count_images, page, plan, why_no_verdict
+from relvit_d2.utils.errors import UserError
 
 TABLES = tables()
 ROWS = [(table, name) for table, rows in TABLES.items() for name in rows]

@@ -8,7 +8,7 @@ from fvcore.common.param_scheduler import CosineParamScheduler
 
 from relvit_d2.config import add_relvit_config
 from relvit_d2.engine.schedule import build_schedule, quarter_cosine, warmup_cosine, warmup_multistep
-from relvit_d2.errors import UserError
+from relvit_d2.utils.errors import UserError
 
 
 # Values read off the authors' schedule at base rate 5e-4 (share of the run: rate).

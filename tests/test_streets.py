@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from relvit_d2.data import streets
-from relvit_d2.data.streets import FONTS, SIDE, SPLITS, draw_image, ensure_streets, generate
-from relvit_d2.data.svhn import load_svhn
-from relvit_d2.errors import UserError
+from relvit_d2.data.detection import streets
+from relvit_d2.data.detection.streets import FONTS, SIDE, SPLITS, draw_image, ensure_streets, generate
+from relvit_d2.data.detection.svhn import load_svhn
+from relvit_d2.utils.errors import UserError
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -156,7 +156,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_killed_run_does_no_harm(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from relvit_d2.data.streets import generate;"
+        "import sys; from pathlib import Path; from relvit_d2.data.detection.streets import generate;"
         "generate(Path(sys.argv[1]), 10**6, 1, lambda done: print(done, flush=True))"
     )
     root = Path(__file__).parents[1]

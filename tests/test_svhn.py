@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from relvit_d2.data.svhn import FIELDS, _read_rows, load_svhn, svhn_images
-from relvit_d2.errors import UserError
+from relvit_d2.data.detection.svhn import FIELDS, _read_rows, load_svhn, svhn_images
+from relvit_d2.utils.errors import UserError
 
 
 def write_mat(path: Path, rows: list[tuple[str, list[tuple[float, ...]]]]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from relvit_d2.detection.backbone import NormedMaps
 from relvit_d2.encoders import build_encoder, encoder_from_keys
 from relvit_d2.encoders.swin import Swin
-from relvit_d2.errors import UserError
+from relvit_d2.utils.errors import UserError
 
 
 def liven(encoder: Swin) -> Swin:

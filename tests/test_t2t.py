@@ -11,10 +11,10 @@ from timm.layers import Attention, DropPath
 from torch import Tensor, nn
 from torch.export import Dim, export
 
+from relvit_d2.conversion.encoder_file import feature_difference, load_encoder, save_encoder
 from relvit_d2.encoders import build_encoder
 from relvit_d2.encoders.t2t import T2T, Performer, sinusoid, soft_split
-from relvit_d2.encoders.weights import feature_difference, load_encoder, save_encoder
-from relvit_d2.errors import UserError
+from relvit_d2.utils.errors import UserError
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.engine.optimizer import build_clipper, build_optimizer
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.trainer import Trainer
-from relvit_d2.errors import UserError
+from relvit_d2.utils.errors import UserError
 
 
 class Regression(nn.Module):

@@ -7,8 +7,8 @@ import pytest
 from detectron2.data.datasets.pascal_voc import CLASS_NAMES, load_voc_instances
 from PIL import Image
 
-from relvit_d2.data.voc import load_voc, voc_images
-from relvit_d2.errors import UserError
+from relvit_d2.data.detection.voc import load_voc, voc_images
+from relvit_d2.utils.errors import UserError
 
 OBJECT = (
     "<object><name>dog</name><difficult>1</difficult><bndbox><xmin>2</xmin><ymin>3</ymin><xmax>20</xmax>"

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from relvit_d2.conversion.encoder_file import feature_difference, load_encoder, read_encoder, save_encoder
 from relvit_d2.encoders import ENCODERS, Encoder, build_encoder
-from relvit_d2.encoders.weights import feature_difference, load_encoder, read_encoder, save_encoder
-from relvit_d2.errors import UserError
+from relvit_d2.utils.errors import UserError
 
 
 def small(**arguments: object) -> Encoder:

@@ -9,9 +9,9 @@ from detectron2.modeling.backbone.vit import ViT
 from torch import Tensor, nn
 from torch.export import Dim, export
 
+from relvit_d2.conversion.encoder_file import feature_difference, load_encoder, save_encoder
 from relvit_d2.encoders import build_encoder, encoder_from_keys
-from relvit_d2.encoders.weights import feature_difference, load_encoder, save_encoder
-from relvit_d2.errors import UserError
+from relvit_d2.utils.errors import UserError
 
 SIDE, PATCH = 32, 4  # pixels; 8 x 8 patches
 

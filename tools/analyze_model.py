@@ -29,18 +29,18 @@ from tabulate import tabulate  # type: ignore[import-untyped]  # noqa: E402
 
 from relvit_d2.classification.model import build_classifier  # noqa: E402
 from relvit_d2.classification.run import load_data  # noqa: E402
-from relvit_d2.data import catalog  # noqa: E402
-from relvit_d2.data.own import register_own  # noqa: E402
+from relvit_d2.config.config_file import load_config, use_here  # noqa: E402
+from relvit_d2.data.detection import catalog  # noqa: E402
+from relvit_d2.data.detection.custom import register_own  # noqa: E402
 from relvit_d2.detection.model import build_detector  # noqa: E402
 from relvit_d2.detection.run import settle, training_records  # noqa: E402
 from relvit_d2.engine.cli import silence  # noqa: E402
-from relvit_d2.engine.config_file import load_config, use_here  # noqa: E402
-from relvit_d2.engine.failures import guard  # noqa: E402
-from relvit_d2.engine.machine import device_name, free_memory  # noqa: E402
+from relvit_d2.engine.error_reporting import guard  # noqa: E402
 from relvit_d2.engine.precision import choose_precision  # noqa: E402
-from relvit_d2.engine.randomness import torch_generator  # noqa: E402
-from relvit_d2.errors import UserError  # noqa: E402
 from relvit_d2.pretraining.model import build_pretraining_model  # noqa: E402
+from relvit_d2.utils.errors import UserError  # noqa: E402
+from relvit_d2.utils.hardware import device_name, free_memory  # noqa: E402
+from relvit_d2.utils.randomness import torch_generator  # noqa: E402
 
 OBJECTS = 8  # of a random image
 ADAMW = 16  # bytes a trained parameter: itself, its gradient and AdamW's two averages, float32

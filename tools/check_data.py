@@ -17,17 +17,17 @@ from detectron2.structures import BoxMode  # noqa: E402
 from fvcore.common.config import CfgNode  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from relvit_d2.data import catalog  # noqa: E402
-from relvit_d2.data.check import Report, check_images, check_labels, file_of, refuse  # noqa: E402
-from relvit_d2.data.decode import PixelFormat  # noqa: E402
-from relvit_d2.data.own import TRAINED_ON, find, named_sets, near_misses, register_own  # noqa: E402
-from relvit_d2.data.records import Record  # noqa: E402
-from relvit_d2.engine.config_file import load_config  # noqa: E402
-from relvit_d2.engine.failures import guard  # noqa: E402
-from relvit_d2.errors import UserError  # noqa: E402
-from relvit_d2.files import make_folder, write_json  # noqa: E402
+from relvit_d2.analysis.data_checks import Report, check_images, check_labels, file_of, refuse  # noqa: E402
+from relvit_d2.config.config_file import load_config  # noqa: E402
+from relvit_d2.data.detection import catalog  # noqa: E402
+from relvit_d2.data.detection.custom import TRAINED_ON, find, named_sets, near_misses, register_own  # noqa: E402
+from relvit_d2.data.detection.records import Record  # noqa: E402
+from relvit_d2.data.images.decode import PixelFormat  # noqa: E402
+from relvit_d2.engine.error_reporting import guard  # noqa: E402
 from relvit_d2.report.predictions import in_rgb  # noqa: E402
 from relvit_d2.report.samples import Sample, draw_samples  # noqa: E402
+from relvit_d2.utils.errors import UserError  # noqa: E402
+from relvit_d2.utils.files import make_folder, write_json  # noqa: E402
 
 SHOWN = 16
 MARKS = {"difficult": "*", "iscrowd": "+"}

@@ -14,8 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from relvit_d2.engine.failures import guard  # noqa: E402
-from relvit_d2.errors import UserError  # noqa: E402
+from relvit_d2.engine.error_reporting import guard  # noqa: E402
+from relvit_d2.utils.errors import UserError  # noqa: E402
 
 Losses = dict[int, dict[str, float]]
 """The losses of a run by name, by iteration."""

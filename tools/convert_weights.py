@@ -11,11 +11,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from relvit_d2.encoders.checkpoint_file import find_encoder  # noqa: E402
-from relvit_d2.encoders.convert import CONVERTERS, convert  # noqa: E402
-from relvit_d2.encoders.weights import save_encoder  # noqa: E402
-from relvit_d2.engine.failures import guard  # noqa: E402
-from relvit_d2.errors import UserError  # noqa: E402
+from relvit_d2.conversion.checkpoint_file import find_encoder  # noqa: E402
+from relvit_d2.conversion.convert import CONVERTERS, convert  # noqa: E402
+from relvit_d2.conversion.encoder_file import save_encoder  # noqa: E402
+from relvit_d2.engine.error_reporting import guard  # noqa: E402
+from relvit_d2.utils.errors import UserError  # noqa: E402
 
 
 def main() -> int:

@@ -98,8 +98,8 @@ def check_device() -> None:
     """Print the device that training takes, and the precision that ``auto`` takes on it."""
     import torch
 
-    from relvit_d2.engine.machine import processor
     from relvit_d2.engine.precision import choose_precision
+    from relvit_d2.utils.hardware import processor
 
     row("processor", processor())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -112,8 +112,8 @@ def check_device() -> None:
 
 def check_data() -> None:
     """Print how many images each data set of the catalog has, or why not; each reason once, below."""
-    from relvit_d2.data import catalog
-    from relvit_d2.errors import UserError
+    from relvit_d2.data.detection import catalog
+    from relvit_d2.utils.errors import UserError
 
     state = "is set" if os.environ.get("DETECTRON2_DATASETS") else "is not set"
     row("data root", f"{catalog.dataset_root()}   ($DETECTRON2_DATASETS {state})")

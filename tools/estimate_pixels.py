@@ -11,11 +11,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from relvit_d2.data.catalog import get_images  # noqa: E402
-from relvit_d2.data.decode import PixelFormat  # noqa: E402
-from relvit_d2.data.statistics import LOOKED_AT, pixel_format, pixel_statistics  # noqa: E402
-from relvit_d2.engine.failures import guard  # noqa: E402
-from relvit_d2.errors import UserError  # noqa: E402
+from relvit_d2.analysis.pixel_statistics import LOOKED_AT, pixel_format, pixel_statistics  # noqa: E402
+from relvit_d2.data.detection.catalog import get_images  # noqa: E402
+from relvit_d2.data.images.decode import PixelFormat  # noqa: E402
+from relvit_d2.engine.error_reporting import guard  # noqa: E402
+from relvit_d2.utils.errors import UserError  # noqa: E402
 
 
 def main() -> int:

@@ -22,12 +22,12 @@ from torch.export import Dim, ExportedProgram
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from relvit_d2.config.config_file import load_config  # noqa: E402
 from relvit_d2.detection.backbone import build_encoder_pyramid_backbone  # noqa: E402
-from relvit_d2.engine.config_file import load_config  # noqa: E402
-from relvit_d2.engine.failures import guard  # noqa: E402
+from relvit_d2.engine.error_reporting import guard  # noqa: E402
 from relvit_d2.engine.weights import load_weights  # noqa: E402
-from relvit_d2.errors import UserError  # noqa: E402
-from relvit_d2.files import appearing  # noqa: E402
+from relvit_d2.utils.errors import UserError  # noqa: E402
+from relvit_d2.utils.files import appearing  # noqa: E402
 
 TOLERANCE = 1e-4  # of a level's largest value; float32 sums in another order were seen to differ by 2e-6
 KINDS = ("torch-export", "onnx")

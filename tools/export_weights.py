@@ -16,12 +16,12 @@ sys.path.insert(0, str(ROOT))
 
 from convert_weights import check_target  # noqa: E402
 
-from relvit_d2.detection.to_detectron2 import to_detectron2  # noqa: E402
+from relvit_d2.conversion.encoder_file import load_encoder, read_encoder  # noqa: E402
+from relvit_d2.conversion.to_detectron2 import to_detectron2  # noqa: E402
+from relvit_d2.conversion.to_timm import prove_timm, to_timm  # noqa: E402
 from relvit_d2.encoders import Encoder, build_encoder  # noqa: E402
-from relvit_d2.encoders.to_timm import prove_timm, to_timm  # noqa: E402
-from relvit_d2.encoders.weights import load_encoder, read_encoder  # noqa: E402
-from relvit_d2.engine.failures import guard  # noqa: E402
-from relvit_d2.files import appearing  # noqa: E402
+from relvit_d2.engine.error_reporting import guard  # noqa: E402
+from relvit_d2.utils.files import appearing  # noqa: E402
 
 
 def main() -> int:

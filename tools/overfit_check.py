@@ -16,10 +16,10 @@ sys.path.insert(0, str(ROOT))
 
 from running import run_script  # noqa: E402
 
-from relvit_d2.data.own import register_own  # noqa: E402
-from relvit_d2.engine.config_file import load_config  # noqa: E402
-from relvit_d2.engine.failures import guard  # noqa: E402
-from relvit_d2.errors import UserError  # noqa: E402
+from relvit_d2.config.config_file import load_config  # noqa: E402
+from relvit_d2.data.detection.custom import register_own  # noqa: E402
+from relvit_d2.engine.error_reporting import guard  # noqa: E402
+from relvit_d2.utils.errors import UserError  # noqa: E402
 
 PASS = 95.0
 FIRST_ROUND, ROUND, LAST = 200, 100, 1000  # iterations

@@ -30,14 +30,14 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json  # noqa
 from detectron2.structures import Instances  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from relvit_d2.data.decode import UnreadableImageError  # noqa: E402
-from relvit_d2.data.folder import EXTENSIONS, list_images  # noqa: E402
+from relvit_d2.data.images.decode import UnreadableImageError  # noqa: E402
+from relvit_d2.data.images.folder import EXTENSIONS, list_images  # noqa: E402
 from relvit_d2.detection.predictor import Detector, load_detector  # noqa: E402
 from relvit_d2.engine.cli import silence  # noqa: E402
-from relvit_d2.engine.failures import guard  # noqa: E402
-from relvit_d2.errors import UserError  # noqa: E402
-from relvit_d2.files import appearing, make_folder, write_text  # noqa: E402
+from relvit_d2.engine.error_reporting import guard  # noqa: E402
 from relvit_d2.report.predictions import annotated, in_rgb  # noqa: E402
+from relvit_d2.utils.errors import UserError  # noqa: E402
+from relvit_d2.utils.files import appearing, make_folder, write_text  # noqa: E402
 
 LARGEST = 65535  # denominator of a time base that the codec takes
 NAMED = 10  # faults that are told in full

@@ -13,11 +13,11 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm  # noqa: E402
 
-from relvit_d2.data import catalog  # noqa: E402
+from relvit_d2.data.detection import catalog  # noqa: E402
 from relvit_d2.data.download import fetch, unpack  # noqa: E402
-from relvit_d2.data.sources import SOURCES, Part, Source  # noqa: E402
-from relvit_d2.engine.failures import guard  # noqa: E402
-from relvit_d2.errors import UserError  # noqa: E402
+from relvit_d2.data.download_urls import SOURCES, Part, Source  # noqa: E402
+from relvit_d2.engine.error_reporting import guard  # noqa: E402
+from relvit_d2.utils.errors import UserError  # noqa: E402
 
 DRAWN = "streets"
 OPTIONAL = ("svhn_extra", "_sequences")  # sets that need what the others do not

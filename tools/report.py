@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from relvit_d2.engine.cli import silence  # noqa: E402
-from relvit_d2.engine.failures import guard  # noqa: E402
-from relvit_d2.errors import UserError  # noqa: E402
+from relvit_d2.engine.error_reporting import guard  # noqa: E402
 from relvit_d2.report.page import write_report  # noqa: E402
+from relvit_d2.utils.errors import UserError  # noqa: E402
 
 
 def main() -> int:

@@ -19,14 +19,14 @@ import torch  # noqa: E402
 from running import run_script  # noqa: E402
 
 from relvit_d2 import __version__  # noqa: E402
-from relvit_d2.engine import interrupts  # noqa: E402
-from relvit_d2.engine.failures import guard  # noqa: E402
-from relvit_d2.engine.machine import device_name  # noqa: E402
+from relvit_d2.engine import signals  # noqa: E402
+from relvit_d2.engine.error_reporting import guard  # noqa: E402
 from relvit_d2.engine.precision import choose_precision  # noqa: E402
-from relvit_d2.errors import UserError, nearest  # noqa: E402
-from relvit_d2.files import write_json, write_text  # noqa: E402
-from relvit_d2.report.published import Row, tables  # noqa: E402
-from relvit_d2.report.reproduce import ImageCounts, collect, count_images, page, plan  # noqa: E402
+from relvit_d2.experiments.published import Row, tables  # noqa: E402
+from relvit_d2.experiments.reproduce import ImageCounts, collect, count_images, page, plan  # noqa: E402
+from relvit_d2.utils.errors import UserError, nearest  # noqa: E402
+from relvit_d2.utils.files import write_json, write_text  # noqa: E402
+from relvit_d2.utils.hardware import device_name  # noqa: E402
 
 
 def main() -> int:
@@ -50,7 +50,7 @@ def main() -> int:
     args = parser.parse_intermixed_args()
 
     def start() -> None:
-        interrupts.install(patient=False)
+        signals.install(patient=False)
         if args.row not in known[args.table]:
             rows = list(known[args.table])
             raise UserError(f"--row '{args.row}' is not in {args.table}: {', '.join(rows)}{nearest(args.row, rows)}")

@@ -9,8 +9,8 @@ from pathlib import Path
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 from tqdm import tqdm
 
-from relvit_d2.errors import UserError
-from relvit_d2.files import make_folder
+from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.files import make_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -14,13 +14,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from relvit_d2.data.folder import list_images  # noqa: E402
+from relvit_d2.config.config_file import load_config, use_here  # noqa: E402
+from relvit_d2.data.images.folder import list_images  # noqa: E402
 from relvit_d2.engine.checkpoint import Checkpointer  # noqa: E402
-from relvit_d2.engine.config_file import load_config, use_here  # noqa: E402
-from relvit_d2.engine.failures import guard  # noqa: E402
-from relvit_d2.errors import UserError  # noqa: E402
+from relvit_d2.engine.error_reporting import guard  # noqa: E402
 from relvit_d2.pretraining.model import build_pretraining_model  # noqa: E402
 from relvit_d2.report.pretext import draw_pretext, rows_of_files  # noqa: E402
+from relvit_d2.utils.errors import UserError  # noqa: E402
 
 
 def main() -> int:

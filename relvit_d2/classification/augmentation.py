@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from relvit_d2.errors import UserError
 from relvit_d2.pretext.resampling import padded_window, random_boxes, resample
+from relvit_d2.utils.errors import UserError
 
 CROPS = ("pad", "resized")
 RATIO = (3 / 4, 4 / 3)  # of width over height, torchvision's RandomResizedCrop

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from relvit_d2.classification.augmentation import Augmentation, AugmentationConfig
 from relvit_d2.encoders import Encoder, encoder_from_keys
 from relvit_d2.engine.joint import say_if_positions_leak
-from relvit_d2.errors import UserError
 from relvit_d2.pretext.task import PretextTask, pooling
+from relvit_d2.utils.errors import UserError
 
 POOLS = ("cls", "mean")
 
@@ -75,7 +75,7 @@ class ClassificationModel(nn.Module):
         self.average = ModelEmaV3(network, decay).requires_grad_(False) if decay else None
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Take a training batch of :class:`relvit_d2.data.image_batches.TrainingBatches`; return scalars.
+        """Take a training batch of :class:`relvit_d2.data.images.batches.TrainingBatches`; return scalars.
 
         ``loss_class`` and ``accuracy_class`` (of the unmixed labels), in joint mode those of the pretext tasks, each
         beside its ``chance_T``.

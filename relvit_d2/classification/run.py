@@ -14,18 +14,18 @@ from fvcore.common.config import CfgNode
 
 from relvit_d2.classification.model import ClassificationModel
 from relvit_d2.classification.probes import features, linear_probe
-from relvit_d2.data.class_tree import LabelledImages, check_same_classes, places
-from relvit_d2.data.classes import list_class_sets
-from relvit_d2.data.decode import image_size
-from relvit_d2.data.image_batches import ImageStack, TrainingBatches, fixed_batches
-from relvit_d2.encoders.weights import save_encoder
+from relvit_d2.conversion.encoder_file import save_encoder
+from relvit_d2.data.classification.datasets import list_class_sets
+from relvit_d2.data.classification.image_folder import LabelledImages, check_same_classes, places
+from relvit_d2.data.images.batches import ImageStack, TrainingBatches, fixed_batches
+from relvit_d2.data.images.decode import image_size
 from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.engine.precision import choose_precision
-from relvit_d2.engine.randomness import generator
 from relvit_d2.engine.trainer import Trainer
-from relvit_d2.errors import UserError
-from relvit_d2.files import write_json
 from relvit_d2.pretext.monitor import knn_accuracy
+from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.files import write_json
+from relvit_d2.utils.randomness import generator
 
 WATCHED = "watched_test"  # the test set's name where it chooses the model
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from detectron2.structures import BoxMode
 
-from relvit_d2.data.records import Record
-from relvit_d2.errors import UserError
-from relvit_d2.files import write_text
+from relvit_d2.data.detection.records import Record
+from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.files import write_text
 
 VERSION = 2  # of the readers: a higher one makes older files stale
 

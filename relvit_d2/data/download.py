@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from relvit_d2.data.archive import ARCHIVE_DAMAGE, each_member
-from relvit_d2.errors import UserError
+from relvit_d2.data.images.archive import ARCHIVE_DAMAGE, each_member
+from relvit_d2.utils.errors import UserError
 
 ATTEMPTS = 5
 """How often a connection that breaks is made anew, in a row without a byte gained."""

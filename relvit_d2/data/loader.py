@@ -13,9 +13,9 @@ import numpy as np
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from relvit_d2.data.decode import UnreadableImageError
-from relvit_d2.engine.randomness import generator, sequence, torch_generator
-from relvit_d2.errors import UserError
+from relvit_d2.data.images.decode import UnreadableImageError
+from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.randomness import generator, sequence, torch_generator
 
 Key = tuple[int, int]  # epoch, index
 

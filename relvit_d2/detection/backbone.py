@@ -12,7 +12,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from relvit_d2.encoders import Encoder, encoder_from_keys
-from relvit_d2.errors import UserError
+from relvit_d2.utils.errors import UserError
 
 PYRAMIDS = ("simple", "fpn", "multitap")
 

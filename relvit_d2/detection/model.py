@@ -11,7 +11,7 @@ from torch import Tensor
 from relvit_d2.detection import backbone  # noqa: F401  (registers the backbone)
 from relvit_d2.detection.rcnn import RelViTRCNN
 from relvit_d2.detection.regions import HEADS
-from relvit_d2.errors import UserError
+from relvit_d2.utils.errors import UserError
 
 
 def build_detector(cfg: CfgNode) -> GeneralizedRCNN:

@@ -12,14 +12,14 @@ from detectron2.structures import Instances
 from fvcore.common.config import CfgNode
 from PIL import Image
 
-from relvit_d2.data import catalog
-from relvit_d2.data.decode import PixelFormat
-from relvit_d2.data.mapper import DetectionMapper
+from relvit_d2.config.config_file import load_config, use_here
+from relvit_d2.data.detection import catalog
+from relvit_d2.data.detection.mapper import DetectionMapper
+from relvit_d2.data.images.decode import PixelFormat
 from relvit_d2.detection.model import build_detector
 from relvit_d2.engine.checkpoint import Checkpointer
-from relvit_d2.engine.config_file import load_config, use_here
 from relvit_d2.engine.precision import choose_precision
-from relvit_d2.errors import UserError
+from relvit_d2.utils.errors import UserError
 
 Picture = str | Path | Image.Image | np.ndarray
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from relvit_d2.detection.regions import padded_size
 from relvit_d2.encoders import Encoder
 from relvit_d2.engine.joint import say_if_positions_leak
-from relvit_d2.errors import UserError
 from relvit_d2.pretext.task import PretextTask
+from relvit_d2.utils.errors import UserError
 
 
 @META_ARCH_REGISTRY.register()

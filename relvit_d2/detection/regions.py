@@ -16,7 +16,7 @@ from detectron2.structures import Boxes, ImageList, Instances, pairwise_ioa, pai
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
-from relvit_d2.data.regions import Targets
+from relvit_d2.data.detection.regions import Targets
 
 INSIDE = 0.5
 OUTSIDE_LOGIT = -1e8  # of anchors outside their image; finite, since Detectron2 takes infinity for divergence

@@ -10,8 +10,8 @@ import torch
 from timm import is_model
 from torch import Tensor, nn
 
-from relvit_d2.errors import UserError, nearest
-from relvit_d2.registry import Registry
+from relvit_d2.utils.errors import UserError, nearest
+from relvit_d2.utils.registry import Registry
 
 
 class Encoder(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from relvit_d2.encoders.base import ENCODERS, Encoder
-from relvit_d2.errors import UserError
+from relvit_d2.utils.errors import UserError
 
 PATCH = 4  # pixels; this and the window: "Swin Transformer" (Liu et al., 2021), 3.1 and 3.3
 WINDOW = 7  # tokens

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from relvit_d2.encoders.base import ENCODERS, Encoder, evenly
-from relvit_d2.errors import UserError
+from relvit_d2.utils.errors import UserError
 
 PATCH = 16  # strides 4, 2 and 2 of the soft splits
 DIM, DEPTH, HEADS, MLP_RATIO = 384, 14, 6, 3.0

@@ -9,7 +9,7 @@ from torch import nn
 
 from relvit_d2.encoders.base import FAMILIES, Encoder
 from relvit_d2.encoders.vit import ANY_SIZE, ViT, divided
-from relvit_d2.errors import UserError, nearest
+from relvit_d2.utils.errors import UserError, nearest
 
 
 def entry(model: str) -> Callable[..., VisionTransformer]:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from relvit_d2.encoders.base import ENCODERS, Encoder, evenly, spaced
 from relvit_d2.encoders.windowed import windowed_block
-from relvit_d2.errors import UserError
+from relvit_d2.utils.errors import UserError
 
 # Arguments of timm's transformer: sides that are no multiples of the patch are padded, positions resampled.
 ANY_SIZE: dict[str, Any] = {"dynamic_img_size": True, "dynamic_img_pad": True}

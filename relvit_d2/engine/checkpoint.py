@@ -10,8 +10,8 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from relvit_d2.errors import UserError
-from relvit_d2.files import appearing, write_text
+from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.files import appearing, write_text
 
 # How torch.save reports a full disk, among all that a RuntimeError can be.
 _NOT_WRITTEN = ("PytorchStreamWriter", "inline_container", "unexpected pos")

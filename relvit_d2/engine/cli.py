@@ -15,14 +15,14 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from fvcore.common.config import CfgNode
 
+from relvit_d2.config.config_file import dump_config
 from relvit_d2.engine import distributed
-from relvit_d2.engine.config_file import dump_config
-from relvit_d2.engine.failures import guard
-from relvit_d2.engine.machine import device_name
+from relvit_d2.engine.error_reporting import guard
 from relvit_d2.engine.provenance import VERSIONS
-from relvit_d2.engine.randomness import seed_everything
-from relvit_d2.errors import UserError
-from relvit_d2.files import remove_leftovers, write_text
+from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.files import remove_leftovers, write_text
+from relvit_d2.utils.hardware import device_name
+from relvit_d2.utils.randomness import seed_everything
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def run_script(
         extend: adds the script's own arguments.
 
     Returns:
-        The exit status (see :func:`relvit_d2.engine.failures.guard`).
+        The exit status (see :func:`relvit_d2.engine.error_reporting.guard`).
     """
     logging.raiseExceptions = False  # a log that cannot be written must not hide why
     parser = default_argument_parser(epilog=f"example:\n  {example}")

@@ -22,10 +22,10 @@ from torch.multiprocessing import (  # type: ignore[attr-defined]
     _prctl_pr_set_pdeathsig,
 )
 
-from relvit_d2.engine import interrupts
-from relvit_d2.engine.failures import guard, say
-from relvit_d2.engine.machine import cores
-from relvit_d2.errors import UserError
+from relvit_d2.engine import signals
+from relvit_d2.engine.error_reporting import guard, say
+from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.hardware import cores
 
 Main = Callable[[argparse.Namespace], None]
 
@@ -52,7 +52,7 @@ def run(main: Main, args: argparse.Namespace, default_url: str) -> int:
     url = _meeting_point(args, default_url)
     if args.num_gpus * args.num_machines > 1:
         return _spawn(main, args, url)
-    interrupts.install(patient=False)
+    signals.install(patient=False)
     main(args)
     return 0
 
@@ -114,7 +114,7 @@ def _spawn(main: Main, args: argparse.Namespace, url: str) -> int:
             if child.pid:
                 os.kill(child.pid, number if len(asked) == 1 else signal.SIGKILL)
         if not children:
-            raise interrupts.Interrupted(number)
+            raise signals.Interrupted(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, forward)
@@ -153,7 +153,7 @@ def _process(main: Main, args: argparse.Namespace) -> None:
     """Run one of several processes; it ends here if it fails."""
     # Without who started it, it would still write to a folder where another run may have begun.
     _prctl_pr_set_pdeathsig(signal.SIGKILL)
-    interrupts.install(patient=True)
+    signals.install(patient=True)
     status = guard(lambda: _work(main, args))
     if status:
         time.sleep(_REACH)
@@ -172,5 +172,5 @@ def _work(main: Main, args: argparse.Namespace) -> None:
         comm.synchronize()
         distributed.destroy_process_group()
     except Exception:
-        interrupts.uninstall()  # who started the processes ends this one if it knows the reason
+        signals.uninstall()  # who started the processes ends this one if it knows the reason
         raise

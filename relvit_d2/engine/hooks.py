@@ -10,8 +10,8 @@ from detectron2.engine import HookBase
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 
-from relvit_d2.engine import interrupts
-from relvit_d2.errors import UserError, nearest
+from relvit_d2.engine import signals
+from relvit_d2.utils.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from relvit_d2.engine.trainer import Trainer
@@ -98,7 +98,7 @@ class EvaluationHook(HookBase):
         trainer = self.trainer
         if trainer.interrupt or not trainer.evaluates_after(trainer.iter + 1):
             return
-        with interrupts.immediate():
+        with signals.immediate():
             trainer.results = self._evaluate()
         scalars = {name: float(value) for name, value in flatten_results_dict(trainer.results).items()}
         trainer.storage.put_scalars(**scalars, smoothing_hint=False)

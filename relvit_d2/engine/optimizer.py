@@ -8,7 +8,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from relvit_d2.encoders import Encoder
-from relvit_d2.errors import UserError
+from relvit_d2.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 

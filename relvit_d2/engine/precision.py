@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from relvit_d2.errors import UserError
+from relvit_d2.utils.errors import UserError
 
 
 @dataclass(frozen=True)

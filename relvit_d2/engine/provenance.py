@@ -12,8 +12,8 @@ from detectron2.utils import comm
 from fvcore.common.config import CfgNode
 
 from relvit_d2 import __version__
-from relvit_d2.engine.machine import device_name
 from relvit_d2.engine.precision import choose_precision
+from relvit_d2.utils.hardware import device_name
 
 VERSIONS = f"relvit_d2 {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
 

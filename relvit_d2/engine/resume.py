@@ -6,8 +6,8 @@ import yaml  # type: ignore[import-untyped]
 from fvcore.common.config import CfgNode
 
 from relvit_d2.config import FREE_ON_RESUME
-from relvit_d2.engine.config_file import flat
-from relvit_d2.errors import UserError
+from relvit_d2.config.config_file import flat
+from relvit_d2.utils.errors import UserError
 
 
 def check_same_run(cfg: CfgNode, samples: int, allow_changes: bool, checkpoint: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from fvcore.common.config import CfgNode
 
-from relvit_d2.errors import UserError, nearest
+from relvit_d2.utils.errors import UserError, nearest
 
 Schedule = Callable[[int], float]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from detectron2.engine import TrainerBase, hooks
@@ -17,32 +17,23 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from relvit_d2.engine import interrupts
+from relvit_d2.config.config_file import dump_config
+from relvit_d2.engine import signals
 from relvit_d2.engine.checkpoint import Checkpointer
-from relvit_d2.engine.config_file import dump_config
 from relvit_d2.engine.hooks import CheckpointHook, EvaluationHook
-from relvit_d2.engine.interrupts import Interrupted
 from relvit_d2.engine.optimizer import build_clipper, build_optimizer
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.provenance import provenance
-from relvit_d2.engine.randomness import seed_everything
 from relvit_d2.engine.resume import check_same_run
 from relvit_d2.engine.schedule import batch_factor, build_schedule
+from relvit_d2.engine.signals import Interrupted
 from relvit_d2.engine.writers import WriterHook
-from relvit_d2.errors import UserError
-from relvit_d2.files import write_json, write_text
+from relvit_d2.utils.batch_source import BatchSource
+from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.files import write_json, write_text
+from relvit_d2.utils.randomness import seed_everything
 
 logger = logging.getLogger(__name__)
-
-
-class Batches(Protocol):
-    """What the trainer reads: endless parts of batches, ``SOLVER.ACCUMULATE`` an iteration."""
-
-    def __iter__(self) -> Generator[Any, None, None]: ...
-
-    def names(self, iteration: int) -> list[Any]:
-        """Return what names the images of this process in an iteration, plain values."""
-        ...
 
 
 class Trainer(TrainerBase):
@@ -79,7 +70,7 @@ class Trainer(TrainerBase):
         cfg: CfgNode,
         model: nn.Module,
         samples: int,
-        make_batches: Callable[[int], Batches],
+        make_batches: Callable[[int], BatchSource],
         evaluate: Callable[[], dict[str, Any]] | None = None,
         script: str | None = None,
     ) -> None:
@@ -98,7 +89,7 @@ class Trainer(TrainerBase):
         self.results: dict[str, Any] = {}
         self.interrupt, self.stopped = 0, False
         self._scalars: dict[str, tuple[float, bool]] = {}
-        self._batches: Batches
+        self._batches: BatchSource
         self._parts: Generator[Any, None, None]
         self.register_hooks([hooks.IterationTimer()])
         self.register_hooks([CheckpointHook(cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP)])
@@ -193,7 +184,7 @@ class Trainer(TrainerBase):
         self._settle_output()
         self.iter = self.start_iter
         self.model.train()
-        with EventStorage(self.start_iter) as self.storage, interrupts.deferred():
+        with EventStorage(self.start_iter) as self.storage, signals.deferred():
             try:
                 self.before_train()
                 if self.start_iter:
@@ -281,7 +272,7 @@ class Trainer(TrainerBase):
     def _log(self, means: dict[str, Tensor], rate: float, data_time: float) -> None:
         """Put the step's numbers into the storage, the mean over processes; stop before a step that is not finite."""
         own = torch.stack([*means.values(), torch.zeros_like(means["total_loss"])])
-        own[-1] = interrupts.received()  # all processes stop after the same iteration
+        own[-1] = signals.received()  # all processes stop after the same iteration
         shared = own
         if comm.get_world_size() > 1:
             shared = own.clone()
@@ -296,7 +287,7 @@ class Trainer(TrainerBase):
                 guilty = not math.isfinite(means["total_loss"]) or math.isfinite(mean["total_loss"])
                 raise self._not_finite(name, number, guilty)
         if interrupt:
-            self.interrupt = max(comm.all_gather(interrupts.received()))
+            self.interrupt = max(comm.all_gather(signals.received()))
         self.storage.put_scalars(**mean, lr=rate, data_time=data_time, smoothing_hint=False)
 
     def _not_finite(self, name: str, number: float, guilty: bool) -> UserError:

@@ -5,12 +5,12 @@ import logging
 from fvcore.common.config import CfgNode
 from torch import nn
 
+from relvit_d2.conversion.converted import TOLERANCE
+from relvit_d2.conversion.encoder_file import ENOUGH, MatchReport, feature_difference, load_encoder
+from relvit_d2.conversion.timm_hub import is_published
 from relvit_d2.encoders import Encoder
-from relvit_d2.encoders.converted import TOLERANCE
-from relvit_d2.encoders.published import is_published
-from relvit_d2.encoders.weights import ENOUGH, MatchReport, feature_difference, load_encoder
 from relvit_d2.engine.checkpoint import Checkpointer
-from relvit_d2.errors import UserError
+from relvit_d2.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from detectron2.engine import HookBase
 from detectron2.utils.events import EventStorage, EventWriter, JSONWriter, TensorboardXWriter, get_event_storage
 from fvcore.common.config import CfgNode
 
-from relvit_d2.engine.machine import peak_memory
-from relvit_d2.files import write_text
+from relvit_d2.utils.files import write_text
+from relvit_d2.utils.hardware import peak_memory
 
 if TYPE_CHECKING:
     from relvit_d2.engine.trainer import Trainer

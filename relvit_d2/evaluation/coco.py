@@ -16,9 +16,9 @@ from detectron2.structures import BoxMode, PolygonMasks
 from detectron2.utils import comm
 from pycocotools import mask as mask_util
 
-from relvit_d2.data.records import without_mask
+from relvit_d2.data.detection.records import without_mask
 from relvit_d2.evaluation.average_precision import COCO_LIMIT, coco_evaluation, why_no_precision
-from relvit_d2.files import write_text
+from relvit_d2.utils.files import write_text
 
 logger = logging.getLogger(__name__)
 

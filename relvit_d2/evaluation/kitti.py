@@ -9,7 +9,7 @@ import numpy as np
 from detectron2.structures import BoxMode
 
 from relvit_d2.evaluation.average_precision import why_no_precision
-from relvit_d2.evaluation.gathering import Found, GatheringEvaluator
+from relvit_d2.evaluation.base import Found, GatheringEvaluator
 
 MIN_IOU = {"Car": 0.7, "Pedestrian": 0.5, "Cyclist": 0.5}
 POINTS = 41
@@ -80,7 +80,7 @@ class KittiEvaluator(GatheringEvaluator):
 
         Args:
             dataset_name: named in the log.
-            records: of :func:`relvit_d2.data.kitti.load_kitti`, crowds included.
+            records: of :func:`relvit_d2.data.detection.kitti.load_kitti`, crowds included.
             class_names: names of the classes; those in ``MIN_IOU`` are evaluated.
         """
         super().__init__(records)

@@ -9,7 +9,7 @@ import numpy as np
 from detectron2.structures import BoxMode
 
 from relvit_d2.evaluation.average_precision import why_no_precision
-from relvit_d2.evaluation.gathering import GatheringEvaluator
+from relvit_d2.evaluation.base import GatheringEvaluator
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from relvit_d2.pretext.hashing import hashed_uniform
+from relvit_d2.utils.hashing import hashed_uniform
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 ORDERS = tuple(itertools.permutations(range(4)))

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from relvit_d2.errors import UserError
+from relvit_d2.utils.errors import UserError
 
 
 class PairHead(nn.Module):

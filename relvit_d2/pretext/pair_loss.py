@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from relvit_d2.pretext.hashing import hashed_uniform
 from relvit_d2.pretext.layout import PatchLayout
 from relvit_d2.pretext.targets import (
     PairFunction,
@@ -24,6 +23,7 @@ from relvit_d2.pretext.targets import (
     pair_distance,
     pair_relation,
 )
+from relvit_d2.utils.hashing import hashed_uniform
 
 CLASSES = 9
 # Scores of one block. On a CPU they should stay in its cache; on a GPU a block should be large

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relvit_d2.errors import UserError
 from relvit_d2.pretext.heads import PairHead
 from relvit_d2.pretext.layout import PatchLayout
 from relvit_d2.pretext.pair_loss import Angle, Bearing, Distance, PairKind, Relation, pair_loss
 from relvit_d2.pretext.targets import pair_deviation, position_chance, positions, relation_chance
-from relvit_d2.registry import Registry
+from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.registry import Registry
 
 PRETEXT_TASKS: Registry[type["Task"]] = Registry("pretext task")
 

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from relvit_d2.errors import UserError
 from relvit_d2.pretext.color import HUE, ORDERS, SATURATION, add_noise_, color_jitter_, grayscale_
-from relvit_d2.pretext.hashing import hashed_uniform
 from relvit_d2.pretext.layout import PatchLayout
 from relvit_d2.pretext.resampling import centre_boxes, padded_window, random_boxes, resample, resize_weights
+from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.hashing import hashed_uniform
 
 # Pixels of the views made in one pass on a CPU, so that the planes of a pass stay in its cache.
 CPU_PASS_PIXELS = 2**18

@@ -11,13 +11,13 @@ from detectron2.utils import comm
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
+from relvit_d2.conversion.encoder_file import save_encoder
 from relvit_d2.encoders import Encoder, encoder_from_keys
-from relvit_d2.encoders.weights import save_encoder
-from relvit_d2.errors import UserError
 from relvit_d2.pretext.layout import PatchLayout
 from relvit_d2.pretext.monitor import FeatureStatistics
 from relvit_d2.pretext.task import PretextTask, pooling
 from relvit_d2.pretext.views import MegaPatches, ViewConfig, Views
+from relvit_d2.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class PretrainingModel(nn.Module):
         self.chances = {f"chance_{name}": torch.tensor(value) for name, value in task.chance().items()}
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Take a batch of :func:`relvit_d2.data.mapper.pad_images`; return scalars.
+        """Take a batch of :func:`relvit_d2.data.detection.mapper.pad_images`; return scalars.
 
         In training the views are random, and the batch holds their ``generator`` and its ``share`` of the whole batch
         too (see :meth:`Views.train`). In evaluation they are fixed, and it holds the images' ``keys``. Beside each

@@ -13,16 +13,16 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from fvcore.common.config import CfgNode
 
-from relvit_d2.data import catalog
-from relvit_d2.data.classes import get_class_set, get_class_sets, is_class_set
-from relvit_d2.data.folder import is_source, readable
-from relvit_d2.data.image_batches import Images, TrainingBatches, fixed_batches, joined
+from relvit_d2.data.classification.datasets import get_class_set, get_class_sets, is_class_set
+from relvit_d2.data.detection import catalog
+from relvit_d2.data.images.batches import Images, TrainingBatches, fixed_batches, joined
+from relvit_d2.data.images.folder import is_source, readable
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.trainer import Trainer
-from relvit_d2.errors import UserError
-from relvit_d2.files import write_json
 from relvit_d2.pretext.monitor import knn_accuracy
 from relvit_d2.pretraining.model import PretrainingModel, evaluate_pretext, image_features
+from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.files import write_json
 
 UNHELD = 256  # training images that figures are taken of where no images are held out
 LEAK = 0.95  # accuracy in the first epoch beyond which a task is no task
@@ -41,9 +41,9 @@ def image_files(
     Args:
         key: the config key that names them, for the message.
         names: classification sets, trees of classes in an archive, and what
-            :func:`relvit_d2.data.catalog.get_images` takes.
+            :func:`relvit_d2.data.detection.catalog.get_images` takes.
         skip_missing: leave out images that are listed but absent.
-        download, synset_file: see :func:`relvit_d2.data.classes.get_class_set`.
+        download, synset_file: see :func:`relvit_d2.data.classification.datasets.get_class_set`.
 
     Raises:
         UserError: if a name is neither a data set nor holds images, or there is none.

@@ -5,13 +5,13 @@ from html import escape
 
 import numpy as np
 
-from relvit_d2.data.decode import PixelFormat
-from relvit_d2.errors import UserError
+from relvit_d2.data.images.decode import PixelFormat
 from relvit_d2.report.curves import Line, chart
 from relvit_d2.report.detections import MIN_IOU, MIN_SCORE, Judged, JudgedImage, judge
 from relvit_d2.report.html import figure, grid, table
 from relvit_d2.report.predictions import DetectionRow, detections_sheet, in_rgb
 from relvit_d2.report.runs import Run
+from relvit_d2.utils.errors import UserError
 
 SHOWN = 6  # best and worst images each
 MOST_CLASSES = 30  # rows of a confusion table; of more classes, the most confused

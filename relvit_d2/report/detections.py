@@ -13,9 +13,9 @@ from detectron2.data import MetadataCatalog
 from pycocotools.coco import COCO
 from torchvision.ops import box_iou
 
-from relvit_d2.errors import UserError
 from relvit_d2.evaluation.average_precision import COCO_LIMIT, coco_evaluation
 from relvit_d2.evaluation.coco import ground_truth_file
+from relvit_d2.utils.errors import UserError
 
 MIN_SCORE, MIN_IOU = 0.5, 0.5  # of a detection that counts in images and confusions
 

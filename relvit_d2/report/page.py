@@ -9,8 +9,6 @@ from typing import Any
 
 from PIL import Image
 
-from relvit_d2.errors import UserError
-from relvit_d2.files import write_text
 from relvit_d2.report.curves import MOST, Line, chart
 from relvit_d2.report.detection_sections import detection_sections
 from relvit_d2.report.html import figure, grid, table
@@ -18,6 +16,8 @@ from relvit_d2.report.pretext import sheet_of_run
 from relvit_d2.report.result_sections import class_tables, result_table, seed_table, verdict
 from relvit_d2.report.runs import Run, read_runs
 from relvit_d2.report.style import STYLE
+from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.files import write_text
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib import get_data_path
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from relvit_d2.files import appearing
+from relvit_d2.utils.files import appearing
 
 Color = tuple[int, int, int]
 Box = tuple[float, float, float, float]

@@ -16,20 +16,20 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
-from relvit_d2.data.image_batches import Images
-from relvit_d2.data.mapper import ImageReader, pad_images
-from relvit_d2.data.own import register_own
+from relvit_d2.config.config_file import load_config, use_here
+from relvit_d2.data.detection.custom import register_own
+from relvit_d2.data.detection.mapper import ImageReader, pad_images
+from relvit_d2.data.images.batches import Images
 from relvit_d2.engine.checkpoint import Checkpointer
-from relvit_d2.engine.config_file import load_config, use_here
-from relvit_d2.engine.randomness import torch_generator
-from relvit_d2.errors import UserError
-from relvit_d2.files import appearing
 from relvit_d2.pretext.layout import PatchLayout
 from relvit_d2.pretext.targets import RELATIONS, all_pairs, pair_relation, positions
 from relvit_d2.pretext.task import PositionTask, RelationTask
 from relvit_d2.pretext.views import Views, permute_patches
 from relvit_d2.pretraining.model import PretrainingModel, build_pretraining_model
 from relvit_d2.pretraining.run import image_files
+from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.files import appearing
+from relvit_d2.utils.randomness import torch_generator
 
 WORDS = ("above left", "above", "above right", "left", "itself", "right", "below left", "below", "below right")
 CELL = 2.1  # inches of a panel's side
@@ -55,7 +55,7 @@ def pretext_rows(
 
     Args:
         model: in evaluation mode.
-        images, sizes: as of :func:`relvit_d2.data.mapper.pad_images`, on the model's device.
+        images, sizes: as of :func:`relvit_d2.data.detection.mapper.pad_images`, on the model's device.
         generator: what the views are drawn from.
     """
     config = model.views.config

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import yaml  # type: ignore[import-untyped]
 
-from relvit_d2.engine.config_file import flat
-from relvit_d2.errors import UserError
+from relvit_d2.config.config_file import flat
 from relvit_d2.evaluation.average_precision import COCO_LIMIT
+from relvit_d2.utils.errors import UserError
 
 # Keys that runs of one arm may differ in: where they lie, and the seed.
 _NOT_THE_ARM = ("SEED", "OUTPUT_DIR", "MODEL.WEIGHTS", "VERSION", "CUDNN_BENCHMARK", "DATALOADER.NUM_WORKERS")

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from relvit_d2.files import appearing
 from relvit_d2.report.predictions import (
     BORDER,
     FONT_SIZE,
@@ -21,6 +20,7 @@ from relvit_d2.report.predictions import (
     fit,
     font,
 )
+from relvit_d2.utils.files import appearing
 
 COLUMNS, GAP, NAME_HEIGHT = 4, 18, 20
 NAME_SIZE = 12

@@ -1,0 +1,58 @@
+"""timm's published weights by name, through timm's own cache and download."""
+
+from typing import Any
+
+import timm
+from torch import Tensor
+
+from relvit_d2.conversion.checkpoint_file import Found
+from relvit_d2.conversion.convert import swin, timm_vit
+from relvit_d2.conversion.converted import pixels_of, prove
+from relvit_d2.encoders.base import Encoder
+from relvit_d2.utils.errors import UserError, nearest
+
+PREFIX = "timm:"
+
+
+def is_published(source: str) -> bool:
+    """Whether ``source`` is ``timm:NAME`` and not a path."""
+    return source.startswith(PREFIX)
+
+
+def read_published(source: str, encoder: Encoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read timm's weights as the tensors and the metadata of an encoder file.
+
+    Args:
+        source: ``timm:NAME`` or ``timm:NAME.TAG``, a ViT or Swin-T of timm.
+        encoder: what they are for. They stay those of ``timm:NAME`` for an encoder of that kind; else they become
+            the encoder of this package that they fit.
+
+    Raises:
+        UserError: if timm has no such weights, they cannot be had without a network, or they fit no encoder here.
+    """
+    name = source.removeprefix(PREFIX)
+    architecture = name.split(".")[0]
+    if not timm.is_model(architecture):
+        close = nearest(architecture, timm.list_models())
+        raise UserError(f"'{source}': timm {timm.__version__} has no model '{architecture}'{close}")
+    tags = timm.list_pretrained(f"{architecture}.*")
+    if not tags or ("." in name and name not in tags):
+        raise UserError(f"'{source}': timm publishes no such weights; it has {', '.join(tags) or 'none'}")
+    try:
+        model = timm.create_model(name, pretrained=True).eval()
+    except Exception as error:  # each of timm's ways of download has exceptions of its own
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"'{source}' is not in timm's cache and could not be downloaded ({reason}); connect to the network once, "
+            "or convert a file with tools/convert_weights.py"
+        ) from error
+    pretrained = timm.get_pretrained_cfg(name)
+    assert pretrained is not None  # it is in the list of those that are published
+    found = Found(source, dict(model.state_dict()), "", [], [])
+    if architecture.startswith("swin_"):
+        converted = swin(found)
+    else:
+        converted = timm_vit(found, architecture=architecture, keep=encoder.name.startswith(PREFIX))
+    prove(converted, source)
+    tensors = {key: value.detach() for key, value in converted.encoder.state_dict().items()}
+    return tensors, {"encoder": converted.encoder.to_config(), **pixels_of(pretrained.to_dict())}

@@ -1,0 +1,215 @@
+"""Labelled images as a folder, or a zip or tar of a folder, with a folder of images for each class."""
+
+import io
+import tarfile
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relvit_d2.data.detection.mapper import ImageReader
+from relvit_d2.data.images.archive import ARCHIVE_DAMAGE, Member, each_member, list_members
+from relvit_d2.data.images.batches import Images, ImageStack, joined, take
+from relvit_d2.data.images.decode import image_size
+from relvit_d2.data.images.folder import EXTENSIONS, list_images
+from relvit_d2.utils.errors import UserError
+
+IN_MEMORY = 2**31  # bytes of decoded pixels up to which images of one size are kept decoded
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """A set of images with a class each.
+
+    Attributes:
+        name: for messages.
+        images: a stack, or what :class:`relvit_d2.data.detection.mapper.ImageReader` reads.
+        labels: ``(n,)`` int64, indices into ``classes``.
+        classes: their names.
+        note: what has to be said beside a figure of it, or nothing.
+
+    Raises:
+        UserError: if there is no image, or a label is out of range.
+    """
+
+    name: str
+    images: Images
+    labels: Tensor
+    classes: tuple[str, ...]
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if not len(self.labels) or len(self.labels) != len(self.images):
+            raise UserError(f"data set '{self.name}' has {len(self.images)} images and {len(self.labels)} labels")
+        wrong = ((self.labels < 0) | (self.labels >= len(self.classes))).nonzero()
+        if len(wrong):
+            at = int(wrong[0])
+            raise UserError(
+                f"image {at} of data set '{self.name}' has the label {int(self.labels[at])}, out of range for its "
+                f"{len(self.classes)} classes: correct the label"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, index: Tensor) -> "LabelledImages":
+        """Return the images whose numbers stand in ``index``, ``(n,)`` int64."""
+        return LabelledImages(self.name, take(self.images, index), self.labels[index], self.classes, self.note)
+
+    def decoded(self) -> "LabelledImages":
+        """Return the images as a stack if they are of one size and take at most ``IN_MEMORY`` bytes, else as they are.
+
+        Raises:
+            UserError: if an image is damaged.
+        """
+        files = self.images
+        if isinstance(files, ImageStack):
+            return self
+        width, height = image_size(files[0])
+        if 3 * height * width * len(files) > IN_MEMORY:
+            return self
+        read, stack = ImageReader(0), torch.empty(len(files), 3, height, width, dtype=torch.uint8)
+        for place, file in zip(stack, files, strict=True):
+            pixels = read(file)
+            if pixels.shape != place.shape:
+                return self
+            place.copy_(pixels)
+        return LabelledImages(self.name, ImageStack(stack, self.name), self.labels, self.classes, self.note)
+
+    def in_turn(self) -> Tensor:
+        """Return the images' numbers, ``(n,)`` int64: the first of each class, then the second of each, and so on."""
+        return (places(self.labels) * len(self.classes) + self.labels).argsort()
+
+
+def places(labels: Tensor) -> Tensor:
+    """Return how many images of its own class come before each image; ``(n,)`` int64 both."""
+    order, counts = labels.argsort(stable=True), labels.bincount()
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order)) - (counts.cumsum(0) - counts)[labels[order]]
+    return place
+
+
+def together(parts: Sequence[LabelledImages]) -> LabelledImages:
+    """Return the images of all parts in a row.
+
+    Raises:
+        UserError: if their classes differ.
+    """
+    first = parts[0]
+    for part in parts[1:]:
+        check_same_classes(first, part)
+    name, note = (
+        ", ".join(dict.fromkeys(filter(None, x))) for x in zip(*((p.name, p.note) for p in parts), strict=True)
+    )
+    images = joined([part.images for part in parts])
+    return LabelledImages(name, images, torch.cat([part.labels for part in parts]), first.classes, note)
+
+
+def check_same_classes(one: LabelledImages, other: LabelledImages) -> None:
+    """Refuse two sets of different classes, naming one that only one of them has.
+
+    Raises:
+        UserError: if their classes differ.
+    """
+    if one.classes == other.classes:
+        return
+    odd = sorted(set(one.classes) ^ set(other.classes))
+    which = f", '{odd[0]}' is in one of them only" if odd else " in another order"
+    raise UserError(f"data sets '{one.name}' and '{other.name}' have different classes{which}: make them agree")
+
+
+@dataclass(frozen=True)
+class UnpackedImage(Member):
+    """An image of an archive, read already: a compressed one is read from end to end, once."""
+
+    content: bytes = field(repr=False)
+
+    def open(self, limit: int = -1) -> io.BytesIO:
+        """See :class:`Member`."""
+        return io.BytesIO(self.content if limit < 0 else self.content[:limit])
+
+
+def archive_of(path: Path) -> tuple[Path, PurePosixPath] | None:
+    """Split a path that leads into an archive, ``a/b.tar.gz/train``, into the archive and what follows; else None."""
+    for archive in (path, *path.parents):
+        if archive.is_file():
+            return archive, PurePosixPath(path.relative_to(archive).as_posix())
+    return None
+
+
+def read_tree(path: Path, classes: Sequence[str] | None = None, name: str = "", note: str = "") -> LabelledImages:
+    """Read a class-per-folder tree, or one in a zip or a tar archive (compressed or not).
+
+    Args:
+        path: the folder of the folders, which may lie in an archive: ``cifar.tar.gz/train``.
+        classes: the folders that count, in the order of their labels; None for all, in order of name.
+        name: for messages; the path if it is empty.
+        note: see :class:`LabelledImages`.
+
+    Raises:
+        UserError: if there are no two classes, a class has no image, or the archive is damaged.
+    """
+    archive = archive_of(path)
+    files = _read_archive(*archive) if archive else _list_folder(path, classes)
+    if len(files) < 2:
+        raise UserError(f"'{path}' holds no classes: give a folder with a folder of images for each class")
+    known = tuple(classes or sorted(files))
+    for folder in known:
+        if not files.get(folder):
+            raise UserError(f"'{path}' has no image of the class '{folder}': put some there, or take the folder away")
+    images = [file for folder in known for file in files[folder]]
+    labels = torch.repeat_interleave(torch.arange(len(known)), torch.tensor([len(files[folder]) for folder in known]))
+    return LabelledImages(name or str(path), images, labels, known, note)
+
+
+def _list_folder(path: Path, classes: Sequence[str] | None) -> dict[str, list[Any]]:
+    if not path.is_dir():
+        raise UserError(f"the folder '{path}' does not exist: give a folder with a folder of images for each class")
+    folders = [path / name for name in classes] if classes else sorted(p for p in path.iterdir() if p.is_dir())
+    return {folder.name: list(list_images(folder)) for folder in folders if not folder.name.startswith(".")}
+
+
+def _read_archive(archive: Path, inside: PurePosixPath) -> dict[str, list[Any]]:
+    return (_read_zip if archive.suffix.lower() == ".zip" else _read_tar)(archive, inside)
+
+
+def _read_zip(archive: Path, inside: PurePosixPath) -> dict[str, list[Any]]:
+    """Return the images of each class; they are unpacked when they are read, since a zip gives access to each."""
+    files: defaultdict[str, list[Any]] = defaultdict(list)
+    for member in list_members(archive, sorted(EXTENSIONS), folders=True):
+        place = PurePosixPath(member.name)
+        if not place.is_relative_to(inside):
+            continue
+        parts = place.relative_to(inside).parts
+        if parts and member.name.endswith("/"):
+            files[parts[0]] += []
+        elif len(parts) > 1:
+            files[parts[0]].append(member)
+    return dict(files)
+
+
+def _read_tar(archive: Path, inside: PurePosixPath) -> dict[str, list[Any]]:
+    files: defaultdict[str, list[Any]] = defaultdict(list)
+    try:
+        with tarfile.open(archive) as tar:
+            for member in each_member(tar):
+                place = PurePosixPath(member.name)
+                if not place.is_relative_to(inside):
+                    continue
+                parts = place.relative_to(inside).parts
+                if not parts or any(part.startswith(".") for part in parts):
+                    continue
+                if member.isdir():
+                    files[parts[0]] += []
+                elif len(parts) > 1 and member.isfile() and place.suffix.lower() in EXTENSIONS:
+                    content = tar.extractfile(member)
+                    assert content is not None
+                    image = UnpackedImage(archive, member.name, 0, member.size, content.read())
+                    files[parts[0]].append(image)
+    except (OSError, *ARCHIVE_DAMAGE) as error:
+        raise UserError(f"archive '{archive}' is damaged or no tar archive ({error}); get it anew") from error
+    return {name: sorted(images, key=str) for name, images in files.items()}

@@ -1,0 +1,1 @@
+"""Detection data sets: formats, the catalog, custom data, the mapper."""

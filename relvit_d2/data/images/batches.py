@@ -1,0 +1,168 @@
+"""Batches of images without records: from memory or from files, for training and in order."""
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from typing import Any, overload
+
+import numpy as np
+import torch
+from detectron2.utils import comm
+from fvcore.common.config import CfgNode
+from torch import Tensor
+
+from relvit_d2.data.detection.mapper import ImageReader, pad_images
+from relvit_d2.data.loader import EndlessBatches, EndlessOrder, ordered_batches
+from relvit_d2.utils.batch_source import BatchSource
+from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.randomness import torch_generator
+
+Images = Sequence[Any]  # an ImageStack, or what ImageReader reads
+
+
+class ImageStack(Sequence[Tensor]):
+    """Images of one size, decoded.
+
+    Args:
+        pixels: ``(n, 3, h, w)`` uint8 RGB, on any device.
+        name: what they are of, for messages.
+    """
+
+    def __init__(self, pixels: Tensor, name: str) -> None:
+        self.pixels, self.name = pixels, name
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> "ImageStack": ...
+    def __getitem__(self, index: int | slice) -> "Tensor | ImageStack":
+        part = self.pixels[index]
+        return ImageStack(part, self.name) if isinstance(index, slice) else part
+
+    def to(self, device: str) -> "ImageStack":
+        """Return the images on another device."""
+        return ImageStack(self.pixels.to(device), self.name)
+
+
+def take(images: Images, index: Tensor) -> Images:
+    """Return the images whose numbers stand in ``index``, ``(n,)`` int64."""
+    if isinstance(images, ImageStack):
+        return ImageStack(images.pixels[index], images.name)
+    return [images[i] for i in index.tolist()]
+
+
+def joined(parts: Sequence[Images]) -> Images:
+    """Return the images of all parts in a row, as one stack if all are stacks of one size."""
+    stacks = [part for part in parts if isinstance(part, ImageStack)]
+    if len(parts) == 1:
+        return parts[0]
+    if len(stacks) == len(parts) and len({stack.pixels.shape[1:] for stack in stacks}) == 1:
+        name = ", ".join(dict.fromkeys(stack.name for stack in stacks))
+        return ImageStack(torch.cat([stack.pixels for stack in stacks]), name)
+    return [image for part in parts for image in part]
+
+
+class StackBatches:
+    """The endless batches of one process from a stack, picked where the stack lies, without processes of a loader."""
+
+    def __init__(self, stack: ImageStack, order: EndlessOrder) -> None:
+        self._stack, self._order = stack, order
+
+    def __iter__(self) -> Generator[dict[str, Tensor], None, None]:
+        pixels = self._stack.pixels
+        for keys in self._order:
+            index = torch.tensor([index for _, index in keys]).to(pixels.device, non_blocking=True)
+            yield {"images": pixels[index], "sizes": _sizes(pixels, len(keys))}
+
+    def names(self, iteration: int) -> list[Any]:
+        """Return what names the images of an iteration."""
+        return [f"image {index} of {self._stack.name}" for _, index in self._order.keys(iteration)]
+
+
+class TrainingBatches:
+    """Endless batches of images, each with the generator of its views.
+
+    All parts of an iteration, in all processes, get generators of one state, so that they are together the batch that
+    one process would read. To each batch of :func:`relvit_d2.data.detection.mapper.pad_images` come ``generator``,
+    ``share`` (see :meth:`relvit_d2.pretext.views.Views.train`) and, where there are any, ``labels``.
+
+    Args:
+        cfg: the run's config.
+        images: a stack, picked from on its device, or what the loader's processes read.
+        start: the first iteration.
+        labels: ``(n,)`` int64, one an image.
+    """
+
+    def __init__(self, cfg: CfgNode, images: Images, start: int, labels: Tensor | None = None) -> None:
+        solver, self._seed = cfg.SOLVER, cfg.SEED
+        self._size, self._labels = solver.IMS_PER_BATCH, labels
+        rank, world = comm.get_rank(), comm.get_world_size()
+        self._order = EndlessOrder(len(images), self._size, cfg.SEED, start, rank, world, solver.ACCUMULATE)
+        self._batches: BatchSource
+        if isinstance(images, ImageStack):
+            _check_channels(cfg, images)
+            self._batches = StackBatches(images.to(cfg.MODEL.DEVICE), self._order)
+        else:
+            how = ImageReader.of(cfg), pad_images, self._order, cfg.SEED, cfg.DATALOADER.NUM_WORKERS
+            # Another image in place of one that cannot be read would have another label.
+            self._batches = EndlessBatches(images, *how, replaces=labels is None)
+
+    def __iter__(self) -> Generator[dict[str, Any], None, None]:
+        order = self._order
+        with closing(iter(self._batches)) as batches:
+            for number, batch in enumerate(batches):
+                iterations, part = divmod(number, order.parts)
+                iteration, share = order.start + iterations, order.share(part)
+                more = {
+                    "generator": torch_generator(self._seed, "views", iteration),
+                    "share": (*share, self._size),
+                }
+                if self._labels is not None:
+                    keys = order.keys(iteration)
+                    size = share[1] - share[0]
+                    index = [index for _, index in keys[part * size : (part + 1) * size]]
+                    more["labels"] = self._labels[index]
+                yield batch | more
+
+    def names(self, iteration: int) -> list[Any]:
+        """Return what names the images of an iteration."""
+        return self._batches.names(iteration)
+
+
+def fixed_batches(cfg: CfgNode, images: Images, size: int, replaces: bool = False) -> Iterator[dict[str, Tensor]]:
+    """Give this process's share of the images in order, in batches of at most ``size``.
+
+    Each batch is that of :func:`relvit_d2.data.detection.mapper.pad_images` with ``keys``, the images' numbers,
+    ``(B,)`` int64. With ``replaces`` the next image stands in for one that cannot be read.
+    """
+    rank, world = comm.get_rank(), comm.get_world_size()
+    if isinstance(images, ImageStack):
+        _check_channels(cfg, images)
+        share = np.array_split(np.arange(len(images)), world)[rank]
+        for start in range(0, len(share), size):
+            keys = torch.from_numpy(share[start : start + size])
+            pixels = images.pixels[int(keys[0]) : int(keys[-1]) + 1]
+            yield {"images": pixels, "sizes": _sizes(pixels, len(keys)), "keys": keys}
+        return
+    how = ImageReader.of(cfg), pad_images, size, cfg.DATALOADER.NUM_WORKERS, rank, world
+    batches = ordered_batches(images, *how, replaces=replaces)
+    first = batches.first
+    for batch in batches:
+        end = first + len(batch["sizes"])
+        yield batch | {"keys": torch.arange(first, end)}
+        first = end
+
+
+def _check_channels(cfg: CfgNode, images: ImageStack) -> None:
+    channels = images.pixels.shape[1]
+    if channels != cfg.INPUT.CHANNELS:
+        raise UserError(
+            f"the images of '{images.name}' have {channels} channels, but INPUT.CHANNELS is {cfg.INPUT.CHANNELS}: "
+            f"set it to {channels}"
+        )
+
+
+def _sizes(pixels: Tensor, count: int) -> Tensor:
+    return torch.tensor(pixels.shape[2:]).expand(count, 2)

@@ -1,0 +1,257 @@
+"""Image files to pixels, faults to one sentence."""
+
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from relvit_d2.data.images.archive import ImageFile, Member
+from relvit_d2.data.images.jpeg import read_plain_jpeg
+from relvit_d2.data.images.orientation import SWAPPED, orientation, upright
+from relvit_d2.utils.errors import UserError
+
+DEEP_MODES = ("I", "F")  # Pillow's modes of more than eight bits, beside those that begin with I;16
+HEADER = 2**18  # bytes of an archive's member that are read first to find its header
+WHITE_16 = 65535  # the brightest value of 16 bits
+
+# What Pillow and NumPy raise on a damaged file depends on where the damage is.
+DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    LookupError,
+    EOFError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
+
+
+class UnreadableImageError(UserError):
+    """A fault of one image file, which says nothing about the others."""
+
+
+@contextmanager
+def reading(path: ImageFile | str) -> Iterator[None]:
+    """Turn whatever goes wrong while the image ``path`` is read into an :class:`UnreadableImageError` that names it."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UnreadableImageError(
+            f"image '{path}' does not exist; the data set lists it, so put it there or take it off the list"
+        ) from error
+    except UnidentifiedImageError as error:
+        raise UnreadableImageError(f"'{path}' is not an image that can be read; replace it") from error
+    except Image.DecompressionBombError as error:
+        raise UnreadableImageError(f"image '{path}' is larger than any photograph ({error}); scale it down") from error
+    except DAMAGE as error:
+        raise UnreadableImageError(f"image '{path}' is damaged or cut short ({error}); replace it") from error
+
+
+@dataclass(frozen=True)
+class PixelFormat:
+    """What images are turned into.
+
+    Attributes:
+        channels: 3 for RGB, 1 for gray; any other number is that of an image's own bands, of the pages of a TIFF with
+            one band each, or of the last axis of a ``.npy`` array.
+        white: the value of more than eight bits that becomes 255; 0 for 65535, the brightest of 16 bits.
+    """
+
+    channels: int = 3
+    white: float = 0.0
+
+    def read(self, path: ImageFile | str, longest: int = 0) -> np.ndarray:
+        """Read an image, uint8, ``(H, W, channels)``, turned upright as its EXIF orientation says.
+
+        The pixels of an RGB image are Pillow's, and so Detectron2's ``read_image``'s, to the bit. Gray images get
+        three equal channels, and an alpha channel is dropped, where RGB is wanted.
+
+        Args:
+            path: the file.
+            longest: if above 0, an image whose longer side has more pixels is reduced to it (antialiased; a JPEG is
+                already decoded at a reduced size that is at least twice as large).
+
+        Raises:
+            UnreadableImageError: if the file is missing, damaged or no image.
+            UserError: if it has other channels, or values whose range is unknown.
+        """
+        with reading(path):
+            if self.channels == 3 and (plain := read_plain_jpeg(path, longest)) is not None:
+                return plain
+            if str(path).lower().endswith(".npy"):
+                return self._fitted(_load_array(path), path, longest)
+            with _opened(path) as file, Image.open(file) as image:
+                return self._of(image, path, longest)
+
+    def convert(self, image: Image.Image) -> np.ndarray:
+        """Return an image of Pillow as :meth:`read` returns its file.
+
+        Raises:
+            UnreadableImageError: if its file is damaged.
+            UserError: if it has other channels, or values whose range is unknown.
+        """
+        name = str(getattr(image, "filename", "")) or "Pillow image"
+        with reading(name):
+            return self._of(image, name)
+
+    def _of(self, image: Image.Image, path: ImageFile | str, longest: int = 0) -> np.ndarray:
+        mode = ("L", "RGB")[self.channels == 3]
+        stored = orientation(image)
+        if self.channels not in (1, 3) or _is_deep(image):
+            return self._fitted(_bands(image, self.channels, stored), path, longest)
+        reduced: Image.Image = image
+        size = _reduced(image.size, longest)
+        if size != image.size:
+            image.draft(mode, (2 * size[0], 2 * size[1]))
+            reduced = image.convert(mode).resize(size, Image.Resampling.BILINEAR)
+        pixels = np.array(upright(reduced, stored).convert(mode))
+        return pixels.reshape(*pixels.shape[:2], self.channels)
+
+    def _fitted(self, pixels: np.ndarray, path: ImageFile | str, longest: int) -> np.ndarray:
+        """Bring ``(H, W)`` or ``(H, W, C)`` of any type to the channels and the range wanted."""
+        if pixels.ndim == 2:
+            pixels = np.repeat(pixels[..., None], self.channels if self.channels in (1, 3) else 1, axis=2)
+        if pixels.ndim != 3 or not pixels.size:
+            raise ValueError(f"an array of shape {pixels.shape} is no image")
+        if pixels.shape[2] != self.channels:
+            raise UserError(
+                f"image '{path}' has {pixels.shape[2]} channels, but INPUT.CHANNELS is {self.channels}: set it to "
+                f"{pixels.shape[2]}, with as many values in MODEL.PIXEL_MEAN and MODEL.PIXEL_STD"
+            )
+        pixels = self._in_eight_bits(pixels, path)
+        size = _reduced((pixels.shape[1], pixels.shape[0]), longest)
+        if size != (pixels.shape[1], pixels.shape[0]):
+            planes = [
+                Image.fromarray(plane).resize(size, Image.Resampling.BILINEAR) for plane in np.moveaxis(pixels, 2, 0)
+            ]
+            pixels = np.stack([np.array(plane) for plane in planes], axis=2)
+        return np.ascontiguousarray(pixels)
+
+    def _in_eight_bits(self, pixels: np.ndarray, path: ImageFile | str) -> np.ndarray:
+        if pixels.dtype == np.uint8:
+            return pixels
+        if pixels.dtype.kind not in "uif":
+            raise ValueError(f"an array of {pixels.dtype} is no image")
+        white = self.white or (WHITE_16 if pixels.dtype.itemsize == 2 and pixels.dtype.kind == "u" else 0)
+        if not white:
+            raise UserError(
+                f"image '{path}' holds {pixels.dtype} numbers, whose range is unknown: set INPUT.WHITE to the value "
+                "that counts as white, or convert the image to 8 bits"
+            )
+        scaled = pixels.astype(np.float32) * (255 / white)
+        if not np.isfinite(scaled).all():
+            raise ValueError("values that are not finite")
+        return scaled.clip(0, 255).round().astype(np.uint8)
+
+
+def read_rgb(path: ImageFile | str, longest: int = 0) -> np.ndarray:
+    """Read an image as RGB: see :meth:`PixelFormat.read`."""
+    return PixelFormat().read(path, longest)
+
+
+def image_size(path: ImageFile | str) -> tuple[int, int]:
+    """Return ``(width, height)`` in pixels from the file's header, upright; no pixel is decoded.
+
+    Raises:
+        UnreadableImageError: the file is missing or no image.
+    """
+    with reading(path):
+        if str(path).lower().endswith(".npy"):
+            height, width = _load_array(path).shape[:2]
+            return width, height
+        with _opened(path) as file, Image.open(file) as image:
+            return (image.height, image.width) if orientation(image) in SWAPPED else image.size
+
+
+def check_header(path: ImageFile | str) -> None:
+    """Read an image's header, of a member of an archive only its first bytes where they suffice.
+
+    Raises:
+        UnreadableImageError: the file is missing or no image.
+    """
+    with reading(path):
+        if str(path).lower().endswith(".npy"):
+            _load_array(path)
+            return
+        if isinstance(path, Member) and path.size > HEADER:
+            with suppress(*DAMAGE), Image.open(path.open(HEADER)):  # metadata may fill more than that
+                return
+        with _opened(path) as file, Image.open(file):
+            pass
+
+
+def channels_and_white(path: ImageFile | str) -> tuple[int, float]:
+    """Return the channels of an image and its largest value, 0 for one of eight bits.
+
+    Colours of any kind count as RGB's three, with or without alpha; pages of a TIFF with a band each count as channels.
+
+    Raises:
+        UnreadableImageError: the file is missing, damaged or no image.
+    """
+    with reading(path):
+        if str(path).lower().endswith(".npy"):
+            values = _load_array(path)
+            return values.shape[2] if values.ndim == 3 else 1, _largest(values)
+        with _opened(path) as file, Image.open(file) as image:
+            gray = image.mode in ("1", "L", "LA") or _is_deep(image)
+            return _pages(image) if gray else 3, _largest(np.array(image)) if _is_deep(image) else 0.0
+
+
+def _largest(values: np.ndarray) -> float:
+    return float(values.max()) if values.size and values.dtype.itemsize > 1 else 0.0
+
+
+def _opened(path: ImageFile | str) -> IO[bytes]:
+    """Open a file for Pillow, which given a path would map it: that garbles TIFF files that are not stored upright."""
+    return path.open() if isinstance(path, Member) else Path(path).open("rb")
+
+
+def _load_array(path: ImageFile | str) -> np.ndarray:
+    if isinstance(path, Member):
+        return np.load(path.open(), allow_pickle=False)
+    # A map of the file cannot be larger than the file, whatever its header says.
+    pixels = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(pixels, np.ndarray) or pixels.ndim not in (2, 3):
+        raise ValueError("no array of height, width and channels")
+    return pixels
+
+
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode in DEEP_MODES or image.mode.startswith("I;16")
+
+
+def _bands(image: Image.Image, channels: int, stored: int) -> np.ndarray:
+    """Return the bands of an image, or of the pages of a TIFF that has a band a page, upright."""
+    pages = _pages(image)
+    if pages == channels > 1 and len(image.getbands()) == 1:
+        first, planes = image.tell(), []
+        for page in range(pages):
+            image.seek(page)
+            planes.append(np.array(image))
+        image.seek(first)
+        return np.stack(planes, axis=2)
+    return np.array(upright(image, stored))
+
+
+def _pages(image: Image.Image) -> int:
+    """Return the number of pages; the frames of an animation are none."""
+    return getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+
+
+def _reduced(size: tuple[int, int], longest: int) -> tuple[int, int]:
+    """Return the width and height of an image whose longer side may have ``longest`` pixels; 0: any number."""
+    if not longest or max(size) <= longest:
+        return size
+    scale = longest / max(size)
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))

@@ -1,0 +1,111 @@
+"""What the user reads when a run fails: one sentence, from one process."""
+
+import errno
+import io
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+
+from detectron2.utils import comm
+from torch import distributed
+from torch.distributed.distributed_c10d import _get_default_store
+
+from relvit_d2.engine import signals
+from relvit_d2.utils.errors import UserError
+
+# How long a process that lost another waits before it speaks: the other one's sentence is the true reason.
+_PATIENCE = 5.0  # seconds
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_LOST = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited", "Connection refused")
+
+
+def guard(function: Callable[[], int | None]) -> int:
+    """Run ``function``, tell the user what ended it before its time, and return the exit status.
+
+    Characters that the terminal's encoding lacks are printed as their escape, such as ``\\u4e2d``.
+
+    That is the one that ``function`` returned, 0 for None; 1 after a :class:`UserError`, whose sentence is printed
+    (``RELVIT_DEBUG=1``: its traceback); 128 and the signal's number after Ctrl-C and SIGTERM. With several processes
+    the first that fails speaks, the others are silent.
+
+    Raises:
+        Exception: what is a defect, with a single process.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        _check_arguments()
+        return function() or 0
+    except UserError as error:
+        if may_tell():
+            say(error)
+        return 1
+    except (signals.Interrupted, KeyboardInterrupt) as stop:
+        number = stop.number if isinstance(stop, signals.Interrupted) else signal.SIGINT
+        if may_tell():
+            print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
+        return 128 + number
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _NO_SPACE:
+            if may_tell():
+                name = f"'{error.filename}'" if error.filename else "a file of the run"
+                say(UserError(f"{name} could not be written ({error.strerror}): free space, then go on with --resume"))
+        elif comm.get_world_size() == 1:
+            raise
+        elif _lost_another(error):
+            _tell_of_loss(error)
+        elif may_tell():
+            traceback.print_exception(error)
+        return 1
+
+
+def _check_arguments() -> None:
+    """Refuse arguments that are not text, as file names are that the locale's encoding does not decode."""
+    for word in sys.argv:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"the argument {os.fsencode(word)!r} is not valid in the encoding of this locale, "
+                f"{sys.getfilesystemencoding()}: set the environment variable PYTHONUTF8=1 if it is UTF-8, else rename "
+                "the file"
+            ) from error
+
+
+def say(error: UserError) -> None:
+    """Print the sentence of ``error``, or with ``RELVIT_DEBUG=1`` its traceback."""
+    if os.environ.get("RELVIT_DEBUG") == "1":
+        traceback.print_exception(error)
+    else:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def may_tell() -> bool:
+    """Whether this process, which failed, is the one that tells the user: the first that asks.
+
+    Before the processes have met, it is the first of each machine.
+    """
+    if not distributed.is_initialized():
+        return not distributed.is_torchelastic_launched() or os.environ["LOCAL_RANK"] == "0"
+    signals.uninstall()  # who started the processes now ends them all
+    try:
+        return _get_default_store().add("relvit_d2/failed", 1) == 1
+    except RuntimeError:  # the process that kept the store is gone, so it told
+        return False
+
+
+def _lost_another(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST)
+
+
+def _tell_of_loss(error: Exception) -> None:
+    if signals.received():  # who started the processes ends them all and tells why
+        return
+    time.sleep(_PATIENCE)
+    if may_tell():
+        reason = str(error).strip().splitlines()[0]
+        say(UserError(f"process {comm.get_rank()} lost another one ({reason}); see what that one printed"))

@@ -1,0 +1,1 @@
+"""Rows of the papers' tables as runs, and their statistics."""

@@ -1,0 +1,1 @@
+"""What every layer uses: errors, registries, files, paths, randomness, hardware."""

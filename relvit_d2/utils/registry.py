@@ -1,0 +1,48 @@
+"""A table of names to builders; the contract tests walk it."""
+
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+from relvit_d2.utils.errors import UserError, nearest
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Named entries of one kind, in the order of registration.
+
+    Args:
+        kind: what an entry is, as the error message should call it ("encoder", "data set").
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+
+    def add(self, name: str, entry: T) -> T:
+        """Put ``entry`` under ``name``; a second entry of one name is a ``KeyError``."""
+        if name in self._entries:
+            raise KeyError(f"{self.kind} '{name}' is registered twice")
+        self._entries[name] = entry
+        return entry
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator form of :meth:`add`."""
+        return lambda entry: self.add(name, entry)
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._entries:
+            raise UserError(
+                f"unknown {self.kind} '{name}'; known are {', '.join(self._entries)}"
+                f"{nearest(name, list(self._entries))}"
+            )
+        return self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
