@@ -2,8 +2,8 @@
 
 Those of "Contrastive Multiview Coding" (Tian, Krishnan and Isola, 2020), ``imagenet100.txt`` of the authors' code
 (github.com/HobbitLong/CMC, bc687a2). RelViT's authors read another ImageNet-100, the Kaggle set ambityga/imagenet100,
-whose classes are the keys of its ``Labels.json`` (guglielmocamporese/relvit, ``datasets/dataset_option/imagenet100.py``,
-c8be678): write them into a file, one a line, and give that as ``DATASETS.SYNSETS``.
+whose classes are the keys of its ``Labels.json`` (guglielmocamporese/relvit, c8be678,
+``datasets/dataset_option/imagenet100.py``): write them into a file, one a line, and give that as ``DATASETS.SYNSETS``.
 """
 
 from pathlib import Path
