@@ -3,7 +3,7 @@
 import glob
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -48,8 +48,8 @@ def unlabelled_images(name: str) -> list[ImageFile]:
     return found
 
 
-def list_images(folder: Path) -> list[Path]:
-    """Return the images under ``folder``, sub-folders included, sorted by path.
+def list_images(folder: Path, extensions: Collection[str] = EXTENSIONS) -> list[Path]:
+    """Return the images under ``folder``, or other files by their suffixes, sub-folders included, sorted by path.
 
     Hidden files and folders are left out (``._photo.jpg`` of macOS archives is no image).
 
@@ -59,13 +59,13 @@ def list_images(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"the image folder {folder} does not exist: correct the path")
     try:
-        images = _images(_files_below(str(folder)))
+        images = _images(_files_below(str(folder)), extensions)
     except OSError as error:
         raise UserError(
             f"the folder '{error.filename}' cannot be read ({error.strerror}): see who may read it"
         ) from error
     if not images:
-        raise UserError(f"the folder {folder} holds no image with one of {', '.join(sorted(EXTENSIONS))}")
+        raise UserError(f"the folder {folder} holds no image with one of {', '.join(sorted(extensions))}")
     return images
 
 
@@ -112,9 +112,9 @@ def _files_below(folder: str) -> Iterator[str]:
                 yield entry.path
 
 
-def _images(paths: Iterable[str]) -> list[Path]:
+def _images(paths: Iterable[str], extensions: Collection[str] = EXTENSIONS) -> list[Path]:
     """Return the images among paths of files, sorted as paths are: folder by folder."""
-    images = [path for path in paths if os.path.splitext(path)[1].lower() in EXTENSIONS]  # noqa: PTH122
+    images = [path for path in paths if os.path.splitext(path)[1].lower() in extensions]  # noqa: PTH122
     check_printable(images)
     return sorted(map(Path, images))
 

@@ -16,11 +16,10 @@ from fvcore.common.config import CfgNode
 from relvit_d2.data import catalog
 from relvit_d2.data.loader import EndlessBatches, EndlessOrder, ordered_batches
 from relvit_d2.data.mapper import DetectionMapper
-from relvit_d2.data.records import without_mask
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.trainer import Trainer
 from relvit_d2.errors import UserError
-from relvit_d2.evaluation.coco import CocoStyleEvaluator
+from relvit_d2.evaluation.coco import CocoStyleEvaluator, without_mask
 from relvit_d2.evaluation.kitti import KittiEvaluator
 from relvit_d2.evaluation.voc07 import Voc07Evaluator
 from relvit_d2.files import write_json
