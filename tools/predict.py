@@ -202,7 +202,7 @@ def video(
                     drawn = picture(detector, image, kept)
                     drawn = drawn.resize((drawn.width // 2 * 2, drawn.height // 2 * 2))  # the codec needs even sides
                     if written is None:
-                        written = sink.add_stream("mpeg4", rate=rate.limit_denominator(1001))
+                        written = sink.add_stream("mpeg4", rate=max(rate, Fraction(1)).limit_denominator(1001))
                         written.width, written.height, written.pix_fmt = drawn.width, drawn.height, "yuv420p"
                         written.bit_rate = 8_000_000
                         written.codec_context.time_base = TICK

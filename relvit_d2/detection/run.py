@@ -81,8 +81,10 @@ def mask_notes(asked: CfgNode, cfg: CfgNode, records: Records, tests: dict[str, 
     if not asked.MODEL.MASK_ON:
         return []
     if not cfg.MODEL.MASK_ON:
-        count = f"{len(without_mask(records))} of {sum(len(r.get('annotations', [])) for r in records)}"
-        return [f"{count} objects have no mask: the mask head is off, and there is box AP only"]
+        bare = len(without_mask(records))
+        return [
+            f"{f'{bare} objects have no mask' if bare else 'no object'}: the mask head is off, there is box AP only"
+        ]
     counts = {name: len(without_mask(test)) for name, test in tests.items()}
     return [
         f"{count} objects of {name} have no mask: box AP is computed on it, but no mask AP"
