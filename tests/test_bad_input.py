@@ -312,6 +312,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(root: Path, tmp_path: Path) -> N
     more = command(SSL, tmp_path, "SOLVER.MAX_ITER", 8, flags=("--resume", "--allow-changes"))
     sentence = fails(root, *more, fault="full:1000000")
     assert "model_0000005.pth' could not be written" in sentence
+    assert sentence.endswith("then go on with --resume")
     assert "the previous one is untouched" in sentence or "what was there is untouched" in sentence
     assert before == digests(tmp_path, "*.pth")
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"

@@ -53,7 +53,7 @@ def run_script(
             raise UserError(f"--config-file is missing; for example: {example}")
         return distributed.run(main, args, parser.get_default("dist_url"))
 
-    return guard(start)
+    return guard(start, resumes=True)
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
