@@ -501,6 +501,7 @@ def test_masks_of_some_objects_and_sets_with_nothing_to_find(tmp_path: Path) -> 
     assert "own_val: not one object" not in run(tmp_path, *again).stdout
     assert json.loads((output / "inference/results.json").read_text())["own_val"]["bbox"]["AP"] is None
     shutil.rmtree(root / "images/val")
+    (root / "data.yaml").write_text("names: [Person, Cat]\n")
     (root / "images/train/b.png").unlink()  # one image alone: nothing is held out
     done = run(tmp_path, "train_net.py", *flags, "--data", root, *TINY, "OUTPUT_DIR", tmp_path / "one")
     assert "own_val: no image, so that an evaluation on it finds nothing" in done.stdout
