@@ -179,8 +179,10 @@ def test_times_begin_at_0_and_rise() -> None:
     assert of(30, 31, 35) == [0, 0.1, 0.5]
     assert of(None, None, None) == [0, 0.25, 0.5]
     assert of(7, None, 13) == [0, 0.25, 0.6]
-    again = of(5, 5, 4, 9)
-    assert again == sorted(set(again)) and again[-1] == 0.4 and again[2] < 0.001
+    assert of(5, 5, 9) == pytest.approx([0, 0, 0.4], abs=1e-3) and of(5, 5, 9)[1] > 0
+    assert of(50, 52, 10, 13) == pytest.approx([0, 0.2, 0.45, 0.75])  # stamps that start anew
+    assert of(0, 1, 10**9, 10**9 + 5) == pytest.approx([0, 0.1, 0.35, 0.85])
+    assert of(0, 1, 30_000) == [0, 0.1, 3000]
 
 
 @pytest.mark.parametrize("degrees", [0, 90, 180, 270])

@@ -43,6 +43,7 @@ from relvit_d2.files import appearing, make_folder, write_text  # noqa: E402
 from relvit_d2.report.predictions import annotated, in_rgb  # noqa: E402
 
 TICK = Fraction(1, 60000)  # seconds: common frame rates are whole multiples; MPEG-4 takes at most 65535 a second
+LEAP = 3600  # seconds from frame to frame that can be meant; the codec takes a day
 NAMED = 10  # faults that are told in full
 VIDEOS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 
@@ -208,33 +209,42 @@ def video(
                         written.codec_context.time_base = TICK
                     frame = av.VideoFrame.from_image(drawn)
                     frame.pts, frame.time_base = round(seconds / TICK), TICK
-                    sink.mux(written.encode(frame))
+                    sink.mux(encoded(written, frame, file))
                     time = {"time": round(float(seconds), 6)}
                     results += [row | time for row in told(f"{file}#{count}", kept, detector)]
                     count += 1
                     bar.update()
             if written is None:
                 raise UnreadableImageError(f"video '{file}' has no frame that can be decoded; give another")
-            sink.mux(written.encode(None))
+            sink.mux(encoded(written, None, file))
     except (av.error.FFmpegError, IndexError) as error:
         raise UnreadableImageError(f"video '{file}' cannot be decoded ({error}); give another") from error
     return results, fault and f"video '{file}' is damaged after frame {count - 1} ({fault}); what follows is left out"
 
 
+def encoded(stream: av.VideoStream, frame: av.VideoFrame | None, file: Path) -> list[av.Packet]:
+    """Encode a frame; None ends the stream. An error here, unlike one of writing, belongs to the video ``file``."""
+    try:
+        return stream.encode(frame)
+    except av.error.FFmpegError as error:
+        raise UnreadableImageError(f"video '{file}' cannot be encoded again ({error}); give another") from error
+
+
 def timed(frames: Iterable[av.VideoFrame], step: Fraction) -> Iterator[tuple[Fraction, np.ndarray]]:
     """Give each frame's time in seconds since the first one, and its upright pixels ``(H, W, 3)``, RGB.
 
-    Times rise by at least ``TICK``; a frame without one comes ``step`` after the frame before it.
+    Times rise by at least ``TICK``. A frame without a time comes ``step`` after the frame before it. So does one whose
+    time goes back or leaps by more than ``LEAP``, and those after it keep their distance from it.
     """
-    first: Fraction | None = None
+    start: Fraction | None = None  # the time stamp that counts as 0
     last: Fraction | None = None
     for frame in frames:
         stamp = None if frame.pts is None or frame.time_base is None else frame.pts * frame.time_base
-        if first is None:
-            first = stamp
         time = Fraction(0) if last is None else last + step
-        if stamp is not None and first is not None:
-            time = stamp - first
+        if stamp is not None:
+            if start is None or (last is not None and not 0 <= stamp - start - last <= LEAP):
+                start = stamp - time
+            time = stamp - start
         last = time if last is None else max(time, last + TICK)
         yield last, upright(frame)
 
