@@ -9,7 +9,7 @@ from relvit_d2.encoders import Encoder
 from relvit_d2.encoders.converted import TOLERANCE
 from relvit_d2.encoders.published import is_published
 from relvit_d2.encoders.weights import ENOUGH, MatchReport, feature_difference, load_encoder
-from relvit_d2.engine.checkpoint import Checkpointer
+from relvit_d2.engine.checkpoint import Checkpointer, download
 from relvit_d2.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def load_weights(cfg: CfgNode, model: nn.Module, encoder: Encoder, input_format:
     if not weights:
         logger.info("MODEL.WEIGHTS is empty: training from scratch")
     elif holds_encoder(weights):
-        load_proved(cfg, encoder, weights, input_format)
+        load_proved(cfg, encoder, download(weights) if "://" in weights else weights, input_format)
     else:
         checkpointer = Checkpointer(model, enough=ENOUGH, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
         checkpointer.load(weights, checkpointables=[])
