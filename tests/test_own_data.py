@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -440,8 +442,12 @@ def test_train_evaluate_and_pretrain_on_own_data(tmp_path: Path) -> None:
     flags = ("--config-file", "configs/demo/streets.yaml")
     masks = ("MODEL.MASK_ON", "True", "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead")
     empty = ("DATALOADER.FILTER_EMPTY_ANNOTATIONS", "False")
-    output = tmp_path / "out"
+    output = tmp_path / "my 1'st run"
     done = run(tmp_path, "train_net.py", *flags, "--data", root, *TINY, *masks, *empty, "OUTPUT_DIR", output)
+    (following,) = re.findall("^next +python (.+)", done.stdout, re.MULTILINE)
+    words = [str(root / "images") if word == "IMAGES" else word for word in shlex.split(following)]
+    run(tmp_path, *words, "--output", tmp_path / "found")
+    assert (tmp_path / "found/detections.json").is_file()
     assert "classes cat, dog" in done.stdout
     assert "2 training images" in done.stdout
     assert "loss_mask" in done.stdout

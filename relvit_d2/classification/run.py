@@ -2,6 +2,7 @@
 
 import logging
 import re
+import shlex
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -257,10 +258,10 @@ def next_command(cfg: CfgNode, data: ClassificationData) -> str:
     """Return what is typed after a training: the probe that its sets allow, or its page where there is no test set."""
     output = Path(cfg.OUTPUT_DIR)
     if data.test is None:
-        return f"python tools/report.py {output} --output report.html"
+        return shlex.join(["python", "tools/report.py", str(output), "--output", "report.html"])
     kind = "linear" if data.validation else "knn"
-    script = f"python train_cls.py --config-file {output / 'config.yaml'} --eval {kind}"
-    return f"{script} MODEL.WEIGHTS {output / 'encoder.safetensors'}"
+    probe = ["python", "train_cls.py", "--config-file", str(output / "config.yaml"), "--eval", kind]
+    return shlex.join([*probe, "MODEL.WEIGHTS", str(output / "encoder.safetensors")])
 
 
 def export_encoder(cfg: CfgNode, model: ClassificationModel, iterations: int, results: dict[str, Any]) -> Path:

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -104,7 +105,7 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     silence()
     device = f"{device_name(cfg.MODEL.DEVICE)}, {torch.get_num_threads()} threads"
     logger.info(f"{VERSIONS}, {device}")
-    logger.info(f"command: {' '.join(sys.argv)}")
+    logger.info(f"command: {shlex.join(sys.argv)}")
     seed_everything(cfg.SEED, "model")
 
 

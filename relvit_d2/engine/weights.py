@@ -36,7 +36,7 @@ def load_weights(cfg: CfgNode, model: nn.Module, encoder: Encoder, input_format:
     if not weights:
         logger.info("MODEL.WEIGHTS is empty: training from scratch")
     elif holds_encoder(weights):
-        load_proved(cfg, encoder, download(weights) if "://" in weights else weights, input_format)
+        load_proved(cfg, encoder, weights, input_format)
     else:
         checkpointer = Checkpointer(model, enough=ENOUGH, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
         checkpointer.load(weights, checkpointables=[])
@@ -54,6 +54,7 @@ def load_proved(cfg: CfgNode, encoder: Encoder, weights: str, input_format: str)
     Raises:
         UserError: if the weights are missing, do not fit or are for other pixels, or the features differ.
     """
+    weights = download(weights) if "://" in weights else weights
     report = load_encoder(encoder, weights)
     _check_pixels(cfg, report, input_format)
     logger.info(str(report))
