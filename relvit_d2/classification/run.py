@@ -19,6 +19,8 @@ from relvit_d2.data.class_tree import LabelledImages, check_same_classes, places
 from relvit_d2.data.classes import list_class_sets
 from relvit_d2.data.decode import image_size
 from relvit_d2.data.image_batches import ImageStack, TrainingBatches, fixed_batches
+from relvit_d2.data.similarity import fingerprint, fingerprints
+from relvit_d2.data.splits import hold_out
 from relvit_d2.encoders.weights import save_encoder
 from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.engine.precision import choose_precision
@@ -109,6 +111,9 @@ def _check_sizes(data: LabelledImages, size: int) -> None:
 def split(data: LabelledImages, share: float, seed: int) -> tuple[LabelledImages, LabelledImages]:
     """Return what stays for training and what is held out: ``share``, 0..1, of all images, and so of each class.
 
+    Equal and nearly equal images stay together, see :func:`relvit_d2.data.splits.hold_out`; where there are none, the
+    shares are exact.
+
     Raises:
         UserError: if nothing would be held out, or nothing stay.
     """
@@ -121,7 +126,21 @@ def split(data: LabelledImages, share: float, seed: int) -> tuple[LabelledImages
             f"DATASETS.VALIDATION {share:.3%} holds out {count} of the {len(data)} images of '{data.name}': "
             "give another share, or '' for none"
         )
-    return data.take(order[count:].sort().values), data.take(order[:count].sort().values)
+    if not comm.is_main_process():
+        comm.synchronize()  # the main process fills the cache of fingerprints
+    images = data.images
+    if isinstance(images, ImageStack):
+        prints = [fingerprint(image.permute(1, 2, 0).contiguous().cpu().numpy()) for image in images]
+    else:
+        prints = fingerprints(images, Path(data.name))
+    if comm.is_main_process():
+        comm.synchronize()
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order))
+    ranks = rank.tolist()
+    held = torch.zeros(len(data), dtype=torch.bool)
+    held[list(hold_out(prints, count, lambda group: min(ranks[i] for i in group), f"'{data.name}'"))] = True
+    return data.take((~held).nonzero()[:, 0]), data.take(held.nonzero()[:, 0])
 
 
 def settle(cfg: CfgNode, data: ClassificationData) -> CfgNode:
