@@ -175,6 +175,15 @@ CASES = {
     "checkpoint is text": Case(
         "not a readable checkpoint", ("MODEL.WEIGHTS", "{here}/a.pth"), files={"a.pth": "no weights"}
     ),
+    "weights at a URL that cannot be reached": Case(
+        "'http://127.0.0.1:9/encoder.safetensors' could not be downloaded",
+        ("MODEL.WEIGHTS", "http://127.0.0.1:9/encoder.safetensors"),
+        BOTH,
+    ),
+    "anchors for another number of levels": Case(
+        "SIZES has 3 lists, but MODEL.RPN.IN_FEATURES has 2 levels", ("MODEL.ANCHOR_GENERATOR.SIZES", "[[8],[16],[32]]")
+    ),
+    "keys that Detectron2 refuses": Case("Detectron2 cannot build this detector", ("MODEL.ROI_BOX_HEAD.NUM_FC", 0)),
     "weights are a pickle": Case(
         "can run any code in it: if you trust where it comes from, set MODEL.ALLOW_PICKLE True",
         ("MODEL.WEIGHTS", "{here}/a.pkl"),

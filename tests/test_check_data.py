@@ -344,5 +344,5 @@ def test_anchors_that_miss_many_boxes_are_told() -> None:
 
 
 def test_anchors_of_maps_without_a_known_stride_are_left_out() -> None:
-    cfg = load_config(DETECTION, ["MODEL.RPN.IN_FEATURES", "['res4']"])
+    cfg = load_config(DETECTION, ["MODEL.RPN.IN_FEATURES", "['res4']", "MODEL.ANCHOR_GENERATOR.SIZES", "[[32]]"])
     assert fit_report(*scattered(5, 64, 64), cfg) == {}

@@ -16,6 +16,7 @@ from detectron2.utils.logger import setup_logger
 from fvcore.common.config import CfgNode
 
 from relvit_d2.engine import distributed
+from relvit_d2.engine.config_check import check_pixels
 from relvit_d2.engine.config_file import dump_config
 from relvit_d2.engine.failures import guard
 from relvit_d2.engine.machine import device_name
@@ -72,6 +73,7 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     """
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"MODEL.DEVICE '{cfg.MODEL.DEVICE}' is asked for, but torch sees no GPU; set MODEL.DEVICE cpu")
+    check_pixels(cfg)
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     solver, processes = cfg.SOLVER, comm.get_world_size()
     if not args.eval_only and solver.IMS_PER_BATCH % (processes * solver.ACCUMULATE):

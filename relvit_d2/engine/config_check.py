@@ -91,7 +91,6 @@ def check_config(cfg: CfgNode, defaults: CfgNode) -> None:
         torch.device(cfg.MODEL.DEVICE)
     except RuntimeError as error:
         raise UserError(f"MODEL.DEVICE '{cfg.MODEL.DEVICE}' is not a device of torch; set cpu or cuda") from error
-    _check_pixels(cfg)
     _check_sizes(cfg.INPUT)
     _check_anchors(cfg.MODEL)
     _check_matching(cfg.MODEL)
@@ -111,8 +110,12 @@ def _check_registered(key: str, name: str, default: str, registry: str) -> None:
         raise UserError(f"{key} '{name}' is for rotated boxes, which are not supported: set {default}")
 
 
-def _check_pixels(cfg: CfgNode) -> None:
-    """Refuse pixel statistics that are not one positive deviation and one mean per channel."""
+def check_pixels(cfg: CfgNode) -> None:
+    """Check the pixel statistics, which a config may lack before data have been examined.
+
+    Raises:
+        UserError: if they are not one mean and one positive deviation per channel.
+    """
     channels = cfg.INPUT.CHANNELS
     for key in ("PIXEL_MEAN", "PIXEL_STD"):
         if len(cfg.MODEL[key]) != channels:
