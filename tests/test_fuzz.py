@@ -68,7 +68,7 @@ def test_spoilt_sets(
     @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=3))
     def try_one(seeds: list[int]) -> None:
         start(sound, root, outside)
-        done = [spoil(root, outside, seed, sound) for seed in seeds]
+        done = [spoil(root, outside, seed, sound, not name.startswith("own_")) for seed in seeds]
         try:
             answer = outcome(reader, root, cache)
         except BaseException as error:
