@@ -20,6 +20,7 @@ _RANGES = {
     "SOLVER.CHECKPOINT_MAX_TO_KEEP": (0, inf),
     "SOLVER.BASE_LR": (0, inf),
     "TEST.BATCH_SIZE": (1, inf),
+    "TEST.DETECTIONS_PER_IMAGE": (1, inf),
     "TEST.PATIENCE": (0, inf),
     "DATALOADER.NUM_WORKERS": (0, inf),
     "INPUT.CHANNELS": (1, inf),
