@@ -18,7 +18,7 @@ from relvit_d2.data.records import Record
 from relvit_d2.errors import UserError
 from relvit_d2.files import write_text
 
-VERSION = 1  # of the readers: a higher one makes older files stale
+VERSION = 2  # of the readers: a higher one makes older files stale
 
 Labels = tuple[list[str], list[Record], list[str]]  # names of the classes, records, what the log is to say of them
 
