@@ -218,7 +218,7 @@ def yaml_splits(path: Path, draw: random.Random, outside: Path) -> None:
     """Splits that lead somewhere, nowhere or out, lists, key points, names that YAML would convert."""
     target = outside / SECRET
     target.write_text(f"{target}.jpg\n../{outside.name}/{SECRET}.jpg\nimages/train/1.jpg\n")
-    places = (
+    places: tuple[str, ...] = (
         "images/train",
         "../images/train",
         "/data/images/train",
