@@ -1,6 +1,6 @@
 """Every reader on sets that were spoilt at random: sound records or one sentence, never anything else.
 
-``make fuzz`` runs 1,100 spoilt sets for each reader, 11,000 in all; the ordinary tests a few of them.
+``make fuzz`` runs 1,100 spoilt sets for each reader; the ordinary tests a few of them.
 """
 
 import os
