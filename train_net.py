@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import shlex
 import sys
 from pathlib import Path
 
@@ -63,7 +64,8 @@ def main(args: argparse.Namespace) -> None:
         load_weights(cfg, model, model.backbone.encoder, cfg.INPUT.FORMAT)
     trainer.train()
     if comm.is_main_process():
-        end_run(Path(cfg.OUTPUT_DIR), f"python tools/predict.py --weights {cfg.OUTPUT_DIR} --input IMAGES")
+        predict = ["python", "tools/predict.py", "--weights", cfg.OUTPUT_DIR, "--input", "IMAGES"]
+        end_run(Path(cfg.OUTPUT_DIR), shlex.join(predict))
 
 
 if __name__ == "__main__":

@@ -21,8 +21,10 @@ from detectron2.structures import BoxMode
 from PIL import Image
 from test_svhn import write_mat
 
+from relvit_d2.data.classification.datasets import get_class_set
 from relvit_d2.data.detection import custom
 from relvit_d2.data.detection.catalog import DATASETS, get_images, get_records
+from relvit_d2.data.images.archive import Member
 from relvit_d2.data.images.decode import image_size, read_rgb
 from relvit_d2.utils.errors import UserError
 
@@ -140,6 +142,30 @@ def make_archives(root: Path) -> None:
     shutil.rmtree(root / "images")
 
 
+def make_classes(root: Path) -> None:
+    """Write a zip and a tar with two folders of images each, one a class."""
+    for name in ("cat", "dog"):
+        for number in range(2):
+            noise(root / f"{name}/{number}.png", number)
+    with tarfile.open(root / "classes.tar", "w") as tar, zipfile.ZipFile(root / "classes.zip", "w") as packed:
+        for path in sorted(root.glob("*/*.png")):
+            tar.add(path, path.relative_to(root).as_posix())
+            packed.write(path, path.relative_to(root).as_posix())
+    for name in ("cat", "dog"):
+        shutil.rmtree(root / name)
+
+
+def read_classes(archive: Path) -> list[dict[str, Any]]:
+    """Read images with a class each, as records without objects."""
+    found = get_class_set(str(archive))
+    assert len(found.classes) > 1 and len(found.labels) == len(found)
+    return [
+        {"file_name": str(archive), "image_id": number, "height": image.shape[1], "width": image.shape[2]}
+        for number, image in enumerate(found.images)
+        if not isinstance(image, Member)
+    ]
+
+
 def read_images(*sources: Path) -> list[dict[str, Any]]:
     """List sources of images and decode all that can be decoded, as pre-training does."""
     records = []
@@ -192,6 +218,8 @@ READERS = {
     "images": Reader(make_images, lambda root: read_images(root / "images"), links=True),
     "zip": Reader(make_archives, lambda root: read_images(root / "photos.zip")),
     "tar": Reader(make_archives, lambda root: read_images(root / "photos.tar")),
+    "zip_of_classes": Reader(make_classes, lambda root: read_classes(root / "classes.zip")),
+    "tar_of_classes": Reader(make_classes, lambda root: read_classes(root / "classes.tar")),
 }
 
 

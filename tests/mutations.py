@@ -119,6 +119,153 @@ def neighbour(path: Path, draw: random.Random, outside: Path) -> None:
     path.write_bytes(draw.choice(others).read_bytes() if others else b"")
 
 
+def other_form(path: Path, draw: random.Random, outside: Path) -> None:
+    """Other capitals, a letter with an accent in either normal form, or brackets in the name."""
+    forms = (path.name.upper(), path.name.title(), f"e\u0301{path.name}", f"\u00e9{path.name}")
+    path.rename(path.with_name(draw.choice((*forms, f"[{path.stem}]{path.suffix}"))))
+
+
+def other_folder(path: Path, draw: random.Random, outside: Path) -> None:
+    """The same for the file's folder."""
+    other_form(path.parent, draw, outside)
+
+
+def link_folder(path: Path, draw: random.Random, outside: Path) -> None:
+    """A link in place of the file's folder, to elsewhere or to a folder beside it."""
+    folder = path.parent
+    target = (outside if draw.random() < 0.7 else folder.parent) / f"moved {draw.randint(0, 9)}"
+    folder.rename(target)
+    folder.symlink_to(target if draw.random() < 0.5 else os.path.relpath(target, folder.parent))
+
+
+def deeper(path: Path, draw: random.Random, outside: Path) -> None:
+    """The file's folder below another one, which may be called like a split."""
+    folder = path.parent
+    folder.rename(folder.with_name("moving"))
+    folder.mkdir()
+    folder.with_name("moving").rename(folder / draw.choice(("test_site", "val", "train", "x", "images", "labels")))
+
+
+def number_notation(path: Path, draw: random.Random, outside: Path) -> None:
+    """A number written in another way, or a flag's word in its place."""
+    text = path.read_text()
+    spots = list(re.finditer(r"(?<![\w.])\d+(?![\w.])", text))
+    if spots:
+        spot = draw.choice(spots)
+        value = int(spot[0])
+        words = (
+            f"{value:e}",
+            f"{value}.0",
+            f'"{value}"',
+            f"0{value}",
+            f"+{value}",
+            "null",
+            "Unspecified",
+            "True",
+            "false",
+            "",
+        )
+        path.write_text(text[: spot.start()] + draw.choice(words) + text[spot.end() :])
+
+
+def xml_encoding(path: Path, draw: random.Random, outside: Path) -> None:
+    """A declared encoding, which the file is in or not, and a long comment before everything."""
+    declared = draw.choice(
+        ("gb2312", "gbk", "big5", "shift_jis", "utf-16", "utf-8", "latin-1", "idna", "rot13", "utf-7")
+    )
+    text = f'<?xml version="1.0" encoding="{declared}"?><!--{"x" * draw.choice((0, 9000))}-->' + path.read_text()
+    with suppress(LookupError):
+        path.write_bytes(text.replace("dog", "狗").encode(draw.choice((declared, "utf-8"))))
+
+
+def list_line(path: Path, draw: random.Random, outside: Path) -> None:
+    """A line of a list with an extension, as a path, or of an absent image."""
+    lines = path.read_text().splitlines()
+    spot = draw.randrange(len(lines))
+    word = lines[spot].split()[0]
+    odd = (
+        f"{word}.jpg",
+        f"{word}.XML 1",
+        f"JPEGImages/{word}.jpg",
+        f"./{word}",
+        f"/data/{word}.jpg",
+        f"{word} b",
+        "absent",
+    )
+    lines[spot] = draw.choice(odd)
+    path.write_text("\n".join(lines))
+
+
+def json_mask(path: Path, draw: random.Random, outside: Path) -> None:
+    """Masks that cover nothing, flags and ids in other notations, a root category, no categories."""
+    document = json.loads(path.read_text())
+    thing = draw.choice(document["annotations"])
+    size = {"size": [30, 40]}
+    masks: tuple[Any, ...] = ([[]], [[1, 1]], [[1, 1, 1, 1, 1, 1]], size | {"counts": [1200]}, size | {"counts": "`U1"})
+    thing["segmentation"] = draw.choice(masks)
+    thing["iscrowd"] = draw.choice((None, "", "0", 0.0, True, "Unspecified", 2))
+    thing["category_id"] = draw.choice(
+        (float(thing["category_id"]), str(thing["category_id"]), f"{thing['category_id']}e0")
+    )
+    if draw.random() < 0.3:
+        name = draw.choice(document["categories"])["name"]
+        document["categories"].append({"id": 0, "name": draw.choice((name, "all")), "supercategory": "none"})
+        for category in document["categories"][: draw.choice((0, 1, -1))]:
+            category["supercategory"] = document["categories"][-1]["name"]
+    if draw.random() < 0.1:
+        del document["categories"]
+    path.write_text(json.dumps(document))
+
+
+def yaml_splits(path: Path, draw: random.Random, outside: Path) -> None:
+    """Splits that lead somewhere, nowhere or out, lists, key points, names that YAML would convert."""
+    target = outside / SECRET
+    target.write_text(f"{target}.jpg\n../{outside.name}/{SECRET}.jpg\nimages/train/1.jpg\n")
+    places: tuple[str, ...] = (
+        "images/train",
+        "../images/train",
+        "/data/images/train",
+        ".",
+        "..",
+        "~",
+        "",
+        "/",
+        "C:\\images",
+        "list.txt",
+    )
+    places += (
+        str(outside),
+        f"../{outside.name}",
+        str(target),
+        f"../{outside.name}/{SECRET}",
+        "[images, images/train]",
+        "{a: b}",
+    )
+    root = path.parent
+    (root / "list.txt").write_text(
+        draw.choice((f"{target}.jpg", "./images/train/1.jpg\nimages/train/9.jpg", "\0", "a\nb.jpg"))
+    )
+    keys = {key: draw.choice(places) for key in draw.sample(("path", "train", "val", "test", "validation"), 3)}
+    names = draw.choice(
+        ("[no, 010, 12:30]", "\n0: cat\n1: dog\n2: cow", "{'0': a, 1.0: b, 2e0: c}", "[a, b, c]", "{0: a, 00: b}")
+    )
+    shape = draw.choice(("", "", "kpt_shape: [2, 2]\n", "kpt_shape: [1, 2]\n", "kpt_shape: [a]\n", "kpt_shape: 3\n"))
+    path.write_text("".join(f"{key}: {place}\n" for key, place in keys.items()) + f"{shape}names: {names}\n")
+
+
+def names_elsewhere(path: Path, draw: random.Random, outside: Path) -> None:
+    """The description away, or with a second one beside the labels or in a folder below."""
+    root = path.parent
+    if draw.random() < 0.5:
+        path.unlink()
+    place = root / draw.choice(("labels/train", "labels", "images/train", "sub"))
+    place.mkdir(exist_ok=True)
+    name, text = draw.choice(
+        (("classes.txt", "a\nb\nc\n"), ("CLASSES.TXT", "a\n"), ("data.yaml", "names: [a, b, c]\n"))
+    )
+    (place / name).write_text(text)
+
+
 def xml_text(path: Path, draw: random.Random, outside: Path) -> None:
     text = path.read_text()
     spot = draw.choice(list(re.finditer(r">([^<>]+)<", text)) or [re.search("", text)])
@@ -345,20 +492,29 @@ def huge_image(path: Path, draw: random.Random, outside: Path) -> None:
     path.write_bytes(huge_png())
 
 
-ANY: tuple[Mutation, ...] = (cut, empty, remove, folder_instead, link_out, link_to_itself, foreign_name, neighbour)
+ANY: tuple[Mutation, ...] = (
+    *(cut, empty, remove, folder_instead, link_out, link_to_itself, foreign_name, neighbour),
+    *(other_form, other_folder, link_folder, deeper),
+)
 BY_ENDING: dict[str, tuple[Mutation, ...]] = {
-    ".xml": (xml_text, xml_text, xml_text, xml_element, xml_element, xml_bomb, xml_depth, flip, stir),
-    ".json": (*[json_node] * 20, json_depth, flip, stir),
-    ".txt": (text_field, text_field, text_field, text_line, flip, stir),
+    ".xml": (
+        *(xml_text, xml_text, xml_text, xml_element, xml_element, xml_bomb, xml_depth, flip, stir),
+        *(xml_encoding, number_notation),
+    ),
+    ".json": (*[json_node] * 20, *[json_mask] * 4, *[number_notation] * 2, json_depth, flip, stir),
+    ".txt": (text_field, text_field, text_field, text_line, number_notation, number_notation, list_line, flip, stir),
     ".mat": (*[hdf5_node] * 5, hdf5_outside),
-    ".yaml": (text_field, text_line, yaml_bomb, yaml_bomb, flip, stir),
+    ".yaml": (text_field, text_line, yaml_bomb, yaml_bomb, *[yaml_splits] * 3, names_elsewhere, flip, stir),
     **dict.fromkeys((".zip", ".tar"), (archive_member, archive_member, archive_number, archive_number, flip, stir)),
     **dict.fromkeys(EXTENSIONS, (flip, flip, stir, huge_image, image_metadata, image_metadata)),
 }
 
 
-def spoil(root: Path, outside: Path, seed: int, sound: Path) -> str:
-    """Spoil one file of a data root, a copy of ``sound``; return what was done."""
+def spoil(root: Path, outside: Path, seed: int, sound: Path, folders_may_be_links: bool) -> str:
+    """Spoil one file of a data root, a copy of ``sound``; return what was done.
+
+    Where folders may be links, to another disk say, none becomes one.
+    """
     draw = random.Random(seed)
     files = sorted(path for path in root.rglob("*") if path.is_file() and not path.is_symlink())
     if not files:
@@ -366,6 +522,10 @@ def spoil(root: Path, outside: Path, seed: int, sound: Path) -> str:
     # Labels decide more than pixels.
     path = draw.choices(files, [1.0 if file.suffix in EXTENSIONS else 5.0 for file in files])[0]
     mutation = draw.choice(BY_ENDING.get(path.suffix.lower(), (flip, stir)) if draw.random() < 0.75 else ANY)
+    if path.parent == root and mutation in (other_folder, link_folder, deeper):
+        mutation = cut
+    if mutation is link_folder and folders_may_be_links:
+        mutation = deeper
     first = sound / path.relative_to(root)
     if mutation in (hdf5_node, hdf5_outside) and not (first.is_file() and filecmp.cmp(path, first, shallow=False)):
         mutation = stir  # HDF5's library may crash where it changes a damaged file

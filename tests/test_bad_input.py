@@ -175,6 +175,15 @@ CASES = {
     "checkpoint is text": Case(
         "not a readable checkpoint", ("MODEL.WEIGHTS", "{here}/a.pth"), files={"a.pth": "no weights"}
     ),
+    "weights at a URL that cannot be reached": Case(
+        "'http://127.0.0.1:9/encoder.safetensors' could not be downloaded",
+        ("MODEL.WEIGHTS", "http://127.0.0.1:9/encoder.safetensors"),
+        BOTH,
+    ),
+    "anchors for another number of levels": Case(
+        "SIZES has 3 lists, but MODEL.RPN.IN_FEATURES has 2 levels", ("MODEL.ANCHOR_GENERATOR.SIZES", "[[8],[16],[32]]")
+    ),
+    "keys that Detectron2 refuses": Case("Detectron2 cannot build this detector", ("MODEL.ROI_BOX_HEAD.NUM_FC", 0)),
     "weights are a pickle": Case(
         "can run any code in it: if you trust where it comes from, set MODEL.ALLOW_PICKLE True",
         ("MODEL.WEIGHTS", "{here}/a.pkl"),
@@ -312,6 +321,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(root: Path, tmp_path: Path) -> N
     more = command(SSL, tmp_path, "SOLVER.MAX_ITER", 8, flags=("--resume", "--allow-changes"))
     sentence = fails(root, *more, fault="full:1000000")
     assert "model_0000005.pth' could not be written" in sentence
+    assert sentence.endswith("then go on with --resume")
     assert "the previous one is untouched" in sentence or "what was there is untouched" in sentence
     assert before == digests(tmp_path, "*.pth")
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"

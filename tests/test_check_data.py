@@ -153,6 +153,18 @@ def test_more_objects_than_the_detector_returns_are_named() -> None:
     assert "more objects than TEST.DETECTIONS_PER_IMAGE 19" in report["warnings"][0] and "a.jpg" in str(report)
 
 
+def test_nothing_to_train_on_is_a_fault() -> None:
+    sets = {"train": [record("a")], "test": [record("b", thing(0, 0, 5, 5))]}
+    cfg = load_config(DETECTION, [])
+    assert any(
+        "train: no image has an object" in fault
+        for fault in check_labels(sets, CLASSES, cfg, tests=("test",))["faults"]
+    )
+    assert not any(
+        "no image has" in fault for fault in check_labels(sets, CLASSES, cfg, "test", tests=("train",))["faults"]
+    )
+
+
 def test_what_is_right_is_not_named() -> None:
     things = [thing(0, 0, 64, 48), thing(-0.5, 0, 9, 48.5, category=1), thing(60, 1, 1, 1, iscrowd=1)]
     report = check_labels({"set": [record("a", *things)]}, CLASSES, load_config(DETECTION, []))
@@ -285,7 +297,12 @@ def test_the_script_checks_a_folder_of_images(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     noise(tmp_path / "images/a.png", 0)
     done = run(tmp_path, "tools/check_data.py", "--output", tmp_path / "out", tmp_path / "images")
-    assert "1 read" in done.stdout and "training may start" in done.stdout
+    assert "1 read" in done.stdout and "no labels were checked: pre-training may start" in done.stdout
+    assert f"warning: {tmp_path / 'images'}: no labels were recognised" in done.stdout
+    document = {"images": [{"id": 1, "file_name": "a.png", "width": 40, "height": 30}], "annotations": []}
+    (tmp_path / "images/labels.json").write_text(json.dumps(document))
+    done = run(tmp_path, "tools/check_data.py", "--output", tmp_path / "out", tmp_path / "images")
+    assert "labels.json has images and annotations but no categories" in done.stdout
 
 
 def test_the_script_checks_a_folder_with_labels_and_what_a_config_says_of_it(tmp_path: Path) -> None:
@@ -344,5 +361,5 @@ def test_anchors_that_miss_many_boxes_are_told() -> None:
 
 
 def test_anchors_of_maps_without_a_known_stride_are_left_out() -> None:
-    cfg = load_config(DETECTION, ["MODEL.RPN.IN_FEATURES", "['res4']"])
+    cfg = load_config(DETECTION, ["MODEL.RPN.IN_FEATURES", "['res4']", "MODEL.ANCHOR_GENERATOR.SIZES", "[[32]]"])
     assert fit_report(*scattered(5, 64, 64), cfg) == {}

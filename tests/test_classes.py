@@ -4,6 +4,7 @@ import io
 import pickle
 import struct
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Callable
 from hashlib import md5
@@ -217,6 +218,40 @@ def test_matlab_files_come_back(compress: bool, tmp_path: Path) -> None:
         (tmp_path / "b.mat").write_bytes(bad)
         with pytest.raises(UserError, match=r"b\.mat' is no MATLAB file"):
             read_matlab5(tmp_path / "b.mat")
+
+
+def zipped(root: Path, archive: Path) -> Path:
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in sorted(root.rglob("*")):
+            file.write(path, f"set/{path.relative_to(root)}")
+    return archive
+
+
+def test_a_tree_and_a_zip_of_it_are_the_same_set(tmp_path: Path) -> None:
+    root = tree(tmp_path / "tree", {"b": 3, "a": 2})
+    picture(root / "a/.hidden.png")
+    archive = zipped(root, tmp_path / "t.zip")
+    one, other = get_class_set(str(root)), get_class_set(f"{archive}/set")
+    assert one.classes == other.classes == ("a", "b") and one.labels.tolist() == other.labels.tolist()
+    assert isinstance(one.images, ImageStack) and isinstance(other.images, ImageStack)
+    assert torch.equal(one.images.pixels, other.images.pixels)
+    picture(root / "b/0000.png", (20, 30))
+    found = get_class_set(f"{zipped(root, tmp_path / 'u.zip')}/set[:4]")
+    assert list(map(str, found.images)) == [
+        f"{tmp_path / 'u.zip'}:set/{name}.png" for name in ("a/0000", "b/0000", "a/0001", "b/0001")
+    ]
+    (root / "c").mkdir()
+    with pytest.raises(UserError, match="no image of the class 'c'"):
+        get_class_set(f"{zipped(root, archive)}/set")
+    damage(archive)
+    with pytest.raises(UserError, match=r"t\.zip' is damaged"):
+        get_class_set(f"{archive}/set")
+
+
+def test_brackets_in_a_path_that_exists_are_its_name(tmp_path: Path) -> None:
+    root = tree(tmp_path / "set [:3]", {"a [x]": 2, "b": 2})
+    assert len(get_class_set(str(root))) == 4
+    assert len(get_class_set(f"{root}[:3]")) == 3
 
 
 def test_a_tree_and_a_tar_of_it_are_the_same_set(tmp_path: Path) -> None:

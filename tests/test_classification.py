@@ -1,6 +1,7 @@
 """The classifier: what it sees, what it reads, how it is chosen, and its probes."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -222,8 +223,10 @@ def test_without_validation_the_last_model_is_tested(trees: Path, tmp_path: Path
 def test_the_next_command_is_one_that_can_run(
     overrides: tuple[str, ...], words: str, trees: Path, tmp_path: Path
 ) -> None:
-    cfg = config(trees, tmp_path, *overrides)
-    assert next_command(cfg, load_data(cfg, training=True)) == "python " + words.format(tmp_path)
+    for folder in (tmp_path / "runs", tmp_path / "my 1'st run"):
+        cfg = config(trees, folder, *overrides)
+        given = shlex.split(next_command(cfg, load_data(cfg, training=True)))
+        assert given == ["python", *(word.format(folder) for word in words.split())]
 
 
 def test_it_learns_and_its_features_tell_the_classes(trees: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The reader of COCO's annotation files, beside Detectron2's, and on damaged ones."""
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from detectron2.structures import BoxMode
 from PIL import Image
 from pycocotools import mask as mask_util
 
-from relvit_d2.data.detection.coco import coco_classes, coco_images, load_coco
+from relvit_d2.data.detection.coco import CocoFolder, coco_classes, coco_images, load_coco
+from relvit_d2.data.detection.custom import READERS
 from relvit_d2.utils.errors import UserError
 
 TRIANGLE = [4.0, 5.0, 20.0, 5.0, 4.0, 25.0]
@@ -117,7 +119,8 @@ SIZE = [30, 40]
         (("images", 0, "file_name"), "sub/a.png", "more than once"),
         (("images", 0, "file_name"), "c.png", "is missing"),
         (("images", 0, "width"), 0, "has the width 0"),
-        (("images", 0, "height"), "30", "the height '30'"),
+        (("images", 0, "height"), "high", "the height 'high'"),
+        (("images", 0, "height"), 30.5, "the height 30.5"),
         (("images",), {}, "must be lists"),
         (("images",), [], "lists no images"),
         (("images",), [3], "holds what is no object"),
@@ -168,16 +171,79 @@ def test_damaged_file_is_one_sentence(tmp_path: Path, text: str) -> None:
             read(path)
 
 
-def test_what_covers_nothing_is_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "empty",
+    [
+        [[]],
+        [[], []],
+        [[1, 1]],
+        [[1, 1, 5, 5]],
+        [[1, 1, 1, 1, 1, 1]],
+        [[1, 1, 1, 5, 1, 9]],
+        {"size": [30, 40], "counts": [1200]},
+        mask_util.encode(np.zeros((30, 40), np.uint8, order="F")) | {"size": [30, 40]},
+    ],
+)
+def test_a_mask_that_covers_nothing_leaves_the_box(
+    tmp_path: Path, empty: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     document = content()
-    document["annotations"][0] |= {"bbox": [4, 5, 0, 20]}
-    document["annotations"].append(
-        {"id": 9, "image_id": 3, "category_id": 0, "bbox": [1, 1, 5, 5], "segmentation": [[1, 1, 5, 5]]}
-    )
+    if isinstance(empty, dict) and isinstance(empty["counts"], bytes):
+        empty = empty | {"counts": empty["counts"].decode()}
+    document["annotations"][0]["segmentation"] = empty
+    document["annotations"].append({"id": 9, "image_id": 3, "category_id": 0, "bbox": [1, 1, 5, 0]})
     records = load_coco(write(tmp_path, document), tmp_path)
-    assert [len(record["annotations"]) for record in records] == [0, 1]
-    assert "2 of the 3 boxes" in caplog.text
+    assert [len(record["annotations"]) for record in records] == [0, 2]
+    thing = records[1]["annotations"][0]
+    assert thing["bbox"] == [4, 5, 20, 25] and "segmentation" not in thing
+    assert "1 of the 3 boxes" in caplog.text and "have a mask without area and are kept" in caplog.text
     assert "annotation 8 (b.png)" in caplog.text
+    document["annotations"][0]["segmentation"] = [[1, 1], TRIANGLE]
+    thing = load_coco(write(tmp_path, document), tmp_path)[1]["annotations"][0]
+    assert thing["segmentation"] == [TRIANGLE]
+
+
+def test_numbers_and_flags_in_any_notation(tmp_path: Path) -> None:
+    plain = load_coco(write(tmp_path, content()), tmp_path)
+    document = content()
+    for image in document["images"]:
+        image |= {"id": float(image["id"]), "width": str(image["width"]), "height": 3.0e1}
+    for thing in document["annotations"]:
+        thing |= {"id": float(thing["id"]), "category_id": f"{thing['category_id']:.3e}", "iscrowd": None}
+    for category in document["categories"]:
+        category["id"] = str(category["id"])
+    assert load_coco(write(tmp_path, document), tmp_path) == plain
+
+
+def test_a_root_category_is_the_class_of_its_name(tmp_path: Path) -> None:
+    """As Roboflow exports: a parent of all categories, which may be called like one of them."""
+    document = content()
+    document["categories"] = [
+        {"id": 0, "name": "early", "supercategory": "none"},
+        {"id": 3, "name": "early", "supercategory": "early"},
+        {"id": 90, "name": "late", "supercategory": "early"},
+    ]
+    path = write(tmp_path, document)
+    assert coco_classes(path) == ("early", "late")
+    assert [thing["category_id"] for thing in load_coco(path, tmp_path)[1]["annotations"]] == [1, 0]
+    for wrong in ("animal", None):
+        for category in document["categories"]:
+            category["supercategory"] = wrong
+        with pytest.raises(UserError, match="names 'early' more than once"):
+            coco_classes(write(tmp_path, document))
+
+
+@pytest.mark.parametrize(("listed", "stored"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_match_in_any_normal_form(tmp_path: Path, listed: Any, stored: Any) -> None:
+    document = content()
+    document["images"][0]["file_name"] = unicodedata.normalize(listed, "été/é.png")
+    path = write(tmp_path, document)
+    image = tmp_path / unicodedata.normalize(stored, "été/é.png")
+    image.parent.mkdir()
+    (tmp_path / "b.png").rename(image)
+    assert load_coco(path, tmp_path)[1]["file_name"] == str(image)
+    assert coco_images(path, tmp_path)[1] == image
+    assert CocoFolder.find(tmp_path) and READERS["coco"](tmp_path)[1]["file_name"] == str(image)
 
 
 def test_boxes_that_stick_out_are_cut_unless_most_do(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -9,8 +9,9 @@ import pytest
 from detectron2.config import get_cfg
 
 from relvit_d2.config import _CHANGED, WITHOUT_EFFECT, add_relvit_config
-from relvit_d2.config.config_file import flat, load_config
+from relvit_d2.config.config_file import flat, load_config, read_config
 from relvit_d2.detection.backbone import SimplePyramid, build_encoder_pyramid_backbone
+from relvit_d2.detection.model import build_detector
 from relvit_d2.encoders import ENCODERS
 from relvit_d2.pretraining.model import build_pretraining_model
 from relvit_d2.utils.errors import UserError
@@ -180,6 +181,7 @@ def test_keys_without_effect_are_refused_and_exist() -> None:
         (["SOLVER", "3"], r"SOLVER is a group of keys"),
         (["SEED.VALUE", "3"], r"SEED takes a value of type int"),
         (["VERSION", "1"], r"VERSION 1 .* rewrite the file for version 2"),
+        (["INPUT.MIN_SIZE_TRAIN", "((64,),)"], r"INPUT.MIN_SIZE_TRAIN takes a value of type tuple"),
         (["DATASETS.CUSTOM", "{a: ["], r"override 'DATASETS.CUSTOM \{a: \['"),
     ],
 )
@@ -210,6 +212,72 @@ def test_bad_files(text: str, words: str, tmp_path: Path) -> None:
         load_config(str(path), [])
 
 
+LEVELS = r"MODEL.RPN.IN_FEATURES has 2 levels \['p2', 'p3'\]: give one list for each level, or one for all"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ("MODEL.ANCHOR_GENERATOR.SIZES [[8],[16],[32]]", f"SIZES has 3 lists, but {LEVELS}"),
+        ("MODEL.ANCHOR_GENERATOR.SIZES []", f"SIZES has 0 lists, but {LEVELS}"),
+        ("MODEL.ANCHOR_GENERATOR.SIZES [[],[]]", "SIZES .* must have lists of one or more numbers above 0"),
+        ("MODEL.ANCHOR_GENERATOR.SIZES [[32,64],[64]]", r"give \[4, 2\] anchors per cell"),
+        ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS [[1],[1],[1]]", f"ASPECT_RATIOS has 3 lists, but {LEVELS}"),
+        ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS [[-1]]", "ASPECT_RATIOS .* numbers above 0"),
+        ("MODEL.ANCHOR_GENERATOR.OFFSET 1.5", "OFFSET 1.5 is too large: give 1 or less"),
+        ("MODEL.ANCHOR_GENERATOR.NAME RotatedAnchorGenerator", "rotated boxes.* set DefaultAnchorGenerator"),
+        ("MODEL.RPN.IN_FEATURES ['p2']", r"SIZES has 2 lists, but MODEL.RPN.IN_FEATURES has 1 levels \['p2'\]"),
+        ("MODEL.RPN.IN_FEATURES []", "MODEL.RPN.IN_FEATURES is empty"),
+        ("MODEL.RPN.IOU_THRESHOLDS [0.3]", r"IOU_THRESHOLDS \[0.3\] and IOU_LABELS \[0, -1, 1\] do not fit"),
+        ("MODEL.RPN.BBOX_REG_WEIGHTS (1,1)", "MODEL.RPN.BBOX_REG_WEIGHTS .* must be four numbers"),
+        ("MODEL.RPN.HEAD_NAME StandardRPNHeda", "'StandardRPNHeda' is not registered .* 'StandardRPNHead'"),
+        ("MODEL.ROI_HEADS.IN_FEATURES []", "MODEL.ROI_HEADS.IN_FEATURES is empty"),
+        ("MODEL.ROI_HEADS.IN_FEATURES ['p3','p2']", "must be levels in a row, finest first"),
+        ("MODEL.ROI_HEADS.IOU_LABELS [0]", "MODEL.ROI_HEADS.IOU_THRESHOLDS .* do not fit"),
+        ("MODEL.ROI_BOX_HEAD.POOLER_TYPE ROI", "is not offered; give ROIAlignV2, ROIAlign, ROIPool"),
+        ("MODEL.PYRAMID.NORM BatchNorm", "MODEL.PYRAMID.NORM 'BatchNorm' is not offered"),
+        ("MODEL.KEYPOINT_ON True", "KEYPOINT_ON has no effect here; .* keypoints are not supported"),
+        ("MODEL.DEVICE gpu", "MODEL.DEVICE 'gpu' is not a device of torch; set cpu or cuda"),
+        ("INPUT.MIN_SIZE_TRAIN ()", r"INPUT.MIN_SIZE_TRAIN \(\) must be one or more sides"),
+        ("INPUT.MIN_SIZE_TRAIN (0,)", r"INPUT.MIN_SIZE_TRAIN \(0,\) must be one or more sides"),
+        ("INPUT.MIN_SIZE_TRAIN (9,8) INPUT.MIN_SIZE_TRAIN_SAMPLING range", r"\(9, 8\) is not a range"),
+        ("INPUT.MAX_SIZE_TRAIN 0", "INPUT.MAX_SIZE_TRAIN 0 is too small: give 1 or more"),
+        ("INPUT.MAX_SIZE_TEST 0", "INPUT.MAX_SIZE_TEST 0 is too small"),
+        ("INPUT.MIN_SIZE_TEST -1", "INPUT.MIN_SIZE_TEST -1 is too small: give 0 or more"),
+        ("INPUT.RANDOM_FLIP yes", "INPUT.RANDOM_FLIP 'yes' is not offered; give horizontal, vertical, none"),
+        ("INPUT.CROP.SIZE [1.5,1]", r"INPUT.CROP.SIZE \[1.5, 1\] does not fit CROP.TYPE relative"),
+        ("INPUT.LSJ.SCALE [2.0,0.1]", r"INPUT.LSJ.SCALE \[2.0, 0.1\] is not a range"),
+        ("SOLVER.BASE_LR -1", "SOLVER.BASE_LR -1.0 is too small"),
+    ],
+)
+def test_values_that_detectron2_would_fail_on_are_refused(overrides: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load_config("configs/demo/streets.yaml", overrides.split())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "MODEL.ANCHOR_GENERATOR.SIZES [[32,64]]",
+        "MODEL.ANCHOR_GENERATOR.SIZES [32,64]",
+        "MODEL.ANCHOR_GENERATOR.SIZES [[32,64],[64]] MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS [[1],[1,2]]",
+        "MODEL.RPN.IN_FEATURES ['p2'] MODEL.ANCHOR_GENERATOR.SIZES [[32]]",
+        "MODEL.ROI_HEADS.IN_FEATURES ['p3']",
+        "MODEL.ROI_BOX_HEAD.POOLER_TYPE ROIAlign MODEL.PYRAMID.NORM GN MODEL.RPN.BBOX_REG_LOSS_TYPE giou",
+    ],
+)
+def test_values_that_are_accepted_build_a_detector(overrides: str) -> None:
+    more = ["MODEL.ROI_HEADS.NUM_CLASSES", "2", "MODEL.DEVICE", "cpu", "MODEL.PYRAMID.OUT_CHANNELS", "32"]
+    build_detector(load_config("configs/demo/streets.yaml", [*overrides.split(), *more]))
+
+
+def test_what_detectron2_refuses_while_building_is_one_sentence() -> None:
+    more = ["MODEL.ROI_HEADS.NUM_CLASSES", "2", "MODEL.DEVICE", "cpu", "MODEL.ROI_BOX_HEAD.NUM_FC", "0"]
+    cfg = load_config("configs/demo/streets.yaml", more)
+    with pytest.raises(UserError, match=r"cannot build this detector \(AssertionError: assert .*\): correct the keys"):
+        build_detector(cfg)
+
+
 # Values in other notations than the key's, and what they mean.
 MEANT: dict[type, list[tuple[str, Any]]] = {
     int: [("7.0", 7), ("1e3", 1000), ("1_000", 1000)],
@@ -224,7 +292,7 @@ MEANT: dict[type, list[tuple[str, Any]]] = {
 def test_every_key_takes_another_notation_of_its_type(as_file: bool, number: int, tmp_path: Path) -> None:
     base = str(Path("configs/base/detection.yaml").resolve())
     given, meant = dict[str, str](), dict[str, Any]()
-    for key, item in flat(load_config(base, [])).items():
+    for key, item in flat(read_config(base, [])).items():
         if type(item) in MEANT and key != "VERSION" and key not in WITHOUT_EFFECT:
             given[key], meant[key] = MEANT[type(item)][number % len(MEANT[type(item)])]
     if as_file:
@@ -233,9 +301,9 @@ def test_every_key_takes_another_notation_of_its_type(as_file: bool, number: int
             *groups, name = key.split(".")
             functools.reduce(lambda node, part: node.setdefault(part, {}), groups, tree)[name] = text
         (tmp_path / "notations.yaml").write_text(flow(tree))
-        cfg = load_config(str(tmp_path / "notations.yaml"), [])
+        cfg = read_config(str(tmp_path / "notations.yaml"), [])
     else:
-        cfg = load_config(base, [part for pair in given.items() for part in pair])
+        cfg = read_config(base, [part for pair in given.items() for part in pair])
     found = flat(cfg)
     assert {key: (found[key], type(found[key])) for key in meant} == {k: (v, type(v)) for k, v in meant.items()}
 
@@ -254,7 +322,7 @@ def test_lists_take_other_notations_too(tmp_path: Path) -> None:
         "MODEL.RPN.IN_FEATURES": ("(2, 'p3')", ["2", "p3"]),
         "DATASETS.TRAIN": ("['a', 'b']", ("a", "b")),
     }
-    cfg = load_config("configs/base/detection.yaml", [part for key in keys for part in (key, keys[key][0])])
+    cfg = read_config("configs/base/detection.yaml", [part for key in keys for part in (key, keys[key][0])])
     assert {key: repr(value(cfg, key)) for key in keys} == {key: repr(meant) for key, (_, meant) in keys.items()}
 
 

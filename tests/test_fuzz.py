@@ -1,6 +1,6 @@
 """Every reader on sets that were spoilt at random: sound records or one sentence, never anything else.
 
-``make fuzz`` runs 1,100 spoilt sets for each reader, 11,000 in all; the ordinary tests a few of them.
+``make fuzz`` runs 1,100 spoilt sets for each reader; the ordinary tests a few of them.
 """
 
 import os
@@ -68,7 +68,7 @@ def test_spoilt_sets(
     @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=3))
     def try_one(seeds: list[int]) -> None:
         start(sound, root, outside)
-        done = [spoil(root, outside, seed, sound) for seed in seeds]
+        done = [spoil(root, outside, seed, sound, not name.startswith("own_")) for seed in seeds]
         try:
             answer = outcome(reader, root, cache)
         except BaseException as error:

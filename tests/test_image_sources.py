@@ -105,6 +105,26 @@ def test_archives_are_read_where_they_are(archive: Path, folder: Path) -> None:
     assert sorted(path for path in folder.parent.rglob("*")) == before
 
 
+@pytest.mark.parametrize("name", ["photos [2020]", "a*b", "what?", "[a", "plain"])
+def test_a_path_that_exists_is_no_pattern(folder: Path, name: str) -> None:
+    root = folder.rename(folder.parent / name)
+    assert get_images(str(root)) == list_images(root)
+    assert get_images(f"{root}/**/*.png") == [root / "3.png", root / "a/1.png"]
+    assert get_images(f"{root}/a/*") == [root / "a/1.png"]
+    assert get_images(f"{root}[:1]") == [root / "3.png"]
+    (root / "list.txt").write_text("3.png\n")
+    assert get_images(f"{root}/list.txt") == [root / "3.png"]
+
+
+def test_links_to_folders_are_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "more").symlink_to(folder / "a")
+    assert len(get_images(str(folder))) == 3 and f"links to folders are not followed: {folder / 'more'}" in caplog.text
+    (folder.parent / "links").mkdir()
+    (folder.parent / "links/photos").symlink_to(folder)
+    with pytest.raises(UserError, match=r"holds no image .*links to folders are not followed: .*links/photos"):
+        list_images(folder.parent / "links")
+
+
 def test_headers_of_large_members(tmp_path: Path) -> None:
     """The header of a member is read from its first bytes, or from all of it where they do not suffice."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 500, 3), np.uint8))

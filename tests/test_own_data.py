@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from detectron2.structures import BoxMode
 from fvcore.common.config import CfgNode
@@ -15,10 +18,10 @@ from scripts import fails, run
 
 from relvit_d2.config.config_file import dump_config, load_config
 from relvit_d2.data import cache
-from relvit_d2.data.detection import catalog
+from relvit_d2.data.detection import catalog, yolo
 from relvit_d2.data.detection.coco import load_coco
 from relvit_d2.data.detection.custom import FORMATS, READERS, config_pairs, look, register_own
-from relvit_d2.data.detection.splits import divide, split_of
+from relvit_d2.data.detection.splits import split_of, splits_of_folders
 from relvit_d2.utils.errors import UserError
 
 XML = """<annotation><size><width>{size[0]}</width><height>{size[1]}</height></size>{objects}</annotation>"""
@@ -36,11 +39,13 @@ IMAGES: tuple[tuple[str, str, list[tuple[str, list[int]]]], ...] = (
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(cache, "_told", set())
+    yolo._warn_of_numbers.cache_clear()
 
 
-def picture(path: Path) -> None:
+def picture(path: Path, seed: int = 0) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (40, 30)).save(path)
+    noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((40, 30), Image.Resampling.BICUBIC).save(path)
 
 
 def write_coco(root: Path) -> Path:
@@ -203,7 +208,7 @@ def own(**sets: dict[str, Any]) -> CfgNode:
 def test_one_set_is_divided_the_same_way_each_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = tmp_path / "own"
     for number in range(50):
-        picture(root / f"{number}.png")
+        picture(root / f"{number}.png", number)
         (root / f"{number}.xml").write_text(xml([("cat", [4, 6, 20, 24])]))
     caplog.set_level("INFO")
     register_own(own(cut_train={"ROOT": str(root), "SPLIT": "train"}, cut_val={"ROOT": str(root), "SPLIT": "val"}))
@@ -214,11 +219,16 @@ def test_one_set_is_divided_the_same_way_each_time(tmp_path: Path, caplog: pytes
     assert sorted(map(str, train + val)) == sorted(map(str, whole))
     for name, records in (("cut_train", train), ("cut_val", val)):
         assert catalog.get_images(name) == [Path(record["file_name"]) for record in records]
-    names = [str(number) for number in range(200)]
-    held_out = set(divide(names, "val", str))
-    more = set(divide([*names, "one more"], "val", str))
-    assert len(held_out ^ more) <= 2
-    assert divide(["a"], "train", str) == ["a"]
+    # Copies under other names, in another format and quality, come to the side of their originals.
+    for number in range(50):
+        image = Image.open(root / f"{number}.png").resize((80, 60), Image.Resampling.BICUBIC)
+        image.save(root / f"a copy of {number}.jpg", quality=80)
+        (root / f"a copy of {number}.xml").write_text(xml([("cat", [4, 6, 20, 24])], (80, 60)))
+    register_own(own(cut_val={"ROOT": str(root), "SPLIT": "val"}))
+    names = {Path(str(path)).stem for path in catalog.get_images("cut_val")}
+    originals = {name for name in names if not name.startswith("a copy")}
+    assert {f"a copy of {name}" for name in originals} == names - originals
+    assert len(names) == 20
 
 
 @pytest.mark.parametrize(
@@ -348,6 +358,224 @@ def test_no_link_leads_out_of_the_root(kind: str, tmp_path: Path) -> None:
     assert len(READERS[kind](root)) == 3
 
 
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_linked_folder_is_named(kind: str, tmp_path: Path) -> None:
+    """Whichever folder lies elsewhere: images, labels, a split."""
+    count = len([path for path in WRITERS[kind][1](tmp_path / "any").rglob("*") if path.is_dir()])
+    for place in range(count):
+        root = WRITERS[kind][1](tmp_path / f"own {place}")
+        folder = sorted(path for path in root.rglob("*") if path.is_dir())[place]
+        folder.rename(tmp_path / f"disk {place}")
+        folder.symlink_to(tmp_path / f"disk {place}")
+        with pytest.raises(UserError, match="leads out of the data") as caught:
+            look(root)
+        assert f"'{folder}'" in str(caught.value)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/raw").mkdir()
+    (tmp_path / "links/images").symlink_to("raw")
+    with pytest.raises(UserError, match=r"links to folders are not followed, such as .*links/images"):
+        look(tmp_path / "links")
+
+
+def yolo_folder(root: Path, *names: str, label: str = "0 0.5 0.5 0.4 0.4\n") -> Path:
+    """Images with labels by their paths below ``images``."""
+    for number, name in enumerate(names):
+        picture(root / f"images/{name}.png", number)
+        path = root / f"labels/{name}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(label)
+    return root
+
+
+def stems(folder: Any) -> dict[str, list[str]]:
+    return {split: sorted(path.stem for path in folder.images(split, False)) for split in sorted(folder.sets)}
+
+
+@pytest.mark.parametrize("number", ["3", "3.0", "3.", "0.300e+01", "3E0", "+3", "0003", "30e-1"])
+def test_class_numbers_in_any_notation(tmp_path: Path, number: str) -> None:
+    root = yolo_folder(tmp_path / "own", "a", "b", label=f"{number} 0.5 0.5 0.4 0.4\n")
+    assert look(root)[1].classes() == ("3",)
+    (root / "data.yaml").write_text(f"names: {{{number}: cat}}")
+    assert look(root)[1].classes() == ("cat",)
+    assert [len(record["annotations"]) for record in READERS["yolo"](root)] == [1, 1]
+
+
+@pytest.mark.parametrize("text", ["3.5", "-3", "1e3000", "nan", "0x3", "3_0", "٣", "1e", "."])
+def test_what_is_not_a_class_number(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match="must begin with the number of a class"):
+        look(yolo_folder(tmp_path / "own", "a", label=f"{text} 0.5 0.5 0.4 0.4\n"))[1].classes()
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("names: [no, yes, 010, 12:30, 1e3, ~, 2001-01-01, null, 0x1F]", "no yes 010 12:30 1e3 ~ 2001-01-01 null 0x1F"),
+        ("names: {0: off, 1: on}", "off on"),
+        ('"names": {\'0\': cat, "1": dog}', "cat dog"),
+        ("names:\n0: cat\n1: dog\nnc: 2", "cat dog"),
+        ("names:\n- cat\n- dog", "cat dog"),
+    ],
+)
+def test_names_are_read_as_they_are_written(tmp_path: Path, text: str, names: str) -> None:
+    root = yolo_folder(tmp_path / "own", "a")
+    (root / "data.yaml").write_text(text)
+    assert look(root)[1].classes() == tuple(names.split(" "))
+
+
+@pytest.mark.parametrize(
+    "place", ["classes.txt", "labels/classes.txt", "labels/train/classes.txt", "images/train/Classes.TXT", "obj.names"]
+)
+def test_names_beside_the_labels(tmp_path: Path, place: str, caplog: pytest.LogCaptureFixture) -> None:
+    root = yolo_folder(tmp_path / "own", "train/a", "val/b")
+    assert look(root)[1].classes() == ("0",) and "their numbers serve as names" in caplog.text
+    (root / place).write_text("cat\ndog\n")
+    assert look(root)[1].classes() == ("cat", "dog")
+    assert [len(record["annotations"]) for record in READERS["yolo"](root)] == [1, 1]
+    (root / "labels/val/classes.txt").write_text("dog\ncat\n")
+    if place.startswith(("labels/train", "images")):
+        with pytest.raises(UserError, match=r"classes\.txt.* name different classes"):
+            look(root)
+    else:  # the nearest to the root counts
+        assert look(root)[1].classes() == ("cat", "dog")
+
+
+DATA_YAML: dict[str, str] = {
+    "folders": "train: images/one\nval: images/two",
+    "from the folder itself": "path: .\ntrain: ./images/one/\nval: [images/two]",
+    "moved up": "train: ../images/one\nval: ../../images/two",
+    "moved": "path: /content/cells\ntrain: /content/cells/images/one\nval: C:\\cells\\images\\two",
+    "a folder of data sets": "path: ../datasets/cells\ntrain: images/one\nval: images/two\ntest:",
+    "other words": "train: images/one\nvalidation: images/two\ntest: ~",
+    "lists": "train: one.txt\nval: lists/two.txt",
+    "without its test set": "train: images/one\nval: images/two\ntest: ../test/images",
+}
+
+
+@pytest.mark.parametrize("kind", DATA_YAML)
+@pytest.mark.parametrize("below", ["", "unpacked"])
+def test_the_splits_of_data_yaml_are_followed(tmp_path: Path, kind: str, below: str) -> None:
+    """Whatever the folders are called, and wherever the data set lay before."""
+    root = yolo_folder(tmp_path / "own" / below, "one/a", "one/b", "two/c", "test/d")
+    (root / "lists").mkdir()
+    (root / "one.txt").write_text("./images/one/a.png\n/content/cells/images/one/b.png\n")
+    (root / "lists/two.txt").write_text("../images/two/c.png\n")
+    (root / "data.yaml").write_text(f"names: [cat]\n{DATA_YAML[kind]}")
+    folder = look(tmp_path / "own")[1]
+    assert folder.classes() == ("cat",)
+    assert stems(folder) == {"train": ["a", "b"], "val": ["c"]}
+    assert len(folder.records("train", ("cat",), False)) == 2
+
+
+def test_train_and_val_of_one_folder_are_an_undivided_one(tmp_path: Path) -> None:
+    root = yolo_folder(tmp_path / "own", "a", "b", "c")
+    (root / "data.yaml").write_text("names: [cat]\ntrain: images\nval: images\n")
+    assert stems(look(root)[1]) == {"all": ["a", "b", "c"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("train: ../other/images\nval: images/two", "'train: ../other/images' .* leads to no image inside"),
+        ("train: images/one\nval: /etc", "'val: /etc' .* leads to no image inside"),
+        ("train: images/one\nval: {a: b}", "'val' .* give a path"),
+        ("train: odd.txt", "names '../../secret.png', which is not an image inside"),
+        ("train: missing.txt", r"images/one/z\.png is missing"),
+        ("kpt_shape: [4]", "kpt_shape .* give"),
+        ("kpt_shape: [4, 9]", "kpt_shape .* give"),
+    ],
+)
+def test_what_data_yaml_says_wrong_is_one_sentence(tmp_path: Path, text: str, says: str) -> None:
+    root = yolo_folder(tmp_path / "own", "one/a", "two/b")
+    picture(tmp_path / "secret.png")
+    (root / "odd.txt").write_text("../../secret.png\n")
+    (root / "missing.txt").write_text("images/one/a.png\nimages/one/z.png\n")
+    (root / "data.yaml").write_text(f"names: [cat]\n{text}\n")
+    with pytest.raises(UserError, match=says) as caught:
+        READERS["yolo"](root)
+    assert "\n" not in str(caught.value)
+    if "missing" in text:
+        folder = look(root)[1]
+        assert [path.stem for path in folder.images(next(iter(folder.sets)), True)] == ["a"]
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_keypoints_are_not_corners(tmp_path: Path, dimensions: int) -> None:
+    points = " 0.9" * (4 * dimensions)
+    root = yolo_folder(tmp_path / "own", "a", label=f"0 0.5 0.5 0.4 0.4{points}\n0 0.5 0.5 0.2 0.2\n")
+    (root / "data.yaml").write_text(f"names: [cat]\nkpt_shape: [4, {dimensions}]\n")
+    (record,) = READERS["yolo"](root)
+    assert [thing["bbox"] for thing in record["annotations"]] == [
+        pytest.approx([12, 9, 28, 21]),
+        pytest.approx([16, 12, 24, 18]),
+    ]
+    assert all("segmentation" not in thing for thing in record["annotations"])
+    (root / "labels/a.txt").write_text("0 0.1 0.1 0.9 0.1 0.5 0.8\n")
+    with pytest.raises(UserError, match=r"a\.txt, line 1 has 6 numbers behind the class: with the kpt_shape"):
+        READERS["yolo"](root)
+
+
+def test_labels_are_found_behind_many_images_without(tmp_path: Path) -> None:
+    root = yolo_folder(tmp_path / "own", "train/a", "val/b")
+    picture(root / "images/test/0.png")
+    for number in range(1, 1100):
+        (root / f"images/test/{number}.png").hardlink_to(root / "images/test/0.png")
+    assert stems(look(root)[1]) == {"train": ["a"], "val": ["b"]}  # a test set without labels is none
+
+
+def test_names_in_any_capitals_and_normal_form(tmp_path: Path) -> None:
+    root = yolo_folder(tmp_path / "own", "train/é", "train/b", "val/c")
+    (root / "labels/train/b.txt").rename(root / "labels/train/b.TXT")
+    (root / "labels/train/é.txt").rename(root / "labels/train/e\u0301.txt")
+    for name in ("images", "labels"):
+        (root / name).rename(root / name.title())
+    assert [len(record["annotations"]) for record in READERS["yolo"](root)] == [1, 1, 1]
+    root = write_coco(tmp_path / "coco")
+    (root / "annotations/train.json").rename(root / "annotations/Train.JSON")
+    assert sorted(look(root)[1].sets) == ["train", "val"]
+
+
+@pytest.mark.parametrize(
+    ("folders", "expected"),
+    [
+        (("images/train/test_site", "images/train", "images/val"), ("train", "train", "val")),
+        (("train_set/images/train", "train_set/images/val"), ("train", "val")),  # what all have in common says nothing
+        (("a_test/images/train", "b_test/images/val"), ("train", "val")),
+        (("train2017", "val2017/night"), ("train", "val")),
+        (("train/val", "valid/train"), ("train", "val")),
+        (("train",), (None,)),
+        (("a", "b"), (None, None)),
+        ((), ()),
+    ],
+)
+def test_the_outermost_folder_decides(folders: tuple[str, ...], expected: tuple[str | None, ...]) -> None:
+    assert splits_of_folders([folder.split("/") for folder in folders]) == list(expected)
+
+
+def test_a_folder_below_a_split_belongs_to_it_in_every_format(tmp_path: Path) -> None:
+    root = yolo_folder(tmp_path / "yolo", "train/test_site/a", "train/b", "val/c")
+    assert stems(look(root)[1]) == {"train": ["a", "b"], "val": ["c"]}
+    root = write_flat_voc(tmp_path / "voc")
+    (root / "train").rename(root / "site")
+    (root / "train").mkdir()
+    (root / "site").rename(root / "train/test_site")
+    assert stems(look(root)[1]) == {"train": ["a", "b"], "val": ["c"]}
+    root = write_split_first_coco(tmp_path / "coco")
+    (root / "train").rename(root / "site")
+    (root / "train").mkdir()
+    (root / "site").rename(root / "train/test_site")
+    assert stems(look(root)[1]) == {"train": ["a", "b"], "val": ["c"]}
+
+
+def test_a_json_without_categories_is_named(tmp_path: Path) -> None:
+    root = write_coco(tmp_path / "own")
+    for path in (root / "annotations").iterdir():
+        document = json.loads(path.read_text())
+        del document["categories"]
+        path.write_text(json.dumps(document))
+    with pytest.raises(UserError, match=r"train\.json.* has images and annotations but no categories"):
+        look(root)
+
+
 def test_no_link_to_labels_is_followed_to_find_the_classes(tmp_path: Path) -> None:
     """Classes without names are those of the labels, which are read before any record is."""
     root = write_yolo(tmp_path / "own")
@@ -441,8 +669,12 @@ def test_train_evaluate_and_pretrain_on_own_data(tmp_path: Path) -> None:
     flags = ("--config-file", "configs/demo/streets.yaml")
     masks = ("MODEL.MASK_ON", "True", "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead")
     empty = ("DATALOADER.FILTER_EMPTY_ANNOTATIONS", "False")
-    output = tmp_path / "out"
+    output = tmp_path / "my 1'st run"
     done = run(tmp_path, "train_net.py", *flags, "--data", root, *TINY, *masks, *empty, "OUTPUT_DIR", output)
+    (following,) = re.findall("^next +python (.+)", done.stdout, re.MULTILINE)
+    words = [str(root / "images") if word == "IMAGES" else word for word in shlex.split(following)]
+    run(tmp_path, *words, "--output", tmp_path / "found")
+    assert (tmp_path / "found/detections.json").is_file()
     assert "classes cat, dog" in done.stdout
     assert "2 training images" in done.stdout
     assert "loss_mask" in done.stdout
@@ -502,6 +734,7 @@ def test_masks_of_some_objects_and_sets_with_nothing_to_find(tmp_path: Path) -> 
     assert "own_val: not one object" not in run(tmp_path, *again).stdout
     assert json.loads((output / "inference/results.json").read_text())["own_val"]["bbox"]["AP"] is None
     shutil.rmtree(root / "images/val")
+    (root / "data.yaml").write_text("names: [Person, Cat]\n")
     (root / "images/train/b.png").unlink()  # one image alone: nothing is held out
     done = run(tmp_path, "train_net.py", *flags, "--data", root, *TINY, "OUTPUT_DIR", tmp_path / "one")
     assert "own_val: no image, so that an evaluation on it finds nothing" in done.stdout

@@ -1,11 +1,16 @@
 """The contact sheet of truth beside detections, looked at pixel by pixel."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image
 
 from relvit_d2.report.predictions import (
@@ -14,8 +19,11 @@ from relvit_d2.report.predictions import (
     _contrast,
     _overlap,
     _place_label,
+    annotated,
     class_color,
     draw_detections,
+    escaped,
+    legible,
 )
 
 GREY = (128, 128, 128)
@@ -187,3 +195,40 @@ def test_class_colours_are_distinct_and_legible_under_their_text() -> None:
     for color in colors:
         dark, light = sorted((luminance(color), luminance(_contrast(color))))
         assert (light + 0.05) / (dark + 0.05) >= 4.5  # WCAG's level AA
+
+
+def test_names_that_no_font_can_show_become_numbers() -> None:
+    nowhere = "\u0378"  # an unassigned character
+    assert legible(["Käfer", nowhere, "Жук"]) == ["Käfer", "1", "Жук"]
+    assert escaped(f"a{nowhere}.png") == "a\\u0378.png"
+    image, box = np.full((60, 80, 3), 128, np.uint8), np.array([[10.0, 30, 50, 50]])
+    drawn = [annotated(image, box, np.array([1]), np.array([0.5]), ["a", name]) for name in (nowhere, "1")]
+    assert (np.asarray(drawn[0]) == np.asarray(drawn[1])).all()
+
+
+def test_letters_are_taken_from_an_installed_font(tmp_path: Path) -> None:
+    """A font with one Chinese letter, a full square, put where a user's fonts are."""
+    pen = TTGlyphPen(None)
+    for step, point in enumerate([(0, 0), (0, 900), (900, 900), (900, 0)]):
+        (pen.lineTo if step else pen.moveTo)(point)
+    pen.closePath()
+    letters = {ord(letter): "square" for letter in "猫 0123456789.\u00d7*+!?"}
+    builder = FontBuilder(1000)
+    builder.setupGlyphOrder([".notdef", "square"])
+    builder.setupCharacterMap(letters)
+    builder.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "square": pen.glyph()})
+    builder.setupHorizontalMetrics({".notdef": (1000, 0), "square": (1000, 0)})
+    builder.setupHorizontalHeader(ascent=900, descent=-100)
+    builder.setupNameTable({"familyName": "Squares", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    (tmp_path / "fonts").mkdir()
+    builder.save(tmp_path / "fonts/Squares.ttf")
+    code = (
+        "from relvit_d2.report.predictions import font, font_of, legible\n"
+        "print(legible(['猫', '\u0378']) == ['猫', '1'], font_of('Käfer').endswith('DejaVuSans.ttf'))\n"
+        "print(font(10, '猫').getbbox('猫')[2] > 0)"
+    )
+    environment = os.environ | {"XDG_DATA_HOME": str(tmp_path), "PYTHONUTF8": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True"] * 3

@@ -236,7 +236,7 @@ def test_the_page_has_what_the_runs_found_beside_every_published_figure(tmp_path
     )
     assert "| joint | 24.20 ± 0.20 | -6.20, beyond noise (± 1.11) | 28.37 | -4.03 | -4.17," in text
     assert "| upstream | not run yet |  | 19.60 | +6.87 |  |" in text  # AP75
-    assert "Trained on 5,011 images of voc_2007_trainval; tested on 4,952 of voc_2007_test." in text
+    assert "Training images: 5,011 of voc_2007_trainval; test images: 4,952 of voc_2007_test." in text
     assert "o verdict" not in text and "joint, 12.98, is below 15.43" in text
     one = {name: values[:1] for name, values in figures.items()}
     text = written(row, one, 0.5, tmp_path / "one")
@@ -245,7 +245,7 @@ def test_the_page_has_what_the_runs_found_beside_every_published_figure(tmp_path
     labels = TABLES["table2"]["vit_s_labels"]
     text = written(labels, {"supervised_10": [15.0]}, 1.0, tmp_path / "labels", train=501)
     assert "The paper has no figures of these arms." in text and "o verdict" not in text
-    assert "supervised_10, upstream_10: Trained on 501 images of voc_2007_trainval[:10%]; tested" in text
+    assert "supervised_10, upstream_10: Training images: 501 of voc_2007_trainval[:10%]; test" in text
 
 
 def test_a_slip_of_the_paper_is_named_and_not_compared_with(tmp_path: Path) -> None:

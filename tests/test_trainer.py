@@ -3,8 +3,13 @@
 import json
 import re
 import time
+from argparse import Namespace
 from collections.abc import Callable
+from fractions import Fraction
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -250,6 +255,44 @@ def test_files_that_are_no_checkpoint_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=words):
             Checkpointer(Regression(), "").load(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "pickles"])
+def test_a_damaged_checkpoint_is_called_so_and_no_code_is_advised(new: bool, tmp_path: Path) -> None:
+    """Cut off at any length; a zip archive also with any byte changed."""
+    path, model = tmp_path / "model.pth", Regression()
+    torch.save({"model": model.state_dict(), "iteration": 3}, path, _use_new_zipfile_serialization=new)
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 37):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"incomplete or damaged .* earlier checkpoint") as caught:
+            Checkpointer(model, "").load(str(path))
+        assert "PICKLE" not in str(caught.value)
+    for place in range(0, len(whole) if new else 0, 37):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+        try:
+            Checkpointer(model, "").load(str(path))
+        except UserError as error:
+            assert "PICKLE" not in str(error)
+    for foreign in (Namespace(a=1), Fraction(1, 2)):
+        torch.save({"model": model.state_dict(), "more": foreign}, path, _use_new_zipfile_serialization=new)
+        with pytest.raises(UserError, match=r"set MODEL.ALLOW_PICKLE True"):
+            Checkpointer(model, "").load(str(path))
+
+
+def test_a_checkpoint_at_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    for url in ("http://127.0.0.1:9/model.pth", "http://no.such.host.invalid/a.pth", "nothing://a.pth"):
+        with pytest.raises(UserError, match=rf"'{url}' .*MODEL.WEIGHTS"):
+            Checkpointer(Regression(), "").load(url)
+    source, target = Regression(), Regression()
+    Checkpointer(source, str(tmp_path)).save("model")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        Checkpointer(target, "").load(f"http://127.0.0.1:{server.server_port}/model.pth", [])
+        server.shutdown()
+    assert all(map(torch.equal, source.state_dict().values(), target.state_dict().values()))
 
 
 def test_only_what_the_reading_and_the_writing_raise_is_a_fault_of_the_file(

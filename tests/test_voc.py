@@ -1,13 +1,15 @@
 """The VOC reader, on small files made here and on real ones."""
 
 import shutil
+import unicodedata
 from pathlib import Path
 
 import pytest
 from detectron2.data.datasets.pascal_voc import CLASS_NAMES, load_voc_instances
 from PIL import Image
 
-from relvit_d2.data.detection.voc import load_voc, voc_images
+from relvit_d2.data.detection.custom import READERS, look
+from relvit_d2.data.detection.voc import VocFolder, load_voc, voc_images
 from relvit_d2.utils.errors import UserError
 
 OBJECT = (
@@ -79,7 +81,7 @@ def test_parts_are_no_objects(tmp_path: Path) -> None:
         ("<xmin>2<", "<xmin>-1<", "outside"),
         ("<name>dog<", "<name>dgo<", "did you mean 'dog'"),
         ("<name>dog</name>", "", "<name>"),
-        ("<difficult>1<", "<difficult>yes<", "<difficult>"),
+        ("<difficult>1<", "<difficult>maybe<", "<difficult>"),
         ("<width>40</width>", "", "<size/width>"),
         ("<height>30<", "<height>0<", "<size/height>"),
         ("<height>30<", "<height>inf<", "<size/height>"),
@@ -128,8 +130,43 @@ def test_a_box_less_than_a_pixel_off_is_clipped(tmp_path: Path, old: str, new: s
 
 
 @pytest.mark.parametrize(
+    ("text", "flag"),
+    [
+        *((text, 0) for text in ("<difficult/>", "")),
+        *((f"<difficult>{text}</difficult>", 0) for text in ("Unspecified", "False", "0.0", " 0 ", "no")),
+        *((f"<difficult>{text}</difficult>", 1) for text in ("True", "1.0", "1e0", "yes")),
+    ],
+)
+def test_flags_in_any_notation(tmp_path: Path, text: str, flag: int) -> None:
+    root = make_voc(tmp_path, ANNOTATION.replace("<difficult>1</difficult>", text))
+    assert load_voc(root, "train", CLASS_NAMES)[0]["annotations"][0]["difficult"] == flag
+
+
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-16", "gb2312", "gbk", "gb18030", "big5", "shift_jis", "euc-kr", "windows-1251"]
+)
+def test_annotations_in_the_encoding_that_they_declare(tmp_path: Path, encoding: str) -> None:
+    name = {"shift_jis": "犬①", "euc-kr": "개", "windows-1251": "пёс"}.get(encoding, "狗")
+    if encoding == "gb2312":  # is declared by files that hold more than it has
+        name = "狗镕"
+    text = f'<?xml version="1.0" encoding="{encoding}"?><!--{"x" * 9000}-->' + ANNOTATION.replace("dog", name)
+    actual = {"gb2312": "gbk", "shift_jis": "cp932"}.get(encoding, encoding)
+    root = make_voc(tmp_path, text.encode(actual))
+    shutil.rmtree(root / "ImageSets")  # then the content alone shows that the files are VOC's
+    folder = VocFolder.find(root)
+    assert folder and folder.classes() == (name,)
+    for path in (root / "Annotations").iterdir():
+        path.write_bytes(path.read_bytes().replace(encoding.encode(actual), b"ascii", 1))
+    if encoding not in ("utf-16", "utf-8"):
+        with pytest.raises(UserError, match="not sound XML"):
+            look(root)[1].classes()
+
+
+@pytest.mark.parametrize(
     ("split", "ids"),
     [
+        (b"000001.jpg\n000002.XML 1\n", ["000001", "000002"]),
+        (b"\xef\xbb\xbf000001\n", ["000001"]),
         (b"000001", ["000001"]),
         (b"000002\r\n000001\r\n", ["000002", "000001"]),
         (b"\n000001 -1\n\n000002  1\n", ["000001", "000002"]),
@@ -139,6 +176,25 @@ def test_forms_of_the_list(tmp_path: Path, split: bytes, ids: list[str]) -> None
     root = make_voc(tmp_path, split=split)
     assert [path.stem for path in voc_images(root, "train")] == ids
     assert [record["image_id"] for record in load_voc(root, "train", CLASS_NAMES)] == ids
+
+
+def test_ids_of_a_folder_may_have_spaces_and_look_like_files(tmp_path: Path) -> None:
+    names = [unicodedata.normalize("NFC", "é"), unicodedata.normalize("NFD", "é")]
+    root = make_voc(tmp_path, split=f"a b.jpg\nc.png 1\n{names[0]}.jpg\n".encode())
+    for old, new in (("000001", "a b"), ("000002", "c.png")):
+        (root / f"Annotations/{old}.xml").rename(root / f"Annotations/{new}.XML")
+        (root / f"JPEGImages/{old}.jpg").rename(root / f"JPEGImages/{new}.jpg")
+    shutil.copy(root / "Annotations/a b.XML", root / f"Annotations/{names[1]}.xml")
+    shutil.copy(root / "JPEGImages/a b.jpg", root / f"JPEGImages/{names[0]}.jpg")
+    for old, new in (
+        ("Annotations", "annotations"),
+        ("JPEGImages", "JpegImages"),
+        ("ImageSets/Main", "ImageSets/MAIN"),
+    ):
+        (root / old).rename(root / new)
+    records = READERS["voc"](root)
+    assert [record["image_id"] for record in records] == ["a b", "c.png", names[0]]
+    assert all(len(record["annotations"]) == 1 for record in records)
 
 
 def test_official_lists_with_windows_line_ends(samples: Path, tmp_path: Path) -> None:

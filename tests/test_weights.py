@@ -100,3 +100,13 @@ def test_files_that_are_no_encoder_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=words):
             load_encoder(small(), path)
+
+
+def test_a_file_that_is_cut_off_is_called_so(tmp_path: Path) -> None:
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(small(), path, {})
+    whole = path.read_bytes()
+    for length in (0, 9, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"encoder.safetensors' is incomplete or damaged \([\d,]+ bytes\)"):
+            load_encoder(small(), path)

@@ -24,7 +24,7 @@ from relvit_d2.data.detection.custom import TRAINED_ON, find, named_sets, near_m
 from relvit_d2.data.detection.records import Record  # noqa: E402
 from relvit_d2.data.images.decode import PixelFormat  # noqa: E402
 from relvit_d2.engine.error_reporting import guard  # noqa: E402
-from relvit_d2.report.predictions import in_rgb  # noqa: E402
+from relvit_d2.report.predictions import in_rgb, legible  # noqa: E402
 from relvit_d2.report.samples import Sample, draw_samples  # noqa: E402
 from relvit_d2.utils.errors import UserError  # noqa: E402
 from relvit_d2.utils.files import make_folder, write_json  # noqa: E402
@@ -184,6 +184,7 @@ def tell_images(images: Report, cfg: CfgNode) -> None:
 
 def samples(items: list[Any], classes: list[str], pixels: PixelFormat) -> list[Sample]:
     """Return images spread evenly over those with objects, if labelled; none that cannot be read."""
+    classes = legible(classes)
     shown = [item for item in items if not isinstance(item, dict) or item.get("annotations")] or items
     drawn = []
     for index in np.unique(np.linspace(0, len(shown) - 1, min(SHOWN, len(shown))).round().astype(int)):

@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import os
 import platform
+import shlex
 import sys
 import warnings
 from importlib import metadata
@@ -51,9 +52,9 @@ def environment_commands() -> tuple[str, str]:
     prefix = Path(sys.prefix).resolve()
     foreign = sys.prefix != sys.base_prefix or os.environ.get("CONDA_PREFIX") == sys.prefix
     if foreign and prefix != (ROOT / ".venv").resolve():
-        python = f"cd {ROOT} && {sys.executable}"
+        python = f"cd {shlex.quote(str(ROOT))} && {shlex.quote(sys.executable)}"
         return f"{python} -m pip install -e .", f"{python} tools/install_detectron2.py"
-    command = f"cd {ROOT} && make setup && .venv/bin/python tools/doctor.py"
+    command = f"cd {shlex.quote(str(ROOT))} && make setup && .venv/bin/python tools/doctor.py"
     return command, command
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations  # an old Python gets a sentence, not a synta
 import argparse
 import csv
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -138,7 +139,7 @@ def ensure(requirements: Path) -> str:
     if any(metadata.distributions(name="detectron2")):
         raise InstallError(
             f"the installed Detectron2 {metadata.version('detectron2')} does not import ({words}); "
-            f"mend it, or run {sys.executable} -m pip uninstall detectron2 and try again"
+            f"mend it, or run {shlex.quote(sys.executable)} -m pip uninstall detectron2 and try again"
         )
     site = Path(sysconfig.get_path("purelib"))
     try:
@@ -149,7 +150,7 @@ def ensure(requirements: Path) -> str:
     if not works:
         raise InstallError(
             f"Detectron2 is in {site} but does not import ({words}); "
-            f"run {sys.executable} -m pip install -r requirements.txt and try again"
+            f"run {shlex.quote(sys.executable)} -m pip install -r requirements.txt and try again"
         )
     return f"Detectron2 {words} is installed in {site}"
 

@@ -3,7 +3,9 @@
 For `street/1.jpg` the picture is `OUTPUT/1.png`, for a video `OUTPUT/NAME.mp4`; where several inputs would have one
 name, the folders or a number make them differ. `OUTPUT/detections.json` lists dicts of
 `image_id` (the path as given; of a video's frames with `#` and the frame's number), `category_id` (the class's index),
-`category`, `bbox` (x, y, width, height in pixels), `score` and, where the detector has masks, `segmentation` (RLE).
+`category`, `bbox` (x, y, width, height in pixels), `score`, where the detector has masks `segmentation` (RLE), and of a
+video's frame `time` (seconds since the first frame). Videos are turned upright, and their frames keep their times.
+Of an animated image the first frame is taken.
 An image that cannot be read is left out, a video is written up to where it is damaged; both are named at the end, and
 the exit status is 1.
 """
@@ -11,9 +13,10 @@ the exit status is 1.
 import argparse
 import glob
 import json
+import struct
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -39,7 +42,8 @@ from relvit_d2.report.predictions import annotated, in_rgb  # noqa: E402
 from relvit_d2.utils.errors import UserError  # noqa: E402
 from relvit_d2.utils.files import appearing, make_folder, write_text  # noqa: E402
 
-LARGEST = 65535  # denominator of a time base that the codec takes
+TICK = Fraction(1, 60000)  # seconds: common frame rates are whole multiples; MPEG-4 takes at most 65535 a second
+LEAP = 3600  # seconds from frame to frame that can be meant; the codec takes a day
 NAMED = 10  # faults that are told in full
 VIDEOS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 
@@ -75,9 +79,6 @@ def predict(args: argparse.Namespace) -> None:
     silence()
     files = list(dict.fromkeys(file for word in args.input for file in found(word)))
     detector = load_detector(args.weights, args.config_file, args.opts)
-    clip = next((file for file in files if file.suffix.lower() in VIDEOS), None)
-    if clip and detector.channels != 3:
-        raise UserError(f"'{clip}' is a video, but INPUT.CHANNELS is {detector.channels}, not 3: give images")
     make_folder(args.output)
     results: list[dict[str, Any]] = []
     made: Counter[str] = Counter()
@@ -89,7 +90,7 @@ def predict(args: argparse.Namespace) -> None:
         for file in images[start : start + args.batch]:
             try:
                 batch[file] = detector.read(file)
-            except UnreadableImageError as error:
+            except UserError as error:
                 faults.append(str(error))
         for (file, image), instances in zip(batch.items(), detector.batch([*batch.values()]), strict=True):
             kept = instances[instances.scores >= args.threshold]
@@ -124,9 +125,9 @@ def found(word: str) -> list[Path]:
     """
     path = Path(word)
     if path.is_dir():
-        return list_images(path)
+        return list_images(path, EXTENSIONS | VIDEOS)
     files = [path] if path.is_file() else sorted(map(Path, glob.glob(word, recursive=True)))  # noqa: PTH207  (takes absolute patterns)
-    files = [file for file in files if file.is_file() and file.suffix.lower() in EXTENSIONS | VIDEOS | {".npy"}]
+    files = [file for file in files if file.is_file() and file.suffix.lower() in EXTENSIONS | VIDEOS]
     if not files:
         raise UserError(f"--input '{word}' is no image, folder, pattern or video that exists; correct the path")
     return files
@@ -171,46 +172,96 @@ def video(
     Raises:
         UnreadableImageError: if not one frame can be decoded.
     """
+    if detector.channels != 3:
+        raise UnreadableImageError(
+            f"'{file}' is a video, but INPUT.CHANNELS is {detector.channels}, not 3: give images"
+        )
     results: list[dict[str, Any]] = []
     fault, count = "", 0
     try:
-        with av.open(str(file)) as source, appearing(output) as part, av.open(str(part), "w", format="mp4") as sink:
+        with (
+            av.open(str(file)) as source,
+            tqdm(desc=file.name, total=source.streams.video[0].frames or None, unit="frame") as bar,
+            appearing(output) as part,
+            av.open(str(part), "w", format="mp4") as sink,
+        ):
             stream = source.streams.video[0]
+            rate = stream.average_rate or Fraction(25)
             written = None
-            bar = tqdm(desc=file.name, total=stream.frames or None, unit="frame")
-            decoded = source.decode(stream)
+            decoded = timed(source.decode(stream), 1 / rate)
             while not fault:
-                batch: list[np.ndarray] = []
+                batch: list[tuple[Fraction, np.ndarray]] = []
                 try:
-                    batch.extend(frame.to_ndarray(format="rgb24") for frame in islice(decoded, size))
+                    batch.extend(islice(decoded, size))
                 except av.error.FFmpegError as error:
                     fault = str(error)
                 if not batch:
                     break
-                for image, instances in zip(batch, detector.batch(batch), strict=True):
+                found = detector.batch([image for _, image in batch])
+                for (seconds, image), instances in zip(batch, found, strict=True):
                     kept = instances[instances.scores >= threshold]
                     drawn = picture(detector, image, kept)
-                    drawn = drawn.resize((drawn.width // 2 * 2, drawn.height // 2 * 2))  # the codec wants even sides
+                    drawn = drawn.resize((drawn.width // 2 * 2, drawn.height // 2 * 2))  # the codec needs even sides
                     if written is None:
-                        written = sink.add_stream("mpeg4", rate=written_rate(stream.average_rate))
+                        written = sink.add_stream("mpeg4", rate=max(rate, Fraction(1)).limit_denominator(1001))
                         written.width, written.height, written.pix_fmt = drawn.width, drawn.height, "yuv420p"
                         written.bit_rate = 8_000_000
-                    sink.mux(written.encode(av.VideoFrame.from_image(drawn)))
-                    results += told(f"{file}#{count}", kept, detector)
+                        written.codec_context.time_base = TICK
+                    frame = av.VideoFrame.from_image(drawn)
+                    frame.pts, frame.time_base = round(seconds / TICK), TICK
+                    sink.mux(encoded(written, frame, file))
+                    time = {"time": round(float(seconds), 6)}
+                    results += [row | time for row in told(f"{file}#{count}", kept, detector)]
                     count += 1
                     bar.update()
             if written is None:
                 raise UnreadableImageError(f"video '{file}' has no frame that can be decoded; give another")
-            sink.mux(written.encode(None))
+            sink.mux(encoded(written, None, file))
     except (av.error.FFmpegError, IndexError) as error:
         raise UnreadableImageError(f"video '{file}' cannot be decoded ({error}); give another") from error
     return results, fault and f"video '{file}' is damaged after frame {count - 1} ({fault}); what follows is left out"
 
 
-def written_rate(rate: Fraction | None) -> Fraction:
-    """Return the frame rate that the codec takes and that is nearest to ``rate``, or to 25 if that is unknown."""
-    seconds = max(1 / (rate or Fraction(25)), Fraction(1, LARGEST))
-    return 1 / seconds.limit_denominator(LARGEST)
+def encoded(stream: av.VideoStream, frame: av.VideoFrame | None, file: Path) -> list[av.Packet]:
+    """Encode a frame; None ends the stream. An error here, unlike one of writing, belongs to the video ``file``."""
+    try:
+        return stream.encode(frame)
+    except av.error.FFmpegError as error:
+        raise UnreadableImageError(f"video '{file}' cannot be encoded again ({error}); give another") from error
+
+
+def timed(frames: Iterable[av.VideoFrame], step: Fraction) -> Iterator[tuple[Fraction, np.ndarray]]:
+    """Give each frame's time in seconds since the first one, and its upright pixels ``(H, W, 3)``, RGB.
+
+    Times rise by at least ``TICK``. A frame without a time comes ``step`` after the frame before it. So does one whose
+    time goes back or leaps by more than ``LEAP``, and those after it keep their distance from it.
+    """
+    start: Fraction | None = None  # the time stamp that counts as 0
+    last: Fraction | None = None
+    for frame in frames:
+        stamp = None if frame.pts is None or frame.time_base is None else frame.pts * frame.time_base
+        time = Fraction(0) if last is None else last + step
+        if stamp is not None:
+            if start is None or (last is not None and not 0 <= stamp - start - last <= LEAP):
+                start = stamp - time
+            time = stamp - start
+        last = time if last is None else max(time, last + TICK)
+        yield last, upright(frame)
+
+
+def upright(frame: av.VideoFrame) -> np.ndarray:
+    """Return a frame's pixels turned as its display matrix demands, to the nearest quarter turn, flips included.
+
+    The matrix ``a b u c d v x y w`` moves the pixel (p, q) to (a p + c q + x, b p + d q + y): ISO/IEC 14496-12, 6.2.2.
+    """
+    pixels = frame.to_ndarray(format="rgb24")
+    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return pixels
+    a, b, _, c, d = struct.unpack_from("=5i", bytes(matrix))
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        pixels, a, d = pixels.swapaxes(0, 1), c, b
+    return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Nothing is downloaded unless --download asks for it. Exit status 0 when the set 
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def prepare(name: str, download: bool) -> None:
             draw_tree(source, root)
             raise UserError(
                 f"{source.title} is not whole in '{root}' ({missing[0].pattern} and what else is marked above): put it "
-                f"there, or run python tools/prepare_datasets.py {name} --root {root} --download"
+                f"there, or run python tools/prepare_datasets.py {name} --root {shlex.quote(str(root))} --download"
             )
         for part, count in found:
             state = "" if count == part.count else f" of the official {part.count:,}"

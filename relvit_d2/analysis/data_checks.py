@@ -4,7 +4,6 @@ A report is plain data that JSON can hold. What training would fail on is under 
 under ``"warnings"``: sentences, most serious first.
 """
 
-import hashlib
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from relvit_d2.analysis.pixel_statistics import PixelStatistics, histogram
 from relvit_d2.data.detection.records import BORDER_SLACK, Record
 from relvit_d2.data.images.archive import ImageFile
 from relvit_d2.data.images.decode import PixelFormat
+from relvit_d2.data.images.similarity import pixel_digest
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.hardware import cores
 
@@ -243,9 +243,7 @@ def look_at(path: ImageFile | str, wanted: PixelFormat) -> ImageFacts:
     except UserError as error:
         return ImageFacts(str(path), str(error))
     height, width = pixels.shape[:2]
-    digest = hashlib.blake2b(f"{width}x{height}:".encode(), digest_size=16)
-    digest.update(pixels.tobytes())
-    return ImageFacts(str(path), "", (width, height), digest.digest(), histogram(pixels))
+    return ImageFacts(str(path), "", (width, height), pixel_digest(pixels), histogram(pixels))
 
 
 def check_images(

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import shlex
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,8 +18,10 @@ from relvit_d2.classification.probes import features, linear_probe
 from relvit_d2.conversion.encoder_file import save_encoder
 from relvit_d2.data.classification.datasets import list_class_sets
 from relvit_d2.data.classification.image_folder import LabelledImages, check_same_classes, places
+from relvit_d2.data.detection.splits import hold_out
 from relvit_d2.data.images.batches import ImageStack, TrainingBatches, fixed_batches
 from relvit_d2.data.images.decode import image_size
+from relvit_d2.data.images.similarity import fingerprint, fingerprints
 from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.trainer import Trainer
@@ -108,6 +111,9 @@ def _check_sizes(data: LabelledImages, size: int) -> None:
 def split(data: LabelledImages, share: float, seed: int) -> tuple[LabelledImages, LabelledImages]:
     """Return what stays for training and what is held out: ``share``, 0..1, of all images, and so of each class.
 
+    Equal and nearly equal images stay together, see :func:`relvit_d2.data.detection.splits.hold_out`; where there are
+    none, the shares are exact.
+
     Raises:
         UserError: if nothing would be held out, or nothing stay.
     """
@@ -120,7 +126,21 @@ def split(data: LabelledImages, share: float, seed: int) -> tuple[LabelledImages
             f"DATASETS.VALIDATION {share:.3%} holds out {count} of the {len(data)} images of '{data.name}': "
             "give another share, or '' for none"
         )
-    return data.take(order[count:].sort().values), data.take(order[:count].sort().values)
+    if not comm.is_main_process():
+        comm.synchronize()  # the main process fills the cache of fingerprints
+    images = data.images
+    if isinstance(images, ImageStack):
+        prints = [fingerprint(image.permute(1, 2, 0).contiguous().cpu().numpy()) for image in images]
+    else:
+        prints = fingerprints(images, Path(data.name))
+    if comm.is_main_process():
+        comm.synchronize()
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order))
+    ranks = rank.tolist()
+    held = torch.zeros(len(data), dtype=torch.bool)
+    held[list(hold_out(prints, count, lambda group: min(ranks[i] for i in group), f"'{data.name}'"))] = True
+    return data.take((~held).nonzero()[:, 0]), data.take(held.nonzero()[:, 0])
 
 
 def settle(cfg: CfgNode, data: ClassificationData) -> CfgNode:
@@ -257,10 +277,10 @@ def next_command(cfg: CfgNode, data: ClassificationData) -> str:
     """Return what is typed after a training: the probe that its sets allow, or its page where there is no test set."""
     output = Path(cfg.OUTPUT_DIR)
     if data.test is None:
-        return f"python tools/report.py {output} --output report.html"
+        return shlex.join(["python", "tools/report.py", str(output), "--output", "report.html"])
     kind = "linear" if data.validation else "knn"
-    script = f"python train_cls.py --config-file {output / 'config.yaml'} --eval {kind}"
-    return f"{script} MODEL.WEIGHTS {output / 'encoder.safetensors'}"
+    probe = ["python", "train_cls.py", "--config-file", str(output / "config.yaml"), "--eval", kind]
+    return shlex.join([*probe, "MODEL.WEIGHTS", str(output / "encoder.safetensors")])
 
 
 def export_encoder(cfg: CfgNode, model: ClassificationModel, iterations: int, results: dict[str, Any]) -> Path:

@@ -154,6 +154,7 @@ WITHOUT_EFFECT = {
     "TEST.AUG.ENABLED": "INPUT.MIN_SIZE_TEST",
     "TEST.PRECISE_BN.ENABLED": "nothing, batch norms do not occur",
     "TEST.EXPECTED_RESULTS": "nothing, inference/results.json holds the figures",
+    "MODEL.KEYPOINT_ON": "nothing, keypoints are not supported",
     "MODEL.LOAD_PROPOSALS": "nothing, the detector proposes",
     "DATALOADER.SAMPLER_TRAIN": "nothing, the order is a function of SEED",
     "DATALOADER.REPEAT_THRESHOLD": "nothing, the order is a function of SEED",

@@ -11,10 +11,30 @@ from detectron2.config import get_cfg
 from fvcore.common.config import CfgNode
 
 from relvit_d2.config import READ_BY_SOME, WITHOUT_EFFECT, add_relvit_config
+from relvit_d2.config.config_check import check_config
 from relvit_d2.utils.errors import UserError, nearest
 
 
 def load_config(config_file: str, overrides: list[str], script: str | None = None) -> CfgNode:
+    """Return the config of :func:`read_config` after checks of its values.
+
+    Raises:
+        UserError: see :func:`read_config`, and for a key without effect or a value that cannot be used.
+    """
+    cfg, defaults = read_config(config_file, overrides, script), get_cfg()
+    if cfg.VERSION != defaults.VERSION:
+        raise UserError(
+            f"VERSION {cfg.VERSION} of Detectron2's configs is not supported: rewrite the file for version 2"
+        )
+    for key, instead in WITHOUT_EFFECT.items():
+        if _value(cfg, key) != _value(defaults, key):
+            raise UserError(f"key {key} has no effect here; leave it out and set {instead}")
+    add_relvit_config(defaults)
+    check_config(cfg, defaults)
+    return cfg
+
+
+def read_config(config_file: str, overrides: list[str], script: str | None = None) -> CfgNode:
     """Return Detectron2's defaults and ours, overridden by a yaml file and then by ``KEY VALUE`` pairs.
 
     Args:
@@ -54,14 +74,6 @@ def load_config(config_file: str, overrides: list[str], script: str | None = Non
         for part in reversed(key.split(".")):
             content, written = {part: content}, {part: written}
         _merge(cfg, content, written, where, list(flat(cfg)))
-    if cfg.VERSION != get_cfg().VERSION:
-        raise UserError(
-            f"VERSION {cfg.VERSION} of Detectron2's configs is not supported: rewrite the file for version 2"
-        )
-    defaults = get_cfg()
-    for key, instead in WITHOUT_EFFECT.items():
-        if _value(cfg, key) != _value(defaults, key):
-            raise UserError(f"key {key} has no effect here; leave it out and set {instead}")
     return cfg
 
 
@@ -242,16 +254,17 @@ def _as_type_of(default: Any, value: Any, written: Any) -> Any:
 
 def _items(default: Any, values: Any, written: Any) -> Iterator[Any]:
     """Yield the items of a list in the type of the items of ``default``; numbers may have fractions."""
-    while isinstance(default, list | tuple) and default:
-        default = default[0]
+    default = default[0] if default else None
     texts = written if isinstance(written, list) else values
     for value, text in zip(values, texts, strict=True):
-        if isinstance(value, list | tuple):
-            yield type(value)(_items(default, value, text))
+        if isinstance(value, list | tuple) and (default is None or isinstance(default, list | tuple)):
+            yield type(value)(_items(default or (), value, text))
         elif isinstance(default, str):
             yield _as_type_of(default, value, text)
-        elif isinstance(default, int | float):
+        elif default is not None:
             number = _decode(value)
+            while isinstance(default, list | tuple):  # Detectron2 takes one list of anchors for all levels too
+                default = default[0]
             if not isinstance(number, int | float):
                 raise TypeError
             # INPUT.CROP.SIZE is a share or a number of pixels: an integer stays one.

@@ -1,7 +1,11 @@
 """Tensors out of files that other projects wrote, without running anything that is in them."""
 
 import pickle
+import pickletools
 import re
+import struct
+import zipfile
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +20,23 @@ from relvit_d2.utils.errors import UserError
 
 # Tensors that every encoder's file has, by the end of their names: what stands before is the place of the encoder.
 _ANCHORS = ("patch_embed.proj.weight", "tokens_to_token.project.weight")
+
+
+# What the readers raise for a file that is damaged or of something else.
+_UNREADABLE = (
+    SafetensorError,
+    OSError,
+    pickle.UnpicklingError,
+    struct.error,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+_LEGACY_PICKLES = 5  # that torch.save wrote before the values until torch 1.6
 
 
 class _Inert(dict[Any, Any]):
@@ -64,7 +85,9 @@ def read_file(path: Path) -> dict[str, Any]:
         foreign: list[Any] = [(_Inert, name) for name in _foreign_classes(path)]
         with torch.serialization.safe_globals(foreign):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, pickle.UnpicklingError, EOFError, LookupError, RuntimeError, ValueError) as error:
+    except _UNREADABLE as error:
+        if is_damaged(path):
+            raise UserError(damaged(path)) from error
         reason = " ".join(str(error).split())[:120]
         raise UserError(
             f"'{path}' is no file of tensors that can be read without running what is in it ({reason}); save its "
@@ -73,6 +96,47 @@ def read_file(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"'{path}' holds a {type(content).__name__}, no tensors by name; save a state_dict()")
     return content
+
+
+def is_damaged(path: Path) -> bool:
+    """Return whether a file that could not be read is an incomplete or damaged one of ``torch.save`` or safetensors.
+
+    An intact pickle of classes that torch does not know is not damaged, nor is a file of another kind.
+    """
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head and b"PK".startswith(head[:2]):  # of torch.save: a zip archive, whose directory is at the end
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return archive.testzip() is not None
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError):
+            return True
+    if not head or (head[8:] == b"{" and path.suffix == ".safetensors"):
+        return True
+    if not head.startswith(b"\x80"):
+        return False
+    try:
+        with path.open("rb") as file:
+            for _ in range(_LEGACY_PICKLES):
+                if file.peek(1):
+                    deque(pickletools.genops(file), maxlen=0)
+        torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # the pickles are whole
+        return False
+    except Exception:  # whatever a damaged file leads to
+        return True
+    return False
+
+
+def is_pickle(path: Path) -> bool:
+    """Return whether a file begins as a pickle or as an archive of ``torch.save``."""
+    with path.open("rb") as file:
+        return file.read(2).startswith((b"\x80", b"PK"))
+
+
+def damaged(path: Path) -> str:
+    """Return the sentence on a file for which :func:`is_damaged` is true."""
+    return f"'{path}' is incomplete or damaged ({path.stat().st_size:,} bytes): copy or download it again"
 
 
 def _foreign_classes(path: Path) -> list[str]:

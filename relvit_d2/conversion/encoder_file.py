@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from relvit_d2 import __version__
+from relvit_d2.conversion.checkpoint_file import damaged, is_damaged
 from relvit_d2.conversion.timm_hub import is_published, read_published
 from relvit_d2.encoders.base import Encoder, build_encoder
 from relvit_d2.utils.errors import UserError
@@ -51,6 +52,8 @@ def read_encoder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
     except (SafetensorError, OSError) as error:
+        if is_damaged(path):
+            raise UserError(damaged(path)) from error
         raise UserError(
             f"'{path}' is not a readable safetensors file ({error}); write it anew with pretrain_ssl.py"
         ) from error

@@ -1,5 +1,6 @@
 """The detector of a config."""
 
+import traceback
 from collections.abc import Callable
 from functools import partial
 
@@ -24,7 +25,7 @@ def build_detector(cfg: CfgNode) -> GeneralizedRCNN:
     tie: that shuffles proposals and detections and coarsens the losses. Those layers are small.
 
     Raises:
-        UserError: for a ``MODEL.META_ARCHITECTURE`` other than GeneralizedRCNN.
+        UserError: for a ``MODEL.META_ARCHITECTURE`` other than GeneralizedRCNN, or keys that Detectron2 refuses.
     """
     if cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
         raise UserError(
@@ -35,9 +36,16 @@ def build_detector(cfg: CfgNode) -> GeneralizedRCNN:
     cfg.MODEL.META_ARCHITECTURE = RelViTRCNN.__name__
     for part in (cfg.MODEL.PROPOSAL_GENERATOR, cfg.MODEL.ROI_HEADS):
         part.NAME = HEADS.get(part.NAME, part.NAME)
-    model = build_model(cfg)
-    rpn, box = model.proposal_generator.rpn_head, model.roi_heads.box_predictor
-    last = [rpn.objectness_logits, rpn.anchor_deltas, box.cls_score, box.bbox_pred]
+    try:
+        model = build_model(cfg)
+        rpn, box = model.proposal_generator.rpn_head, model.roi_heads.box_predictor
+        last = [rpn.objectness_logits, rpn.anchor_deltas, box.cls_score, box.bbox_pred]
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line  # many assertions have no message
+        raise UserError(
+            f"Detectron2 cannot build this detector ({type(error).__name__}: {reason}): correct the keys under MODEL; "
+            "RELVIT_DEBUG=1 shows where it failed"
+        ) from error
     if cfg.MODEL.MASK_ON:
         last.append(model.roi_heads.mask_head.predictor)
     for layer in last:

@@ -15,11 +15,10 @@ from fvcore.common.config import CfgNode
 
 from relvit_d2.data.detection import catalog
 from relvit_d2.data.detection.mapper import DetectionMapper
-from relvit_d2.data.detection.records import without_mask
 from relvit_d2.data.loader import EndlessBatches, EndlessOrder, ordered_batches
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.trainer import Trainer
-from relvit_d2.evaluation.coco import CocoStyleEvaluator
+from relvit_d2.evaluation.coco import CocoStyleEvaluator, without_mask
 from relvit_d2.evaluation.kitti import KittiEvaluator
 from relvit_d2.evaluation.voc07 import Voc07Evaluator
 from relvit_d2.utils.errors import UserError
@@ -82,8 +81,10 @@ def mask_notes(asked: CfgNode, cfg: CfgNode, records: Records, tests: dict[str, 
     if not asked.MODEL.MASK_ON:
         return []
     if not cfg.MODEL.MASK_ON:
-        count = f"{len(without_mask(records))} of {sum(len(r.get('annotations', [])) for r in records)}"
-        return [f"{count} objects have no mask: the mask head is off, and there is box AP only"]
+        bare = len(without_mask(records))
+        return [
+            f"{f'{bare} objects have no mask' if bare else 'no object'}: the mask head is off, there is box AP only"
+        ]
     counts = {name: len(without_mask(test)) for name, test in tests.items()}
     return [
         f"{count} objects of {name} have no mask: box AP is computed on it, but no mask AP"

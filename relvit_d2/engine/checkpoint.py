@@ -2,23 +2,55 @@
 
 import pickle
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from relvit_d2.conversion.checkpoint_file import damaged, is_damaged, is_pickle
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import appearing, write_text
 
 # How torch.save reports a full disk, among all that a RuntimeError can be.
 _NOT_WRITTEN = ("PytorchStreamWriter", "inline_container", "unexpected pos")
 # What torch.load raises for a file of something else.
-_UNREADABLE = (pickle.UnpicklingError, EOFError, LookupError, RuntimeError, AttributeError, TypeError, ValueError)
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    struct.error,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    AttributeError,
+    TypeError,
+    ValueError,
+)
 
 _PICKLE = "; reading a pickle can run any code in it: if you trust where it comes from, set MODEL.ALLOW_PICKLE True"
+
+
+def download(url: str) -> str:
+    """Download a file at a URL that Detectron2 knows unless it is in its cache; return the local path.
+
+    Raises:
+        UserError: if it cannot be downloaded.
+    """
+    try:
+        path = PathManager.get_local_path(urlparse(url)._replace(query="").geturl())
+    except Exception as error:  # each protocol has exceptions of its own
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(
+            f"'{url}' could not be downloaded ({reason}): check the address and the network, or download the file "
+            "elsewhere and set MODEL.WEIGHTS to its path"
+        ) from error
+    if not Path(path).is_file():
+        raise UserError(f"'{url}' is not a URL of a file that can be downloaded: correct MODEL.WEIGHTS")
+    return path
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -96,9 +128,12 @@ class Checkpointer(DetectionCheckpointer):
         """Load a checkpoint; arguments and result as Detectron2's.
 
         Raises:
-            UserError: if the file is missing, is not a checkpoint, or does not fit the model or the optimiser.
+            UserError: if the file is missing, cannot be downloaded, is not a checkpoint, or does not fit the model or
+                the optimiser.
         """
-        if path and "://" not in path and not Path(path).is_file():
+        if "://" in path:
+            download(path)  # into the cache, from which Detectron2 takes it
+        elif path and not Path(path).is_file():
             raise UserError(
                 f"checkpoint '{path}' is no file that exists; check MODEL.WEIGHTS, or last_checkpoint when resuming"
             )
@@ -112,16 +147,19 @@ class Checkpointer(DetectionCheckpointer):
     def _load_file(self, filename: str) -> dict[str, Any]:
         if filename.endswith((".pkl", ".pyth")) and not self._allow_pickle:
             raise UserError(f"'{filename}' is a pickle{_PICKLE}")
-        unreadable = UserError(
+        unreadable = (
             f"'{filename}' is not a readable checkpoint of tensors and plain values; give a model_*.pth or an "
-            f"encoder.safetensors{'' if self._allow_pickle else _PICKLE}"
+            "encoder.safetensors"
         )
         try:
             content = super()._load_file(filename)
         except _UNREADABLE as error:
-            raise unreadable from error
+            if is_damaged(Path(filename)):
+                raise UserError(f"{damaged(Path(filename))}, or give an earlier checkpoint") from error
+            needs_code = isinstance(error, pickle.UnpicklingError) and is_pickle(Path(filename))
+            raise UserError(unreadable + _PICKLE * (needs_code and not self._allow_pickle)) from error
         if not (isinstance(content, dict) and isinstance(content["model"], dict)):
-            raise unreadable
+            raise UserError(unreadable)
         return content
 
     def _torch_load(self, f: str) -> dict[str, Any]:

@@ -3,10 +3,10 @@
 import argparse
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
-from functools import reduce
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from fvcore.common.config import CfgNode
 
+from relvit_d2.config.config_check import check_pixels
 from relvit_d2.config.config_file import dump_config
 from relvit_d2.engine import distributed
 from relvit_d2.engine.error_reporting import guard
@@ -25,20 +26,6 @@ from relvit_d2.utils.hardware import device_name
 from relvit_d2.utils.randomness import seed_everything
 
 logger = logging.getLogger(__name__)
-
-# The least values of numbers that would else fail late, or mean nothing.
-_LEAST = {
-    "SEED": 0,
-    "SOLVER.IMS_PER_BATCH": 1,
-    "SOLVER.ACCUMULATE": 1,
-    "SOLVER.REFERENCE_BATCH": 0,
-    "SOLVER.CHECKPOINT_MAX_TO_KEEP": 0,
-    "TEST.BATCH_SIZE": 1,
-    "TEST.PATIENCE": 0,
-    "DATALOADER.NUM_WORKERS": 0,
-    "INPUT.CHANNELS": 1,
-    "INPUT.WHITE": 0,
-}
 
 
 def run_script(
@@ -68,7 +55,7 @@ def run_script(
             raise UserError(f"--config-file is missing; for example: {example}")
         return distributed.run(main, args, parser.get_default("dist_url"))
 
-    return guard(start)
+    return guard(start, resumes=True)
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
@@ -82,14 +69,11 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Make ``OUTPUT_DIR``, start its log, say what runs on what, seed the generators.
 
     Raises:
-        UserError: if ``OUTPUT_DIR`` cannot be written, the device is not there or a number cannot be.
+        UserError: if ``OUTPUT_DIR`` cannot be written, the device is not there or the batch cannot be divided.
     """
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"MODEL.DEVICE '{cfg.MODEL.DEVICE}' is asked for, but torch sees no GPU; set MODEL.DEVICE cpu")
-    for key, least in _LEAST.items():
-        if (value := reduce(getattr, key.split("."), cfg)) < least:
-            raise UserError(f"{key} {value} is too small: give {least} or more")
-    _check_pixels(cfg)
+    check_pixels(cfg)
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     solver, processes = cfg.SOLVER, comm.get_world_size()
     if not args.eval_only and solver.IMS_PER_BATCH % (processes * solver.ACCUMULATE):
@@ -123,7 +107,7 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     silence()
     device = f"{device_name(cfg.MODEL.DEVICE)}, {torch.get_num_threads()} threads"
     logger.info(f"{VERSIONS}, {device}")
-    logger.info(f"command: {' '.join(sys.argv)}")
+    logger.info(f"command: {shlex.join(sys.argv)}")
     seed_everything(cfg.SEED, "model")
 
 
@@ -131,21 +115,6 @@ def silence() -> None:
     """Drop what code of Detectron2 and fvcore says at every start and a user of this project cannot mend."""
     warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming release")
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
-
-
-def _check_pixels(cfg: CfgNode) -> None:
-    """Refuse pixel statistics that are not one positive deviation and one mean a channel."""
-    channels = cfg.INPUT.CHANNELS
-    for key in ("PIXEL_MEAN", "PIXEL_STD"):
-        if len(cfg.MODEL[key]) != channels:
-            raise UserError(
-                f"MODEL.{key} has {len(cfg.MODEL[key])} values, but INPUT.CHANNELS is {channels}: give {channels}; "
-                "python tools/estimate_pixels.py tells those of your images"
-            )
-    if not min(cfg.MODEL.PIXEL_STD) > 0:
-        raise UserError(
-            f"MODEL.PIXEL_STD {list(cfg.MODEL.PIXEL_STD)} divides by values that are not above 0: correct it"
-        )
 
 
 def keep_config(cfg: CfgNode, script: str) -> None:

@@ -154,7 +154,7 @@ def _process(main: Main, args: argparse.Namespace) -> None:
     # Without who started it, it would still write to a folder where another run may have begun.
     _prctl_pr_set_pdeathsig(signal.SIGKILL)
     signals.install(patient=True)
-    status = guard(lambda: _work(main, args))
+    status = guard(lambda: _work(main, args), resumes=True)
     if status:
         time.sleep(_REACH)
         # No tidy end: threads of the process group may wait for a process that is gone.

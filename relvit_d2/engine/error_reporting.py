@@ -14,7 +14,7 @@ from torch import distributed
 from torch.distributed.distributed_c10d import _get_default_store
 
 from relvit_d2.engine import signals
-from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.errors import NotWrittenError, UserError
 
 # How long a process that lost another waits before it speaks: the other one's sentence is the true reason.
 _PATIENCE = 5.0  # seconds
@@ -22,7 +22,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _LOST = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited", "Connection refused")
 
 
-def guard(function: Callable[[], int | None]) -> int:
+def guard(function: Callable[[], int | None], resumes: bool = False) -> int:
     """Run ``function``, tell the user what ended it before its time, and return the exit status.
 
     Characters that the terminal's encoding lacks are printed as their escape, such as ``\\u4e2d``.
@@ -30,6 +30,10 @@ def guard(function: Callable[[], int | None]) -> int:
     That is the one that ``function`` returned, 0 for None; 1 after a :class:`UserError`, whose sentence is printed
     (``RELVIT_DEBUG=1``: its traceback); 128 and the signal's number after Ctrl-C and SIGTERM. With several processes
     the first that fails speaks, the others are silent.
+
+    Args:
+        function: the work.
+        resumes: whether the script takes ``--resume``, which is advised where a file could not be written.
 
     Raises:
         Exception: what is a defect, with a single process.
@@ -42,7 +46,7 @@ def guard(function: Callable[[], int | None]) -> int:
         return function() or 0
     except UserError as error:
         if may_tell():
-            say(error)
+            say(_with_resume(error) if resumes and isinstance(error, NotWrittenError) else error)
         return 1
     except (signals.Interrupted, KeyboardInterrupt) as stop:
         number = stop.number if isinstance(stop, signals.Interrupted) else signal.SIGINT
@@ -52,8 +56,9 @@ def guard(function: Callable[[], int | None]) -> int:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _NO_SPACE:
             if may_tell():
-                name = f"'{error.filename}'" if error.filename else "a file of the run"
-                say(UserError(f"{name} could not be written ({error.strerror}): free space, then go on with --resume"))
+                name = f"'{error.filename}'" if error.filename else "a file"
+                sentence = NotWrittenError(f"{name} could not be written ({error.strerror}): free space")
+                say(_with_resume(sentence) if resumes else sentence)
         elif comm.get_world_size() == 1:
             raise
         elif _lost_another(error):
@@ -74,6 +79,11 @@ def _check_arguments() -> None:
                 f"{sys.getfilesystemencoding()}: set the environment variable PYTHONUTF8=1 if it is UTF-8, else rename "
                 "the file"
             ) from error
+
+
+def _with_resume(error: NotWrittenError) -> UserError:
+    advice = NotWrittenError(f"{error}, then go on with --resume")
+    return advice.with_traceback(error.__traceback__)
 
 
 def say(error: UserError) -> None:

@@ -9,7 +9,7 @@ from relvit_d2.conversion.converted import TOLERANCE
 from relvit_d2.conversion.encoder_file import ENOUGH, MatchReport, feature_difference, load_encoder
 from relvit_d2.conversion.timm_hub import is_published
 from relvit_d2.encoders import Encoder
-from relvit_d2.engine.checkpoint import Checkpointer
+from relvit_d2.engine.checkpoint import Checkpointer, download
 from relvit_d2.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ def load_proved(cfg: CfgNode, encoder: Encoder, weights: str, input_format: str)
     Raises:
         UserError: if the weights are missing, do not fit or are for other pixels, or the features differ.
     """
+    weights = download(weights) if "://" in weights else weights
     report = load_encoder(encoder, weights)
     _check_pixels(cfg, report, input_format)
     logger.info(str(report))

@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from detectron2.structures import BoxMode, PolygonMasks
 from detectron2.utils import comm
 from pycocotools import mask as mask_util
 
-from relvit_d2.data.detection.records import without_mask
 from relvit_d2.evaluation.average_precision import COCO_LIMIT, coco_evaluation, why_no_precision
 from relvit_d2.utils.files import write_text
 
@@ -124,6 +123,12 @@ def ground_truth_file(folder: Path, dataset_name: str) -> Path:
     """Return where :class:`CocoStyleEvaluator` writes the ground truth of a data set in its ``output_dir``."""
     stem = re.sub(r"[^\w.-]+", "_", dataset_name)
     return folder / f"{stem}_ground_truth.json"
+
+
+def without_mask(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the objects of some records that have no mask; crowds do not count."""
+    objects = (thing for record in records for thing in record.get("annotations", []) if not thing.get("iscrowd"))
+    return [thing for thing in objects if "segmentation" not in thing]
 
 
 def coco_ground_truth(

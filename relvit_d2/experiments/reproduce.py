@@ -381,8 +381,8 @@ def _data(data: dict[str, Any]) -> str:
     more = f", {images['held_out']:,} held out to choose the model" if images["held_out"] else ""
     more += f", {images['empty']:,} left out without an object" if images["empty"] else ""
     return (
-        f"Trained on {images['train']:,} images of {data['train']}{more}; "
-        f"tested on {images['test']:,} of {data['test']}."
+        f"Training images: {images['train']:,} of {data['train']}{more}; "
+        f"test images: {images['test']:,} of {data['test']}."
     )
 
 

@@ -1,12 +1,16 @@
 """One picture of what a detector sees: true boxes beside detected ones, image by image."""
 
+import re
 from collections.abc import Sequence
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib import get_data_path
+from matplotlib.font_manager import findSystemFonts
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from relvit_d2.utils.files import appearing
@@ -16,6 +20,8 @@ Box = tuple[float, float, float, float]
 
 # Okabe and Ito, "Color Universal Design" (2008): told apart with every common form of colour blindness.
 HUES = ("#0072B2", "#E69F00", "#CC79A7", "#009E73", "#D55E00", "#56B4E9", "#F0E442")
+_FONT = str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
+_BESIDE = " 0123456789.\u00d7*+!?"  # what labels hold beside a name
 INK, PAPER = (33, 33, 33), (255, 255, 255)
 
 PANEL_WIDTH, PANEL_HEIGHT = 448, 256  # pixels an image is scaled to fit, up or down
@@ -66,6 +72,7 @@ def detections_sheet(rows: Sequence[DetectionRow], class_names: Sequence[str], t
     """
     if not rows:
         raise ValueError("detections_sheet needs at least one image")
+    class_names, title = legible(class_names), escaped(title or "")
     panels = [fit(row.image) for row in rows]
     cell_width = max(PANEL_HEIGHT, *(panel.width for panel in panels))  # never too narrow for a label
     pair_width = 2 * cell_width + PAIR_GAP
@@ -79,7 +86,7 @@ def detections_sheet(rows: Sequence[DetectionRow], class_names: Sequence[str], t
     sheet = Image.new("RGB", (2 * BORDER + columns * (pair_width + GAP) - GAP, tops[-1] + BORDER), PAPER)
     draw = ImageDraw.Draw(sheet)
     if title:
-        draw.text((BORDER, BORDER), title, INK, font(FONT_SIZE + 7), anchor="lt")
+        draw.text((BORDER, BORDER), title, INK, font(FONT_SIZE + 7, title), anchor="lt")
     for column in range(columns):
         left = BORDER + column * (pair_width + GAP)
         for caption, x in (("truth", left), ("detections", left + cell_width + PAIR_GAP)):
@@ -132,6 +139,7 @@ def annotated(
     size = max(1, round(width * scale)), max(1, round(height * scale))
     picture = Image.fromarray(tinted.round().astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
     placed = np.clip(boxes.reshape(-1, 4) * scale, 0, np.array([size[0] - 1, size[1] - 1] * 2))
+    class_names = legible(class_names)
     texts = [f"{class_names[int(c)]} {s:.2f}" for c, s in zip(classes, scores, strict=True)]
     zoom = max(1.0, max(size) / LEAST_SIDE * 0.75)
     draw_boxes(ImageDraw.Draw(picture), [tuple(box) for box in placed.tolist()], colors, texts, (0, 0, *size), zoom)
@@ -149,9 +157,44 @@ def class_color(index: int) -> Color:
     return mixed[0], mixed[1], mixed[2]
 
 
-def font(size: int) -> ImageFont.FreeTypeFont:
-    """Return the font of all pictures in a size of pixels."""
-    return ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+def font(size: int, text: str = "") -> ImageFont.FreeTypeFont:
+    """Return the font of all pictures in a size of pixels, or for a text that it lacks letters of an installed one."""
+    return ImageFont.truetype(font_of(text) or _FONT, size)
+
+
+@cache
+def font_of(text: str) -> str | None:
+    """Return the file of a font that has all characters of a text: that of all pictures, else an installed one."""
+    letters = {ord(letter) for letter in text}
+    if letters <= _characters(_FONT):
+        return _FONT
+    return next((path for path in _installed_fonts() if letters <= _characters(path)), None)
+
+
+@cache
+def _installed_fonts() -> list[str]:
+    """Return the system's font files, regular styles first."""
+    other = re.compile("bold|italic|oblique|black|light|thin", re.IGNORECASE)
+    return sorted(findSystemFonts(), key=lambda path: (bool(other.search(Path(path).stem)), path))
+
+
+@cache
+def _characters(path: str) -> frozenset[int]:
+    try:
+        ImageFont.truetype(path, FONT_SIZE)  # fonts of bitmaps have no such size
+        return frozenset(FT2Font(path).get_charmap())
+    except (OSError, RuntimeError, ValueError):
+        return frozenset()
+
+
+def legible(class_names: Sequence[str]) -> list[str]:
+    """Return class names for a picture: the number of the class where no installed font has the name's letters."""
+    return [name if font_of(name + _BESIDE) else str(number) for number, name in enumerate(class_names)]
+
+
+def escaped(text: str) -> str:
+    """Return a text for a picture, its letters as escapes where no installed font has them."""
+    return text if font_of(text) else text.encode("ascii", "backslashreplace").decode()
 
 
 def in_rgb(image: np.ndarray) -> np.ndarray:
@@ -182,7 +225,7 @@ def draw_boxes(
 
     A label ``""`` is none. Lines and letters are ``zoom`` times as large as on a sheet.
     """
-    face, line = font(round(FONT_SIZE * zoom)), round(BOX_WIDTH * zoom)
+    line = round(BOX_WIDTH * zoom)
     for (x0, y0, x1, y1), color in zip(boxes, colors, strict=True):
         rim = (x0 - HALO, y0 - HALO, x1 + HALO, y1 + HALO)
         draw.rectangle(rim, outline=_contrast(color), width=line + 2 * HALO)
@@ -191,6 +234,7 @@ def draw_boxes(
     for box, color, text in zip(boxes, colors, texts, strict=True):
         if not text:
             continue
+        face = font(round(FONT_SIZE * zoom), text)
         width, height = face.getlength(text) + 2 * LABEL_PADDING, sum(face.getmetrics())
         label = _place_label(box, width, height, cell, boxes, taken)
         taken.append(label)

@@ -17,6 +17,7 @@ from relvit_d2.report.predictions import (
     TITLE_HEIGHT,
     class_color,
     draw_boxes,
+    escaped,
     fit,
     font,
 )
@@ -61,7 +62,8 @@ def draw_samples(samples: Sequence[Sample], path: str | Path, title: str) -> Non
     width = 2 * BORDER + columns * (cell_width + GAP) - GAP
     sheet = Image.new("RGB", (width, 2 * BORDER + TITLE_HEIGHT + sum(heights)), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((BORDER, BORDER), title, INK, font(FONT_SIZE + 7), anchor="lt")
+    title = escaped(title)
+    draw.text((BORDER, BORDER), title, INK, font(FONT_SIZE + 7, title), anchor="lt")
     for index, (sample, panel) in enumerate(zip(samples, panels, strict=True)):
         line, column = divmod(index, columns)
         left = BORDER + column * (cell_width + GAP)
@@ -75,7 +77,8 @@ def draw_samples(samples: Sequence[Sample], path: str | Path, title: str) -> Non
         placed = [tuple(box) for box in (scaled + np.array(corner * 2)).tolist()]
         colors = [class_color(int(index)) for index in sample.classes]
         draw_boxes(draw, placed, colors, _labels(sample), (left, top, left + cell_width, bottom))
-        draw.text((left + cell_width / 2, bottom + 2), sample.name, INK, font(NAME_SIZE), anchor="mt")
+        name = escaped(sample.name)
+        draw.text((left + cell_width / 2, bottom + 2), name, INK, font(NAME_SIZE, name), anchor="mt")
     with appearing(Path(path)) as part:
         sheet.save(part, format="PNG")
 

@@ -14,6 +14,10 @@ class UserError(Exception):
         super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
 
 
+class NotWrittenError(UserError):
+    """A file that could not be written; a script that can resume its run adds how."""
+
+
 def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
     """Return ``"; did you mean 'X'?"`` for the entry of ``known`` most like ``word``, else ``""``."""
     from difflib import get_close_matches

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.errors import NotWrittenError, UserError
 
 
 @contextmanager
@@ -19,7 +19,7 @@ def appearing(path: Path) -> Iterator[Path]:
     process's number, so that two processes do not meet.
 
     Raises:
-        UserError: if the disk is full or the folder cannot be written.
+        NotWrittenError: if the disk is full or the folder cannot be written.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -28,9 +28,9 @@ def appearing(path: Path) -> Iterator[Path]:
         part.replace(path)
         _flush(path.parent)
     except OSError as error:
-        raise UserError(
+        raise NotWrittenError(
             f"'{path}' could not be written ({error.strerror or error}); what was there is untouched: free space or "
-            "choose another folder (OUTPUT_DIR), then go on with --resume"
+            "choose another folder"
         ) from error
     finally:
         with suppress(OSError):

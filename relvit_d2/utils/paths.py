@@ -76,7 +76,8 @@ def refuse_links_out(paths: Iterable[Path], root: Path | None = None) -> None:
     def check(path: Path, *homes: Path) -> None:
         target = os.path.realpath(path)
         if not any(os.path.commonpath([home, target]) == home for home in map(os.path.realpath, homes)):
-            raise UserError(f"'{path}' leads out of the data, to '{target}': put the file itself there")
+            what = "folder" if Path(target).is_dir() else "file"
+            raise UserError(f"'{path}' leads out of the data, to '{target}': put the {what} itself there")
 
     names: dict[Path, list[str]] = {}
     for path in paths:

@@ -1,8 +1,9 @@
 """The hundred classes of ImageNet-100.
 
 Those of "Contrastive Multiview Coding" (Tian, Krishnan and Isola, 2020), ``imagenet100.txt`` of the authors' code
-(github.com/HobbitLong/CMC, bc687a2). The code of RelViT's authors reads another publisher's ImageNet-100, whose classes
-stand in a file of its own (``datasets/dataset_option/imagenet100.py``): give such a list as ``DATASETS.SYNSETS``.
+(github.com/HobbitLong/CMC, bc687a2). RelViT's authors read another ImageNet-100, the Kaggle set ambityga/imagenet100,
+whose classes are the keys of its ``Labels.json`` (guglielmocamporese/relvit, c8be678,
+``datasets/dataset_option/imagenet100.py``): write them into a file, one a line, and give that as ``DATASETS.SYNSETS``.
 """
 
 from pathlib import Path

@@ -13,6 +13,7 @@ from relvit_d2.data.detection.splits import ALL, HELD_OUT, divide, offered
 from relvit_d2.data.detection.voc import VocFolder
 from relvit_d2.data.detection.yolo import YoloFolder
 from relvit_d2.data.images.folder import is_source, linked_folders
+from relvit_d2.data.images.similarity import fingerprints
 from relvit_d2.utils.errors import UserError, nearest
 from relvit_d2.utils.paths import refuse_links_out
 
@@ -203,20 +204,20 @@ def _register(name: str, where: str, keys: Mapping[str, Any], labels: bool) -> N
     if labels and not classes:
         raise UserError(f"'{root}' has no objects, so no classes: label some, or name them under {where}.CLASSES")
 
-    def place(image: Path | str) -> str:
-        return Path(image).relative_to(root).as_posix()
+    def part(items: list[Any], file: Callable[[Any], Path]) -> list[Any]:
+        if not whole:
+            return items
+        return divide(items, split, fingerprints([file(item) for item in items], root), f"'{root}'")
 
     def records(skip_missing: bool) -> list[Record]:
-        found = folder.records(stored, classes, skip_missing)
-        return divide(found, split, lambda record: place(record["file_name"])) if whole else found
+        return part(folder.records(stored, classes, skip_missing), lambda record: Path(record["file_name"]))
 
     def images(skip_missing: bool) -> list[Path]:
-        found = folder.images(stored, skip_missing)
-        return divide(found, split, place) if whole else found
+        return part(folder.images(stored, skip_missing), Path)
 
     logger.info(
         f"data set '{name}': split {split} of '{root}', format {form}"
-        + (f", divided by the digests of the images' names, one in {HELD_OUT} held out" if whole else "")
+        + (f", divided by the digests of the images' pixels, one in {HELD_OUT} held out" if whole else "")
         + (f", classes {', '.join(classes)}" if labels else "")
     )
     catalog.register_own(name, catalog.DatasetEntry(classes, records, images, folder.metrics))

@@ -206,7 +206,9 @@ class _Index:
 
     def _listed(self, line: str, where: str, bases: Sequence[Path]) -> Path:
         """Return the image that a line of a list names; it may be missing, but lies below the root."""
-        path = self._find(line, bases) or next(self._candidates(line, bases), None)
+        path = self._find(line, bases)
+        if path is None and not re.match(r"/|\.\.|[A-Za-z]:", posixpath.normpath(line.replace("\\", "/"))):
+            path = next(self._candidates(line, bases), None)
         if path is None or not line.isprintable() or path.suffix.lower() not in EXTENSIONS:
             raise UserError(f"{where} names {line!r}, which is not an image inside '{self._root}': correct it")
         return path

@@ -266,12 +266,6 @@ def existing(images: Sequence[Path], where: str, skip_missing: bool, root: Path 
     return found
 
 
-def without_mask(records: Iterable[Record]) -> list[Record]:
-    """Return the objects of some records that have no mask; crowds do not count."""
-    objects = (thing for record in records for thing in record.get("annotations", []) if not thing.get("iscrowd"))
-    return [thing for thing in objects if "segmentation" not in thing]
-
-
 def renumbered(records: Sequence[Record], names: Sequence[str], classes: Sequence[str], where: str) -> list[Record]:
     """Return records whose category ids count in ``names``, with ids that count in ``classes``.
 

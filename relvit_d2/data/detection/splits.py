@@ -1,17 +1,22 @@
-"""Training, validation and test sets, told by names of files and folders, or made."""
+"""Training, validation and test sets: those that names of files and folders give, and those that are made here."""
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from relvit_d2.data.images.similarity import Fingerprint, groups_of
 
 T = TypeVar("T")
 
 ALL = "all"  # the one set of a folder that is not divided
 SEED = 0  # of the division: never the run's, so that runs with several seeds are tested on the same images
 HELD_OUT = 5  # one image in so many is held out
+
+logger = logging.getLogger(__name__)
 
 _WORDS = {
     "train": "train",
@@ -53,22 +58,75 @@ def one_or_split(sets: dict[str, T]) -> dict[str, T]:
     return {ALL: next(iter(sets.values()))} if len(sets) == 1 else sets
 
 
-def divide(items: Sequence[T], split: str, name: Callable[[T], str]) -> list[T]:
+def divide(items: Sequence[T], split: str, prints: Sequence[Fingerprint], where: str) -> list[T]:
     """Return the ``train`` or ``val`` part of what is not divided, in its order.
 
-    One item in ``HELD_OUT`` is held out, those whose names come first when digested with ``SEED``. An image that is
-    added later moves few others.
+    One item in ``HELD_OUT`` is held out. Digests of the pixels with ``SEED`` choose them, so that neither names nor
+    order matter, and an image that is added later moves few others. See :func:`hold_out`.
+
+    Args:
+        items: images or records.
+        split: ``train`` or ``val``.
+        prints: the fingerprint of each item.
+        where: the data set, for the log.
     """
-    ranked = sorted(range(len(items)), key=lambda index: _rank(name(items[index])))
-    held_out = set(ranked[: max(1, len(items) // HELD_OUT)]) if len(items) > 1 else set()
-    return [item for index, item in enumerate(items) if (index in held_out) == (split == "val")]
+
+    def rank(group: Sequence[int]) -> bytes:
+        digests = (hashlib.blake2b(prints[i].exact, digest_size=8, salt=SEED.to_bytes(16, "big")) for i in group)
+        return min(digest.digest() for digest in digests)
+
+    count = max(1, len(items) // HELD_OUT) if len(items) > 1 else 0
+    held = hold_out(prints, count, rank, where)
+    return [item for index, item in enumerate(items) if (index in held) == (split == "val")]
+
+
+def hold_out(prints: Sequence[Fingerprint], count: int, rank: Callable[[list[int]], Any], where: str) -> set[int]:
+    """Return the places of about ``count`` images to hold out, equal and nearly equal ones all or none.
+
+    The groups of :func:`relvit_d2.data.images.similarity.groups_of` are taken in order of rank, except those that exceed
+    what is left of ``count``. Where that yields less than half of ``count``, the smallest group is added if the sum is at
+    most twice ``count``; where that is not so either, as when all images are frames of one video, only equal images are
+    kept on one side, and the log warns.
+
+    Args:
+        prints: the fingerprint of each image.
+        count: images to hold out.
+        rank: what groups are sorted by; it must differ from group to group.
+        where: the data set, for the log.
+    """
+    held: set[int] = set()
+    warning = ""
+    for near in (True, False):
+        groups = sorted(groups_of(prints, near), key=rank)
+        held = set()
+        for group in groups:
+            if len(held) + len(group) <= count:
+                held.update(group)
+        rest = [group for group in groups if group[0] not in held]
+        if 2 * len(held) < count and len(rest) > 1 and len(smallest := min(rest, key=len)) + len(held) <= 2 * count:
+            held.update(smallest)
+        if 2 * len(held) >= count:
+            break
+        warning = (
+            f"{max(map(len, groups))} of the {len(prints)} images of {where} are {'nearly ' if near else ''}equal: "
+            + (
+                f"nearly equal images are in both parts of it, {count} held out"
+                if near
+                else f"{len(held)} are held out"
+            )
+            + "; divide them yourself if they are frames of videos"
+        )
+    if warning:
+        _warn(warning)
+    return held
+
+
+@cache  # once a run: the parts are asked for one by one
+def _warn(warning: str) -> None:
+    logger.warning(warning)
 
 
 def offered(sets: Iterable[str]) -> list[str]:
     """Return the splits that a folder with these sets has."""
     names = list(sets)
     return ["train", "val", ALL] if names == [ALL] else names
-
-
-def _rank(name: str) -> bytes:
-    return hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8, salt=SEED.to_bytes(16, "big")).digest()

@@ -3,7 +3,7 @@
 import glob
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -53,24 +53,24 @@ def unlabelled_images(name: str) -> list[ImageFile]:
     return found
 
 
-def list_images(folder: Path) -> list[Path]:
-    """Return the images under ``folder``, sub-folders included, sorted by path.
+def list_images(folder: Path, extensions: Collection[str] = EXTENSIONS) -> list[Path]:
+    """Return the images under ``folder``, or other files by their suffixes, sub-folders included, sorted by path.
 
     Hidden files and folders are left out (``._photo.jpg`` of macOS archives is no image).
 
     Raises:
         UserError: the folder is missing or holds no image.
     """
-    return _scan(folder)[0]
+    return _scan(folder, extensions)[0]
 
 
-def _scan(folder: Path) -> tuple[list[Path], list[Path]]:
+def _scan(folder: Path, extensions: Collection[str] = EXTENSIONS) -> tuple[list[Path], list[Path]]:
     """Return what :func:`list_images` does, and the links to folders, which are not followed, sorted too."""
     if not folder.is_dir():
         raise UserError(f"the image folder {folder} does not exist: correct the path")
     found: list[str] = []
     try:
-        images = _images(files_below(str(folder), found))
+        images = _images(files_below(str(folder), found), extensions)
     except OSError as error:
         raise UserError(
             f"the folder '{error.filename}' cannot be read ({error.strerror}): see who may read it"
@@ -79,7 +79,7 @@ def _scan(folder: Path) -> tuple[list[Path], list[Path]]:
     links = sorted(map(Path, found))
     if not images:
         not_followed = f"; links to folders are not followed: {first_few(links)}" if links else ""
-        raise UserError(f"the folder {folder} holds no image with one of {', '.join(sorted(EXTENSIONS))}{not_followed}")
+        raise UserError(f"the folder {folder} holds no image with one of {', '.join(sorted(extensions))}{not_followed}")
     return images, links
 
 
@@ -151,9 +151,9 @@ def files_below(folder: str, links: list[str]) -> Iterator[str]:
                 links.append(entry.path)
 
 
-def _images(paths: Iterable[str]) -> list[Path]:
+def _images(paths: Iterable[str], extensions: Collection[str] = EXTENSIONS) -> list[Path]:
     """Return the images among paths of files, sorted as paths are: folder by folder."""
-    images = [path for path in paths if os.path.splitext(path)[1].lower() in EXTENSIONS]  # noqa: PTH122
+    images = [path for path in paths if os.path.splitext(path)[1].lower() in extensions]  # noqa: PTH122
     check_printable(images)
     return sorted(map(Path, images))
 

@@ -1,0 +1,198 @@
+"""Checks of a config's values that would otherwise fail late, or inside Detectron2."""
+
+from collections.abc import Sequence
+from functools import reduce
+from itertools import pairwise
+from math import inf
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+
+from relvit_d2.utils.errors import UserError, nearest
+
+# The least and the greatest value of each number.
+_RANGES = {
+    "SEED": (0, inf),
+    "SOLVER.IMS_PER_BATCH": (1, inf),
+    "SOLVER.ACCUMULATE": (1, inf),
+    "SOLVER.REFERENCE_BATCH": (0, inf),
+    "SOLVER.CHECKPOINT_MAX_TO_KEEP": (0, inf),
+    "SOLVER.BASE_LR": (0, inf),
+    "TEST.BATCH_SIZE": (1, inf),
+    "TEST.DETECTIONS_PER_IMAGE": (1, inf),
+    "TEST.PATIENCE": (0, inf),
+    "DATALOADER.NUM_WORKERS": (0, inf),
+    "INPUT.CHANNELS": (1, inf),
+    "INPUT.WHITE": (0, inf),
+    "INPUT.MAX_SIZE_TRAIN": (1, inf),
+    "INPUT.MIN_SIZE_TEST": (0, inf),  # 0: the image is not resized
+    "INPUT.MAX_SIZE_TEST": (1, inf),
+    "INPUT.LSJ.SIZE": (0, inf),
+    "MODEL.ENCODER.PATCH_SIZE": (1, inf),
+    "MODEL.ENCODER.IMG_SIZE": (1, inf),
+    "MODEL.ENCODER.DROP_PATH": (0, 1),
+    "MODEL.ENCODER.DROPOUT": (0, 1),
+    "MODEL.PYRAMID.OUT_CHANNELS": (1, inf),
+    "MODEL.ANCHOR_GENERATOR.OFFSET": (0, 1),
+}
+
+_NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "LN", "naiveSyncBN", "naiveSyncBN_N", "nnSyncBN")
+_BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
+_CHOICES = {
+    "MODEL.PYRAMID.NORM": _NORMS,
+    "MODEL.ROI_BOX_HEAD.NORM": _NORMS,
+    "MODEL.ROI_MASK_HEAD.NORM": _NORMS,
+    "MODEL.RPN.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
+    "MODEL.ROI_BOX_HEAD.POOLER_TYPE": ("ROIAlignV2", "ROIAlign", "ROIPool"),
+    "MODEL.ROI_MASK_HEAD.POOLER_TYPE": ("ROIAlignV2", "ROIAlign", "ROIPool"),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
+    "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
+    "INPUT.CROP.TYPE": ("relative", "relative_range", "absolute", "absolute_range"),
+    "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
+}
+
+# Detectron2's registry that holds the class a key names.
+_REGISTRIES = {
+    "MODEL.ANCHOR_GENERATOR.NAME": "anchor_generator.ANCHOR_GENERATOR_REGISTRY",
+    "MODEL.BACKBONE.NAME": "backbone.BACKBONE_REGISTRY",
+    "MODEL.PROPOSAL_GENERATOR.NAME": "proposal_generator.PROPOSAL_GENERATOR_REGISTRY",
+    "MODEL.RPN.HEAD_NAME": "proposal_generator.RPN_HEAD_REGISTRY",
+    "MODEL.ROI_HEADS.NAME": "roi_heads.ROI_HEADS_REGISTRY",
+    "MODEL.ROI_BOX_HEAD.NAME": "roi_heads.ROI_BOX_HEAD_REGISTRY",
+    "MODEL.ROI_MASK_HEAD.NAME": "roi_heads.ROI_MASK_HEAD_REGISTRY",
+}
+_ROTATED = ("RotatedAnchorGenerator", "RRPN", "RROIHeads")
+
+
+def check_config(cfg: CfgNode, defaults: CfgNode) -> None:
+    """Check values that each have the right type.
+
+    Args:
+        cfg: the config.
+        defaults: the same without any change of the user's.
+
+    Raises:
+        UserError: for a number out of its range, a name that is not offered, or lists whose lengths contradict.
+    """
+    for key, (least, most) in _RANGES.items():
+        number = _get(cfg, key)
+        if number < least:
+            raise UserError(f"{key} {number} is too small: give {least} or more")
+        if number > most:
+            raise UserError(f"{key} {number} is too large: give {most} or less")
+    for key, names in _CHOICES.items():
+        if (name := _get(cfg, key)) not in names:
+            raise UserError(f"{key} '{name}' is not offered; give {', '.join(name or repr('') for name in names)}")
+    for key, registry in _REGISTRIES.items():
+        if (name := _get(cfg, key)) != (default := _get(defaults, key)):
+            _check_registered(key, name, default, registry)
+    try:
+        torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError as error:
+        raise UserError(f"MODEL.DEVICE '{cfg.MODEL.DEVICE}' is not a device of torch; set cpu or cuda") from error
+    _check_sizes(cfg.INPUT)
+    _check_anchors(cfg.MODEL)
+    _check_matching(cfg.MODEL)
+
+
+def _get(cfg: CfgNode, key: str) -> Any:
+    return reduce(getattr, key.split("."), cfg)
+
+
+def _check_registered(key: str, name: str, default: str, registry: str) -> None:
+    import detectron2.modeling  # takes seconds, and few configs need it
+
+    known = [known for known, _ in reduce(getattr, registry.split("."), detectron2.modeling)]
+    if name not in known:
+        raise UserError(f"{key} '{name}' is not registered in Detectron2{nearest(name, known)}")
+    if name in _ROTATED:
+        raise UserError(f"{key} '{name}' is for rotated boxes, which are not supported: set {default}")
+
+
+def check_pixels(cfg: CfgNode) -> None:
+    """Check the pixel statistics, which a config may lack before data have been examined.
+
+    Raises:
+        UserError: if they are not one mean and one positive deviation per channel.
+    """
+    channels = cfg.INPUT.CHANNELS
+    for key in ("PIXEL_MEAN", "PIXEL_STD"):
+        if len(cfg.MODEL[key]) != channels:
+            raise UserError(
+                f"MODEL.{key} has {len(cfg.MODEL[key])} values, but INPUT.CHANNELS is {channels}: give {channels}; "
+                "python tools/estimate_pixels.py prints those of your images"
+            )
+    if not min(cfg.MODEL.PIXEL_STD) > 0:
+        raise UserError(
+            f"MODEL.PIXEL_STD {list(cfg.MODEL.PIXEL_STD)} divides by values that are not above 0: correct it"
+        )
+
+
+def _check_sizes(keys: CfgNode) -> None:
+    sides = keys.MIN_SIZE_TRAIN
+    if not sides or min(sides) < 1:
+        raise UserError(f"INPUT.MIN_SIZE_TRAIN {sides} must be one or more sides of 1 pixel or more")
+    if keys.MIN_SIZE_TRAIN_SAMPLING == "range" and not (len(sides) == 2 and sides[0] <= sides[1]):
+        raise UserError(
+            f"INPUT.MIN_SIZE_TRAIN {sides} is not a range: give the least and the greatest side, or set "
+            "INPUT.MIN_SIZE_TRAIN_SAMPLING choice"
+        )
+    shares = keys.CROP.TYPE.startswith("relative")
+    if len(keys.CROP.SIZE) != 2 or min(keys.CROP.SIZE) <= 0 or (shares and max(keys.CROP.SIZE) > 1):
+        unit = (
+            "shares of the image's height and width, above 0 and up to 1" if shares else "a height and width in pixels"
+        )
+        raise UserError(f"INPUT.CROP.SIZE {keys.CROP.SIZE} does not fit CROP.TYPE {keys.CROP.TYPE}: give {unit}")
+    if not (len(keys.LSJ.SCALE) == 2 and 0 < keys.LSJ.SCALE[0] <= keys.LSJ.SCALE[1]):
+        raise UserError(f"INPUT.LSJ.SCALE {keys.LSJ.SCALE} is not a range of factors: give two ascending ones above 0")
+
+
+def _check_anchors(model: CfgNode) -> None:
+    """Refuse anchors and levels from which Detectron2 builds no proposal network or pooler."""
+    for key in ("RPN", "ROI_HEADS"):
+        if not model[key].IN_FEATURES:
+            raise UserError(
+                f"MODEL.{key}.IN_FEATURES is empty: name one or more levels of MODEL.PYRAMID, such as ['p3']"
+            )
+    pooled = model.ROI_HEADS.IN_FEATURES
+    numbers = [int(name[1:]) for name in pooled if name[:1] == "p" and name[1:].isdecimal()]
+    if len(numbers) == len(pooled) and any(b - a != 1 for a, b in pairwise(numbers)):
+        raise UserError(f"MODEL.ROI_HEADS.IN_FEATURES {pooled} must be levels in a row, finest first")
+    levels = model.RPN.IN_FEATURES
+    counts = {}
+    for key in ("SIZES", "ASPECT_RATIOS"):
+        lists = model.ANCHOR_GENERATOR[key]
+        full = f"MODEL.ANCHOR_GENERATOR.{key}"
+        if lists and not isinstance(lists[0], Sequence):  # Detectron2 gives one list to all levels
+            lists = [lists]
+        if len(lists) not in (1, len(levels)):
+            raise UserError(
+                f"{full} has {len(lists)} lists, but MODEL.RPN.IN_FEATURES has {len(levels)} levels {list(levels)}: "
+                "give one list for each level, or one for all"
+            )
+        for values in lists:
+            if not (isinstance(values, Sequence) and values and min(values) > 0):
+                raise UserError(f"{full} {lists} must have lists of one or more numbers above 0")
+        counts[key] = [len(values) for values in lists] * (len(levels) if len(lists) == 1 else 1)
+    anchors = [sizes * ratios for sizes, ratios in zip(counts["SIZES"], counts["ASPECT_RATIOS"], strict=True)]
+    if len(set(anchors)) > 1:
+        raise UserError(
+            f"MODEL.ANCHOR_GENERATOR.SIZES and ASPECT_RATIOS give {anchors} anchors per cell on the levels "
+            f"{list(levels)}: give each level as many"
+        )
+
+
+def _check_matching(model: CfgNode) -> None:
+    """Refuse thresholds of IoU and weights of box offsets of the wrong number."""
+    for key in ("RPN", "ROI_HEADS"):
+        bounds, labels = model[key].IOU_THRESHOLDS, model[key].IOU_LABELS
+        if not bounds or sorted(bounds) != list(bounds) or len(labels) != len(bounds) + 1:
+            raise UserError(
+                f"MODEL.{key}.IOU_THRESHOLDS {bounds} and IOU_LABELS {labels} do not fit: give ascending thresholds "
+                f"and one label more than them"
+            )
+    for key in ("RPN", "ROI_BOX_HEAD"):
+        if len(weights := model[key].BBOX_REG_WEIGHTS) != 4 or min(weights) <= 0:
+            raise UserError(f"MODEL.{key}.BBOX_REG_WEIGHTS {weights} must be four numbers above 0")
