@@ -83,9 +83,9 @@ def divide(items: Sequence[T], split: str, prints: Sequence[Fingerprint], where:
 def hold_out(prints: Sequence[Fingerprint], count: int, rank: Callable[[list[int]], Any], where: str) -> set[int]:
     """Return the places of about ``count`` images to hold out, equal and nearly equal ones all or none.
 
-    The groups of :func:`relvit_d2.data.images.similarity.groups_of` are taken in order of rank, except those that exceed
-    what is left of ``count``. Where that yields less than half of ``count``, the smallest group is added if the sum is at
-    most twice ``count``; where that is not so either, as when all images are frames of one video, only equal images are
+    The groups of :func:`relvit_d2.data.images.similarity.groups_of` are taken in order of rank, except those that
+    exceed what is left of ``count``. Where that yields less than half of ``count``, the smallest group is added if the
+    sum is at most twice ``count``; where it is not, as when all images are frames of one video, only equal images are
     kept on one side, and the log warns.
 
     Args:
