@@ -39,9 +39,9 @@ class PretrainingModel(nn.Module):
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Take a batch of :func:`relvit_d2.data.detection.mapper.pad_images`; return scalars.
 
-        In training the views are random, and the batch holds their ``generator`` and its ``share`` of the whole batch
-        too (see :meth:`Views.train`). In evaluation they are fixed, and it holds the images' ``keys``. Beside each
-        ``accuracy_T`` or ``error_T`` stands ``chance_T``, that of the best constant answer.
+        The batch holds the images' ``keys`` too, from which the views are hashed: random ones in training
+        (:meth:`Views.train`), fixed ones in evaluation. Beside each ``accuracy_T`` or ``error_T`` stands ``chance_T``,
+        that of the best constant answer.
         """
         pixels, layout = self.look(batch)
         return self.task(self.tokens(pixels), layout) | self.chances
@@ -55,9 +55,7 @@ class PretrainingModel(nn.Module):
     def look(self, batch: dict[str, Any]) -> tuple[Tensor, PatchLayout]:
         """Return the views of a batch: see :meth:`forward`."""
         images, sizes = batch["images"].to(next(self.parameters()).device, non_blocking=True), batch["sizes"]
-        if self.training:
-            return self.views.train(images, sizes, batch["generator"], batch["share"])
-        return self.views.evaluate(images, sizes, batch["keys"])
+        return (self.views.train if self.training else self.views.evaluate)(images, sizes, batch["keys"])
 
 
 def build_pretraining_model(cfg: CfgNode) -> PretrainingModel:

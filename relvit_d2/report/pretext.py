@@ -29,7 +29,7 @@ from relvit_d2.pretraining.model import PretrainingModel, build_pretraining_mode
 from relvit_d2.pretraining.run import image_files
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import appearing
-from relvit_d2.utils.randomness import torch_generator
+from relvit_d2.utils.randomness import image_keys
 
 WORDS = ("above left", "above", "above right", "left", "itself", "right", "below left", "below", "below right")
 CELL = 2.1  # inches of a panel's side
@@ -48,19 +48,17 @@ class PretextRow(NamedTuple):
 
 
 @torch.no_grad()
-def pretext_rows(
-    model: PretrainingModel, images: Tensor, sizes: Tensor, generator: torch.Generator
-) -> list[PretextRow]:
-    """Look at random training views of a batch of images and ask the model about them.
+def pretext_rows(model: PretrainingModel, images: Tensor, sizes: Tensor, keys: Tensor) -> list[PretextRow]:
+    """Make random training views of a batch of images and compare the model's answers with the targets.
 
     Args:
         model: in evaluation mode.
         images, sizes: as of :func:`relvit_d2.data.detection.mapper.pad_images`, on the model's device.
-        generator: what the views are drawn from.
+        keys: ``(B,)`` int64, see :meth:`relvit_d2.pretext.views.Views.train`.
     """
     config = model.views.config
     plain, _ = Views(config.plain()).evaluate(images, sizes, torch.zeros(len(images), dtype=torch.int64))
-    pixels, layout = model.views.train(images, sizes, generator)
+    pixels, layout = model.views.train(images, sizes, keys)
     tokens = model.tokens(pixels)
     tasks = dict(model.task.named_tasks())
     relations = all_pairs(pair_relation, layout)
@@ -121,7 +119,8 @@ def rows_of_files(cfg: CfgNode, model: PretrainingModel, files: Images, count: i
     batch = pad_images([file if isinstance(file, Tensor) else reader(file) for file in chosen])
     images = batch["images"].to(next(model.parameters()).device)
     was_training = model.training
-    rows = pretext_rows(model.eval(), images, batch["sizes"], torch_generator(cfg.SEED, "picture"))
+    keys = image_keys(cfg.SEED, "picture", torch.arange(len(images)))
+    rows = pretext_rows(model.eval(), images, batch["sizes"], keys)
     model.train(was_training)
     return rows
 
