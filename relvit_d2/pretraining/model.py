@@ -11,8 +11,8 @@ from detectron2.utils import comm
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from relvit_d2.conversion.encoder_file import save_encoder
 from relvit_d2.encoders import Encoder, encoder_from_keys
+from relvit_d2.engine import weights
 from relvit_d2.pretext.layout import PatchLayout
 from relvit_d2.pretext.monitor import FeatureStatistics
 from relvit_d2.pretext.task import PretextTask, pooling
@@ -165,30 +165,6 @@ def image_features(model: PretrainingModel, batches: Iterable[dict[str, Any]]) -
 
 
 def export_encoder(cfg: CfgNode, model: PretrainingModel, iterations: int, results: dict[str, Any]) -> Path:
-    """Write ``encoder.safetensors`` into ``OUTPUT_DIR`` and return its path.
-
-    Args:
-        cfg: the run's config.
-        model: whose encoder is written.
-        iterations: how many it was trained for.
-        results: what the last evaluation returned.
-    """
-    path = Path(cfg.OUTPUT_DIR) / "encoder.safetensors"
-    info = {
-        "pixel_mean": list(cfg.MODEL.PIXEL_MEAN),
-        "pixel_std": list(cfg.MODEL.PIXEL_STD),
-        "input_format": "RGB",
-        "patch": model.encoder.strides[model.encoder.last],
-        "image_size": cfg.PRETEXT.IMAGE_SIZE,
-        "iteration": iterations,
-        "data": list(cfg.DATASETS.TRAIN),
-        "pretext": _plain(cfg.PRETEXT),
-        "results": results,
-    }
-    save_encoder(model.encoder, path, info)
-    return path
-
-
-def _plain(node: CfgNode) -> dict[str, Any]:
-    """Return a config node as plain dictionaries and values."""
-    return {key: _plain(value) if isinstance(value, CfgNode) else value for key, value in node.items()}
+    """Write the model's encoder: see :func:`relvit_d2.engine.weights.export_encoder`."""
+    size = cfg.PRETEXT.IMAGE_SIZE
+    return weights.export_encoder(cfg, model.encoder, size, iterations, results, pretext=cfg.PRETEXT)

@@ -16,18 +16,16 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
-from relvit_d2.config.config_file import load_config, use_here
 from relvit_d2.data.detection.custom import register_own
 from relvit_d2.data.detection.mapper import ImageReader, pad_images
 from relvit_d2.data.images.batches import Images
-from relvit_d2.engine.checkpoint import Checkpointer
+from relvit_d2.engine.weights import load_trained, run_config
 from relvit_d2.pretext.layout import PatchLayout
 from relvit_d2.pretext.targets import RELATIONS, all_pairs, pair_relation, positions
 from relvit_d2.pretext.task import PositionTask, RelationTask
 from relvit_d2.pretext.views import Views, permute_patches
 from relvit_d2.pretraining.model import PretrainingModel, build_pretraining_model
 from relvit_d2.pretraining.run import image_files
-from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import appearing
 from relvit_d2.utils.randomness import image_keys
 
@@ -97,13 +95,9 @@ def sheet_of_run(folder: Path, count: int = 4) -> Image.Image:
     Raises:
         UserError: if the checkpoint or the images are gone.
     """
-    cfg = load_config(str(folder / "config.yaml"), [], "pretrain_ssl.py")
-    use_here(cfg)
+    cfg = run_config(folder, "", [], "pretrain_ssl.py")
     model = build_pretraining_model(cfg)
-    checkpointer = Checkpointer(model, str(folder))
-    if not checkpointer.has_checkpoint():
-        raise UserError(f"'{folder}' has no checkpoint")
-    checkpointer.load(checkpointer.get_checkpoint_file(), checkpointables=[])
+    load_trained(cfg, model, folder)
     register_own(cfg.DATASETS, labels=False)
     part = "TEST" if cfg.DATASETS.TEST else "TRAIN"
     how = {"skip_missing": cfg.DATASETS.SKIP_MISSING, "synset_file": cfg.DATASETS.SYNSETS}
