@@ -9,9 +9,8 @@ from detectron2.utils import comm
 from relvit_d2.config.config_file import load_config
 from relvit_d2.data.detection.catalog import keep_splits
 from relvit_d2.data.detection.custom import config_pairs, register_own
-from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.engine.cli import add_data, keep_config, run_script, start_run
-from relvit_d2.engine.weights import holds_encoder, load_proved
+from relvit_d2.engine.weights import holds_encoder, load_proved, load_trained
 from relvit_d2.pretraining.model import build_pretraining_model, export_encoder
 from relvit_d2.pretraining.run import build_trainer, evaluate, image_files, next_command
 from relvit_d2.report.run_summary import end_run
@@ -36,11 +35,7 @@ def main(args: argparse.Namespace) -> None:
     weights = cfg.MODEL.WEIGHTS
     if args.eval_only:
         keep_config(cfg, SCRIPT)
-        checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
-        checkpoint = checkpointer.get_checkpoint_file() if args.resume else weights
-        if not checkpoint.endswith(".pth"):
-            raise UserError("--eval-only needs trained heads: add MODEL.WEIGHTS path/to/model_final.pth or --resume")
-        checkpointer.load(checkpoint, checkpointables=[])
+        load_trained(cfg, model, cfg.OUTPUT_DIR if args.resume else weights)
         evaluate(cfg, model, tests)
         return
     trainer = build_trainer(cfg, model, files, tests)

@@ -9,9 +9,8 @@ from detectron2.utils import comm
 from relvit_d2.classification.model import build_classifier
 from relvit_d2.classification.run import build_trainer, evaluate, finish, load_data, next_command, probe, settle, tell
 from relvit_d2.config.config_file import load_config
-from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.engine.cli import keep_config, run_script, start_run
-from relvit_d2.engine.weights import holds_encoder, load_weights
+from relvit_d2.engine.weights import holds_encoder, load_trained, load_weights
 from relvit_d2.report.run_summary import end_run
 from relvit_d2.utils.errors import UserError
 
@@ -31,14 +30,11 @@ def main(args: argparse.Namespace) -> None:
         if data.test is None:
             raise UserError("DATASETS.TEST is empty; name a set to evaluate on, such as ('cifar10_test',)")
         keep_config(cfg, SCRIPT)
-        weights = Checkpointer(model, cfg.OUTPUT_DIR).get_checkpoint_file() if args.resume else cfg.MODEL.WEIGHTS
-        if args.eval and holds_encoder(weights):
+        if args.eval and not args.resume and holds_encoder(cfg.MODEL.WEIGHTS):
             load_weights(cfg, model, encoder, "RGB")
             model.restart_average()
-        elif not weights.endswith(".pth"):
-            raise UserError("--eval-only needs a trained classifier: add MODEL.WEIGHTS path/to/model_final.pth")
         else:
-            Checkpointer(model, allow_pickle=cfg.MODEL.ALLOW_PICKLE).load(weights, checkpointables=[])
+            load_trained(cfg, model, cfg.OUTPUT_DIR if args.resume else cfg.MODEL.WEIGHTS)
         if args.eval:
             tell(cfg, probe(cfg, model, data, args.eval), data.test, file=f"{args.eval}.json")
         else:

@@ -22,9 +22,8 @@ from relvit_d2.detection.run import (
     settle,
     training_records,
 )
-from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.engine.cli import add_data, keep_config, run_script, start_run
-from relvit_d2.engine.weights import holds_encoder, load_weights
+from relvit_d2.engine.weights import load_trained, load_weights
 from relvit_d2.report.run_summary import end_run
 from relvit_d2.utils.errors import UserError
 
@@ -51,12 +50,7 @@ def main(args: argparse.Namespace) -> None:
     model = build_detector(cfg)
     if args.eval_only:
         keep_config(cfg, SCRIPT)
-        weights = cfg.MODEL.WEIGHTS
-        if args.resume:
-            weights = Checkpointer(model, cfg.OUTPUT_DIR).get_checkpoint_file()
-        if not weights or holds_encoder(weights):
-            raise UserError("--eval-only needs a trained detector: add MODEL.WEIGHTS path/to/model_final.pth")
-        Checkpointer(model, allow_pickle=cfg.MODEL.ALLOW_PICKLE).load(weights, checkpointables=[])
+        load_trained(cfg, model, cfg.OUTPUT_DIR if args.resume else cfg.MODEL.WEIGHTS)
         evaluate(cfg, model, tests)
         return
     trainer = build_trainer(cfg, model, records, tests)

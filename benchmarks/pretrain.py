@@ -152,10 +152,10 @@ class LoopedViews(torch.utils.data.Dataset[Tensor]):
         return len(self._files)
 
     def __getitem__(self, index: int) -> Tensor:
-        config, generator = self._config, torch.Generator().manual_seed(index)
+        config, key = self._config, torch.tensor([index])
         image = self._read(self._files[index])
-        (box,) = random_boxes(torch.tensor([image.shape[1:]]), config.crop_scale, config.crop_ratio, generator).tolist()
-        draws = PatchDraws(*(x[0] for x in draw_patches(config, 1, generator)))
+        (box,) = random_boxes(torch.tensor([image.shape[1:]]), config.crop_scale, config.crop_ratio, key).tolist()
+        draws = PatchDraws(*(x[0] for x in draw_patches(config, key)))
         return plain_patches(plain_view(image, box, index % 2 == 0, config), config, draws)
 
 

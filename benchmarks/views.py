@@ -8,7 +8,7 @@ import torchvision.transforms.functional as F
 
 from benchmarks.harness import arguments, in_turn, tell
 from benchmarks.plain import plain_patches, plain_view
-from relvit_d2.pretext.resampling import random_boxes
+from relvit_d2.pretext.resampling import random_boxes, random_flips
 from relvit_d2.pretext.views import PatchDraws, ViewConfig, Views, draw_patches
 
 # name: pixels of the images, pixels of a view, of a patch, views timed together
@@ -28,23 +28,21 @@ def main() -> None:
         views = Views(config)
 
         def ours(views: Views = views, images: torch.Tensor = on_device, sizes: torch.Tensor = sizes) -> None:
-            views.train(images, sizes, torch.Generator().manual_seed(0))
+            views.train(images, sizes, torch.arange(len(images)))
 
         def theirs(images: torch.Tensor = images, sizes: torch.Tensor = sizes, config: ViewConfig = config) -> None:
-            plain_train(images, sizes, config, torch.Generator().manual_seed(0))
+            plain_train(images, sizes, config, torch.arange(len(images)))
 
         pair = in_turn(ours, theirs, args.device, budget=2 if args.quick else 20)
         rows.append({"name": name, "ratio": pair.ratio, "images": batch, "ours_s": pair.ours, "loop_s": pair.theirs})
     tell(rows, args)
 
 
-def plain_train(
-    images: torch.Tensor, sizes: torch.Tensor, config: ViewConfig, generator: torch.Generator
-) -> torch.Tensor:
+def plain_train(images: torch.Tensor, sizes: torch.Tensor, config: ViewConfig, keys: torch.Tensor) -> torch.Tensor:
     """Make the views of :meth:`relvit_d2.pretext.views.Views.train`, the same draws, one patch at a time."""
-    boxes = random_boxes(sizes, config.crop_scale, config.crop_ratio, generator).tolist()
-    flip = (torch.rand(len(images), generator=generator) < config.flip).tolist()
-    draws = draw_patches(config, len(images), generator)
+    boxes = random_boxes(sizes, config.crop_scale, config.crop_ratio, keys).tolist()
+    flip = random_flips(keys, config.flip).tolist()
+    draws = draw_patches(config, keys)
     views = []
     for b, image in enumerate(images):
         view = plain_view(image, boxes[b], flip[b], config)

@@ -24,7 +24,6 @@ from relvit_d2.detection.model import build_detector
 from relvit_d2.pretext.views import ViewConfig, Views
 from relvit_d2.pretraining.model import build_pretraining_model
 from relvit_d2.utils.errors import UserError
-from relvit_d2.utils.randomness import torch_generator
 
 rng = np.random.default_rng(0)
 GRAY = rng.integers(0, 256, (20, 30), np.uint8)
@@ -245,7 +244,7 @@ def test_views_change_brightness_and_contrast_of_any_channels(channels: int) -> 
     sizes = torch.tensor([[40, 40]] * 3)
     mean, std = (0.0,) * channels, (1.0,) * channels
     config = ViewConfig(32, 8, mean=mean, std=std, jitter_prob=1.0, gray_prob=1.0, noise_prob=0.5, permute=True)
-    views, _ = Views(config).train(images, sizes, torch_generator(0, "views"))
+    views, _ = Views(config).train(images, sizes, torch.arange(3))
     assert views.shape == (3, channels, 32, 32)
     assert 0 <= views.min() < views.max() <= 1
     # Gray pixels have neither saturation nor hue: RGB of three equal channels goes the same way.
@@ -253,8 +252,8 @@ def test_views_change_brightness_and_contrast_of_any_channels(channels: int) -> 
         32, 8, mean=(0.0,) * 3, std=(1.0,) * 3, jitter=(0.4, 0.4, 0.4, 0.1), jitter_prob=1.0, gray_prob=1.0
     )
     one = ViewConfig(32, 8, mean=(0.0,), std=(1.0,), jitter=(0.4, 0.4, 0.4, 0.1), jitter_prob=1.0, gray_prob=1.0)
-    gray, _ = Views(one).train(images[:, :1], sizes, torch_generator(0, "views"))
-    rgb, _ = Views(same).train(images[:, :1].expand(-1, 3, -1, -1).contiguous(), sizes, torch_generator(0, "views"))
+    gray, _ = Views(one).train(images[:, :1], sizes, torch.arange(3))
+    rgb, _ = Views(same).train(images[:, :1].expand(-1, 3, -1, -1).contiguous(), sizes, torch.arange(3))
     torch.testing.assert_close(rgb, gray.expand(-1, 3, -1, -1), atol=1e-3, rtol=0)
 
 
@@ -262,8 +261,7 @@ def test_pretraining_takes_its_channels_from_the_config() -> None:
     cfg = load_config("configs/demo/ssl_streets.yaml", keys(5))
     model = build_pretraining_model(cfg).train()
     images = torch.randint(0, 256, (2, 5, 40, 48), dtype=torch.uint8)
-    batch = {"images": images, "sizes": torch.tensor([[40, 48], [30, 40]]), "share": (0, 2, 2)}
-    losses = model(batch | {"generator": torch_generator(0, "views")})
+    losses = model({"images": images, "sizes": torch.tensor([[40, 48], [30, 40]]), "keys": torch.arange(2)})
     sum(value for name, value in losses.items() if name.startswith("loss")).backward()
     assert model.encoder.arguments["in_chans"] == 5
 

@@ -31,8 +31,9 @@ from relvit_d2.data.images.batches import ImageStack
 from relvit_d2.encoders import ENCODERS, build_encoder
 from relvit_d2.encoders.vit import ViT
 from relvit_d2.pretext.monitor import knn_accuracy
+from relvit_d2.pretext.resampling import random_flips, random_pad_corners
 from relvit_d2.utils.errors import UserError
-from relvit_d2.utils.randomness import seed_everything, torch_generator
+from relvit_d2.utils.randomness import image_keys, seed_everything
 
 SMALL: dict[str, object] = {
     "MODEL.DEVICE": "cpu",
@@ -81,9 +82,9 @@ def test_a_padded_window_is_that_of_a_loop_over_images() -> None:
     images = torch.randint(256, (9, 3, 8, 8), dtype=torch.uint8)
     config = AugmentationConfig(8, pad=3, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
     sizes = torch.full((9, 2), 8)
-    found = Augmentation(config).train(images, sizes, torch_generator(0, "views", 5), (0, 9, 9))
-    generator = torch_generator(0, "views", 5)
-    flips, corners = torch.rand(9, generator=generator) < 0.5, torch.randint(7, (9, 2), generator=generator)
+    keys = image_keys(0, "views", 5, torch.arange(9))
+    found = Augmentation(config).train(images, sizes, keys)
+    flips, corners = random_flips(keys, 0.5), random_pad_corners(keys, 3)
     assert flips.any() and not flips.all()
     for image, view, flip, (top, left) in zip(images, found, flips, corners.tolist(), strict=True):
         window = F.pad(image, (3, 3, 3, 3))[:, top : top + 8, left : left + 8]
@@ -92,15 +93,17 @@ def test_a_padded_window_is_that_of_a_loop_over_images() -> None:
         torch.testing.assert_close(view, expected)
 
 
+@pytest.mark.parametrize("randaugment", [0, 2])
 @pytest.mark.parametrize("crop", ["pad", "resized"])
-def test_parts_of_a_batch_see_what_the_whole_would(crop: str) -> None:
+def test_parts_of_a_batch_see_what_the_whole_would(crop: str, randaugment: int) -> None:
     images, sizes = torch.randint(256, (6, 3, 16, 16), dtype=torch.uint8), torch.full((6, 2), 16)
-    augmentation = Augmentation(AugmentationConfig(16, crop))
-    whole = augmentation.train(images, sizes, torch_generator(1, "views", 0), (0, 6, 6))
-    for first, end in ((0, 2), (2, 6)):
-        part = slice(first, end)
-        some = augmentation.train(images[part], sizes[part], torch_generator(1, "views", 0), (first, end, 6))
-        torch.testing.assert_close(some, whole[part])
+    augmentation = Augmentation(AugmentationConfig(16, crop, randaugment=randaugment))
+    keys, before = image_keys(1, "views", 0, torch.arange(6)), torch.get_rng_state()
+    whole = augmentation.train(images, sizes, keys)
+    for part in (slice(0, 2), slice(2, 6)):
+        torch.testing.assert_close(augmentation.train(images[part], sizes[part], keys[part]), whole[part])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.allclose(augmentation.train(images, sizes, keys.flip(0)), whole)
 
 
 def test_the_centre_is_that_of_torchvision() -> None:

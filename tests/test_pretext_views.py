@@ -16,18 +16,19 @@ from relvit_d2.pretext import resampling
 from relvit_d2.pretext import views as module
 from relvit_d2.pretext.color import BRIGHTNESS, CONTRAST, SATURATION, add_noise_, blend_, grayscale_, hue_
 from relvit_d2.pretext.layout import PatchLayout
-from relvit_d2.pretext.resampling import random_boxes, resample
+from relvit_d2.pretext.resampling import random_boxes, random_flips, random_pad_corners, resample
 from relvit_d2.pretext.views import (
     MegaPatches,
     PatchDraws,
     ViewConfig,
     Views,
     augment_patches,
-    cuts_of,
+    draw_cuts,
     draw_patches,
     permute_patches,
 )
 from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.randomness import image_keys
 
 PLAIN = ViewConfig(24, 8, patch_crop=None, jitter_prob=0, gray_prob=0, mean=(0, 0, 0), std=(1, 1, 1))
 FULL = ViewConfig((16, 24), 8, permute=True, mean=(0, 0, 0), std=(1, 1, 1))
@@ -35,6 +36,10 @@ FULL = ViewConfig((16, 24), 8, permute=True, mean=(0, 0, 0), std=(1, 1, 1))
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def keys_of(count: int, seed: int = 0) -> Tensor:
+    return image_keys(seed, "views", torch.arange(count))
 
 
 def batch_of(count: int, height: int = 30, width: int = 40, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -103,9 +108,8 @@ def test_padded_crops_are_those_of_torchvisions_random_crop(
     """With the corners that the views draw given to ``RandomCrop``, and its result mirrored where they mirror."""
     monkeypatch.setattr(resampling, "LARGE", large)
     images, sizes = batch_of(40, 24, 24)
-    views, _ = Views(replace(PLAIN, crop_kind="pad", pad_mode=mode)).train(images, sizes, seeded(3))
-    generator = seeded(3)
-    corners, flips = torch.randint(9, (40, 2), generator=generator), torch.rand(40, generator=generator) < 0.5
+    views, _ = Views(replace(PLAIN, crop_kind="pad", pad_mode=mode)).train(images, sizes, keys_of(40))
+    corners, flips = random_pad_corners(keys_of(40), 4), random_flips(keys_of(40), 0.5)
     assert flips.any() and not flips.all()
     assert (corners == 0).any(0).all() and (corners == 8).any(0).all()
     for image, view, corner, flip in zip(images, views, corners.tolist(), flips, strict=True):
@@ -119,8 +123,8 @@ def test_a_padded_crop_of_another_size_is_that_of_the_resized_centre() -> None:
     images, sizes = batch_of(6, 40, 60)
     config = replace(PLAIN, crop_kind="pad", pad=3, flip=0.0)
     resized = F.resize(F.center_crop(images, [40, 40]).float() / 255, [24, 24], antialias=True)
-    corners = torch.randint(7, (6, 2), generator=seeded())
-    views, _ = Views(config).train(images, sizes, seeded())
+    corners = random_pad_corners(keys_of(6), 3)
+    views, _ = Views(config).train(images, sizes, keys_of(6))
     for image, view, (top, left) in zip(resized, views, corners.tolist(), strict=True):
         expected = F.crop(F.pad(image, [3]), top, left, 24, 24)
         torch.testing.assert_close(view, expected, rtol=0, atol=1e-6)
@@ -130,11 +134,11 @@ def test_mega_patches_cut_a_padded_crop() -> None:
     images, sizes = batch_of(6, 24, 24)
     config = replace(PLAIN, crop_kind="pad", flip=0.0)
     cut = replace(config, mega=MegaPatches(2))
-    padded, _ = Views(config).train(images, sizes, seeded(1))
-    views, _ = Views(cut).train(images, sizes, seeded(1))
-    generator = seeded(1)
-    torch.randint(9, (6, 2), generator=generator), torch.rand(6, generator=generator)
-    rows, cols = cuts_of(cut, *(torch.rand(6, 2, generator=generator) for _ in range(2)))
+    padded, _ = Views(config).train(images, sizes, keys_of(6))
+    views, _ = Views(cut).train(images, sizes, keys_of(6))
+    cuts = draw_cuts(cut, keys_of(6))
+    assert cuts is not None
+    rows, cols = cuts
     for b, view in enumerate(views):
         for i in range(2):
             for j in range(2):
@@ -145,20 +149,20 @@ def test_mega_patches_cut_a_padded_crop() -> None:
 
 def test_boxes_lie_inside_their_images_and_ranges() -> None:
     sizes = torch.tensor([[300, 400], [400, 300], [64, 64]]).repeat_interleave(300, 0)
-    boxes = random_boxes(sizes, (0.2, 0.5), (0.5, 2.0), seeded())
+    boxes = random_boxes(sizes, (0.2, 0.5), (0.5, 2.0), keys_of(len(sizes)))
     corner, crop = boxes[:, :2], boxes[:, 2:]
     assert (corner >= 0).all() and (corner + crop <= sizes).all()
     share, ratio = crop.prod(1) / sizes.prod(1), crop[:, 1] / crop[:, 0]
     assert 0.19 < share.min() < 0.22 and 0.46 < share.max() < 0.51
     assert 0.48 < ratio.min() < 0.55 and 1.8 < ratio.max() < 2.06
     # Every place that a crop may take is taken, the last row and column included.
-    room = random_boxes(torch.tensor([[4, 4]]).repeat(200, 1), (0.5, 0.6), (1, 1.01), seeded())
+    room = random_boxes(torch.tensor([[4, 4]]).repeat(200, 1), (0.5, 0.6), (1, 1.01), keys_of(200))
     assert room[:, 2:].unique().tolist() == [3] and room[:, :2].unique().tolist() == [0, 1]
 
 
 def test_boxes_are_spread_as_torchvisions() -> None:
     sizes = torch.tensor([[90, 160]]).repeat(3000, 1)
-    ours = random_boxes(sizes, (0.08, 1.0), (3 / 4, 4 / 3), seeded()).double()
+    ours = random_boxes(sizes, (0.08, 1.0), (3 / 4, 4 / 3), keys_of(len(sizes))).double()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         image = torch.empty(3, 90, 160)
@@ -173,18 +177,18 @@ def test_boxes_are_spread_as_torchvisions() -> None:
 def test_boxes_that_never_fit_are_torchvisions_centre(size: tuple[int, int]) -> None:
     """A share of 1.5 of the area leaves nothing but the fallback."""
     expected = RandomResizedCrop.get_params(torch.empty(3, *size), [1.5, 1.5], [3 / 4, 4 / 3])
-    boxes = random_boxes(torch.tensor([size]), (1.5, 1.5), (3 / 4, 4 / 3), seeded())
+    boxes = random_boxes(torch.tensor([size]), (1.5, 1.5), (3 / 4, 4 / 3), keys_of(1))
     assert boxes.tolist() == [list(expected)]
 
 
 def test_flips_come_with_their_probability() -> None:
     images, sizes = batch_of(400, 8, 8)
     never = replace(PLAIN, size=8, crop_scale=(1, 1), crop_ratio=(1, 1), flip=0.0)
-    straight, _ = Views(never).train(images, sizes, seeded())
-    always, _ = Views(replace(never, flip=1.0)).train(images, sizes, seeded())
+    straight, _ = Views(never).train(images, sizes, keys_of(400))
+    always, _ = Views(replace(never, flip=1.0)).train(images, sizes, keys_of(400))
     torch.testing.assert_close(straight, images / 255)
     torch.testing.assert_close(always, straight.flip(3))
-    half, _ = Views(replace(never, flip=0.5)).train(images, sizes, seeded())
+    half, _ = Views(replace(never, flip=0.5)).train(images, sizes, keys_of(400))
     flipped = (half - straight).abs().amax((1, 2, 3)) > 1e-3
     assert 160 < flipped.sum() < 240
 
@@ -211,7 +215,7 @@ def loop_over_patches(view: Tensor, config: ViewConfig, draws: PatchDraws) -> Te
 )
 def test_patches_are_those_of_a_loop_over_torchvision(config: ViewConfig) -> None:
     view = torch.rand(3, 4, *config.shape, generator=seeded())
-    draws = draw_patches(config, 4, seeded(1))
+    draws = draw_patches(config, keys_of(4))
     expected = loop_over_patches(view, config, draws)
     torch.testing.assert_close(augment_patches(view, config, draws), expected, rtol=0, atol=3e-5)
 
@@ -243,9 +247,9 @@ MEGA = [
 
 def drawn_cuts(config: ViewConfig, batch: int) -> tuple[Tensor, Tensor]:
     """Cuts as the views draw them."""
-    lines = (side // config.cut_unit - 1 for side in config.crop)
-    generator = seeded(5)
-    return cuts_of(config, *(torch.rand(batch, n, generator=generator) for n in lines))
+    cuts = draw_cuts(config, keys_of(batch))
+    assert cuts is not None
+    return cuts
 
 
 @pytest.mark.parametrize("config", MEGA, ids=str)
@@ -301,7 +305,7 @@ def test_every_layout_of_rows_is_equally_frequent() -> None:
 def test_a_view_of_mega_patches_has_the_layout_of_its_patches(config: ViewConfig) -> None:
     images, sizes = batch_of(3)
     for views, layout in (
-        Views(config).train(images, sizes, seeded()),
+        Views(config).train(images, sizes, keys_of(3)),
         Views(config).evaluate(images, sizes, torch.arange(3)),
     ):
         assert views.shape[2:] == config.shape
@@ -331,7 +335,7 @@ def test_permuting_whole_patches_is_what_the_views_do() -> None:
     view = torch.rand(2, 3, 16, 24, generator=seeded())
     slot = torch.rand(2, 6, generator=seeded()).argsort(1)
     plain = replace(FULL, patch_crop=None, jitter_prob=0, gray_prob=0)
-    draws = draw_patches(plain, 2, seeded())._replace(slot=slot)
+    draws = draw_patches(plain, keys_of(2))._replace(slot=slot)
     assert torch.equal(
         permute_patches(view, 8, slot).transpose(0, 1), augment_patches(view.transpose(0, 1), plain, draws)
     )
@@ -341,13 +345,13 @@ def test_patches_of_a_photograph_are_those_of_a_loop(samples: Path) -> None:
     photo = read_image(str(sorted((samples / "VOC2007/JPEGImages").glob("*.jpg"))[0]))
     config = ViewConfig(224, 16, permute=True)
     view = resample(photo[None], torch.tensor([[0, 0, *photo.shape[1:]]]), torch.tensor([False]), (224, 224))
-    draws = draw_patches(config, 1, seeded())
+    draws = draw_patches(config, keys_of(1))
     expected = loop_over_patches(view, config, draws)
     torch.testing.assert_close(augment_patches(view, config, draws), expected, rtol=0, atol=2e-5)
 
 
 def test_draws_keep_their_probabilities_and_ranges() -> None:
-    draws = draw_patches(replace(FULL, jitter=(0.4, 0.3, 1.5, 0.1)), 1000, seeded())
+    draws = draw_patches(replace(FULL, jitter=(0.4, 0.3, 1.5, 0.1)), keys_of(1000))
     assert draws.jittered.float().mean().item() == pytest.approx(0.8, abs=0.02)
     assert draws.gray.float().mean().item() == pytest.approx(0.2, abs=0.02)
     assert draws.order.unique().numel() == 24 and draws.offset.unique().tolist() == [0, 1]
@@ -371,8 +375,8 @@ def unshuffled(view: Tensor, layout: PatchLayout, patch: int) -> Tensor:
 @pytest.mark.parametrize("config", [PLAIN, replace(FULL, permute=False)], ids=["plain", "augmented"])
 def test_the_layout_undoes_the_permutation(config: ViewConfig) -> None:
     images, sizes = batch_of(4)
-    straight, whole = Views(config).train(images, sizes, seeded())
-    moved, layout = Views(replace(config, permute=True)).train(images, sizes, seeded())
+    straight, whole = Views(config).train(images, sizes, keys_of(4))
+    moved, layout = Views(replace(config, permute=True)).train(images, sizes, keys_of(4))
     assert not torch.equal(moved, straight)
     assert torch.equal(unshuffled(moved, layout, 8), straight)
     assert torch.equal(unshuffled(straight, whole, 8), straight)
@@ -387,15 +391,15 @@ def test_padding_is_never_seen(train: bool) -> None:
     views = Views(FULL)
 
     def make(batch: Tensor) -> Tensor:
-        return (views.train(batch, sizes, seeded()) if train else views.evaluate(batch, sizes, torch.arange(3)))[0]
+        return (views.train if train else views.evaluate)(batch, sizes, torch.arange(3))[0]
 
     assert torch.equal(make(images), make(images * inside[:, None]))
 
 
-def test_the_generator_decides_alone() -> None:
+def test_the_key_decides_alone() -> None:
     images, sizes = batch_of(3)
     before = torch.get_rng_state()
-    first, second, other = (Views(FULL).train(images, sizes, seeded(s))[0] for s in (3, 3, 4))
+    first, second, other = (Views(FULL).train(images, sizes, keys_of(3, seed))[0] for seed in (3, 3, 4))
     assert torch.equal(first, second) and not torch.equal(first, other)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -403,8 +407,9 @@ def test_the_generator_decides_alone() -> None:
 def test_parts_of_a_batch_are_together_the_whole() -> None:
     images, sizes = torch.randint(0, 256, (6, 3, 40, 48), dtype=torch.uint8), torch.tensor([[40, 48]] * 5 + [[31, 20]])
     config = replace(FULL, size=48, mega=MegaPatches(3, unit=4), noise_prob=0.5)
-    whole, layout = Views(config).train(images, sizes, seeded())
-    parts = [Views(config).train(images[a:b], sizes[a:b], seeded(), (a, b, 6)) for a, b in ((0, 1), (1, 4), (4, 6))]
+    keys = keys_of(6)
+    whole, layout = Views(config).train(images, sizes, keys)
+    parts = [Views(config).train(images[a:b], sizes[a:b], keys[a:b]) for a, b in ((0, 1), (1, 4), (4, 6))]
     torch.testing.assert_close(torch.cat([pixels for pixels, _ in parts]), whole, rtol=0, atol=1e-5)
     assert torch.equal(torch.cat([part.row for _, part in parts]), layout.row)
     assert torch.equal(torch.cat([part.col for _, part in parts]), layout.col)
@@ -412,26 +417,26 @@ def test_parts_of_a_batch_are_together_the_whole() -> None:
 
 def test_passes_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     images, sizes = batch_of(5)
-    whole, _ = Views(FULL).train(images, sizes, seeded())
+    whole, _ = Views(FULL).train(images, sizes, keys_of(5))
     monkeypatch.setattr(module, "CPU_PASS_PIXELS", 2 * 16 * 24)
-    split, _ = Views(FULL).train(images, sizes, seeded())
+    split, _ = Views(FULL).train(images, sizes, keys_of(5))
     torch.testing.assert_close(split, whole, rtol=0, atol=1e-6)
 
 
 def test_normalisation_comes_last_and_colours_stay_in_range() -> None:
     images, sizes = batch_of(6)
-    colors, _ = Views(FULL).train(images, sizes, seeded())
+    colors, _ = Views(FULL).train(images, sizes, keys_of(6))
     assert colors.min() >= -1e-6 and colors.max() <= 1 + 1e-6
     mean, std = (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)
-    normal, _ = Views(replace(FULL, mean=mean, std=std)).train(images, sizes, seeded())
+    normal, _ = Views(replace(FULL, mean=mean, std=std)).train(images, sizes, keys_of(6))
     torch.testing.assert_close(normal, F.normalize(colors, list(mean), list(std)))
 
 
 def test_autocast_does_not_blur() -> None:
     images, sizes = batch_of(2)
-    exact, _ = Views(FULL).train(images, sizes, seeded())
+    exact, _ = Views(FULL).train(images, sizes, keys_of(2))
     with torch.autocast("cpu", torch.bfloat16):
-        cast, _ = Views(FULL).train(images, sizes, seeded())
+        cast, _ = Views(FULL).train(images, sizes, keys_of(2))
     assert cast.dtype == torch.float32 and torch.equal(cast, exact)
 
 

@@ -169,7 +169,7 @@ def test_rows_of_the_picture_show_the_true_layout(tmp_path: Path) -> None:
     """With every patch put where the layout says, the view is the image again; the truth is the nine regions."""
     model = model_of("PRETEXT.PERMUTE", "always", "PRETEXT.CROP_SCALE", "[1.0,1.0]", "PRETEXT.PATCH_CROP", 1.0).eval()
     images = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    rows = pretext_rows(model, images, torch.tensor([[32, 32]] * 2), torch.Generator().manual_seed(1))
+    rows = pretext_rows(model, images, torch.tensor([[32, 32]] * 2), torch.tensor([1, 2]))
     for row in rows:
         assert row.truth[:4, :4].tolist() == [[0] * 4] * 4 and row.truth[4, 4] == 4 and (row.truth[5:, 5:] == 8).all()
         assert row.rebuilt is not None and row.answer is not None

@@ -294,7 +294,7 @@ def _pretraining(config_file: str, opts: list[str]) -> tuple[CfgNode, nn.Module,
         generator = torch_generator(0, "analysis")
         pixels = torch.randint(256, (images, *shape), dtype=torch.uint8, generator=generator)
         sizes = torch.tensor([shape[1:]] * images)
-        return {"images": pixels, "sizes": sizes, "generator": generator, "share": (0, images, images)}
+        return {"images": pixels, "sizes": sizes, "keys": torch.arange(images)}
 
     return cfg, model, stages, batches, f"pre-training, views of {side} x {side}"
 
@@ -322,8 +322,8 @@ def _classifier(config_file: str, opts: list[str]) -> tuple[CfgNode, nn.Module, 
         generator = torch_generator(0, "analysis")
         pixels = torch.randint(256, (images, 3, side, side), dtype=torch.uint8, generator=generator)
         labels = torch.randint(classes, (images,), generator=generator)
-        whole = {"sizes": torch.tensor([(side, side)] * images), "share": (0, images, images)}
-        return {"images": pixels, "labels": labels, "generator": generator, **whole}
+        sizes = torch.tensor([(side, side)] * images)
+        return {"images": pixels, "labels": labels, "sizes": sizes, "keys": torch.arange(images)}
 
     return cfg, model, stages, batches, f"classifier of {classes} classes, images of {side} x {side}{assumed}"
 

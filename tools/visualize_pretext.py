@@ -14,10 +14,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from relvit_d2.config.config_file import load_config, use_here  # noqa: E402
 from relvit_d2.data.images.folder import list_images  # noqa: E402
-from relvit_d2.engine.checkpoint import Checkpointer  # noqa: E402
 from relvit_d2.engine.error_reporting import guard  # noqa: E402
+from relvit_d2.engine.weights import load_trained, run_config  # noqa: E402
 from relvit_d2.pretraining.model import build_pretraining_model  # noqa: E402
 from relvit_d2.report.pretext import draw_pretext, rows_of_files  # noqa: E402
 from relvit_d2.utils.errors import UserError  # noqa: E402
@@ -47,20 +46,14 @@ def draw(args: argparse.Namespace) -> None:
     Raises:
         UserError: for weights without heads, a folder without images, or a place that cannot be written to.
     """
-    if args.weights.suffix == ".safetensors":
-        raise UserError(
-            f"'{args.weights}' is an encoder without the heads that answer: give the model_final.pth of its run"
-        )
     if args.count < 1:
         raise UserError(f"--count {args.count}: give at least 1")
     if not args.output.parent.is_dir():
         raise UserError(f"--output '{args.output}': the folder '{args.output.parent}' does not exist; make it first")
     files = list_images(args.images)
-    config = args.config_file or args.weights.parent / "config.yaml"
-    cfg = load_config(str(config), args.opts, "pretrain_ssl.py")
-    use_here(cfg)
+    cfg = run_config(args.weights, args.config_file or "", args.opts, "pretrain_ssl.py")
     model = build_pretraining_model(cfg)
-    Checkpointer(model, allow_pickle=cfg.MODEL.ALLOW_PICKLE).load(str(args.weights), checkpointables=[])
+    load_trained(cfg, model, args.weights)
     rows = rows_of_files(cfg, model, files, args.count)
     draw_pretext(rows, args.output, f"pre-training's questions and the answers of {args.weights.parent.name}")
     placed, right = (torch.tensor([getattr(row, name) for row in rows]).mean() for name in ("placed", "right"))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from relvit_d2.pretext.resampling import padded_window, random_boxes, resample
+from relvit_d2.pretext.resampling import padded_window, random_boxes, random_flips, random_pad_corners, resample
 from relvit_d2.utils.errors import UserError
 
 CROPS = ("pad", "resized")
@@ -67,29 +67,30 @@ class Augmentation:
         self._augment = v2.RandAugment(config.randaugment, config.magnitude) if config.randaugment else None
 
     @torch.no_grad()
-    def train(self, images: Tensor, sizes: Tensor, generator: torch.Generator, share: tuple[int, int, int]) -> Tensor:
+    def train(self, images: Tensor, sizes: Tensor, keys: Tensor) -> Tensor:
         """Crop, mirror and normalise at random; arguments as :meth:`relvit_d2.pretext.views.Views.train`.
-
-        The crops and flips of the whole batch are drawn from ``generator``; RandAugment draws from torch's own.
 
         Returns:
             ``(B, 3, size, size)`` float32.
         """
-        config, (first, end, whole) = self.config, share
-        part = slice(first, end)
-        flip = (torch.rand(whole, generator=generator) < config.flip)[part]
+        config = self.config
+        flip = random_flips(keys, config.flip)
         if config.crop == "pad":
-            corner = torch.randint(2 * config.pad + 1, (whole, 2), generator=generator)[part]
+            corner = random_pad_corners(keys, config.pad)
             window = padded_window(corner, flip, (config.size,) * 2, config.pad, "constant")
             pixels = self._resized(images, _whole(sizes), flip, window)
         else:
-            all_sizes = torch.ones(whole, 2, dtype=torch.int64)
-            all_sizes[part] = sizes
-            boxes = random_boxes(all_sizes, config.scale, RATIO, generator)[part]
-            pixels = self._resized(images, boxes, flip)
+            pixels = self._resized(images, random_boxes(sizes, config.scale, RATIO, keys), flip)
         if self._augment:
-            pixels = torch.stack([self._augment(image) for image in pixels])
+            pixels = torch.stack([self._augmented(*pair) for pair in zip(pixels, keys.tolist(), strict=True)])
         return self._normalised(pixels)
+
+    def _augmented(self, image: Tensor, key: int) -> Tensor:
+        """Apply RandAugment, which draws from torch's global CPU generator."""
+        assert self._augment is not None
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(key)
+            return self._augment(image)
 
     @torch.no_grad()
     def evaluate(self, images: Tensor, sizes: Tensor) -> Tensor:

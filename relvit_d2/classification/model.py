@@ -81,7 +81,7 @@ class ClassificationModel(nn.Module):
         beside its ``chance_T``.
         """
         images = batch["images"].to(self.device, non_blocking=True)
-        pixels = self.augmentation.train(images, batch["sizes"], batch["generator"], batch["share"])
+        pixels = self.augmentation.train(images, batch["sizes"], batch["keys"])
         labels = target = batch["labels"].to(self.device, non_blocking=True)
         if self.mix:
             pixels, target = self.mix(pixels, labels)

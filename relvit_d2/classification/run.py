@@ -15,16 +15,15 @@ from fvcore.common.config import CfgNode
 
 from relvit_d2.classification.model import ClassificationModel
 from relvit_d2.classification.probes import features, linear_probe
-from relvit_d2.conversion.encoder_file import save_encoder
 from relvit_d2.data.classification.datasets import list_class_sets
 from relvit_d2.data.classification.image_folder import LabelledImages, check_same_classes, places
 from relvit_d2.data.detection.splits import hold_out
 from relvit_d2.data.images.batches import ImageStack, TrainingBatches, fixed_batches
 from relvit_d2.data.images.decode import image_size
 from relvit_d2.data.images.similarity import fingerprint, fingerprints
-from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.trainer import Trainer
+from relvit_d2.engine.weights import export_encoder, load_trained
 from relvit_d2.pretext.monitor import knn_accuracy
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import write_json
@@ -215,12 +214,13 @@ def finish(cfg: CfgNode, model: ClassificationModel, trainer: Trainer, data: Cla
     chosen, metric = "the last one", cfg.TEST.BEST_METRIC
     if metric:
         best = Path(cfg.OUTPUT_DIR) / "model_best.pth"
-        extra = Checkpointer(model).load(str(best), checkpointables=[])
+        extra = load_trained(cfg, model, best)
         chosen = f"the best by {metric} ({extra['value']:.2f}), after iteration {extra['iteration']}"
     name = "best_on_test" if cfg.TEST.BEST_ON_TEST else "test"
     figures = evaluate(cfg, model, data.test) if data.test else {}
     if comm.is_main_process():
-        export_encoder(cfg, model, trainer.iter + 1, trainer.results | {name: figures})
+        results = trainer.results | {name: figures}
+        export_encoder(cfg, model.encoder, cfg.INPUT.VIEW.SIZE, trainer.iter + 1, results)
     tell(cfg, {name: figures} if data.test else {}, data.test, trainer.results | {"model": chosen})
 
 
@@ -281,20 +281,3 @@ def next_command(cfg: CfgNode, data: ClassificationData) -> str:
     kind = "linear" if data.validation else "knn"
     probe = ["python", "train_cls.py", "--config-file", str(output / "config.yaml"), "--eval", kind]
     return shlex.join([*probe, "MODEL.WEIGHTS", str(output / "encoder.safetensors")])
-
-
-def export_encoder(cfg: CfgNode, model: ClassificationModel, iterations: int, results: dict[str, Any]) -> Path:
-    """Write ``encoder.safetensors`` into ``OUTPUT_DIR`` and return its path; arguments say how it was trained."""
-    encoder, path = model.encoder, Path(cfg.OUTPUT_DIR) / "encoder.safetensors"
-    info = {
-        "pixel_mean": list(cfg.MODEL.PIXEL_MEAN),
-        "pixel_std": list(cfg.MODEL.PIXEL_STD),
-        "input_format": "RGB",
-        "patch": encoder.strides[encoder.last],
-        "image_size": cfg.INPUT.VIEW.SIZE,
-        "iteration": iterations,
-        "data": list(cfg.DATASETS.TRAIN),
-        "results": results,
-    }
-    save_encoder(encoder, path, info)
-    return path

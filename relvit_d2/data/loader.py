@@ -6,6 +6,7 @@ import logging
 import random
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 from weakref import WeakSet
 
@@ -47,7 +48,6 @@ class EndlessOrder(Sampler[list[Key]]):
     ) -> None:
         self._count, self._batch, self._seed, self.start = count, batch, seed, start
         self._rank, self._world, self.parts = rank, world, parts
-        self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def __iter__(self) -> Iterator[list[Key]]:
         for iteration in itertools.count(self.start):
@@ -55,12 +55,6 @@ class EndlessOrder(Sampler[list[Key]]):
             size = len(keys) // self.parts
             for part in range(self.parts):
                 yield keys[part * size : (part + 1) * size]
-
-    def share(self, part: int) -> tuple[int, int]:
-        """Return the first place and the end of a part of this process within the iteration's whole batch."""
-        size = self._batch // (self._world * self.parts)
-        first = (self._rank * self.parts + part) * size
-        return first, first + size
 
     def keys(self, iteration: int) -> list[Key]:
         """Return the epochs and indices of this process's samples in an iteration."""
@@ -70,9 +64,12 @@ class EndlessOrder(Sampler[list[Key]]):
 
     def _key(self, place: int) -> Key:
         epoch, rest = divmod(place, self._count)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, generator(self._seed, "order", epoch).permutation(self._count)
-        return epoch, int(self._order[rest])
+        return epoch, int(_permutation(self._count, self._seed, epoch)[rest])
+
+
+@lru_cache(maxsize=2)  # a batch may reach over the end of an epoch
+def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    return generator(seed, "order", epoch).permutation(count)
 
 
 class _Mapped(Dataset[Any]):

@@ -12,13 +12,12 @@ from detectron2.structures import Instances
 from fvcore.common.config import CfgNode
 from PIL import Image
 
-from relvit_d2.config.config_file import load_config, use_here
 from relvit_d2.data.detection import catalog
 from relvit_d2.data.detection.mapper import DetectionMapper
 from relvit_d2.data.images.decode import PixelFormat
 from relvit_d2.detection.model import build_detector
-from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.engine.precision import choose_precision
+from relvit_d2.engine.weights import load_trained, run_config
 from relvit_d2.utils.errors import UserError
 
 Picture = str | Path | Image.Image | np.ndarray
@@ -96,18 +95,12 @@ def load_detector(path: str | Path, config_file: str = "", overrides: Sequence[A
         UserError: if there is no such detector.
     """
     path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    config_file = config_file or str(folder / "config.yaml")
-    cfg = load_config(config_file, [str(word) for word in overrides], "train_net.py")
-    use_here(cfg)
-    names = _class_names(cfg, folder)
+    cfg = run_config(path, config_file, overrides, "train_net.py")
+    names = _class_names(cfg, path if path.is_dir() else path.parent)
     if not cfg.MODEL.ROI_HEADS.NUM_CLASSES:
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(names)
     model = build_detector(cfg)
-    checkpointer = Checkpointer(model, str(folder), allow_pickle=cfg.MODEL.ALLOW_PICKLE)
-    if path.is_dir() and not checkpointer.has_checkpoint():
-        raise UserError(f"'{path}' holds no checkpoint: give an OUTPUT_DIR of train_net.py or a model_*.pth")
-    checkpointer.load(checkpointer.get_checkpoint_file() if path.is_dir() else str(path), checkpointables=[])
+    load_trained(cfg, model, path)
     return Detector(cfg, model, names)
 
 

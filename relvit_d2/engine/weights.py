@@ -1,12 +1,16 @@
-"""Weights into a script's model, with proof that a pre-trained encoder arrived."""
+"""Weights of models: what training starts from, what evaluation reads, the encoder that training leaves."""
 
 import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from fvcore.common.config import CfgNode
 from torch import nn
 
+from relvit_d2.config.config_file import load_config, use_here
 from relvit_d2.conversion.converted import TOLERANCE
-from relvit_d2.conversion.encoder_file import ENOUGH, MatchReport, feature_difference, load_encoder
+from relvit_d2.conversion.encoder_file import ENOUGH, MatchReport, feature_difference, load_encoder, save_encoder
 from relvit_d2.conversion.timm_hub import is_published
 from relvit_d2.encoders import Encoder
 from relvit_d2.engine.checkpoint import Checkpointer, download
@@ -40,6 +44,79 @@ def load_weights(cfg: CfgNode, model: nn.Module, encoder: Encoder, input_format:
     else:
         checkpointer = Checkpointer(model, enough=ENOUGH, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
         checkpointer.load(weights, checkpointables=[])
+
+
+def run_config(weights: str | Path, config_file: str | Path, overrides: Sequence[Any], script: str) -> CfgNode:
+    """Return the config of a trained model for use on this machine: see :func:`relvit_d2.config.config_file.use_here`.
+
+    Args:
+        weights: the run's folder or one of its checkpoints, as for :func:`load_trained`.
+        config_file: empty for the ``config.yaml`` beside the checkpoint.
+        overrides: keys and values in turn.
+        script: the script that trained it.
+
+    Raises:
+        UserError: if the config is missing or invalid.
+    """
+    path = Path(weights)
+    folder = path if path.is_dir() else path.parent
+    cfg = load_config(str(config_file or folder / "config.yaml"), [str(word) for word in overrides], script)
+    use_here(cfg)
+    return cfg
+
+
+def load_trained(cfg: CfgNode, model: nn.Module, weights: str | Path) -> dict[str, Any]:
+    """Load a trained model, heads included, to evaluate or to use it.
+
+    Args:
+        cfg: its config.
+        model: what the weights go into.
+        weights: a checkpoint, ``model_*.pth``, or the folder of a run, for its last checkpoint.
+
+    Returns:
+        What the checkpoint holds beside the weights.
+
+    Raises:
+        UserError: if there is no checkpoint, or it does not fit the model.
+    """
+    source = str(weights)
+    if not source or holds_encoder(source):
+        what = f"'{source}' holds an encoder without heads" if source else "MODEL.WEIGHTS is empty"
+        raise UserError(f"{what}: give the model_final.pth of a trained model, or the folder of its run")
+    checkpointer = Checkpointer(model, source, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
+    if Path(source).is_dir():
+        if not checkpointer.has_checkpoint():
+            raise UserError(f"'{source}' holds no checkpoint: give the OUTPUT_DIR of a training or a model_*.pth")
+        source = checkpointer.get_checkpoint_file()
+    return checkpointer.load(source, checkpointables=[])
+
+
+def export_encoder(
+    cfg: CfgNode, encoder: Encoder, image_size: int, iterations: int, results: dict[str, Any], **more: Any
+) -> Path:
+    """Write ``encoder.safetensors`` into ``OUTPUT_DIR`` and return its path.
+
+    Args:
+        cfg: the run's config.
+        encoder: what is written.
+        image_size: side in pixels of the images that it was trained on.
+        iterations: how many it was trained for.
+        results: what the last evaluation returned.
+        more: further metadata, JSON values.
+    """
+    path = Path(cfg.OUTPUT_DIR) / "encoder.safetensors"
+    info = {
+        "pixel_mean": list(cfg.MODEL.PIXEL_MEAN),
+        "pixel_std": list(cfg.MODEL.PIXEL_STD),
+        "input_format": "RGB",
+        "patch": encoder.strides[encoder.last],
+        "image_size": image_size,
+        "iteration": iterations,
+        "data": list(cfg.DATASETS.TRAIN),
+        "results": results,
+    }
+    save_encoder(encoder, path, info | more)
+    return path
 
 
 def load_proved(cfg: CfgNode, encoder: Encoder, weights: str, input_format: str) -> None:

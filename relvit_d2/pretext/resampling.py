@@ -1,41 +1,77 @@
 """Crops of uint8 images, resized, mirrored and cut into mega-patches, by products with weights along each axis."""
 
 import math
+from enum import IntEnum
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from relvit_d2.utils.hashing import hashed_uniform
 
 TRIES = 10  # torchvision's RandomResizedCrop
 # Pixels of images that a CPU resizes one by one: the products of larger ones are mostly with zeros.
 LARGE = 2**14
 
 
-def random_boxes(
-    sizes: Tensor, scale: tuple[float, float], ratio: tuple[float, float], generator: torch.Generator
-) -> Tensor:
+class Draw(IntEnum):
+    """What a random number of a view decides. It is hashed from an image's key, this, and a counter."""
+
+    ROW_CUTS = 0
+    COLUMN_CUTS = 1
+    SLOT = 2
+    CROP_AREA = 3
+    CROP_RATIO = 4
+    CROP_CORNER = 5
+    FLIP = 6
+    PAD_CORNER = 7
+    WINDOW_ROW = 8
+    WINDOW_COLUMN = 9
+    JITTERED = 10
+    JITTER_ORDER = 11
+    BRIGHTNESS = 12
+    CONTRAST = 13
+    SATURATION = 14
+    HUE = 15
+    GRAY = 16
+    NOISY = 17
+    NOISE = 18
+
+
+def random_flips(keys: Tensor, probability: float) -> Tensor:
+    """Return which images, ``(B,)`` bool, are mirrored, from their ``keys``, ``(B,)`` int64."""
+    return hashed_uniform(keys, Draw.FLIP) < probability
+
+
+def random_pad_corners(keys: Tensor, pad: int) -> Tensor:
+    """Return ``(B, 2)`` int64 in 0..2 * pad, the ``corner`` of :func:`padded_window`, from ``keys``, ``(B,)`` int64."""
+    drawn = hashed_uniform(keys[:, None], Draw.PAD_CORNER, torch.arange(2, device=keys.device))
+    return (drawn * (2 * pad + 1)).long()
+
+
+def random_boxes(sizes: Tensor, scale: tuple[float, float], ratio: tuple[float, float], keys: Tensor) -> Tensor:
     """Draw one crop an image as torchvision's ``RandomResizedCrop.get_params`` does.
 
     Ten tries of a uniform area and a log-uniform ratio; where none fits, the largest centred crop within
     the ratios.
 
     Args:
-        sizes: ``(B, 2)`` integer heights and widths, on the generator's device.
+        sizes: ``(B, 2)`` integer heights and widths, on the keys' device.
         scale: range of the share of the image's area.
         ratio: range of width over height.
-        generator: the source of randomness.
+        keys: ``(B,)`` int64, what an image's crop is hashed from.
 
     Returns:
         ``(B, 4)`` int64: top, left, height, width.
     """
 
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        draw = torch.rand(shape, generator=generator, device=sizes.device, dtype=torch.float64)
-        return low + (high - low) * draw
+    def uniform(low: float, high: float, draw: Draw, count: int) -> Tensor:
+        drawn = hashed_uniform(keys[:, None], draw, torch.arange(count, device=keys.device))
+        return low + (high - low) * drawn.double()
 
     height, width = sizes.to(torch.float64).unbind(1)
-    area = (height * width)[:, None] * uniform(*scale, len(sizes), TRIES)
-    shape = torch.exp(uniform(math.log(ratio[0]), math.log(ratio[1]), len(sizes), TRIES))
+    area = (height * width)[:, None] * uniform(*scale, Draw.CROP_AREA, TRIES)
+    shape = torch.exp(uniform(math.log(ratio[0]), math.log(ratio[1]), Draw.CROP_RATIO, TRIES))
     tried = torch.stack(((area / shape).sqrt().round(), (area * shape).sqrt().round()), 2)
     fits = ((tried >= 1) & (tried <= sizes[:, None])).all(2)
     first = fits.to(torch.uint8).argmax(1)
@@ -44,7 +80,7 @@ def random_boxes(
     )
     crop = torch.where(fits.any(1)[:, None], tried[torch.arange(len(sizes)), first], fallback).long()
     room = sizes.long() - crop
-    corner = torch.minimum((uniform(0, 1, len(sizes), 2) * (room + 1)).long(), room)
+    corner = torch.minimum((uniform(0, 1, Draw.CROP_CORNER, 2) * (room + 1)).long(), room)
     corner = torch.where(fits.any(1)[:, None], corner, room // 2)
     return torch.cat((corner, crop), 1)
 
@@ -162,7 +198,8 @@ def resample(
         boxes: ``(B, 4)`` int64 top, left, height, width, on any device.
         flip: ``(B,)`` bool, mirror left and right.
         crop: height and width that a box is resized to.
-        cuts: where the bands of the crop begin and end (:func:`cuts_of`), None for no mega-patches.
+        cuts: where the bands of the crop begin and end along each axis, ``(B, bands + 1)`` int64 pixels; None for no
+            mega-patches.
         shape: height and width of the result; None for those of the crop.
         window: the rows and columns of the crop that are shown in its place (:func:`padded_window`); None for all.
     """

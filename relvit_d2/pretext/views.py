@@ -14,9 +14,18 @@ from torch import Tensor
 
 from relvit_d2.pretext.color import HUE, ORDERS, SATURATION, add_noise_, color_jitter_, grayscale_
 from relvit_d2.pretext.layout import PatchLayout
-from relvit_d2.pretext.resampling import centre_boxes, padded_window, random_boxes, resample, resize_weights
+from relvit_d2.pretext.resampling import (
+    Draw,
+    centre_boxes,
+    padded_window,
+    random_boxes,
+    random_flips,
+    random_pad_corners,
+    resample,
+    resize_weights,
+)
 from relvit_d2.utils.errors import UserError
-from relvit_d2.utils.hashing import hashed_uniform
+from relvit_d2.utils.hashing import hashed_uniform, hashed_words
 
 # Pixels of the views made in one pass on a CPU, so that the planes of a pass stay in its cache.
 CPU_PASS_PIXELS = 2**18
@@ -192,47 +201,34 @@ class Views:
         self.config = config
 
     @torch.no_grad()
-    def train(
-        self, images: Tensor, sizes: Tensor, generator: torch.Generator, share: tuple[int, int, int] | None = None
-    ) -> tuple[Tensor, PatchLayout]:
+    def train(self, images: Tensor, sizes: Tensor, keys: Tensor) -> tuple[Tensor, PatchLayout]:
         """Make one random view of each image.
 
-        Every choice is drawn from ``generator`` on the generator's own device and then moved: a CPU
-        generator gives the same views, to rounding, on every device, and nothing is read back from the GPU.
+        Every choice is hashed from the image's key: the view is the same, to rounding, on every device and in every
+        batch that the image is part of. Nothing is read back from the GPU.
 
         Args:
             images: ``(B, C, H, W)`` uint8, as many channels as ``mean``; what lies outside an image's own size is never
                 looked at.
             sizes: ``(B, 2)`` integer heights and widths of the images inside the batch.
-            generator: the only source of randomness.
-            share: first place, end and size of a larger batch of which these images are a part: all of its choices
-                are drawn, so that its parts, wherever they are computed, are together what it would be whole.
+            keys: ``(B,)`` int64, the only source of randomness; see :func:`relvit_d2.utils.randomness.image_keys`.
 
         Returns:
             ``(B, C, h, w)`` float32 normalised views, and where their patches truly lie.
         """
-        config = self.config
-        first, end, whole = share or (0, len(images), len(images))
-        part = slice(first, end)
-        all_sizes = sizes.new_ones(whole, 2, device=generator.device)
-        all_sizes[part] = sizes.to(generator.device)
-        window = None
+        config, sizes, keys = self.config, sizes.cpu(), keys.cpu()
+        flip, window = random_flips(keys, config.flip), None
         if config.crop_kind == "pad":
-            boxes = centre_boxes(all_sizes[part], config.crop)
-            corner = torch.randint(2 * config.pad + 1, (whole, 2), generator=generator, device=generator.device)[part]
-        else:
-            boxes = random_boxes(all_sizes, config.crop_scale, config.crop_ratio, generator)[part]
-        flip = (torch.rand(whole, generator=generator, device=generator.device) < config.flip)[part]
-        if config.crop_kind == "pad":
+            boxes = centre_boxes(sizes, config.crop)
+            corner = random_pad_corners(keys, config.pad)
             window = padded_window(corner, flip, config.crop, config.pad, config.pad_mode)
-        cuts = None
-        if config.mega is not None:
-            lines = [torch.rand(whole, n, generator=generator, device=generator.device)[part] for n in _lines(config)]
-            cuts = cuts_of(config, *lines)
+        else:
+            boxes = random_boxes(sizes, config.crop_scale, config.crop_ratio, keys)
         draws = None
         if config.augments_patches or config.permute:
-            draws = PatchDraws(*(x[part] for x in draw_patches(config, whole, generator)))
-        return self._make(images, boxes, flip, cuts, draws, window), self._layout(images, draws and draws.slot)
+            draws = draw_patches(config, keys, images.device)
+        pixels = self._make(images, boxes, flip, draw_cuts(config, keys), draws, window)
+        return pixels, self._layout(images, draws and draws.slot)
 
     @torch.no_grad()
     def evaluate(self, images: Tensor, sizes: Tensor, keys: Tensor) -> tuple[Tensor, PatchLayout]:
@@ -249,24 +245,18 @@ class Views:
         Returns:
             As :meth:`train`.
         """
-        config, keys = self.config, keys.cpu()[:, None]
+        config, keys = self.config, keys.cpu()
         boxes = centre_boxes(sizes, config.crop)
         flip = torch.zeros(len(images), dtype=torch.bool, device=boxes.device)
-        cuts, slot = None, None
-        if config.mega is not None:
-            cuts = cuts_of(
-                config, *(hashed_uniform(keys, axis, torch.arange(n)) for axis, n in enumerate(_lines(config)))
-            )
+        pixels = self._make(images, boxes, flip, draw_cuts(config, keys), None)
+        slot = draw_slots(config, keys.to(images.device))
         if config.permute:
-            slot = hashed_uniform(keys, 2, torch.arange(config.grid[0] * config.grid[1])).argsort(1)
-        pixels = self._make(images, boxes, flip, cuts, None)
-        if slot is not None:
-            pixels = permute_patches(pixels, config.patch_size, slot.to(pixels.device))
+            pixels = permute_patches(pixels, config.patch_size, slot)
         return pixels, self._layout(images, slot)
 
     def _layout(self, images: Tensor, slot: Tensor | None) -> PatchLayout:
         layout = PatchLayout.full(len(images), self.config.grid, images.device)
-        return layout.permuted(slot.to(images.device)) if slot is not None and self.config.permute else layout
+        return layout.permuted(slot) if slot is not None and self.config.permute else layout
 
     def _make(
         self,
@@ -299,54 +289,69 @@ class Views:
         return (slice(i, min(i + step, len(images))) for i in range(0, len(images), step))
 
 
-def _lines(config: ViewConfig) -> tuple[int, int]:
-    """Return how many rows and columns of pixels a crop may be cut at."""
-    height, width = config.crop
-    return height // config.cut_unit - 1, width // config.cut_unit - 1
-
-
-def cuts_of(config: ViewConfig, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn random numbers into where the bands of each axis begin and end.
+def draw_cuts(config: ViewConfig, keys: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Draw where the bands of mega-patches begin and end along each axis; each choice of lines is equally probable.
 
     Args:
-        config: says how many bands, and what a cut may lie on.
-        rows, cols: ``(B, lines)``, a number for every line that may be cut at; the smallest decide.
+        config: sets the number of bands and the lines that a cut may lie on.
+        keys: ``(B,)`` int64, what an image's cuts are hashed from.
 
     Returns:
-        ``(B, bands + 1)`` int64 pixels of the crop, rows and columns.
+        ``(B, bands + 1)`` int64 pixels of the crop, rows and columns; None without mega-patches.
     """
-    assert config.mega is not None
+    if config.mega is None:
+        return None
     cuts = []
-    for drawn, length in zip((rows, rows if config.mega.shared_cuts else cols), config.crop, strict=True):
-        chosen = drawn.argsort(1)[:, : config.mega.bands - 1].sort(1).values + 1
+    for draw, length in zip((Draw.ROW_CUTS, Draw.COLUMN_CUTS), config.crop, strict=True):
+        draw = Draw.ROW_CUTS if config.mega.shared_cuts else draw
+        lines = torch.arange(length // config.cut_unit - 1, device=keys.device)
+        numbers = hashed_words(keys[:, None], draw, lines)
+        chosen = numbers.argsort(1)[:, : config.mega.bands - 1].sort(1).values + 1
         ends = chosen.new_tensor([0, length]).expand(len(chosen), 2)
         cuts.append(torch.cat((ends[:, :1], chosen * config.cut_unit, ends[:, 1:]), 1))
     return cuts[0], cuts[1]
 
 
-def draw_patches(config: ViewConfig, batch: int, generator: torch.Generator) -> PatchDraws:
-    """Draw what happens to each patch of a batch of views, on the generator's device."""
-    device, count = generator.device, config.grid[0] * config.grid[1]
+def draw_slots(config: ViewConfig, keys: Tensor) -> Tensor:
+    """Return the patch that is moved to each slot of a view, ``(B, N)`` int64, from ``keys``, ``(B,)`` int64."""
+    patches = torch.arange(config.grid[0] * config.grid[1], device=keys.device)
+    if not config.permute:
+        return patches.expand(len(keys), -1)
+    return hashed_words(keys[:, None], Draw.SLOT, patches).argsort(1)
 
-    def rand(*shape: int) -> Tensor:
-        return torch.rand(batch, count, *shape, generator=generator, device=device)
 
-    def randint(high: int, *shape: int) -> Tensor:
-        return torch.randint(high, (batch, count, *shape), generator=generator, device=device)
+def draw_patches(config: ViewConfig, keys: Tensor, device: torch.device | None = None) -> PatchDraws:
+    """Draw what happens to each patch of a batch of views.
 
-    spread = torch.tensor(config.jitter, device=device)
-    middle = torch.tensor((1.0, 1.0, 1.0, 0.0), device=device)
+    Args:
+        config: sets the ranges and probabilities.
+        keys: ``(B,)`` int64, what all choices for an image are hashed from.
+        device: where the choices are needed, by default on the keys' device. The jitter's order stays on the keys'
+            device, which is the CPU where the sizes of the groups must be known without reading from a GPU.
+    """
+    patches = torch.arange(config.grid[0] * config.grid[1])
+
+    def uniform(keys: Tensor, *draws: Draw) -> Tensor:
+        kinds, numbers = torch.tensor(draws)[:, None, None].to(keys.device), patches.to(keys.device)
+        return hashed_uniform(keys[:, None], kinds, numbers)
+
+    jittered, order = uniform(keys, Draw.JITTERED, Draw.JITTER_ORDER)
+    keys = keys.to(device or keys.device)
+    factors = Draw.BRIGHTNESS, Draw.CONTRAST, Draw.SATURATION, Draw.HUE
+    drawn = uniform(keys, *factors, Draw.WINDOW_ROW, Draw.WINDOW_COLUMN, Draw.GRAY, Draw.NOISY)
+    spread = torch.tensor(config.jitter, device=keys.device)[:, None, None]
+    middle = torch.tensor((1.0, 1.0, 1.0, 0.0), device=keys.device)[:, None, None]
     # A factor is never negative; the hue turns both ways.
     low = torch.maximum(middle - spread, middle - 1)
     return PatchDraws(
-        offset=randint(config.patch_size - config.window + 1, 2),
-        order=randint(len(ORDERS)),
-        factors=torch.lerp(low, middle + spread, rand(4)),
-        jittered=rand() < config.jitter_prob,
-        gray=rand() < config.gray_prob,
-        noisy=rand() < config.noise_prob,
-        noise=randint(2**31),
-        slot=rand().argsort(1) if config.permute else torch.arange(count, device=device).expand(batch, -1),
+        offset=(drawn[4:6] * (config.patch_size - config.window + 1)).long().movedim(0, 2),
+        order=(order * len(ORDERS)).long(),
+        factors=torch.lerp(low, middle + spread, drawn[:4]).movedim(0, 2),
+        jittered=jittered < config.jitter_prob,
+        gray=drawn[6] < config.gray_prob,
+        noisy=drawn[7] < config.noise_prob,
+        noise=hashed_words(keys[:, None], Draw.NOISE, patches.to(keys.device)),
+        slot=draw_slots(config, keys),
     )
 
 
@@ -366,16 +371,15 @@ def augment_patches(view: Tensor, config: ViewConfig, draws: PatchDraws) -> Tens
     count = batch * rows * cols
 
     # Sorted by the step at which the jitter turns their hue, patches fall into groups that
-    # share every kernel. The sizes of the groups are read where they were drawn.
+    # share every kernel. The sizes of the groups are read where the order was drawn.
     operations = torch.tensor(ORDERS, device=draws.order.device)[draws.order.flatten()]
     hue_step = (operations == HUE).to(torch.uint8).argmax(1).masked_fill_(~draws.jittered.flatten(), 4)
     sort = hue_step.argsort()
     groups = hue_step.bincount(minlength=5)[:4].tolist()
-    offset, factors, operations, gray = (
-        x[sort].to(device)
-        for x in (draws.offset.flatten(0, 1), draws.factors.flatten(0, 1), operations, draws.gray.flatten())
+    operations, sort = operations[sort].to(device), sort.to(device)
+    offset, factors, gray = (
+        x.to(device)[sort] for x in (draws.offset.flatten(0, 1), draws.factors.flatten(0, 1), draws.gray.flatten())
     )
-    sort = sort.to(device)
     if channels != 3:
         factors[:, SATURATION] = 1
 

@@ -11,8 +11,8 @@ from detectron2.utils import comm
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from relvit_d2.conversion.encoder_file import save_encoder
 from relvit_d2.encoders import Encoder, encoder_from_keys
+from relvit_d2.engine import weights
 from relvit_d2.pretext.layout import PatchLayout
 from relvit_d2.pretext.monitor import FeatureStatistics
 from relvit_d2.pretext.task import PretextTask, pooling
@@ -39,9 +39,9 @@ class PretrainingModel(nn.Module):
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Take a batch of :func:`relvit_d2.data.detection.mapper.pad_images`; return scalars.
 
-        In training the views are random, and the batch holds their ``generator`` and its ``share`` of the whole batch
-        too (see :meth:`Views.train`). In evaluation they are fixed, and it holds the images' ``keys``. Beside each
-        ``accuracy_T`` or ``error_T`` stands ``chance_T``, that of the best constant answer.
+        The batch holds the images' ``keys`` too, from which the views are hashed: random ones in training
+        (:meth:`Views.train`), fixed ones in evaluation. Beside each ``accuracy_T`` or ``error_T`` stands ``chance_T``,
+        that of the best constant answer.
         """
         pixels, layout = self.look(batch)
         return self.task(self.tokens(pixels), layout) | self.chances
@@ -55,9 +55,7 @@ class PretrainingModel(nn.Module):
     def look(self, batch: dict[str, Any]) -> tuple[Tensor, PatchLayout]:
         """Return the views of a batch: see :meth:`forward`."""
         images, sizes = batch["images"].to(next(self.parameters()).device, non_blocking=True), batch["sizes"]
-        if self.training:
-            return self.views.train(images, sizes, batch["generator"], batch["share"])
-        return self.views.evaluate(images, sizes, batch["keys"])
+        return (self.views.train if self.training else self.views.evaluate)(images, sizes, batch["keys"])
 
 
 def build_pretraining_model(cfg: CfgNode) -> PretrainingModel:
@@ -167,30 +165,6 @@ def image_features(model: PretrainingModel, batches: Iterable[dict[str, Any]]) -
 
 
 def export_encoder(cfg: CfgNode, model: PretrainingModel, iterations: int, results: dict[str, Any]) -> Path:
-    """Write ``encoder.safetensors`` into ``OUTPUT_DIR`` and return its path.
-
-    Args:
-        cfg: the run's config.
-        model: whose encoder is written.
-        iterations: how many it was trained for.
-        results: what the last evaluation returned.
-    """
-    path = Path(cfg.OUTPUT_DIR) / "encoder.safetensors"
-    info = {
-        "pixel_mean": list(cfg.MODEL.PIXEL_MEAN),
-        "pixel_std": list(cfg.MODEL.PIXEL_STD),
-        "input_format": "RGB",
-        "patch": model.encoder.strides[model.encoder.last],
-        "image_size": cfg.PRETEXT.IMAGE_SIZE,
-        "iteration": iterations,
-        "data": list(cfg.DATASETS.TRAIN),
-        "pretext": _plain(cfg.PRETEXT),
-        "results": results,
-    }
-    save_encoder(model.encoder, path, info)
-    return path
-
-
-def _plain(node: CfgNode) -> dict[str, Any]:
-    """Return a config node as plain dictionaries and values."""
-    return {key: _plain(value) if isinstance(value, CfgNode) else value for key, value in node.items()}
+    """Write the model's encoder: see :func:`relvit_d2.engine.weights.export_encoder`."""
+    size = cfg.PRETEXT.IMAGE_SIZE
+    return weights.export_encoder(cfg, model.encoder, size, iterations, results, pretext=cfg.PRETEXT)

@@ -16,20 +16,18 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
-from relvit_d2.config.config_file import load_config, use_here
 from relvit_d2.data.detection.custom import register_own
 from relvit_d2.data.detection.mapper import ImageReader, pad_images
 from relvit_d2.data.images.batches import Images
-from relvit_d2.engine.checkpoint import Checkpointer
+from relvit_d2.engine.weights import load_trained, run_config
 from relvit_d2.pretext.layout import PatchLayout
 from relvit_d2.pretext.targets import RELATIONS, all_pairs, pair_relation, positions
 from relvit_d2.pretext.task import PositionTask, RelationTask
 from relvit_d2.pretext.views import Views, permute_patches
 from relvit_d2.pretraining.model import PretrainingModel, build_pretraining_model
 from relvit_d2.pretraining.run import image_files
-from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import appearing
-from relvit_d2.utils.randomness import torch_generator
+from relvit_d2.utils.randomness import image_keys
 
 WORDS = ("above left", "above", "above right", "left", "itself", "right", "below left", "below", "below right")
 CELL = 2.1  # inches of a panel's side
@@ -48,19 +46,17 @@ class PretextRow(NamedTuple):
 
 
 @torch.no_grad()
-def pretext_rows(
-    model: PretrainingModel, images: Tensor, sizes: Tensor, generator: torch.Generator
-) -> list[PretextRow]:
-    """Look at random training views of a batch of images and ask the model about them.
+def pretext_rows(model: PretrainingModel, images: Tensor, sizes: Tensor, keys: Tensor) -> list[PretextRow]:
+    """Make random training views of a batch of images and compare the model's answers with the targets.
 
     Args:
         model: in evaluation mode.
         images, sizes: as of :func:`relvit_d2.data.detection.mapper.pad_images`, on the model's device.
-        generator: what the views are drawn from.
+        keys: ``(B,)`` int64, see :meth:`relvit_d2.pretext.views.Views.train`.
     """
     config = model.views.config
     plain, _ = Views(config.plain()).evaluate(images, sizes, torch.zeros(len(images), dtype=torch.int64))
-    pixels, layout = model.views.train(images, sizes, generator)
+    pixels, layout = model.views.train(images, sizes, keys)
     tokens = model.tokens(pixels)
     tasks = dict(model.task.named_tasks())
     relations = all_pairs(pair_relation, layout)
@@ -99,13 +95,9 @@ def sheet_of_run(folder: Path, count: int = 4) -> Image.Image:
     Raises:
         UserError: if the checkpoint or the images are gone.
     """
-    cfg = load_config(str(folder / "config.yaml"), [], "pretrain_ssl.py")
-    use_here(cfg)
+    cfg = run_config(folder, "", [], "pretrain_ssl.py")
     model = build_pretraining_model(cfg)
-    checkpointer = Checkpointer(model, str(folder))
-    if not checkpointer.has_checkpoint():
-        raise UserError(f"'{folder}' has no checkpoint")
-    checkpointer.load(checkpointer.get_checkpoint_file(), checkpointables=[])
+    load_trained(cfg, model, folder)
     register_own(cfg.DATASETS, labels=False)
     part = "TEST" if cfg.DATASETS.TEST else "TRAIN"
     how = {"skip_missing": cfg.DATASETS.SKIP_MISSING, "synset_file": cfg.DATASETS.SYNSETS}
@@ -121,7 +113,8 @@ def rows_of_files(cfg: CfgNode, model: PretrainingModel, files: Images, count: i
     batch = pad_images([file if isinstance(file, Tensor) else reader(file) for file in chosen])
     images = batch["images"].to(next(model.parameters()).device)
     was_training = model.training
-    rows = pretext_rows(model.eval(), images, batch["sizes"], torch_generator(cfg.SEED, "picture"))
+    keys = image_keys(cfg.SEED, "picture", torch.arange(len(images)))
+    rows = pretext_rows(model.eval(), images, batch["sizes"], keys)
     model.train(was_training)
     return rows
 

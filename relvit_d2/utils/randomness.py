@@ -9,6 +9,9 @@ import zlib
 
 import numpy as np
 import torch
+from torch import Tensor
+
+from relvit_d2.utils.hashing import hashed_words
 
 
 def sequence(seed: int, purpose: str, *place: int) -> np.random.SeedSequence:
@@ -31,6 +34,19 @@ def torch_generator(seed: int, purpose: str, *place: int) -> torch.Generator:
     """Return a CPU torch generator of its own for a draw; arguments as for :func:`sequence`."""
     state = int(sequence(seed, purpose, *place).generate_state(1, np.uint64)[0] >> np.uint64(1))
     return torch.Generator().manual_seed(state)
+
+
+def image_keys(seed: int, purpose: str, *place: Tensor | int) -> Tensor:
+    """Return what the random choices for each image are hashed from (:mod:`relvit_d2.utils.hashing`).
+
+    Args:
+        seed, purpose: as for :func:`sequence`.
+        place: integers such as ``(B,)`` epochs and ``(B,)`` indices of images, which broadcast.
+
+    Returns:
+        ``(B,)`` int64 in 0..2**32 - 1, different for different values of the last of ``place``.
+    """
+    return hashed_words(int(sequence(seed, purpose).generate_state(1)[0]), *place)
 
 
 def seed_everything(seed: int, purpose: str, *place: int) -> None:

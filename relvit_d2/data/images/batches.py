@@ -14,7 +14,7 @@ from relvit_d2.data.detection.mapper import ImageReader, pad_images
 from relvit_d2.data.loader import EndlessBatches, EndlessOrder, ordered_batches
 from relvit_d2.utils.batch_source import BatchSource
 from relvit_d2.utils.errors import UserError
-from relvit_d2.utils.randomness import torch_generator
+from relvit_d2.utils.randomness import image_keys
 
 Images = Sequence[Any]  # an ImageStack, or what ImageReader reads
 
@@ -82,11 +82,11 @@ class StackBatches:
 
 
 class TrainingBatches:
-    """Endless batches of images, each with the generator of its views.
+    """Endless batches of images, each image with the key of its random view.
 
-    All parts of an iteration, in all processes, get generators of one state, so that they are together the batch that
-    one process would read. To each batch of :func:`relvit_d2.data.detection.mapper.pad_images` come ``generator``,
-    ``share`` (see :meth:`relvit_d2.pretext.views.Views.train`) and, where there are any, ``labels``.
+    To each batch of :func:`relvit_d2.data.detection.mapper.pad_images` come ``keys``, ``(B,)`` int64, each a function
+    of the seed, the epoch and the image (see :meth:`relvit_d2.pretext.views.Views.train`) and, where there are any,
+    ``labels``, ``(B,)`` int64. So an image's view is the same in whatever process and part of a batch it is read.
 
     Args:
         cfg: the run's config.
@@ -96,10 +96,9 @@ class TrainingBatches:
     """
 
     def __init__(self, cfg: CfgNode, images: Images, start: int, labels: Tensor | None = None) -> None:
-        solver, self._seed = cfg.SOLVER, cfg.SEED
-        self._size, self._labels = solver.IMS_PER_BATCH, labels
+        solver, self._seed, self._labels = cfg.SOLVER, cfg.SEED, labels
         rank, world = comm.get_rank(), comm.get_world_size()
-        self._order = EndlessOrder(len(images), self._size, cfg.SEED, start, rank, world, solver.ACCUMULATE)
+        self._order = EndlessOrder(len(images), solver.IMS_PER_BATCH, cfg.SEED, start, rank, world, solver.ACCUMULATE)
         self._batches: BatchSource
         if isinstance(images, ImageStack):
             _check_channels(cfg, images)
@@ -110,21 +109,11 @@ class TrainingBatches:
             self._batches = EndlessBatches(images, *how, replaces=labels is None)
 
     def __iter__(self) -> Generator[dict[str, Any], None, None]:
-        order = self._order
         with closing(iter(self._batches)) as batches:
-            for number, batch in enumerate(batches):
-                iterations, part = divmod(number, order.parts)
-                iteration, share = order.start + iterations, order.share(part)
-                more = {
-                    "generator": torch_generator(self._seed, "views", iteration),
-                    "share": (*share, self._size),
-                }
-                if self._labels is not None:
-                    keys = order.keys(iteration)
-                    size = share[1] - share[0]
-                    index = [index for _, index in keys[part * size : (part + 1) * size]]
-                    more["labels"] = self._labels[index]
-                yield batch | more
+            for samples, batch in zip(self._order, batches, strict=False):  # both are endless
+                epochs, index = torch.tensor(samples).unbind(1)
+                labels = {} if self._labels is None else {"labels": self._labels[index]}
+                yield batch | {"keys": image_keys(self._seed, "views", epochs, index)} | labels
 
     def names(self, iteration: int) -> list[Any]:
         """Return what names the images of an iteration."""
