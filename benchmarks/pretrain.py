@@ -39,6 +39,7 @@ from relvit_d2.pretext.task import RelationTask
 from relvit_d2.pretext.views import PatchDraws, ViewConfig, draw_patches
 from relvit_d2.pretraining.model import PretrainingModel, build_pretraining_model
 from relvit_d2.pretraining.run import build_trainer
+from relvit_d2.utils.metrics import Metric
 from relvit_d2.utils.randomness import seed_everything
 
 # name: pixels of a view, of a patch, (width, height) of the images, batch
@@ -138,7 +139,7 @@ def flops(cfg: CfgNode) -> float:
     layout = PatchLayout.full(few, model.task.grid)
     with FlopCounterMode(display=False) as counter:
         losses = model.task(model.encoder.tokens(torch.randn(few, 3, side, side)), layout)
-        sum(value for name, value in losses.items() if name.startswith("loss")).backward()
+        sum(value for value in losses.values() if not isinstance(value, Metric)).backward()
     return counter.get_total_flops() / few * cfg.SOLVER.IMS_PER_BATCH
 
 

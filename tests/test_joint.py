@@ -1,6 +1,7 @@
 """Joint training: the detector's losses and the pretext losses of the encoder's last map."""
 
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,10 +15,12 @@ from relvit_d2.detection.model import build_detector
 from relvit_d2.detection.rcnn import RelViTRCNN
 from relvit_d2.encoders import ENCODERS
 from relvit_d2.pretext.layout import PatchLayout
+from relvit_d2.pretext.targets import relation_chance
 from relvit_d2.pretext.task import PretextTask
+from relvit_d2.utils.metrics import as_scalars
 
 JOINT = ("MODEL.RELVIT.JOINT", True)
-PRETEXT = {"loss_relation", "loss_position", "accuracy_relation", "accuracy_position"}
+PRETEXT = {"loss_relation", "loss_position", "relation", "position"}
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +51,7 @@ def test_the_losses_of_both_come_side_by_side() -> None:
     alone = supervised(batch)
     torch.manual_seed(1)
     both = joint(batch)
-    assert both.keys() - alone.keys() == PRETEXT | {"chance_relation", "chance_position"}
+    assert both.keys() - alone.keys() == PRETEXT
     for name, value in alone.items():
         torch.testing.assert_close(both[name], value)
     sum(both[f"loss_{task}"] for task in ("relation", "position")).backward()
@@ -76,16 +79,21 @@ def test_pretext_losses_are_those_of_the_task_on_the_last_map() -> None:
     batch = [entry(48, 64)]
     both = joint(batch)
     images = joint.preprocess_image(batch).tensor
-    expected = joint.pretext(joint.backbone.encoder.tokens(images), PatchLayout.full(1, (12, 16)))
-    for name, value in expected.items():
-        torch.testing.assert_close(both[name], value)
+    expected = joint.pretext(joint.backbone.encoder.tokens(images), PatchLayout.full(1, (12, 16)), [(12, 16)])
+    for name, value in as_scalars(expected).items():
+        torch.testing.assert_close(as_scalars(both)[name], value)
+    assert expected["relation"].chance == relation_chance((12, 16)).accuracy
+    torch.testing.assert_close(
+        joint([entry(48, 64), entry(33, 47)])["relation"].chance,
+        (relation_chance((12, 16)).accuracy + relation_chance((9, 12)).accuracy) / 2,
+    )
 
 
 @pytest.mark.parametrize("name", list(ENCODERS))
 def test_every_encoder_trains_jointly_and_evaluates_as_before(name: str) -> None:
     model = build_detector(tiny_config(*JOINT, *fitting(name, (1, 0.5))))
     losses = model([entry(40, 56)])
-    assert losses.keys() >= PRETEXT and all(value.isfinite() for value in losses.values())
+    assert losses.keys() >= PRETEXT and all(math.isfinite(value) for value in as_scalars(losses).values())
     model.eval()
     with torch.no_grad():
         assert "instances" in model([entry(40, 56)])[0]
@@ -104,10 +112,10 @@ def test_a_t2t_reads_pooled_tokens_and_positions_inside_each_image() -> None:
     """As in the authors' code: 14 x 14 tokens become 7 x 7 before every head, whatever the training."""
     joint = build_detector(tiny_config(*JOINT, *fitting("t2t_vit_14", (1, 0.5)), "PRETEXT.POOL", 2))
     assert isinstance(joint, RelViTRCNN)
-    seen: list[tuple[torch.Tensor, PatchLayout]] = []
+    seen: list[tuple[Any, ...]] = []
     joint.pretext.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
     joint([entry(224, 224), entry(100, 150)])
-    tokens, layout = seen[0]
+    tokens, layout = seen[0][:2]
     assert tokens.shape[1] == 49 and layout.grid == (7, 7)
     assert layout.extent().tolist() == [[7, 7], [4, 5]]  # of 7 x 10 tokens
 

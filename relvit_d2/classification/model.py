@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from relvit_d2.classification.augmentation import Augmentation, AugmentationConfig
 from relvit_d2.encoders import Encoder, encoder_from_keys
-from relvit_d2.engine.joint import say_if_positions_leak
+from relvit_d2.engine.joint import warn_position_leak
 from relvit_d2.pretext.task import PretextTask, pooling
 from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.metrics import Metric
 
 POOLS = ("cls", "mean")
 
@@ -74,11 +75,10 @@ class ClassificationModel(nn.Module):
         self.network, self.augmentation, self.pretext, self.mix = network, augmentation, pretext, mix
         self.average = ModelEmaV3(network, decay).requires_grad_(False) if decay else None
 
-    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Take a training batch of :class:`relvit_d2.data.images.batches.TrainingBatches`; return scalars.
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor | Metric[Any]]:
+        """Take a training batch of :class:`relvit_d2.data.images.batches.TrainingBatches`; return losses and metrics.
 
-        ``loss_class`` and ``accuracy_class`` (of the unmixed labels), in joint mode those of the pretext tasks, each
-        beside its ``chance_T``.
+        ``loss_class`` and the accuracy ``class`` (of the unmixed labels), in joint mode those of the pretext tasks.
         """
         images = batch["images"].to(self.device, non_blocking=True)
         pixels = self.augmentation.train(images, batch["sizes"], batch["keys"])
@@ -86,16 +86,15 @@ class ClassificationModel(nn.Module):
         if self.mix:
             pixels, target = self.mix(pixels, labels)
         scores, tokens = self.network(pixels)
-        told = {
+        outputs: dict[str, Tensor | Metric[Any]] = {
             "loss_class": F.cross_entropy(scores, target),
-            "accuracy_class": (scores.argmax(1) == labels).float().mean(),
+            "class": Metric((scores.argmax(1) == labels).float().mean()),
         }
         if self.pretext:
             last = tokens.mT.unflatten(2, self.network.encoder.grid(*pixels.shape[2:]))
             tokens, layout = self.pretext.pooled(last)
-            chances = {f"chance_{name}": torch.tensor(value) for name, value in self.pretext.chance().items()}
-            told |= self.pretext(tokens, layout) | chances
-        return told
+            outputs |= self.pretext(tokens, layout)
+        return outputs
 
     def evaluated(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the scores and tokens of a batch with fixed views, by the mean of the weights if there is one."""
@@ -166,7 +165,7 @@ def build_classifier(cfg: CfgNode, classes: int) -> ClassificationModel:
     network = Classifier(encoder_from_keys(cfg.MODEL), classes, cfg.MODEL.CLASSIFIER.POOL)
     pretext = None
     if cfg.MODEL.RELVIT.JOINT:
-        say_if_positions_leak(network.encoder)
+        warn_position_leak(network.encoder)
         rows, cols = (-(-side // pooling(cfg.PRETEXT)) for side in network.encoder.grid(view.SIZE, view.SIZE))
         pretext = PretextTask.from_keys(network.encoder.dim, (rows, cols), cfg.PRETEXT)
     model = ClassificationModel(network, augmentation, pretext, _mix(cfg, classes), decay)

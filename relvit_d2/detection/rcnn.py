@@ -14,9 +14,10 @@ from torch import Tensor
 
 from relvit_d2.detection.regions import padded_size
 from relvit_d2.encoders import Encoder
-from relvit_d2.engine.joint import say_if_positions_leak
+from relvit_d2.engine.joint import warn_position_leak
 from relvit_d2.pretext.task import PretextTask
 from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.metrics import Metric
 
 
 @META_ARCH_REGISTRY.register()
@@ -47,7 +48,7 @@ class RelViTRCNN(GeneralizedRCNN):
         return parts | {"pretext": _pretext(cfg, parts["backbone"].encoder) if cfg.MODEL.RELVIT.JOINT else None}
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
-        """See Detectron2's class; joint training adds ``loss_T``, ``accuracy_T`` and ``chance_T`` of each task T."""
+        """See Detectron2's class; joint training adds the loss and the metric of each pretext task."""
         if not self.training:
             return self.inference(batched_inputs)
         images = self.preprocess_image(batched_inputs)
@@ -108,20 +109,14 @@ class RelViTRCNN(GeneralizedRCNN):
         finally:
             handle.remove()
 
-    def _pretext_losses(self, images: ImageList, last_maps: list[Tensor]) -> dict[str, Tensor]:
-        """Return the pretext losses on the last maps of the groups of images, and the accuracies by chance."""
+    def _pretext_losses(self, images: ImageList, last_maps: list[Tensor]) -> dict[str, Tensor | Metric[Any]]:
+        """Return the pretext losses and metrics on the last maps of the groups of images."""
         if self.pretext is None:
             return {}
         last = _batched(last_maps, self._groups(images).values())
         grids = [self.backbone.encoder.grid(*size) for size in images.image_sizes]
         tokens, layout = self.pretext.pooled(last, torch.tensor(grids, device=last.device))
-        grids = [(rows, cols) for rows, cols in layout.extent().tolist()]
-        chances = {
-            f"chance_{name}": torch.tensor([task.chance(grid) for grid in grids]).mean()
-            for name, task in self.pretext.named_tasks()
-            if task.measure == "accuracy"
-        }
-        return self.pretext(tokens, layout) | chances
+        return self.pretext(tokens, layout, [(rows, cols) for rows, cols in layout.extent().tolist()])
 
 
 def _pretext(cfg: CfgNode, encoder: Encoder) -> PretextTask:
@@ -129,7 +124,7 @@ def _pretext(cfg: CfgNode, encoder: Encoder) -> PretextTask:
     grid = tuple(cfg.MODEL.RELVIT.GRID)
     if len(grid) != 2 or min(grid) < 1:
         raise UserError(f"MODEL.RELVIT.GRID {list(grid)} is not a grid: give rows and columns, such as [7, 7]")
-    say_if_positions_leak(encoder)
+    warn_position_leak(encoder)
     return PretextTask.from_keys(encoder.dim, grid, cfg.PRETEXT)
 
 

@@ -12,6 +12,7 @@ from detectron2.utils import comm
 
 from relvit_d2.engine import signals
 from relvit_d2.utils.errors import UserError, nearest
+from relvit_d2.utils.metrics import less_is_better
 
 if TYPE_CHECKING:
     from relvit_d2.engine.trainer import Trainer
@@ -57,8 +58,8 @@ class EvaluationHook(HookBase):
     Args:
         evaluate: returns Detectron2's nested dict of results; empty in all processes but the first.
         tests: the names of what it evaluates on; a best value on others does not count.
-        metric: the flattened name, such as ``bbox/AP``, whose best value decides ``model_best.pth``; of a name with
-            ``loss`` in it the least is best, else the greatest. Empty for none.
+        metric: the flattened name, such as ``bbox/AP``, whose best value decides ``model_best.pth``: the least of a
+            loss or an error, else the greatest (:func:`relvit_d2.utils.metrics.less_is_better`). Empty for none.
         patience: evaluations in a row without a better value that end the run; 0 for no end.
 
     Attributes:
@@ -115,7 +116,7 @@ class EvaluationHook(HookBase):
                 f"TEST.BEST_METRIC '{self._metric}' is none of {', '.join(known)}{nearest(self._metric, known)}"
             )
         value, trainer = scalars[self._metric], self.trainer
-        sign = -1 if "loss" in self._metric else 1
+        sign = -1 if less_is_better(self._metric) else 1
         if trainer.iter > self.counted:
             self.counted = trainer.iter
             self.stale += 1

@@ -7,7 +7,7 @@ from relvit_d2.encoders import Encoder
 logger = logging.getLogger(__name__)
 
 
-def say_if_positions_leak(encoder: Encoder) -> None:
+def warn_position_leak(encoder: Encoder) -> None:
     """Warn that accuracies say little where images are seen as they are by an encoder that carries positions."""
     if encoder.carries_positions:
         logger.warning(

@@ -31,6 +31,7 @@ from relvit_d2.engine.writers import WriterHook
 from relvit_d2.utils.batch_source import BatchSource
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import write_json, write_text
+from relvit_d2.utils.metrics import Metric, as_scalars
 from relvit_d2.utils.randomness import seed_everything
 
 logger = logging.getLogger(__name__)
@@ -47,8 +48,8 @@ class Trainer(TrainerBase):
 
     Args:
         cfg: the full config.
-        model: batch -> dict; entries whose name starts with ``loss`` are summed and minimised, the others are
-            metrics to log.
+        model: batch -> dict of scalar losses, which are summed and minimised, and of
+            :class:`relvit_d2.utils.metrics.Metric`, which are logged.
         samples: number of training images.
         make_batches: first iteration -> batches from there on.
         evaluate: returns results to log (Detectron2's nested dict); run every ``TEST.EVAL_PERIOD``
@@ -253,16 +254,17 @@ class Trainer(TrainerBase):
             data_time += time.perf_counter() - start
             with shared.no_sync() if shared and part < parts - 1 else nullcontext():  # one exchange of gradients
                 outputs = self._forward(batch)
-                total = torch.stack([v.float() for name, v in outputs.items() if name.startswith("loss")]).sum() / parts
+                losses = [value for value in outputs.values() if not isinstance(value, Metric)]
+                total = torch.stack([loss.float() for loss in losses]).sum() / parts
                 total.backward()
-            for name, value in (*outputs.items(), ("total_loss", total * parts)):
-                share = value.detach().float().to(total.device) / parts
+            for name, value in as_scalars({**outputs, "total_loss": total * parts}).items():
+                share = torch.as_tensor(value, dtype=torch.float32, device=total.device).detach() / parts
                 means[name] = means[name] + share if name in means else share
         means["grad_norm"] = self.clip()
         self._log(means, rate, data_time)
         self.optimizer.step()
 
-    def _forward(self, batch: Any) -> dict[str, Tensor]:
+    def _forward(self, batch: Any) -> dict[str, Tensor | Metric[Any]]:
         try:
             with self.precision.autocast():
                 return self.model(batch)

@@ -12,6 +12,7 @@ from fvcore.common.config import CfgNode
 
 from relvit_d2.utils.files import write_text
 from relvit_d2.utils.hardware import peak_memory
+from relvit_d2.utils.metrics import Metric, from_scalars
 
 if TYPE_CHECKING:
     from relvit_d2.engine.trainer import Trainer
@@ -99,13 +100,9 @@ class ProgressPrinter(EventWriter):
             speed = [f"{seconds:.3f} s/iter  {self._batch / seconds:5.1f} images/s  data {waiting:4.0%}"]
         losses = [n for n in names if n == "total_loss" or n.startswith("loss_")]
         parts += [f"{n} {_median(storage, n):7.4f}" for n in sorted(losses, key=lambda n: (n != "total_loss", n))]
-        for name in names:
-            measure, _, task = name.partition("_")
-            if measure in ("accuracy", "error"):
-                form = "5.1%" if measure == "accuracy" else ".3f"
-                known = f"chance_{task}" in names
-                chance = f" (chance {storage.history('chance_' + task).latest():{form}})" if known else ""
-                parts.append(f"{task} {_median(storage, name):{form}}{chance}")
+        for name, metric in from_scalars({name: name for name in names if "/" not in name}).items():
+            chance = metric.chance and storage.history(metric.chance).latest()
+            parts.append(f"{name} {Metric(_median(storage, metric.value), chance, metric.kind)}")
         if "lr" in names:
             parts.append(f"lr {storage.history('lr').latest():.2e}")
         logger.info("  ".join([*parts, *speed, f"memory {peak_memory(self._device):.1f} GiB"]))

@@ -1,7 +1,8 @@
 """Pretext tasks: tokens and their layout to losses and accuracies."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from relvit_d2.pretext.layout import PatchLayout
 from relvit_d2.pretext.pair_loss import Angle, Bearing, Distance, PairKind, Relation, pair_loss
 from relvit_d2.pretext.targets import pair_deviation, position_chance, positions, relation_chance
 from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.metrics import Metric
 from relvit_d2.utils.registry import Registry
 
 PRETEXT_TASKS: Registry[type["Task"]] = Registry("pretext task")
@@ -52,7 +54,7 @@ class Task(nn.Module):
         config: what all tasks share.
 
     Attributes:
-        measure: name of what is told beside the loss: ``accuracy`` (0..1, more is better) or ``error`` (less is).
+        measure: the kind of the metric beside the loss (:class:`relvit_d2.utils.metrics.Metric`).
     """
 
     measure: ClassVar[str] = "accuracy"
@@ -186,18 +188,27 @@ class PretextTask(nn.Module):
             raise UserError(f"no pretext task has a weight above 0: give one to {' or '.join(PRETEXT_TASKS)}")
         self.tasks = nn.ModuleDict({name: kinds[name](dim, grid, config) for name in self.weights})
 
-    def forward(self, tokens: Tensor, layout: PatchLayout) -> dict[str, Tensor]:
+    def forward(
+        self, tokens: Tensor, layout: PatchLayout, grids: Sequence[tuple[int, int]] = ()
+    ) -> dict[str, Tensor | Metric[Any]]:
         """Score ``(B, N, dim)`` tokens.
 
+        Args:
+            tokens, layout: see :class:`Task`.
+            grids: rows and columns of each whole image, if they differ from the grid of the positions. The chance of
+                an error, which is slow to compute for many grids, is left out then.
+
         Returns:
-            For each task ``loss_NAME`` (weighted; the losses sum to the total) and ``accuracy_NAME`` or
-            ``error_NAME`` (see :class:`Task`, no gradient), scalars.
+            For each task ``loss_NAME``, a scalar (weighted; the losses sum to the total), and ``NAME``, the metric:
+            its value is a scalar without a gradient, its chance a float, the mean over the images.
         """
-        scores = {}
+        scores: dict[str, Tensor | Metric[Any]] = {}
         for name, task in self.named_tasks():
             loss, measure = task(tokens, layout)
             scores[f"loss_{name}"] = self.weights[name] * loss
-            scores[f"{task.measure}_{name}"] = measure
+            known = not grids or task.measure == "accuracy"
+            chance = fmean(map(task.chance, grids or [self.grid])) if known else None
+            scores[name] = Metric(measure, chance, task.measure)
         return scores
 
     def pooled(self, last: Tensor, extents: Tensor | None = None) -> tuple[Tensor, PatchLayout]:
@@ -221,14 +232,6 @@ class PretextTask(nn.Module):
             last = sums / counts.clamp(min=1 / 9)
             layout = PatchLayout.padded((last.shape[2], last.shape[3]), (extents + 1) // 2)
         return last.flatten(2).mT, layout
-
-    def chance(self, grid: tuple[int, int] | None = None) -> dict[str, float]:
-        """Return each task's measure by chance under the task's name.
-
-        Args:
-            grid: rows and columns of whole images; None for the grid of the positions.
-        """
-        return {name: task.chance(grid or self.grid) for name, task in self.named_tasks()}
 
     @classmethod
     def from_keys(cls, dim: int, grid: tuple[int, int], keys: Mapping[str, Any]) -> "PretextTask":

@@ -18,6 +18,7 @@ from relvit_d2.pretext.monitor import FeatureStatistics
 from relvit_d2.pretext.task import PretextTask, pooling
 from relvit_d2.pretext.views import MegaPatches, ViewConfig, Views
 from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.metrics import Metric, as_scalars
 
 logger = logging.getLogger(__name__)
 
@@ -34,17 +35,15 @@ class PretrainingModel(nn.Module):
     def __init__(self, encoder: Encoder, task: PretextTask, views: Views) -> None:
         super().__init__()
         self.encoder, self.task, self.views = encoder, task, views
-        self.chances = {f"chance_{name}": torch.tensor(value) for name, value in task.chance().items()}
 
-    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Take a batch of :func:`relvit_d2.data.detection.mapper.pad_images`; return scalars.
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor | Metric[Any]]:
+        """Take a batch of :func:`relvit_d2.data.detection.mapper.pad_images`; return losses and metrics.
 
         The batch holds the images' ``keys`` too, from which the views are hashed: random ones in training
-        (:meth:`Views.train`), fixed ones in evaluation. Beside each ``accuracy_T`` or ``error_T`` stands ``chance_T``,
-        that of the best constant answer.
+        (:meth:`Views.train`), fixed ones in evaluation.
         """
         pixels, layout = self.look(batch)
-        return self.task(self.tokens(pixels), layout) | self.chances
+        return self.task(self.tokens(pixels), layout)
 
     def tokens(self, pixels: Tensor) -> Tensor:
         """Return what the heads read of views ``(B, C, h, w)``: ``(B, N, dim)``, row by row."""
@@ -120,21 +119,21 @@ def _permutes(asked: str, encoder: Encoder) -> bool:
 
 @torch.no_grad()
 def evaluate_pretext(model: PretrainingModel, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """Return figures of the batches of all processes, with fixed views; empty in all processes but the first.
+    """Return scalars of the batches of all processes, with fixed views; empty in all processes but the first.
 
-    The mean of every loss, accuracy, error and chance level over the images, and of all tokens ``feature_std`` and
-    ``feature_rank`` (:class:`relvit_d2.pretext.monitor.FeatureStatistics`).
+    The means over the images of all losses and metrics, and of all tokens ``feature_std`` and ``feature_rank``
+    (:class:`relvit_d2.pretext.monitor.FeatureStatistics`).
     """
     was_training = model.training
     model.eval()
-    sums: Counter[str] = Counter()
+    sums: Any = Counter()
     statistics = FeatureStatistics(model.encoder.dim)
     for batch in batches:
         pixels, layout = model.look(batch)
         tokens = model.tokens(pixels)
         statistics.update(tokens)
-        for name, value in (model.task(tokens, layout) | model.chances).items():
-            sums[name] += value.item() * len(pixels)
+        for name, value in as_scalars(model.task(tokens, layout)).items():
+            sums[name] += float(value) * len(pixels)
         sums["images"] += len(pixels)
     model.train(was_training)
     parts = comm.gather((sums, statistics))

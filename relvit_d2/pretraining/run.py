@@ -23,6 +23,7 @@ from relvit_d2.pretext.monitor import knn_accuracy
 from relvit_d2.pretraining.model import PretrainingModel, evaluate_pretext, image_features
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import write_json
+from relvit_d2.utils.metrics import Metric, as_scalars, from_scalars
 
 UNHELD = 256  # training images that figures are taken of where no images are held out
 LEAK = 0.95  # accuracy in the first epoch beyond which a task is no task
@@ -108,14 +109,14 @@ class LeakAlarm(HookBase):
         storage = self.trainer.storage
         if self._said or self.trainer.iter >= self._epoch:
             return
-        for name, history in storage.histories().items():
-            count = storage.count_samples(name, LEAK_WINDOW)
-            if name.startswith("accuracy_") and count and history.avg(count) > LEAK:
+        for name, metric in from_scalars({name: name for name in storage.histories() if "/" not in name}).items():
+            count, history = storage.count_samples(metric.value, LEAK_WINDOW), storage.history(metric.value)
+            if metric.kind == "accuracy" and count and history.avg(count) > LEAK:
                 self._said = True
                 logger.warning(
-                    f"{name} is {history.avg(count):.1%} in the first epoch: the positions leak, so there is nothing "
-                    "to learn. An encoder that carries positions needs permuted patches: set PRETEXT.PERMUTE always, "
-                    "or MODEL.ENCODER.POS_EMBED False for a ViT"
+                    f"the accuracy of {name} is {history.avg(count):.1%} in the first epoch: the positions leak, so "
+                    "there is nothing to learn. An encoder that carries positions needs permuted patches: set "
+                    "PRETEXT.PERMUTE always, or MODEL.ENCODER.POS_EMBED False for a ViT"
                 )
                 return
 
@@ -125,9 +126,9 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Return ``{name: figures}`` of the images ``files`` with fixed views; write ``inference/results.json``.
 
-    The figures are those of :func:`relvit_d2.pretraining.model.evaluate_pretext`, and with ``PRETEXT.KNN``
-    ``accuracy_knn`` and ``chance_knn``, the share of the largest class. The processes share the ``files``; the result
-    is empty in all but the first.
+    The figures are those of :func:`relvit_d2.pretraining.model.evaluate_pretext`, and with ``PRETEXT.KNN`` the accuracy
+    ``knn``, whose chance is the share of the largest class. The processes share the ``files``; the result is empty in
+    all but the first.
     """
     with choose_precision(cfg.SOLVER.PRECISION, next(model.parameters()).device).autocast():
         figures = evaluate_pretext(model, _fixed_batches(cfg, files))
@@ -135,8 +136,8 @@ def evaluate(
             known = get_class_set(cfg.PRETEXT.KNN)
             features = comm.gather(image_features(model, _fixed_batches(cfg, known.images)))
             if features:
-                figures["accuracy_knn"] = knn_accuracy(torch.cat(features), known.labels)
-                figures["chance_knn"] = known.labels.bincount().max().item() / len(known)
+                chance = known.labels.bincount().max().item() / len(known)
+                figures |= as_scalars({"knn": Metric(knn_accuracy(torch.cat(features), known.labels), chance)})
     if not comm.is_main_process():
         return {}
     logger.info(f"{name.replace('_', ' ')}: {describe(figures, model.encoder.dim)}; {len(files)} images")
@@ -147,13 +148,7 @@ def evaluate(
 
 def describe(figures: dict[str, float], dim: int) -> str:
     """Put the figures of :func:`evaluate` into words; ``dim`` is the width of a token."""
-    parts = []
-    for key, chance in figures.items():
-        task = key.removeprefix("chance_")
-        if f"accuracy_{task}" in figures:
-            parts.append(f"{task} accuracy {figures[f'accuracy_{task}']:.1%} (chance {chance:.1%})")
-        elif f"error_{task}" in figures:
-            parts.append(f"{task} error {figures[f'error_{task}']:.3f} (chance {chance:.3f})")
+    parts = [f"{name} {metric.kind} {metric}" for name, metric in from_scalars(figures).items()]
     parts.append(
         f"features: std {figures['feature_std']:.2f} of 1, effective rank {figures['feature_rank']:.0f} of {dim}"
     )

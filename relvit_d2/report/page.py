@@ -18,6 +18,7 @@ from relvit_d2.report.runs import Run, read_runs
 from relvit_d2.report.style import STYLE
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import write_text
+from relvit_d2.utils.metrics import from_scalars
 
 logger = logging.getLogger(__name__)
 
@@ -158,17 +159,15 @@ def _curves(runs: Sequence[Run]) -> str:
     """Return a chart for each scalar, accuracies with the level of chance as a dashed line."""
     first: list[str] = []
     rest: list[str] = []
-    for name in sorted({name for run in runs for name in run.scalars}, key=_order):
-        head, _, last = name.rpartition("/")
-        if last.startswith("chance_") or "-" in last or name in ("data_time", "eta_seconds"):
+    names = {name for run in runs for name in run.scalars}
+    chances = {metric.value: metric.chance for metric in from_scalars({name: name for name in names}).values()}
+    for name in sorted(names - {*chances.values()}, key=_order):
+        last = name.rpartition("/")[2]
+        if "-" in last or name in ("data_time", "eta_seconds"):
             continue
         lines = [Line(run.name, *run.series(name), i) for i, run in enumerate(runs)]
-        for kind in ("accuracy_", "error_"):
-            if last.startswith(kind):
-                chance = f"{head}/" * bool(head) + last.replace(kind, "chance_")
-                lines += [
-                    Line(f"chance ({run.name})", *run.series(chance), i, dashed=True) for i, run in enumerate(runs)
-                ]
+        if chance := chances.get(name):
+            lines += [Line(f"chance ({run.name})", *run.series(chance), i, dashed=True) for i, run in enumerate(runs)]
         if any(len(line.x) > 1 for line in lines):
             percent = "accuracy" in last and max(line.y.max() for line in lines if len(line.y)) <= 1
             drawn = chart(name.replace("_", " "), lines, unit="%" if percent else "")

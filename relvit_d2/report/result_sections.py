@@ -2,12 +2,13 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 
 from relvit_d2.evaluation.average_precision import COCO_LIMIT
 from relvit_d2.report.html import table
 from relvit_d2.report.runs import Run
+from relvit_d2.utils.metrics import from_scalars
 
 UNNAMED = ("held_out", "training_images")  # images that stand in results without the name of their set
 
@@ -18,16 +19,19 @@ def verdict(run: Run) -> list[str]:
     for name, figures in run.results.items():
         where = f"on {name.replace('_', ' ') if name in UNNAMED else name}"
         for key, value in figures.items():
-            kind, _, task = key.partition("_")
-            chance = figures.get(f"chance_{task}")
             if isinstance(value, dict) and value:
                 said.append(f"{_task(run, key)} {_first(*next(iter(value.items())))} {where}")
             elif key == "top1":
                 said.append(f"{_first(key, value)} {where}")
-            elif kind in ("accuracy", "error") and isinstance(value, float) and isinstance(chance, float):
-                form = ".1%" if kind == "accuracy" else ".3f"
-                said.append(f"{task} {kind} {value:{form}} (chance {chance:{form}}) {where}")
+        for task, metric in from_scalars(figures).items():
+            if isinstance(metric.value, float) and isinstance(metric.chance, float):
+                said.append(f"{task} {metric.kind} {metric} {where}")
     return said
+
+
+def _chances(keys: Iterable[tuple[str, str, str]]) -> set[str | None]:
+    """Return the names of the chances among the figures of :func:`_flat_results`."""
+    return {metric.chance for metric in from_scalars({task: task for _, task, _ in keys}).values()}
 
 
 def _task(run: Run, task: str) -> str:
@@ -49,13 +53,14 @@ def result_table(runs: Sequence[Run]) -> str:
     keys = list(dict.fromkeys(key for flat in flats for key in flat if "-" not in key[2]))
     if not keys:
         return ""
+    chances = _chances(keys)
     rows = []
     for name, task, figure in keys:
         label = escape(_label(name, task, figure))
         values = [flat.get((name, task, figure)) for flat in flats]
         cells = [_value(value) for value in values]
         for i, value in enumerate(values[1:], start=1):
-            if value is not None and values[0] is not None and not task.startswith("chance"):
+            if value is not None and values[0] is not None and task not in chances:
                 cells[i] += f" <span class='difference'>({value - values[0]:+.3g})</span>"
         rows.append([label, *cells])
     note = "" if len(runs) == 1 else f"<p>In brackets: the difference to {escape(runs[0].name)}.</p>"
@@ -74,10 +79,11 @@ def seed_table(runs: Sequence[Run]) -> str:
         return ""
     rows = []
     for arm in several:
+        chances = _chances(_flat_results(arm[0]))
         for key in _flat_results(arm[0]):
             found = [flat[key] for run in arm if key in (flat := _flat_results(run))]
             values = [value for value in found if value is not None]
-            if "-" not in key[2] and not key[1].startswith("chance") and len(values) > 1:
+            if "-" not in key[2] and key[1] not in chances and len(values) > 1:
                 mean, spread = statistics.mean(values), statistics.stdev(values)
                 seeds = ", ".join(str(run.config.get("SEED")) for run in arm)
                 rows.append(
