@@ -8,7 +8,6 @@ from pathlib import Path
 from detectron2.utils import comm
 
 from relvit_d2.analysis.data_checks import before_training
-from relvit_d2.config.config_file import load_config
 from relvit_d2.data.detection.catalog import get_metadata, keep_splits
 from relvit_d2.data.detection.custom import config_pairs, register_own
 from relvit_d2.detection.model import build_detector
@@ -25,16 +24,17 @@ from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.engine.cli import add_data, keep_config, run_script, start_run
 from relvit_d2.engine.weights import holds_encoder, load_weights
 from relvit_d2.report.run_summary import end_run
+from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
 
-SCRIPT = "train_net.py"
+TASK = "detection"
 
 logger = logging.getLogger("relvit_d2.train_net")
 
 
 def main(args: argparse.Namespace) -> None:
     """Run one process."""
-    asked = load_config(args.config_file, [*config_pairs(args.data, SCRIPT), *args.opts], SCRIPT)
+    asked = load_config(args.config_file, [*config_pairs(args.data, TASK), *args.opts], TASK)
     start_run(asked, args)
     register_own(asked.DATASETS)
     tests = evaluation_sets(asked)
@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> None:
         before_training(cfg, records, tests, get_metadata(cfg.DATASETS.TRAIN[0]).thing_classes)
     model = build_detector(cfg)
     if args.eval_only:
-        keep_config(cfg, SCRIPT)
+        keep_config(cfg)
         weights = cfg.MODEL.WEIGHTS
         if args.resume:
             weights = Checkpointer(model, cfg.OUTPUT_DIR).get_checkpoint_file()

@@ -11,13 +11,13 @@ from detectron2.utils.events import EventStorage
 from torch.utils._pytree import tree_leaves
 from torchvision.io import write_png
 
-from relvit_d2.config import add_relvit_config
-from relvit_d2.config.config_file import load_config
 from relvit_d2.detection import backbone
+from relvit_d2.detection.config import add_relvit_config
 from relvit_d2.detection.model import build_detector
 from relvit_d2.detection.run import evaluate, training_records
 from relvit_d2.encoders import ENCODERS, build_encoder
 from relvit_d2.encoders.vit import ViT
+from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
 
 

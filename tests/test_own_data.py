@@ -13,12 +13,12 @@ from fvcore.common.config import CfgNode
 from PIL import Image
 from scripts import fails, run
 
-from relvit_d2.config.config_file import dump_config, load_config
 from relvit_d2.data import cache
 from relvit_d2.data.detection import catalog
 from relvit_d2.data.detection.coco import load_coco
 from relvit_d2.data.detection.custom import FORMATS, READERS, config_pairs, look, register_own
 from relvit_d2.data.detection.splits import divide, split_of
+from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
 
 XML = """<annotation><size><width>{size[0]}</width><height>{size[1]}</height></size>{objects}</annotation>"""
@@ -182,10 +182,10 @@ def test_a_folder_is_told_by_looking(kind: str, tmp_path: Path) -> None:
 def test_data_becomes_a_config_that_can_be_kept(kind: str, tmp_path: Path) -> None:
     form, writer = WRITERS[kind]
     pairs = config_pairs(str(writer(tmp_path / "My cells")), "train_net.py")
-    cfg = load_config("configs/demo/streets.yaml", [*pairs, "SEED", "3"], "train_net.py")
+    cfg = load_config("configs/demo/streets.yaml", [*pairs, "SEED", "3"], "detection")
     assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST) == (("my_cells_train",), ("my_cells_val",))
-    (tmp_path / "config.yaml").write_text(dump_config(cfg, "train_net.py"))
-    again = load_config(str(tmp_path / "config.yaml"), [], "train_net.py")
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    again = load_config(str(tmp_path / "config.yaml"), [], "detection")
     assert again.DATASETS == cfg.DATASETS
     register_own(again.DATASETS)
     register_own(again.DATASETS)

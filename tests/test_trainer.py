@@ -15,8 +15,8 @@ from detectron2.utils.events import EventWriter, get_event_storage
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
-from relvit_d2.config import add_relvit_config
 from relvit_d2.data.loader import EndlessBatches, EndlessOrder
+from relvit_d2.detection.config import add_relvit_config
 from relvit_d2.encoders import build_encoder
 from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.engine.optimizer import build_clipper, build_optimizer
@@ -67,7 +67,7 @@ def trainer(
     cfg.merge_from_list([part for key, value in overrides.items() for part in (key.replace("__", "."), value)])
 
     def batches(start: int) -> EndlessBatches:
-        order = EndlessOrder(10, cfg.SOLVER.IMS_PER_BATCH, cfg.SEED, start, parts=cfg.SOLVER.ACCUMULATE)
+        order = EndlessOrder(10, cfg.SOLVER.IMS_PER_BATCH, cfg.SEED, start, parts=cfg.SOLVER.GRAD_ACCUM_STEPS)
         return EndlessBatches(range(10), mapper, torch.stack, order, cfg.SEED, workers)
 
     return Trainer(cfg, model or Regression(), 10, batches, evaluate)

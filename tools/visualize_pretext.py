@@ -14,12 +14,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from relvit_d2.config.config_file import load_config, use_here  # noqa: E402
+from relvit_d2.config.config_file import use_here  # noqa: E402
 from relvit_d2.data.images.folder import list_images  # noqa: E402
 from relvit_d2.engine.checkpoint import Checkpointer  # noqa: E402
 from relvit_d2.engine.error_reporting import guard  # noqa: E402
 from relvit_d2.pretraining.model import build_pretraining_model  # noqa: E402
 from relvit_d2.report.pretext import draw_pretext, rows_of_files  # noqa: E402
+from relvit_d2.tasks import load_config  # noqa: E402
 from relvit_d2.utils.errors import UserError  # noqa: E402
 
 
@@ -57,7 +58,7 @@ def draw(args: argparse.Namespace) -> None:
         raise UserError(f"--output '{args.output}': the folder '{args.output.parent}' does not exist; make it first")
     files = list_images(args.images)
     config = args.config_file or args.weights.parent / "config.yaml"
-    cfg = load_config(str(config), args.opts, "pretrain_ssl.py")
+    cfg = load_config(str(config), args.opts, "pretrain")
     use_here(cfg)
     model = build_pretraining_model(cfg)
     Checkpointer(model, allow_pickle=cfg.MODEL.ALLOW_PICKLE).load(str(args.weights), checkpointables=[])

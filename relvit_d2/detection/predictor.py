@@ -16,6 +16,7 @@ from relvit_d2.config.config_file import load_config, use_here
 from relvit_d2.data.detection import catalog
 from relvit_d2.data.detection.mapper import DetectionMapper
 from relvit_d2.data.images.decode import PixelFormat
+from relvit_d2.detection.config import DETECTION
 from relvit_d2.detection.model import build_detector
 from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.engine.precision import choose_precision
@@ -44,7 +45,7 @@ class Detector:
         self.channels: int = cfg.INPUT.CHANNELS
         self._model = model.eval()
         self._mapper = DetectionMapper(cfg, is_train=False)
-        self._pixels = PixelFormat(cfg.INPUT.CHANNELS, cfg.INPUT.WHITE)
+        self._pixels = PixelFormat.of(cfg)
         self._precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE))
 
     def __call__(self, image: Picture) -> Instances:
@@ -98,7 +99,7 @@ def load_detector(path: str | Path, config_file: str = "", overrides: Sequence[A
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     config_file = config_file or str(folder / "config.yaml")
-    cfg = load_config(config_file, [str(word) for word in overrides], "train_net.py")
+    cfg = load_config(config_file, [str(word) for word in overrides], {DETECTION.name: DETECTION}, DETECTION.name)
     use_here(cfg)
     names = _class_names(cfg, folder)
     if not cfg.MODEL.ROI_HEADS.NUM_CLASSES:

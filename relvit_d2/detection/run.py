@@ -127,7 +127,7 @@ def training_batches(cfg: CfgNode, records: Records, start: int) -> EndlessBatch
     """Return the endless batches of this process from iteration ``start`` on."""
     solver = cfg.SOLVER
     rank, world = comm.get_rank(), comm.get_world_size()
-    order = EndlessOrder(len(records), solver.IMS_PER_BATCH, cfg.SEED, start, rank, world, solver.ACCUMULATE)
+    order = EndlessOrder(len(records), solver.IMS_PER_BATCH, cfg.SEED, start, rank, world, solver.GRAD_ACCUM_STEPS)
     mapper = DetectionMapper(cfg, is_train=True)
     return EndlessBatches(records, mapper, list, order, cfg.SEED, cfg.DATALOADER.NUM_WORKERS)
 
@@ -149,7 +149,7 @@ def build_trainer(cfg: CfgNode, model: GeneralizedRCNN, records: Records, tests:
         write_json(Path(cfg.OUTPUT_DIR) / "classes.json", classes)  # a detector is used where its data are not
     make_batches = partial(training_batches, cfg, records)
     measure = partial(evaluate, cfg, model, tests) if tests else None
-    return Trainer(cfg, model, len(records), make_batches, measure, "train_net.py")
+    return Trainer(cfg, model, len(records), make_batches, measure)
 
 
 def evaluate(cfg: CfgNode, model: GeneralizedRCNN, tests: dict[str, Records]) -> dict[str, Any]:

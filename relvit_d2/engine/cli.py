@@ -6,7 +6,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from functools import reduce
 from pathlib import Path
 
 import torch
@@ -15,7 +14,6 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from fvcore.common.config import CfgNode
 
-from relvit_d2.config.config_file import dump_config
 from relvit_d2.engine import distributed
 from relvit_d2.engine.error_reporting import guard
 from relvit_d2.engine.provenance import VERSIONS
@@ -25,20 +23,6 @@ from relvit_d2.utils.hardware import device_name
 from relvit_d2.utils.randomness import seed_everything
 
 logger = logging.getLogger(__name__)
-
-# The least values of numbers that would else fail late, or mean nothing.
-_LEAST = {
-    "SEED": 0,
-    "SOLVER.IMS_PER_BATCH": 1,
-    "SOLVER.ACCUMULATE": 1,
-    "SOLVER.REFERENCE_BATCH": 0,
-    "SOLVER.CHECKPOINT_MAX_TO_KEEP": 0,
-    "TEST.BATCH_SIZE": 1,
-    "TEST.PATIENCE": 0,
-    "DATALOADER.NUM_WORKERS": 0,
-    "INPUT.CHANNELS": 1,
-    "INPUT.WHITE": 0,
-}
 
 
 def run_script(
@@ -82,20 +66,17 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Make ``OUTPUT_DIR``, start its log, say what runs on what, seed the generators.
 
     Raises:
-        UserError: if ``OUTPUT_DIR`` cannot be written, the device is not there or a number cannot be.
+        UserError: if ``OUTPUT_DIR`` cannot be written, the device does not exist or the processes do not divide the
+            batch.
     """
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"MODEL.DEVICE '{cfg.MODEL.DEVICE}' is asked for, but torch sees no GPU; set MODEL.DEVICE cpu")
-    for key, least in _LEAST.items():
-        if (value := reduce(getattr, key.split("."), cfg)) < least:
-            raise UserError(f"{key} {value} is too small: give {least} or more")
-    _check_pixels(cfg)
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     solver, processes = cfg.SOLVER, comm.get_world_size()
-    if not args.eval_only and solver.IMS_PER_BATCH % (processes * solver.ACCUMULATE):
+    if not args.eval_only and solver.IMS_PER_BATCH % (processes * solver.GRAD_ACCUM_STEPS):
         raise UserError(
             f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is no multiple of {processes} processes times "
-            f"SOLVER.ACCUMULATE {solver.ACCUMULATE}: choose numbers that divide it"
+            f"SOLVER.GRAD_ACCUM_STEPS {solver.GRAD_ACCUM_STEPS}: choose numbers that divide it"
         )
     if processes > 1 and torch.cuda.is_available() and not cfg.MODEL.DEVICE.startswith("cuda"):
         raise UserError(
@@ -133,23 +114,8 @@ def silence() -> None:
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
 
-def _check_pixels(cfg: CfgNode) -> None:
-    """Refuse pixel statistics that are not one positive deviation and one mean a channel."""
-    channels = cfg.INPUT.CHANNELS
-    for key in ("PIXEL_MEAN", "PIXEL_STD"):
-        if len(cfg.MODEL[key]) != channels:
-            raise UserError(
-                f"MODEL.{key} has {len(cfg.MODEL[key])} values, but INPUT.CHANNELS is {channels}: give {channels}; "
-                "python tools/estimate_pixels.py tells those of your images"
-            )
-    if not min(cfg.MODEL.PIXEL_STD) > 0:
-        raise UserError(
-            f"MODEL.PIXEL_STD {list(cfg.MODEL.PIXEL_STD)} divides by values that are not above 0: correct it"
-        )
-
-
-def keep_config(cfg: CfgNode, script: str) -> None:
+def keep_config(cfg: CfgNode) -> None:
     """Write ``config.yaml`` into ``OUTPUT_DIR``, unless a training has left its own there."""
     path = Path(cfg.OUTPUT_DIR) / "config.yaml"
     if comm.is_main_process() and not path.exists():
-        write_text(path, dump_config(cfg, script))
+        write_text(path, cfg.dump())

@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
-from relvit_d2.config.config_file import load_config, use_here
+from relvit_d2.config.config_file import use_here
 from relvit_d2.data.detection.custom import register_own
 from relvit_d2.data.detection.mapper import ImageReader, pad_images
 from relvit_d2.data.images.batches import Images
@@ -27,6 +27,7 @@ from relvit_d2.pretext.task import PositionTask, RelationTask
 from relvit_d2.pretext.views import Views, permute_patches
 from relvit_d2.pretraining.model import PretrainingModel, build_pretraining_model
 from relvit_d2.pretraining.run import image_files
+from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import appearing
 from relvit_d2.utils.randomness import torch_generator
@@ -99,7 +100,7 @@ def sheet_of_run(folder: Path, count: int = 4) -> Image.Image:
     Raises:
         UserError: if the checkpoint or the images are gone.
     """
-    cfg = load_config(str(folder / "config.yaml"), [], "pretrain_ssl.py")
+    cfg = load_config(str(folder / "config.yaml"), [], "pretrain")
     use_here(cfg)
     model = build_pretraining_model(cfg)
     checkpointer = Checkpointer(model, str(folder))

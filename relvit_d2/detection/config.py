@@ -1,0 +1,74 @@
+"""Config keys of detection, added to Detectron2's."""
+
+from detectron2.config import get_cfg
+from fvcore.common.config import CfgNode
+
+from relvit_d2.config.config_file import Task
+from relvit_d2.data.config import (
+    add_data_config,
+    add_evaluation_batch_config,
+    check_data_config,
+    check_evaluation_batch_config,
+)
+from relvit_d2.data.detection.config import add_custom_data_config, add_mapper_config
+from relvit_d2.data.images.config import add_pixel_format_config, check_pixel_format_config
+from relvit_d2.encoders.config import add_encoder_config
+from relvit_d2.engine.config import WITHOUT_EFFECT, add_engine_config, check_engine_config
+from relvit_d2.pretext.config import add_joint_config
+from relvit_d2.utils.config_keys import add_groups
+
+
+def add_relvit_config(cfg: CfgNode) -> None:
+    """Add this project's keys to a config of ``detectron2.config.get_cfg()``, in place.
+
+    Some of Detectron2's own keys get other defaults; the page Config keys of the documentation lists all.
+    """
+    add_engine_config(cfg, "detection")
+    add_encoder_config(cfg)
+    add_joint_config(cfg)
+    add_data_config(cfg)
+    add_evaluation_batch_config(cfg)
+    add_pixel_format_config(cfg)
+    add_custom_data_config(cfg)
+    add_mapper_config(cfg)
+    add_groups(cfg, "MODEL.PYRAMID")
+    cfg.MODEL.BACKBONE.NAME = "build_encoder_pyramid_backbone"  # MODEL.ENCODER under MODEL.PYRAMID
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0  # 1: the patch embedding is not trained; 2: nor the first block, and so on
+    # simple: from the encoder's last map; fpn: over its maps of several strides; multitap: an FPN over several of its
+    # blocks; auto: fpn if it has maps of several strides, else simple
+    cfg.MODEL.PYRAMID.NAME = "auto"
+    cfg.MODEL.PYRAMID.STRIDES = [4, 8, 16, 32]  # pixels per cell of each level, powers of two
+    cfg.MODEL.PYRAMID.TOP_BLOCK = True  # one more level, the last one at every second cell (p6)
+    cfg.MODEL.PYRAMID.OUT_CHANNELS = 256  # of every level
+    cfg.MODEL.PYRAMID.NORM = "LN"  # one of Detectron2's norm names
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 0  # 0: as many as the data set has
+    cfg.MODEL.RELVIT.GRID = [7, 7]  # joint training: rows and columns of the grid of positions, for images of any size
+    cfg.DATASETS.TRAIN_DIFFICULT = True  # train on VOC's difficult objects, as Detectron2 does
+    cfg.DATASETS.IGNORE_DIFFICULT = True  # neither hits nor misses in evaluation, as VOC does
+
+
+def check_detection_config(cfg: CfgNode) -> None:
+    """Check values of a config of detection.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+    check_engine_config(cfg)
+    check_data_config(cfg)
+    check_evaluation_batch_config(cfg)
+    check_pixel_format_config(cfg)
+
+
+DETECTION = Task(
+    "detection",
+    get_cfg,
+    add_relvit_config,
+    check_detection_config,
+    WITHOUT_EFFECT
+    | {
+        "MODEL.LOAD_PROPOSALS": "nothing, the detector proposes",
+        "SOLVER.AMP.ENABLED": "SOLVER.PRECISION",
+        "TEST.AUG.ENABLED": "INPUT.MIN_SIZE_TEST",
+        "TEST.EXPECTED_RESULTS": "nothing, inference/results.json holds the figures",
+    },
+)
