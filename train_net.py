@@ -13,7 +13,9 @@ from relvit_d2.data.detection.custom import config_pairs, register_own
 from relvit_d2.detection.model import build_detector
 from relvit_d2.detection.run import (
     build_trainer,
+    check_expected_results,
     evaluate,
+    evaluate_with_tta,
     evaluated_records,
     evaluation_sets,
     mask_notes,
@@ -56,14 +58,17 @@ def main(args: argparse.Namespace) -> None:
         if not weights or holds_encoder(weights):
             raise UserError("--eval-only needs a trained detector: add MODEL.WEIGHTS path/to/model_final.pth")
         Checkpointer(model, allow_pickle=cfg.MODEL.ALLOW_PICKLE).load(weights, checkpointables=[])
-        evaluate(cfg, model, tests)
+        results = evaluate(cfg, model, tests)
+        check_expected_results(cfg, evaluate_with_tta(cfg, model, tests, results))
         return
     trainer = build_trainer(cfg, model, records, tests)
     if not (args.resume and trainer.resume(args.allow_changes)):
         load_weights(cfg, model, model.backbone.encoder, cfg.INPUT.FORMAT)
     trainer.train()
+    results = evaluate_with_tta(cfg, model, tests, trainer.results)
     if comm.is_main_process():
         end_run(Path(cfg.OUTPUT_DIR), f"python tools/predict.py --weights {cfg.OUTPUT_DIR} --input IMAGES")
+    check_expected_results(cfg, results)
 
 
 if __name__ == "__main__":

@@ -113,7 +113,8 @@ CASES = {
     "key of the other script": Case(
         "key PRETEXT.FLIP belongs to the task pretrain (pretrain_ssl.py), not to detection", ("PRETEXT.FLIP", 0.5)
     ),
-    "key without effect": Case("set SOLVER.PRECISION", ("SOLVER.AMP.ENABLED", "True")),
+    "key without effect": Case("SOLVER.MOMENTUM has no effect here", ("SOLVER.MOMENTUM", 0.5)),
+    "mixed precision in float32": Case("set SOLVER.PRECISION auto", ("SOLVER.AMP.ENABLED", "True")),
     "batch of nothing": Case("give 1 or more", ("SOLVER.IMS_PER_BATCH", 0)),
     "batch below the processes": Case(
         "SOLVER.IMS_PER_BATCH 1 is no multiple of 2 processes", ("SOLVER.IMS_PER_BATCH", 1), flags=("--num-gpus", 2)

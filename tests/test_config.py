@@ -247,9 +247,14 @@ def test_detectron2s_merge_names_the_new_key_too() -> None:
         cfg.merge_from_list(["SOLVER.ACCUMULATE", 2])
 
 
-def test_the_key_of_amp_is_refused() -> None:
-    with pytest.raises(UserError, match=r"SOLVER.AMP.ENABLED has no effect here; .* SOLVER.PRECISION"):
-        load_config("configs/demo/streets.yaml", ["SOLVER.AMP.ENABLED", "True"])
+@pytest.mark.parametrize("task", TASKS)
+def test_amp_is_bfloat16_and_contradicts_float32(task: str) -> None:
+    base, amp = f"configs/base/{BASES[task]}.yaml", ["SOLVER.AMP.ENABLED", "True"]
+    assert load_config(base, []).SOLVER.PRECISION == "auto"
+    for setting in ("auto", "bfloat16"):
+        assert load_config(base, [*amp, "SOLVER.PRECISION", setting]).SOLVER.PRECISION == "bfloat16"
+    with pytest.raises(UserError, match=r"AMP.ENABLED True.*contradicts SOLVER.PRECISION float32: set .* auto or"):
+        load_config(base, ["SOLVER.PRECISION", "float32", *amp])
 
 
 @pytest.mark.parametrize(
@@ -269,6 +274,28 @@ def test_the_key_of_amp_is_refused() -> None:
         (["SEED.VALUE", "3"], r"SEED takes a value of type int"),
         (["SOLVER.BASE", "{LR: 3}"], r"unknown config key 'SOLVER.BASE.LR'; did you mean 'SOLVER.BASE_LR'"),
         (["SOLVER.GRAD_ACCUM_STEPS", "0"], r"SOLVER.GRAD_ACCUM_STEPS 0 is too small: give 1 or more"),
+        (
+            ["TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 3.5]]"],
+            r"\['bbox', 'AP', 3.5\] is not \[task, metric, value, tol",
+        ),
+        (["TEST.EXPECTED_RESULTS", "['bbox']"], r"bbox is not \[task, metric, value, tolerance\]"),
+        (
+            ["TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 3.5, 1]]", "DATASETS.TEST", "('streets_test', 'svhn_test')"],
+            "EXPECTED_RESULTS needs one data set in DATASETS.TEST",
+        ),
+        (
+            [
+                "TEST.AUG.ENABLED",
+                "True",
+                "INPUT.CHANNELS",
+                "2",
+                "MODEL.PIXEL_MEAN",
+                "[1, 2]",
+                "MODEL.PIXEL_STD",
+                "[1, 2]",
+            ],
+            "TEST.AUG.ENABLED needs images of 1 or 3 channels, but INPUT.CHANNELS is 2",
+        ),
         (["INPUT.CHANNELS", "1"], r"MODEL.PIXEL_MEAN has 3 values, but images have 1 channels"),
         (["VERSION", "1"], r"VERSION 1 .* rewrite the file for version 2"),
         (["DATASETS.CUSTOM", "{a: ["], r"override 'DATASETS.CUSTOM \{a: \['"),
@@ -315,7 +342,7 @@ MEANT: dict[type, list[tuple[str, Any]]] = {
 @pytest.mark.parametrize("as_file", [False, True], ids=["override", "file"])
 def test_every_key_takes_another_notation_of_its_type(as_file: bool, number: int, task: str, tmp_path: Path) -> None:
     base = str(Path(f"configs/base/{BASES[task]}.yaml").resolve())
-    fixed = {"TASK", "VERSION", "INPUT.CHANNELS", *TASKS[task].without_effect}
+    fixed = {"TASK", "VERSION", "INPUT.CHANNELS", "TEST.AUG.ENABLED", "SOLVER.PRECISION", *TASKS[task].without_effect}
     given, meant = dict[str, str](), dict[str, Any]()
     for key, item in flat(load_config(base, [])).items():
         if type(item) in MEANT and key not in fixed:

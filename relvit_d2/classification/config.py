@@ -12,7 +12,7 @@ from relvit_d2.data.config import (
 )
 from relvit_d2.data.images.config import add_load_size_config, check_pixel_statistics
 from relvit_d2.encoders.config import add_encoder_config
-from relvit_d2.engine.config import WITHOUT_EFFECT, add_engine_config, check_engine_config
+from relvit_d2.engine.config import WITHOUT_EFFECT, add_engine_config, finish_engine_config
 from relvit_d2.pretext.config import add_joint_config
 from relvit_d2.utils.config_keys import add_groups
 
@@ -48,16 +48,16 @@ def add_classification_config(cfg: CfgNode) -> None:
     cfg.TEST.BEST_ON_TEST = False  # choose the best model on DATASETS.TEST itself; the result is named best_on_test
 
 
-def check_classification_config(cfg: CfgNode) -> None:
-    """Check values of a config of classification.
+def finish_config(cfg: CfgNode) -> None:
+    """Check the values, and derive those that follow from others, in place.
 
     Raises:
-        UserError: a value is out of range.
+        UserError: a value is out of range, or two contradict each other.
     """
-    check_engine_config(cfg)
+    finish_engine_config(cfg)
     check_data_config(cfg)
     check_evaluation_batch_config(cfg)
     check_pixel_statistics(cfg, channels=3)
 
 
-CLASSIFICATION = Task("classification", CfgNode, add_classification_config, check_classification_config, WITHOUT_EFFECT)
+CLASSIFICATION = Task("classification", CfgNode, add_classification_config, finish_config, WITHOUT_EFFECT)

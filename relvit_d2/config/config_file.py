@@ -25,14 +25,14 @@ class Task:
         name: its value of the key ``TASK``.
         start: returns the config that keys are added to.
         add_keys: adds all keys of the task, with their defaults, in place.
-        check: raises UserError for values that are out of range.
+        finish: checks the values of a config, and derives those that follow from others, in place; raises UserError.
         without_effect: keys of Detectron2 that are not read, and what to set instead.
     """
 
     name: str
     start: Callable[[], CfgNode]
     add_keys: Callable[[CfgNode], None]
-    check: Callable[[CfgNode], None]
+    finish: Callable[[CfgNode], None]
     without_effect: Mapping[str, str]
 
     def defaults(self) -> CfgNode:
@@ -92,7 +92,7 @@ def load_config(config_file: str, overrides: list[str], tasks: Mapping[str, Task
     for key, instead in chosen.without_effect.items():
         if key.split(".")[0] in defaults and get_key(cfg, key) != get_key(defaults, key):
             raise UserError(_without_effect(key, instead))
-    chosen.check(cfg)
+    chosen.finish(cfg)
     return cfg
 
 

@@ -13,9 +13,10 @@ from relvit_d2.data.config import (
 from relvit_d2.data.detection.config import add_custom_data_config, add_mapper_config
 from relvit_d2.data.images.config import add_pixel_format_config, check_pixel_format_config
 from relvit_d2.encoders.config import add_encoder_config
-from relvit_d2.engine.config import WITHOUT_EFFECT, add_engine_config, check_engine_config
+from relvit_d2.engine.config import WITHOUT_EFFECT, add_engine_config, finish_engine_config
 from relvit_d2.pretext.config import add_joint_config
 from relvit_d2.utils.config_keys import add_groups
+from relvit_d2.utils.errors import UserError
 
 
 def add_relvit_config(cfg: CfgNode) -> None:
@@ -47,28 +48,37 @@ def add_relvit_config(cfg: CfgNode) -> None:
     cfg.DATASETS.IGNORE_DIFFICULT = True  # neither hits nor misses in evaluation, as VOC does
 
 
-def check_detection_config(cfg: CfgNode) -> None:
-    """Check values of a config of detection.
+def finish_config(cfg: CfgNode) -> None:
+    """Check the values, and derive those that follow from others, in place.
 
     Raises:
-        UserError: a value is out of range.
+        UserError: a value is out of range, or two contradict each other.
     """
-    check_engine_config(cfg)
+    finish_engine_config(cfg)
     check_data_config(cfg)
     check_evaluation_batch_config(cfg)
     check_pixel_format_config(cfg)
+    if cfg.TEST.AUG.ENABLED and cfg.INPUT.CHANNELS not in (1, 3):
+        raise UserError(
+            f"TEST.AUG.ENABLED needs images of 1 or 3 channels, but INPUT.CHANNELS is {cfg.INPUT.CHANNELS}: set "
+            "TEST.AUG.ENABLED False"
+        )
+    expected = cfg.TEST.EXPECTED_RESULTS
+    kinds = (str, str, int | float, int | float)
+    for entry in expected:
+        if not (isinstance(entry, list | tuple) and len(entry) == 4 and all(map(isinstance, entry, kinds))):
+            raise UserError(
+                f"TEST.EXPECTED_RESULTS: {entry} is not [task, metric, value, tolerance], such as "
+                "['bbox', 'AP', 38.5, 0.2]"
+            )
+    if expected and len(cfg.DATASETS.TEST) != 1:
+        raise UserError("TEST.EXPECTED_RESULTS needs one data set in DATASETS.TEST, whose results it describes")
 
 
 DETECTION = Task(
     "detection",
     get_cfg,
     add_relvit_config,
-    check_detection_config,
-    WITHOUT_EFFECT
-    | {
-        "MODEL.LOAD_PROPOSALS": "nothing, the detector proposes",
-        "SOLVER.AMP.ENABLED": "SOLVER.PRECISION",
-        "TEST.AUG.ENABLED": "INPUT.MIN_SIZE_TEST",
-        "TEST.EXPECTED_RESULTS": "nothing, inference/results.json holds the figures",
-    },
+    finish_config,
+    WITHOUT_EFFECT | {"MODEL.LOAD_PROPOSALS": "nothing, the detector proposes"},
 )

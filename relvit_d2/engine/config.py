@@ -34,7 +34,7 @@ _LEAST = {
 
 def add_engine_config(cfg: CfgNode, task: str) -> None:
     """Add what the trainer reads to a config of the task ``task``, in place."""
-    add_groups(cfg, "MODEL", "SOLVER.CLIP_GRADIENTS", "TEST")
+    add_groups(cfg, "MODEL", "SOLVER.CLIP_GRADIENTS", "SOLVER.AMP", "TEST")
     cfg.TASK = task  # what the config is for: pretrain, detection or classification
     cfg.VERSION = VERSION  # of Detectron2's config format
     cfg.SEED = 0  # of every random draw; a run is a function of its config and data
@@ -67,20 +67,28 @@ def add_engine_config(cfg: CfgNode, task: str) -> None:
     cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP = 0  # numbered checkpoints that are kept, the newest; 0: all
     # auto, float32 or bfloat16, of the forward pass; auto: bfloat16 where the device multiplies it natively
     cfg.SOLVER.PRECISION = "auto"
+    cfg.SOLVER.AMP.ENABLED = False  # Detectron2's key for mixed precision; True: PRECISION bfloat16
     cfg.TEST.EVAL_PERIOD = 0  # iterations between evaluations; 0: only at the end
     cfg.TEST.BEST_METRIC = ""  # such as "bbox/AP": its best value, or least if it is a loss, decides model_best.pth
     cfg.TEST.PATIENCE = 0  # evaluations in a row without a better BEST_METRIC that end the run; 0: no early end
     cfg.register_renamed_key("SOLVER.ACCUMULATE", "SOLVER.GRAD_ACCUM_STEPS")
 
 
-def check_engine_config(cfg: CfgNode) -> None:
-    """Check values that would fail late or without a clear message.
+def finish_engine_config(cfg: CfgNode) -> None:
+    """Check values that would fail late or unclearly, and let ``AMP.ENABLED`` set ``PRECISION``, in place.
 
     Raises:
-        UserError: a value is out of range.
+        UserError: a value is out of range, or two contradict each other.
     """
     if cfg.VERSION != VERSION:
         raise UserError(
             f"VERSION {cfg.VERSION} of Detectron2's configs is not supported: rewrite the file for version {VERSION}"
         )
     check_least(cfg, _LEAST)
+    if cfg.SOLVER.AMP.ENABLED:
+        if cfg.SOLVER.PRECISION == "float32":
+            raise UserError(
+                "SOLVER.AMP.ENABLED True, which is bfloat16 here, contradicts SOLVER.PRECISION float32: set "
+                "SOLVER.PRECISION auto or SOLVER.AMP.ENABLED False"
+            )
+        cfg.SOLVER.PRECISION = "bfloat16"

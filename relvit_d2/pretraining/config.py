@@ -8,7 +8,7 @@ from relvit_d2.data.config import add_data_config, check_data_config
 from relvit_d2.data.detection.config import add_custom_data_config
 from relvit_d2.data.images.config import add_load_size_config, add_pixel_format_config, check_pixel_format_config
 from relvit_d2.encoders.config import add_encoder_config
-from relvit_d2.engine.config import WITHOUT_EFFECT, add_engine_config, check_engine_config
+from relvit_d2.engine.config import WITHOUT_EFFECT, add_engine_config, finish_engine_config
 from relvit_d2.pretext.config import add_pretext_config, add_views_config
 
 
@@ -26,15 +26,15 @@ def add_pretraining_config(cfg: CfgNode) -> None:
     cfg.PRETEXT.KNN = ""  # a folder with a folder of images for each class: k-NN accuracy of the features is logged too
 
 
-def check_pretraining_config(cfg: CfgNode) -> None:
-    """Check values of a config of pre-training.
+def finish_config(cfg: CfgNode) -> None:
+    """Check the values, and derive those that follow from others, in place.
 
     Raises:
-        UserError: a value is out of range.
+        UserError: a value is out of range, or two contradict each other.
     """
-    check_engine_config(cfg)
+    finish_engine_config(cfg)
     check_data_config(cfg)
     check_pixel_format_config(cfg)
 
 
-PRETRAINING = Task("pretrain", CfgNode, add_pretraining_config, check_pretraining_config, WITHOUT_EFFECT)
+PRETRAINING = Task("pretrain", CfgNode, add_pretraining_config, finish_config, WITHOUT_EFFECT)
