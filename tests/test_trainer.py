@@ -442,7 +442,7 @@ def test_accumulated_parts_are_the_batch(tmp_path: Path) -> None:
     def losses(output: Path, parts: int) -> list[float]:
         still = Regression()
         still.net[2] = nn.Identity()  # dropout draws for each part anew
-        trainer(output, 6, model=still, SOLVER__ACCUMULATE=parts).train()
+        trainer(output, 6, model=still, SOLVER__GRAD_ACCUM_STEPS=parts).train()
         return [json.loads(line)["total_loss"] for line in (output / "metrics.json").read_text().splitlines()]
 
     torch.manual_seed(0)

@@ -64,8 +64,9 @@ def check(args: argparse.Namespace) -> None:
     if not names:
         raise UserError(f"config file '{args.config_file}' names no data set (DATASETS.TRAIN)")
     labelled = wanted = cfg.TASK == "detection"
-    register_own(cfg.DATASETS, labelled)
-    sets, classes = read(list(dict.fromkeys(names)), labelled, cfg.DATASETS.SKIP_MISSING)
+    if cfg.TASK != "classification":  # which has folders and archives, but no custom sets
+        register_own(cfg.DATASETS, labelled)
+    sets, classes = read(list(dict.fromkeys(names)), labelled, cfg.DATASETS.get("SKIP_MISSING", False))
     labelled = bool(classes)
     title = Path(args.config_file).stem if args.config_file else "_".join(Path(word).name for word in args.words)
     output = args.output or Path("output/check") / title
