@@ -44,14 +44,15 @@ def config_modules() -> list[Path]:
 
 
 def keys_of(source: str) -> list[Key]:
-    """Return the keys that the functions of a ``config.py`` assign to ``cfg``, in their order.
+    """Return the keys that the functions ``add_*`` of a ``config.py`` assign to ``cfg``, in their order.
 
     Args:
         source: text of the module.
     """
     comments = _comments(source)
     keys = []
-    for node in ast.walk(ast.parse(source)):
+    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    for node in (node for function in functions if function.name.startswith("add_") for node in function.body):
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).startswith("cfg."):
             value = ast.unparse(node.value)
             default = "{}" if value == "type(cfg)(new_allowed=True)" else value

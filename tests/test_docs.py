@@ -37,7 +37,8 @@ def test_every_key_is_documented_once_with_its_default_and_a_comment() -> None:
 
 
 def test_a_comment_is_the_one_beside_its_key_or_above_it() -> None:
-    source = "def add(cfg):\n    cfg.X = 1  # beside\n    # above\n    # it\n    cfg.A.Y = '#'\n    cfg.A.Z = 2\n"
+    keys = ["cfg.X = 1  # beside", "# above", "# it", "cfg.A.Y = '#'", "cfg.A.Z = 2"]
+    source = "\n    ".join(["def add_x(cfg):", *keys]) + "\ndef check(cfg):\n    cfg.B = 1\n"
     assert keys_of(source) == [("X", "1", "beside"), ("A.Y", "'#'", "above it"), ("A.Z", "2", "")]
 
 

@@ -212,7 +212,7 @@ def written(row: Row, figures: dict[str, Any], scale: float, folder: Path, *opts
     for name, values in figures.items():
         for seed, value in zip(seeds, values, strict=False):
             found = dict(zip(("AP", "AP50", "AP75"), (value and value * k for k in (1, 2, 3)), strict=True))
-            chosen = "best_on_test" if seed[name].config.TEST.BEST_ON_TEST else "test"
+            chosen = "best_on_test" if seed[name].config.TEST.get("BEST_ON_TEST") else "test"
             write_results(seed[name], {"bbox": found, chosen: {"top1": value}})
     images = ImageCounts(**({"train": 5011, "test": 4952} | counts))
     machine = dict.fromkeys(("device", "precision", "torch", "version"), "x")
