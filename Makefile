@@ -37,7 +37,7 @@ $(DOCS): $(READY) requirements-docs.txt
 
 # The documentation as pages to read in a browser, site/index.html; a warning is an error.
 docs: $(DOCS)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "written: site/index.html"
 
 clean:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from detectron2.utils import comm
 
-from relvit_d2.config.config_file import load_config
 from relvit_d2.data.detection.catalog import keep_splits
 from relvit_d2.data.detection.custom import config_pairs, register_own
 from relvit_d2.engine.cli import add_data, keep_config, run_script, start_run
@@ -14,14 +13,15 @@ from relvit_d2.engine.weights import holds_encoder, load_proved, load_trained
 from relvit_d2.pretraining.model import build_pretraining_model, export_encoder
 from relvit_d2.pretraining.run import build_trainer, evaluate, image_files, next_command
 from relvit_d2.report.run_summary import end_run
+from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
 
-SCRIPT = "pretrain_ssl.py"
+TASK = "pretrain"
 
 
 def main(args: argparse.Namespace) -> None:
     """Run one process."""
-    cfg = load_config(args.config_file, [*config_pairs(args.data, SCRIPT), *args.opts], SCRIPT)
+    cfg = load_config(args.config_file, [*config_pairs(args.data, TASK), *args.opts], TASK)
     cfg.freeze()
     start_run(cfg, args)
     register_own(cfg.DATASETS, labels=False)
@@ -34,7 +34,7 @@ def main(args: argparse.Namespace) -> None:
     model = build_pretraining_model(cfg)
     weights = cfg.MODEL.WEIGHTS
     if args.eval_only:
-        keep_config(cfg, SCRIPT)
+        keep_config(cfg)
         load_trained(cfg, model, cfg.OUTPUT_DIR if args.resume else weights)
         evaluate(cfg, model, tests)
         return

@@ -8,19 +8,19 @@ from detectron2.utils import comm
 
 from relvit_d2.classification.model import build_classifier
 from relvit_d2.classification.run import build_trainer, evaluate, finish, load_data, next_command, probe, settle, tell
-from relvit_d2.config.config_file import load_config
 from relvit_d2.engine.cli import keep_config, run_script, start_run
 from relvit_d2.engine.weights import holds_encoder, load_trained, load_weights
 from relvit_d2.report.run_summary import end_run
+from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
 
-SCRIPT = "train_cls.py"
+TASK = "classification"
 
 
 def main(args: argparse.Namespace) -> None:
     """Run one process."""
     args.eval_only |= bool(args.eval)
-    asked = load_config(args.config_file, args.opts, SCRIPT)
+    asked = load_config(args.config_file, args.opts, TASK)
     start_run(asked, args)
     data = load_data(asked, training=not args.eval_only or bool(args.eval))
     cfg = settle(asked, data)
@@ -29,7 +29,7 @@ def main(args: argparse.Namespace) -> None:
     if args.eval_only:
         if data.test is None:
             raise UserError("DATASETS.TEST is empty; name a set to evaluate on, such as ('cifar10_test',)")
-        keep_config(cfg, SCRIPT)
+        keep_config(cfg)
         if args.eval and not args.resume and holds_encoder(cfg.MODEL.WEIGHTS):
             load_weights(cfg, model, encoder, "RGB")
             model.restart_average()

@@ -9,13 +9,14 @@ from pathlib import Path
 from detectron2.utils import comm
 
 from relvit_d2.analysis.data_checks import before_training
-from relvit_d2.config.config_file import load_config
 from relvit_d2.data.detection.catalog import get_metadata, keep_splits
 from relvit_d2.data.detection.custom import config_pairs, register_own
 from relvit_d2.detection.model import build_detector
 from relvit_d2.detection.run import (
     build_trainer,
+    check_expected_results,
     evaluate,
+    evaluate_with_tta,
     evaluated_records,
     evaluation_sets,
     mask_notes,
@@ -25,16 +26,17 @@ from relvit_d2.detection.run import (
 from relvit_d2.engine.cli import add_data, keep_config, run_script, start_run
 from relvit_d2.engine.weights import load_trained, load_weights
 from relvit_d2.report.run_summary import end_run
+from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
 
-SCRIPT = "train_net.py"
+TASK = "detection"
 
 logger = logging.getLogger("relvit_d2.train_net")
 
 
 def main(args: argparse.Namespace) -> None:
     """Run one process."""
-    asked = load_config(args.config_file, [*config_pairs(args.data, SCRIPT), *args.opts], SCRIPT)
+    asked = load_config(args.config_file, [*config_pairs(args.data, TASK), *args.opts], TASK)
     start_run(asked, args)
     register_own(asked.DATASETS)
     tests = evaluation_sets(asked)
@@ -49,17 +51,20 @@ def main(args: argparse.Namespace) -> None:
         before_training(cfg, records, tests, get_metadata(cfg.DATASETS.TRAIN[0]).thing_classes)
     model = build_detector(cfg)
     if args.eval_only:
-        keep_config(cfg, SCRIPT)
+        keep_config(cfg)
         load_trained(cfg, model, cfg.OUTPUT_DIR if args.resume else cfg.MODEL.WEIGHTS)
-        evaluate(cfg, model, tests)
+        results = evaluate(cfg, model, tests)
+        check_expected_results(cfg, evaluate_with_tta(cfg, model, tests, results))
         return
     trainer = build_trainer(cfg, model, records, tests)
     if not (args.resume and trainer.resume(args.allow_changes)):
         load_weights(cfg, model, model.backbone.encoder, cfg.INPUT.FORMAT)
     trainer.train()
+    results = evaluate_with_tta(cfg, model, tests, trainer.results)
     if comm.is_main_process():
         predict = ["python", "tools/predict.py", "--weights", cfg.OUTPUT_DIR, "--input", "IMAGES"]
         end_run(Path(cfg.OUTPUT_DIR), shlex.join(predict))
+    check_expected_results(cfg, results)
 
 
 if __name__ == "__main__":

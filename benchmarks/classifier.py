@@ -31,9 +31,9 @@ from benchmarks.harness import Row, arguments, in_turn, tell
 from benchmarks.pretrain import QUICK_BATCH, TIMED, WARM, draw_images
 from relvit_d2.classification.model import build_classifier
 from relvit_d2.classification.run import build_trainer, load_data, settle
-from relvit_d2.config.config_file import load_config
 from relvit_d2.engine.optimizer import build_clipper, build_optimizer
 from relvit_d2.engine.precision import choose_precision
+from relvit_d2.tasks import load_config
 from relvit_d2.utils.randomness import seed_everything
 
 NAME, SIDE, PATCH, BATCH = "finetune_32_p4", 32, 4, 256

@@ -31,9 +31,9 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from benchmarks.harness import Row, arguments, in_turn, peak_bytes, tell
-from relvit_d2.config.config_file import load_config
 from relvit_d2.detection.model import build_detector
 from relvit_d2.engine.precision import choose_precision
+from relvit_d2.tasks import load_config
 from relvit_d2.utils.randomness import seed_everything
 
 SIDE = 512  # pixels

@@ -27,11 +27,11 @@ from fvcore.common.config import CfgNode
 
 from benchmarks.harness import Pair, Row, arguments, seconds, tell
 from benchmarks.pretrain import draw_images
-from relvit_d2.config.config_file import load_config
 from relvit_d2.data.detection.catalog import VOC_CLASSES
 from relvit_d2.data.detection.mapper import DetectionMapper, ImageReader
 from relvit_d2.data.detection.voc import load_voc
 from relvit_d2.detection.run import training_batches
+from relvit_d2.tasks import load_config
 
 SIZE = (500, 375)  # width and height of most of VOC's images
 CONFIGS = {"224": "configs/voc_vit_s_224.yaml", "512": "configs/voc_vit_s.yaml"}

@@ -28,7 +28,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import Row, arguments, matrix_rate, tell
 from benchmarks.plain import plain_patches, plain_view
-from relvit_d2.config.config_file import load_config
 from relvit_d2.data.detection.mapper import ImageReader
 from relvit_d2.engine.optimizer import build_clipper, build_optimizer
 from relvit_d2.engine.precision import choose_precision
@@ -39,6 +38,7 @@ from relvit_d2.pretext.task import RelationTask
 from relvit_d2.pretext.views import PatchDraws, ViewConfig, draw_patches
 from relvit_d2.pretraining.model import PretrainingModel, build_pretraining_model
 from relvit_d2.pretraining.run import build_trainer
+from relvit_d2.tasks import load_config
 from relvit_d2.utils.metrics import Metric
 from relvit_d2.utils.randomness import seed_everything
 

@@ -7,12 +7,17 @@ import tokenize
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from detectron2.config import get_cfg
+
+from relvit_d2.config.config_file import flat
+from relvit_d2.detection.config import DETECTION
+from relvit_d2.tasks import TASKS
+
 if TYPE_CHECKING:  # the tests read the keys without MkDocs
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = ROOT / "relvit_d2" / "config" / "__init__.py"
 # Files of the repository's root that are pages too.
 PAGES = {"README.md": "index.md", **{f"{n}.md": f"{n.lower()}.md" for n in ("MODEL_ZOO", "CONTRIBUTING", "CHANGELOG")}}
 
@@ -23,54 +28,37 @@ class Key(NamedTuple):
     Attributes:
         name: with its dots.
         default: as Python writes it.
-        comment: what ``config.py`` says of it, empty if nothing.
-        section: the words over its part of ``config.py``, empty if it does not start one.
+        comment: the comment on its line, or else the lines above it; empty if there is none.
     """
 
     name: str
     default: str
     comment: str
-    section: str = ""
 
 
-def own_keys(source: str) -> list[Key]:
-    """Return the keys that ``config.py`` assigns to ``_C``, in its order.
+def config_modules() -> list[Path]:
+    """Return the ``config.py`` of all packages, those of lower layers first."""
+    order = ("engine", "encoders", "pretext", "data", "detection", "pretraining", "classification")
+    paths = sorted((ROOT / "relvit_d2").rglob("config.py"))
+    return sorted(paths, key=lambda path: order.index(path.relative_to(ROOT).parts[1]))
+
+
+def keys_of(source: str) -> list[Key]:
+    """Return the keys that the functions ``add_*`` of a ``config.py`` assign to ``cfg``, in their order.
 
     Args:
-        source: text of ``config.py``. A comment on the line of an assignment belongs to it, else the lines over it.
+        source: text of the module.
     """
     comments = _comments(source)
-    keys, section = [], ""
-    for node in ast.parse(source).body:
-        if not (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).startswith("_C.")):
-            continue
-        name = ast.unparse(node.targets[0]).removeprefix("_C.")
-        above = _above(comments, node.lineno)
-        if ast.unparse(node.value) == "CfgNode()":
-            section = above or section
-            continue
-        default = "{}" if ast.unparse(node.value).startswith("CfgNode") else ast.unparse(node.value)
-        keys.append(Key(name, default, _beside(comments, node) or above, section))
-        section = ""
+    keys = []
+    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    for node in (node for function in functions if function.name.startswith("add_") for node in function.body):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).startswith("cfg."):
+            value = ast.unparse(node.value)
+            default = "{}" if value == "type(cfg)(new_allowed=True)" else value
+            name = ast.unparse(node.targets[0]).removeprefix("cfg.")
+            keys.append(Key(name, default, _beside(comments, node) or _above(comments, node.lineno)))
     return keys
-
-
-def changed_keys(source: str) -> list[Key]:
-    """Return Detectron2's keys whose defaults ``config.py`` changes; see :func:`own_keys`."""
-    comments = _comments(source)
-    table = _table(source, "_CHANGED")
-    return [
-        Key(ast.literal_eval(key), ast.unparse(value), _beside(comments, value))
-        for key, value in zip(table.keys, table.values, strict=True)
-        if key is not None
-    ]
-
-
-def _table(source: str, name: str) -> ast.Dict:
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name and isinstance(node.value, ast.Dict):
-            return node.value
-    raise ValueError(f"config.py has no table {name}")
 
 
 def _comments(source: str) -> dict[int, tuple[bool, str]]:
@@ -98,31 +86,29 @@ def _beside(comments: dict[int, tuple[bool, str]], node: ast.stmt | ast.expr) ->
 
 def config_page() -> str:
     """Return the page of all keys."""
-    source = CONFIG.read_text(encoding="utf-8")
-    some: dict[str, tuple[str, ...]] = ast.literal_eval(_table(source, "READ_BY_SOME"))
-    without: dict[str, str] = ast.literal_eval(_table(source, "WITHOUT_EFFECT"))
-
-    def readers(name: str) -> str:
-        found = [script.removesuffix(".py") for script, starts in some.items() if name.startswith(starts)]
-        return ", ".join(found) or "all"
-
+    stock = flat(get_cfg())
+    readers = {name: flat(task.defaults()) for name, task in TASKS.items()}
     parts = [
         "# Config keys",
         "",
-        "Every key that is not Detectron2's, and Detectron2's whose defaults differ.",
-        "Others are [Detectron2's](https://detectron2.readthedocs.io/en/latest/modules/config.html#yaml-config-references).",
-        "A key is set in a yaml file or as a `KEY VALUE` pair at the end of a command; an unknown one is refused.",
+        "The keys that this project defines, by the package that reads them. A detector also has all of",
+        "[Detectron2's](https://detectron2.readthedocs.io/en/latest/modules/config.html#yaml-config-references);",
+        "the third column has Detectron2's default of a key that both have.",
+        "A key is set in a yaml file or as a `KEY VALUE` pair at the end of a command.",
+        "A key that the config's task does not have is refused.",
         "",
     ]
-    head = ["| key | default | meaning | read by |", "|---|---|---|---|"]
-    for key in own_keys(source):
-        if key.section:
-            parts += ["", f"## {key.section.rstrip('.').split(',')[0]}", "", *head]
-        parts.append(_row(f"`{key.name}`", f"`{key.default}`", key.comment, readers(key.name)))
-    parts += ["", "## Detectron2's keys with other defaults", "", *head]
-    parts += [_row(f"`{k.name}`", f"`{k.default}`", k.comment, readers(k.name)) for k in changed_keys(source)]
+    head = ["", "| key | default | Detectron2's | meaning | tasks |", "|---|---|---|---|---|"]
+    for path in config_modules():
+        if keys := keys_of(path.read_text(encoding="utf-8")):
+            package = path.parent.relative_to(ROOT).as_posix().replace("/", ".")
+            parts += ["", f"## {package}", *head]
+        for key in keys:
+            theirs = f"`{stock[key.name]!r}`" if key.name in stock else ""
+            tasks = ", ".join(name for name, defaults in readers.items() if key.name in defaults)
+            parts.append(_row(f"`{key.name}`", f"`{key.default}`", theirs, key.comment, tasks))
     parts += ["", "## Detectron2's keys without effect here", "", "| key | instead |", "|---|---|"]
-    parts += [_row(f"`{name}`", _code(instead)) for name, instead in without.items()]
+    parts += [_row(f"`{name}`", _code(instead)) for name, instead in DETECTION.without_effect.items()]
     return "\n".join(parts) + "\n"
 
 

@@ -4,11 +4,12 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["load_detector"]
+_LAZY = {"add_relvit_config": "relvit_d2.detection.model", "load_detector": "relvit_d2.detection.predictor"}
+__all__ = ["add_relvit_config", "load_detector"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import ``load_detector`` when it is asked for: encoders alone need no Detectron2."""
-    if name == "load_detector":
-        return import_module("relvit_d2.detection.predictor").load_detector
+    """Import a public function when it is first used: encoders alone need no Detectron2."""
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'relvit_d2' has no attribute '{name}'")

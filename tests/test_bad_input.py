@@ -102,23 +102,27 @@ CASES = {
     ),
     "empty file": Case("holds no keys", flags=("--config-file", "{here}/bad.yaml"), files={"bad.yaml": ""}),
     "config of the other script": Case(
-        "is read by pretrain_ssl.py only", flags=("--config-file", "configs/ssl/voc_vit_s.yaml")
+        "is of the task pretrain, not detection: start pretrain_ssl.py with it",
+        flags=("--config-file", "configs/ssl/voc_vit_s.yaml"),
     ),
     "config of the detector": Case(
-        "is read by train_net.py only", scripts=(SSL,), flags=("--config-file", "configs/voc_vit_s.yaml")
+        "is of the task detection, not pretrain: start train_net.py with it",
+        scripts=(SSL,),
+        flags=("--config-file", "configs/voc_vit_s.yaml"),
     ),
     "key of the other script": Case(
-        "PRETEXT.FLIP (an override) is read by pretrain_ssl.py only", ("PRETEXT.FLIP", 0.5)
+        "key PRETEXT.FLIP belongs to the task pretrain (pretrain_ssl.py), not to detection", ("PRETEXT.FLIP", 0.5)
     ),
-    "key without effect": Case("set SOLVER.PRECISION", ("SOLVER.AMP.ENABLED", "True")),
+    "key without effect": Case("SOLVER.MOMENTUM has no effect here", ("SOLVER.MOMENTUM", 0.5)),
+    "mixed precision in float32": Case("set SOLVER.PRECISION auto", ("SOLVER.AMP.ENABLED", "True")),
     "batch of nothing": Case("give 1 or more", ("SOLVER.IMS_PER_BATCH", 0)),
     "batch below the processes": Case(
         "SOLVER.IMS_PER_BATCH 1 is no multiple of 2 processes", ("SOLVER.IMS_PER_BATCH", 1), flags=("--num-gpus", 2)
     ),
     "batch that parts do not divide": Case(
-        "no multiple of 1 processes times SOLVER.ACCUMULATE 3", ("SOLVER.ACCUMULATE", 3)
+        "no multiple of 1 processes times SOLVER.GRAD_ACCUM_STEPS 3", ("SOLVER.GRAD_ACCUM_STEPS", 3)
     ),
-    "parts of nothing": Case("SOLVER.ACCUMULATE 0 is too small: give 1 or more", ("SOLVER.ACCUMULATE", 0)),
+    "parts of nothing": Case("SOLVER.GRAD_ACCUM_STEPS 0 is too small: give 1 or more", ("SOLVER.GRAD_ACCUM_STEPS", 0)),
     "seed below nothing": Case("SEED -1 is too small: give 0 or more", ("SEED", -1), (SSL,)),
     "reference below nothing": Case("SOLVER.REFERENCE_BATCH -4 is too small", ("SOLVER.REFERENCE_BATCH", -4), (SSL,)),
     "less than no checkpoints": Case(
@@ -149,7 +153,7 @@ CASES = {
     ),
     "image of 100,000 x 100,000": Case("b.jpg' is larger than any photograph", VOC, make=huge),
     "channels without statistics": Case(
-        "MODEL.PIXEL_MEAN has 3 values, but INPUT.CHANNELS is 1", ("INPUT.CHANNELS", 1)
+        "MODEL.PIXEL_MEAN has 3 values, but images have 1 channels", ("INPUT.CHANNELS", 1)
     ),
     "own folder is absent": Case("'no/folder' does not exist", flags=("--data", "no/folder")),
     "own folder without labels": Case(
@@ -304,7 +308,7 @@ STREETS = ("--config-file", "configs/demo/streets.yaml")
         (("overfit_check.py", "--config-file", "no.yaml"), "no.yaml' does not exist"),
         (("overfit_check.py", *STREETS, "--images", 0), "give at least 1"),
         (("overfit_check.py", *STREETS, "SOLVER.MAX_ITTER", 3), "did you mean 'SOLVER.MAX_ITER'"),
-        (("overfit_check.py", "--config-file", "configs/ssl/voc_vit_s.yaml"), "is read by pretrain_ssl.py only"),
+        (("overfit_check.py", "--config-file", "configs/ssl/voc_vit_s.yaml"), "is of the task pretrain"),
         (("overfit_check.py", *STREETS, "DATASETS.TRAIN", "('streets_trian',)"), "did you mean 'streets_train'"),
         (("compare_runs.py", "no", "no"), "'no' cannot be read"),
         (("analyze_model.py", *STREETS, "SOLVER.BASE_LRR", 1), "did you mean 'SOLVER.BASE_LR'"),

@@ -16,13 +16,13 @@ from PIL import Image
 from scripts import run
 
 from relvit_d2.analysis.pixel_statistics import pixel_format, pixel_statistics
-from relvit_d2.config.config_file import load_config
 from relvit_d2.data.detection.catalog import get_images
 from relvit_d2.data.detection.mapper import DetectionMapper, ImageReader
 from relvit_d2.data.images.decode import PixelFormat, channels_and_white, image_size, read_rgb
 from relvit_d2.detection.model import build_detector
 from relvit_d2.pretext.views import ViewConfig, Views
 from relvit_d2.pretraining.model import build_pretraining_model
+from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
 
 rng = np.random.default_rng(0)
@@ -59,7 +59,7 @@ def test_more_than_eight_bits(tmp_path: Path, name: str, channels: int) -> None:
 
 def test_numbers_of_no_known_range(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", FIVE.astype(np.float32) / 255)
-    with pytest.raises(UserError, match=r"a\.npy' holds float32 numbers, whose range is unknown: set INPUT.WHITE"):
+    with pytest.raises(UserError, match=r"a\.npy' holds float32 numbers, whose range is unknown: set INPUT.MAX_VALUE"):
         PixelFormat(5).read(tmp_path / "a.npy")
     assert (PixelFormat(5, 1).read(tmp_path / "a.npy") == FIVE).all()
     np.save(tmp_path / "b.npy", np.full((4, 4), np.nan, np.float32))

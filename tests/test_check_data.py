@@ -18,11 +18,11 @@ from scripts import run
 from relvit_d2.analysis.anchors import Anchors, fit_report, proposal, training_boxes
 from relvit_d2.analysis.data_checks import before_training, check_images, check_labels
 from relvit_d2.analysis.pixel_statistics import pixel_statistics
-from relvit_d2.config.config_file import load_config
 from relvit_d2.data.detection.catalog import get_images
 from relvit_d2.data.detection.mapper import DetectionMapper
 from relvit_d2.data.images.decode import PixelFormat
 from relvit_d2.report.samples import Sample, draw_samples
+from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
 from tools.check_data import config_words
 
@@ -231,7 +231,8 @@ def test_images_of_other_channels_are_read_as_training_reads_them(channels: int,
     for index, image in enumerate(images):
         np.save(tmp_path / f"{index}.npy", image)
     Image.new("RGB", (30, 20)).save(tmp_path / "rgb.png")
-    keys = ["INPUT.CHANNELS", str(channels), "INPUT.WHITE", "4095", "INPUT.FORMAT", "BGR"]
+    keys = ["INPUT.CHANNELS", str(channels), "INPUT.MAX_VALUE", "4095", "INPUT.FORMAT", "BGR"]
+    keys += ["MODEL.PIXEL_MEAN", str([100.0] * channels), "MODEL.PIXEL_STD", str([50.0] * channels)]
     files = sorted(tmp_path.iterdir())
     report = check_images({"set": files}, load_config(DETECTION, keys), labelled=True)
     pixels = np.concatenate([(image * (255 / 4095)).round().reshape(-1, channels) for image in images])

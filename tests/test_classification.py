@@ -25,13 +25,13 @@ from relvit_d2.classification.run import (
     settle,
     split,
 )
-from relvit_d2.config.config_file import load_config
 from relvit_d2.data.classification.image_folder import LabelledImages
 from relvit_d2.data.images.batches import ImageStack
 from relvit_d2.encoders import ENCODERS, build_encoder
 from relvit_d2.encoders.vit import ViT
 from relvit_d2.pretext.monitor import knn_accuracy
 from relvit_d2.pretext.resampling import random_flips, random_pad_corners
+from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.randomness import image_keys, seed_everything
 
@@ -59,7 +59,7 @@ def config(trees: Path, output: Path, *overrides: object) -> CfgNode:
     data = {"DATASETS.TRAIN": f"('{trees}/train',)", "DATASETS.TEST": f"('{trees}/test',)", "OUTPUT_DIR": output}
     given = [part for pair in (SMALL | data).items() for part in pair]
     values = [str(value) for value in (*given, *overrides)]
-    return load_config("configs/cls/cifar10_vit_s4.yaml", values, "train_cls.py")
+    return load_config("configs/cls/cifar10_vit_s4.yaml", values, "classification")
 
 
 def trained(cfg: CfgNode) -> tuple[ClassificationModel, ClassificationData, dict[str, Any]]:
@@ -171,7 +171,7 @@ MODES: dict[str, tuple[object, ...]] = {
     "joint": ("MODEL.RELVIT.JOINT", True),
     "everything": (
         *("INPUT.VIEW.RANDAUGMENT", 2, "INPUT.VIEW.MIXUP", 0.2, "INPUT.VIEW.CUTMIX", 1.0, "SOLVER.EMA", 0.5),
-        *("SOLVER.ACCUMULATE", 2, "MODEL.RELVIT.JOINT", True),
+        *("SOLVER.GRAD_ACCUM_STEPS", 2, "MODEL.RELVIT.JOINT", True),
     ),
     "large images": ("INPUT.VIEW.CROP", "resized", "INPUT.VIEW.CENTRE", 0.875),
 }

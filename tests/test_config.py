@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml  # type: ignore[import-untyped]
 from detectron2.config import get_cfg
 
-from relvit_d2.config import _CHANGED, WITHOUT_EFFECT, add_relvit_config
-from relvit_d2.config.config_file import flat, load_config, read_config
+from relvit_d2.config.config_file import SCRIPTS, flat
 from relvit_d2.detection.backbone import SimplePyramid, build_encoder_pyramid_backbone
+from relvit_d2.detection.config import add_relvit_config
 from relvit_d2.detection.model import build_detector
 from relvit_d2.encoders import ENCODERS
 from relvit_d2.pretraining.model import build_pretraining_model
+from relvit_d2.tasks import TASKS, load_config, read_config
+from relvit_d2.utils.config_keys import get_key
 from relvit_d2.utils.errors import UserError
 
 CONFIGS = sorted(str(path) for path in Path("configs").rglob("*.yaml"))
@@ -47,7 +50,7 @@ def test_a_header_gives_row_commands_and_cost_and_the_commands_fit_together(path
     script = {"configs/ssl": "pretrain_ssl.py", "configs/cls": "train_cls.py", "configs": "train_net.py"}
     assert (script[str(Path(path).parent)], path) in commands
     for script, file in commands:
-        assert load_config(file, [], script)
+        assert SCRIPTS[load_config(file, []).TASK] == script
     weights = load_config(path, []).MODEL.WEIGHTS
     before = [load_config(file, []).OUTPUT_DIR for script, file in commands if script == "pretrain_ssl.py"]
     if "/ssl/" not in path:
@@ -92,8 +95,8 @@ def test_digits_are_not_mirrored_and_anchors_fit_the_levels(path: str) -> None:
     cfg = load_config(path, [])
     # Rows of Table 1 mirror digits as the authors do.
     if cfg.DATASETS.TRAIN[0].startswith(("svhn_", "streets")) and "svhn_digits" not in cfg.DATASETS.TRAIN[0]:
-        view = cfg.INPUT.VIEW.FLIP == 0 if "/cls/" in path else cfg.INPUT.RANDOM_FLIP == "none"
-        assert cfg.PRETEXT.FLIP == 0 if "ssl" in path else view
+        flip = {"pretrain": "PRETEXT.FLIP", "detection": "INPUT.RANDOM_FLIP", "classification": "INPUT.VIEW.FLIP"}
+        assert get_key(cfg, flip[cfg.TASK]) in (0, "none")
     if "ssl" not in path and "/cls/" not in path:
         assert len(cfg.MODEL.ANCHOR_GENERATOR.SIZES) == len(cfg.MODEL.RPN.IN_FEATURES)
 
@@ -149,20 +152,110 @@ def test_our_keys_leave_detectron2s_as_they_are_but_for_the_named_ones() -> None
         return found
 
     assert keys(stock) < keys(ours)
-    changed = {key for key in keys(stock) if value(stock, key) != value(ours, key)}
-    assert changed <= {*_CHANGED, "MODEL.DEVICE"}
+    assert {key for key in keys(stock) if get_key(stock, key) != get_key(ours, key)} - {"MODEL.DEVICE"} == {
+        "SEED",
+        "INPUT.FORMAT",
+        "MODEL.PIXEL_MEAN",
+        "MODEL.PIXEL_STD",
+        "MODEL.BACKBONE.NAME",
+        "MODEL.BACKBONE.FREEZE_AT",
+        "MODEL.ROI_HEADS.NUM_CLASSES",
+        "SOLVER.LR_SCHEDULER_NAME",
+        "SOLVER.WEIGHT_DECAY",
+        "SOLVER.WEIGHT_DECAY_BIAS",
+        "SOLVER.BASE_LR",
+        "SOLVER.CLIP_GRADIENTS.ENABLED",
+        "SOLVER.CLIP_GRADIENTS.CLIP_TYPE",
+    }
 
 
-def value(node: Any, key: str) -> Any:
-    return functools.reduce(lambda inner, part: inner[part], key.split("."), node)
+# A value that no key without effect has by default.
+OTHER = {bool: "True", float: "0.7", int: "7", str: "other"}
+BASES = {"pretrain": "ssl", "detection": "detection", "classification": "cls"}
 
 
-def test_keys_without_effect_are_refused_and_exist() -> None:
-    stock = get_cfg()
-    for key in WITHOUT_EFFECT:
-        value(stock, key)
-    with pytest.raises(UserError, match=r"SOLVER.AMP.ENABLED has no effect here; .* SOLVER.PRECISION"):
-        load_config("configs/demo/streets.yaml", ["SOLVER.AMP.ENABLED", "True"])
+@pytest.mark.parametrize("task", TASKS)
+def test_keys_without_effect_are_refused_and_exist(task: str) -> None:
+    stock, base = get_cfg(), f"configs/base/{BASES[task]}.yaml"
+    for key in TASKS[task].without_effect:
+        default = get_key(stock, key)
+        other = "False" if default is True else OTHER.get(type(default), "[1]")
+        with pytest.raises(UserError, match=rf"key {key} has no effect here; leave it out and set "):
+            load_config(base, [key, other])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_config_is_of_its_task_only(task: str, tmp_path: Path) -> None:
+    base = Path(f"configs/base/{BASES[task]}.yaml").resolve()
+    run = load_config(str(base), [], task)
+    (tmp_path / "config.yaml").write_text(run.dump())
+    again = load_config(str(tmp_path / "config.yaml"), [])
+    assert yaml.safe_load(again.dump()) == yaml.safe_load(run.dump())  # yaml has no tuples
+    (tmp_path / "own.yaml").write_text("SEED: 3\n")
+    assert load_config(str(tmp_path / "own.yaml"), ["SEED", "0"], task) == TASKS[task].defaults()
+    with pytest.raises(UserError, match=r"own.yaml' has no key TASK: add"):
+        load_config(str(tmp_path / "own.yaml"), [])
+    (tmp_path / "typo.yaml").write_text("TASK: [pretraining]\n")
+    with pytest.raises(UserError, match=r"TASK '\['pretraining'\]' is unknown; give one of pretrain, detection"):
+        load_config(str(tmp_path / "typo.yaml"), [], task)
+    for other in set(TASKS) - {task}:
+        # Whatever else is in the file, the task is the error.
+        (tmp_path / "other.yaml").write_text(f"_BASE_: {base}\nTASC: 3\n")
+        with pytest.raises(UserError, match=rf"other.yaml' is of the task {task}, not {other}: start {SCRIPTS[task]}"):
+            load_config(str(tmp_path / "other.yaml"), [], other)
+        with pytest.raises(UserError, match=f"override 'TASK {other}': the config is of the task {task}"):
+            load_config(str(base), ["TASK", other])
+
+
+def test_a_key_of_another_task_names_it() -> None:
+    keys = {name: set(flat(task.defaults())) for name, task in TASKS.items()}
+    ours = set().union(*keys.values()) - set(flat(get_cfg()))
+    with pytest.raises(UserError, match=r"key DATASETS.CUSTOM.a.ROOT belongs to the task pretrain .* or detection"):
+        load_config("configs/base/cls.yaml", ["DATASETS.CUSTOM.a.ROOT", "data"])
+    for task, base in BASES.items():
+        assert ours - keys[task]
+        for key in ours - keys[task]:
+            owners = " or ".join(f"{name} ({SCRIPTS[name]})" for name in TASKS if key in keys[name])
+            with pytest.raises(UserError) as error:
+                load_config(f"configs/base/{base}.yaml", [key, "1"])
+            assert f"'{key} 1': key {key} belongs to the task {owners}, not to {task}: leave it out" in str(error.value)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("MODEL.CHECKPOINT", "MODEL.ACTIVATION_CHECKPOINT"),
+        ("SOLVER.ACCUMULATE", "SOLVER.GRAD_ACCUM_STEPS"),
+        ("INPUT.WHITE", "INPUT.MAX_VALUE"),
+    ],
+)
+def test_a_renamed_key_names_the_new_one(old: str, new: str, task: str, tmp_path: Path) -> None:
+    if new not in flat(TASKS[task].defaults()):
+        assert (task, new) == ("classification", "INPUT.MAX_VALUE")
+        return
+    group, name = old.split(".")
+    (tmp_path / "old.yaml").write_text(f"{group}:\n  {name}: 1\n")
+    with pytest.raises(UserError, match=rf"old.yaml': key {old} is named {new} now: rename it"):
+        load_config(str(tmp_path / "old.yaml"), [], task)
+    assert get_key(load_config(f"configs/base/{BASES[task]}.yaml", [new, "1"]), new) == 1
+
+
+def test_detectron2s_merge_names_the_new_key_too() -> None:
+    cfg = get_cfg()
+    add_relvit_config(cfg)
+    with pytest.raises(KeyError, match=r"SOLVER.ACCUMULATE was renamed to SOLVER.GRAD_ACCUM_STEPS"):
+        cfg.merge_from_list(["SOLVER.ACCUMULATE", 2])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_amp_is_bfloat16_and_contradicts_float32(task: str) -> None:
+    base, amp = f"configs/base/{BASES[task]}.yaml", ["SOLVER.AMP.ENABLED", "True"]
+    assert load_config(base, []).SOLVER.PRECISION == "auto"
+    for setting in ("auto", "bfloat16"):
+        assert load_config(base, [*amp, "SOLVER.PRECISION", setting]).SOLVER.PRECISION == "bfloat16"
+    with pytest.raises(UserError, match=r"AMP.ENABLED True.*contradicts SOLVER.PRECISION float32: set .* auto or"):
+        load_config(base, ["SOLVER.PRECISION", "float32", *amp])
 
 
 @pytest.mark.parametrize(
@@ -180,6 +273,31 @@ def test_keys_without_effect_are_refused_and_exist() -> None:
         (["MODEL.PYRAMID.STRIDES", "['p2']"], r"MODEL.PYRAMID.STRIDES takes a value of type list"),
         (["SOLVER", "3"], r"SOLVER is a group of keys"),
         (["SEED.VALUE", "3"], r"SEED takes a value of type int"),
+        (["SOLVER.BASE", "{LR: 3}"], r"unknown config key 'SOLVER.BASE.LR'; did you mean 'SOLVER.BASE_LR'"),
+        (["SOLVER.GRAD_ACCUM_STEPS", "0"], r"SOLVER.GRAD_ACCUM_STEPS 0 is too small: give 1 or more"),
+        (
+            ["TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 3.5]]"],
+            r"\['bbox', 'AP', 3.5\] is not \[task, metric, value, tol",
+        ),
+        (["TEST.EXPECTED_RESULTS", "['bbox']"], r"bbox is not \[task, metric, value, tolerance\]"),
+        (
+            ["TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 3.5, 1]]", "DATASETS.TEST", "('streets_test', 'svhn_test')"],
+            "EXPECTED_RESULTS needs one data set in DATASETS.TEST",
+        ),
+        (
+            [
+                "TEST.AUG.ENABLED",
+                "True",
+                "INPUT.CHANNELS",
+                "2",
+                "MODEL.PIXEL_MEAN",
+                "[1, 2]",
+                "MODEL.PIXEL_STD",
+                "[1, 2]",
+            ],
+            "TEST.AUG.ENABLED needs images of 1 or 3 channels, but INPUT.CHANNELS is 2",
+        ),
+        (["INPUT.CHANNELS", "1"], r"MODEL.PIXEL_MEAN has 3 values, but images have 1 channels"),
         (["VERSION", "1"], r"VERSION 1 .* rewrite the file for version 2"),
         (["INPUT.MIN_SIZE_TRAIN", "((64,),)"], r"INPUT.MIN_SIZE_TRAIN takes a value of type tuple"),
         (["DATASETS.CUSTOM", "{a: ["], r"override 'DATASETS.CUSTOM \{a: \['"),
@@ -209,7 +327,7 @@ def test_bad_files(text: str, words: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=words):
-        load_config(str(path), [])
+        load_config(str(path), [], "detection")
 
 
 LEVELS = r"MODEL.RPN.IN_FEATURES has 2 levels \['p2', 'p3'\]: give one list for each level, or one for all"
@@ -287,13 +405,15 @@ MEANT: dict[type, list[tuple[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("number", range(5))
 @pytest.mark.parametrize("as_file", [False, True], ids=["override", "file"])
-def test_every_key_takes_another_notation_of_its_type(as_file: bool, number: int, tmp_path: Path) -> None:
-    base = str(Path("configs/base/detection.yaml").resolve())
+def test_every_key_takes_another_notation_of_its_type(as_file: bool, number: int, task: str, tmp_path: Path) -> None:
+    base = str(Path(f"configs/base/{BASES[task]}.yaml").resolve())
+    fixed = {"TASK", "VERSION", "INPUT.CHANNELS", "TEST.AUG.ENABLED", "SOLVER.PRECISION", *TASKS[task].without_effect}
     given, meant = dict[str, str](), dict[str, Any]()
     for key, item in flat(read_config(base, [])).items():
-        if type(item) in MEANT and key != "VERSION" and key not in WITHOUT_EFFECT:
+        if type(item) in MEANT and key not in fixed:
             given[key], meant[key] = MEANT[type(item)][number % len(MEANT[type(item)])]
     if as_file:
         tree: dict[str, Any] = {"_BASE_": base}
@@ -323,14 +443,14 @@ def test_lists_take_other_notations_too(tmp_path: Path) -> None:
         "DATASETS.TRAIN": ("['a', 'b']", ("a", "b")),
     }
     cfg = read_config("configs/base/detection.yaml", [part for key in keys for part in (key, keys[key][0])])
-    assert {key: repr(value(cfg, key)) for key in keys} == {key: repr(meant) for key, (_, meant) in keys.items()}
+    assert {key: repr(get_key(cfg, key)) for key in keys} == {key: repr(meant) for key, (_, meant) in keys.items()}
 
 
 def test_an_own_set_takes_texts_as_they_are_written(tmp_path: Path) -> None:
     text = "{ROOT: 2024, SPLIT: train, CLASSES: [no, 010, 1.50]}"
     (tmp_path / "own.yaml").write_text(f"DATASETS: {{CUSTOM: {{cells: {text}}}}}\n")
     meant = {"ROOT": "2024", "SPLIT": "train", "CLASSES": ["no", "010", "1.50"]}
-    assert load_config(str(tmp_path / "own.yaml"), []).DATASETS.CUSTOM.cells == meant
+    assert load_config(str(tmp_path / "own.yaml"), [], "detection").DATASETS.CUSTOM.cells == meant
     base = "configs/base/detection.yaml"
     assert load_config(base, ["DATASETS.CUSTOM", f"{{cells: {text}}}"]).DATASETS.CUSTOM.cells == meant
     assert {"cells": meant | {"ROOT": "2025"}} == load_config(

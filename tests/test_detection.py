@@ -6,18 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.structures import Boxes, BoxMode, ImageList, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from torch.utils._pytree import tree_leaves
 from torchvision.io import write_png
 
-from relvit_d2.config import add_relvit_config
-from relvit_d2.config.config_file import load_config
 from relvit_d2.detection import backbone
+from relvit_d2.detection.config import add_relvit_config
 from relvit_d2.detection.model import build_detector
 from relvit_d2.detection.run import evaluate, training_records
 from relvit_d2.encoders import ENCODERS, build_encoder
 from relvit_d2.encoders.vit import ViT
+from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
 
 
@@ -112,6 +113,27 @@ def test_a_training_step_reaches_every_parameter_and_odd_sizes_infer() -> None:
         assert (boxes >= 0).all()
         assert (boxes[:, 2] <= width).all()
         assert (boxes[:, 3] <= height).all()
+
+
+def test_augmented_evaluation_of_the_image_as_it_is_is_the_plain_one() -> None:
+    """Test-time augmentation that augments nothing gives the detections of the model, masks too."""
+    keys = ("MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NUM_CONV", 1, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
+    cfg = tiny_config(*keys, "TEST.AUG.MIN_SIZES", (64,), "TEST.AUG.MAX_SIZE", 96, "TEST.AUG.FLIP", False)
+    torch.manual_seed(0)
+    model = build_detector(cfg).eval()
+    batch = [{"image": image(h, w).byte(), "height": h, "width": w} for h, w in ((64, 80), (90, 64))]
+    with torch.no_grad():
+        plain = [out["instances"] for out in model(batch)]
+        augmented = [out["instances"] for out in GeneralizedRCNNWithTTA(cfg, model)(batch)]
+        cfg.TEST.AUG.FLIP, cfg.TEST.AUG.MIN_SIZES = True, (48, 64)
+        flipped = [out["instances"] for out in GeneralizedRCNNWithTTA(cfg, model)(batch)]
+    for expected, found, other in zip(plain, augmented, flipped, strict=True):
+        assert len(expected) == len(found) > 5 and found.image_size == expected.image_size == other.image_size
+        assert torch.allclose(found.pred_boxes.tensor, expected.pred_boxes.tensor, atol=1e-3)
+        assert torch.allclose(found.scores, expected.scores, atol=1e-5)
+        assert (found.pred_masks != expected.pred_masks).float().mean() < 1e-3
+        assert len(other) > 5 and other.pred_masks.shape[1:] == other.image_size
+        assert not torch.allclose(other.scores[:5], expected.scores[:5], atol=1e-5)
 
 
 def test_masks_train_where_the_data_has_them() -> None:

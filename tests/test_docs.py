@@ -1,51 +1,45 @@
 """The documentation: every key is on its page, and the site is built without a warning and loads nothing."""
 
+import ast
 import importlib.util
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fvcore.common.config import CfgNode
+from detectron2.config import get_cfg
 
-from docs.hooks import CONFIG, PAGES, ROOT, changed_keys, config_page, own_keys, page_of
-from relvit_d2.config import _C, _CHANGED
-
-
-def leaves(node: CfgNode, prefix: str = "") -> Iterator[str]:
-    for key, value in node.items():
-        if isinstance(value, CfgNode) and value:
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key
+from docs.hooks import PAGES, ROOT, config_modules, config_page, keys_of, page_of
+from relvit_d2.config.config_file import flat
+from relvit_d2.detection.config import DETECTION
+from relvit_d2.tasks import TASKS
 
 
-def test_every_key_is_told_with_its_default_and_a_comment() -> None:
-    keys = own_keys(CONFIG.read_text())
-    assert sorted(key.name for key in keys) == sorted(leaves(_C))
-    changed = changed_keys(CONFIG.read_text())
-    assert [key.name for key in changed] == list(_CHANGED)
-    page = config_page()
-    for key in (*keys, *changed):
-        assert key.comment, f"{key.name} has no comment in config.py"
-        assert page.count(f"| `{key.name}` | `{key.default}` |") == 1
-    for key in keys:
-        node = _C
-        for part in key.name.split("."):
-            node = node[part]
-        assert repr(node) == key.default or isinstance(node, CfgNode)
+def test_every_key_is_documented_once_with_its_default_and_a_comment() -> None:
+    page, stock = config_page(), flat(get_cfg())
+    documented = [key for path in config_modules() for key in keys_of(path.read_text())]
+    names = {key.name for key in documented}
+    assert len(names) == len(documented)
+    found = {name: flat(task.defaults()) for name, task in TASKS.items()}
+    for name, defaults in found.items():
+        assert set(defaults) - names <= (set(stock) if name == "detection" else set())
+    for key in documented:
+        assert key.comment, f"{key.name} has no comment"
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| `{key.name}` | `{key.default}` |")]
+        tasks = [name for name in TASKS if key.name in found[name]]
+        assert tasks and row.endswith(f"| {', '.join(tasks)} |")
+        for name in tasks:
+            if key.name not in ("TASK", "VERSION", "MODEL.DEVICE"):  # no literals
+                assert ast.literal_eval(key.default) == found[name][key.name]
+    for without in DETECTION.without_effect:
+        assert page.count(f"| `{without}` |") == 1
 
 
-def test_a_comment_is_the_one_beside_its_key_or_over_it() -> None:
-    source = "# A part.\n_C.A = CfgNode()\n_C.A.X = 1  # beside\n# over\n# it\n_C.A.Y = '#'\n_C.A.Z = 2\n"
-    assert [key[:3] for key in own_keys(source)] == [
-        ("A.X", "1", "beside"),
-        ("A.Y", "'#'", "over it"),
-        ("A.Z", "2", ""),
-    ]
-    assert own_keys(source)[0].section == "A part."
+def test_a_comment_is_the_one_beside_its_key_or_above_it() -> None:
+    keys = ["cfg.X = 1  # beside", "# above", "# it", "cfg.A.Y = '#'", "cfg.A.Z = 2"]
+    source = "\n    ".join(["def add_x(cfg):", *keys]) + "\ndef check(cfg):\n    cfg.B = 1\n"
+    assert keys_of(source) == [("X", "1", "beside"), ("A.Y", "'#'", "above it"), ("A.Z", "2", "")]
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -19,7 +19,7 @@ ONE_OF_A_KIND = [
     pytest.param(name, marks=pytest.mark.slow if name in ("vit_tiny", "vit_small", "vit_base") else ())
     for name in NAMES
 ]
-PLAIN = {"CHECKPOINT": False, "COMPILE": False}  # keys of MODEL
+PLAIN = {"ACTIVATION_CHECKPOINT": False, "COMPILE": False}  # keys of MODEL
 
 
 @pytest.fixture(autouse=True)
@@ -156,7 +156,9 @@ def gradients(encoder: Encoder, images: Tensor) -> tuple[dict[str, Tensor], int]
 def test_recomputed_blocks_keep_less_and_give_the_same_gradients(name: str) -> None:
     keys = {"NAME": name, "PATCH_SIZE": built(name).arguments["patch_size"], "IMG_SIZE": 64}
     keys |= {"DROP_PATH": 0.3, "DROPOUT": 0.1}
-    plain, recomputing = (encoder_from_keys({"ENCODER": keys, **PLAIN, "CHECKPOINT": on}) for on in (False, True))
+    plain, recomputing = (
+        encoder_from_keys({"ENCODER": keys, **PLAIN, "ACTIVATION_CHECKPOINT": on}) for on in (False, True)
+    )
     recomputing.load_state_dict(plain.state_dict())
     images = torch.randn(2, 3, 64, 64)
     (expected, plain_kept), (found, kept) = gradients(plain, images), gradients(recomputing, images)

@@ -11,10 +11,10 @@ import torch
 from scripts import fails
 from torch import Tensor, nn
 
-from relvit_d2.config.config_file import load_config
 from relvit_d2.detection import backbone as backbones
 from relvit_d2.detection.backbone import build_encoder_pyramid_backbone
 from relvit_d2.encoders import build_encoder
+from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
 from tools import export_model
 

@@ -18,11 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from relvit_d2.config.config_file import load_config
 from relvit_d2.data.detection.catalog import VOC_CLASSES
 from relvit_d2.data.detection.mapper import DetectionMapper, ShortestEdge
 from relvit_d2.data.detection.voc import load_voc
 from relvit_d2.data.images.decode import read_rgb
+from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
 
 Record = dict[str, Any]

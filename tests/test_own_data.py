@@ -16,12 +16,12 @@ from fvcore.common.config import CfgNode
 from PIL import Image
 from scripts import fails, run
 
-from relvit_d2.config.config_file import dump_config, load_config
 from relvit_d2.data import cache
 from relvit_d2.data.detection import catalog, yolo
 from relvit_d2.data.detection.coco import load_coco
 from relvit_d2.data.detection.custom import FORMATS, READERS, config_pairs, look, register_own
 from relvit_d2.data.detection.splits import split_of, splits_of_folders
+from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
 
 XML = """<annotation><size><width>{size[0]}</width><height>{size[1]}</height></size>{objects}</annotation>"""
@@ -186,18 +186,18 @@ def test_a_folder_is_told_by_looking(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", WRITERS)
 def test_data_becomes_a_config_that_can_be_kept(kind: str, tmp_path: Path) -> None:
     form, writer = WRITERS[kind]
-    pairs = config_pairs(str(writer(tmp_path / "My cells")), "train_net.py")
-    cfg = load_config("configs/demo/streets.yaml", [*pairs, "SEED", "3"], "train_net.py")
+    pairs = config_pairs(str(writer(tmp_path / "My cells")), "detection")
+    cfg = load_config("configs/demo/streets.yaml", [*pairs, "SEED", "3"], "detection")
     assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST) == (("my_cells_train",), ("my_cells_val",))
-    (tmp_path / "config.yaml").write_text(dump_config(cfg, "train_net.py"))
-    again = load_config(str(tmp_path / "config.yaml"), [], "train_net.py")
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    again = load_config(str(tmp_path / "config.yaml"), [], "detection")
     assert again.DATASETS == cfg.DATASETS
     register_own(again.DATASETS)
     register_own(again.DATASETS)
     assert len(catalog.get_records("my_cells_train")) == 2
     assert len(catalog.get_records("my_cells_train[:1]")) == len(catalog.get_images("my_cells_train[:1]")) == 1
     assert catalog.get_metadata("my_cells_val").metrics == (("coco", "voc07") if form == "voc" else ("coco",))
-    assert "DATASETS" in config_pairs(str(tmp_path / "My cells"), "pretrain_ssl.py")[0]
+    assert "DATASETS" in config_pairs(str(tmp_path / "My cells"), "pretrain")[0]
 
 
 def own(**sets: dict[str, Any]) -> CfgNode:
@@ -281,7 +281,7 @@ def test_data_without_a_training_set_are_refused(tmp_path: Path) -> None:
     root = write_coco(tmp_path / "own")
     (root / "annotations/train.json").rename(root / "annotations/second.json")
     with pytest.raises(UserError, match=r"has the sets second, val, of which none is for training"):
-        config_pairs(str(root), "train_net.py")
+        config_pairs(str(root), "detection")
 
 
 def test_of_two_voc_layouts_one_must_be_named(tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_of_two_voc_layouts_one_must_be_named(tmp_path: Path) -> None:
 
 def test_a_name_of_the_package_stays_what_it_is(tmp_path: Path) -> None:
     root = write_coco(tmp_path / "streets")
-    assert config_pairs(str(root), "train_net.py")[3] == ("own_streets_train",)
+    assert config_pairs(str(root), "detection")[3] == ("own_streets_train",)
     with pytest.raises(UserError, match="'streets_train' is a data set already"):
         register_own(own(streets_train={"ROOT": str(root), "SPLIT": "train"}))
 

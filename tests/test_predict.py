@@ -1,6 +1,8 @@
 """Predictions outside of evaluation: the same detections, from files, arrays and videos, on disk and in Python."""
 
 import json
+import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -76,6 +78,56 @@ def test_a_loaded_detector_finds_what_evaluation_found(trained: Path, detector: 
         assert found.pred_classes.tolist() == [row["category_id"] for row in expected]
         assert found.image_size == Image.open(image).size[::-1]
     assert detector.class_names == list("0123456789")
+
+
+def test_detectron2s_predictor_finds_what_the_detector_finds(
+    trained: Path, detector: Detector, images: list[Path], tmp_path: Path
+) -> None:
+    """The lines of the docs in a new process, on an image that neither of them resizes."""
+    unresized = tmp_path / "64.png"
+    Image.open(images[0]).convert("RGB").resize((80, 64)).save(unresized)
+    page = Path(__file__).resolve().parents[1] / "docs/weights.md"
+    (code,) = re.findall(r"```python\n(.+?)```", page.read_text(), re.DOTALL)
+    code = code.replace("output/voc_vit_s", str(trained)).replace("image.jpg", str(unresized))
+    code += "\nprint(instances.pred_boxes.tensor.tolist(), instances.scores.tolist(), instances.pred_classes.tolist())"
+    python = [sys.executable, "-c", code]
+    done = subprocess.run(python, capture_output=True, text=True, check=True, cwd=page.parents[1])
+    boxes, scores, classes = json.loads("[" + done.stdout.strip().splitlines()[-1].replace("] [", "], [") + "]")
+    expected = detector(unresized)
+    assert len(expected) == len(boxes) > 5
+    np.testing.assert_allclose(boxes, expected.pred_boxes.tensor.numpy(), atol=1e-4)
+    np.testing.assert_allclose(scores, expected.scores.numpy(), atol=1e-4)
+    assert classes == expected.pred_classes.tolist()
+
+
+def test_augmented_results_stand_beside_the_plain_ones_and_expected_results_decide_the_status(
+    trained: Path, root: Path, tmp_path: Path
+) -> None:
+    def evaluation(output: Path, expected: object, *more: object) -> tuple[object, ...]:
+        weights = ("MODEL.WEIGHTS", trained / "model_final.pth", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
+        keys = ("TEST.AUG.ENABLED", True, "TEST.EXPECTED_RESULTS", expected)
+        return command("train_net.py", output, *weights, *keys, *more, flags=("--eval-only",))
+
+    plain = json.loads((trained / "inference/results.json").read_text())["svhn_test"]
+    right = [["bbox", "AP", plain["bbox"]["AP"], 1e-6], ["bbox_TTA", "AP50", 50.0, 50.0]]
+    sizes = ("TEST.AUG.MIN_SIZES", (48, 64), "TEST.AUG.MAX_SIZE", 96)
+    done = run(root, *evaluation(tmp_path / "a", right, *sizes))
+    assert "Results verification passed" in done.stdout
+    results = json.loads((tmp_path / "a/inference/results.json").read_text())["svhn_test"]
+    assert set(results) == set(plain) | {f"{task}_TTA" for task in plain}
+    assert results["bbox"] == plain["bbox"] and results["bbox_TTA"].keys() == plain["bbox"].keys()
+    files = [tmp_path / "a/inference" / folder / "coco_instances_results.json" for folder in (".", "TTA")]
+    assert files[0].read_text() == (trained / "inference/coco_instances_results.json").read_text()
+    assert json.loads(files[1].read_text()) and files[0].read_text() != files[1].read_text()
+
+    wrong = [["bbox", "AP", 99.0, 0.5], ["segm", "AP", 1.0, 100.0]]
+    off = ("TEST.AUG.ENABLED", False)
+    sentence = fails(root, *evaluation(tmp_path / "b", wrong, *off))
+    assert "results differ from TEST.EXPECTED_RESULTS: bbox/AP is" in sentence
+    assert "expected 99.0 within 0.5, segm/AP is None, expected 1.0 within 100.0" in sentence
+    assert json.loads((tmp_path / "b/inference/results.json").read_text())["svhn_test"]["bbox"] == plain["bbox"]
+    sentence = fails(root, *command("train_net.py", tmp_path / "c", "TEST.EXPECTED_RESULTS", wrong))
+    assert "bbox/AP is" in sentence and (tmp_path / "c/model_final.pth").is_file()
 
 
 @pytest.mark.filterwarnings("error:The given NumPy array is not writable")

@@ -14,13 +14,13 @@ from PIL import Image
 from scripts import command, fails, run
 
 import relvit_d2.pretraining.run as pretraining
-from relvit_d2.config.config_file import dump_config, load_config
 from relvit_d2.data.classification.datasets import get_class_set
 from relvit_d2.data.images.batches import ImageStack
 from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.pretraining.model import PretrainingModel, build_pretraining_model
 from relvit_d2.pretraining.run import image_files, next_command
 from relvit_d2.report.pretext import assign, draw_pretext, pretext_rows, sheet_of_run
+from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.metrics import as_scalars
 from relvit_d2.utils.randomness import seed_everything
@@ -29,7 +29,7 @@ from relvit_d2.utils.randomness import seed_everything
 def config(*overrides: object) -> CfgNode:
     tiny = ["MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_BATCH", 4, "SOLVER.REFERENCE_BATCH", 0, "SOLVER.WARMUP_ITERS", 1]
     pairs = [str(part) for part in (*tiny, "DATASETS.TRAIN", "('svhn_train',)", "DATASETS.TEST", "()", *overrides)]
-    return load_config("configs/demo/ssl_streets.yaml", pairs, "pretrain_ssl.py")
+    return load_config("configs/demo/ssl_streets.yaml", pairs, "pretrain")
 
 
 def model_of(*overrides: object) -> PretrainingModel:
@@ -197,7 +197,7 @@ def test_a_run_of_another_machine_has_its_picture(
     assert isinstance(image_files("DATASETS.TRAIN", [name], False), ImageStack) == (kind == "stack")
     Checkpointer(build_pretraining_model(cfg), str(tmp_path)).save("model_final")
     cfg.MODEL.DEVICE, cfg.MODEL.COMPILE = "cuda", True
-    (tmp_path / "config.yaml").write_text(dump_config(cfg, "pretrain_ssl.py"))
+    (tmp_path / "config.yaml").write_text(cfg.dump())
     assert np.asarray(sheet_of_run(tmp_path, count=2)).std() > 10
 
 
@@ -216,7 +216,7 @@ def test_the_next_command_is_that_of_the_kind_of_data(trees: Path) -> None:
 
 def test_every_pretraining_has_a_training_of_its_name() -> None:
     for own in Path("configs/ssl").glob("*.yaml"):
-        cfg = load_config(str(own), [], "pretrain_ssl.py")
+        cfg = load_config(str(own), [], "pretrain")
         assert "FILE" not in next_command(str(own), None, cfg, Path("encoder.safetensors"))
 
 

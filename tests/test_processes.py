@@ -18,11 +18,11 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from scripts import command, fails, run, started, wait_for
 
-from relvit_d2.config.config_file import load_config
 from relvit_d2.detection.model import build_detector
 from relvit_d2.detection.run import build_trainer, settle, training_batches, training_records
 from relvit_d2.engine import distributed
 from relvit_d2.engine.signals import Interrupted
+from relvit_d2.tasks import load_config
 from relvit_d2.utils.randomness import seed_everything
 
 TWO = ("--num-gpus", 2)
@@ -34,7 +34,7 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
 
 
 def test_pretraining_does_not_depend_on_processes_or_parts(root: Path, tmp_path: Path) -> None:
-    three = ("SOLVER.MAX_ITER", 3, "SOLVER.ACCUMULATE")
+    three = ("SOLVER.MAX_ITER", 3, "SOLVER.GRAD_ACCUM_STEPS")
     run(root, *command("pretrain_ssl.py", tmp_path / "one", *three, 1))
     run(root, *command("pretrain_ssl.py", tmp_path / "parts", *three, 4))
     run(root, *command("pretrain_ssl.py", tmp_path / "two", *three, 2, flags=TWO))
@@ -56,7 +56,7 @@ def test_pretraining_does_not_depend_on_processes_or_parts(root: Path, tmp_path:
 def gradients(folder: str, parts: int) -> None:
     """In each process: the gradient of a shared step, and that of this process's own batches alone."""
     overrides = ["SOLVER.IMS_PER_BATCH", "8", "DATASETS.TRAIN", "('svhn_train',)", "DATASETS.TEST", "()"]
-    overrides += ["SOLVER.CLIP_GRADIENTS.ENABLED", "False", "SOLVER.ACCUMULATE", str(parts), "OUTPUT_DIR", folder]
+    overrides += ["SOLVER.CLIP_GRADIENTS.ENABLED", "False", "SOLVER.GRAD_ACCUM_STEPS", str(parts), "OUTPUT_DIR", folder]
     asked = load_config("configs/demo/streets.yaml", overrides)
     records = training_records(asked)
     cfg = settle(asked, records)

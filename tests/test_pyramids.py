@@ -10,13 +10,13 @@ from detectron2.config import CfgNode, get_cfg
 from timm.layers import DropPath
 from torch import nn
 
-from relvit_d2.config import add_relvit_config
-from relvit_d2.config.config_file import load_config
 from relvit_d2.conversion.encoder_file import feature_difference, load_encoder, save_encoder
 from relvit_d2.detection.backbone import PYRAMIDS, build_encoder_pyramid_backbone
+from relvit_d2.detection.config import add_relvit_config
 from relvit_d2.encoders import ENCODERS, build_encoder
 from relvit_d2.engine.optimizer import build_optimizer
 from relvit_d2.pretraining.model import build_pretraining_model
+from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.metrics import as_scalars
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from relvit_d2.config.config_file import load_config
 from relvit_d2.data.images.batches import ImageStack, TrainingBatches
 from relvit_d2.pretext.resampling import Draw
+from relvit_d2.tasks import load_config
 from relvit_d2.utils.hashing import hashed_uniform
 from relvit_d2.utils.randomness import image_keys
 
@@ -44,7 +44,7 @@ def test_the_largest_number_stays_below_the_integer_that_it_is_scaled_to(high: i
 
 def keys_and_labels(parts: int, start: int, count: int) -> tuple[Tensor, Tensor]:
     """What ``count`` batches of parts hold, from iteration ``start`` on, in a row."""
-    values = ["SOLVER.IMS_PER_BATCH", "6", "SOLVER.ACCUMULATE", str(parts), "MODEL.DEVICE", "cpu"]
+    values = ["SOLVER.IMS_PER_BATCH", "6", "SOLVER.GRAD_ACCUM_STEPS", str(parts), "MODEL.DEVICE", "cpu"]
     cfg = load_config("configs/base/ssl.yaml", values)
     stack = ImageStack(torch.zeros(10, 3, 8, 8, dtype=torch.uint8), "zeros")
     batches = list(itertools.islice(TrainingBatches(cfg, stack, start, labels=torch.arange(10)), count * parts))

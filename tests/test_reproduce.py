@@ -11,11 +11,12 @@ import torch
 from scripts import fails, run, started, wait_for
 
 from relvit_d2.classification.run import load_data
-from relvit_d2.config.config_file import load_config
+from relvit_d2.config.config_file import SCRIPTS
 from relvit_d2.data.detection import catalog
 from relvit_d2.experiments.comparison import _T, Runs, difference
 from relvit_d2.experiments.published import Row, tables
 from relvit_d2.experiments.reproduce import ImageCounts, Run, collect, count_images, page, plan, why_no_verdict
+from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
 
 TABLES = tables()
@@ -38,7 +39,8 @@ def test_every_command_of_a_row_fits_its_config_and_the_others(table: str, name:
     assert len(schedules) == 1  # the same fine-tuning budget for all
     for planned in runs.values():
         script, _, path, flag, *keys = planned.command
-        assert load_config(path, keys, script) == planned.config and flag == "--resume"
+        assert load_config(path, keys) == planned.config and flag == "--resume"
+        assert script == SCRIPTS[planned.config.TASK]
         cfg, plain = planned.config, load_config(path, [str(x) for pair in planned.step.overrides for x in pair])
         assert cfg.SEED == 3 and Path(cfg.OUTPUT_DIR) == planned.folder
         assert round(plain.SOLVER.MAX_ITER / 2) == cfg.SOLVER.MAX_ITER
@@ -210,7 +212,7 @@ def written(row: Row, figures: dict[str, Any], scale: float, folder: Path, *opts
     for name, values in figures.items():
         for seed, value in zip(seeds, values, strict=False):
             found = dict(zip(("AP", "AP50", "AP75"), (value and value * k for k in (1, 2, 3)), strict=True))
-            chosen = "best_on_test" if seed[name].config.TEST.BEST_ON_TEST else "test"
+            chosen = "best_on_test" if seed[name].config.TEST.get("BEST_ON_TEST") else "test"
             write_results(seed[name], {"bbox": found, chosen: {"top1": value}})
     images = ImageCounts(**({"train": 5011, "test": 4952} | counts))
     machine = dict.fromkeys(("device", "precision", "torch", "version"), "x")
@@ -341,9 +343,9 @@ def test_the_images_that_are_counted_are_those_that_the_scripts_train_on(
     keys = ["DATASETS.TRAIN", "('coco_2017_train',)", "DATASETS.TEST", "('coco_2017_val[:7]',)"]
     truth = json.loads((samples / "coco/annotations/instances_train2017.json").read_text())
     full = {a["image_id"] for a in truth["annotations"] if not a["iscrowd"]}
-    counted = count_images(load_config("configs/coco_vit_s.yaml", keys), "train_net.py")
+    counted = count_images(load_config("configs/coco_vit_s.yaml", keys), "detection")
     assert counted == ImageCounts(len(full), 7, empty=len(truth["images"]) - len(full))
-    assert count_images(load_config("configs/ssl/coco_vit_s.yaml", keys), "pretrain_ssl.py")[:2] == (30, 7)
+    assert count_images(load_config("configs/ssl/coco_vit_s.yaml", keys), "pretrain")[:2] == (30, 7)
 
 
 def test_an_arm_taps_several_blocks_where_the_encoder_has_one_stride(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 from detectron2.config import get_cfg
 from fvcore.common.param_scheduler import CosineParamScheduler
 
-from relvit_d2.config import add_relvit_config
+from relvit_d2.detection.config import add_relvit_config
 from relvit_d2.engine.schedule import build_schedule, quarter_cosine, warmup_cosine, warmup_multistep
 from relvit_d2.utils.errors import UserError
 

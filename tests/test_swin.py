@@ -74,7 +74,7 @@ def test_the_size_it_is_built_for_changes_nothing(lively: Swin) -> None:
 
 
 def test_another_patch_size_is_refused() -> None:
-    keys = {"ENCODER": {"NAME": "swin_tiny", "PATCH_SIZE": 16}, "COMPILE": False, "CHECKPOINT": False}
+    keys = {"ENCODER": {"NAME": "swin_tiny", "PATCH_SIZE": 16}, "COMPILE": False, "ACTIVATION_CHECKPOINT": False}
     with pytest.raises(UserError, match=r"MODEL.ENCODER.PATCH_SIZE 16.*set it to 4"):
         encoder_from_keys(keys)
 

@@ -20,8 +20,8 @@ from detectron2.utils.events import EventWriter, get_event_storage
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
-from relvit_d2.config import add_relvit_config
 from relvit_d2.data.loader import EndlessBatches, EndlessOrder
+from relvit_d2.detection.config import add_relvit_config
 from relvit_d2.encoders import build_encoder
 from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.engine.optimizer import build_clipper, build_optimizer
@@ -72,7 +72,7 @@ def trainer(
     cfg.merge_from_list([part for key, value in overrides.items() for part in (key.replace("__", "."), value)])
 
     def batches(start: int) -> EndlessBatches:
-        order = EndlessOrder(10, cfg.SOLVER.IMS_PER_BATCH, cfg.SEED, start, parts=cfg.SOLVER.ACCUMULATE)
+        order = EndlessOrder(10, cfg.SOLVER.IMS_PER_BATCH, cfg.SEED, start, parts=cfg.SOLVER.GRAD_ACCUM_STEPS)
         return EndlessBatches(range(10), mapper, torch.stack, order, cfg.SEED, workers)
 
     return Trainer(cfg, model or Regression(), 10, batches, evaluate)
@@ -485,7 +485,7 @@ def test_accumulated_parts_are_the_batch(tmp_path: Path) -> None:
     def losses(output: Path, parts: int) -> list[float]:
         still = Regression()
         still.net[2] = nn.Identity()  # dropout draws for each part anew
-        trainer(output, 6, model=still, SOLVER__ACCUMULATE=parts).train()
+        trainer(output, 6, model=still, SOLVER__GRAD_ACCUM_STEPS=parts).train()
         return [json.loads(line)["total_loss"] for line in (output / "metrics.json").read_text().splitlines()]
 
     torch.manual_seed(0)

@@ -134,6 +134,6 @@ def test_windows_that_cannot_be_are_one_sentence() -> None:
     with pytest.raises(UserError, match="0 to 4 blocks"):
         vit(window=2, global_blocks=5)
     keys = {"NAME": "swin_tiny", "PATCH_SIZE": 4, "GLOBAL_BLOCKS": 4}
-    assert encoder_from_keys({"ENCODER": {**keys, "WINDOW": 0}, "CHECKPOINT": False, "COMPILE": False})
+    assert encoder_from_keys({"ENCODER": {**keys, "WINDOW": 0}, "ACTIVATION_CHECKPOINT": False, "COMPILE": False})
     with pytest.raises(UserError, match=r"'swin_tiny'.*set it to 0"):
-        encoder_from_keys({"ENCODER": {**keys, "WINDOW": 14}, "CHECKPOINT": False, "COMPILE": False})
+        encoder_from_keys({"ENCODER": {**keys, "WINDOW": 14}, "ACTIVATION_CHECKPOINT": False, "COMPILE": False})

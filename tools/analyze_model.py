@@ -29,7 +29,7 @@ from tabulate import tabulate  # type: ignore[import-untyped]  # noqa: E402
 
 from relvit_d2.classification.model import build_classifier  # noqa: E402
 from relvit_d2.classification.run import load_data  # noqa: E402
-from relvit_d2.config.config_file import load_config, use_here  # noqa: E402
+from relvit_d2.config.config_file import use_here  # noqa: E402
 from relvit_d2.data.detection import catalog  # noqa: E402
 from relvit_d2.data.detection.custom import register_own  # noqa: E402
 from relvit_d2.detection.model import build_detector  # noqa: E402
@@ -38,6 +38,7 @@ from relvit_d2.engine.cli import silence  # noqa: E402
 from relvit_d2.engine.error_reporting import guard  # noqa: E402
 from relvit_d2.engine.precision import choose_precision  # noqa: E402
 from relvit_d2.pretraining.model import build_pretraining_model  # noqa: E402
+from relvit_d2.tasks import load_config  # noqa: E402
 from relvit_d2.utils.errors import UserError  # noqa: E402
 from relvit_d2.utils.hardware import device_name, free_memory  # noqa: E402
 from relvit_d2.utils.randomness import torch_generator  # noqa: E402
@@ -75,9 +76,9 @@ def analyse(config_file: str, batch: int, opts: list[str]) -> str:
     if batch < 1:
         raise UserError(f"--batch {batch}: give at least 1")
     silence()
-    load_config(config_file, opts)  # what is wrong for every script is told as such
-    build = next(builder for script, builder in BUILDERS.items() if _reads(script, config_file, opts))
-    cfg, model, stages, batches, what = build(config_file, opts)
+    cfg = load_config(config_file, opts)
+    use_here(cfg)
+    model, stages, batches, what = BUILDERS[cfg.TASK](cfg)
     precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE))
     model.train()
     meter = Meter(stages)
@@ -115,7 +116,8 @@ def analyse(config_file: str, batch: int, opts: list[str]) -> str:
         f"{what}, {precision.name} on {device_name(cfg.MODEL.DEVICE)}\n\n"
         f"{tabulate(rows, heads, stralign='right', disable_numparse=True)}\n\n"
         f"{free / 2**30:.1f} GiB are free: about {fits} images a batch fit with AdamW"
-        f"{'' if fits else '; set MODEL.CHECKPOINT True or smaller images'}. Larger batches: SOLVER.ACCUMULATE."
+        f"{'' if fits else '; set MODEL.ACTIVATION_CHECKPOINT True or smaller images'}. "
+        "Larger batches: SOLVER.GRAD_ACCUM_STEPS."
     )
 
 
@@ -209,17 +211,6 @@ class Meter:
         return counts
 
 
-def _reads(script: str, config_file: str, opts: list[str]) -> bool:
-    """Tell whether a config is one of ``script``; the last script's own error is raised."""
-    try:
-        load_config(config_file, opts, script)
-    except UserError:
-        if script == list(BUILDERS)[-1]:
-            raise
-        return False
-    return True
-
-
 def _assumed(cfg: CfgNode, fault: UserError) -> str:
     """Say that something is assumed because of the ``fault`` of absent data, or raise it where no data are named."""
     if not cfg.DATASETS.TRAIN:
@@ -227,9 +218,7 @@ def _assumed(cfg: CfgNode, fault: UserError) -> str:
     return f"assumed, since the data cannot be read ({fault})"
 
 
-def _detector(config_file: str, opts: list[str]) -> tuple[CfgNode, nn.Module, Stages, Batches, str]:
-    cfg = load_config(config_file, opts, "train_net.py")
-    use_here(cfg)
+def _detector(cfg: CfgNode) -> tuple[nn.Module, Stages, Batches, str]:
     register_own(cfg.DATASETS)
     assumed = ""
     try:
@@ -260,7 +249,7 @@ def _detector(config_file: str, opts: list[str]) -> tuple[CfgNode, nn.Module, St
         return [_random_image(height, width, cfg, generator) for _ in range(images)]
 
     masks = "with" if cfg.MODEL.MASK_ON else "without"
-    return cfg, model, stages, batches, f"detector {masks} masks, images of {height} x {width}{assumed}"
+    return model, stages, batches, f"detector {masks} masks, images of {height} x {width}{assumed}"
 
 
 def _random_image(height: int, width: int, cfg: CfgNode, generator: torch.Generator) -> dict[str, Any]:
@@ -278,9 +267,7 @@ def _random_image(height: int, width: int, cfg: CfgNode, generator: torch.Genera
     return {"image": image, "height": height, "width": width, "instances": instances}
 
 
-def _pretraining(config_file: str, opts: list[str]) -> tuple[CfgNode, nn.Module, Stages, Batches, str]:
-    cfg = load_config(config_file, opts, "pretrain_ssl.py")
-    use_here(cfg)
+def _pretraining(cfg: CfgNode) -> tuple[nn.Module, Stages, Batches, str]:
     model = build_pretraining_model(cfg)
     stages: Stages = {
         "views": (model.views, "train"),
@@ -296,12 +283,10 @@ def _pretraining(config_file: str, opts: list[str]) -> tuple[CfgNode, nn.Module,
         sizes = torch.tensor([shape[1:]] * images)
         return {"images": pixels, "sizes": sizes, "keys": torch.arange(images)}
 
-    return cfg, model, stages, batches, f"pre-training, views of {side} x {side}"
+    return model, stages, batches, f"pre-training, views of {side} x {side}"
 
 
-def _classifier(config_file: str, opts: list[str]) -> tuple[CfgNode, nn.Module, Stages, Batches, str]:
-    cfg = load_config(config_file, opts, "train_cls.py")
-    use_here(cfg)
+def _classifier(cfg: CfgNode) -> tuple[nn.Module, Stages, Batches, str]:
     assumed = ""
     try:
         classes = load_data(cfg, training=True).classes
@@ -325,10 +310,10 @@ def _classifier(config_file: str, opts: list[str]) -> tuple[CfgNode, nn.Module, 
         sizes = torch.tensor([(side, side)] * images)
         return {"images": pixels, "labels": labels, "sizes": sizes, "keys": torch.arange(images)}
 
-    return cfg, model, stages, batches, f"classifier of {classes} classes, images of {side} x {side}{assumed}"
+    return model, stages, batches, f"classifier of {classes} classes, images of {side} x {side}{assumed}"
 
 
-BUILDERS = {"train_net.py": _detector, "pretrain_ssl.py": _pretraining, "train_cls.py": _classifier}
+BUILDERS = {"detection": _detector, "pretrain": _pretraining, "classification": _classifier}
 
 
 if __name__ == "__main__":

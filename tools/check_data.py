@@ -18,7 +18,6 @@ from fvcore.common.config import CfgNode  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from relvit_d2.analysis.data_checks import Report, check_images, check_labels, file_of, refuse  # noqa: E402
-from relvit_d2.config.config_file import load_config  # noqa: E402
 from relvit_d2.data.detection import catalog  # noqa: E402
 from relvit_d2.data.detection.custom import TRAINED_ON, find, named_sets, near_misses, register_own  # noqa: E402
 from relvit_d2.data.detection.records import Record  # noqa: E402
@@ -26,6 +25,7 @@ from relvit_d2.data.images.decode import PixelFormat  # noqa: E402
 from relvit_d2.engine.error_reporting import guard  # noqa: E402
 from relvit_d2.report.predictions import in_rgb, legible  # noqa: E402
 from relvit_d2.report.samples import Sample, draw_samples  # noqa: E402
+from relvit_d2.tasks import load_config  # noqa: E402
 from relvit_d2.utils.errors import UserError  # noqa: E402
 from relvit_d2.utils.files import make_folder, write_json  # noqa: E402
 
@@ -63,9 +63,10 @@ def check(args: argparse.Namespace) -> None:
     names, tests = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], tuple(cfg.DATASETS.TEST)
     if not names:
         raise UserError(f"config file '{args.config_file}' names no data set (DATASETS.TRAIN)")
-    labelled = wanted = not (args.config_file and for_pretraining(args))
-    register_own(cfg.DATASETS, labelled)
-    sets, classes = read(list(dict.fromkeys(names)), labelled, cfg.DATASETS.SKIP_MISSING)
+    labelled = wanted = cfg.TASK == "detection"
+    if cfg.TASK != "classification":  # which has folders and archives, but no custom sets
+        register_own(cfg.DATASETS, labelled)
+    sets, classes = read(list(dict.fromkeys(names)), labelled, cfg.DATASETS.get("SKIP_MISSING", False))
     labelled = bool(classes)
     title = Path(args.config_file).stem if args.config_file else "_".join(Path(word).name for word in args.words)
     output = args.output or Path("output/check") / title
@@ -86,7 +87,7 @@ def check(args: argparse.Namespace) -> None:
             print(f"{kind[:-1]}: {sentence}")
     write_json(output / "check.json", report)
     first, items = next(iter(sets.items()))
-    drawn = samples(items, classes, PixelFormat(cfg.INPUT.CHANNELS, cfg.INPUT.WHITE))
+    drawn = samples(items, classes, PixelFormat.of(cfg))
     if drawn:
         legend = "".join(f"   {sign} {key.removeprefix('is')}" for key, sign in MARKS.items()) if labelled else ""
         draw_samples(drawn, output / "check.png", f"{first}: {len(drawn)} of {len(items)} images{legend}")
@@ -128,15 +129,6 @@ def config_words(words: list[str]) -> list[Any]:
     return ["DATASETS.CUSTOM", custom, "DATASETS.TRAIN", tuple(train), "DATASETS.TEST", tuple(test)]
 
 
-def for_pretraining(args: argparse.Namespace) -> bool:
-    """Whether the config is one that train_net.py refuses, so that labels do not matter."""
-    try:
-        load_config(args.config_file, args.words, "train_net.py")
-    except UserError:
-        return True
-    return False
-
-
 def read(names: list[str], labelled: bool, skip_missing: bool) -> tuple[Sets, list[str]]:
     """Return records and their classes, or images and no class where labels do not matter or a name is a folder."""
     if not labelled or any(catalog.is_folder(name) for name in names):
@@ -176,7 +168,7 @@ def tell_labels(report: Report, classes: int) -> None:
 def tell_images(images: Report, cfg: CfgNode) -> None:
     """Print what was found in the images."""
     print("images: " + ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in images["images"].items()))
-    order = f" {cfg.INPUT.FORMAT}" if cfg.INPUT.CHANNELS == 3 else ""
+    order = f" {cfg.INPUT.get('FORMAT', 'RGB')}" if PixelFormat.of(cfg).channels == 3 else ""
     for what, key in (("mean", "PIXEL_MEAN"), ("std", "PIXEL_STD")):
         own = ", ".join(f"{value:.2f}" for value in images[what])
         print(f"pixel {what}: [{own}]{order}; MODEL.{key} is {list(cfg.MODEL[key])}")

@@ -20,7 +20,6 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from running import run_script  # noqa: E402
 
-from relvit_d2.config.config_file import load_config  # noqa: E402
 from relvit_d2.conversion.encoder_file import read_encoder  # noqa: E402
 from relvit_d2.data.detection import catalog  # noqa: E402
 from relvit_d2.data.images.decode import read_rgb  # noqa: E402
@@ -28,6 +27,7 @@ from relvit_d2.engine.error_reporting import guard  # noqa: E402
 from relvit_d2.engine.precision import choose_precision  # noqa: E402
 from relvit_d2.report.page import write_report  # noqa: E402
 from relvit_d2.report.predictions import DetectionRow, draw_detections  # noqa: E402
+from relvit_d2.tasks import load_config  # noqa: E402
 from relvit_d2.utils.files import write_json, write_text  # noqa: E402
 from relvit_d2.utils.hardware import device_name  # noqa: E402
 

@@ -1,7 +1,7 @@
 """Print the mean and deviation of the pixels of images, as lines of a config file.
 
-Images of one channel, of several, or of more than eight bits get INPUT.CHANNELS and INPUT.WHITE beside them; both are
-told by looking at fifty images.
+INPUT.CHANNELS and INPUT.MAX_VALUE, detected from fifty images, are printed too for images of one channel, of several,
+or of more than eight bits.
 """
 
 import argparse
@@ -27,7 +27,9 @@ def main() -> int:
     )
     parser.add_argument("images", help="a data set, folder, pattern, text list, zip or tar, as for pre-training")
     parser.add_argument("--channels", type=int, default=0, help="INPUT.CHANNELS; told by looking where it is left out")
-    parser.add_argument("--white", type=int, default=0, help="INPUT.WHITE; the largest value seen where it is left out")
+    parser.add_argument(
+        "--max-value", type=int, default=0, help="INPUT.MAX_VALUE; the largest value seen where it is left out"
+    )
     parser.add_argument("--most", type=int, default=LOOKED_AT, help=f"images to read, at most (default {LOOKED_AT})")
     args = parser.parse_args()
     return guard(lambda: estimate(args))
@@ -39,15 +41,15 @@ def estimate(args: argparse.Namespace) -> None:
     Raises:
         UserError: there are no images that can be read.
     """
-    if args.most < 1 or args.channels < 0 or args.white < 0:
-        raise UserError("--most, --channels and --white are counts: give at least 1")
+    if args.most < 1 or args.channels < 0 or args.max_value < 0:
+        raise UserError("--most, --channels and --max-value are counts: give at least 1")
     images = get_images(args.images)
     seen = pixel_format(images)
-    pixels = PixelFormat(args.channels or seen.channels, args.white or seen.white)
+    pixels = PixelFormat(args.channels or seen.channels, args.max_value or seen.max_value)
     found = pixel_statistics(images, pixels, args.most)
     print(f"# {found.images} of {len(images)} images of {args.images}")
     if pixels != PixelFormat():
-        print(f"INPUT:\n  CHANNELS: {pixels.channels}\n  WHITE: {pixels.white:.0f}")
+        print(f"INPUT:\n  CHANNELS: {pixels.channels}\n  MAX_VALUE: {pixels.max_value:.0f}")
     print(found.config_lines())
 
 

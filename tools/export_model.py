@@ -22,10 +22,10 @@ from torch.export import Dim, ExportedProgram
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from relvit_d2.config.config_file import load_config  # noqa: E402
 from relvit_d2.detection.backbone import build_encoder_pyramid_backbone  # noqa: E402
 from relvit_d2.engine.error_reporting import guard  # noqa: E402
 from relvit_d2.engine.weights import load_weights  # noqa: E402
+from relvit_d2.tasks import load_config  # noqa: E402
 from relvit_d2.utils.errors import UserError  # noqa: E402
 from relvit_d2.utils.files import appearing  # noqa: E402
 
@@ -69,7 +69,7 @@ def export(args: argparse.Namespace) -> None:
                 raise UserError(f"--to onnx needs the package {package}; pip install -r requirements.txt brings it")
     if not args.output.parent.is_dir():
         raise UserError(f"--output '{args.output}': the folder '{args.output.parent}' does not exist; make it first")
-    cfg = load_config(args.config_file, args.opts, "train_net.py")
+    cfg = load_config(args.config_file, args.opts, "detection")
     cfg.MODEL.DEVICE = "cpu"
     if args.weights is not None:
         cfg.MODEL.WEIGHTS = args.weights

@@ -16,9 +16,9 @@ sys.path.insert(0, str(ROOT))
 
 from running import run_script  # noqa: E402
 
-from relvit_d2.config.config_file import load_config  # noqa: E402
 from relvit_d2.data.detection.custom import register_own  # noqa: E402
 from relvit_d2.engine.error_reporting import guard  # noqa: E402
+from relvit_d2.tasks import load_config  # noqa: E402
 from relvit_d2.utils.errors import UserError  # noqa: E402
 
 PASS = 95.0
@@ -48,7 +48,7 @@ def check(config_file: str, images: int, opts: list[str]) -> None:
     config_file = str(Path(config_file).resolve())
     if images < 1:
         raise UserError(f"--images {images}: give at least 1")
-    cfg = load_config(config_file, opts)
+    cfg = load_config(config_file, opts, "detection")
     register_own(cfg.DATASETS)
     if not cfg.DATASETS.TRAIN:
         raise UserError(f"config file '{config_file}' names no training set (DATASETS.TRAIN)")

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 from relvit_d2.data.images.folder import list_images  # noqa: E402
 from relvit_d2.engine.error_reporting import guard  # noqa: E402
 from relvit_d2.engine.weights import load_trained, run_config  # noqa: E402
+from relvit_d2.pretraining.config import PRETRAINING  # noqa: E402
 from relvit_d2.pretraining.model import build_pretraining_model  # noqa: E402
 from relvit_d2.report.pretext import draw_pretext, rows_of_files  # noqa: E402
 from relvit_d2.utils.errors import UserError  # noqa: E402
@@ -51,7 +52,7 @@ def draw(args: argparse.Namespace) -> None:
     if not args.output.parent.is_dir():
         raise UserError(f"--output '{args.output}': the folder '{args.output.parent}' does not exist; make it first")
     files = list_images(args.images)
-    cfg = run_config(args.weights, args.config_file or "", args.opts, "pretrain_ssl.py")
+    cfg = run_config(args.weights, args.config_file or "", args.opts, PRETRAINING)
     model = build_pretraining_model(cfg)
     load_trained(cfg, model, args.weights)
     rows = rows_of_files(cfg, model, files, args.count)

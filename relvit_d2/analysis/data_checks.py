@@ -271,7 +271,7 @@ def check_images(
         for name, items in sets.items()
     }
     every = {str(file): file for items in sets.values() for file in map(file_of, items)}
-    look = partial(look_at, wanted=PixelFormat(cfg.INPUT.CHANNELS, cfg.INPUT.WHITE))
+    look = partial(look_at, wanted=PixelFormat.of(cfg))
     facts: dict[str, ImageFacts] = {}
     with ThreadPoolExecutor(cores()) as pool:
         for fact in pool.map(look, every.values()):
@@ -333,7 +333,8 @@ def _statistics(readable: Sequence[ImageFacts], cfg: CfgNode) -> Report:
     if not readable:
         return {"mean": [], "std": []}
     found = PixelStatistics.of([fact.histogram for fact in readable])
-    step = -1 if cfg.INPUT.FORMAT == "BGR" and cfg.INPUT.CHANNELS == 3 else 1
+    bgr = cfg.INPUT.get("FORMAT") == "BGR"  # a key of detection; other tasks have RGB
+    step = -1 if bgr and PixelFormat.of(cfg).channels == 3 else 1
     return {
         key: [round(value, 3) for value in values[::step]] for key, values in (("mean", found.mean), ("std", found.std))
     }

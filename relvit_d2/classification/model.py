@@ -179,7 +179,7 @@ def _mix(cfg: CfgNode, classes: int) -> Mixup | None:
         raise UserError(f"INPUT.VIEW.MIXUP {mixup} and CUTMIX {cutmix}: give 0 for none, or more")
     if not (mixup or cutmix):
         return None
-    share = cfg.SOLVER.IMS_PER_BATCH // (comm.get_world_size() * cfg.SOLVER.ACCUMULATE)
+    share = cfg.SOLVER.IMS_PER_BATCH // (comm.get_world_size() * cfg.SOLVER.GRAD_ACCUM_STEPS)
     if share % 2:
         raise UserError(
             f"INPUT.VIEW.MIXUP and CUTMIX mix images in pairs, but {share} of SOLVER.IMS_PER_BATCH "

@@ -166,7 +166,7 @@ def build_trainer(cfg: CfgNode, model: ClassificationModel, data: Classification
     sets = {name: part for name, part in watched.items() if part}
     measure = partial(_measure, cfg, model, sets) if sets else None
     make_batches = partial(TrainingBatches, cfg, train.images, labels=train.labels)
-    trainer = Trainer(cfg, model, len(train), make_batches, measure, "train_cls.py")
+    trainer = Trainer(cfg, model, len(train), make_batches, measure)
     trainer.optimizer.register_step_post_hook(lambda *_: model.follow())
     return trainer
 

@@ -1,62 +1,91 @@
-"""A config from its file and ``KEY VALUE`` pairs, faults as one sentence."""
+"""A config from its file and ``KEY VALUE`` pairs, errors as one sentence."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml  # type: ignore[import-untyped]
-from detectron2.config import get_cfg
 from fvcore.common.config import CfgNode
 
-from relvit_d2.config import READ_BY_SOME, WITHOUT_EFFECT, add_relvit_config
-from relvit_d2.config.config_check import check_config
+from relvit_d2.utils.config_keys import get_key
 from relvit_d2.utils.errors import UserError, nearest
 
+SCRIPTS = {"pretrain": "pretrain_ssl.py", "detection": "train_net.py", "classification": "train_cls.py"}
+"""The script of each task."""
 
-def load_config(config_file: str, overrides: list[str], script: str | None = None) -> CfgNode:
+
+@dataclass(frozen=True)
+class Task:
+    """The config of a task.
+
+    Attributes:
+        name: its value of the key ``TASK``.
+        start: returns the config that keys are added to.
+        add_keys: adds all keys of the task, with their defaults, in place.
+        finish: checks the values of a config, and derives those that follow from others, in place; raises UserError.
+        without_effect: keys of Detectron2 that are not read, and what to set instead.
+    """
+
+    name: str
+    start: Callable[[], CfgNode]
+    add_keys: Callable[[CfgNode], None]
+    finish: Callable[[CfgNode], None]
+    without_effect: Mapping[str, str]
+
+    def defaults(self) -> CfgNode:
+        """Return a new config with the defaults."""
+        cfg = self.start()
+        self.add_keys(cfg)
+        return cfg
+
+
+def load_config(config_file: str, overrides: list[str], tasks: Mapping[str, Task], task: str | None = None) -> CfgNode:
     """Return the config of :func:`read_config` after checks of its values.
 
     Raises:
-        UserError: see :func:`read_config`, and for a key without effect or a value that cannot be used.
+        UserError: see :func:`read_config`, and for a key without effect or a value that is out of range or contradicts
+            another.
     """
-    cfg, defaults = read_config(config_file, overrides, script), get_cfg()
-    if cfg.VERSION != defaults.VERSION:
-        raise UserError(
-            f"VERSION {cfg.VERSION} of Detectron2's configs is not supported: rewrite the file for version 2"
-        )
-    for key, instead in WITHOUT_EFFECT.items():
-        if _value(cfg, key) != _value(defaults, key):
-            raise UserError(f"key {key} has no effect here; leave it out and set {instead}")
-    add_relvit_config(defaults)
-    check_config(cfg, defaults)
+    cfg = read_config(config_file, overrides, tasks, task)
+    chosen = tasks[cfg.TASK]
+    defaults = chosen.start()
+    for key, instead in chosen.without_effect.items():
+        if key.split(".")[0] in defaults and get_key(cfg, key) != get_key(defaults, key):
+            raise UserError(_without_effect(key, instead))
+    chosen.finish(cfg)
     return cfg
 
 
-def read_config(config_file: str, overrides: list[str], script: str | None = None) -> CfgNode:
-    """Return Detectron2's defaults and ours, overridden by a yaml file and then by ``KEY VALUE`` pairs.
+def read_config(config_file: str, overrides: list[str], tasks: Mapping[str, Task], task: str | None = None) -> CfgNode:
+    """Return the defaults of a task, overridden by a yaml file and then by ``KEY VALUE`` pairs.
 
     Args:
-        config_file: path of the yaml file.
+        config_file: path of the yaml file. Its key ``TASK`` names the task.
         overrides: keys and values in turn.
-        script: name of the script that reads the config; keys that only another one reads are refused then.
+        tasks: the known tasks by name.
+        task: the task that the config must be of; a file may leave out ``TASK`` then. None for any.
 
     Raises:
-        UserError: for a missing or unreadable file, a key that is unknown (the nearest one is named), comes twice in a
-            file or belongs to another script, or a value of the wrong type.
+        UserError: for a missing or unreadable file, a config of another task, a key that is unknown (the nearest one is
+            named), renamed, twice in a file or of another task, or a value of the wrong type.
     """
-    cfg = get_cfg()
-    add_relvit_config(cfg)
     path = Path(config_file)
     if not path.is_file():
         raise UserError(
             f"config file '{config_file}' does not exist; the ones that come with the project are in configs/"
         )
-    for file, content, written in _files(path, ()):
-        for key in flat(content):
-            _check_reader(key, str(file), script)
-        _merge(cfg, content, written, f"config file '{file}'", list(flat(cfg)))
+    files = list(_files(path, ()))
+    chosen = tasks[_task_name(path, [content for _, content, _ in files], task)]
+    cfg = chosen.defaults()
+
+    def refusal(key: str) -> str:
+        return _why_unknown(key, cfg, chosen, tasks)
+
+    for file, content, written in files:
+        _merge(cfg, content, written, f"config file '{file}'", refusal)
     if flag := next((word for word in overrides[::2] if word.startswith("--")), None):
         raise UserError(f"'{flag}' stands among the KEY VALUE pairs; flags go before them")
     if len(overrides) % 2:
@@ -64,7 +93,6 @@ def read_config(config_file: str, overrides: list[str], script: str | None = Non
             f"overrides come as KEY VALUE pairs, but '{overrides[-1]}' has no partner; flags go before them"
         )
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):
-        _check_reader(key, "an override", script)
         where, content, written = f"override '{key} {value}'", _decode(value), value
         if isinstance(value, str) and value.startswith("{"):  # a mapping, as of DATASETS.CUSTOM
             try:
@@ -73,8 +101,49 @@ def read_config(config_file: str, overrides: list[str], script: str | None = Non
                 raise UserError(f"{where}: {' '.join(str(error).split())}") from error
         for part in reversed(key.split(".")):
             content, written = {part: content}, {part: written}
-        _merge(cfg, content, written, where, list(flat(cfg)))
+        _merge(cfg, content, written, where, refusal)
+    if chosen.name != cfg.TASK:
+        raise UserError(f"override 'TASK {cfg.TASK}': the config is of the task {chosen.name}; give another config")
     return cfg
+
+
+def _task_name(path: Path, contents: list[dict[str, Any]], task: str | None) -> str:
+    """Return the task of a config file.
+
+    Args:
+        path: of the file.
+        contents: of its bases and itself, the file's own last.
+        task: the task that it must be of, or None.
+    """
+    name = next((content["TASK"] for content in reversed(contents) if "TASK" in content), task)
+    if name is None:
+        raise UserError(f"config file '{path}' has no key TASK: add 'TASK: {', '.join(SCRIPTS)}', one of these")
+    if str(name) not in SCRIPTS:
+        raise UserError(f"config file '{path}': TASK '{name}' is unknown; give one of {', '.join(SCRIPTS)}")
+    if task not in (None, name):
+        raise UserError(
+            f"config file '{path}' is of the task {name}, not {task}: start {SCRIPTS[name]} with it, or give another"
+        )
+    return str(name)
+
+
+def _why_unknown(key: str, cfg: CfgNode, chosen: Task, tasks: Mapping[str, Task]) -> str:
+    """Return why a config of the task ``chosen`` does not have a key."""
+    if cfg.key_is_renamed(key):
+        return f"key {key} is named {cfg.__dict__[CfgNode.RENAMED_KEYS][key]} now: rename it"
+    if key in chosen.without_effect:
+        return _without_effect(key, chosen.without_effect[key])
+    groups = {key.rsplit(".", cut)[0] for cut in range(key.count(".") + 1)}  # and itself
+    owners = [name for name, task in tasks.items() if groups & flat(task.defaults()).keys()]
+    if owners:
+        scripts = " or ".join(f"{name} ({SCRIPTS[name]})" for name in owners)
+        return f"key {key} belongs to the task {scripts}, not to {chosen.name}: leave it out"
+    near = nearest(key, list(flat(cfg))) or "; the page Config keys of the documentation lists all"
+    return f"unknown config key '{key}'{near}"
+
+
+def _without_effect(key: str, instead: str) -> str:
+    return f"key {key} has no effect here; leave it out and set {instead}"
 
 
 def use_here(cfg: CfgNode) -> None:
@@ -82,20 +151,6 @@ def use_here(cfg: CfgNode) -> None:
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.COMPILE = False
-
-
-def dump_config(cfg: CfgNode, script: str | None) -> str:
-    """Return a config as yaml that :func:`load_config` takes: without the keys that only other scripts read."""
-
-    def pruned(node: dict[str, Any], prefix: str) -> dict[str, Any]:
-        kept = {}
-        for name, value in node.items():
-            inner = pruned(value, f"{prefix}{name}.") if isinstance(value, dict) else value
-            if inner != {} and not (inner is value and _other_readers(prefix + name, script)):
-                kept[name] = inner
-        return kept
-
-    return yaml.safe_dump(pruned(yaml.safe_load(cfg.dump()), ""))
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -138,31 +193,12 @@ def _files(path: Path, above: tuple[Path, ...]) -> Iterator[tuple[Path, dict[str
 
 
 def flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of a config under their dotted keys."""
+    """Return the values of a config by their full keys; a group without keys is a value."""
     found: dict[str, Any] = {}
     for name, value in node.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        inner = isinstance(value, dict) and flat(value, f"{prefix}{name}.")
+        found |= inner or {f"{prefix}{name}": value}
     return found
-
-
-def _other_readers(key: str, script: str | None) -> list[str]:
-    """Return the scripts that read ``key``, if only some do and ``script`` is none of them."""
-    readers = [reader for reader, keys in READ_BY_SOME.items() if key.startswith(keys)]
-    return readers if script and script not in readers else []
-
-
-def _check_reader(key: str, where: str, script: str | None) -> None:
-    if readers := _other_readers(key, script):
-        raise UserError(
-            f"key {key} ({where}) is read by {' and '.join(readers)} only: give a config or a run of {script}, start "
-            f"{'that script' if len(readers) == 1 else 'one of them'}, or leave the key out"
-        )
-
-
-def _value(cfg: CfgNode, key: str) -> object:
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg
 
 
 def _decode(value: Any) -> Any:
@@ -174,7 +210,12 @@ def _decode(value: Any) -> Any:
 
 
 def _merge(
-    node: CfgNode, content: dict[Any, Any], written: Any, where: str, known: list[str], prefix: str = ""
+    node: CfgNode,
+    content: dict[Any, Any],
+    written: Any,
+    where: str,
+    refusal: Callable[[str], str],
+    prefix: str = "",
 ) -> None:
     """Set keys of a config in place.
 
@@ -183,7 +224,7 @@ def _merge(
         content: values by name.
         written: the same with scalars as text.
         where: the origin of the content, for errors.
-        known: all keys of the config.
+        refusal: unknown key -> why it is refused.
         prefix: the full name of ``node`` with a dot.
 
     Raises:
@@ -193,15 +234,14 @@ def _merge(
         key, text = f"{prefix}{name}", written.get(str(name)) if isinstance(written, dict) else None
         text = value if text is None else text
         if name not in node and not node.is_new_allowed():
-            raise UserError(
-                f"{where}: unknown config key '{key}'{nearest(key, known) or '; see relvit_d2/config/__init__.py'}"
-            )
+            inner = flat(value, f"{key}.") if isinstance(value, dict) else {}
+            raise UserError(f"{where}: {refusal(next(iter(inner), key))}")
         default = node.get(name)
         if name not in node and isinstance(value, dict):
             default = node[name] = CfgNode(new_allowed=True)
         if isinstance(default, CfgNode):
             if isinstance(value, dict):
-                _merge(default, value, text, where, known, f"{key}.")
+                _merge(default, value, text, where, refusal, f"{key}.")
             elif value is not None:  # what a group without keys is in yaml
                 raise UserError(
                     f"{where}: {key} is a group of keys and takes no value; set {key}.{next(iter(default), 'NAME')}"

@@ -10,9 +10,12 @@ from fvcore.common.config import CfgNode
 from torch import Tensor
 
 from relvit_d2.detection import backbone  # noqa: F401  (registers the backbone)
+from relvit_d2.detection.config import add_relvit_config
 from relvit_d2.detection.rcnn import RelViTRCNN
 from relvit_d2.detection.regions import HEADS
 from relvit_d2.utils.errors import UserError
+
+__all__ = ["add_relvit_config", "build_detector"]  # with this module the registered classes are there
 
 
 def build_detector(cfg: CfgNode) -> GeneralizedRCNN:

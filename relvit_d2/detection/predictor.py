@@ -15,6 +15,7 @@ from PIL import Image
 from relvit_d2.data.detection import catalog
 from relvit_d2.data.detection.mapper import DetectionMapper
 from relvit_d2.data.images.decode import PixelFormat
+from relvit_d2.detection.config import DETECTION
 from relvit_d2.detection.model import build_detector
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.weights import load_trained, run_config
@@ -43,7 +44,7 @@ class Detector:
         self.channels: int = cfg.INPUT.CHANNELS
         self._model = model.eval()
         self._mapper = DetectionMapper(cfg, is_train=False)
-        self._pixels = PixelFormat(cfg.INPUT.CHANNELS, cfg.INPUT.WHITE)
+        self._pixels = PixelFormat.of(cfg)
         self._precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE))
 
     def __call__(self, image: Picture) -> Instances:
@@ -95,7 +96,7 @@ def load_detector(path: str | Path, config_file: str = "", overrides: Sequence[A
         UserError: if there is no such detector.
     """
     path = Path(path)
-    cfg = run_config(path, config_file, overrides, "train_net.py")
+    cfg = run_config(path, config_file, overrides, DETECTION)
     names = _class_names(cfg, path if path.is_dir() else path.parent)
     if not cfg.MODEL.ROI_HEADS.NUM_CLASSES:
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(names)

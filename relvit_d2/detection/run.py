@@ -1,6 +1,7 @@
 """A detector's data, training and evaluation, from a config."""
 
 import logging
+from collections import defaultdict
 from collections.abc import Iterable
 from functools import partial
 from importlib.util import find_spec
@@ -8,10 +9,17 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators, inference_on_dataset, print_csv_format
-from detectron2.modeling import GeneralizedRCNN
+from detectron2.evaluation import (
+    DatasetEvaluator,
+    DatasetEvaluators,
+    inference_on_dataset,
+    print_csv_format,
+    verify_results,
+)
+from detectron2.modeling import GeneralizedRCNN, GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from fvcore.common.config import CfgNode
+from torch import nn
 
 from relvit_d2.data.detection import catalog
 from relvit_d2.data.detection.mapper import DetectionMapper
@@ -128,7 +136,7 @@ def training_batches(cfg: CfgNode, records: Records, start: int) -> EndlessBatch
     """Return the endless batches of this process from iteration ``start`` on."""
     solver = cfg.SOLVER
     rank, world = comm.get_rank(), comm.get_world_size()
-    order = EndlessOrder(len(records), solver.IMS_PER_BATCH, cfg.SEED, start, rank, world, solver.ACCUMULATE)
+    order = EndlessOrder(len(records), solver.IMS_PER_BATCH, cfg.SEED, start, rank, world, solver.GRAD_ACCUM_STEPS)
     mapper = DetectionMapper(cfg, is_train=True)
     return EndlessBatches(records, mapper, list, order, cfg.SEED, cfg.DATALOADER.NUM_WORKERS)
 
@@ -150,7 +158,7 @@ def build_trainer(cfg: CfgNode, model: GeneralizedRCNN, records: Records, tests:
         write_json(Path(cfg.OUTPUT_DIR) / "classes.json", classes)  # a detector is used where its data are not
     make_batches = partial(training_batches, cfg, records)
     measure = partial(evaluate, cfg, model, tests) if tests else None
-    return Trainer(cfg, model, len(records), make_batches, measure, "train_net.py")
+    return Trainer(cfg, model, len(records), make_batches, measure)
 
 
 def evaluate(cfg: CfgNode, model: GeneralizedRCNN, tests: dict[str, Records]) -> dict[str, Any]:
@@ -162,6 +170,65 @@ def evaluate(cfg: CfgNode, model: GeneralizedRCNN, tests: dict[str, Records]) ->
         For one data set its results, such as ``{"bbox": {"AP": ...}, "voc07": {"AP50": ...}}``, in percent; for
         several, those under each name. Empty in all processes but the first.
     """
+    return _written(cfg, _evaluate(cfg, model, tests, "inference"))
+
+
+def evaluate_with_tta(
+    cfg: CfgNode, model: GeneralizedRCNN, tests: dict[str, Records], results: dict[str, Any]
+) -> dict[str, Any]:
+    """Evaluate once more with Detectron2's test-time augmentation, if ``TEST.AUG.ENABLED``.
+
+    Args:
+        cfg: the config.
+        model: the detector.
+        tests: records by the name of the set.
+        results: what :func:`evaluate` returned.
+
+    Returns:
+        ``results`` with those of the augmented images under each task's name and ``_TTA``, such as ``bbox_TTA``, which
+        are written too; detections go into ``inference/TTA``. Without augmentation ``results``.
+    """
+    if not cfg.TEST.AUG.ENABLED or not tests:
+        return results
+    logger.info("evaluation with test-time augmentation (TEST.AUG)")
+    augmented = _evaluate(cfg, GeneralizedRCNNWithTTA(cfg, model), tests, "inference/TTA")
+    plain = dict.fromkeys(augmented, results) if len(tests) == 1 else results
+    return _written(
+        cfg,
+        {
+            name: plain[name] | {f"{task}_TTA": values for task, values in found.items()}
+            for name, found in augmented.items()
+        },
+    )
+
+
+def check_expected_results(cfg: CfgNode, results: dict[str, Any]) -> None:
+    """Compare the results of the one test set with ``TEST.EXPECTED_RESULTS`` by Detectron2's ``verify_results``.
+
+    Raises:
+        UserError: a result differs by more than its tolerance, or is missing.
+    """
+    if not comm.is_main_process():
+        return
+    try:
+        verify_results(cfg, defaultdict(dict, results))
+    except SystemExit as error:
+        rows = [
+            f"{task}/{metric} is {results.get(task, {}).get(metric)}, expected {value} within {tolerance}"
+            for task, metric, value, tolerance in cfg.TEST.EXPECTED_RESULTS
+        ]
+        raise UserError(f"results differ from TEST.EXPECTED_RESULTS: {', '.join(rows)}") from error
+
+
+def _written(cfg: CfgNode, results: dict[str, Any]) -> dict[str, Any]:
+    """Write the results by data set; return those of the only one, or all."""
+    if comm.is_main_process() and results:
+        write_json(Path(cfg.OUTPUT_DIR) / "inference" / "results.json", results)
+    return next(iter(results.values())) if len(results) == 1 else results
+
+
+def _evaluate(cfg: CfgNode, model: nn.Module, tests: dict[str, Records], folder: str) -> dict[str, Any]:
+    """Return the results of each test set by name; detections go into the folder in ``OUTPUT_DIR``."""
     results: dict[str, Any] = {}
     autocast = choose_precision(cfg.SOLVER.PRECISION, next(model.parameters()).device).autocast
     for name, records in tests.items():
@@ -175,16 +242,14 @@ def evaluate(cfg: CfgNode, model: GeneralizedRCNN, tests: dict[str, Records]) ->
             comm.get_world_size(),
         )
         with autocast():
-            output = Path(cfg.OUTPUT_DIR) / "inference" / (name if len(tests) > 1 else "")
+            output = Path(cfg.OUTPUT_DIR) / folder / (name if len(tests) > 1 else "")
             evaluators = DatasetEvaluators(list(_evaluators(cfg, name, records, output)))
             result = inference_on_dataset(model, batches, evaluators)
         if comm.is_main_process():
             results[name] = result
             logger.info(f"results on {name}:")
             print_csv_format(result)
-    if comm.is_main_process() and results:
-        write_json(Path(cfg.OUTPUT_DIR) / "inference" / "results.json", results)
-    return next(iter(results.values())) if len(results) == 1 else results
+    return results
 
 
 def _evaluators(cfg: CfgNode, name: str, records: Records, output: Path) -> Iterable[DatasetEvaluator]:

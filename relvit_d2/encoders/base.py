@@ -104,7 +104,7 @@ class Encoder(nn.Module):
         Raises:
             UserError: if the encoder has no blocks to recompute.
         """
-        raise UserError(f"encoder '{self.name}' has no blocks to recompute; set MODEL.CHECKPOINT False")
+        raise UserError(f"encoder '{self.name}' has no blocks to recompute; set MODEL.ACTIVATION_CHECKPOINT False")
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the last map for an image of ``height`` x ``width`` pixels."""
@@ -218,7 +218,7 @@ def encoder_from_keys(keys: Mapping[str, Any]) -> Encoder:
             )
         arguments.pop("global_blocks", None)
     encoder = build_encoder(**arguments)
-    if keys["CHECKPOINT"]:
+    if keys["ACTIVATION_CHECKPOINT"]:
         encoder.checkpoint_blocks()
     if keys["COMPILE"]:
         encoder.compile_passes()

@@ -15,8 +15,6 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from fvcore.common.config import CfgNode
 
-from relvit_d2.config.config_check import check_pixels
-from relvit_d2.config.config_file import dump_config
 from relvit_d2.engine import distributed
 from relvit_d2.engine.error_reporting import guard
 from relvit_d2.engine.provenance import VERSIONS
@@ -69,17 +67,17 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Make ``OUTPUT_DIR``, start its log, say what runs on what, seed the generators.
 
     Raises:
-        UserError: if ``OUTPUT_DIR`` cannot be written, the device is not there or the batch cannot be divided.
+        UserError: if ``OUTPUT_DIR`` cannot be written, the device does not exist or the processes do not divide the
+            batch.
     """
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"MODEL.DEVICE '{cfg.MODEL.DEVICE}' is asked for, but torch sees no GPU; set MODEL.DEVICE cpu")
-    check_pixels(cfg)
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     solver, processes = cfg.SOLVER, comm.get_world_size()
-    if not args.eval_only and solver.IMS_PER_BATCH % (processes * solver.ACCUMULATE):
+    if not args.eval_only and solver.IMS_PER_BATCH % (processes * solver.GRAD_ACCUM_STEPS):
         raise UserError(
             f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is no multiple of {processes} processes times "
-            f"SOLVER.ACCUMULATE {solver.ACCUMULATE}: choose numbers that divide it"
+            f"SOLVER.GRAD_ACCUM_STEPS {solver.GRAD_ACCUM_STEPS}: choose numbers that divide it"
         )
     if processes > 1 and torch.cuda.is_available() and not cfg.MODEL.DEVICE.startswith("cuda"):
         raise UserError(
@@ -117,8 +115,8 @@ def silence() -> None:
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
 
-def keep_config(cfg: CfgNode, script: str) -> None:
+def keep_config(cfg: CfgNode) -> None:
     """Write ``config.yaml`` into ``OUTPUT_DIR``, unless a training has left its own there."""
     path = Path(cfg.OUTPUT_DIR) / "config.yaml"
     if comm.is_main_process() and not path.exists():
-        write_text(path, dump_config(cfg, script))
+        write_text(path, cfg.dump())

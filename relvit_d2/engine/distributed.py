@@ -133,7 +133,7 @@ def _spawn(main: Main, args: argparse.Namespace, url: str) -> int:
         say(
             UserError(
                 f"process {error.error_index} was killed ({error.signal_name}), which the system does where memory "
-                "runs out: lower SOLVER.IMS_PER_BATCH or raise SOLVER.ACCUMULATE, then go on with --resume"
+                "runs out: lower SOLVER.IMS_PER_BATCH or raise SOLVER.GRAD_ACCUM_STEPS, then go on with --resume"
             )
         )
         return 1

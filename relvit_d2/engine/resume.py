@@ -5,9 +5,25 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from fvcore.common.config import CfgNode
 
-from relvit_d2.config import FREE_ON_RESUME
 from relvit_d2.config.config_file import flat
 from relvit_d2.utils.errors import UserError
+
+# Keys that a resumed run may change, by how they begin: they do not decide what is learnt.
+FREE_ON_RESUME = (
+    "VERSION",
+    "OUTPUT_DIR",
+    "MODEL.DEVICE",
+    "MODEL.ALLOW_PICKLE",
+    "MODEL.ACTIVATION_CHECKPOINT",
+    "MODEL.COMPILE",
+    "MODEL.WEIGHTS",  # read at the start only
+    "CUDNN_BENCHMARK",
+    "DATALOADER.NUM_WORKERS",
+    "DATASETS.DOWNLOAD",
+    "DATASETS.TEST",
+    "TEST.",
+    "SOLVER.CHECKPOINT_",
+)
 
 
 def check_same_run(cfg: CfgNode, samples: int, allow_changes: bool, checkpoint: dict[str, Any]) -> None:

@@ -17,7 +17,6 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from relvit_d2.config.config_file import dump_config
 from relvit_d2.engine import signals
 from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.engine.hooks import CheckpointHook, EvaluationHook
@@ -54,7 +53,6 @@ class Trainer(TrainerBase):
         make_batches: first iteration -> batches from there on.
         evaluate: returns results to log (Detectron2's nested dict); run every ``TEST.EVAL_PERIOD``
             iterations and at the end. None: no evaluation.
-        script: the script whose keys ``config.yaml`` shall hold; None for all keys.
 
     Attributes:
         results: what the last evaluation returned.
@@ -73,10 +71,9 @@ class Trainer(TrainerBase):
         samples: int,
         make_batches: Callable[[int], BatchSource],
         evaluate: Callable[[], dict[str, Any]] | None = None,
-        script: str | None = None,
     ) -> None:
         super().__init__()
-        self.cfg, self.samples, self.config = cfg, samples, dump_config(cfg, script)
+        self.cfg, self.samples = cfg, samples
         self.precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE))
         self._evaluates = evaluate is not None
         self._describe()
@@ -111,7 +108,7 @@ class Trainer(TrainerBase):
         if test.PATIENCE and not test.BEST_METRIC:
             raise UserError(f'TEST.PATIENCE {test.PATIENCE} needs a TEST.BEST_METRIC to look at, such as "bbox/AP"')
         logger.info(f"precision: {self.precision.name} ({self.precision.reason})")
-        parts = f", each in {solver.ACCUMULATE} parts" if solver.ACCUMULATE > 1 else ""
+        parts = f", each in {solver.GRAD_ACCUM_STEPS} parts" if solver.GRAD_ACCUM_STEPS > 1 else ""
         logger.info(
             f"{self.samples} training images; {solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH}{parts} are "
             f"{solver.MAX_ITER * solver.IMS_PER_BATCH / self.samples:.1f} epochs"
@@ -141,7 +138,7 @@ class Trainer(TrainerBase):
             name,
             iteration=self.iter,
             scalars=scalars,
-            config=self.config,
+            config=self.cfg.dump(),
             samples=self.samples,
             processes=comm.get_world_size(),
         )
@@ -209,7 +206,7 @@ class Trainer(TrainerBase):
             return
         output = Path(self.cfg.OUTPUT_DIR)
         output.mkdir(parents=True, exist_ok=True)
-        write_text(output / "config.yaml", self.config)
+        write_text(output / "config.yaml", self.cfg.dump())
         write_json(output / "run.json", provenance(self.cfg))
         for file in output.glob("not_finite_*.json"):
             file.unlink()
@@ -244,7 +241,7 @@ class Trainer(TrainerBase):
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         self.optimizer.zero_grad()
-        parts = self.cfg.SOLVER.ACCUMULATE
+        parts = self.cfg.SOLVER.GRAD_ACCUM_STEPS
         shared = self.model if isinstance(self.model, DistributedDataParallel) else None
         data_time = 0.0
         means: dict[str, Tensor] = {}

@@ -8,7 +8,7 @@ from typing import Any
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from relvit_d2.config.config_file import load_config, use_here
+from relvit_d2.config.config_file import Task, load_config, use_here
 from relvit_d2.conversion.converted import TOLERANCE
 from relvit_d2.conversion.encoder_file import ENOUGH, MatchReport, feature_difference, load_encoder, save_encoder
 from relvit_d2.conversion.timm_hub import is_published
@@ -46,21 +46,22 @@ def load_weights(cfg: CfgNode, model: nn.Module, encoder: Encoder, input_format:
         checkpointer.load(weights, checkpointables=[])
 
 
-def run_config(weights: str | Path, config_file: str | Path, overrides: Sequence[Any], script: str) -> CfgNode:
+def run_config(weights: str | Path, config_file: str | Path, overrides: Sequence[Any], task: Task) -> CfgNode:
     """Return the config of a trained model for use on this machine: see :func:`relvit_d2.config.config_file.use_here`.
 
     Args:
         weights: the run's folder or one of its checkpoints, as for :func:`load_trained`.
         config_file: empty for the ``config.yaml`` beside the checkpoint.
         overrides: keys and values in turn.
-        script: the script that trained it.
+        task: what it was trained for.
 
     Raises:
         UserError: if the config is missing or invalid.
     """
     path = Path(weights)
     folder = path if path.is_dir() else path.parent
-    cfg = load_config(str(config_file or folder / "config.yaml"), [str(word) for word in overrides], script)
+    words = [str(word) for word in overrides]
+    cfg = load_config(str(config_file or folder / "config.yaml"), words, {task.name: task}, task.name)
     use_here(cfg)
     return cfg
 

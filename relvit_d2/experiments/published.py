@@ -5,9 +5,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from relvit_d2.config.config_file import load_config
 from relvit_d2.experiments.comparison import Runs
 from relvit_d2.experiments.paper_tables import DETECTION_METRICS, REMARKS, SLIPS, TABLE1, TABLE2, TABLE3
+from relvit_d2.tasks import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 from fvcore.common.config import CfgNode
 
 from relvit_d2.classification.run import list_data
-from relvit_d2.config.config_file import load_config
 from relvit_d2.data.classification.datasets import is_class_set, list_class_sets
 from relvit_d2.data.detection import catalog
 from relvit_d2.detection.run import evaluation_sets, training_records
 from relvit_d2.experiments.comparison import Runs, difference
 from relvit_d2.experiments.published import ROOT, PaperData, Published, Row, Step
+from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import write_json
 
@@ -29,11 +29,11 @@ _OWN = {
 # Keys that concern the machine and the data's place, not what is learnt.
 _MACHINE = (
     "MODEL.DEVICE",
-    "MODEL.CHECKPOINT",
+    "MODEL.ACTIVATION_CHECKPOINT",
     "MODEL.COMPILE",
     "DATALOADER.NUM_WORKERS",
     "DATASETS.DOWNLOAD",
-    "SOLVER.ACCUMULATE",
+    "SOLVER.GRAD_ACCUM_STEPS",
     "SOLVER.CHECKPOINT_PERIOD",
     "SOLVER.PRECISION",
 )
@@ -127,7 +127,7 @@ def plan(row: Row, seed: int, scale: float, output: Path, opts: list[str]) -> di
         if step.name in runs:
             continue
         keys = [str(part) for pair in step.overrides for part in pair] + opts
-        keys += _shorter(load_config(str(ROOT / step.config), keys, step.script), scale, step.labels)
+        keys += _shorter(load_config(str(ROOT / step.config), keys), scale, step.labels)
         keys += ["SOLVER.CHECKPOINT_MAX_TO_KEEP", "1", "SEED", str(seed)]
         folder = output / f"seed_{seed}" / step.name
         places = ["OUTPUT_DIR", str(folder)]
@@ -140,7 +140,7 @@ def plan(row: Row, seed: int, scale: float, output: Path, opts: list[str]) -> di
             "overrides": dict(zip(keys[::2], keys[1::2], strict=True)),
             "data": str(catalog.dataset_root().resolve()),
         }
-        cfg = load_config(config, [*keys, *places], step.script)
+        cfg = load_config(config, [*keys, *places])
         runs[step.name] = Run(step, folder, command, cfg, settings, tuple(opts[::2]))
     return runs
 

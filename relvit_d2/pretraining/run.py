@@ -87,7 +87,7 @@ def build_trainer(cfg: CfgNode, model: PretrainingModel, files: Images, tests: I
     """
     figures_of = ("held_out", tests) if len(tests) else ("training_images", files[:UNHELD])
     measure = partial(evaluate, cfg, model, figures_of[1], figures_of[0])
-    trainer = Trainer(cfg, model, len(files), partial(TrainingBatches, cfg, files), measure, "pretrain_ssl.py")
+    trainer = Trainer(cfg, model, len(files), partial(TrainingBatches, cfg, files), measure)
     trainer.register_hooks([LeakAlarm(math.ceil(len(files) / cfg.SOLVER.IMS_PER_BATCH))])
     return trainer
 
@@ -157,5 +157,5 @@ def describe(figures: dict[str, float], dim: int) -> str:
 
 def _fixed_batches(cfg: CfgNode, files: Images) -> Iterator[dict[str, Any]]:
     """Give this process's share of the images in batches, with the numbers that decide their views."""
-    size = max(1, cfg.SOLVER.IMS_PER_BATCH // (comm.get_world_size() * cfg.SOLVER.ACCUMULATE))
+    size = max(1, cfg.SOLVER.IMS_PER_BATCH // (comm.get_world_size() * cfg.SOLVER.GRAD_ACCUM_STEPS))
     return fixed_batches(cfg, files, size, replaces=True)

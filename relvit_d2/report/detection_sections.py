@@ -26,7 +26,7 @@ def detection_sections(runs: Sequence[Run]) -> Iterable[tuple[Run, str, str]]:
     for run in runs:
         if not run.detects:
             continue
-        pixels = PixelFormat(run.config.get("INPUT.CHANNELS", 3), run.config.get("INPUT.WHITE", 0.0))
+        pixels = PixelFormat(run.config.get("INPUT.CHANNELS", 3), run.config.get("INPUT.MAX_VALUE", 0.0))
         for name in run.results:  # DATASETS.TEST may have been another one when they were written
             folder = run.folder / "inference" / (name if len(run.results) > 1 else "")
             if (judged := judge(folder, name, run.detection_limit)) is not None:

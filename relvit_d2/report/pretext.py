@@ -24,6 +24,7 @@ from relvit_d2.pretext.layout import PatchLayout
 from relvit_d2.pretext.targets import RELATIONS, all_pairs, pair_relation, positions
 from relvit_d2.pretext.task import PositionTask, RelationTask
 from relvit_d2.pretext.views import Views, permute_patches
+from relvit_d2.pretraining.config import PRETRAINING
 from relvit_d2.pretraining.model import PretrainingModel, build_pretraining_model
 from relvit_d2.pretraining.run import image_files
 from relvit_d2.utils.files import appearing
@@ -95,7 +96,7 @@ def sheet_of_run(folder: Path, count: int = 4) -> Image.Image:
     Raises:
         UserError: if the checkpoint or the images are gone.
     """
-    cfg = run_config(folder, "", [], "pretrain_ssl.py")
+    cfg = run_config(folder, "", [], PRETRAINING)
     model = build_pretraining_model(cfg)
     load_trained(cfg, model, folder)
     register_own(cfg.DATASETS, labels=False)

@@ -52,7 +52,7 @@ class Run:
     @property
     def detects(self) -> bool:
         """Whether it is a run of a detector."""
-        return "MODEL.META_ARCHITECTURE" in self.config
+        return self.config.get("TASK") == "detection"
 
     @property
     def detection_limit(self) -> int:
@@ -62,7 +62,7 @@ class Run:
     @property
     def pretrains(self) -> bool:
         """Whether it is a pre-training."""
-        return "PRETEXT.IMAGE_SIZE" in self.config and not self.detects
+        return self.config.get("TASK") == "pretrain"
 
     @property
     def arm(self) -> str:

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 
 class BatchSource(Protocol):
-    """Endless parts of batches, ``SOLVER.ACCUMULATE`` an iteration."""
+    """Endless parts of batches, ``SOLVER.GRAD_ACCUM_STEPS`` an iteration."""
 
     def __iter__(self) -> Generator[Any, None, None]: ...
 

@@ -127,12 +127,12 @@ def named_sets(data: str, form: str, folder: LabelledFolder) -> dict[str, dict[s
     return {f"{stem}_{split}": {"ROOT": data, "FORMAT": form, "SPLIT": split} for split in splits}
 
 
-def config_pairs(data: str | None, script: str) -> list[Any]:
+def config_pairs(data: str | None, task: str) -> list[Any]:
     """Return the config's keys and values, in turn, that ``--data`` stands for.
 
     A folder with labels becomes the sets NAME_train and so on under ``DATASETS.CUSTOM``, NAME being its own. Training
-    takes ``train``, evaluation ``val``, or ``test`` where there is no ``val``. For ``pretrain_ssl.py`` it may be
-    anything else that holds images too.
+    takes ``train``, evaluation ``val``, or ``test`` where there is no ``val``. For the task ``pretrain`` anything else
+    that holds images is allowed too.
 
     Raises:
         UserError: there is nothing that can be read.
@@ -143,7 +143,7 @@ def config_pairs(data: str | None, script: str) -> list[Any]:
     try:
         form, folder = look(root)
     except UserError:
-        if script != "pretrain_ssl.py" or not is_source(data):
+        if task != "pretrain" or not is_source(data):
             raise
         return ["DATASETS.TRAIN", (f"{root}/" if root.is_dir() else data,), "DATASETS.TEST", ()]
     custom = named_sets(data, form, folder)

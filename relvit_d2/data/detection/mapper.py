@@ -56,7 +56,7 @@ class DetectionMapper(DatasetMapper):
                 T.FixedSizeCrop((size, size), pad=False),
                 *flips,
             ]
-        return parts | {"pixels": PixelFormat(cfg.INPUT.CHANNELS, cfg.INPUT.WHITE)}
+        return parts | {"pixels": PixelFormat.of(cfg)}
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """Map one record; arguments and result as Detectron2's.
@@ -255,8 +255,8 @@ class ImageReader:
 
     @classmethod
     def of(cls, cfg: CfgNode) -> "ImageReader":
-        """Return the reader of ``INPUT.LOAD_SIZE``, ``INPUT.CHANNELS`` and ``INPUT.WHITE``."""
-        return cls(cfg.INPUT.LOAD_SIZE, PixelFormat(cfg.INPUT.CHANNELS, cfg.INPUT.WHITE))
+        """Return the reader of ``INPUT.LOAD_SIZE``, ``INPUT.CHANNELS`` and ``INPUT.MAX_VALUE``."""
+        return cls(cfg.INPUT.LOAD_SIZE, PixelFormat.of(cfg))
 
     def __call__(self, path: Any) -> Tensor:
         """Read one image."""

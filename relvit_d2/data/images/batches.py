@@ -11,6 +11,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor
 
 from relvit_d2.data.detection.mapper import ImageReader, pad_images
+from relvit_d2.data.images.decode import PixelFormat
 from relvit_d2.data.loader import EndlessBatches, EndlessOrder, ordered_batches
 from relvit_d2.utils.batch_source import BatchSource
 from relvit_d2.utils.errors import UserError
@@ -98,7 +99,9 @@ class TrainingBatches:
     def __init__(self, cfg: CfgNode, images: Images, start: int, labels: Tensor | None = None) -> None:
         solver, self._seed, self._labels = cfg.SOLVER, cfg.SEED, labels
         rank, world = comm.get_rank(), comm.get_world_size()
-        self._order = EndlessOrder(len(images), solver.IMS_PER_BATCH, cfg.SEED, start, rank, world, solver.ACCUMULATE)
+        self._order = EndlessOrder(
+            len(images), solver.IMS_PER_BATCH, cfg.SEED, start, rank, world, solver.GRAD_ACCUM_STEPS
+        )
         self._batches: BatchSource
         if isinstance(images, ImageStack):
             _check_channels(cfg, images)
@@ -145,10 +148,10 @@ def fixed_batches(cfg: CfgNode, images: Images, size: int, replaces: bool = Fals
 
 
 def _check_channels(cfg: CfgNode, images: ImageStack) -> None:
-    channels = images.pixels.shape[1]
-    if channels != cfg.INPUT.CHANNELS:
+    channels, expected = images.pixels.shape[1], PixelFormat.of(cfg).channels
+    if channels != expected:
         raise UserError(
-            f"the images of '{images.name}' have {channels} channels, but INPUT.CHANNELS is {cfg.INPUT.CHANNELS}: "
+            f"the images of '{images.name}' have {channels} channels, but INPUT.CHANNELS is {expected}: "
             f"set it to {channels}"
         )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+from fvcore.common.config import CfgNode
 from PIL import Image, UnidentifiedImageError
 
 from relvit_d2.data.images.archive import ImageFile, Member
@@ -65,11 +66,16 @@ class PixelFormat:
     Attributes:
         channels: 3 for RGB, 1 for gray; any other number is that of an image's own bands, of the pages of a TIFF with
             one band each, or of the last axis of a ``.npy`` array.
-        white: the value of more than eight bits that becomes 255; 0 for 65535, the brightest of 16 bits.
+        max_value: the value of more than eight bits that becomes 255; 0 for 65535, the brightest of 16 bits.
     """
 
     channels: int = 3
-    white: float = 0.0
+    max_value: float = 0.0
+
+    @classmethod
+    def of(cls, cfg: CfgNode) -> "PixelFormat":
+        """Return the format of ``INPUT.CHANNELS`` and ``INPUT.MAX_VALUE``; 8-bit RGB if the task has no such keys."""
+        return cls(cfg.INPUT.get("CHANNELS", 3), cfg.INPUT.get("MAX_VALUE", 0))
 
     def read(self, path: ImageFile | str, longest: int = 0) -> np.ndarray:
         """Read an image, uint8, ``(H, W, channels)``, turned upright as its EXIF orientation says.
@@ -143,11 +149,11 @@ class PixelFormat:
             return pixels
         if pixels.dtype.kind not in "uif":
             raise ValueError(f"an array of {pixels.dtype} is no image")
-        white = self.white or (WHITE_16 if pixels.dtype.itemsize == 2 and pixels.dtype.kind == "u" else 0)
+        white = self.max_value or (WHITE_16 if pixels.dtype.itemsize == 2 and pixels.dtype.kind == "u" else 0)
         if not white:
             raise UserError(
-                f"image '{path}' holds {pixels.dtype} numbers, whose range is unknown: set INPUT.WHITE to the value "
-                "that counts as white, or convert the image to 8 bits"
+                f"image '{path}' holds {pixels.dtype} numbers, whose range is unknown: set INPUT.MAX_VALUE to the "
+                "value that counts as white, or convert the image to 8 bits"
             )
         scaled = pixels.astype(np.float32) * (255 / white)
         if not np.isfinite(scaled).all():

@@ -13,18 +13,12 @@ from relvit_d2.utils.errors import UserError, nearest
 
 # The least and the greatest value of each number.
 _RANGES = {
-    "SEED": (0, inf),
-    "SOLVER.IMS_PER_BATCH": (1, inf),
-    "SOLVER.ACCUMULATE": (1, inf),
-    "SOLVER.REFERENCE_BATCH": (0, inf),
-    "SOLVER.CHECKPOINT_MAX_TO_KEEP": (0, inf),
     "SOLVER.BASE_LR": (0, inf),
     "TEST.BATCH_SIZE": (1, inf),
     "TEST.DETECTIONS_PER_IMAGE": (1, inf),
-    "TEST.PATIENCE": (0, inf),
     "DATALOADER.NUM_WORKERS": (0, inf),
     "INPUT.CHANNELS": (1, inf),
-    "INPUT.WHITE": (0, inf),
+    "INPUT.MAX_VALUE": (0, inf),
     "INPUT.MAX_SIZE_TRAIN": (1, inf),
     "INPUT.MIN_SIZE_TEST": (0, inf),  # 0: the image is not resized
     "INPUT.MAX_SIZE_TEST": (1, inf),
@@ -109,25 +103,6 @@ def _check_registered(key: str, name: str, default: str, registry: str) -> None:
         raise UserError(f"{key} '{name}' is not registered in Detectron2{nearest(name, known)}")
     if name in _ROTATED:
         raise UserError(f"{key} '{name}' is for rotated boxes, which are not supported: set {default}")
-
-
-def check_pixels(cfg: CfgNode) -> None:
-    """Check the pixel statistics, which a config may lack before data have been examined.
-
-    Raises:
-        UserError: if they are not one mean and one positive deviation per channel.
-    """
-    channels = cfg.INPUT.CHANNELS
-    for key in ("PIXEL_MEAN", "PIXEL_STD"):
-        if len(cfg.MODEL[key]) != channels:
-            raise UserError(
-                f"MODEL.{key} has {len(cfg.MODEL[key])} values, but INPUT.CHANNELS is {channels}: give {channels}; "
-                "python tools/estimate_pixels.py prints those of your images"
-            )
-    if not min(cfg.MODEL.PIXEL_STD) > 0:
-        raise UserError(
-            f"MODEL.PIXEL_STD {list(cfg.MODEL.PIXEL_STD)} divides by values that are not above 0: correct it"
-        )
 
 
 def _check_sizes(keys: CfgNode) -> None:

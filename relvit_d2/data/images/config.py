@@ -1,0 +1,48 @@
+"""Config keys of reading images."""
+
+from fvcore.common.config import CfgNode
+
+from relvit_d2.utils.config_keys import add_groups, check_least
+from relvit_d2.utils.errors import UserError
+
+
+def add_pixel_format_config(cfg: CfgNode) -> None:
+    """Add the channels and the range of pixel values to a config, in place; without them images are 8-bit RGB."""
+    add_groups(cfg, "INPUT")
+    cfg.INPUT.CHANNELS = 3  # of every image: 3 for RGB, 1 for gray; PIXEL_MEAN and PIXEL_STD have as many values
+    cfg.INPUT.MAX_VALUE = 0  # the value of more than eight bits that becomes 255; 0: 65535, the largest of 16 bits
+    cfg.register_renamed_key("INPUT.WHITE", "INPUT.MAX_VALUE")
+
+
+def add_load_size_config(cfg: CfgNode) -> None:
+    """Add the size that image files are reduced to to a config, in place."""
+    add_groups(cfg, "INPUT")
+    cfg.INPUT.LOAD_SIZE = 512  # larger images are reduced to this longer side (pixels) when read; 0: never
+
+
+def check_pixel_format_config(cfg: CfgNode) -> None:
+    """Check the keys of :func:`add_pixel_format_config` and the pixel statistics.
+
+    Raises:
+        UserError: a value is out of range, or there is not one mean and one positive deviation per channel.
+    """
+    check_least(cfg, {"INPUT.CHANNELS": 1, "INPUT.MAX_VALUE": 0})
+    check_pixel_statistics(cfg, cfg.INPUT.CHANNELS)
+
+
+def check_pixel_statistics(cfg: CfgNode, channels: int) -> None:
+    """Check ``MODEL.PIXEL_MEAN`` and ``MODEL.PIXEL_STD`` against the number of channels.
+
+    Raises:
+        UserError: there is not one mean and one positive deviation per channel.
+    """
+    for key in ("PIXEL_MEAN", "PIXEL_STD"):
+        if len(cfg.MODEL[key]) != channels:
+            raise UserError(
+                f"MODEL.{key} has {len(cfg.MODEL[key])} values, but images have {channels} channels (INPUT.CHANNELS): "
+                f"give {channels}; python tools/estimate_pixels.py prints those of your images"
+            )
+    if not min(cfg.MODEL.PIXEL_STD) > 0:
+        raise UserError(
+            f"MODEL.PIXEL_STD {list(cfg.MODEL.PIXEL_STD)} divides by values that are not above 0: correct it"
+        )

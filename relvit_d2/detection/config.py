@@ -1,0 +1,90 @@
+"""Config keys of detection, added to Detectron2's."""
+
+from detectron2.config import get_cfg
+from fvcore.common.config import CfgNode
+
+from relvit_d2.config.config_file import Task
+from relvit_d2.data.config import (
+    add_data_config,
+    add_evaluation_batch_config,
+    check_data_config,
+    check_evaluation_batch_config,
+)
+from relvit_d2.data.detection.config import add_custom_data_config, add_mapper_config
+from relvit_d2.data.images.config import add_pixel_format_config, check_pixel_format_config
+from relvit_d2.detection.config_check import check_config
+from relvit_d2.encoders.config import add_encoder_config
+from relvit_d2.engine.config import WITHOUT_EFFECT, add_engine_config, finish_engine_config
+from relvit_d2.pretext.config import add_joint_config
+from relvit_d2.utils.config_keys import add_groups
+from relvit_d2.utils.errors import UserError
+
+
+def add_relvit_config(cfg: CfgNode) -> None:
+    """Add this project's keys to a config of ``detectron2.config.get_cfg()``, in place.
+
+    Some of Detectron2's own keys get other defaults; the page Config keys of the documentation lists all.
+    """
+    add_engine_config(cfg, "detection")
+    add_encoder_config(cfg)
+    add_joint_config(cfg)
+    add_data_config(cfg)
+    add_evaluation_batch_config(cfg)
+    add_pixel_format_config(cfg)
+    add_custom_data_config(cfg)
+    add_mapper_config(cfg)
+    add_groups(cfg, "MODEL.PYRAMID")
+    cfg.MODEL.BACKBONE.NAME = "build_encoder_pyramid_backbone"  # MODEL.ENCODER under MODEL.PYRAMID
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0  # 1: the patch embedding is not trained; 2: nor the first block, and so on
+    # simple: from the encoder's last map; fpn: over its maps of several strides; multitap: an FPN over several of its
+    # blocks; auto: fpn if it has maps of several strides, else simple
+    cfg.MODEL.PYRAMID.NAME = "auto"
+    cfg.MODEL.PYRAMID.STRIDES = [4, 8, 16, 32]  # pixels per cell of each level, powers of two
+    cfg.MODEL.PYRAMID.TOP_BLOCK = True  # one more level, the last one at every second cell (p6)
+    cfg.MODEL.PYRAMID.OUT_CHANNELS = 256  # of every level
+    cfg.MODEL.PYRAMID.NORM = "LN"  # one of Detectron2's norm names
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 0  # 0: as many as the data set has
+    cfg.MODEL.RELVIT.GRID = [7, 7]  # joint training: rows and columns of the grid of positions, for images of any size
+    cfg.DATASETS.TRAIN_DIFFICULT = True  # train on VOC's difficult objects, as Detectron2 does
+    cfg.DATASETS.IGNORE_DIFFICULT = True  # neither hits nor misses in evaluation, as VOC does
+
+
+def finish_config(cfg: CfgNode) -> None:
+    """Check the values, and derive those that follow from others, in place.
+
+    Raises:
+        UserError: a value is out of range, or two contradict each other.
+    """
+    finish_engine_config(cfg)
+    check_config(cfg, DETECTION.defaults())
+    check_data_config(cfg)
+    check_evaluation_batch_config(cfg)
+    check_pixel_format_config(cfg)
+    if cfg.TEST.AUG.ENABLED and cfg.INPUT.CHANNELS not in (1, 3):
+        raise UserError(
+            f"TEST.AUG.ENABLED needs images of 1 or 3 channels, but INPUT.CHANNELS is {cfg.INPUT.CHANNELS}: set "
+            "TEST.AUG.ENABLED False"
+        )
+    expected = cfg.TEST.EXPECTED_RESULTS
+    kinds = (str, str, int | float, int | float)
+    for entry in expected:
+        if not (isinstance(entry, list | tuple) and len(entry) == 4 and all(map(isinstance, entry, kinds))):
+            raise UserError(
+                f"TEST.EXPECTED_RESULTS: {entry} is not [task, metric, value, tolerance], such as "
+                "['bbox', 'AP', 38.5, 0.2]"
+            )
+    if expected and len(cfg.DATASETS.TEST) != 1:
+        raise UserError("TEST.EXPECTED_RESULTS needs one data set in DATASETS.TEST, whose results it describes")
+
+
+DETECTION = Task(
+    "detection",
+    get_cfg,
+    add_relvit_config,
+    finish_config,
+    WITHOUT_EFFECT
+    | {
+        "MODEL.KEYPOINT_ON": "nothing, keypoints are not supported",
+        "MODEL.LOAD_PROPOSALS": "nothing, the detector proposes",
+    },
+)

@@ -1,0 +1,40 @@
+"""Config keys of pre-training."""
+
+from fvcore.common.config import CfgNode
+
+from relvit_d2.config.config_file import Task
+from relvit_d2.data.classification.config import add_class_set_config
+from relvit_d2.data.config import add_data_config, check_data_config
+from relvit_d2.data.detection.config import add_custom_data_config
+from relvit_d2.data.images.config import add_load_size_config, add_pixel_format_config, check_pixel_format_config
+from relvit_d2.encoders.config import add_encoder_config
+from relvit_d2.engine.config import WITHOUT_EFFECT, add_engine_config, finish_engine_config
+from relvit_d2.pretext.config import add_pretext_config, add_views_config
+
+
+def add_pretraining_config(cfg: CfgNode) -> None:
+    """Add all keys of pre-training to an empty config, in place."""
+    add_engine_config(cfg, "pretrain")
+    add_encoder_config(cfg)
+    add_pretext_config(cfg)
+    add_views_config(cfg)
+    add_data_config(cfg)
+    add_pixel_format_config(cfg)
+    add_load_size_config(cfg)
+    add_custom_data_config(cfg)
+    add_class_set_config(cfg)
+    cfg.PRETEXT.KNN = ""  # a folder with a folder of images for each class: k-NN accuracy of the features is logged too
+
+
+def finish_config(cfg: CfgNode) -> None:
+    """Check the values, and derive those that follow from others, in place.
+
+    Raises:
+        UserError: a value is out of range, or two contradict each other.
+    """
+    finish_engine_config(cfg)
+    check_data_config(cfg)
+    check_pixel_format_config(cfg)
+
+
+PRETRAINING = Task("pretrain", CfgNode, add_pretraining_config, finish_config, WITHOUT_EFFECT)

@@ -1,0 +1,42 @@
+"""What the packages need to define and check their config keys; works on any CfgNode class and imports none."""
+
+from collections.abc import Mapping
+from functools import reduce
+from typing import Any
+
+from relvit_d2.utils.errors import UserError
+
+
+def add_groups(cfg: Any, *names: str) -> None:
+    """Add the groups of keys that a config lacks, in place.
+
+    Args:
+        cfg: a CfgNode.
+        names: full names of groups, such as ``MODEL.ENCODER``.
+    """
+    for name in names:
+        node = cfg
+        for part in name.split("."):
+            if part not in node:
+                node[part] = type(cfg)()
+            node = node[part]
+
+
+def get_key(cfg: Any, key: str) -> Any:
+    """Return the value of a key by its full name, such as ``SOLVER.MAX_ITER``."""
+    return reduce(getattr, key.split("."), cfg)
+
+
+def check_least(cfg: Any, least: Mapping[str, int]) -> None:
+    """Check the least values of keys.
+
+    Args:
+        cfg: a CfgNode.
+        least: the least allowed value by full key.
+
+    Raises:
+        UserError: a value is smaller.
+    """
+    for key, bound in least.items():
+        if (value := get_key(cfg, key)) < bound:
+            raise UserError(f"{key} {value} is too small: give {bound} or more")
