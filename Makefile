@@ -8,11 +8,11 @@ DOCS := .venv/.docs
 setup:
 	@$(PYTHON) tools/setup_env.py
 
-$(READY): requirements.txt requirements-detectron2.txt tools/setup_env.py tools/install_detectron2.py
+$(READY): requirements.txt tools/setup_env.py $(wildcard relvit_d2/utils/*detectron2*)
 	@$(PYTHON) tools/setup_env.py
 
 demo: $(READY)
-	@$(BIN)/python tools/demo.py
+	@$(BIN)/python -m relvit_d2 demo
 
 # Two files of tests at a time, with a thread each.
 test: check

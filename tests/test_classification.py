@@ -211,19 +211,19 @@ def test_without_validation_the_last_model_is_tested(trees: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ((), "train_cls.py --config-file {0}/config.yaml --eval linear MODEL.WEIGHTS {0}/encoder.safetensors"),
+        ((), "classify --config-file {0}/config.yaml --eval linear MODEL.WEIGHTS {0}/encoder.safetensors"),
         (
             ("DATASETS.VALIDATION", ""),
-            "train_cls.py --config-file {0}/config.yaml --eval knn MODEL.WEIGHTS {0}/encoder.safetensors",
+            "classify --config-file {0}/config.yaml --eval knn MODEL.WEIGHTS {0}/encoder.safetensors",
         ),
-        (("DATASETS.TEST", "()"), "tools/report.py {0} --output report.html"),
+        (("DATASETS.TEST", "()"), "report {0} --output report.html"),
     ],
 )
 def test_the_next_command_is_one_that_can_run(
     overrides: tuple[str, ...], words: str, trees: Path, tmp_path: Path
 ) -> None:
     cfg = config(trees, tmp_path, *overrides)
-    assert next_command(cfg, load_data(cfg, training=True)) == "python " + words.format(tmp_path)
+    assert next_command(cfg, load_data(cfg, training=True)) == "relvit-d2 " + words.format(tmp_path)
 
 
 def test_it_learns_and_its_features_tell_the_classes(trees: Path, tmp_path: Path) -> None:

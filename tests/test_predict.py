@@ -1,7 +1,6 @@
 """Predictions outside of evaluation: the same detections, from files, arrays and videos, on disk and in Python."""
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -13,11 +12,11 @@ from detectron2.structures import BoxMode, Instances
 from PIL import Image
 
 from relvit_d2 import load_detector
+from relvit_d2.cli import main
 from relvit_d2.detection.predictor import Detector
+from relvit_d2.report.prediction_videos import annotate_video, written_rate
 from relvit_d2.utils.errors import UserError
 from tests.scripts import command, run
-from tools.predict import main, written_rate
-from tools.predict import video as annotate
 
 Failing = Callable[..., str]
 
@@ -42,12 +41,11 @@ def images(root: Path) -> list[Path]:
 
 
 @pytest.fixture()
-def failing(trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Failing:
-    """Run tools/predict.py in this process; it must fail with one sentence, which is returned."""
+def failing(trained: Path, capsys: pytest.CaptureFixture[str]) -> Failing:
+    """Run relvit-d2 predict in this process; it must fail with one sentence, which is returned."""
 
     def call(*words: object, weights: Path = trained) -> str:
-        monkeypatch.setattr(sys, "argv", ["predict.py", "--weights", *map(str, (weights, *words))])
-        assert main() == 1
+        assert main(["predict", "--weights", *map(str, (weights, *words))]) == 1
         lines = capsys.readouterr().err.splitlines()
         errors = [line for line in lines if line.startswith("error: ")]
         assert len(errors) == 1 and "Traceback" not in "".join(lines)
@@ -123,7 +121,7 @@ def test_the_tool_draws_every_input_and_writes_coco_results(
     made = video(tmp_path / "clip.mp4", [np.full((47, 61, 3), 40 * i, np.uint8) for i in range(5)])
     pattern = f"{images[0].parent}/*.png"
     words = ("--input", pattern, other, made, "--output", tmp_path / "out", "--threshold", 0, "--batch", 2)
-    done = run(root, "tools/predict.py", "--weights", trained, *words)
+    done = run(root, "relvit-d2", "predict", "--weights", trained, *words)
     pictures = sorted((tmp_path / "out").glob("*.png"))
     assert len(pictures) == len(images) + 2
     assert f"{len(pictures)} pictures and 1 video" in done.stdout
@@ -147,7 +145,7 @@ def test_a_video_of_variable_frame_rate_is_written_at_its_average(detector: Dete
     with av.open(str(made)) as source:
         rate = source.streams.video[0].average_rate
     assert rate and rate.numerator > 65535
-    annotate(made, tmp_path / "out.mp4", detector, 0.5, 4)
+    annotate_video(made, tmp_path / "out.mp4", detector, 0.5, 4)
     with av.open(str(tmp_path / "out.mp4")) as written:
         assert float(written.streams.video[0].average_rate or 0) == pytest.approx(float(rate), rel=1e-4)
         assert len(list(written.decode(video=0))) == 5
@@ -166,19 +164,18 @@ def test_videos_are_refused_by_a_detector_of_other_channels(
 ) -> None:
     made = video(tmp_path / "clip.mp4", [np.full((32, 32, 3), 50, np.uint8)])
     monkeypatch.setattr(detector, "channels", 1)
-    monkeypatch.setattr("tools.predict.load_detector", lambda *_: detector)
+    monkeypatch.setattr("relvit_d2.report.prediction_files.load_detector", lambda *_: detector)
     assert "clip.mp4' is a video, but INPUT.CHANNELS is 1" in failing("--input", made, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_threshold_leaves_out_what_scores_less(
-    trained: Path, detector: Detector, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Path, detector: Detector, images: list[Path], tmp_path: Path
 ) -> None:
     scores = detector(images[0]).scores
     middle = float(scores.median())
     words = ["--input", images[0], "--output", tmp_path, "--threshold", middle]
-    monkeypatch.setattr(sys, "argv", ["predict.py", "--weights", *map(str, (trained, *words))])
-    assert main() == 0
+    assert main(["predict", "--weights", *map(str, (trained, *words))]) == 0
     results = json.loads((tmp_path / "detections.json").read_text())
     assert 0 < len(results) == int((scores >= middle).sum()) < len(scores)
 

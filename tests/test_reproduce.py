@@ -13,6 +13,7 @@ from scripts import fails, run, started, wait_for
 from relvit_d2.classification.run import load_data
 from relvit_d2.config.config_file import load_config
 from relvit_d2.data.detection import catalog
+from relvit_d2.experiments.commands import COMMANDS
 from relvit_d2.experiments.comparison import _T, Runs, difference
 from relvit_d2.experiments.published import Row, tables
 from relvit_d2.experiments.reproduce import ImageCounts, Run, collect, count_images, page, plan, why_no_verdict
@@ -37,8 +38,9 @@ def test_every_command_of_a_row_fits_its_config_and_the_others(table: str, name:
     schedules = {r.config.SOLVER.MAX_ITER for r in labelled}
     assert len(schedules) == 1  # the same fine-tuning budget for all
     for planned in runs.values():
-        script, _, path, flag, *keys = planned.command
-        assert load_config(path, keys, script) == planned.config and flag == "--resume"
+        command, _, path, flag, *keys = planned.command
+        assert command == COMMANDS[planned.step.script] and flag == "--resume"
+        assert load_config(path, keys, planned.step.script) == planned.config
         cfg, plain = planned.config, load_config(path, [str(x) for pair in planned.step.overrides for x in pair])
         assert cfg.SEED == 3 and Path(cfg.OUTPUT_DIR) == planned.folder
         assert round(plain.SOLVER.MAX_ITER / 2) == cfg.SOLVER.MAX_ITER
@@ -398,9 +400,9 @@ def test_a_finished_run_without_a_figure_is_not_given_as_to_be_run(tmp_path: Pat
 def test_a_row_that_is_killed_twice_goes_on_where_it_stopped(root: Path, tmp_path: Path) -> None:
     data = ("DATASETS.TRAIN", "('svhn_train',)", "DATASETS.TEST", "('svhn_test',)")
     keys = (*data, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 800)
-    tool = ("tools/reproduce.py", "demo", "--row", "streets", "--scale", 0.01, "--output", tmp_path, *keys)
+    tool = ("relvit-d2", "reproduce", "demo", "--row", "streets", "--scale", 0.01, "--output", tmp_path, *keys)
     supervised = tmp_path / "seed_0/supervised"
-    assert "train_net.py failed" in fails(root, *tool, fault="step:6")
+    assert "relvit-d2 train failed" in fails(root, *tool, fault="step:6")
     assert not (supervised / "finished.json").exists() and not (tmp_path / "results.md").exists()
     with started(root, *tool) as process:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -424,4 +426,4 @@ def test_a_row_that_is_killed_twice_goes_on_where_it_stopped(root: Path, tmp_pat
 
 
 def test_an_unknown_row_is_one_sentence(root: Path) -> None:
-    assert "did you mean 'swin_t'" in fails(root, "tools/reproduce.py", "table2", "--row", "swint")
+    assert "did you mean 'swin_t'" in fails(root, "relvit-d2", "reproduce", "table2", "--row", "swint")

@@ -172,7 +172,7 @@ def test_the_demo_runs_from_nothing_to_a_table_and_a_picture(tmp_path: Path) -> 
 @pytest.mark.slow
 def test_the_detector_learns_eight_real_images_by_heart(samples: Path) -> None:
     config = ("--config-file", "configs/voc_vit_s_224.yaml", "--images", 8)
-    assert "passed" in run(samples, "tools/overfit_check.py", *config).stdout
+    assert "passed" in run(samples, "relvit-d2", "overfit-check", *config).stdout
 
 
 def test_debug_shows_the_traceback(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

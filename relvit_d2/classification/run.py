@@ -1,5 +1,6 @@
 """A classifier's data, training and evaluation, from a config."""
 
+import argparse
 import logging
 import re
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ import torch.nn.functional as F
 from detectron2.utils import comm
 from fvcore.common.config import CfgNode
 
-from relvit_d2.classification.model import ClassificationModel
+from relvit_d2.classification.model import ClassificationModel, build_classifier
 from relvit_d2.classification.probes import features, linear_probe
+from relvit_d2.config.config_file import load_config
 from relvit_d2.conversion.encoder_file import save_encoder
 from relvit_d2.data.classification.datasets import list_class_sets
 from relvit_d2.data.classification.image_folder import LabelledImages, check_same_classes, places
@@ -21,13 +23,17 @@ from relvit_d2.data.images.batches import ImageStack, TrainingBatches, fixed_bat
 from relvit_d2.data.images.decode import image_size
 from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.engine.precision import choose_precision
+from relvit_d2.engine.run_setup import keep_config, start_run
 from relvit_d2.engine.trainer import Trainer
+from relvit_d2.engine.weights import holds_encoder, load_weights
 from relvit_d2.pretext.monitor import knn_accuracy
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import write_json
 from relvit_d2.utils.randomness import generator
 
 WATCHED = "watched_test"  # the test set's name where it chooses the model
+
+SCRIPT = "train_cls.py"
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +153,7 @@ def build_trainer(cfg: CfgNode, model: ClassificationModel, data: Classification
     sets = {name: part for name, part in watched.items() if part}
     measure = partial(_measure, cfg, model, sets) if sets else None
     make_batches = partial(TrainingBatches, cfg, train.images, labels=train.labels)
-    trainer = Trainer(cfg, model, len(train), make_batches, measure, "train_cls.py")
+    trainer = Trainer(cfg, model, len(train), make_batches, measure, SCRIPT)
     trainer.optimizer.register_step_post_hook(lambda *_: model.follow())
     return trainer
 
@@ -254,12 +260,12 @@ def probe(cfg: CfgNode, model: ClassificationModel, data: ClassificationData, ki
 
 
 def next_command(cfg: CfgNode, data: ClassificationData) -> str:
-    """Return what is typed after a training: the probe that its sets allow, or its page where there is no test set."""
+    """Return the command to type after a training: its probe, or its report page if it has no test set."""
     output = Path(cfg.OUTPUT_DIR)
     if data.test is None:
-        return f"python tools/report.py {output} --output report.html"
+        return f"relvit-d2 report {output} --output report.html"
     kind = "linear" if data.validation else "knn"
-    script = f"python train_cls.py --config-file {output / 'config.yaml'} --eval {kind}"
+    script = f"relvit-d2 classify --config-file {output / 'config.yaml'} --eval {kind}"
     return f"{script} MODEL.WEIGHTS {output / 'encoder.safetensors'}"
 
 
@@ -278,3 +284,45 @@ def export_encoder(cfg: CfgNode, model: ClassificationModel, iterations: int, re
     }
     save_encoder(encoder, path, info)
     return path
+
+
+def run_process(args: argparse.Namespace) -> tuple[Path, str] | None:
+    """Run one process of a training of a classifier, or of an evaluation.
+
+    Args:
+        args: of the command ``classify``.
+
+    Returns:
+        After a training, in the first process, ``OUTPUT_DIR`` and the command to type next.
+    """
+    args.eval_only |= bool(args.eval)
+    asked = load_config(args.config_file, args.opts, SCRIPT)
+    start_run(asked, args)
+    data = load_data(asked, training=not args.eval_only or bool(args.eval))
+    cfg = settle(asked, data)
+    model = build_classifier(cfg, data.classes)
+    encoder = model.network.encoder
+    if args.eval_only:
+        if data.test is None:
+            raise UserError("DATASETS.TEST is empty; name a set to evaluate on, such as ('cifar10_test',)")
+        keep_config(cfg, SCRIPT)
+        weights = Checkpointer(model, cfg.OUTPUT_DIR).get_checkpoint_file() if args.resume else cfg.MODEL.WEIGHTS
+        if args.eval and holds_encoder(weights):
+            load_weights(cfg, model, encoder, "RGB")
+            model.restart_average()
+        elif not weights.endswith(".pth"):
+            raise UserError("--eval-only needs a trained classifier: add MODEL.WEIGHTS path/to/model_final.pth")
+        else:
+            Checkpointer(model, allow_pickle=cfg.MODEL.ALLOW_PICKLE).load(weights, checkpointables=[])
+        if args.eval:
+            tell(cfg, probe(cfg, model, data, args.eval), data.test, file=f"{args.eval}.json")
+        else:
+            tell(cfg, {"test": evaluate(cfg, model, data.test)}, data.test)
+        return None
+    trainer = build_trainer(cfg, model, data)
+    if not (args.resume and trainer.resume(args.allow_changes)):
+        load_weights(cfg, model, encoder, "RGB")
+        model.restart_average()
+    trainer.train()
+    finish(cfg, model, trainer, data)
+    return (Path(cfg.OUTPUT_DIR), next_command(cfg, data)) if comm.is_main_process() else None

@@ -11,6 +11,7 @@ from detectron2.config import get_cfg
 from fvcore.common.config import CfgNode
 
 from relvit_d2.config import READ_BY_SOME, WITHOUT_EFFECT, add_relvit_config
+from relvit_d2.utils.config_paths import find_config
 from relvit_d2.utils.errors import UserError, nearest
 
 
@@ -18,7 +19,7 @@ def load_config(config_file: str, overrides: list[str], script: str | None = Non
     """Return Detectron2's defaults and ours, overridden by a yaml file and then by ``KEY VALUE`` pairs.
 
     Args:
-        config_file: path of the yaml file.
+        config_file: path of the yaml file, see :func:`relvit_d2.utils.config_paths.find_config`.
         overrides: keys and values in turn.
         script: name of the script that reads the config; keys that only another one reads are refused then.
 
@@ -28,11 +29,7 @@ def load_config(config_file: str, overrides: list[str], script: str | None = Non
     """
     cfg = get_cfg()
     add_relvit_config(cfg)
-    path = Path(config_file)
-    if not path.is_file():
-        raise UserError(
-            f"config file '{config_file}' does not exist; the ones that come with the project are in configs/"
-        )
+    path = find_config(config_file)
     for file, content, written in _files(path, ()):
         for key in flat(content):
             _check_reader(key, str(file), script)

@@ -1,5 +1,6 @@
 """A detector's data, training and evaluation, from a config."""
 
+import argparse
 import logging
 from collections.abc import Iterable
 from functools import partial
@@ -13,12 +14,20 @@ from detectron2.modeling import GeneralizedRCNN
 from detectron2.utils import comm
 from fvcore.common.config import CfgNode
 
+from relvit_d2.analysis.data_checks import before_training
+from relvit_d2.config.config_file import load_config
 from relvit_d2.data.detection import catalog
+from relvit_d2.data.detection.catalog import get_metadata, keep_splits
+from relvit_d2.data.detection.custom import config_pairs, register_own
 from relvit_d2.data.detection.mapper import DetectionMapper
 from relvit_d2.data.detection.records import without_mask
 from relvit_d2.data.loader import EndlessBatches, EndlessOrder, ordered_batches
+from relvit_d2.detection.model import build_detector
+from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.engine.precision import choose_precision
+from relvit_d2.engine.run_setup import keep_config, start_run
 from relvit_d2.engine.trainer import Trainer
+from relvit_d2.engine.weights import holds_encoder, load_weights
 from relvit_d2.evaluation.coco import CocoStyleEvaluator
 from relvit_d2.evaluation.kitti import KittiEvaluator
 from relvit_d2.evaluation.voc07 import Voc07Evaluator
@@ -26,6 +35,8 @@ from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import write_json
 
 Records = list[dict[str, Any]]
+
+SCRIPT = "train_net.py"
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +160,7 @@ def build_trainer(cfg: CfgNode, model: GeneralizedRCNN, records: Records, tests:
         write_json(Path(cfg.OUTPUT_DIR) / "classes.json", classes)  # a detector is used where its data are not
     make_batches = partial(training_batches, cfg, records)
     measure = partial(evaluate, cfg, model, tests) if tests else None
-    return Trainer(cfg, model, len(records), make_batches, measure, "train_net.py")
+    return Trainer(cfg, model, len(records), make_batches, measure, SCRIPT)
 
 
 def evaluate(cfg: CfgNode, model: GeneralizedRCNN, tests: dict[str, Records]) -> dict[str, Any]:
@@ -199,3 +210,45 @@ def _evaluators(cfg: CfgNode, name: str, records: Records, output: Path) -> Iter
         yield Voc07Evaluator(name, records, metadata.thing_classes, ignore_difficult=ignore)
     if "kitti" in metrics:
         yield KittiEvaluator(name, records, metadata.thing_classes)
+
+
+def run_process(args: argparse.Namespace) -> tuple[Path, str] | None:
+    """Run one process of a training of a detector, or of an evaluation.
+
+    Args:
+        args: of the command ``train``.
+
+    Returns:
+        After a training, in the first process, ``OUTPUT_DIR`` and the command to type next.
+    """
+    asked = load_config(args.config_file, [*config_pairs(args.data, SCRIPT), *args.opts], SCRIPT)
+    start_run(asked, args)
+    register_own(asked.DATASETS)
+    tests = evaluation_sets(asked)
+    if args.eval_only and not tests:
+        raise UserError("DATASETS.TEST is empty; name a data set to evaluate on, such as ('voc_2007_test',)")
+    records = evaluated_records(tests) if args.eval_only else training_records(asked)
+    keep_splits(tests if args.eval_only else (*asked.DATASETS.TRAIN, *tests), Path(asked.OUTPUT_DIR))
+    cfg = settle(asked, records)
+    for note in mask_notes(asked, cfg, records, tests):
+        logger.info(note)
+    if not args.eval_only:
+        before_training(cfg, records, tests, get_metadata(cfg.DATASETS.TRAIN[0]).thing_classes)
+    model = build_detector(cfg)
+    if args.eval_only:
+        keep_config(cfg, SCRIPT)
+        weights = cfg.MODEL.WEIGHTS
+        if args.resume:
+            weights = Checkpointer(model, cfg.OUTPUT_DIR).get_checkpoint_file()
+        if not weights or holds_encoder(weights):
+            raise UserError("--eval-only needs a trained detector: add MODEL.WEIGHTS path/to/model_final.pth")
+        Checkpointer(model, allow_pickle=cfg.MODEL.ALLOW_PICKLE).load(weights, checkpointables=[])
+        evaluate(cfg, model, tests)
+        return None
+    trainer = build_trainer(cfg, model, records, tests)
+    if not (args.resume and trainer.resume(args.allow_changes)):
+        load_weights(cfg, model, model.backbone.encoder, cfg.INPUT.FORMAT)
+    trainer.train()
+    if not comm.is_main_process():
+        return None
+    return Path(cfg.OUTPUT_DIR), f"relvit-d2 predict --weights {cfg.OUTPUT_DIR} --input IMAGES"

@@ -2,14 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import NamedTuple
 
-from relvit_d2.config.config_file import load_config
 from relvit_d2.experiments.comparison import Runs
 from relvit_d2.experiments.paper_tables import DETECTION_METRICS, REMARKS, SLIPS, TABLE1, TABLE2, TABLE3
-
-ROOT = Path(__file__).resolve().parents[2]
 
 Overrides = tuple[tuple[str, object], ...]
 
@@ -175,6 +171,14 @@ _DETECTORS = {
 _DETECTOR_REMARK = "The paper states neither image size nor schedule of its detectors: they are this project's choice."
 
 
+def row_names() -> dict[str, list[str]]:
+    """Return the names of the rows of :func:`tables`, without reading configs."""
+    names = {"demo": ["streets"], "table1": [row for name in _CLASSIFIERS for row in (name, f"{name}_authors")]}
+    for table, rows in _DETECTORS.items():
+        names[table] = [row for name in rows for row in (name, f"{name}_512", f"{name}_labels")]
+    return names
+
+
 def tables() -> dict[str, dict[str, Row]]:
     """Return the rows by table and name.
 
@@ -208,8 +212,12 @@ def _classifier(name: str, title: str, config: str, paper: PaperData, authors: b
         paper: the paper's data.
         authors: whether the model is chosen as the authors do.
     """
-    pretraining = load_config(f"{ROOT}/configs/ssl/{config}.yaml", []).SOLVER
-    solver = load_config(f"{ROOT}/configs/cls/{config}.yaml", []).SOLVER
+    from relvit_d2.config.config_file import (
+        load_config,  # not at the top: the command line lists the rows without torch
+    )
+
+    pretraining = load_config(f"configs/ssl/{config}.yaml", []).SOLVER
+    solver = load_config(f"configs/cls/{config}.yaml", []).SOLVER
     keys: Overrides = ()
     views: Overrides = ()
     if authors:

@@ -13,8 +13,9 @@ from relvit_d2.config.config_file import load_config
 from relvit_d2.data.classification.datasets import is_class_set, list_class_sets
 from relvit_d2.data.detection import catalog
 from relvit_d2.detection.run import evaluation_sets, training_records
+from relvit_d2.experiments.commands import COMMANDS
 from relvit_d2.experiments.comparison import Runs, difference
-from relvit_d2.experiments.published import ROOT, PaperData, Published, Row, Step
+from relvit_d2.experiments.published import PaperData, Published, Row, Step
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import write_json
 
@@ -127,20 +128,19 @@ def plan(row: Row, seed: int, scale: float, output: Path, opts: list[str]) -> di
         if step.name in runs:
             continue
         keys = [str(part) for pair in step.overrides for part in pair] + opts
-        keys += _shorter(load_config(str(ROOT / step.config), keys, step.script), scale, step.labels)
+        keys += _shorter(load_config(step.config, keys, step.script), scale, step.labels)
         keys += ["SOLVER.CHECKPOINT_MAX_TO_KEEP", "1", "SEED", str(seed)]
         folder = output / f"seed_{seed}" / step.name
         places = ["OUTPUT_DIR", str(folder)]
         if step.encoder:
             places += ["MODEL.WEIGHTS", str(runs[step.encoder].folder / "encoder.safetensors")]
-        config = str(ROOT / step.config)
-        command = [step.script, "--config-file", config, "--resume", *keys, *places]
+        command = [COMMANDS[step.script], "--config-file", step.config, "--resume", *keys, *places]
         settings = {
             "config": step.config,
             "overrides": dict(zip(keys[::2], keys[1::2], strict=True)),
             "data": str(catalog.dataset_root().resolve()),
         }
-        cfg = load_config(config, [*keys, *places], step.script)
+        cfg = load_config(step.config, [*keys, *places], step.script)
         runs[step.name] = Run(step, folder, command, cfg, settings, tuple(opts[::2]))
     return runs
 

@@ -1,5 +1,6 @@
 """Pre-training's data, training and held-out figures, from a config."""
 
+import argparse
 import logging
 import math
 import shlex
@@ -13,20 +14,35 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from fvcore.common.config import CfgNode
 
+from relvit_d2.config.config_file import load_config
 from relvit_d2.data.classification.datasets import get_class_set, get_class_sets, is_class_set
 from relvit_d2.data.detection import catalog
+from relvit_d2.data.detection.catalog import keep_splits
+from relvit_d2.data.detection.custom import config_pairs, register_own
 from relvit_d2.data.images.batches import Images, TrainingBatches, fixed_batches, joined
 from relvit_d2.data.images.folder import is_source, readable
+from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.engine.precision import choose_precision
+from relvit_d2.engine.run_setup import keep_config, start_run
 from relvit_d2.engine.trainer import Trainer
+from relvit_d2.engine.weights import holds_encoder, load_proved
 from relvit_d2.pretext.monitor import knn_accuracy
-from relvit_d2.pretraining.model import PretrainingModel, evaluate_pretext, image_features
+from relvit_d2.pretraining.model import (
+    PretrainingModel,
+    build_pretraining_model,
+    evaluate_pretext,
+    export_encoder,
+    image_features,
+)
+from relvit_d2.utils.config_paths import has_config
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import write_json
 
 UNHELD = 256  # training images that figures are taken of where no images are held out
 LEAK = 0.95  # accuracy in the first epoch beyond which a task is no task
 LEAK_WINDOW = 20  # iterations that it is the mean of
+
+SCRIPT = "pretrain_ssl.py"
 
 logger = logging.getLogger(__name__)
 
@@ -66,17 +82,18 @@ def _has_classes(name: str) -> bool:
 
 
 def next_command(config_file: str, data: str | None, cfg: CfgNode, encoder: Path) -> str:
-    """Return what is typed after a pre-training: the training on data of its kind, from its ``encoder``'s file.
+    """Return the command to type after a pre-training: the training on data of its kind, from its ``encoder``'s file.
 
     Its config is the one that has the name of ``config_file``, ``configs/NAME.yaml`` or ``configs/cls/NAME.yaml`` after
     ``configs/ssl/NAME.yaml``, and FILE where there is none; ``data`` is what ``--data`` was given.
     """
-    script, room = ("train_cls.py", "cls") if all(map(_has_classes, cfg.DATASETS.TRAIN)) else ("train_net.py", "")
+    classes = all(map(_has_classes, cfg.DATASETS.TRAIN))
+    command, folder = ("classify", "cls") if classes else ("train", "")
     own = Path(config_file)
-    names = (own.parent.parent / room / own.name, own.with_name(own.name.removeprefix("ssl_")))
-    config = next((str(path) for path in names if path != own and path.is_file()), "FILE")
+    names = (own.parent.parent / folder / own.name, own.with_name(own.name.removeprefix("ssl_")))
+    config = next((str(path) for path in names if path != own and has_config(str(path))), "FILE")
     where = ["--data", data] if data else []
-    return shlex.join(["python", script, "--config-file", config, *where, "MODEL.WEIGHTS", str(encoder)])
+    return shlex.join(["relvit-d2", command, "--config-file", config, *where, "MODEL.WEIGHTS", str(encoder)])
 
 
 def build_trainer(cfg: CfgNode, model: PretrainingModel, files: Images, tests: Images) -> Trainer:
@@ -86,7 +103,7 @@ def build_trainer(cfg: CfgNode, model: PretrainingModel, files: Images, tests: I
     """
     figures_of = ("held_out", tests) if len(tests) else ("training_images", files[:UNHELD])
     measure = partial(evaluate, cfg, model, figures_of[1], figures_of[0])
-    trainer = Trainer(cfg, model, len(files), partial(TrainingBatches, cfg, files), measure, "pretrain_ssl.py")
+    trainer = Trainer(cfg, model, len(files), partial(TrainingBatches, cfg, files), measure, SCRIPT)
     trainer.register_hooks([LeakAlarm(math.ceil(len(files) / cfg.SOLVER.IMS_PER_BATCH))])
     return trainer
 
@@ -164,3 +181,49 @@ def _fixed_batches(cfg: CfgNode, files: Images) -> Iterator[dict[str, Any]]:
     """Give this process's share of the images in batches, with the numbers that decide their views."""
     size = max(1, cfg.SOLVER.IMS_PER_BATCH // (comm.get_world_size() * cfg.SOLVER.ACCUMULATE))
     return fixed_batches(cfg, files, size, replaces=True)
+
+
+def run_process(args: argparse.Namespace) -> tuple[Path, str] | None:
+    """Run one process of a pre-training, or of an evaluation.
+
+    Args:
+        args: of the command ``pretrain``.
+
+    Returns:
+        After a training, in the first process, ``OUTPUT_DIR`` and the command to type next.
+    """
+    cfg = load_config(args.config_file, [*config_pairs(args.data, SCRIPT), *args.opts], SCRIPT)
+    cfg.freeze()
+    start_run(cfg, args)
+    register_own(cfg.DATASETS, labels=False)
+    wanted = args.eval_only or cfg.DATASETS.TEST
+    data = cfg.DATASETS
+    how = (data.SKIP_MISSING, data.DOWNLOAD, data.SYNSETS)
+    tests = image_files("DATASETS.TEST", data.TEST, *how) if wanted else []
+    files = [] if args.eval_only else image_files("DATASETS.TRAIN", data.TRAIN, *how)
+    keep_splits(data.TEST if args.eval_only else (*data.TRAIN, *data.TEST), Path(cfg.OUTPUT_DIR))
+    model = build_pretraining_model(cfg)
+    weights = cfg.MODEL.WEIGHTS
+    if args.eval_only:
+        keep_config(cfg, SCRIPT)
+        checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
+        checkpoint = checkpointer.get_checkpoint_file() if args.resume else weights
+        if not checkpoint.endswith(".pth"):
+            raise UserError("--eval-only needs trained heads: add MODEL.WEIGHTS path/to/model_final.pth or --resume")
+        checkpointer.load(checkpoint, checkpointables=[])
+        evaluate(cfg, model, tests)
+        return None
+    trainer = build_trainer(cfg, model, files, tests)
+    resumed = args.resume and trainer.resume(args.allow_changes)
+    if weights and not resumed:
+        if not holds_encoder(weights):
+            raise UserError(
+                f"MODEL.WEIGHTS '{weights}' is no encoder.safetensors and no timm:NAME; pre-training starts from one "
+                "or from scratch"
+            )
+        load_proved(cfg, model.encoder, weights, "RGB")
+    trainer.train()
+    if not comm.is_main_process():
+        return None
+    path = export_encoder(cfg, model, trainer.iter + 1, trainer.results)
+    return path.parent, next_command(args.config_file, args.data, cfg, path)
