@@ -16,6 +16,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+# What the commands import when they run.
+import relvit_d2.classification.run
+import relvit_d2.detection.run
+import relvit_d2.engine.distributed
+import relvit_d2.experiments.reproduction
+import relvit_d2.pretraining.run
+import relvit_d2.report.prediction_files
+import relvit_d2.report.run_summary  # noqa: F401
 from relvit_d2.cli import main
 
 for line in sys.stdin:
