@@ -8,11 +8,11 @@ DOCS := .venv/.docs
 setup:
 	@$(PYTHON) tools/setup_env.py
 
-$(READY): requirements.txt requirements-detectron2.txt tools/setup_env.py tools/install_detectron2.py
+$(READY): requirements.txt tools/setup_env.py $(wildcard relvit_d2/utils/*detectron2*)
 	@$(PYTHON) tools/setup_env.py
 
 demo: $(READY)
-	@$(BIN)/python tools/demo.py
+	@$(BIN)/python -m relvit_d2 demo
 
 # Two files of tests at a time, with a thread each.
 test: check
@@ -41,5 +41,5 @@ docs: $(DOCS)
 	@echo "written: site/index.html"
 
 clean:
-	rm -rf .venv site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf .venv build site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

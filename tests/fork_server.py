@@ -1,9 +1,9 @@
-"""Runs scripts in forks of one process that has imported what they import, most of the time of a short run.
+"""Runs commands in forks of one process that has imported what they import, most of the time of a short run.
 
-Reads requests from its standard input, a JSON object a line: ``argv`` (script and arguments), ``env`` (the whole
-environment), ``out`` and ``err`` (files for what the script prints). Answers each with its exit status, a negative one
-for a signal. Only imports happen before a fork, so no thread and no random state is shared; variables that libraries
-read when they are imported must be those of the server.
+Reads requests from its standard input, a JSON object a line: ``argv`` (``relvit-d2`` or a script, and arguments),
+``env`` (the whole environment), ``out`` and ``err`` (files for what is printed). Answers each with its exit status, a
+negative one for a signal. Only imports happen before a fork, so no thread and no random state is shared; variables that
+libraries read when they are imported must be those of the server.
 """
 
 import json
@@ -16,9 +16,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import pretrain_ssl  # noqa: F401
-import train_cls  # noqa: F401
-import train_net  # noqa: F401
+# What the commands import when they run.
+import relvit_d2.classification.run
+import relvit_d2.detection.run
+import relvit_d2.engine.distributed
+import relvit_d2.experiments.reproduction
+import relvit_d2.pretraining.run
+import relvit_d2.report.prediction_files
+import relvit_d2.report.run_summary  # noqa: F401
+from relvit_d2.cli import main
 
 for line in sys.stdin:
     request = json.loads(line)
@@ -39,5 +45,7 @@ for stream, name in ((1, request["out"]), (2, request["err"])):
 os.environ.clear()
 os.environ.update(request["env"])
 sys.argv = request["argv"]
+if sys.argv[0] == "relvit-d2":
+    sys.exit(main())
 sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
 runpy.run_path(sys.argv[0], run_name="__main__")

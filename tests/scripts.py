@@ -1,4 +1,4 @@
-"""Scripts as a user runs them: subprocesses, real files, exit statuses."""
+"""Commands and scripts as a user runs them: subprocesses, real files, exit statuses."""
 
 import json
 import os
@@ -39,17 +39,21 @@ def _environment(root: Path) -> dict[str, str]:
 
 @contextmanager
 def started(root: Path, *command: object, fault: str = "") -> Iterator[subprocess.Popen[str]]:
-    """Start a script with ``root`` as the data root; nothing of it is left when the block ends.
+    """Start a command with ``root`` as the data root; nothing of it is left when the block ends.
 
     Args:
+        command: ``relvit-d2`` and its arguments, or a script and its arguments.
         fault: see ``tests/faults/sitecustomize.py``.
     """
     environment = _environment(root)
     if fault:
         here = Path(__file__).parent
         environment |= {"PYTHONPATH": f"{here / 'faults'}:{here.parent}", "RELVIT_FAULT": fault}
+    words = [*map(str, command)]
+    if words[0] == "relvit-d2":
+        words[:1] = ["-m", "relvit_d2"]
     process = subprocess.Popen(
-        [sys.executable, *map(str, command)],
+        [sys.executable, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -89,7 +93,7 @@ def _forked(root: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
 def run(
     root: Path, *command: object, status: int = 0, fault: str = "", fresh: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script to its end; its exit status must be ``status``, a negative one for a signal.
+    """Run a command to its end; its exit status must be ``status``, a negative one for a signal.
 
     One process without a fault is forked from one that has imported everything: a start takes seconds.
 
@@ -98,7 +102,7 @@ def run(
         fresh: start a new interpreter all the same, for variables that libraries read when they are imported.
     """
     words = [*map(str, command)]
-    if fresh or fault or "--num-gpus" in words or not words[0].endswith(".py"):
+    if fresh or fault or "--num-gpus" in words or words[0].startswith("-"):
         with started(root, *words, fault=fault) as process:
             output, errors = process.communicate()
         done = subprocess.CompletedProcess(words, process.returncode, output, errors)
@@ -109,7 +113,7 @@ def run(
 
 
 def fails(root: Path, *command: object, fault: str = "", fresh: bool = False) -> str:
-    """Run a script that must fail the right way; return its sentence."""
+    """Run a command that must fail with one sentence; return it."""
     done = run(root, *command, status=1, fault=fault, fresh=fresh)
     assert "Traceback" not in done.stdout + done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -305,18 +305,20 @@ STREETS = ("--config-file", "configs/demo/streets.yaml")
 @pytest.mark.parametrize(
     ("tool", "words"),
     [
-        (("overfit_check.py", "--config-file", "no.yaml"), "no.yaml' does not exist"),
-        (("overfit_check.py", *STREETS, "--images", 0), "give at least 1"),
-        (("overfit_check.py", *STREETS, "SOLVER.MAX_ITTER", 3), "did you mean 'SOLVER.MAX_ITER'"),
-        (("overfit_check.py", "--config-file", "configs/ssl/voc_vit_s.yaml"), "is of the task pretrain"),
-        (("overfit_check.py", *STREETS, "DATASETS.TRAIN", "('streets_trian',)"), "did you mean 'streets_train'"),
-        (("compare_runs.py", "no", "no"), "'no' cannot be read"),
-        (("analyze_model.py", *STREETS, "SOLVER.BASE_LRR", 1), "did you mean 'SOLVER.BASE_LR'"),
-        (("analyze_model.py", *STREETS, "DATASETS.TRAIN", "()"), "DATASETS.TRAIN is empty"),
+        (("overfit-check", "--config-file", "no.yaml"), "no.yaml' does not exist"),
+        (("overfit-check", *STREETS, "--images", 0), "give at least 1"),
+        (("overfit-check", *STREETS, "SOLVER.MAX_ITTER", 3), "did you mean 'SOLVER.MAX_ITER'"),
+        (("overfit-check", "--config-file", "configs/ssl/voc_vit_s.yaml"), "is of the task pretrain"),
+        (("overfit-check", *STREETS, "DATASETS.TRAIN", "('streets_trian',)"), "did you mean 'streets_train'"),
+        (("compare-runs", "no", "no"), "'no' cannot be read"),
+        (("analyze", *STREETS, "SOLVER.BASE_LRR", 1), "did you mean 'SOLVER.BASE_LR'"),
+        (("analyze", *STREETS, "DATASETS.TRAIN", "()"), "DATASETS.TRAIN is empty"),
     ],
 )
-def test_tools_say_it_in_one_sentence_too(tool: tuple[object, ...], words: str, root: Path, tmp_path: Path) -> None:
-    assert words in fails(root, f"tools/{tool[0]}", *tool[1:])
+def test_commands_report_it_in_one_sentence_too(
+    tool: tuple[object, ...], words: str, root: Path, tmp_path: Path
+) -> None:
+    assert words in fails(root, "relvit-d2", *tool)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(root: Path, tmp_path: Path) -> None:

@@ -271,7 +271,7 @@ def test_the_estimate_is_a_config_that_runs(tmp_path: Path) -> None:
     root.mkdir()
     for number in range(4):
         Image.fromarray(rng.integers(0, 4096, (40, 40), np.uint16)).save(root / f"{number}.png")
-    lines = run(tmp_path, "tools/estimate_pixels.py", root).stdout
+    lines = run(tmp_path, "relvit-d2", "estimate-pixels", root).stdout
     base = Path("configs/demo/ssl_streets.yaml").resolve()
     (tmp_path / "gray.yaml").write_text(f"_BASE_: {base}\n{lines}")
     cfg = load_config(str(tmp_path / "gray.yaml"), [])

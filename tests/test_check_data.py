@@ -19,12 +19,12 @@ from relvit_d2.analysis.anchors import Anchors, fit_report, proposal, training_b
 from relvit_d2.analysis.data_checks import before_training, check_images, check_labels
 from relvit_d2.analysis.pixel_statistics import pixel_statistics
 from relvit_d2.data.detection.catalog import get_images
+from relvit_d2.data.detection.custom import config_words
 from relvit_d2.data.detection.mapper import DetectionMapper
 from relvit_d2.data.images.decode import PixelFormat
 from relvit_d2.report.samples import Sample, draw_samples
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
-from tools.check_data import config_words
 
 CLASSES = ("cat", "dog")
 DETECTION = "configs/base/detection.yaml"
@@ -284,7 +284,7 @@ def test_the_page_of_samples_has_every_image_and_its_boxes(tmp_path: Path) -> No
 def test_the_script_checks_a_config_and_says_that_training_may_start(root: Path, tmp_path: Path) -> None:
     names = ("DATASETS.TRAIN", "('svhn_train',)", "DATASETS.TEST", "('svhn_test',)")
     output = tmp_path / "out"
-    script = ("tools/check_data.py", "--output", output)
+    script = ("relvit-d2", "check-data", "--output", output)
     done = run(root, *script, "--config-file", "configs/demo/streets.yaml", *names)
     assert "training may start" in done.stdout
     assert "12 images" in done.stdout
@@ -297,12 +297,12 @@ def test_the_script_checks_a_config_and_says_that_training_may_start(root: Path,
 def test_the_script_checks_a_folder_of_images(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     noise(tmp_path / "images/a.png", 0)
-    done = run(tmp_path, "tools/check_data.py", "--output", tmp_path / "out", tmp_path / "images")
+    done = run(tmp_path, "relvit-d2", "check-data", "--output", tmp_path / "out", tmp_path / "images")
     assert "1 read" in done.stdout and "no labels were checked: pre-training may start" in done.stdout
     assert f"warning: {tmp_path / 'images'}: no labels were recognised" in done.stdout
     document = {"images": [{"id": 1, "file_name": "a.png", "width": 40, "height": 30}], "annotations": []}
     (tmp_path / "images/labels.json").write_text(json.dumps(document))
-    done = run(tmp_path, "tools/check_data.py", "--output", tmp_path / "out", tmp_path / "images")
+    done = run(tmp_path, "relvit-d2", "check-data", "--output", tmp_path / "out", tmp_path / "images")
     assert "labels.json has images and annotations but no categories" in done.stdout
 
 
@@ -314,7 +314,7 @@ def test_the_script_checks_a_folder_with_labels_and_what_a_config_says_of_it(tmp
         Image.fromarray(gray).save(tmp_path / f"cells/images/{split}/{name}.png")
         (tmp_path / f"cells/labels/{split}/{name}.txt").write_text("0 0.5 0.5 0.5 0.5\n1 0.2 0.2 0.1 0.1\n")
     (tmp_path / "cells/classes.txt").write_text("RBC\nWBC\n")
-    done = run(tmp_path, "tools/check_data.py", "--output", tmp_path / "out", tmp_path / "cells")
+    done = run(tmp_path, "relvit-d2", "check-data", "--output", tmp_path / "out", tmp_path / "cells")
     assert "training may start" in done.stdout
     report = json.loads((tmp_path / "out/check.json").read_text())
     counts = {name: facts["classes"] for name, facts in report["sets"].items()}
@@ -324,11 +324,11 @@ def test_the_script_checks_a_folder_with_labels_and_what_a_config_says_of_it(tmp
         f"_BASE_: {base}\nINPUT: {{CHANNELS: 1}}\nMODEL: {{PIXEL_MEAN: [100.0], PIXEL_STD: [50.0]}}\n"
         f"DATASETS: {{CUSTOM: {{gray: {{ROOT: {tmp_path}/cells, SPLIT: val}}}}, TRAIN: ['gray'], TEST: []}}\n"
     )
-    run(tmp_path, "tools/check_data.py", "--output", tmp_path / "gray", "--config-file", config)
+    run(tmp_path, "relvit-d2", "check-data", "--output", tmp_path / "gray", "--config-file", config)
     report = json.loads((tmp_path / "gray/check.json").read_text())
     assert report["sets"]["gray"]["classes"] == {"RBC": 1, "WBC": 1} and len(report["mean"]) == 1
     (tmp_path / "cells/classes.txt").write_text("RBC\n")
-    done = run(tmp_path, "tools/check_data.py", "--output", tmp_path / "out", tmp_path / "cells", status=1)
+    done = run(tmp_path, "relvit-d2", "check-data", "--output", tmp_path / "out", tmp_path / "cells", status=1)
     assert "is of the class 1" in done.stderr
 
 

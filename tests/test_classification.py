@@ -215,12 +215,12 @@ def test_without_validation_the_last_model_is_tested(trees: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ((), "train_cls.py --config-file {0}/config.yaml --eval linear MODEL.WEIGHTS {0}/encoder.safetensors"),
+        ((), "classify --config-file {0}/config.yaml --eval linear MODEL.WEIGHTS {0}/encoder.safetensors"),
         (
             ("DATASETS.VALIDATION", ""),
-            "train_cls.py --config-file {0}/config.yaml --eval knn MODEL.WEIGHTS {0}/encoder.safetensors",
+            "classify --config-file {0}/config.yaml --eval knn MODEL.WEIGHTS {0}/encoder.safetensors",
         ),
-        (("DATASETS.TEST", "()"), "tools/report.py {0} --output report.html"),
+        (("DATASETS.TEST", "()"), "report {0} --output report.html"),
     ],
 )
 def test_the_next_command_is_one_that_can_run(
@@ -229,7 +229,7 @@ def test_the_next_command_is_one_that_can_run(
     for folder in (tmp_path / "runs", tmp_path / "my 1'st run"):
         cfg = config(trees, folder, *overrides)
         given = shlex.split(next_command(cfg, load_data(cfg, training=True)))
-        assert given == ["python", *(word.format(folder) for word in words.split())]
+        assert given == ["relvit-d2", *(word.format(folder) for word in words.split())]
 
 
 def test_it_learns_and_its_features_tell_the_classes(trees: Path, tmp_path: Path) -> None:

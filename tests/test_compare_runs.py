@@ -1,15 +1,14 @@
-"""tools/compare_runs.py: equal runs, different ones, files that are none."""
+"""relvit-d2 compare-runs: equal runs, different ones, files without losses."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from relvit_d2.analysis.run_comparison import Losses, compare, read_losses
+from relvit_d2.cli import main
 from relvit_d2.utils.errors import UserError
-from tools.compare_runs import Losses, compare, main, read_losses
 
 Tool = Callable[..., tuple[int, str, str]]
 
@@ -26,12 +25,11 @@ def write(path: Path, losses: Losses, **more: float) -> Path:
 
 
 @pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tool:
+def tool(capsys: pytest.CaptureFixture[str]) -> Tool:
     """Run the tool on arguments; return its exit status and what it printed and complained."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["compare_runs.py", *map(str, arguments)])
-        return main(), *capsys.readouterr()
+        return main(["compare-runs", *map(str, arguments)]), *capsys.readouterr()
 
     return run
 
@@ -115,10 +113,7 @@ def test_faults_on_the_command_line_are_one_sentence(tmp_path: Path, tool: Tool)
         assert words in complaint
 
 
-def test_the_example_of_the_help_runs(tool: Tool, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        tool("--help")
-    example = capsys.readouterr().out.rpartition("example:\n  python ")[2].split()
-    done = subprocess.run([sys.executable, *example], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("equal: 4 steps")
+def test_a_run_in_a_file_is_compared_with_itself(tool: Tool) -> None:
+    golden = "tests/golden/detection_vit_nano.json"
+    status, printed, _ = tool(golden, golden)
+    assert status == 0 and printed.startswith("equal: 4 steps")

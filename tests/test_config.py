@@ -9,7 +9,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 from detectron2.config import get_cfg
 
-from relvit_d2.config.config_file import SCRIPTS, flat
+from relvit_d2.config.config_file import COMMANDS, flat
 from relvit_d2.detection.backbone import SimplePyramid, build_encoder_pyramid_backbone
 from relvit_d2.detection.config import add_relvit_config
 from relvit_d2.detection.model import build_detector
@@ -47,10 +47,10 @@ def test_a_header_gives_row_commands_and_cost_and_the_commands_fit_together(path
     assert re.search("Table [123]", header) or ("/ssl/" in path and re.search("_BASE_: [a-z]", header))
     assert re.search(r"^# Cost: .+", header, re.MULTILINE)
     commands = re.findall(r"python (\w+\.py) --config-file (\S+)", header)
-    script = {"configs/ssl": "pretrain_ssl.py", "configs/cls": "train_cls.py", "configs": "train_net.py"}
-    assert (script[str(Path(path).parent)], path) in commands
+    scripts = {"pretrain": "pretrain_ssl.py", "classification": "train_cls.py", "detection": "train_net.py"}
+    assert (scripts[load_config(path, []).TASK], path) in commands
     for script, file in commands:
-        assert SCRIPTS[load_config(file, []).TASK] == script
+        assert scripts[load_config(file, []).TASK] == script
     weights = load_config(path, []).MODEL.WEIGHTS
     before = [load_config(file, []).OUTPUT_DIR for script, file in commands if script == "pretrain_ssl.py"]
     if "/ssl/" not in path:
@@ -201,7 +201,9 @@ def test_a_config_is_of_its_task_only(task: str, tmp_path: Path) -> None:
     for other in set(TASKS) - {task}:
         # Whatever else is in the file, the task is the error.
         (tmp_path / "other.yaml").write_text(f"_BASE_: {base}\nTASC: 3\n")
-        with pytest.raises(UserError, match=rf"other.yaml' is of the task {task}, not {other}: start {SCRIPTS[task]}"):
+        with pytest.raises(
+            UserError, match=rf"other.yaml' is of the task {task}, not {other}: start relvit-d2 {COMMANDS[task]}"
+        ):
             load_config(str(tmp_path / "other.yaml"), [], other)
         with pytest.raises(UserError, match=f"override 'TASK {other}': the config is of the task {task}"):
             load_config(str(base), ["TASK", other])
@@ -215,7 +217,7 @@ def test_a_key_of_another_task_names_it() -> None:
     for task, base in BASES.items():
         assert ours - keys[task]
         for key in ours - keys[task]:
-            owners = " or ".join(f"{name} ({SCRIPTS[name]})" for name in TASKS if key in keys[name])
+            owners = " or ".join(f"{name} (relvit-d2 {COMMANDS[name]})" for name in TASKS if key in keys[name])
             with pytest.raises(UserError) as error:
                 load_config(f"configs/base/{base}.yaml", [key, "1"])
             assert f"'{key} 1': key {key} belongs to the task {owners}, not to {task}: leave it out" in str(error.value)

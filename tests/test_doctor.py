@@ -1,4 +1,4 @@
-"""tools/doctor.py in a whole environment, in one that lacks packages, and its mending command."""
+"""relvit-d2 doctor in a whole environment, in one that lacks packages, and the command that it prints."""
 
 import os
 import re
@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCTOR = ROOT / "tools" / "doctor.py"
+DOCTOR = ("-m", "relvit_d2", "doctor")
 
 
 def run(*command: object, **variables: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, env=env)
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, env=env, cwd=ROOT)
 
 
 def value(output: str, name: str) -> str:
@@ -28,7 +28,7 @@ def value(output: str, name: str) -> str:
 def test_a_whole_environment_can_train(tmp_path: Path) -> None:
     import torch
 
-    done = run(sys.executable, DOCTOR, DETECTRON2_DATASETS=str(tmp_path))
+    done = run(sys.executable, *DOCTOR, DETECTRON2_DATASETS=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     assert value(done.stdout, "torch") == torch.__version__
@@ -41,20 +41,20 @@ def test_a_whole_environment_can_train(tmp_path: Path) -> None:
 
 
 def test_data_sets_are_counted(samples: Path) -> None:
-    done = run(sys.executable, DOCTOR, DETECTRON2_DATASETS=str(samples))
+    done = run(sys.executable, *DOCTOR, DETECTRON2_DATASETS=str(samples))
     assert value(done.stdout, "voc_2007_trainval") == "54 images"
     assert value(done.stdout, "voc_2007_test") == "26 images"
 
 
 def test_an_environment_without_packages_is_told_the_command() -> None:
-    done = run(sys.executable, "-S", DOCTOR, PYTHONPATH="")
+    done = run(sys.executable, "-S", *DOCTOR, PYTHONPATH="")
     assert done.returncode == 1
     assert done.stderr == ""
     assert value(done.stdout, "torch") == "missing"
     assert "make setup" in done.stdout.splitlines()[-1]
 
 
-def test_the_command_that_the_doctor_names_mends_a_missing_detectron2(tmp_path: Path) -> None:
+def test_the_command_that_the_doctor_prints_installs_a_missing_detectron2(tmp_path: Path) -> None:
     """The real wheel, in an environment that sees all packages of this one but Detectron2."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
@@ -65,10 +65,14 @@ def test_the_command_that_the_doctor_names_mends_a_missing_detectron2(tmp_path: 
             (packages / path.name).symlink_to(path)
     (next((tmp_path / "venv").glob("lib/python3*/site-packages")) / "packages.pth").write_text(str(packages))
 
-    done = run(python, DOCTOR, DETECTRON2_DATASETS=str(tmp_path))
+    done = run(python, *DOCTOR, DETECTRON2_DATASETS=str(tmp_path))
     assert done.returncode == 1, done.stdout
     assert value(done.stdout, "detectron2") == "missing"
-    (command,) = (line.strip() for line in done.stdout.partition("To mend it:")[2].splitlines() if line.strip())
+    (command,) = (line.strip() for line in done.stdout.partition("missing:\n")[2].splitlines())
+    assert "relvit_d2 doctor --install-detectron2" in command
+    other = run(python, "-m", "relvit_d2", "check-data", "streets_train")
+    assert other.returncode == 1
+    assert other.stderr == "error: the package detectron2 is not installed: run relvit-d2 doctor --install-detectron2\n"
 
     mend = run("bash", "-c", command)
     if "could not be reached" in mend.stderr:

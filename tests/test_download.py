@@ -261,8 +261,8 @@ def test_every_source_belongs_to_sets_of_the_catalog_and_its_archives_to_parts()
 
 
 def test_the_script_reads_what_is_there_and_draws_what_is_missing(root: Path, tmp_path: Path) -> None:
-    done = run(root, "tools/prepare_datasets.py", "svhn")
+    done = run(root, "relvit-d2", "prepare-data", "svhn")
     assert "svhn_train: 12 images" in done.stdout and "12 images to train on of the official 33,402" in done.stdout
-    sentence = fails(root, "tools/prepare_datasets.py", "coco_2017", "--root", tmp_path / "none")
+    sentence = fails(root, "relvit-d2", "prepare-data", "coco_2017", "--root", tmp_path / "none")
     assert "coco/annotations/instances_train2017.json" in sentence and "--download" in sentence
     assert not (tmp_path / "none").exists()

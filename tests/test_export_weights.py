@@ -104,26 +104,28 @@ def test_the_tools_write_what_others_load(root: Path, tmp_path: Path) -> None:
     encoder = scattered("vit_nano", patch_size=8, img_size=32)
     save_encoder(encoder, tmp_path / "first.safetensors", {})
     done = run(
-        root, "tools/export_weights.py", tmp_path / "first.safetensors", "--to", "timm", tmp_path / "t.safetensors"
+        root, "relvit-d2", "export-weights", tmp_path / "first.safetensors", "--to", "timm", tmp_path / "t.safetensors"
     )
     assert 'timm.create_model("vit_tiny_patch16_224"' in done.stdout
     arguments = done.stdout.split("timm.create_model(")[1].split(")\n")[0]
     model = eval(f"timm.create_model({arguments})", {"timm": timm})
     model.load_state_dict(load_file(tmp_path / "t.safetensors"))
-    done = run(root, "tools/convert_weights.py", tmp_path / "t.safetensors", "--to", tmp_path / "second.safetensors")
+    done = run(root, "relvit-d2", "convert", tmp_path / "t.safetensors", "--to", tmp_path / "second.safetensors")
     assert "timm: " in done.stdout and "agree with the source's definition" in done.stdout
     (first, _), (second, metadata) = (read_encoder(tmp_path / f"{n}.safetensors") for n in ("first", "second"))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     assert metadata["source"] == "timm: t.safetensors"
-    run(root, "tools/export_weights.py", tmp_path / "first.safetensors", "--to", "detectron2", tmp_path / "d.pth")
+    run(root, "relvit-d2", "export-weights", tmp_path / "first.safetensors", "--to", "detectron2", tmp_path / "d.pth")
     net = StockViT(patch_size=8, embed_dim=128, depth=4, num_heads=4, pretrain_img_size=32)
     pyramid = SimpleFeaturePyramid(net, "last_feat", 16, (1.0, 0.5))
     DetectionCheckpointer(nn.ModuleDict({"backbone": pyramid})).load(str(tmp_path / "d.pth"))
     assert torch.equal(net.blocks[3].mlp.fc2.weight, first["vit.blocks.3.mlp.fc2.weight"])
     assert torch.equal(net.pos_embed, first["vit.pos_embed"])
-    error = fails(root, "tools/export_weights.py", tmp_path / "first.safetensors", "--to", "timm", tmp_path / "x.bin")
+    error = fails(
+        root, "relvit-d2", "export-weights", tmp_path / "first.safetensors", "--to", "timm", tmp_path / "x.bin"
+    )
     assert "is written as .safetensors" in error
-    error = fails(root, "tools/convert_weights.py", tmp_path / "no.pth", "--to", tmp_path / "x.safetensors")
+    error = fails(root, "relvit-d2", "convert", tmp_path / "no.pth", "--to", tmp_path / "x.safetensors")
     assert "does not exist" in error
 
 

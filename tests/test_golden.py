@@ -17,6 +17,7 @@ from torch import nn
 import relvit_d2.classification.run as classification
 import relvit_d2.detection.run as detection
 import relvit_d2.pretraining.run as pretraining
+from relvit_d2.analysis.run_comparison import Losses, compare, read_losses
 from relvit_d2.classification.model import build_classifier
 from relvit_d2.data.classification.image_folder import LabelledImages
 from relvit_d2.detection.model import build_detector
@@ -26,7 +27,6 @@ from relvit_d2.engine.trainer import Trainer
 from relvit_d2.pretraining.model import build_pretraining_model
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.randomness import seed_everything
-from tools.compare_runs import Losses, compare, read_losses
 
 Model = TypeVar("Model", bound=nn.Module)
 GOLDEN = Path(__file__).parent / "golden"

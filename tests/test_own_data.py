@@ -702,10 +702,10 @@ def test_a_locale_that_is_not_utf8_loses_nothing(tmp_path: Path, monkeypatch: py
     for name in ("report.html", "log.txt"):
         text = (tmp_path / "out" / name).read_text(encoding="utf-8")
         assert "Käfer" in text and "猫" in text, name
-    done = run(tmp_path, "tools/check_data.py", root, "--output", tmp_path / "check", fresh=True)
+    done = run(tmp_path, "relvit-d2", "check-data", root, "--output", tmp_path / "check", fresh=True)
     assert "K\\xe4fer" in done.stdout
     weights = ("--weights", tmp_path / "out", "--input", root / "images")
-    run(tmp_path, "tools/predict.py", *weights, "--output", tmp_path / "found", fresh=True)
+    run(tmp_path, "relvit-d2", "predict", *weights, "--output", tmp_path / "found", fresh=True)
     output = ("OUTPUT_DIR", tmp_path / "größe")
     sentence = fails(tmp_path, "train_net.py", "--config-file", config, "--data", root, *output, fresh=True)
     assert "is not valid in the encoding of this locale, ascii: set the environment variable PYTHONUTF8=1" in sentence

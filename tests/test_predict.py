@@ -15,11 +15,11 @@ from detectron2.structures import BoxMode, Instances
 from PIL import Image
 
 from relvit_d2 import load_detector
+from relvit_d2.cli import main
 from relvit_d2.detection.predictor import Detector
+from relvit_d2.report.prediction_videos import annotate_video, timed, upright
 from relvit_d2.utils.errors import UserError
 from tests.scripts import command, fails, run
-from tools.predict import main, timed, upright
-from tools.predict import video as annotate
 
 Failing = Callable[..., str]
 
@@ -44,12 +44,11 @@ def images(root: Path) -> list[Path]:
 
 
 @pytest.fixture()
-def failing(trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Failing:
-    """Run tools/predict.py in this process; it must fail with one sentence, which is returned."""
+def failing(trained: Path, capsys: pytest.CaptureFixture[str]) -> Failing:
+    """Run relvit-d2 predict in this process; it must fail with one sentence, which is returned."""
 
     def call(*words: object, weights: Path = trained) -> str:
-        monkeypatch.setattr(sys, "argv", ["predict.py", "--weights", *map(str, (weights, *words))])
-        assert main() == 1
+        assert main(["predict", "--weights", *map(str, (weights, *words))]) == 1
         lines = capsys.readouterr().err.splitlines()
         errors = [line for line in lines if line.startswith("error: ")]
         assert len(errors) == 1 and "Traceback" not in "".join(lines)
@@ -175,7 +174,7 @@ def test_the_tool_draws_every_input_and_writes_coco_results(
     made = video(tmp_path / "clip.mp4", [np.full((47, 61, 3), 40 * i, np.uint8) for i in range(5)])
     pattern = f"{images[0].parent}/*.png"
     words = ("--input", pattern, other, made, "--output", tmp_path / "out", "--threshold", 0, "--batch", 2)
-    done = run(root, "tools/predict.py", "--weights", trained, *words)
+    done = run(root, "relvit-d2", "predict", "--weights", trained, *words)
     pictures = sorted((tmp_path / "out").glob("*.png"))
     assert len(pictures) == len(images) + 2
     assert f"{len(pictures)} pictures and 1 video" in done.stdout
@@ -203,7 +202,7 @@ def times(path: Path) -> list[float]:
 def test_frames_of_a_variable_rate_keep_their_times(detector: Detector, tmp_path: Path, suffix: str) -> None:
     steps = [2001, 180_000, 2009, 60, 300_022, 2000]
     made = video(tmp_path / f"clip.{suffix}", [np.full((32, 32, 3), 50, np.uint8)] * 6, steps)
-    rows, fault = annotate(made, tmp_path / "out.mp4", detector, 0.0, 4)
+    rows, fault = annotate_video(made, tmp_path / "out.mp4", detector, 0.0, 4)
     expected = times(made)
     assert expected[-1] > 8 and not fault
     assert times(tmp_path / "out.mp4") == pytest.approx(expected, abs=2e-5)
@@ -215,7 +214,7 @@ def test_frames_of_a_variable_rate_keep_their_times(detector: Detector, tmp_path
 def test_frames_of_a_constant_rate_keep_their_times(detector: Detector, tmp_path: Path, rate: Fraction) -> None:
     frames = [np.full((32, 32, 3), 50, np.uint8)] * 5
     made = video(tmp_path / "clip.mkv", frames, [round(60000 / rate)] * 5)
-    annotate(made, tmp_path / "out.mp4", detector, 0.5, 2)
+    annotate_video(made, tmp_path / "out.mp4", detector, 0.5, 2)
     assert times(tmp_path / "out.mp4") == pytest.approx(times(made), abs=2e-5)
 
 
@@ -250,7 +249,7 @@ def test_videos_are_turned_upright(detector: Detector, tmp_path: Path, degrees: 
         for frame in source.decode(video=0):
             shown = upright(frame)
             assert shown.shape == expected.shape and np.abs(shown.astype(int) - expected).mean() < 12
-    annotate(made, tmp_path / "out.mp4", detector, 1.0, 4)
+    annotate_video(made, tmp_path / "out.mp4", detector, 1.0, 4)
     with av.open(str(tmp_path / "out.mp4")) as written:
         for frame in written.decode(video=0):
             shown = np.array(frame.to_image().resize(expected.shape[1::-1])).astype(int)
@@ -261,7 +260,7 @@ def test_a_written_video_is_as_sharp_as_its_rate_allows(detector: Detector, samp
     with Image.open(min((samples / "VOC2007/JPEGImages").glob("*.jpg"))) as photo:
         pixels = np.array(photo.convert("RGB").resize((800, 600)))
     made = video(tmp_path / "clip.mp4", [np.roll(pixels, 8 * i, axis=1) for i in range(6)], rate=30, bits=8_000_000)
-    annotate(made, tmp_path / "out.mp4", detector, 1.0, 2)
+    annotate_video(made, tmp_path / "out.mp4", detector, 1.0, 2)
     with av.open(str(made)) as source, av.open(str(tmp_path / "out.mp4")) as written:
         pairs = zip(source.decode(video=0), written.decode(video=0), strict=True)
         apart = [np.subtract(*(f.to_ndarray(format="gray").astype(int) for f in pair)) for pair in pairs]
@@ -281,7 +280,7 @@ def test_everything_in_a_folder_is_done_or_named(root: Path, trained: Path, imag
     np.save(folder / "h.npy", np.full((20, 20, 3), np.nan))
     clip = video(folder / "deep/clip.mp4", [np.full((32, 32, 3), 50, np.uint8)] * 2)
     words = ("--input", folder, "--output", out, "--threshold", 0, "--batch", 2)
-    done = run(root, "tools/predict.py", "--weights", trained, *words, status=1)
+    done = run(root, "relvit-d2", "predict", "--weights", trained, *words, status=1)
     assert "5 pictures and 1 video" in done.stdout
     assert {path.name for path in out.iterdir()} == {*(f"{c}.png" for c in "abcdz"), "clip.mp4", "detections.json"}
     found = {row["image_id"] for row in json.loads((out / "detections.json").read_text())}
@@ -298,7 +297,7 @@ def test_a_full_disk_is_one_sentence_without_a_resumption(
 ) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (8, 240, 320, 3), dtype=np.uint8)
     made = video(tmp_path / "clip.mp4", list(noise)) if kind == "video" else images[0]
-    command = ("tools/predict.py", "--weights", trained, "--input", made, "--output", tmp_path / "out")
+    command = ("relvit-d2", "predict", "--weights", trained, "--input", made, "--output", tmp_path / "out")
     sentence = fails(root, *command, fault="full:20000")
     assert "could not be written" in sentence and "free space or choose another folder" in sentence
     assert "--resume" not in sentence and not list((tmp_path / "out").iterdir())
@@ -309,19 +308,18 @@ def test_videos_are_left_out_by_a_detector_of_other_channels(
 ) -> None:
     made = video(tmp_path / "clip.mp4", [np.full((32, 32, 3), 50, np.uint8)])
     monkeypatch.setattr(detector, "channels", 1)
-    monkeypatch.setattr("tools.predict.load_detector", lambda *_: detector)
+    monkeypatch.setattr("relvit_d2.report.prediction_files.load_detector", lambda *_: detector)
     assert "clip.mp4' is a video, but INPUT.CHANNELS is 1" in failing("--input", made, "--output", tmp_path / "out")
     assert not [*(tmp_path / "out").iterdir()]
 
 
 def test_a_threshold_leaves_out_what_scores_less(
-    trained: Path, detector: Detector, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Path, detector: Detector, images: list[Path], tmp_path: Path
 ) -> None:
     scores = detector(images[0]).scores
     middle = float(scores.median())
     words = ["--input", images[0], "--output", tmp_path, "--threshold", middle]
-    monkeypatch.setattr(sys, "argv", ["predict.py", "--weights", *map(str, (trained, *words))])
-    assert main() == 0
+    assert main(["predict", "--weights", *map(str, (trained, *words))]) == 0
     results = json.loads((tmp_path / "detections.json").read_text())
     assert 0 < len(results) == int((scores >= middle).sum()) < len(scores)
 

@@ -158,7 +158,7 @@ def test_joint_training_through_the_script(root: Path, tmp_path: Path) -> None:
 def test_the_picture_of_a_run(root: Path, tmp_path: Path) -> None:
     run(root, *command("pretrain_ssl.py", tmp_path / "run", "PRETEXT.PERMUTE", "always"))
     weights, images = tmp_path / "run/model_final.pth", root / "svhn/test"
-    tool = ("tools/visualize_pretext.py", "--images", images, "--output", tmp_path / "out.png", "--weights")
+    tool = ("relvit-d2", "visualize-pretext", "--images", images, "--output", tmp_path / "out.png", "--weights")
     done = run(root, *tool, weights, "--count", 2)
     assert "2 images" in done.stdout
     assert Image.open(tmp_path / "out.png").size > (1000, 400)
@@ -204,14 +204,14 @@ def test_a_run_of_another_machine_has_its_picture(
 def test_the_next_command_is_that_of_the_kind_of_data(trees: Path) -> None:
     cifar, svhn, images = ("cifar10_train", "svhn_train", str(trees))
     for name, own, data, words in (
-        (cifar, "configs/ssl/cifar10_vit_s4.yaml", None, "train_cls.py --config-file configs/cls/cifar10_vit_s4.yaml"),
-        (svhn, "configs/ssl/svhn_vit_s.yaml", None, "train_net.py --config-file configs/svhn_vit_s.yaml"),
-        (images, "configs/demo/ssl_streets.yaml", "my data", "train_net.py --config-file configs/demo/streets.yaml"),
-        (images, str(trees / "mine.yaml"), None, "train_net.py --config-file FILE"),
+        (cifar, "configs/ssl/cifar10_vit_s4.yaml", None, "classify --config-file configs/cls/cifar10_vit_s4.yaml"),
+        (svhn, "configs/ssl/svhn_vit_s.yaml", None, "train --config-file configs/svhn_vit_s.yaml"),
+        (images, "configs/demo/ssl_streets.yaml", "my data", "train --config-file configs/demo/streets.yaml"),
+        (images, str(trees / "mine.yaml"), None, "train --config-file FILE"),
     ):
         said = next_command(own, data, config("DATASETS.TRAIN", f"('{name}',)"), Path("out/encoder.safetensors"))
         where = " --data 'my data'" if data else ""
-        assert said == f"python {words}{where} MODEL.WEIGHTS out/encoder.safetensors"
+        assert said == f"relvit-d2 {words}{where} MODEL.WEIGHTS out/encoder.safetensors"
 
 
 def test_every_pretraining_has_a_training_of_its_name() -> None:

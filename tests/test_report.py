@@ -101,7 +101,7 @@ def test_every_script_leaves_its_page(runs: dict[str, Path]) -> None:
 
 def test_the_tool_compares_runs_and_says_what_is_none(runs: dict[str, Path], tmp_path: Path) -> None:
     output = tmp_path / "both.html"
-    run(tmp_path, "tools/report.py", runs["a"], runs["b"], "--output", output)
+    run(tmp_path, "relvit-d2", "report", runs["a"], runs["b"], "--output", output)
     assert output.is_file()
     with pytest.raises(UserError, match=r"no config\.yaml"):
         read_runs([tmp_path])
@@ -278,7 +278,7 @@ def test_a_model_of_any_script_is_analysed(root: Path) -> None:
     }
     small = ("MODEL.ENCODER.NAME", "vit_nano")
     for config, stages in cases.items():
-        done = run(root, "tools/analyze_model.py", "--config-file", f"configs/{config}.yaml", *small)
+        done = run(root, "relvit-d2", "analyze", "--config-file", f"configs/{config}.yaml", *small)
         rows = {row.split()[0]: row.split()[-4:] for row in done.stdout.splitlines() if len(row.split()) >= 5}
         assert all(stage in rows for stage in stages)
         parameters = {name: float(row[0]) for name, row in rows.items() if re.fullmatch(r"[\d.]+", row[0])}

@@ -11,7 +11,7 @@ import torch
 from scripts import fails, run, started, wait_for
 
 from relvit_d2.classification.run import load_data
-from relvit_d2.config.config_file import SCRIPTS
+from relvit_d2.config.config_file import COMMANDS
 from relvit_d2.data.detection import catalog
 from relvit_d2.experiments.comparison import _T, Runs, difference
 from relvit_d2.experiments.published import Row, tables
@@ -34,13 +34,13 @@ HERE = [
 def test_every_command_of_a_row_fits_its_config_and_the_others(table: str, name: str, tmp_path: Path) -> None:
     row = TABLES[table][name]
     runs = plan(row, 3, 0.5, tmp_path, [])
-    labelled = [r for r in runs.values() if r.step.script != "pretrain_ssl.py" and r.step.name != "supervised_longer"]
+    labelled = [r for r in runs.values() if r.config.TASK != "pretrain" and r.step.name != "supervised_longer"]
     schedules = {r.config.SOLVER.MAX_ITER for r in labelled}
     assert len(schedules) == 1  # the same fine-tuning budget for all
     for planned in runs.values():
-        script, _, path, flag, *keys = planned.command
+        command, _, path, flag, *keys = planned.command
         assert load_config(path, keys) == planned.config and flag == "--resume"
-        assert script == SCRIPTS[planned.config.TASK]
+        assert command == COMMANDS[planned.config.TASK]
         cfg, plain = planned.config, load_config(path, [str(x) for pair in planned.step.overrides for x in pair])
         assert cfg.SEED == 3 and Path(cfg.OUTPUT_DIR) == planned.folder
         assert round(plain.SOLVER.MAX_ITER / 2) == cfg.SOLVER.MAX_ITER
@@ -325,7 +325,7 @@ def test_the_authors_choice_of_the_model_trains_100_epochs_of_all_images(tmp_pat
                 epochs = solver.MAX_ITER * solver.IMS_PER_BATCH / row.paper.images[0]
                 assert epochs == pytest.approx(100 * phases, rel=2e-3)
                 assert pytest.approx(solver.MAX_ITER / 10, abs=1) == solver.WARMUP_ITERS
-                if run.step.script == "train_cls.py":
+                if run.config.TASK == "classification":
                     assert run.config.TEST.BEST_ON_TEST and not run.config.DATASETS.VALIDATION
                     assert (row.paper.test,) == run.config.DATASETS.TEST
 
@@ -338,14 +338,14 @@ def test_the_images_that_are_counted_are_those_that_the_scripts_train_on(
         cfg = load_config("configs/cls/cifar10_vit_s4.yaml", [*names, "DATASETS.VALIDATION", share])
         data = load_data(cfg, training=True)
         assert data.train and data.test and (len(data.train), len(data.test)) == counts[:2]
-        assert count_images(cfg, "train_cls.py")[:3] == counts
+        assert count_images(cfg)[:3] == counts
     monkeypatch.setenv("DETECTRON2_DATASETS", str(samples))
     keys = ["DATASETS.TRAIN", "('coco_2017_train',)", "DATASETS.TEST", "('coco_2017_val[:7]',)"]
     truth = json.loads((samples / "coco/annotations/instances_train2017.json").read_text())
     full = {a["image_id"] for a in truth["annotations"] if not a["iscrowd"]}
-    counted = count_images(load_config("configs/coco_vit_s.yaml", keys), "detection")
+    counted = count_images(load_config("configs/coco_vit_s.yaml", keys))
     assert counted == ImageCounts(len(full), 7, empty=len(truth["images"]) - len(full))
-    assert count_images(load_config("configs/ssl/coco_vit_s.yaml", keys), "pretrain")[:2] == (30, 7)
+    assert count_images(load_config("configs/ssl/coco_vit_s.yaml", keys))[:2] == (30, 7)
 
 
 def test_an_arm_taps_several_blocks_where_the_encoder_has_one_stride(tmp_path: Path) -> None:
@@ -400,9 +400,9 @@ def test_a_finished_run_without_a_figure_is_not_given_as_to_be_run(tmp_path: Pat
 def test_a_row_that_is_killed_twice_goes_on_where_it_stopped(root: Path, tmp_path: Path) -> None:
     data = ("DATASETS.TRAIN", "('svhn_train',)", "DATASETS.TEST", "('svhn_test',)")
     keys = (*data, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 800)
-    tool = ("tools/reproduce.py", "demo", "--row", "streets", "--scale", 0.01, "--output", tmp_path, *keys)
+    tool = ("relvit-d2", "reproduce", "demo", "--row", "streets", "--scale", 0.01, "--output", tmp_path, *keys)
     supervised = tmp_path / "seed_0/supervised"
-    assert "train_net.py failed" in fails(root, *tool, fault="step:6")
+    assert "relvit-d2 train failed" in fails(root, *tool, fault="step:6")
     assert not (supervised / "finished.json").exists() and not (tmp_path / "results.md").exists()
     with started(root, *tool) as process:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -426,4 +426,4 @@ def test_a_row_that_is_killed_twice_goes_on_where_it_stopped(root: Path, tmp_pat
 
 
 def test_an_unknown_row_is_one_sentence(root: Path) -> None:
-    assert "did you mean 'swin_t'" in fails(root, "tools/reproduce.py", "table2", "--row", "swint")
+    assert "did you mean 'swin_t'" in fails(root, "relvit-d2", "reproduce", "table2", "--row", "swint")

@@ -151,28 +151,10 @@ def test_evaluation_of_pretraining_needs_its_heads(root: Path, encoder: Path, tm
     assert again == json.loads((encoder.parent / "inference/results.json").read_text())["held_out"]
 
 
-def test_the_demo_runs_from_nothing_to_a_table_and_a_picture(tmp_path: Path) -> None:
-    copy = tmp_path / "project"
-    for name in ("relvit_d2", "configs", "tools"):
-        shutil.copytree(name, copy / name)
-    for name in ("train_net.py", "pretrain_ssl.py"):
-        shutil.copy(name, copy / name)
-    run(tmp_path, copy / "tools/demo.py", "SOLVER.MAX_ITER", 2, "SOLVER.WARMUP_ITERS", 0)
-    results = json.loads((copy / "output/demo/results.json").read_text())
-    assert results.keys() == {"finetune", "supervised", "pretrain", "machine"}
-    for arm in ("finetune", "supervised"):
-        assert results[arm].keys() == {"AP", "AP50", "AP75", "seconds"}
-    chances = {"relation_chance": 49 / 256, "position_chance": 1 / 64}
-    assert {name: results["pretrain"][name] for name in chances} == pytest.approx(chances)
-    assert {"relation_accuracy", "position_accuracy", "seconds"} <= results["pretrain"].keys()
-    assert "One seed proves nothing" in (copy / "output/demo/results.md").read_text()
-    assert Image.open(copy / "output/demo/predictions.png").width > 1000
-
-
 @pytest.mark.slow
 def test_the_detector_learns_eight_real_images_by_heart(samples: Path) -> None:
     config = ("--config-file", "configs/voc_vit_s_224.yaml", "--images", 8)
-    assert "passed" in run(samples, "tools/overfit_check.py", *config).stdout
+    assert "passed" in run(samples, "relvit-d2", "overfit-check", *config).stdout
 
 
 def test_debug_shows_the_traceback(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ readable by Python 3.6, so that an old Python gets a sentence instead of a synta
 
 import argparse
 import re
+import runpy
 import subprocess
 import sys
 import time
@@ -69,16 +70,21 @@ def make_venv() -> None:
 
 
 def install_requirements() -> None:
-    """Install ``requirements.txt``; on a terminal the seconds are counted while pip is silent."""
-    # Imported here: the module is not meant for a Python that check_python turns away.
-    from install_detectron2 import explain_pip
+    """Install ``requirements.txt`` and this package."""
+    pip_install("requirements.txt", "-r", str(ROOT / "requirements.txt"))
+    pip_install("the command relvit-d2", "--no-deps", "-e", str(ROOT))
 
+
+def pip_install(what: str, *arguments: str) -> None:
+    """Run pip install; on a terminal the seconds are counted while pip is silent.
+
+    Raises:
+        SetupError: if pip fails; the sentence names ``what``.
+    """
     command = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
     start = time.monotonic()
     with LOG.open("w", encoding="utf-8") as log:
-        process = subprocess.Popen(
-            command + ["-r", str(ROOT / "requirements.txt")], stdout=log, stderr=subprocess.STDOUT
-        )
+        process = subprocess.Popen(command + list(arguments), stdout=log, stderr=subprocess.STDOUT)
         try:
             while process.poll() is None:
                 time.sleep(0.2)
@@ -91,19 +97,22 @@ def install_requirements() -> None:
     if sys.stdout.isatty():
         print("\r", end="")
     if process.returncode:
+        # The package is not on the path of this script.
+        explain_pip = runpy.run_path(str(ROOT / "relvit_d2" / "utils" / "pip_errors.py"))["explain_pip"]
         reason = explain_pip(LOG.read_text(encoding="utf-8", errors="replace"))
-        raise SetupError(f"requirements.txt was not installed: {reason} (all of pip's output: {LOG})")
+        raise SetupError(f"{what} was not installed: {reason} (all of pip's output: {LOG})")
 
 
 def install_detectron2() -> None:
-    """Run ``tools/install_detectron2.py`` with the new Python; its one sentence is passed on."""
+    """Run ``relvit-d2 doctor --install-detectron2`` with the new Python; its error is passed on."""
     done = subprocess.run(
-        [str(PYTHON), str(ROOT / "tools" / "install_detectron2.py")],
+        [str(PYTHON), "-m", "relvit_d2", "doctor", "--install-detectron2"],
+        cwd=str(ROOT),
         stderr=subprocess.PIPE,
         universal_newlines=True,  # noqa: UP021 (text= is newer than 3.6)
     )
     if done.returncode:
-        raise SetupError(done.stderr.strip().rstrip("."))
+        raise SetupError((done.stderr.strip().splitlines() or ["no output"])[-1].replace("error: ", "", 1))
 
 
 def set_up() -> None:
@@ -113,7 +122,7 @@ def set_up() -> None:
     if not venv_works():
         print(f"[1/3] making .venv with {sys.executable}", flush=True)
         make_venv()
-    print("[2/3] installing requirements.txt (new: about 5 GB, a minute or more) ...", flush=True)
+    print("[2/3] installing the packages (new: about 5 GB, a minute or more) ...", flush=True)
     install_requirements()
     print("[3/3] installing Detectron2 ...", flush=True)
     install_detectron2()

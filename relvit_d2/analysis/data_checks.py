@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import combinations
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,8 @@ from fvcore.common.config import CfgNode
 
 from relvit_d2.analysis.anchors import fit_report
 from relvit_d2.analysis.pixel_statistics import PixelStatistics, histogram
+from relvit_d2.data.detection import catalog
+from relvit_d2.data.detection.custom import near_misses
 from relvit_d2.data.detection.records import BORDER_SLACK, Record
 from relvit_d2.data.images.archive import ImageFile
 from relvit_d2.data.images.decode import PixelFormat
@@ -41,6 +44,27 @@ class Boxes(NamedTuple):
 
     boxes: np.ndarray
     sizes: np.ndarray
+
+
+def read_sets(names: list[str], labelled: bool, skip_missing: bool) -> tuple[dict[str, list[Any]], list[str]]:
+    """Return records and their classes, or images and no class where labels do not matter or a name is a folder."""
+    if not labelled or any(catalog.is_folder(name) for name in names):
+        return {name: catalog.get_images(name, skip_missing) for name in names}, []
+    classes = {name: list(catalog.get_metadata(name).thing_classes) for name in names}
+    for name in names[1:]:
+        if classes[name] != classes[names[0]]:
+            raise UserError(f"data sets '{names[0]}' and '{name}' have different classes: check them one by one")
+    return {name: catalog.get_records(name, skip_missing) for name in names}, classes[names[0]]
+
+
+def not_recognised(names: list[str]) -> list[str]:
+    """Return a warning for each of ``names`` that is a source of images without labels."""
+    warnings = []
+    for name in filter(catalog.is_folder, dict.fromkeys(names)):
+        path = Path(catalog.subset(name)[0]).expanduser()
+        near = "".join(f"; {reason}" for reason in (near_misses(path) if path.is_dir() else []))
+        warnings.append(f"{name}: no labels were recognised, so it serves for pre-training only{near}")
+    return warnings
 
 
 def check_labels(
@@ -110,7 +134,7 @@ def before_training(
 def refuse(report: Report) -> None:
     """Raise a :class:`UserError` for the first fault of a report, if it has one."""
     if faults := report["faults"]:
-        more = f" ({len(faults) - 1} more faults: python tools/check_data.py tells all)" if len(faults) > 1 else ""
+        more = f" ({len(faults) - 1} more faults: relvit-d2 check-data lists all)" if len(faults) > 1 else ""
         raise UserError(f"training may not start: {faults[0]}{more}")
 
 

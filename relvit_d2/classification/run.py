@@ -1,8 +1,10 @@
 """A classifier's data, training and evaluation, from a config."""
 
+import argparse
 import logging
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 from detectron2.utils import comm
 from fvcore.common.config import CfgNode
 
-from relvit_d2.classification.model import ClassificationModel
+from relvit_d2.classification.model import ClassificationModel, build_classifier
 from relvit_d2.classification.probes import features, linear_probe
 from relvit_d2.data.classification.datasets import list_class_sets
 from relvit_d2.data.classification.image_folder import LabelledImages, check_same_classes, places
@@ -22,8 +24,9 @@ from relvit_d2.data.images.batches import ImageStack, TrainingBatches, fixed_bat
 from relvit_d2.data.images.decode import image_size
 from relvit_d2.data.images.similarity import fingerprint, fingerprints
 from relvit_d2.engine.precision import choose_precision
+from relvit_d2.engine.run_setup import keep_config, start_run
 from relvit_d2.engine.trainer import Trainer
-from relvit_d2.engine.weights import export_encoder, load_trained
+from relvit_d2.engine.weights import export_encoder, holds_encoder, load_trained, load_weights
 from relvit_d2.pretext.monitor import knn_accuracy
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import write_json
@@ -274,10 +277,51 @@ def probe(cfg: CfgNode, model: ClassificationModel, data: ClassificationData, ki
 
 
 def next_command(cfg: CfgNode, data: ClassificationData) -> str:
-    """Return what is typed after a training: the probe that its sets allow, or its page where there is no test set."""
+    """Return the command to type after a training: its probe, or its report page if it has no test set."""
     output = Path(cfg.OUTPUT_DIR)
     if data.test is None:
-        return shlex.join(["python", "tools/report.py", str(output), "--output", "report.html"])
+        return shlex.join(["relvit-d2", "report", str(output), "--output", "report.html"])
     kind = "linear" if data.validation else "knn"
-    probe = ["python", "train_cls.py", "--config-file", str(output / "config.yaml"), "--eval", kind]
+    probe = ["relvit-d2", "classify", "--config-file", str(output / "config.yaml"), "--eval", kind]
     return shlex.join([*probe, "MODEL.WEIGHTS", str(output / "encoder.safetensors")])
+
+
+def run_process(asked: CfgNode, args: argparse.Namespace, end: Callable[[Path, str], None]) -> None:
+    """Run one process of a training of a classifier, or of an evaluation.
+
+    Args:
+        asked: the config, before the data decide on the number of classes.
+        args: of the command ``classify``.
+        end: called after a training, in the first process, with ``OUTPUT_DIR`` and the command to type next.
+
+    Raises:
+        UserError: if the data are missing or damaged.
+    """
+    args.eval_only |= bool(args.eval)
+    start_run(asked, args)
+    data = load_data(asked, training=not args.eval_only or bool(args.eval))
+    cfg = settle(asked, data)
+    model = build_classifier(cfg, data.classes)
+    encoder = model.network.encoder
+    if args.eval_only:
+        if data.test is None:
+            raise UserError("DATASETS.TEST is empty; name a set to evaluate on, such as ('cifar10_test',)")
+        keep_config(cfg)
+        if args.eval and not args.resume and holds_encoder(cfg.MODEL.WEIGHTS):
+            load_weights(cfg, model, encoder, "RGB")
+            model.restart_average()
+        else:
+            load_trained(cfg, model, cfg.OUTPUT_DIR if args.resume else cfg.MODEL.WEIGHTS)
+        if args.eval:
+            tell(cfg, probe(cfg, model, data, args.eval), data.test, file=f"{args.eval}.json")
+        else:
+            tell(cfg, {"test": evaluate(cfg, model, data.test)}, data.test)
+        return
+    trainer = build_trainer(cfg, model, data)
+    if not (args.resume and trainer.resume(args.allow_changes)):
+        load_weights(cfg, model, encoder, "RGB")
+        model.restart_average()
+    trainer.train()
+    finish(cfg, model, trainer, data)
+    if comm.is_main_process():
+        end(Path(cfg.OUTPUT_DIR), next_command(cfg, data))

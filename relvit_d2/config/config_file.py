@@ -11,10 +11,11 @@ import yaml  # type: ignore[import-untyped]
 from fvcore.common.config import CfgNode
 
 from relvit_d2.utils.config_keys import get_key
+from relvit_d2.utils.config_paths import find_config
 from relvit_d2.utils.errors import UserError, nearest
 
-SCRIPTS = {"pretrain": "pretrain_ssl.py", "detection": "train_net.py", "classification": "train_cls.py"}
-"""The script of each task."""
+COMMANDS = {"pretrain": "pretrain", "detection": "train", "classification": "classify"}
+"""The command of relvit-d2 that trains, by task."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def read_config(config_file: str, overrides: list[str], tasks: Mapping[str, Task
     """Return the defaults of a task, overridden by a yaml file and then by ``KEY VALUE`` pairs.
 
     Args:
-        config_file: path of the yaml file. Its key ``TASK`` names the task.
+        config_file: path of the yaml file, see :func:`relvit_d2.utils.config_paths.find_config`. Its key ``TASK`` names
+            the task.
         overrides: keys and values in turn.
         tasks: the known tasks by name.
         task: the task that the config must be of; a file may leave out ``TASK`` then. None for any.
@@ -72,11 +74,7 @@ def read_config(config_file: str, overrides: list[str], tasks: Mapping[str, Task
         UserError: for a missing or unreadable file, a config of another task, a key that is unknown (the nearest one is
             named), renamed, twice in a file or of another task, or a value of the wrong type.
     """
-    path = Path(config_file)
-    if not path.is_file():
-        raise UserError(
-            f"config file '{config_file}' does not exist; the ones that come with the project are in configs/"
-        )
+    path = find_config(config_file)
     files = list(_files(path, ()))
     chosen = tasks[_task_name(path, [content for _, content, _ in files], task)]
     cfg = chosen.defaults()
@@ -117,12 +115,13 @@ def _task_name(path: Path, contents: list[dict[str, Any]], task: str | None) -> 
     """
     name = next((content["TASK"] for content in reversed(contents) if "TASK" in content), task)
     if name is None:
-        raise UserError(f"config file '{path}' has no key TASK: add 'TASK: {', '.join(SCRIPTS)}', one of these")
-    if str(name) not in SCRIPTS:
-        raise UserError(f"config file '{path}': TASK '{name}' is unknown; give one of {', '.join(SCRIPTS)}")
+        raise UserError(f"config file '{path}' has no key TASK: add 'TASK: {', '.join(COMMANDS)}', one of these")
+    if str(name) not in COMMANDS:
+        raise UserError(f"config file '{path}': TASK '{name}' is unknown; give one of {', '.join(COMMANDS)}")
     if task not in (None, name):
         raise UserError(
-            f"config file '{path}' is of the task {name}, not {task}: start {SCRIPTS[name]} with it, or give another"
+            f"config file '{path}' is of the task {name}, not {task}: start relvit-d2 {COMMANDS[name]} with it, or "
+            "give another"
         )
     return str(name)
 
@@ -136,8 +135,8 @@ def _why_unknown(key: str, cfg: CfgNode, chosen: Task, tasks: Mapping[str, Task]
     groups = {key.rsplit(".", cut)[0] for cut in range(key.count(".") + 1)}  # and itself
     owners = [name for name, task in tasks.items() if groups & flat(task.defaults()).keys()]
     if owners:
-        scripts = " or ".join(f"{name} ({SCRIPTS[name]})" for name in owners)
-        return f"key {key} belongs to the task {scripts}, not to {chosen.name}: leave it out"
+        which = " or ".join(f"{name} (relvit-d2 {COMMANDS[name]})" for name in owners)
+        return f"key {key} belongs to the task {which}, not to {chosen.name}: leave it out"
     near = nearest(key, list(flat(cfg))) or "; the page Config keys of the documentation lists all"
     return f"unknown config key '{key}'{near}"
 

@@ -44,7 +44,7 @@ def read_published(source: str, encoder: Encoder) -> tuple[dict[str, Tensor], di
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"'{source}' is not in timm's cache and could not be downloaded ({reason}); connect to the network once, "
-            "or convert a file with tools/convert_weights.py"
+            "or convert a file with relvit-d2 convert"
         ) from error
     pretrained = timm.get_pretrained_cfg(name)
     assert pretrained is not None  # it is in the list of those that are published

@@ -1,8 +1,10 @@
 """A detector's data, training and evaluation, from a config."""
 
+import argparse
 import logging
+import shlex
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.util import find_spec
 from itertools import chain
@@ -21,11 +23,17 @@ from detectron2.utils import comm
 from fvcore.common.config import CfgNode
 from torch import nn
 
+from relvit_d2.analysis.data_checks import before_training
 from relvit_d2.data.detection import catalog
+from relvit_d2.data.detection.catalog import get_metadata, keep_splits
+from relvit_d2.data.detection.custom import register_own
 from relvit_d2.data.detection.mapper import DetectionMapper
 from relvit_d2.data.loader import EndlessBatches, EndlessOrder, ordered_batches
+from relvit_d2.detection.model import build_detector
 from relvit_d2.engine.precision import choose_precision
+from relvit_d2.engine.run_setup import keep_config, start_run
 from relvit_d2.engine.trainer import Trainer
+from relvit_d2.engine.weights import load_trained, load_weights
 from relvit_d2.evaluation.coco import CocoStyleEvaluator, without_mask
 from relvit_d2.evaluation.kitti import KittiEvaluator
 from relvit_d2.evaluation.voc07 import Voc07Evaluator
@@ -265,3 +273,45 @@ def _evaluators(cfg: CfgNode, name: str, records: Records, output: Path) -> Iter
         yield Voc07Evaluator(name, records, metadata.thing_classes, ignore_difficult=ignore)
     if "kitti" in metrics:
         yield KittiEvaluator(name, records, metadata.thing_classes)
+
+
+def run_process(asked: CfgNode, args: argparse.Namespace, end: Callable[[Path, str], None]) -> None:
+    """Run one process of a training of a detector, or of an evaluation.
+
+    Args:
+        asked: the config, before the data decide on classes and masks.
+        args: of the command ``train``.
+        end: called after a training, in the first process, with ``OUTPUT_DIR`` and the command to type next.
+
+    Raises:
+        UserError: if the data are missing or damaged, or results differ from ``TEST.EXPECTED_RESULTS``.
+    """
+    start_run(asked, args)
+    register_own(asked.DATASETS)
+    tests = evaluation_sets(asked)
+    if args.eval_only and not tests:
+        raise UserError("DATASETS.TEST is empty; name a data set to evaluate on, such as ('voc_2007_test',)")
+    records = evaluated_records(tests) if args.eval_only else training_records(asked)
+    keep_splits(tests if args.eval_only else (*asked.DATASETS.TRAIN, *tests), Path(asked.OUTPUT_DIR))
+    cfg = settle(asked, records)
+    for note in mask_notes(asked, cfg, records, tests):
+        logger.info(note)
+    if not args.eval_only:
+        before_training(cfg, records, tests, get_metadata(cfg.DATASETS.TRAIN[0]).thing_classes)
+    model = build_detector(cfg)
+    if args.eval_only:
+        keep_config(cfg)
+        load_trained(cfg, model, cfg.OUTPUT_DIR if args.resume else cfg.MODEL.WEIGHTS)
+        results = evaluate(cfg, model, tests)
+        check_expected_results(cfg, evaluate_with_tta(cfg, model, tests, results))
+        return
+    trainer = build_trainer(cfg, model, records, tests)
+    if not (args.resume and trainer.resume(args.allow_changes)):
+        load_weights(cfg, model, model.backbone.encoder, cfg.INPUT.FORMAT)
+    trainer.train()
+    results = evaluate_with_tta(cfg, model, tests, trainer.results)
+    if comm.is_main_process():
+        end(
+            Path(cfg.OUTPUT_DIR), shlex.join(["relvit-d2", "predict", "--weights", cfg.OUTPUT_DIR, "--input", "IMAGES"])
+        )
+    check_expected_results(cfg, results)

@@ -33,13 +33,12 @@ Main = Callable[[argparse.Namespace], None]
 _REACH = 0.5
 
 
-def run(main: Main, args: argparse.Namespace, default_url: str) -> int:
+def run(main: Main, args: argparse.Namespace) -> int:
     """Run ``main`` in as many processes as the command line or ``torchrun`` asks for; return the exit status.
 
     Args:
         main: what each process does with ``args``; importable by name, since processes are spawned.
-        args: Detectron2's arguments.
-        default_url: the ``--dist-url`` of a user who gave none.
+        args: Detectron2's arguments; ``--dist-url auto`` chooses a free port of this machine.
 
     Raises:
         UserError: for numbers of processes or machines that cannot be.
@@ -49,7 +48,7 @@ def run(main: Main, args: argparse.Namespace, default_url: str) -> int:
             raise UserError("torchrun starts the processes: leave --num-gpus and --num-machines to it")
         _process(main, args)
         return 0
-    url = _meeting_point(args, default_url)
+    url = _meeting_point(args)
     if args.num_gpus * args.num_machines > 1:
         return _spawn(main, args, url)
     signals.install(patient=False)
@@ -73,7 +72,7 @@ def _join_torchrun() -> None:
     comm.synchronize()
 
 
-def _meeting_point(args: argparse.Namespace, default_url: str) -> str:
+def _meeting_point(args: argparse.Namespace) -> str:
     """Check the numbers of processes and machines and return where the processes meet."""
     if args.num_machines < 1 or args.num_gpus < (1 if args.num_machines > 1 else 0):
         raise UserError(f"--num-gpus {args.num_gpus} --num-machines {args.num_machines}: give 1 or more of both")
@@ -84,7 +83,7 @@ def _meeting_point(args: argparse.Namespace, default_url: str) -> str:
         )
     if torch.cuda.is_available() and args.num_gpus > torch.cuda.device_count():
         raise UserError(f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()} GPUs")
-    if args.dist_url != default_url:
+    if args.dist_url != "auto":
         address = urlparse(args.dist_url)
         try:
             if address.scheme == "tcp":
@@ -94,7 +93,7 @@ def _meeting_point(args: argparse.Namespace, default_url: str) -> str:
         return args.dist_url
     if args.num_machines > 1:
         raise UserError("--num-machines needs --dist-url tcp://FIRST_MACHINE:PORT, the same on every machine")
-    return "auto"  # a free port: two runs on one machine do not meet
+    return "auto"
 
 
 def _spawn(main: Main, args: argparse.Namespace, url: str) -> int:

@@ -1,4 +1,7 @@
-"""What the user reads when a run fails: one sentence, from one process."""
+"""What the user reads when a run fails: one sentence, from one process.
+
+Imports no torch: usage errors are reported before it is loaded.
+"""
 
 import errno
 import io
@@ -9,12 +12,9 @@ import time
 import traceback
 from collections.abc import Callable
 
-from detectron2.utils import comm
-from torch import distributed
-from torch.distributed.distributed_c10d import _get_default_store
-
 from relvit_d2.engine import signals
 from relvit_d2.utils.errors import NotWrittenError, UserError
+from relvit_d2.utils.processes import process_group
 
 # How long a process that lost another waits before it speaks: the other one's sentence is the true reason.
 _PATIENCE = 5.0  # seconds
@@ -59,7 +59,7 @@ def guard(function: Callable[[], int | None], resumes: bool = False) -> int:
                 name = f"'{error.filename}'" if error.filename else "a file"
                 sentence = NotWrittenError(f"{name} could not be written ({error.strerror}): free space")
                 say(_with_resume(sentence) if resumes else sentence)
-        elif comm.get_world_size() == 1:
+        elif (group := process_group()) is None or group.get_world_size() == 1:
             raise
         elif _lost_another(error):
             _tell_of_loss(error)
@@ -99,11 +99,12 @@ def may_tell() -> bool:
 
     Before the processes have met, it is the first of each machine.
     """
-    if not distributed.is_initialized():
-        return not distributed.is_torchelastic_launched() or os.environ["LOCAL_RANK"] == "0"
+    group = process_group()
+    if group is None:
+        return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["LOCAL_RANK"] == "0"
     signals.uninstall()  # who started the processes now ends them all
     try:
-        return _get_default_store().add("relvit_d2/failed", 1) == 1
+        return group.distributed_c10d._get_default_store().add("relvit_d2/failed", 1) == 1
     except RuntimeError:  # the process that kept the store is gone, so it told
         return False
 
@@ -118,4 +119,4 @@ def _tell_of_loss(error: Exception) -> None:
     time.sleep(_PATIENCE)
     if may_tell():
         reason = str(error).strip().splitlines()[0]
-        say(UserError(f"process {comm.get_rank()} lost another one ({reason}); see what that one printed"))
+        say(UserError(f"process {process_group().get_rank()} lost another one ({reason}); see what that one printed"))

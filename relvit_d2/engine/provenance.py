@@ -22,13 +22,20 @@ def provenance(cfg: CfgNode) -> dict[str, str]:
     """Return what ``run.json`` says: what was started, on what, with what."""
     precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE))
     return {
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "machine": f"{device_name(cfg.MODEL.DEVICE)}, {comm.get_world_size()} processes",
         "precision": f"{precision.name} ({precision.reason})",
         "versions": VERSIONS,
         "commit": _commit(),
     }
+
+
+def command_line() -> str:
+    """Return the command line of this process, with the name of the script instead of its path."""
+    name = Path(sys.argv[0]).name
+    scripts = ("pretrain_ssl.py", "train_net.py", "train_cls.py")
+    return shlex.join([*(("python", name) if name in scripts else ("relvit-d2",)), *sys.argv[1:]])
 
 
 def _commit() -> str:

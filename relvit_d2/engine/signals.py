@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from detectron2.utils import comm
+from relvit_d2.utils.processes import process_group
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -79,7 +79,8 @@ def immediate() -> Iterator[None]:
 def _handle(number: int, frame: FrameType | None) -> None:
     first = not _State.received
     _State.received = _State.received or number
-    if first and _State.deferring and comm.is_main_process():
+    group = process_group()
+    if first and _State.deferring and (group is None or group.get_rank() == 0):
         with suppress(OSError):  # a terminal that is gone
             # Python's streams refuse a write that interrupts another.
             os.write(2, b"finishing this iteration; once more ends at once\n")

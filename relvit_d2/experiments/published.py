@@ -2,25 +2,20 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import NamedTuple
 
 from relvit_d2.experiments.comparison import Runs
 from relvit_d2.experiments.paper_tables import DETECTION_METRICS, REMARKS, SLIPS, TABLE1, TABLE2, TABLE3
-from relvit_d2.tasks import load_config
-
-ROOT = Path(__file__).resolve().parents[2]
 
 Overrides = tuple[tuple[str, object], ...]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One run of a script.
+    """One run of a training command.
 
     Attributes:
         name: of its folder below that of the seed; steps of one name are one run.
-        script: in the repository's root.
         config: its config file, from the repository's root.
         encoder: name of the step whose ``encoder.safetensors`` it starts from; empty for none.
         labels: share of the training images that it sees, 0..1, the first ones.
@@ -28,7 +23,6 @@ class Step:
     """
 
     name: str
-    script: str
     config: str
     encoder: str = ""
     labels: float = 1.0
@@ -175,6 +169,14 @@ _DETECTORS = {
 _DETECTOR_REMARK = "The paper states neither image size nor schedule of its detectors: they are this project's choice."
 
 
+def row_names() -> dict[str, list[str]]:
+    """Return the names of the rows of :func:`tables`, without reading configs."""
+    names = {"demo": ["streets"], "table1": [row for name in _CLASSIFIERS for row in (name, f"{name}_authors")]}
+    for table, rows in _DETECTORS.items():
+        names[table] = [row for name in rows for row in (name, f"{name}_512", f"{name}_labels")]
+    return names
+
+
 def tables() -> dict[str, dict[str, Row]]:
     """Return the rows by table and name.
 
@@ -208,8 +210,10 @@ def _classifier(name: str, title: str, config: str, paper: PaperData, authors: b
         paper: the paper's data.
         authors: whether the model is chosen as the authors do.
     """
-    pretraining = load_config(f"{ROOT}/configs/ssl/{config}.yaml", []).SOLVER
-    solver = load_config(f"{ROOT}/configs/cls/{config}.yaml", []).SOLVER
+    from relvit_d2.tasks import load_config  # not at the top: the command line lists the rows without torch
+
+    pretraining = load_config(f"configs/ssl/{config}.yaml", []).SOLVER
+    solver = load_config(f"configs/cls/{config}.yaml", []).SOLVER
     keys: Overrides = ()
     views: Overrides = ()
     if authors:
@@ -228,9 +232,9 @@ def _classifier(name: str, title: str, config: str, paper: PaperData, authors: b
 
     def step(name: str, ending: str, encoder: str = "", more: Overrides = ()) -> Step:
         overrides = tuple((dict(keys) | dict(more)).items())
-        return Step(name, "train_cls.py", f"configs/cls/{config}{ending}.yaml", encoder, overrides=overrides)
+        return Step(name, f"configs/cls/{config}{ending}.yaml", encoder, overrides=overrides)
 
-    pretrain = Step("pretrain", "pretrain_ssl.py", f"configs/ssl/{config}.yaml", overrides=views)
+    pretrain = Step("pretrain", f"configs/ssl/{config}.yaml", overrides=views)
     published = {
         arm: {"top-1 accuracy": Published(Runs(mean, spread, 2 if spread else 1))}
         for arm, (mean, spread) in TABLE1[name].items()
@@ -261,9 +265,9 @@ def _detectors(table: str, name: str, title: str, config: str, pretraining: str,
     for arm, ending in _ARMS.items():
         before: tuple[Step, ...] = ()
         if arm in ("upstream", "mega"):
-            before = (Step(f"pretrain{ending}", "pretrain_ssl.py", f"configs/ssl/{pretraining}{ending}.yaml"),)
+            before = (Step(f"pretrain{ending}", f"configs/ssl/{pretraining}{ending}.yaml"),)
         encoder = before[0].name if before else ""
-        step = Step(arm, "train_net.py", f"configs/{config}{ending}.yaml", encoder)
+        step = Step(arm, f"configs/{config}{ending}.yaml", encoder)
         published = {
             f"box {metric}": Published(Runs(value), (table, name, arm, metric) in SLIPS)
             for metric, value in zip(DETECTION_METRICS, figures.get(arm, ()), strict=False)
@@ -280,8 +284,8 @@ def _detectors(table: str, name: str, title: str, config: str, pretraining: str,
 
 
 def _demo() -> Row:
-    pretrain = Step("pretrain", "pretrain_ssl.py", "configs/demo/ssl_streets.yaml")
-    supervised = Step("supervised", "train_net.py", "configs/demo/streets.yaml")
+    pretrain = Step("pretrain", "configs/demo/ssl_streets.yaml")
+    supervised = Step("supervised", "configs/demo/streets.yaml")
     upstream = replace(supervised, name="upstream", encoder="pretrain")
     arms = (Arm("supervised", (supervised,)), Arm("upstream", (pretrain, upstream), "supervised"))
     return Row("synthetic street numbers, ViT-nano/4", {"box AP": ("bbox", "AP")}, arms)

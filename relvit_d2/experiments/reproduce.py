@@ -1,4 +1,4 @@
-"""A row of a table as runs of the scripts, and their results beside the paper's figures."""
+"""A row of a table as runs of the training commands, and their results beside the paper's figures."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 from fvcore.common.config import CfgNode
 
 from relvit_d2.classification.run import list_data
+from relvit_d2.config.config_file import COMMANDS
 from relvit_d2.data.classification.datasets import is_class_set, list_class_sets
 from relvit_d2.data.detection import catalog
 from relvit_d2.detection.run import evaluation_sets, training_records
 from relvit_d2.experiments.comparison import Runs, difference
-from relvit_d2.experiments.published import ROOT, PaperData, Published, Row, Step
+from relvit_d2.experiments.published import PaperData, Published, Row, Step
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import write_json
@@ -49,8 +50,8 @@ class Run:
     Attributes:
         step: which.
         folder: its ``OUTPUT_DIR``.
-        command: the script and its arguments; run again, it goes on where it stopped.
-        config: as the script will see it.
+        command: name of a command of relvit-d2 and its arguments; run again, it goes on where it stopped.
+        config: as the command reads it.
         settings: all that decides what it learns, to know it again.
         keys: config keys that the user gave for all runs.
     """
@@ -95,7 +96,7 @@ class Run:
         found: Any = json.loads((self.folder / "inference/results.json").read_text(encoding="utf-8"))
         tests = self.config.DATASETS.TEST
         keys = [tests[0]]
-        if self.step.script == "train_cls.py":  # whose sets are measured as one
+        if self.config.TASK == "classification":  # whose sets are measured as one
             keys = [", ".join(tests), "best_on_test" if self.config.TEST.BEST_ON_TEST else "test"]
         for key in (*keys, *place):
             found = found[key]
@@ -127,20 +128,19 @@ def plan(row: Row, seed: int, scale: float, output: Path, opts: list[str]) -> di
         if step.name in runs:
             continue
         keys = [str(part) for pair in step.overrides for part in pair] + opts
-        keys += _shorter(load_config(str(ROOT / step.config), keys), scale, step.labels)
+        keys += _shorter(load_config(step.config, keys), scale, step.labels)
         keys += ["SOLVER.CHECKPOINT_MAX_TO_KEEP", "1", "SEED", str(seed)]
         folder = output / f"seed_{seed}" / step.name
         places = ["OUTPUT_DIR", str(folder)]
         if step.encoder:
             places += ["MODEL.WEIGHTS", str(runs[step.encoder].folder / "encoder.safetensors")]
-        config = str(ROOT / step.config)
-        command = [step.script, "--config-file", config, "--resume", *keys, *places]
         settings = {
             "config": step.config,
             "overrides": dict(zip(keys[::2], keys[1::2], strict=True)),
             "data": str(catalog.dataset_root().resolve()),
         }
-        cfg = load_config(config, [*keys, *places])
+        cfg = load_config(step.config, [*keys, *places])
+        command = [COMMANDS[cfg.TASK], "--config-file", step.config, "--resume", *keys, *places]
         runs[step.name] = Run(step, folder, command, cfg, settings, tuple(opts[::2]))
     return runs
 
@@ -179,26 +179,24 @@ class ImageCounts(NamedTuple):
     note: str = ""
 
 
-def count_images(cfg: CfgNode, script: str) -> ImageCounts:
+def count_images(cfg: CfgNode) -> ImageCounts:
     """Return how many images a run uses, counted by the code that the run itself reads them with.
 
     Args:
-        cfg: the run's config.
-        script: name of the script that runs it. Images of a pre-training are listed only: those that cannot be read are
-            counted too.
+        cfg: the run's config. Images of a pre-training are listed only: those that cannot be read are counted too.
 
     Raises:
         UserError: if data are missing or damaged.
     """
     data = cfg.DATASETS
-    if script == "train_cls.py":
+    if cfg.TASK == "classification":
         found = list_data(cfg, training=True)
         parts = [part for part in (found.train, found.validation, found.test) if part]
         note = "; ".join(dict.fromkeys(part.note for part in parts if part.note))
         train, test = (len(part) if part else 0 for part in (found.train, found.test))
         share = data.VALIDATION.endswith("%") and found.validation
         return ImageCounts(train, test, len(share) if share else 0, note=note)
-    if script == "train_net.py":
+    if cfg.TASK == "detection":
         used, test = len(training_records(cfg)), sum(map(len, evaluation_sets(cfg).values()))
         listed = sum(len(catalog.get_images(name, data.SKIP_MISSING)) for name in data.TRAIN)
         return ImageCounts(used, test, empty=listed - used)

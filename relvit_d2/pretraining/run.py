@@ -1,9 +1,10 @@
 """Pre-training's data, training and held-out figures, from a config."""
 
+import argparse
 import logging
 import math
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,23 @@ from fvcore.common.config import CfgNode
 
 from relvit_d2.data.classification.datasets import get_class_set, get_class_sets, is_class_set
 from relvit_d2.data.detection import catalog
+from relvit_d2.data.detection.catalog import keep_splits
+from relvit_d2.data.detection.custom import register_own
 from relvit_d2.data.images.batches import Images, TrainingBatches, fixed_batches, joined
 from relvit_d2.data.images.folder import is_source, readable
 from relvit_d2.engine.precision import choose_precision
+from relvit_d2.engine.run_setup import keep_config, start_run
 from relvit_d2.engine.trainer import Trainer
+from relvit_d2.engine.weights import holds_encoder, load_proved, load_trained
 from relvit_d2.pretext.monitor import knn_accuracy
-from relvit_d2.pretraining.model import PretrainingModel, evaluate_pretext, image_features
+from relvit_d2.pretraining.model import (
+    PretrainingModel,
+    build_pretraining_model,
+    evaluate_pretext,
+    export_encoder,
+    image_features,
+)
+from relvit_d2.utils.config_paths import has_config
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import write_json
 from relvit_d2.utils.metrics import Metric, as_scalars, from_scalars
@@ -67,17 +79,18 @@ def _has_classes(name: str) -> bool:
 
 
 def next_command(config_file: str, data: str | None, cfg: CfgNode, encoder: Path) -> str:
-    """Return what is typed after a pre-training: the training on data of its kind, from its ``encoder``'s file.
+    """Return the command to type after a pre-training: the training on data of its kind, from its ``encoder``'s file.
 
     Its config is the one that has the name of ``config_file``, ``configs/NAME.yaml`` or ``configs/cls/NAME.yaml`` after
     ``configs/ssl/NAME.yaml``, and FILE where there is none; ``data`` is what ``--data`` was given.
     """
-    script, room = ("train_cls.py", "cls") if all(map(_has_classes, cfg.DATASETS.TRAIN)) else ("train_net.py", "")
+    classes = all(map(_has_classes, cfg.DATASETS.TRAIN))
+    command, folder = ("classify", "cls") if classes else ("train", "")
     own = Path(config_file)
-    names = (own.parent.parent / room / own.name, own.with_name(own.name.removeprefix("ssl_")))
-    config = next((str(path) for path in names if path != own and path.is_file()), "FILE")
+    names = (own.parent.parent / folder / own.name, own.with_name(own.name.removeprefix("ssl_")))
+    config = next((str(path) for path in names if path != own and has_config(str(path))), "FILE")
     where = ["--data", data] if data else []
-    return shlex.join(["python", script, "--config-file", config, *where, "MODEL.WEIGHTS", str(encoder)])
+    return shlex.join(["relvit-d2", command, "--config-file", config, *where, "MODEL.WEIGHTS", str(encoder)])
 
 
 def build_trainer(cfg: CfgNode, model: PretrainingModel, files: Images, tests: Images) -> Trainer:
@@ -159,3 +172,45 @@ def _fixed_batches(cfg: CfgNode, files: Images) -> Iterator[dict[str, Any]]:
     """Give this process's share of the images in batches, with the numbers that decide their views."""
     size = max(1, cfg.SOLVER.IMS_PER_BATCH // (comm.get_world_size() * cfg.SOLVER.GRAD_ACCUM_STEPS))
     return fixed_batches(cfg, files, size, replaces=True)
+
+
+def run_process(cfg: CfgNode, args: argparse.Namespace, end: Callable[[Path, str], None]) -> None:
+    """Run one process of a pre-training, or of an evaluation.
+
+    Args:
+        cfg: the config; frozen here.
+        args: of the command ``pretrain``.
+        end: called after a training, in the first process, with ``OUTPUT_DIR`` and the command to type next.
+
+    Raises:
+        UserError: if the images or the weights are missing or damaged.
+    """
+    cfg.freeze()
+    start_run(cfg, args)
+    register_own(cfg.DATASETS, labels=False)
+    wanted = args.eval_only or cfg.DATASETS.TEST
+    data = cfg.DATASETS
+    how = (data.SKIP_MISSING, data.DOWNLOAD, data.SYNSETS)
+    tests = image_files("DATASETS.TEST", data.TEST, *how) if wanted else []
+    files = [] if args.eval_only else image_files("DATASETS.TRAIN", data.TRAIN, *how)
+    keep_splits(data.TEST if args.eval_only else (*data.TRAIN, *data.TEST), Path(cfg.OUTPUT_DIR))
+    model = build_pretraining_model(cfg)
+    weights = cfg.MODEL.WEIGHTS
+    if args.eval_only:
+        keep_config(cfg)
+        load_trained(cfg, model, cfg.OUTPUT_DIR if args.resume else weights)
+        evaluate(cfg, model, tests)
+        return
+    trainer = build_trainer(cfg, model, files, tests)
+    resumed = args.resume and trainer.resume(args.allow_changes)
+    if weights and not resumed:
+        if not holds_encoder(weights):
+            raise UserError(
+                f"MODEL.WEIGHTS '{weights}' is no encoder.safetensors and no timm:NAME; pre-training starts from one "
+                "or from scratch"
+            )
+        load_proved(cfg, model.encoder, weights, "RGB")
+    trainer.train()
+    if comm.is_main_process():
+        path = export_encoder(cfg, model, trainer.iter + 1, trainer.results)
+        end(path.parent, next_command(args.config_file, args.data, cfg, path))

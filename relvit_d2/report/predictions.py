@@ -5,14 +5,17 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import Instances
 from matplotlib import get_data_path
 from matplotlib.font_manager import findSystemFonts
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
+from relvit_d2.detection.predictor import Detector
 from relvit_d2.utils.files import appearing
 
 Color = tuple[int, int, int]
@@ -276,3 +279,16 @@ def _overlap(a: Box, b: Box) -> float:
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     return width * height if width > 0 and height > 0 else 0.0
+
+
+def draw_instances(detector: Detector, image: np.ndarray, instances: Instances) -> Image.Image:
+    """Draw detections on an image."""
+    fields = instances.pred_boxes.tensor.numpy(), instances.pred_classes.numpy(), instances.scores.numpy()
+    masks = instances.pred_masks.numpy() if instances.has("pred_masks") else None
+    return annotated(in_rgb(image), *fields, detector.class_names, masks)
+
+
+def coco_results(name: str, instances: Instances, detector: Detector) -> list[dict[str, Any]]:
+    """Return detections as COCO results, with the name of the class beside its index."""
+    results = instances_to_coco_json(instances, name)
+    return [result | {"category": detector.class_names[result["category_id"]]} for result in results]

@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from detectron2.structures import BoxMode
 from PIL import Image, ImageDraw
 
+from relvit_d2.analysis.data_checks import file_of
+from relvit_d2.data.detection.records import Record
+from relvit_d2.data.images.decode import PixelFormat
 from relvit_d2.report.predictions import (
     BORDER,
     FONT_SIZE,
@@ -20,12 +24,19 @@ from relvit_d2.report.predictions import (
     escaped,
     fit,
     font,
+    in_rgb,
+    legible,
 )
+from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import appearing
 
 COLUMNS, GAP, NAME_HEIGHT = 4, 18, 20
 NAME_SIZE = 12
 CROWDED = 10  # of more boxes only the largest of each label is labelled, with their number
+
+
+SHOWN = 16
+MARKS = {"difficult": "*", "iscrowd": "+"}
 
 
 class Sample(NamedTuple):
@@ -94,3 +105,32 @@ def _labels(sample: Sample) -> list[str]:
         number = f" \u00d7 {len(alike)}" if len(alike) > 1 else ""
         written[max(alike, key=areas.__getitem__)] = label + number
     return written
+
+
+def samples_of(items: list[Any], classes: list[str], pixels: PixelFormat) -> list[Sample]:
+    """Return images spread evenly over those with objects, if labelled; none that cannot be read."""
+    classes = legible(classes)
+    shown = [item for item in items if not isinstance(item, dict) or item.get("annotations")] or items
+    drawn = []
+    for index in np.unique(np.linspace(0, len(shown) - 1, min(SHOWN, len(shown))).round().astype(int)):
+        item = shown[index]
+        try:
+            image = in_rgb(pixels.read(file_of(item)))
+        except UserError:
+            continue
+        things = item.get("annotations", []) if isinstance(item, dict) else []
+        things = [thing for thing in things if thing["category_id"] in range(len(classes))]
+        # A region that is no background of any class is there once for each of them.
+        regions = {(*thing["bbox"], thing.get("type")): thing for thing in things if thing.get("iscrowd")}
+        things = [thing for thing in things if not thing.get("iscrowd")] + list(regions.values())
+        boxes = [BoxMode.convert(list(thing["bbox"]), thing["bbox_mode"], BoxMode.XYXY_ABS) for thing in things]
+        numbers = np.array([thing["category_id"] for thing in things], dtype=int)
+        labels = [label_of(thing, classes) for thing in things]
+        drawn.append(Sample(image, np.array(boxes).reshape(-1, 4), numbers, labels, Path(str(file_of(item))).name))
+    return drawn
+
+
+def label_of(thing: Record, classes: list[str]) -> str:
+    """Return what is written at an object's box: what it is, and marks."""
+    marks = "".join(sign for key, sign in MARKS.items() if thing.get(key))
+    return str(thing.get("type") or classes[thing["category_id"]]) + marks

@@ -37,6 +37,22 @@ def appearing(path: Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
+def check_target(target: Path, *suffixes: str) -> None:
+    """Refuse, before anything is computed, a file that cannot be written.
+
+    Args:
+        target: the file.
+        suffixes: allowed endings of its name; none: any.
+
+    Raises:
+        UserError: if the folder is missing or the name does not end in one of ``suffixes``.
+    """
+    if suffixes and target.suffix not in suffixes:
+        raise UserError(f"'{target}' is written as {' or '.join(suffixes)}: name it so")
+    if not target.parent.is_dir():
+        raise UserError(f"the folder '{target.parent}' of '{target.name}' does not exist; make it first")
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder, and those above it, unless it is there.
 

@@ -162,6 +162,28 @@ def config_pairs(data: str | None, task: str) -> list[Any]:
     ]
 
 
+def config_words(words: list[str]) -> list[Any]:
+    """Return the config's keys and values, in turn, for names and folders; a folder with labels becomes its sets.
+
+    Raises:
+        UserError: if two folders' sets would have one name.
+    """
+    custom: dict[str, dict[str, str]] = {}
+    train: list[str] = []
+    test: list[str] = []
+    for word in words:
+        root = Path(word).expanduser()
+        found = find(root) if root.is_dir() and catalog.is_folder(word) else None
+        sets = named_sets(word, *found) if found else {}
+        if twice := custom.keys() & sets.keys():
+            first = custom[min(twice)]["ROOT"]
+            raise UserError(f"'{first}' and '{word}' both hold the set {min(twice)}: check them one by one")
+        custom |= sets
+        train += [name for name, keys in sets.items() if keys["SPLIT"] in TRAINED_ON] if found else [word]
+        test += [name for name, keys in sets.items() if keys["SPLIT"] not in TRAINED_ON]
+    return ["DATASETS.CUSTOM", custom, "DATASETS.TRAIN", tuple(train), "DATASETS.TEST", tuple(test)]
+
+
 def register_own(keys: Mapping[str, Any], labels: bool = True) -> None:
     """Make the sets of ``CUSTOM`` that ``TRAIN`` or ``TEST`` names known by their names.
 

@@ -40,7 +40,7 @@ def check_pixel_statistics(cfg: CfgNode, channels: int) -> None:
         if len(cfg.MODEL[key]) != channels:
             raise UserError(
                 f"MODEL.{key} has {len(cfg.MODEL[key])} values, but images have {channels} channels (INPUT.CHANNELS): "
-                f"give {channels}; python tools/estimate_pixels.py prints those of your images"
+                f"give {channels}; relvit-d2 estimate-pixels prints those of your images"
             )
     if not min(cfg.MODEL.PIXEL_STD) > 0:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Run one of the scripts as a user would, with a progress bar."""
+"""Commands of relvit-d2 in processes of their own, with a progress bar."""
 
 import signal
 import subprocess
@@ -12,31 +12,29 @@ from tqdm import tqdm
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import make_folder
 
-ROOT = Path(__file__).resolve().parents[1]
 
-
-def run_script(title: str, command: list[str], output: Path, total: int) -> None:
+def run_command(title: str, command: list[str], output: Path, total: int) -> None:
     """Run ``command``, whose ``OUTPUT_DIR`` is ``output``; what it prints goes to ``output/console.txt``.
 
-    The bar counts the iterations up to ``total`` in ``output/metrics.json`` and says what happens before and after.
+    The bar counts the iterations up to ``total`` in ``output/metrics.json`` and shows the phase before and after.
 
     Args:
         title: the phase, shown beside the bar.
-        command: a script of the repository's root and its arguments.
-        output: the script's output folder; made if missing.
-        total: iteration at which the script stops; 0 for one that does not train.
+        command: name of a command of relvit-d2 and its arguments.
+        output: the command's output folder; made if missing.
+        total: iteration at which the command stops; 0 for one that does not train.
 
     Raises:
-        UserError: if the script fails, with the script's own sentence, or ``output`` cannot be made.
+        UserError: if the command fails, with its own sentence, or ``output`` cannot be made.
     """
     make_folder(output)
     console, metrics = output / "console.txt", output / "metrics.json"
     pause = 0.5 if sys.stderr.isatty() else 10.0
     with console.open("w", encoding="utf-8") as log, tqdm(desc=title, total=total, unit="it", mininterval=pause) as bar:
-        full = [sys.executable, str(ROOT / command[0]), *command[1:]]
+        full = [sys.executable, "-m", "relvit_d2", *command]
         before = _iterations(metrics, total)
-        # Ctrl-C reaches this process alone, which passes on one signal: a second one would end the script at once.
-        # Killed, it takes the script along, which would else write to a folder where another run may begin.
+        # Ctrl-C reaches this process alone, which passes on one signal: a second one would end the command at once.
+        # If it is killed, the command ends too: it would else write to a folder where another run may begin.
         process = subprocess.Popen(
             full, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_die_with_parent
         )
@@ -55,9 +53,9 @@ def run_script(title: str, command: list[str], output: Path, total: int) -> None
             bar.set_postfix_str("done", refresh=False)
             bar.update(total - bar.n)
     if process.returncode:
-        lines = console.read_text(encoding="utf-8").strip().splitlines() or ["it said nothing"]
+        lines = console.read_text(encoding="utf-8").strip().splitlines() or ["no output"]
         errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        raise UserError(f"{command[0]} failed: {(errors or lines)[-1]} (whole log: {console})")
+        raise UserError(f"relvit-d2 {command[0]} failed: {(errors or lines)[-1]} (whole log: {console})")
 
 
 def _die_with_parent() -> None:

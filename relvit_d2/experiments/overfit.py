@@ -1,53 +1,24 @@
-"""Prove that a detector can learn: train it on a few images until it finds their objects.
+"""Training of a detector on a few images until it finds their objects."""
 
-Trains without augmentation on the first images of the config's training set, in rounds; after each round
-`train_net.py --eval-only` measures box AP50 on those same images from the checkpoint. Passing 95 ends it with
-exit status 0; a detector that has not got there after the last round ends it with 1.
-"""
-
-import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from running import run_script  # noqa: E402
-
-from relvit_d2.data.detection.custom import register_own  # noqa: E402
-from relvit_d2.engine.error_reporting import guard  # noqa: E402
-from relvit_d2.tasks import load_config  # noqa: E402
-from relvit_d2.utils.errors import UserError  # noqa: E402
+from relvit_d2.data.detection.custom import register_own
+from relvit_d2.experiments.commands import run_command
+from relvit_d2.tasks import load_config
+from relvit_d2.utils.errors import UserError
 
 PASS = 95.0
 FIRST_ROUND, ROUND, LAST = 200, 100, 1000  # iterations
 
 
-def main() -> int:
-    """Parse the command line and run the check."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python tools/overfit_check.py --config-file configs/voc_vit_s_224.yaml --images 8",
-    )
-    parser.add_argument("--config-file", required=True, help="a detection config; its first training set is used")
-    parser.add_argument("--images", type=int, default=8, help="how many images to learn by heart (default 8)")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs over the config")
-    args = parser.parse_args()
-    return guard(lambda: check(args.config_file, args.images, args.opts))
-
-
-def check(config_file: str, images: int, opts: list[str]) -> None:
+def overfit_check(config_file: str, images: int, opts: list[str]) -> None:
     """Train in rounds until AP50 passes.
 
     Raises:
         UserError: if it does not pass.
     """
-    config_file = str(Path(config_file).resolve())
-    if images < 1:
-        raise UserError(f"--images {images}: give at least 1")
     cfg = load_config(config_file, opts, "detection")
     register_own(cfg.DATASETS)
     if not cfg.DATASETS.TRAIN:
@@ -78,14 +49,14 @@ def check(config_file: str, images: int, opts: list[str]) -> None:
     }
     pairs = [str(item) for pair in overrides.items() for item in pair] + opts
     output = Path(load_config(config_file, pairs).OUTPUT_DIR)
-    script = ["train_net.py", "--config-file", config_file]
+    command = ["train", "--config-file", config_file]
     start = time.monotonic()
     for end in range(FIRST_ROUND, LAST + 1, ROUND):
         resume = ["--resume", "--allow-changes"] if end > FIRST_ROUND else []
         goal = ["DATASETS.TEST", "()", "SOLVER.MAX_ITER", str(end)]
-        run_script(f"training to {end}", [*script, *resume, *pairs, *goal], output, end)
+        run_command(f"training to {end}", [*command, *resume, *pairs, *goal], output, end)
         test = ["DATASETS.TEST", f"({name!r},)", "MODEL.WEIGHTS", str(output / "model_final.pth")]
-        run_script("evaluating", [*script, "--eval-only", *pairs, *test], output, 0)
+        run_command("evaluating", [*command, "--eval-only", *pairs, *test], output, 0)
         ap50 = json.loads((output / "inference/results.json").read_text(encoding="utf-8"))[name]["bbox"]["AP50"] or 0.0
         seconds = time.monotonic() - start
         print(f"after {end} iterations and {seconds:.0f} s: AP50 {ap50:.1f} on {images} images", flush=True)
@@ -93,7 +64,3 @@ def check(config_file: str, images: int, opts: list[str]) -> None:
             print(f"passed: AP50 {ap50:.1f} is above {PASS:.0f}")
             return
     raise UserError(f"AP50 stayed at or below {PASS:.0f} after {LAST} iterations on '{name}': see {output}/log.txt")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,11 +1,9 @@
-"""Say what this environment has, what it lacks, and the command that mends it.
+"""Print the state of this environment, what it lacks, and the command that installs that.
 
 Prints the Python, the package versions, the device and the precision chosen for it, and the data sets found
 under ``$DETECTRON2_DATASETS``. Runs in a half-built environment too. Exit status 0 when training can start,
-else 1; missing data sets are named but do not count, since ``make demo`` needs none.
+else 1; missing data sets are named but do not count, since ``relvit-d2 demo`` needs none.
 """
-
-from __future__ import annotations  # an old Python gets a sentence, not a syntax error
 
 import argparse
 import importlib
@@ -18,10 +16,12 @@ import warnings
 from importlib import metadata
 from pathlib import Path
 
-from setup_env import check_python
+from relvit_d2 import __version__
+from relvit_d2.utils.detectron2_installer import REQUIREMENTS, ensure
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the package need not be installed
+EXAMPLE = "relvit-d2 doctor"
+
+ROOT = Path(__file__).resolve().parents[2]
 
 PACKAGES = (
     "torch",
@@ -39,23 +39,60 @@ PACKAGES = (
 )
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument(
+        "--install-detectron2",
+        action="store_true",
+        help="install Detectron2's Python code into this environment, without a compiler; one that imports is kept",
+    )
+    parser.add_argument(
+        "--requirements", type=Path, default=REQUIREMENTS, help="with --install-detectron2: file that pins the wheel"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table and the commands; return the exit status.
+
+    Raises:
+        UserError: if Detectron2 cannot be installed.
+    """
+    if args.install_detectron2:
+        print(ensure(args.requirements))
+        return 0
+    warnings.simplefilter("ignore")
+    row("Python", f"{platform.python_version()}   {sys.executable}")
+    missing = check_packages()
+    if not missing:
+        check_device()
+        check_data()
+        print("\nTraining can start.")
+        return 0
+    print("\nTraining cannot start. To install what is missing:")
+    for command in missing:
+        print(f"  {command}")
+    return 1
+
+
 def row(name: str, value: str) -> None:
     """Print one line of the table."""
     print(f"{name:<20}{value}", flush=True)
 
 
-def environment_commands() -> tuple[str, str]:
+def commands() -> tuple[str, str]:
     """Return the commands that install the packages and Detectron2 into the environment in use.
 
-    Outside of any virtual environment, and in the project's own, ``make setup`` does both.
+    In a checkout, outside of any virtual environment and in the project's own, ``make setup`` does both.
     """
-    prefix = Path(sys.prefix).resolve()
+    checkout = (ROOT / "Makefile").is_file() and (ROOT / "pyproject.toml").is_file()
     foreign = sys.prefix != sys.base_prefix or os.environ.get("CONDA_PREFIX") == sys.prefix
-    if foreign and prefix != (ROOT / ".venv").resolve():
-        python = f"cd {shlex.quote(str(ROOT))} && {shlex.quote(sys.executable)}"
-        return f"{python} -m pip install -e .", f"{python} tools/install_detectron2.py"
-    command = f"cd {shlex.quote(str(ROOT))} && make setup && .venv/bin/python tools/doctor.py"
-    return command, command
+    python = shlex.quote(sys.executable)
+    here = f"cd {shlex.quote(str(ROOT))} && " if checkout else ""
+    if checkout and (not foreign or Path(sys.prefix).resolve() == (ROOT / ".venv").resolve()):
+        command = f"{here}make setup && .venv/bin/relvit-d2 doctor"
+        return command, command
+    package = "-e ." if checkout else "--upgrade relvit_d2"
+    return f"{here}{python} -m pip install {package}", f"{here}{python} -m relvit_d2 doctor --install-detectron2"
 
 
 def try_import(name: str) -> str | None:
@@ -75,24 +112,24 @@ def version(package: str) -> str:
 
 
 def check_packages() -> list[str]:
-    """Print the versions; return the mending commands of what is missing or broken, without repeats."""
-    install_packages, install_detectron2 = environment_commands()
-    mends = []
-    row("relvit_d2", f"{importlib.import_module('relvit_d2').__version__}   {ROOT}")
+    """Print the versions; return the commands that install what is missing or broken, without repeats."""
+    install_packages, install_detectron2 = commands()
+    missing = []
+    row("relvit_d2", f"{__version__}   {ROOT}")
     for package in PACKAGES:
         fault = try_import(package)
         row(package, fault or version(package))
         if fault:
-            mends.append(install_packages)
+            missing.append(install_packages)
     fault = try_import("detectron2.modeling")
     if fault:
-        mends.append(install_detectron2)
+        missing.append(install_detectron2)
         row("detectron2", fault)
     else:
         compiled = importlib.util.find_spec("detectron2._C") is not None
         state = "with its compiled _C" if compiled else "without its compiled _C, which nothing here needs"
         row("detectron2", f"{version('detectron2')}   {state}")
-    return list(dict.fromkeys(mends))
+    return list(dict.fromkeys(missing))
 
 
 def check_device() -> None:
@@ -112,7 +149,7 @@ def check_device() -> None:
 
 
 def check_data() -> None:
-    """Print how many images each data set of the catalog has, or why not; each reason once, below."""
+    """Print how many images each data set of the catalog has, or why it is not usable; each reason once, below."""
     from relvit_d2.data.detection import catalog
     from relvit_d2.utils.errors import UserError
 
@@ -130,29 +167,3 @@ def check_data() -> None:
             row(f"  {name}", f"not usable ({number})")
     for reason, number in reasons.items():
         print(f"  ({number}) {reason}.")
-
-
-def main() -> int:
-    """Print the table and the mends; return the exit status."""
-    argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python tools/doctor.py",
-    ).parse_args()
-    warnings.simplefilter("ignore")
-    row("Python", f"{platform.python_version()}   {sys.executable}")
-    fault = check_python(sys.version_info)
-    mends = [fault] if fault else check_packages()
-    if not mends:
-        check_device()
-        check_data()
-        print("\nTraining can start.")
-        return 0
-    print("\nTraining cannot start. To mend it:")
-    for mend in mends:
-        print(f"  {mend}")
-    return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Install Detectron2's Python code into the running environment, without a compiler.
+"""Installation of Detectron2's Python code into the running environment, without a compiler.
 
 Detectron2 has no release on the package index. The wheel pinned in ``requirements-detectron2.txt`` carries
 its code of August 2024 (ViTDet included) beside a ``_C`` that was compiled for Python 3.10 and
@@ -10,11 +10,7 @@ The wheel's metadata asks for ``numpy<2`` and ``black``, and ``pip check`` says 
 NumPy 2, and black only formats the files of ``LazyConfig.to_py``.
 """
 
-from __future__ import annotations  # an old Python gets a sentence, not a syntax error
-
-import argparse
 import csv
-import re
 import shlex
 import shutil
 import subprocess
@@ -24,39 +20,11 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
-from setup_env import check_python
+from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.pip_errors import explain_pip
 
-REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements-detectron2.txt"
+REQUIREMENTS = Path(__file__).with_name("requirements-detectron2.txt")
 STAGING = ".detectron2-staging-"
-
-# What pip prints, and what it means for the user; the first that matches counts.
-PIP_FAILURES = (
-    (
-        r"DO NOT MATCH THE HASHES",
-        "a downloaded file does not have the pinned hash; check pip's index settings, and try again",
-    ),
-    (r"No space left on device", "the disk is full; free about 10 GB, and try again"),
-    (
-        r"NewConnectionError|NameResolutionError|Connect(ion)?Timeout|ReadTimeout|Read timed out|ProxyError"
-        r"|SSLError|Temporary failure in name resolution|Network is unreachable|from versions: none",
-        "the package index could not be reached or lacks a package; check the network and pip's index "
-        "settings, and try again",
-    ),
-)
-
-
-class InstallError(Exception):
-    """A failure that the user can mend; the message is one sentence."""
-
-
-def explain_pip(output: str) -> str:
-    """Return why pip failed and the mend, as half a sentence, from all that it printed."""
-    for pattern, reason in PIP_FAILURES:
-        if re.search(pattern, output):
-            return reason
-    lines = [line for line in output.splitlines() if line.strip()] or ["nothing"]
-    errors = [line for line in lines if line.startswith("ERROR:")] or lines
-    return f"pip's last words were: {errors[-1].strip()}"
 
 
 def probe() -> tuple[bool, str]:
@@ -71,7 +39,7 @@ def probe() -> tuple[bool, str]:
 
 
 def download(requirements: Path, target: Path) -> None:
-    """Let pip put the pinned wheel's files under ``target``; raise InstallError where it cannot."""
+    """Let pip put the pinned wheel's files under ``target``; raise UserError where it cannot."""
     command = [
         sys.executable,
         "-m",
@@ -85,7 +53,7 @@ def download(requirements: Path, target: Path) -> None:
     command += ["--target", str(target), "--require-hashes", "-r", str(requirements)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
     if done.returncode:
-        raise InstallError(f"Detectron2 was not installed: {explain_pip(done.stdout)}")
+        raise UserError(f"Detectron2 was not installed: {explain_pip(done.stdout)}")
 
 
 def prune(package: Path, info: Path) -> None:
@@ -107,7 +75,7 @@ def install(requirements: Path, site: Path) -> None:
     Everything is made ready in a temporary folder inside ``site``; what appears there is renamed into place.
 
     Raises:
-        InstallError: if pip fails (hash, network, disk).
+        UserError: if pip fails (hash, network, disk).
         OSError: if ``site`` cannot be written.
     """
     for left in site.glob(f"{STAGING}*"):
@@ -130,53 +98,26 @@ def ensure(requirements: Path) -> str:
     """Install Detectron2 unless one imports; return what was found or done, as a line for the user.
 
     Raises:
-        InstallError: if it cannot be installed, does not import afterwards, or if an official Detectron2 is
+        UserError: if it cannot be installed, does not import afterwards, or if an official Detectron2 is
             installed that does not import (it is not replaced).
     """
     works, words = probe()
     if works:
         return f"Detectron2 {words} is installed and imports; it is left as it is"
     if any(metadata.distributions(name="detectron2")):
-        raise InstallError(
+        raise UserError(
             f"the installed Detectron2 {metadata.version('detectron2')} does not import ({words}); "
-            f"mend it, or run {shlex.quote(sys.executable)} -m pip uninstall detectron2 and try again"
+            f"repair it, or run {shlex.quote(sys.executable)} -m pip uninstall detectron2 and try again"
         )
     site = Path(sysconfig.get_path("purelib"))
     try:
         install(requirements, site)
     except OSError as error:
-        raise InstallError(f"{site} cannot be written ({error}); use a virtual environment of your own") from error
+        raise UserError(f"{site} cannot be written ({error}); use a virtual environment of your own") from error
     works, words = probe()
     if not works:
-        raise InstallError(
+        raise UserError(
             f"Detectron2 is in {site} but does not import ({words}); "
-            f"run {shlex.quote(sys.executable)} -m pip install -r requirements.txt and try again"
+            "relvit-d2 doctor lists the packages that are missing"
         )
     return f"Detectron2 {words} is installed in {site}"
-
-
-def main() -> int:
-    """Run the script; return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python tools/install_detectron2.py",
-    )
-    parser.add_argument("--requirements", type=Path, default=REQUIREMENTS, help="file that pins the wheel and its hash")
-    problem = check_python(sys.version_info)
-    if problem:
-        print(problem, file=sys.stderr)
-        return 1
-    try:
-        print(ensure(parser.parse_args().requirements))
-    except InstallError as error:
-        print(f"{error}.", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Detectron2 was not installed: interrupted; run the same command again.", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

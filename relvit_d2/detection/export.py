@@ -1,86 +1,46 @@
-"""Write a detector's backbone, encoder and pyramid, as a program that runs without this package.
+"""A detector's backbone, encoder and pyramid, as a program that runs without this package."""
 
-Input `images` are normalised pixels (B, C, H, W), float32, in the order and with the mean and spread that the command
-prints; outputs are the levels p2, p3, ... in float32. H and W are multiples of the pyramid's coarsest stride, as in the
-detector's own batches. The program of a ViT takes any B, H and W, that of a windowed one beyond its window; that of T2T
-any H and W with B = 1 (it takes minutes to make); that of a Swin one image of --size. Before the file appears, the
-program is run (onnxruntime on the ONNX file, torch.export's own loader on the other) on three sizes, a Swin's on three
-images, and must agree with the model to 1e-4 of each level's largest value.
-"""
-
-import argparse
-import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from relvit_d2.detection.backbone import build_encoder_pyramid_backbone  # noqa: E402
-from relvit_d2.engine.error_reporting import guard  # noqa: E402
-from relvit_d2.engine.weights import load_weights  # noqa: E402
-from relvit_d2.tasks import load_config  # noqa: E402
-from relvit_d2.utils.errors import UserError  # noqa: E402
-from relvit_d2.utils.files import appearing  # noqa: E402
+from relvit_d2.detection.backbone import build_encoder_pyramid_backbone
+from relvit_d2.engine.weights import load_weights
+from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.files import appearing
 
 TOLERANCE = 1e-4  # of a level's largest value; float32 sums in another order were seen to differ by 2e-6
-KINDS = ("torch-export", "onnx")
 Levels = dict[str, Tensor]
 
 
-def main() -> int:
-    """Parse the command line and export."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python tools/export_model.py --config-file configs/demo/streets.yaml --weights '' "
-        "--to onnx --output backbone.onnx",
-    )
-    parser.add_argument("--config-file", required=True, help="a detection config")
-    parser.add_argument(
-        "--weights", help="model_*.pth of train_net.py, an encoder.safetensors, or '' for none; default: MODEL.WEIGHTS"
-    )
-    parser.add_argument("--to", required=True, choices=KINDS, help="the program's format")
-    parser.add_argument("--output", required=True, type=Path, help="the file to write")
-    parser.add_argument(
-        "--size", type=int, nargs=2, metavar=("H", "W"), help="pixels of a Swin's image; default: INPUT.MAX_SIZE_TEST"
-    )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs over the config")
-    args = parser.parse_args()
-    return guard(lambda: export(args))
+def export(cfg: CfgNode, to: str, output: Path, size: list[int] | None) -> str:
+    """Export the backbone with the weights of ``MODEL.WEIGHTS``, check it and write it.
 
+    Args:
+        cfg: a detection config.
+        to: ``torch-export`` or ``onnx``.
+        output: the file to write.
+        size: height and width of a Swin's images, pixels; None: ``INPUT.MAX_SIZE_TEST``.
 
-def export(args: argparse.Namespace) -> None:
-    """Export the backbone, check it and write it.
+    Returns:
+        What was written and how far it agrees with the model.
 
     Raises:
-        UserError: if a package is missing, the place cannot be written to, the size does not fit, or the program does
-            not agree with the model.
+        UserError: if the size does not fit or the program does not agree with the model.
     """
-    if args.to == "onnx":
-        for package in ("onnx", "onnxscript", "onnxruntime"):
-            if find_spec(package) is None:
-                raise UserError(f"--to onnx needs the package {package}; pip install -r requirements.txt brings it")
-    if not args.output.parent.is_dir():
-        raise UserError(f"--output '{args.output}': the folder '{args.output.parent}' does not exist; make it first")
-    cfg = load_config(args.config_file, args.opts, "detection")
-    cfg.MODEL.DEVICE = "cpu"
-    if args.weights is not None:
-        cfg.MODEL.WEIGHTS = args.weights
     detector = nn.Module()  # what a detector's checkpoint calls its backbone
     backbone = detector.backbone = build_encoder_pyramid_backbone(cfg, None)
     load_weights(cfg, detector, backbone.encoder, cfg.INPUT.FORMAT)
     backbone.eval().requires_grad_(False)
-    images = examples(backbone, cfg.INPUT.MAX_SIZE_TEST, args.size)
+    images = examples(backbone, cfg.INPUT.MAX_SIZE_TEST, size)
     program = torch.export.export(backbone, (images[0],), dynamic_shapes=shapes(backbone))
-    with appearing(args.output) as part:
-        run = write(program, list(backbone.output_shape()), args.to, part)
+    with appearing(output) as part:
+        run = write(program, list(backbone.output_shape()), to, part)
         worst = max(difference(run, backbone, image) for image in images)
         if not worst <= TOLERANCE:
             raise UserError(
@@ -90,8 +50,10 @@ def export(args: argparse.Namespace) -> None:
     pixels = f"{cfg.INPUT.FORMAT}, less {cfg.MODEL.PIXEL_MEAN}, over {cfg.MODEL.PIXEL_STD}"
     what = "sizes" if backbone.encoder.traced else "images"
     tried = ", ".join(" x ".join(map(str, image.shape)) for image in images)
-    print(f"written: {args.output} ({args.output.stat().st_size / 2**20:.1f} MiB); images: {pixels}")
-    print(f"agrees with the model to {worst:.1e} of the largest value on three {what}: {tried}")
+    return (
+        f"written: {output} ({output.stat().st_size / 2**20:.1f} MiB); images: {pixels}\n"
+        f"agrees with the model to {worst:.1e} of the largest value on three {what}: {tried}"
+    )
 
 
 def examples(backbone: Any, longest: int, size: list[int] | None) -> list[Tensor]:
@@ -120,7 +82,7 @@ def least_side(backbone: Any) -> int:
 
 
 def shapes(backbone: Any) -> Any:
-    """Return what of the images may vary, as ``torch.export`` wants it told."""
+    """Return what of the images may vary, in the form that ``torch.export`` takes."""
     unit, traced = backbone.size_divisibility, backbone.encoder.traced
     varying: dict[int, Any] = {0: Dim("batch")} if "batch" in traced else {}
     if "height" in traced:
@@ -155,7 +117,3 @@ def difference(run: Callable[[Tensor], Levels], backbone: nn.Module, images: Ten
     if any(found[name].shape != level.shape for name, level in expected.items()):
         return float("inf")
     return max(((found[n] - level).abs().max() / level.abs().max()).item() for n, level in expected.items())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

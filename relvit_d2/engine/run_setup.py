@@ -1,4 +1,4 @@
-"""What the scripts share: arguments, the config, the log, errors as one sentence."""
+"""The start of a run: output folder, logs, seeds, checks of numbers."""
 
 import argparse
 import logging
@@ -6,17 +6,13 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from fvcore.common.config import CfgNode
 
-from relvit_d2.engine import distributed
-from relvit_d2.engine.error_reporting import guard
 from relvit_d2.engine.provenance import VERSIONS
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import remove_leftovers, write_text
@@ -26,45 +22,8 @@ from relvit_d2.utils.randomness import seed_everything
 logger = logging.getLogger(__name__)
 
 
-def run_script(
-    main: distributed.Main, example: str, extend: Callable[[argparse.ArgumentParser], object] | None = None
-) -> int:
-    """Parse Detectron2's command line and run ``main`` in as many processes as it asks for.
-
-    Args:
-        main: what a process does with the arguments; importable by name, since processes are spawned.
-        example: a command line that runs, for ``--help``.
-        extend: adds the script's own arguments.
-
-    Returns:
-        The exit status (see :func:`relvit_d2.engine.error_reporting.guard`).
-    """
-    logging.raiseExceptions = False  # a log that cannot be written must not hide why
-    parser = default_argument_parser(epilog=f"example:\n  {example}")
-    parser.add_argument(
-        "--allow-changes", action="store_true", help="with --resume: go on although the config is another"
-    )
-    if extend:
-        extend(parser)
-    args = parser.parse_args()
-
-    def start() -> int:
-        if not args.config_file:
-            raise UserError(f"--config-file is missing; for example: {example}")
-        return distributed.run(main, args, parser.get_default("dist_url"))
-
-    return guard(start, resumes=True)
-
-
-def add_data(parser: argparse.ArgumentParser) -> None:
-    """Add ``--data``, for scripts that take a user's own folder."""
-    parser.add_argument(
-        "--data", help="a folder of your own data, in place of DATASETS.TRAIN and DATASETS.TEST: docs/own_data.md"
-    )
-
-
 def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Make ``OUTPUT_DIR``, start its log, say what runs on what, seed the generators.
+    """Make ``OUTPUT_DIR``, start its log, log versions, device and command, seed the generators.
 
     Raises:
         UserError: if ``OUTPUT_DIR`` cannot be written, the device does not exist or the processes do not divide the
@@ -110,7 +69,7 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 
 def silence() -> None:
-    """Drop what code of Detectron2 and fvcore says at every start and a user of this project cannot mend."""
+    """Drop warnings of Detectron2 and fvcore that appear at every start and that users cannot act on."""
     warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming release")
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 

@@ -1,56 +1,33 @@
-"""From nothing to detections in minutes: draw street numbers, pre-train, fine-tune, train from scratch, compare.
+"""The demo: pre-training and detection on drawn street numbers."""
 
-Writes results.json, results.md, predictions.png and report.html into output/demo.
-"""
-
-import argparse
 import json
-import os
 import platform
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import numpy as np
+import torch
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from running import run_script  # noqa: E402
-
-from relvit_d2.conversion.encoder_file import read_encoder  # noqa: E402
-from relvit_d2.data.detection import catalog  # noqa: E402
-from relvit_d2.data.images.decode import read_rgb  # noqa: E402
-from relvit_d2.engine.error_reporting import guard  # noqa: E402
-from relvit_d2.engine.precision import choose_precision  # noqa: E402
-from relvit_d2.report.page import write_report  # noqa: E402
-from relvit_d2.report.predictions import DetectionRow, draw_detections  # noqa: E402
-from relvit_d2.tasks import load_config  # noqa: E402
-from relvit_d2.utils.files import write_json, write_text  # noqa: E402
-from relvit_d2.utils.hardware import device_name  # noqa: E402
+from relvit_d2.conversion.encoder_file import read_encoder
+from relvit_d2.data.detection import catalog
+from relvit_d2.data.images.decode import read_rgb
+from relvit_d2.engine.precision import choose_precision
+from relvit_d2.experiments.commands import run_command
+from relvit_d2.report.page import write_report
+from relvit_d2.report.predictions import DetectionRow, draw_detections
+from relvit_d2.tasks import load_config
+from relvit_d2.utils.files import write_json, write_text
+from relvit_d2.utils.hardware import device_name
 
 SSL, DETECT = "configs/demo/ssl_streets.yaml", "configs/demo/streets.yaml"
 TASKS = ("relation", "position")
 SHOWN, SCORE = 12, 0.5
 
 
-def main() -> int:
-    """Parse the command line and run the demo."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python tools/demo.py",
-    )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs over both configs, such as SEED 1")
-    args = parser.parse_args()
-    os.chdir(ROOT)
-    return guard(lambda: demo(args.opts))
-
-
 def demo(opts: list[str]) -> None:
-    """Run all phases; each is one of the scripts, as a user would call it."""
+    """Run all phases, each in a process of its own; write into ``output/demo`` of the current folder."""
     output = Path("output/demo")
     shutil.rmtree(output, ignore_errors=True)
     started = time.monotonic()
@@ -58,10 +35,10 @@ def demo(opts: list[str]) -> None:
     records = catalog.get_records("streets_test")
     encoder = output / "pretrain" / "encoder.safetensors"
     arms = {"finetune": ["MODEL.WEIGHTS", str(encoder)], "supervised": []}
-    seconds = {"pretrain": run("2/4 pre-training", "pretrain_ssl.py", SSL, output / "pretrain", opts)}
+    seconds = {"pretrain": run("2/4 pre-training", "pretrain", SSL, output / "pretrain", opts)}
     for number, (arm, weights) in enumerate(arms.items(), start=3):
         title = f"{number}/4 {'fine-tuning' if weights else 'the same detector from scratch'}"
-        seconds[arm] = run(title, "train_net.py", DETECT, output / arm, [*weights, *opts])
+        seconds[arm] = run(title, "train", DETECT, output / arm, [*weights, *opts])
     figures = read_encoder(encoder)[1]["results"]["held_out"]
     pretext = {f"{task}_{what}": figures[f"{what}_{task}"] for task in TASKS for what in ("accuracy", "chance")}
     results: dict[str, Any] = {arm: scores(output / arm) | {"seconds": seconds[arm]} for arm in arms}
@@ -76,11 +53,11 @@ def demo(opts: list[str]) -> None:
     print(f"\n{text}\n{written}\nlook at:  {output}/report.html")
 
 
-def run(title: str, script: str, config: str, output: Path, opts: list[str]) -> float:
-    """Run a script for one phase, with a progress bar; return its wall-clock seconds."""
+def run(title: str, command: str, config: str, output: Path, opts: list[str]) -> float:
+    """Run the command of one phase, with a progress bar; return its wall-clock seconds."""
     start = time.monotonic()
-    command = [script, "--config-file", config, "OUTPUT_DIR", str(output), *opts]
-    run_script(title, command, output, load_config(config, opts).SOLVER.MAX_ITER)
+    words = [command, "--config-file", config, "OUTPUT_DIR", str(output), *opts]
+    run_command(title, words, output, load_config(config, opts).SOLVER.MAX_ITER)
     return round(time.monotonic() - start, 1)
 
 
@@ -91,7 +68,7 @@ def scores(folder: Path) -> dict[str, float]:
 
 
 def machine(opts: list[str]) -> dict[str, Any]:
-    """Say what the numbers were measured on."""
+    """Return the machine and the versions that the numbers were measured on."""
     cfg = load_config(DETECT, opts)
     precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE)).name
     return {
@@ -157,7 +134,3 @@ def draw(records: list[dict[str, Any]], output: Path) -> None:
         )
     classes = catalog.get_metadata("streets_test").thing_classes
     draw_detections(rows, classes, output / "predictions.png", title="street numbers: truth beside detections")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,21 +1,11 @@
-"""Compare the losses of two runs step by step: are they the same run?
+"""Comparison of the losses of two runs, step by step."""
 
-A run is an output folder with a `metrics.json`, or a file in that format. Compared is `total_loss` and every name that
-starts with `loss`, at every step; the exit status is 0 if all are equal and 1 if not.
-"""
-
-import argparse
 import json
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from relvit_d2.engine.error_reporting import guard  # noqa: E402
-from relvit_d2.utils.errors import UserError  # noqa: E402
+from relvit_d2.utils.errors import UserError
 
 Losses = dict[int, dict[str, float]]
 """The losses of a run by name, by iteration."""
@@ -23,7 +13,7 @@ Losses = dict[int, dict[str, float]]
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the comparison of two runs found.
+    """The result of a comparison of two runs.
 
     Attributes:
         steps: number of iterations that both runs have.
@@ -36,43 +26,6 @@ class Comparison:
     names: list[str]
     largest: float
     differences: list[str]
-
-
-def main() -> int:
-    """Parse the command line and compare."""
-    golden = "tests/golden/detection_vit_nano.json"
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"example:\n  python tools/compare_runs.py {golden} {golden}",
-    )
-    parser.add_argument("a", metavar="A", type=Path, help="output folder of a run, or its metrics.json")
-    parser.add_argument("b", metavar="B", type=Path, help="the run to compare it with")
-    parser.add_argument(
-        "--tolerance",
-        metavar="T",
-        type=float,
-        default=0.0,
-        help="relative difference that is no difference (default 0)",
-    )
-    args = parser.parse_args()
-    return guard(lambda: check(args.a, args.b, args.tolerance))
-
-
-def check(a: Path, b: Path, tolerance: float) -> None:
-    """Print that the runs are equal, or what differs.
-
-    Raises:
-        UserError: if they are not equal.
-    """
-    if not tolerance >= 0:
-        raise UserError(f"--tolerance {tolerance}: give 0 or more")
-    found = compare(read_losses(a), read_losses(b), tolerance)
-    if found.differences:
-        print("\n".join(found.differences))
-        raise UserError(f"the runs A '{a}' and B '{b}' differ")
-    within = f", largest relative difference {found.largest:.3g}" if tolerance else ""
-    print(f"equal: {found.steps} steps, names {', '.join(found.names)}{within}")
 
 
 def read_losses(run: Path) -> Losses:
@@ -142,7 +95,3 @@ def compare(a: Losses, b: Losses, tolerance: float = 0.0) -> Comparison:
 
 def _relative(x: float, y: float) -> float:
     return 0.0 if x == y else abs(x - y) / max(abs(x), abs(y))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,42 @@
+"""A classifier as the subject of :mod:`relvit_d2.analysis.model_cost`."""
+
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+
+from relvit_d2.analysis.model_cost import Stages, Subject, assumption
+from relvit_d2.classification.model import build_classifier
+from relvit_d2.classification.run import load_data
+from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.randomness import torch_generator
+
+UNKNOWN_CLASSES = 1000  # number of classes that is assumed where the data cannot be read
+
+
+def classifier_subject(cfg: CfgNode) -> Subject:
+    """Return the classifier of a config."""
+    assumed = ""
+    try:
+        classes = load_data(cfg, training=True).classes
+    except UserError as error:
+        classes, assumed = UNKNOWN_CLASSES, f"; their number is {assumption(cfg, error)}"
+    model = build_classifier(cfg, classes)
+    model.mix = None  # pairs of images cost nothing, and may be a pass of one
+    stages: Stages = {
+        "augmentation": (model.augmentation, "train"),
+        "encoder": (model.network.encoder, "summarised"),
+        "head": (model.network.head, "forward"),
+    }
+    if model.pretext is not None:
+        stages["pretext heads"] = (model.pretext, "forward")
+    side = cfg.INPUT.VIEW.SIZE
+
+    def batches(images: int) -> dict[str, Any]:
+        generator = torch_generator(0, "analysis")
+        pixels = torch.randint(256, (images, 3, side, side), dtype=torch.uint8, generator=generator)
+        labels = torch.randint(classes, (images,), generator=generator)
+        sizes = torch.tensor([(side, side)] * images)
+        return {"images": pixels, "labels": labels, "sizes": sizes, "keys": torch.arange(images)}
+
+    return Subject(cfg, model, stages, batches, f"classifier of {classes} classes, images of {side} x {side}{assumed}")

@@ -1,0 +1,67 @@
+"""A detector as the subject of :mod:`relvit_d2.analysis.model_cost`."""
+
+from typing import Any
+
+import torch
+from detectron2.structures import BitMasks, Boxes, Instances
+from fvcore.common.config import CfgNode
+
+from relvit_d2.analysis.model_cost import Stages, Subject, assumption
+from relvit_d2.data.detection import catalog
+from relvit_d2.data.detection.custom import register_own
+from relvit_d2.detection.model import build_detector
+from relvit_d2.detection.run import settle, training_records
+from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.randomness import torch_generator
+
+OBJECTS = 8  # of a random image
+
+
+def detector_subject(cfg: CfgNode) -> Subject:
+    """Return the detector of a config."""
+    register_own(cfg.DATASETS)
+    assumed = ""
+    try:
+        records = training_records(cfg)
+    except UserError as error:
+        records, assumed = [], f"; {assumption(cfg, error)}"
+    asked, cfg = cfg.MODEL.MASK_ON, settle(cfg, records)
+    if assumed:
+        cfg.defrost()
+        # Of the data sets that need not be here to be known, COCO's alone have masks.
+        metadata = [catalog.get_metadata(name).as_dict() for name in cfg.DATASETS.TRAIN]
+        cfg.MODEL.MASK_ON = asked and all("thing_dataset_id_to_contiguous_id" in known for known in metadata)
+    model = build_detector(cfg)
+    stages: Stages = {
+        "encoder": (model.backbone.encoder, "forward"),
+        "pyramid": (model.backbone, "forward"),
+        "proposals": (model.proposal_generator, "forward"),
+        "heads": (model.roi_heads, "forward"),
+    }
+    keys = cfg.INPUT
+    height = max(keys.MIN_SIZE_TRAIN)
+    width = min(height * 4 // 3, keys.MAX_SIZE_TRAIN)
+    if keys.LSJ.SIZE:
+        height = width = keys.LSJ.SIZE
+
+    def batches(images: int) -> list[dict[str, Any]]:
+        generator = torch_generator(0, "analysis")
+        return [_random_image(height, width, cfg, generator) for _ in range(images)]
+
+    masks = "with" if cfg.MODEL.MASK_ON else "without"
+    return Subject(cfg, model, stages, batches, f"detector {masks} masks, images of {height} x {width}{assumed}")
+
+
+def _random_image(height: int, width: int, cfg: CfgNode, generator: torch.Generator) -> dict[str, Any]:
+    """Return an image of noise with :data:`OBJECTS` boxes, as a mapper would."""
+    size = torch.tensor([width, height])
+    corners = torch.rand(OBJECTS, 2, 2, generator=generator).sort(dim=1).values * (size - 2)
+    boxes = torch.cat([corners[:, 0], corners[:, 1] + 2], dim=1)
+    instances = Instances((height, width), gt_boxes=Boxes(boxes))
+    instances.gt_classes = torch.randint(cfg.MODEL.ROI_HEADS.NUM_CLASSES, (OBJECTS,), generator=generator)
+    if cfg.MODEL.MASK_ON:
+        y, x = torch.arange(height)[:, None], torch.arange(width)
+        inside = [(x >= b[0]) & (x < b[2]) & (y >= b[1]) & (y < b[3]) for b in boxes]
+        instances.gt_masks = BitMasks(torch.stack(inside))
+    image = torch.randint(256, (len(cfg.MODEL.PIXEL_MEAN), height, width), dtype=torch.uint8, generator=generator)
+    return {"image": image, "height": height, "width": width, "instances": instances}

@@ -1,0 +1,116 @@
+"""Detections in images and videos, written as annotated pictures and COCO results."""
+
+import glob
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from relvit_d2.data.images.decode import UnreadableImageError
+from relvit_d2.data.images.folder import EXTENSIONS, list_images
+from relvit_d2.detection.predictor import load_detector
+from relvit_d2.engine.run_setup import silence
+from relvit_d2.report.predictions import coco_results, draw_instances
+from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.files import appearing, make_folder, write_text
+
+NAMED = 10  # unreadable inputs that the error names
+VIDEOS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
+
+
+def predict(
+    weights: str, config_file: str, opts: list[str], inputs: Sequence[str], output: Path, threshold: float, size: int
+) -> tuple[str, str]:
+    """Detect and write.
+
+    Args:
+        weights, config_file, opts: see :func:`relvit_d2.detection.predictor.load_detector`.
+        inputs: images, folders, patterns and videos.
+        output: folder for the pictures, the videos and ``detections.json``.
+        threshold: least score of a detection that is kept, 0..1.
+        size: images in a batch.
+
+    Returns:
+        A line on what was written and a sentence on the inputs that could not be read, each empty if there are none.
+
+    Raises:
+        UserError: for an input that does not exist, or weights that hold no detector.
+    """
+    silence()
+    files = list(dict.fromkeys(file for word in inputs for file in found(word)))
+    detector = load_detector(weights, config_file, opts)
+    if any(file.suffix.lower() in VIDEOS for file in files):
+        from relvit_d2.report.prediction_videos import annotate_video  # needs PyAV, which is optional
+
+    make_folder(output)
+    results: list[dict[str, Any]] = []
+    made: Counter[str] = Counter()
+    faults: list[str] = []
+    images = [file for file in files if file.suffix.lower() not in VIDEOS]
+    outputs = dict(zip(files, named(files), strict=True))
+    for start in tqdm(range(0, len(images), size), desc="images", unit="batch", disable=not images):
+        batch = {}
+        for file in images[start : start + size]:
+            try:
+                batch[file] = detector.read(file)
+            except UserError as error:
+                faults.append(str(error))
+        for (file, image), instances in zip(batch.items(), detector.batch([*batch.values()]), strict=True):
+            kept = instances[instances.scores >= threshold]
+            with appearing(output / outputs[file]) as part:
+                draw_instances(detector, image, kept).save(part, format="PNG")
+            results += coco_results(str(file), kept, detector)
+            made["picture"] += 1
+    for file in files:
+        if file.suffix.lower() in VIDEOS:
+            try:
+                rows, fault = annotate_video(file, output / outputs[file], detector, threshold, size)
+            except UnreadableImageError as error:
+                faults.append(str(error))
+                continue
+            results += rows
+            made["video"] += 1
+            faults += [fault] if fault else []
+    written = unreadable = ""
+    if made:
+        write_text(output / "detections.json", json.dumps(results))
+        counts = " and ".join(f"{count} {what}{'s' * (count != 1)}" for what, count in made.items())
+        written = f"written: {output}/detections.json, {counts}; {len(results)} detections"
+    if faults:
+        more = f"; and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
+        unreadable = f"{len(faults)} of {len(files)} inputs could not be read: {'; '.join(faults[:NAMED])}{more}"
+    return written, unreadable
+
+
+def found(word: str) -> list[Path]:
+    """Return the images and videos of one ``--input``.
+
+    Raises:
+        UserError: if there are none.
+    """
+    path = Path(word)
+    if path.is_dir():
+        return list_images(path, EXTENSIONS | VIDEOS)
+    files = [path] if path.is_file() else sorted(map(Path, glob.glob(word, recursive=True)))  # noqa: PTH207  (takes absolute patterns)
+    files = [file for file in files if file.is_file() and file.suffix.lower() in EXTENSIONS | VIDEOS]
+    if not files:
+        raise UserError(f"--input '{word}' is no image, folder, pattern or video that exists; correct the path")
+    return files
+
+
+def named(files: Sequence[Path]) -> list[str]:
+    """Return the name of each file's picture or video, all of them different."""
+    stems = Counter(file.stem for file in files)
+    names: dict[str, None] = {}
+    for file in files:
+        stem = file.stem if stems[file.stem] == 1 else "_".join(file.with_suffix("").parts).strip("/_.")
+        ending = "mp4" if file.suffix.lower() in VIDEOS else "png"
+        name, number = f"{stem}.{ending}", 1
+        while name in names:
+            number += 1
+            name = f"{stem}_{number}.{ending}"
+        names[name] = None
+    return list(names)
