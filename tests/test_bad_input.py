@@ -102,16 +102,16 @@ CASES = {
     ),
     "empty file": Case("holds no keys", flags=("--config-file", "{here}/bad.yaml"), files={"bad.yaml": ""}),
     "config of the other script": Case(
-        "is of the task pretrain, not detection: start pretrain_ssl.py with it",
+        "is of the task pretrain, not detection: start relvit-d2 pretrain with it",
         flags=("--config-file", "configs/ssl/voc_vit_s.yaml"),
     ),
     "config of the detector": Case(
-        "is of the task detection, not pretrain: start train_net.py with it",
+        "is of the task detection, not pretrain: start relvit-d2 train with it",
         scripts=(SSL,),
         flags=("--config-file", "configs/voc_vit_s.yaml"),
     ),
     "key of the other script": Case(
-        "key PRETEXT.FLIP belongs to the task pretrain (pretrain_ssl.py), not to detection", ("PRETEXT.FLIP", 0.5)
+        "key PRETEXT.FLIP belongs to the task pretrain (relvit-d2 pretrain), not to detection", ("PRETEXT.FLIP", 0.5)
     ),
     "key without effect": Case("SOLVER.MOMENTUM has no effect here", ("SOLVER.MOMENTUM", 0.5)),
     "mixed precision in float32": Case("set SOLVER.PRECISION auto", ("SOLVER.AMP.ENABLED", "True")),

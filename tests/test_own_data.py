@@ -671,7 +671,7 @@ def test_train_evaluate_and_pretrain_on_own_data(tmp_path: Path) -> None:
     empty = ("DATALOADER.FILTER_EMPTY_ANNOTATIONS", "False")
     output = tmp_path / "my 1'st run"
     done = run(tmp_path, "train_net.py", *flags, "--data", root, *TINY, *masks, *empty, "OUTPUT_DIR", output)
-    (following,) = re.findall("^next +python (.+)", done.stdout, re.MULTILINE)
+    (following,) = re.findall("^next +(relvit-d2 .+)", done.stdout, re.MULTILINE)
     words = [str(root / "images") if word == "IMAGES" else word for word in shlex.split(following)]
     run(tmp_path, *words, "--output", tmp_path / "found")
     assert (tmp_path / "found/detections.json").is_file()

@@ -353,7 +353,7 @@ def test_bad_input_is_one_sentence(failing: Failing, images: list[Path], tmp_pat
         "--input", images[0], *output, "--config-file", "configs/demo/streets.yaml", weights=tmp_path
     )
     pretrained = ("--config-file", "configs/ssl/voc_vit_s.yaml")
-    assert "give a config or a run of train_net.py" in failing("--input", images[0], *output, *pretrained)
+    assert "is of the task pretrain, not detection" in failing("--input", images[0], *output, *pretrained)
     assert "absent.png" in failing("--input", tmp_path / "absent.png", *output)
     assert "--threshold 2" in failing("--input", images[0], *output, "--threshold", 2)
     assert "--batch 0" in failing("--input", images[0], *output, "--batch", 0)

@@ -55,12 +55,12 @@ def read_encoder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if is_damaged(path):
             raise UserError(damaged(path)) from error
         raise UserError(
-            f"'{path}' is not a readable safetensors file ({error}); write it anew with pretrain_ssl.py"
+            f"'{path}' is not a readable safetensors file ({error}); write it anew with relvit-d2 pretrain"
         ) from error
     if "encoder" not in metadata:
         raise UserError(
             f"'{path}' holds tensors but no description of an encoder; "
-            "use the encoder.safetensors that pretrain_ssl.py writes"
+            "use the encoder.safetensors that relvit-d2 pretrain writes"
         )
     return tensors, {key: json.loads(value) for key, value in metadata.items()}
 

@@ -85,7 +85,7 @@ class Detector:
 
 
 def load_detector(path: str | Path, config_file: str = "", overrides: Sequence[Any] = ()) -> Detector:
-    """Load a detector that ``train_net.py`` trained.
+    """Load a detector that ``relvit-d2 train`` trained.
 
     Args:
         path: its ``OUTPUT_DIR``, of which the last checkpoint is taken, or a checkpoint ``model_*.pth``.
