@@ -23,15 +23,15 @@ _C.MODEL.PYRAMID.NAME = "auto"
 _C.MODEL.PYRAMID.STRIDES = [4, 8, 16, 32]  # pixels per cell of each level, powers of two
 _C.MODEL.PYRAMID.TOP_BLOCK = True  # one more level, the last one at every second cell (p6)
 _C.MODEL.PYRAMID.OUT_CHANNELS = 256  # of every level
-_C.MODEL.PYRAMID.NORM = "LN"  # Detectron2's norm names
+_C.MODEL.PYRAMID.NORM = "LN"  # LN, GN, FrozenBN, or "" for none
 
 _C.MODEL.CHECKPOINT = False  # recompute the encoder's blocks in the backward pass to save memory
 _C.MODEL.COMPILE = False  # make the encoder's passes with torch.compile, which needs a C++ compiler on a CPU
 _C.MODEL.ALLOW_PICKLE = False  # read weights that are pickles, such as *.pkl: reading one can run any code in it
 
 _C.MODEL.CLASSIFIER = CfgNode()
-# cls: the classifier reads the class token, of an encoder without one the mean of the patch tokens, as the authors'
-# does; mean: that mean. Pre-training trains no class token.
+# cls: the classifier reads the class token; if the encoder has none, it reads the mean of the patch tokens, like the
+# authors' code. mean: it always reads the mean of the patch tokens. Pre-training does not train the class token.
 _C.MODEL.CLASSIFIER.POOL = "cls"
 
 # Pretext losses beside the detector's.
@@ -155,6 +155,7 @@ WITHOUT_EFFECT = {
     "TEST.PRECISE_BN.ENABLED": "nothing, batch norms do not occur",
     "TEST.EXPECTED_RESULTS": "nothing, inference/results.json holds the figures",
     "MODEL.KEYPOINT_ON": "nothing, keypoints are not supported",
+    "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": "nothing, it needs counts of images by class, which are not known",
     "MODEL.LOAD_PROPOSALS": "nothing, the detector proposes",
     "DATALOADER.SAMPLER_TRAIN": "nothing, the order is a function of SEED",
     "DATALOADER.REPEAT_THRESHOLD": "nothing, the order is a function of SEED",

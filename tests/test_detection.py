@@ -19,6 +19,7 @@ from relvit_d2.encoders import ENCODERS, build_encoder
 from relvit_d2.encoders.vit import ViT
 from relvit_d2.engine.config_file import load_config
 from relvit_d2.errors import UserError
+from relvit_d2.report.runs import read_runs
 
 
 def tiny_config(*overrides: object) -> CfgNode:
@@ -294,7 +295,11 @@ def test_evaluation_does_not_depend_on_the_size_of_its_batches(tmp_path: Path) -
         cfg = tiny_config("TEST.BATCH_SIZE", batch, "OUTPUT_DIR", str(output), *few)
         model = build_detector(cfg)
         scatter(model)
+        output.mkdir()
+        (output / "config.yaml").write_text("TEST: {DETECTIONS_PER_IMAGE: 300}\n")  # of a training before
+        assert read_runs([output])[0].detection_limit == 300
         evaluate(cfg, model, {"svhn_test": data})
+        assert read_runs([output])[0].detection_limit == 10
         found.append(json.loads((output / "inference/coco_instances_results.json").read_text()))
     one, four = found
     assert len(one) == len(four) == 40
