@@ -313,8 +313,12 @@ def _as_type_of(default: Any, value: Any, written: Any) -> Any:
 def _items(default: Any, values: Any, written: Any) -> Iterator[Any]:
     """Yield the items of a list in the type of the items of ``default``; numbers may have fractions.
 
-    A list that is empty by default, such as ``DATASETS.TRAIN``, is one of text.
+    A tuple that is empty by default, such as ``DATASETS.TRAIN``, is one of text; a list, such as
+    ``TEST.EXPECTED_RESULTS``, takes what it is given.
     """
+    if default == []:
+        yield from values
+        return
     default = default[0] if default else ""
     texts = written if isinstance(written, list) else values
     for value, text in zip(values, texts, strict=True):
