@@ -502,7 +502,7 @@ def test_names_of_data_sets_are_as_they_are_written(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("SOLVER: {STEPS: []}\nDATASETS: {TRAIN: [a]}\n")
     for base in ("", "_BASE_: base.yaml\n"):
         (tmp_path / "own.yaml").write_text(f"{base}DATASETS: {names}\nSOLVER: {{STEPS: [1, 2]}}\n")
-        cfg = load_config(str(tmp_path / "own.yaml"), [])
+        cfg = load_config(str(tmp_path / "own.yaml"), [], "detection")
         assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, cfg.SOLVER.STEPS) == (("2024", "no", "010"), ("1.50",), (1, 2))
         assert cfg.DATASETS.CUSTOM == {"2024": {"ROOT": "a"}, "no": {"ROOT": "b"}, "010": {"ROOT": "c"}}
     for overrides in (["DATASETS.CUSTOM", "{2024: {ROOT: a}}"], ["DATASETS.CUSTOM.2024.ROOT", "a"]):
