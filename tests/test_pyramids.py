@@ -127,7 +127,7 @@ def test_only_the_rows_of_t2t_are_without_drop_path() -> None:
     """The authors' T2T has none, whatever their flag says; the other encoders have 0.1."""
     for path in Path("configs").glob("*.yaml"):
         expected = 0.0 if "t2t" in path.name else 0.1
-        assert load_config(str(path), []).MODEL.ENCODER.DROP_PATH == expected, path
+        assert expected == load_config(str(path), []).MODEL.ENCODER.DROP_PATH, path
 
 
 @pytest.mark.parametrize("positions", [True, False], ids=["resized", "fresh"])
