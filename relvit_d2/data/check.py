@@ -292,7 +292,7 @@ def check_images(
         ]
         if wrong:
             line = _line(name, "images whose size is not the recorded one", wrong)
-            faults.append(f"{line}. Correct the size in the label; a label without one has that of the first reading")
+            faults.append(f"{line}. Correct the label; if it has no size, the image changed after it was read")
     readable = [fact for fact in facts.values() if not fact.fault]
     flat = [fact.path for fact in readable if (fact.histogram > 0).sum() == len(fact.histogram)]
     if flat:
