@@ -11,7 +11,6 @@ the exit status is 1.
 """
 
 import argparse
-import glob
 import json
 import struct
 import sys
@@ -34,7 +33,11 @@ from detectron2.structures import Instances  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from relvit_d2.data.images.decode import UnreadableImageError  # noqa: E402
-from relvit_d2.data.images.folder import EXTENSIONS, list_images  # noqa: E402
+from relvit_d2.data.images.folder import (  # noqa: E402
+    EXTENSIONS,
+    list_images,
+    matching_files,
+)
 from relvit_d2.detection.predictor import Detector, load_detector  # noqa: E402
 from relvit_d2.engine.cli import silence  # noqa: E402
 from relvit_d2.engine.error_reporting import guard  # noqa: E402
@@ -126,8 +129,7 @@ def found(word: str) -> list[Path]:
     path = Path(word)
     if path.is_dir():
         return list_images(path, EXTENSIONS | VIDEOS)
-    files = [path] if path.is_file() else sorted(map(Path, glob.glob(word, recursive=True)))  # noqa: PTH207  (takes absolute patterns)
-    files = [file for file in files if file.is_file() and file.suffix.lower() in EXTENSIONS | VIDEOS]
+    files = matching_files(path, EXTENSIONS | VIDEOS)
     if not files:
         raise UserError(f"--input '{word}' is no image, folder, pattern or video that exists; correct the path")
     return files
