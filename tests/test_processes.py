@@ -17,10 +17,10 @@ from detectron2.engine import launch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from PIL import Image
-from relvit_d2.data.class_tree import read_tree
 from scripts import command, fails, run, started, wait_for
 
 from relvit_d2.classification.run import split
+from relvit_d2.data.classification.image_folder import read_tree
 from relvit_d2.data.images import similarity
 from relvit_d2.detection.model import build_detector
 from relvit_d2.detection.run import build_trainer, settle, training_batches, training_records
