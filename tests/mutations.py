@@ -254,14 +254,21 @@ def yaml_splits(path: Path, draw: random.Random, outside: Path) -> None:
 
 
 def names_elsewhere(path: Path, draw: random.Random, outside: Path) -> None:
-    """The description away, or with a second one beside the labels or in a folder below."""
+    """The description away, or with a second one or an unrelated YAML file beside it, the labels or in a folder."""
     root = path.parent
     if draw.random() < 0.5:
         path.unlink()
-    place = root / draw.choice(("labels/train", "labels", "images/train", "sub"))
+    place = root / draw.choice((".", "labels/train", "labels", "images/train", "sub"))
     place.mkdir(exist_ok=True)
     name, text = draw.choice(
-        (("classes.txt", "a\nb\nc\n"), ("CLASSES.TXT", "a\n"), ("data.yaml", "names: [a, b, c]\n"))
+        (
+            ("classes.txt", "a\nb\nc\n"),
+            ("CLASSES.TXT", "a\n"),
+            ("data.yaml", "names: [a, b, c]\n"),
+            ("model.yaml", "nc: 3\nbackbone: [[-1, 1, Conv, [64]]]\n"),
+            ("params.yaml", "train: {epochs: 3}\n"),
+            ("k8s.yml", "kind: Pod\n---\nnames: {a: b}\n"),
+        )
     )
     (place / name).write_text(text)
 

@@ -125,7 +125,7 @@ SIZE = [30, 40]
         (("images",), [], "lists no images"),
         (("images",), [3], "holds what is no object"),
         (("categories", 0, "id"), 0, "two categories with the id 0"),
-        (("categories", 0, "name"), "early", "more than once"),
+        (("categories", 0, "name"), "early", "two categories with the name 'early'"),
         (("categories", 0, "name"), "", "has a category 90"),
         (("categories",), [], "has no categories"),
         ((*FIRST, "id"), 2, "two annotations with the id 2"),
@@ -229,7 +229,7 @@ def test_a_root_category_is_the_class_of_its_name(tmp_path: Path) -> None:
     for wrong in ("animal", None):
         for category in document["categories"]:
             category["supercategory"] = wrong
-        with pytest.raises(UserError, match="names 'early' more than once"):
+        with pytest.raises(UserError, match="two categories with the name 'early'"):
             coco_classes(write(tmp_path, document))
 
 

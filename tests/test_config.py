@@ -271,7 +271,7 @@ def test_amp_is_bfloat16_and_contradicts_float32(task: str) -> None:
         (["SOLVER.MAX_ITER", "True"], r"SOLVER.MAX_ITER takes a value of type int, not True"),
         (["SOLVER.BASE_LR", "nan"], r"SOLVER.BASE_LR takes a value of type float"),
         (["MODEL.MASK_ON", "2"], r"MODEL.MASK_ON takes a value of type bool, not 2"),
-        (["INPUT.MIN_SIZE_TRAIN", "512"], r"takes a value of type tuple, such as \(64,\), not 512 of type int"),
+        (["INPUT.MIN_SIZE_TRAIN", "512"], r"takes a value of type tuple, such as \(800,\), not 512 of type int"),
         (["MODEL.PYRAMID.STRIDES", "['p2']"], r"MODEL.PYRAMID.STRIDES takes a value of type list"),
         (["SOLVER", "3"], r"SOLVER is a group of keys"),
         (["SEED.VALUE", "3"], r"SEED takes a value of type int"),
@@ -303,6 +303,12 @@ def test_amp_is_bfloat16_and_contradicts_float32(task: str) -> None:
         (["VERSION", "1"], r"VERSION 1 .* rewrite the file for version 2"),
         (["INPUT.MIN_SIZE_TRAIN", "((64,),)"], r"INPUT.MIN_SIZE_TRAIN takes a value of type tuple"),
         (["DATASETS.CUSTOM", "{a: ["], r"override 'DATASETS.CUSTOM \{a: \['"),
+        (["DATASETS.CUSTOM", "{a: {ROOT: 2024-13-01}}"], "is not valid yaml: month must be in 1..12"),
+        (["DATASETS.CUSTOM", "{a: {ROOT: x}, a: {ROOT: y}}"], "has the key 'a' twice"),
+        (["DATASETS.TRAIN", "[['a']]"], "DATASETS.TRAIN takes a value of type tuple of text"),
+        (["MODEL.MASK_ON", "["], r"MODEL.MASK_ON takes a value of type bool, not '\['"),
+        (["MODEL.MASK_ON", "@x"], "MODEL.MASK_ON takes a value of type bool, not '@x'"),
+        (["MODEL.MASK_ON", "a: b: c"], "MODEL.MASK_ON takes a value of type bool, not 'a: b: c'"),
     ],
 )
 def test_bad_overrides(overrides: list[str], words: str) -> None:
@@ -321,6 +327,7 @@ def test_bad_overrides(overrides: list[str], words: str) -> None:
         ("SOLVER: 3\n", r"bad.yaml': SOLVER is a group of keys"),
         ("VERSION: 2\nSOLVER:\n  MAX_ITER: soon\n", r"SOLVER.MAX_ITER.*int.*soon"),
         ("VERSION: 2\nSOLVER: [\n", "not valid yaml"),
+        ("OUTPUT_DIR: 2024-13-01\n", "bad.yaml' is not valid yaml: month must be in 1..12"),
         ("_BASE_: nowhere.yaml\n", "nowhere.yaml"),
         ("just words\n", "bad.yaml"),
     ],
@@ -354,8 +361,17 @@ LEVELS = r"MODEL.RPN.IN_FEATURES has 2 levels \['p2', 'p3'\]: give one list for 
         ("MODEL.ROI_HEADS.IN_FEATURES []", "MODEL.ROI_HEADS.IN_FEATURES is empty"),
         ("MODEL.ROI_HEADS.IN_FEATURES ['p3','p2']", "must be levels in a row, finest first"),
         ("MODEL.ROI_HEADS.IOU_LABELS [0]", "MODEL.ROI_HEADS.IOU_THRESHOLDS .* do not fit"),
-        ("MODEL.ROI_BOX_HEAD.POOLER_TYPE ROI", "is not offered; give ROIAlignV2, ROIAlign, ROIPool"),
-        ("MODEL.PYRAMID.NORM BatchNorm", "MODEL.PYRAMID.NORM 'BatchNorm' is not offered"),
+        ("MODEL.ROI_BOX_HEAD.POOLER_TYPE ROI", "is not supported; give ROIAlignV2, ROIAlign, ROIPool"),
+        ("MODEL.PYRAMID.NORM BatchNorm", "MODEL.PYRAMID.NORM 'BatchNorm' is not supported"),
+        (
+            "MODEL.PYRAMID.NORM SyncBN",
+            "'SyncBN' is not supported, for it needs statistics .*; give '', LN, GN, FrozenBN",
+        ),
+        ("MODEL.PYRAMID.NORM BN", "MODEL.PYRAMID.NORM 'BN' is not supported, for it needs statistics over the batch"),
+        ("MODEL.PYRAMID.NORM naiveSyncBN", "'naiveSyncBN' is not supported, for it needs"),
+        ("MODEL.PYRAMID.NORM nnSyncBN", "'nnSyncBN' is not supported, for it needs"),
+        ("MODEL.ROI_HEADS.NAME CascadeROIHeads", "several box heads, which are not supported: set StandardROIHeads"),
+        ("MODEL.ROI_BOX_HEAD.USE_FED_LOSS True", "USE_FED_LOSS has no effect here"),
         ("MODEL.KEYPOINT_ON True", "KEYPOINT_ON has no effect here; .* keypoints are not supported"),
         ("MODEL.DEVICE gpu", "MODEL.DEVICE 'gpu' is not a device of torch; set cpu or cuda"),
         ("INPUT.MIN_SIZE_TRAIN ()", r"INPUT.MIN_SIZE_TRAIN \(\) must be one or more sides"),
@@ -364,7 +380,7 @@ LEVELS = r"MODEL.RPN.IN_FEATURES has 2 levels \['p2', 'p3'\]: give one list for 
         ("INPUT.MAX_SIZE_TRAIN 0", "INPUT.MAX_SIZE_TRAIN 0 is too small: give 1 or more"),
         ("INPUT.MAX_SIZE_TEST 0", "INPUT.MAX_SIZE_TEST 0 is too small"),
         ("INPUT.MIN_SIZE_TEST -1", "INPUT.MIN_SIZE_TEST -1 is too small: give 0 or more"),
-        ("INPUT.RANDOM_FLIP yes", "INPUT.RANDOM_FLIP 'yes' is not offered; give horizontal, vertical, none"),
+        ("INPUT.RANDOM_FLIP yes", "INPUT.RANDOM_FLIP 'yes' is not supported; give horizontal, vertical, none"),
         ("INPUT.CROP.SIZE [1.5,1]", r"INPUT.CROP.SIZE \[1.5, 1\] does not fit CROP.TYPE relative"),
         ("INPUT.LSJ.SCALE [2.0,0.1]", r"INPUT.LSJ.SCALE \[2.0, 0.1\] is not a range"),
         ("SOLVER.BASE_LR -1", "SOLVER.BASE_LR -1.0 is too small"),
@@ -396,6 +412,40 @@ def test_what_detectron2_refuses_while_building_is_one_sentence() -> None:
     cfg = load_config("configs/demo/streets.yaml", more)
     with pytest.raises(UserError, match=r"cannot build this detector \(AssertionError: assert .*\): correct the keys"):
         build_detector(cfg)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            "build_resnet_backbone",
+            r"IN_FEATURES names \['p2', 'p3'\], but build_resnet_backbone has the levels \['res4'\]",
+        ),
+        ("build_retinanet_resnet_fpn_backbone", r"cannot build MODEL.BACKBONE.NAME '.*' \(KeyError: 'res5'\)"),
+        (
+            "build_resnet_backbone MODEL.RELVIT.JOINT True",
+            "JOINT trains an encoder, and .* has none: set build_encoder_",
+        ),
+    ],
+)
+def test_another_backbone_has_to_fit(overrides: str, words: str) -> None:
+    more = ["MODEL.ROI_HEADS.NUM_CLASSES", "2", "MODEL.DEVICE", "cpu", "MODEL.BACKBONE.NAME"]
+    cfg = load_config("configs/demo/streets.yaml", [*more, *overrides.split()])
+    with pytest.raises(UserError, match=words):
+        build_detector(cfg)
+
+
+@pytest.mark.parametrize("kind", [AttributeError, TypeError, KeyError])
+def test_a_defect_while_building_is_not_put_on_the_config(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise kind("defect")
+
+    monkeypatch.setattr(SimplePyramid, "__init__", fail)
+    more = ["MODEL.ROI_HEADS.NUM_CLASSES", "2", "MODEL.DEVICE", "cpu"]
+    with pytest.raises(kind, match="defect"):
+        build_detector(load_config("configs/demo/streets.yaml", more))
 
 
 # Values in other notations than the key's, and what they mean.
@@ -446,6 +496,19 @@ def test_lists_take_other_notations_too(tmp_path: Path) -> None:
     }
     cfg = read_config("configs/base/detection.yaml", [part for key in keys for part in (key, keys[key][0])])
     assert {key: repr(get_key(cfg, key)) for key in keys} == {key: repr(meant) for key, (_, meant) in keys.items()}
+
+
+def test_names_of_data_sets_are_as_they_are_written(tmp_path: Path) -> None:
+    """In a file without a base, over another value, and as keys; SOLVER.STEPS stays a list of numbers all the same."""
+    names = "{TRAIN: [2024, no, 010], TEST: [1.50], CUSTOM: {2024: {ROOT: a}, no: {ROOT: b}, 010: {ROOT: c}}}"
+    (tmp_path / "base.yaml").write_text("SOLVER: {STEPS: []}\nDATASETS: {TRAIN: [a]}\n")
+    for base in ("", "_BASE_: base.yaml\n"):
+        (tmp_path / "own.yaml").write_text(f"{base}DATASETS: {names}\nSOLVER: {{STEPS: [1, 2]}}\n")
+        cfg = load_config(str(tmp_path / "own.yaml"), [], "detection")
+        assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, cfg.SOLVER.STEPS) == (("2024", "no", "010"), ("1.50",), (1, 2))
+        assert cfg.DATASETS.CUSTOM == {"2024": {"ROOT": "a"}, "no": {"ROOT": "b"}, "010": {"ROOT": "c"}}
+    for overrides in (["DATASETS.CUSTOM", "{2024: {ROOT: a}}"], ["DATASETS.CUSTOM.2024.ROOT", "a"]):
+        assert load_config("configs/base/detection.yaml", overrides).DATASETS.CUSTOM == {"2024": {"ROOT": "a"}}
 
 
 def test_an_own_set_takes_texts_as_they_are_written(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from relvit_d2.detection.model import build_detector
 from relvit_d2.detection.run import evaluate, training_records
 from relvit_d2.encoders import ENCODERS, build_encoder
 from relvit_d2.encoders.vit import ViT
+from relvit_d2.report.runs import read_runs
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
 
@@ -316,7 +317,11 @@ def test_evaluation_does_not_depend_on_the_size_of_its_batches(tmp_path: Path) -
         cfg = tiny_config("TEST.BATCH_SIZE", batch, "OUTPUT_DIR", str(output), *few)
         model = build_detector(cfg)
         scatter(model)
+        output.mkdir()
+        (output / "config.yaml").write_text("TEST: {DETECTIONS_PER_IMAGE: 300}\n")  # of a training before
+        assert read_runs([output])[0].detection_limit == 300
         evaluate(cfg, model, {"svhn_test": data})
+        assert read_runs([output])[0].detection_limit == 10
         found.append(json.loads((output / "inference/coco_instances_results.json").read_text()))
     one, four = found
     assert len(one) == len(four) == 40

@@ -77,6 +77,7 @@ def test_a_windowed_vit_is_exported_for_every_size_beyond_its_window(
 
 
 FULL = ["MODEL.PYRAMID.STRIDES", "[4,8,16,32]", "MODEL.RPN.IN_FEATURES", "['p2','p3','p4','p5']"]
+FULL += ["MODEL.ANCHOR_GENERATOR.SIZES", "[[32]]"]
 
 
 @pytest.mark.slow

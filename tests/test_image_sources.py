@@ -2,14 +2,18 @@
 
 import io
 import os
+import shutil
 import tarfile
+import unicodedata
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from relvit_d2.data.classification.image_folder import read_tree
 from relvit_d2.data.detection.catalog import get_images
 from relvit_d2.data.detection.mapper import ImageReader
 from relvit_d2.data.images.archive import Member, list_members
@@ -116,9 +120,28 @@ def test_a_path_that_exists_is_no_pattern(folder: Path, name: str) -> None:
     assert get_images(f"{root}/list.txt") == [root / "3.png"]
 
 
+@pytest.mark.parametrize("kinds", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_list_names_files_in_either_normal_form(folder: Path, kinds: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_disk, written = (unicodedata.normalize(kind, "fénêtre") for kind in kinds)
+    shutil.copytree(folder / "a", folder / on_disk)
+    (folder / on_disk / "1.png").rename(folder / on_disk / f"{on_disk}.png")
+    expected = Path(on_disk) / f"{on_disk}.png"
+    listed = folder / "list.txt"
+    listed.write_text(f"{written}/{written}.png\n3.png\n{folder}/{written}/{written}.png\n", encoding="utf-8")
+    assert get_images(str(listed)) == [folder / expected, folder / "3.png", folder / expected]
+    monkeypatch.chdir(folder / "a")
+    assert get_images("../list.txt") == [Path("..") / expected, Path("../3.png"), folder / expected]
+
+
 def test_links_to_folders_are_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "more").symlink_to(folder / "a")
     assert len(get_images(str(folder))) == 3 and f"links to folders are not followed: {folder / 'more'}" in caplog.text
+    for read in (list_images, lambda path: read_tree(path.parent)):  # whoever lists a folder
+        (folder.parent / "other").mkdir(exist_ok=True)
+        (folder.parent / "other/1.png").write_bytes(encoded(1))
+        caplog.clear()
+        read(folder)
+        assert f"links to folders are not followed: {folder / 'more'}" in caplog.text
     (folder.parent / "links").mkdir()
     (folder.parent / "links/photos").symlink_to(folder)
     with pytest.raises(UserError, match=r"holds no image .*links to folders are not followed: .*links/photos"):

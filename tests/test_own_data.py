@@ -466,6 +466,51 @@ def test_the_splits_of_data_yaml_are_followed(tmp_path: Path, kind: str, below: 
     assert len(folder.records("train", ("cat",), False)) == 2
 
 
+SIBLINGS: dict[str, str] = {
+    "custom_yolov5s.yaml": "nc: 1\nbackbone: [[-1, 1, Conv, [64, 6, 2, 2]]]\npath: elsewhere\n",
+    "k8s.yaml": "kind: Pod\n---\nkind: Service\n",
+    "mkdocs.yml": "site_name: cells\nnames: {a: b}\n",
+    "params.yaml": "train: {epochs: 3}\nnc: 1\n",
+    "also.yaml": "names: [dog]\ntrain: images/two\n",
+}
+
+
+@pytest.mark.parametrize("name", ["data.yaml", "Data.YML"])
+@pytest.mark.parametrize("sibling", SIBLINGS)
+def test_no_yaml_file_beside_data_yaml_changes_what_it_gives(tmp_path: Path, name: str, sibling: str) -> None:
+    points = "0 0.5 0.5 0.4 0.4 0.1 0.2 0.3 0.4\n"
+    root = yolo_folder(tmp_path / "own", "one/a", "two/b", label=points)
+    (root / sibling).write_text(SIBLINGS[sibling])
+    splits = "train: images/one\nval: images/two\nkpt_shape: [2, 2]\n"
+    (root / name).write_text(f"names: [cat]\n{splits}")
+    for _ in range(2):
+        folder = look(root)[1]
+        assert folder.classes() == ("cat",) and stems(folder) == {"train": ["a"], "val": ["b"]}
+        assert "segmentation" not in folder.records("train", ("cat",), False)[0]["annotations"][0]
+        if sibling == "also.yaml":
+            return
+        (root / name).write_text(splits)  # without names, which come from a list now
+        (root / "classes.txt").write_text("cat\n")
+
+
+def test_a_description_with_a_name_of_its_own(tmp_path: Path) -> None:
+    root = yolo_folder(tmp_path / "own", "one/a", "two/b")
+    (root / "cells.yaml").write_text("train: images/one\nval: images/two\n")
+    (root / "custom_yolov5s.yaml").write_text(SIBLINGS["custom_yolov5s.yaml"])
+    assert stems(look(root)[1]) == {"train": ["a"], "val": ["b"]}
+    (root / "more.yaml").write_text("train: images\n")
+    with pytest.raises(UserError, match=r"cells\.yaml and .*more\.yaml may both describe the data set"):
+        look(root)
+    (root / "more.yaml").write_text("names: [cat]\ntrain: images/two\nval: images/one\n")
+    assert stems(look(root)[1]) == {"train": ["b"], "val": ["a"]}  # names decide
+    (root / "more.yaml").unlink()
+    (root / "k8s.yaml").write_text(SIBLINGS["k8s.yaml"])
+    with pytest.raises(UserError, match=r"k8s\.yaml is not sound YAML"):  # it may be the damaged one with the names
+        look(root)
+    (root / "classes.txt").write_text("cat\n")
+    assert stems(look(root)[1]) == {"train": ["a"], "val": ["b"]}
+
+
 def test_train_and_val_of_one_folder_are_an_undivided_one(tmp_path: Path) -> None:
     root = yolo_folder(tmp_path / "own", "a", "b", "c")
     (root / "data.yaml").write_text("names: [cat]\ntrain: images\nval: images\n")
@@ -724,7 +769,7 @@ def test_masks_of_some_objects_and_sets_with_nothing_to_find(tmp_path: Path) -> 
     masks = ("MODEL.MASK_ON", "True", "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead")
     output = tmp_path / "out"
     done = run(tmp_path, "train_net.py", *flags, "--data", root, *TINY, *masks, "OUTPUT_DIR", output)
-    sentence = "1 objects of own_val have no mask: box AP is computed on it, but no mask AP"
+    sentence = "only box AP is computed on own_val: there is 1 object without a mask"
     assert done.stdout.count(sentence) == 1 and "loss_mask" in done.stdout.partition(sentence)[2]
     results = json.loads((output / "inference/results.json").read_text())["own_val"]
     assert results.keys() == {"bbox"} and results["bbox"]["AP"] is not None

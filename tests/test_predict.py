@@ -17,6 +17,7 @@ from PIL import Image
 from relvit_d2 import load_detector
 from relvit_d2.cli import main
 from relvit_d2.detection.predictor import Detector
+from relvit_d2.report.prediction_files import found
 from relvit_d2.report.prediction_videos import annotate_video, timed, upright
 from relvit_d2.utils.errors import UserError
 from tests.scripts import command, fails, run
@@ -265,6 +266,21 @@ def test_a_written_video_is_as_sharp_as_its_rate_allows(detector: Detector, samp
         pairs = zip(source.decode(video=0), written.decode(video=0), strict=True)
         apart = [np.subtract(*(f.to_ndarray(format="gray").astype(int) for f in pair)) for pair in pairs]
     assert max(float((error**2).mean()) for error in apart) < 60  # a PSNR above 30 dB
+
+
+@pytest.mark.parametrize("name", ["my [1] in", "a*b", "plain"])
+def test_an_input_is_a_pattern_only_where_it_does_not_exist(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    for file in ("1.png", "2.mp4", "[3].jpg", "4.txt"):
+        (folder / file).touch()
+    assert found(f"{folder}/*.png") == [folder / "1.png"]
+    assert found(f"{folder}/*") == sorted(folder / file for file in ("1.png", "2.mp4", "[3].jpg"))
+    assert found(f"{folder}/[12].*") == [folder / "1.png", folder / "2.mp4"]
+    assert found(f"{folder}/[3].jpg") == [folder / "[3].jpg"]
+    for nothing in ("*.webp", "4.txt"):
+        with pytest.raises(UserError, match="--input"):
+            found(f"{folder}/{nothing}")
 
 
 def test_everything_in_a_folder_is_done_or_named(root: Path, trained: Path, images: list[Path], tmp_path: Path) -> None:

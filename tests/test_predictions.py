@@ -17,6 +17,8 @@ from relvit_d2.report.predictions import (
     Color,
     DetectionRow,
     _contrast,
+    _face,
+    _file_with,
     _overlap,
     _place_label,
     annotated,
@@ -204,6 +206,15 @@ def test_names_that_no_font_can_show_become_numbers() -> None:
     image, box = np.full((60, 80, 3), 128, np.uint8), np.array([[10.0, 30, 50, 50]])
     drawn = [annotated(image, box, np.array([1]), np.array([0.5]), ["a", name]) for name in (nowhere, "1")]
     assert (np.asarray(drawn[0]) == np.asarray(drawn[1])).all()
+
+
+def test_labels_of_one_class_share_a_font_whatever_their_scores() -> None:
+    image, box = np.full((60, 80, 3), 128, np.uint8), np.array([[10.0, 30, 50, 50]])
+    annotated(image, box, np.array([0]), np.array([0.5]), ["kept"])
+    searched, opened = _file_with.cache_info().misses, _face.cache_info().misses
+    for score in np.linspace(0, 1, 30):
+        annotated(image, box, np.array([0]), np.array([score]), ["kept"])
+    assert (_file_with.cache_info().misses, _face.cache_info().misses) == (searched, opened)
 
 
 def test_letters_are_taken_from_an_installed_font(tmp_path: Path) -> None:

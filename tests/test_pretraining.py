@@ -57,14 +57,17 @@ def test_permuting_leaves_the_losses_of_a_vit_without_position_embedding_equal()
     batch = {"images": images, "sizes": torch.tensor([[40, 40]] * 3), "keys": torch.arange(3)}
 
     def losses(permute: str, positions: bool) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(1)
         model = model_of("PRETEXT.PERMUTE", permute, "MODEL.ENCODER.POS_EMBED", positions).eval()
         with torch.no_grad():
+            for parameter in model.parameters():  # away from the initial values, so that positions matter
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
             return as_scalars(model(batch))
 
     straight, moved = (losses(permute, positions=False) for permute in ("never", "always"))
     torch.testing.assert_close(moved, straight)
     straight, moved = (losses(permute, positions=True) for permute in ("never", "always"))
-    assert not torch.isclose(moved["loss_position"], straight["loss_position"], rtol=3e-6)
+    assert not torch.isclose(moved["loss_position"], straight["loss_position"], rtol=1e-4)
 
 
 def test_unknown_permutation_is_told() -> None:

@@ -16,8 +16,12 @@ import torch
 from detectron2.engine import launch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from PIL import Image
 from scripts import command, fails, run, started, wait_for
 
+from relvit_d2.classification.run import split
+from relvit_d2.data.classification.image_folder import read_tree
+from relvit_d2.data.images import similarity
 from relvit_d2.detection.model import build_detector
 from relvit_d2.detection.run import build_trainer, settle, training_batches, training_records
 from relvit_d2.engine import distributed
@@ -95,6 +99,29 @@ def test_a_detectors_gradient_is_the_mean_over_processes_and_parts(
         assert torch.equal(shared, found[-1][1][name])
     if processes > 1:  # else there is nothing to average
         assert any(not torch.allclose(found[0][0][name], found[1][0][name]) for name in found[0][0])
+
+
+def split_here(folder: str) -> None:
+    """In each process: which images are held out, and how many were decoded for it."""
+    decoded: list[object] = []
+    read = similarity.fingerprint_file
+    similarity.fingerprint_file = lambda image: decoded.append(image) or read(image)  # type: ignore[func-returns-value]
+    train, held = split(read_tree(Path(folder, "images")), 0.25, seed=0)
+    found = {"held": list(map(str, held.images)), "train": len(train), "decoded": len(decoded)}
+    Path(folder, f"{comm.get_rank()}.json").write_text(json.dumps(found))
+
+
+def test_one_process_divides_the_classes_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for number in range(24):
+        path = tmp_path / f"images/{'ab'[number % 2]}/{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((16, 16), 50).save(path)
+    launch(split_here, 2, dist_url="auto", args=(str(tmp_path),))
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert (len(first["held"]), first["train"], first["decoded"]) == (6, 18, 24)
+    assert second == first | {"decoded": 0}
 
 
 @pytest.mark.parametrize("launcher", [(), pytest.param(TORCHRUN, marks=pytest.mark.slow)])

@@ -1,9 +1,11 @@
 """Fingerprints of images, groups of equal and nearly equal ones, and the splits that keep them together."""
 
 import io
+import logging
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from relvit_d2.classification import run
 from relvit_d2.classification.run import split
-from relvit_d2.data.classification.image_folder import LabelledImages
+from relvit_d2.data.classification.image_folder import LabelledImages, read_tree
 from relvit_d2.data.detection import splits
 from relvit_d2.data.detection.splits import divide
 from relvit_d2.data.images import similarity
@@ -28,6 +31,7 @@ from relvit_d2.data.images.similarity import (
     fingerprints,
     groups_of,
 )
+from relvit_d2.utils.errors import UserError
 
 SEEDS = st.integers(0, 2**32)
 
@@ -177,6 +181,25 @@ def test_a_division_depends_on_the_pixels_alone_and_keeps_groups_together(seed: 
         assert all(group <= val or not group & val for group in slow_groups(prints, near=True))
 
 
+@settings(max_examples=30, deadline=None)
+@given(SEEDS, st.integers(100, 200))
+def test_small_groups_are_kept_together_at_the_exact_share(seed: int, groups: int) -> None:
+    """Of groups of one to three nearly equal images, one image in five is held out, at most two fewer."""
+    draw = random.Random(seed)
+    prints: list[Fingerprint] = []
+    group_of: list[int] = []
+    for group in range(groups):
+        near = draw.getrandbits(128)
+        for copy in range(draw.randint(1, 3)):
+            bits = sum(1 << bit for bit in draw.sample(range(128), 3 * (copy > 0)))
+            prints.append(Fingerprint(len(prints).to_bytes(16, "big"), near ^ bits))
+            group_of.append(group)
+    val = set(divide(range(len(prints)), "val", prints, "x"))
+    held = {group_of[place] for place in val}
+    assert val == {place for place, group in enumerate(group_of) if group in held}
+    assert len(prints) // 5 - 2 <= len(val) <= len(prints) // 5
+
+
 def test_an_added_image_moves_few_others() -> None:
     prints = [Fingerprint(number.to_bytes(16, "big"), None) for number in range(201)]
     places = list(range(201))
@@ -185,13 +208,13 @@ def test_an_added_image_moves_few_others() -> None:
 
 
 def test_frames_of_one_video_are_divided_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    splits._warn.cache_clear()
+    splits.warn.cache_clear()
     prints = [Fingerprint(number.to_bytes(16, "big"), 2**70 + 2**number) for number in range(50)]
     assert len(divide(prints, "val", prints, "'film'")) == 10
     assert "50 of the 50 images of 'film' are nearly equal" in caplog.text
     same = [prints[0]] * 3
     assert divide(same, "val", same, "'still'") == []
-    assert "3 of the 3 images of 'still' are equal: 0 are held out" in caplog.text
+    assert "3 of the 3 images of 'still' are equal: 0 images are held out instead of 1" in caplog.text
 
 
 def test_classes_are_split_with_copies_together() -> None:
@@ -204,3 +227,79 @@ def test_classes_are_split_with_copies_together() -> None:
     seen = {(image >> 1).numpy().tobytes() for image in train.images}
     assert not any((image >> 1).numpy().tobytes() in seen for image in held.images)
     assert (held.labels.bincount(minlength=4) >= 2).all()
+
+
+def tree(root: Path, seeds: Sequence[int]) -> LabelledImages:
+    """Two classes of photos in files."""
+    for number, seed in enumerate(seeds):
+        path = root / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photo(seed, (16, 16)).save(path)
+    return read_tree(root)
+
+
+def pictures(data: LabelledImages) -> list[object]:
+    images = data.images
+    return [image.numpy().tobytes() for image in images] if isinstance(images, ImageStack) else list(images)
+
+
+@pytest.mark.parametrize("decoded", [False, True])
+def test_equal_images_alone_cannot_be_split(tmp_path: Path, decoded: bool) -> None:
+    data = tree(tmp_path / "same", [0] * 20)
+    with pytest.raises(
+        UserError, match=r"VALIDATION 10\.000% holds out 0 of the 20 images .*, since equal images stay"
+    ):
+        split(data.decoded() if decoded else data, 0.1, seed=0)
+
+
+@pytest.mark.parametrize("decoded", [False, True])
+def test_a_split_is_remembered_until_something_that_decides_it_changes(
+    tmp_path: Path, decoded: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    splits.warn.cache_clear()
+    made = 0
+
+    def counted(*args: Any) -> tuple[set[int], str]:
+        nonlocal made
+        made += 1
+        return splits.hold_out(*args)
+
+    monkeypatch.setattr(run, "hold_out", counted)
+
+    def parts(seeds: Sequence[int], share: float = 0.2, seed: int = 0) -> list[list[object]]:
+        data = tree(tmp_path / "images", seeds) if len(seeds) else read_tree(tmp_path / "images")
+        return [pictures(part) for part in split(data.decoded() if decoded else data, share, seed)]
+
+    first = parts([number // 2 for number in range(40)])
+    assert len(first[1]) == 8 and made == 1
+    assert parts(()) == first and made == 1
+    assert len(parts((), 0.4)[1]) == 16 and made == 2
+    assert parts((), seed=1) != first and made == 3
+    (tmp_path / "cache/relvit_d2/held_out").rename(tmp_path / "held_out")
+    assert parts(()) == first and made == 4
+    (path,) = (tmp_path / "cache/relvit_d2/held_out").iterdir()
+    for number, damaged in enumerate(("", "[]", "3", '[["a"], ""]', path.read_text()[:9])):
+        path.write_text(damaged)
+        assert parts(()) == first and made == 5 + number
+    parts([7] * 39 + [8])
+    assert made == 10 and "are equal: 1 images are held out instead of 8" in caplog.text
+    splits.warn.cache_clear()
+    caplog.clear()
+    parts(())
+    assert made == 10 and "are equal: 1 images" in caplog.text  # at every start
+
+
+def test_images_of_a_large_set_are_not_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(run, "COMPARED", 19)
+    data = tree(tmp_path / "images", range(20))
+    for file in data.images:
+        assert isinstance(file, Path)
+        file.write_bytes(b"")
+    with caplog.at_level(logging.INFO):
+        train, held = split(data, 0.2, seed=0)
+    assert held.labels.bincount().tolist() == [2, 2] and len(train) == 16
+    assert "has more than 19 images, which are not compared" in caplog.text
+    assert not set(train.images) & set(held.images)

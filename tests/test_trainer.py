@@ -1,5 +1,6 @@
 """The trainer's promises: exact resume, metrics once, readable checkpoints, faults as sentences."""
 
+import copy
 import json
 import re
 import time
@@ -293,6 +294,14 @@ def test_a_checkpoint_at_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         Checkpointer(target, "").load(f"http://127.0.0.1:{server.server_port}/model.pth", [])
         server.shutdown()
     assert all(map(torch.equal, source.state_dict().values(), target.state_dict().values()))
+
+
+@pytest.mark.parametrize("path", [None, ""])
+def test_no_path_loads_nothing(path: Any, tmp_path: Path) -> None:
+    model = Regression()
+    before = copy.deepcopy(model.state_dict())
+    assert Checkpointer(model, str(tmp_path)).load(path) == {}
+    torch.testing.assert_close(model.state_dict(), before)
 
 
 def test_only_what_the_reading_and_the_writing_raise_is_a_fault_of_the_file(

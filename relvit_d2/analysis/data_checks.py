@@ -71,7 +71,7 @@ def check_labels(
     sets: Mapping[str, Sequence[Record]],
     classes: Sequence[str],
     cfg: CfgNode,
-    training: str | None = None,
+    training: Sequence[str] = (),
     tests: Sequence[str] = (),
 ) -> Report:
     """Check what the records say; no file is opened.
@@ -80,7 +80,8 @@ def check_labels(
         sets: records by the name of their set.
         classes: names in the order of the category ids.
         cfg: for the training size, the anchors and the limit of detections.
-        training: the set whose boxes are held against the anchors; None: the first.
+        training: sets that are trained on. The anchors are compared with the boxes of the first, or without any with
+            those of the first of ``sets``.
         tests: sets that are evaluated on.
 
     Returns:
@@ -89,16 +90,15 @@ def check_labels(
         :func:`relvit_d2.analysis.anchors.fit_report`; ``faults`` and ``warnings``.
     """
     report: Report = {"sets": {}, "anchors": {}, "faults": [], "warnings": []}
-    training = training or next(iter(sets), None)
+    compared = next(iter([*training, *sets]), None)
     for name, records in sets.items():
         report["sets"][name], sound = _check_set(name, records, classes, cfg, report)
         _check_ids(name, records, report["faults" if name in tests else "warnings"])
-        if name == training and sound is not None:
+        if name == compared and sound is not None:
             report["anchors"] = fit_report(*sound, cfg)
             _judge_anchors(report)
-    trained_on = [name for name in sets if name not in tests]
-    if trained_on and not any(report["sets"][name]["objects"] for name in trained_on):
-        report["faults"].append(f"{' + '.join(trained_on)}: no image has an object to train on: label some")
+    if training and not any(report["sets"][name]["objects"] for name in training):
+        report["faults"].append(f"{' + '.join(training)}: no image has an object to train on: label some")
     for first, second in combinations(sets, 2):
         files = {record["file_name"] for record in sets[first]}
         if shared := [r["file_name"] for r in sets[second] if r["file_name"] in files]:
@@ -123,7 +123,7 @@ def before_training(
     training = " + ".join(cfg.DATASETS.TRAIN)
     # A set that is trained and evaluated on is there twice, and overlaps with itself.
     sets = {f"{training} (training)": records, **tests}
-    report = check_labels(sets, classes, cfg, tests=tuple(tests))
+    report = check_labels(sets, classes, cfg, [next(iter(sets))], tuple(tests))
     for name, facts in report["sets"].items():
         logger.info(f"{name}: {facts['images']} images, {facts['objects']} objects of {len(classes)} classes")
     for warning in report["warnings"]:
@@ -163,9 +163,9 @@ def _check_set(
     if unknown:
         faults.append(_line(name, f"objects with a category_id that is none of 0 to {len(classes) - 1}", unknown))
     limit = cfg.TEST.DETECTIONS_PER_IMAGE
-    full = [r for r in records if sum(not a.get("iscrowd") for a in r.get("annotations", [])) > limit >= 0]
+    full = [r for r in records if sum(not a.get("iscrowd") for a in r.get("annotations", [])) > limit]
     if full:
-        what = f"images with more objects than TEST.DETECTIONS_PER_IMAGE {limit}, of which the rest cannot be found"
+        what = f"images with more objects than TEST.DETECTIONS_PER_IMAGE {limit}; those beyond it cannot be found"
         warnings.append(_line(name, what, full))
     if not facts["objects"]:
         what = "not one object in its images" if records else "no image"
@@ -315,10 +315,8 @@ def check_images(
             if record and not facts[path].fault and (record["width"], record["height"]) != (width, height)
         ]
         if wrong:
-            what = (
-                "images of another size than the one in their label, or if it has none, than when the labels were read"
-            )
-            faults.append(_line(name, what, wrong))
+            line = _line(name, "images whose size is not the recorded one", wrong)
+            faults.append(f"{line}. Correct the label; if it has no size, the image changed after it was read")
     readable = [fact for fact in facts.values() if not fact.fault]
     flat = [fact.path for fact in readable if (fact.histogram > 0).sum() == len(fact.histogram)]
     if flat:

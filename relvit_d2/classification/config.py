@@ -27,8 +27,8 @@ def add_classification_config(cfg: CfgNode) -> None:
     add_load_size_config(cfg)
     add_class_set_config(cfg)
     add_groups(cfg, "MODEL.CLASSIFIER", "INPUT.VIEW")
-    # cls: the classifier reads the class token, of an encoder without one the mean of the patch tokens, as the authors'
-    # does; mean: that mean. Pre-training trains no class token.
+    # cls: the classifier reads the class token; if the encoder has none, it reads the mean of the patch tokens, like
+    # the authors' code. mean: it always reads the mean of the patch tokens. Pre-training trains no class token.
     cfg.MODEL.CLASSIFIER.POOL = "cls"
     # share of the training images, or a set, that the best model is chosen on; "": none
     cfg.DATASETS.VALIDATION = "10%"

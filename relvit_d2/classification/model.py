@@ -28,8 +28,8 @@ class Classifier(nn.Module):
     Args:
         encoder: what the head reads.
         classes: how many there are.
-        pool: ``cls``, the class token, of an encoder without one the mean of the patch tokens (the authors',
-            models/relvit.py:218-227); ``mean``, that mean.
+        pool: what the head reads. ``cls``: the class token, or the mean of the patch tokens if the encoder has no class
+            token (like the authors' code, models/relvit.py:218-227). ``mean``: always the mean of the patch tokens.
 
     Raises:
         UserError: for another ``pool``.

@@ -1,6 +1,7 @@
 """A classifier's data, training and evaluation, from a config."""
 
 import argparse
+import hashlib
 import logging
 import re
 import shlex
@@ -10,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.utils import comm
@@ -17,12 +19,13 @@ from fvcore.common.config import CfgNode
 
 from relvit_d2.classification.model import ClassificationModel, build_classifier
 from relvit_d2.classification.probes import features, linear_probe
+from relvit_d2.data.cache import remembered
 from relvit_d2.data.classification.datasets import list_class_sets
 from relvit_d2.data.classification.image_folder import LabelledImages, check_same_classes, places
-from relvit_d2.data.detection.splits import hold_out
+from relvit_d2.data.detection.splits import hold_out, warn
 from relvit_d2.data.images.batches import ImageStack, TrainingBatches, fixed_batches
 from relvit_d2.data.images.decode import image_size
-from relvit_d2.data.images.similarity import fingerprint, fingerprints
+from relvit_d2.data.images.similarity import NEAR, VERSION, file_state, fingerprint, fingerprints
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.run_setup import keep_config, start_run
 from relvit_d2.engine.trainer import Trainer
@@ -33,6 +36,7 @@ from relvit_d2.utils.files import write_json
 from relvit_d2.utils.randomness import generator
 
 WATCHED = "watched_test"  # the test set's name where it chooses the model
+COMPARED = 200_000  # images at most that are decoded to find equal ones, which takes minutes
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +118,8 @@ def split(data: LabelledImages, share: float, seed: int) -> tuple[LabelledImages
     """Return what stays for training and what is held out: ``share``, 0..1, of all images, and so of each class.
 
     Equal and nearly equal images stay together, see :func:`relvit_d2.data.detection.splits.hold_out`; where there are
-    none, the shares are exact.
+    none, or with more than ``COMPARED`` images, which are not compared, the shares are exact. In a run of several
+    processes the first one compares the images, and the others read the result from the user's cache.
 
     Raises:
         UserError: if nothing would be held out, or nothing stay.
@@ -123,26 +128,54 @@ def split(data: LabelledImages, share: float, seed: int) -> tuple[LabelledImages
     shuffled = data.labels[order]
     quantile = (places(shuffled) + 0.5) / shuffled.bincount()[shuffled]
     order, count = order[quantile.argsort(stable=True)], round(share * len(data))
-    if not 0 < count < len(data):
+    chosen: list[int] = []
+    if 0 < count < len(data):
+        chosen = order[:count].tolist() if len(data) > COMPARED else _hold_out_groups(data, order, count)
+        if len(data) > COMPARED:
+            logger.info(
+                f"data set '{data.name}' has more than {COMPARED} images, which are not compared: equal ones may be "
+                "both trained on and held out"
+            )
+    if not chosen:
+        why = ", since equal images stay together" if 0 < count < len(data) else ""
         raise UserError(
-            f"DATASETS.VALIDATION {share:.3%} holds out {count} of the {len(data)} images of '{data.name}': "
-            "give another share, or '' for none"
+            f"DATASETS.VALIDATION {share:.3%} holds out {count if not why else 0} of the {len(data)} images of "
+            f"'{data.name}'{why}: give another share, or '' for none"
         )
-    if not comm.is_main_process():
-        comm.synchronize()  # the main process fills the cache of fingerprints
+    held = torch.zeros(len(data), dtype=torch.bool)
+    held[chosen] = True
+    return data.take((~held).nonzero()[:, 0]), data.take(held.nonzero()[:, 0])
+
+
+def _hold_out_groups(data: LabelledImages, order: torch.Tensor, count: int) -> list[int]:
+    """Return the numbers of about ``count`` images to hold out, the first of ``order``, copies all or none."""
     images = data.images
+    total = hashlib.blake2b(f"{VERSION} {NEAR} {count}\0".encode(), digest_size=16)
+    total.update(order.numpy().tobytes())
     if isinstance(images, ImageStack):
-        prints = [fingerprint(image.permute(1, 2, 0).contiguous().cpu().numpy()) for image in images]
+        pixels = images.pixels.cpu().numpy()
+        total.update(f"{pixels.shape}".encode())
+        total.update(np.ascontiguousarray(pixels).data.cast("B"))
     else:
-        prints = fingerprints(images, Path(data.name))
+        total.update("\n".join(map(file_state, images)).encode(errors="surrogateescape"))
+
+    def make() -> tuple[list[int], str]:
+        if isinstance(images, ImageStack):
+            prints = [fingerprint(image.permute(1, 2, 0).contiguous().cpu().numpy()) for image in images]
+        else:
+            prints = fingerprints(images, Path(data.name))
+        ranks = order.argsort().tolist()
+        held, warning = hold_out(prints, count, lambda group: min(ranks[i] for i in group), f"'{data.name}'")
+        return sorted(held), warning
+
+    if not comm.is_main_process():
+        comm.synchronize()  # until the first process has filled the cache
+    held, warning = remembered("held_out", total.hexdigest(), make)
     if comm.is_main_process():
         comm.synchronize()
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order))
-    ranks = rank.tolist()
-    held = torch.zeros(len(data), dtype=torch.bool)
-    held[list(hold_out(prints, count, lambda group: min(ranks[i] for i in group), f"'{data.name}'"))] = True
-    return data.take((~held).nonzero()[:, 0]), data.take(held.nonzero()[:, 0])
+    if warning:
+        warn(warning)
+    return held
 
 
 def settle(cfg: CfgNode, data: ClassificationData) -> CfgNode:

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
     if wanted and not labelled:
         report["warnings"] += not_recognised(names)
     if labelled:
-        report = check_labels(sets, classes, cfg, tests=tests)
+        report = check_labels(sets, classes, cfg, tuple(dict.fromkeys(cfg.DATASETS.TRAIN)), tests)
         print_labels(report, len(classes))
     with tqdm(total=len({str(file_of(item)) for items in sets.values() for item in items}), unit="image") as bar:
         images = check_images(sets, cfg, labelled, bar.update)

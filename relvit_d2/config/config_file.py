@@ -79,11 +79,13 @@ def read_config(config_file: str, overrides: list[str], tasks: Mapping[str, Task
     chosen = tasks[_task_name(path, [content for _, content, _ in files], task)]
     cfg = chosen.defaults()
 
+    defaults = flat(cfg.clone())
+
     def refusal(key: str) -> str:
         return _why_unknown(key, cfg, chosen, tasks)
 
     for file, content, written in files:
-        _merge(cfg, content, written, f"config file '{file}'", refusal)
+        _merge(cfg, content, written, f"config file '{file}'", defaults, refusal)
     if flag := next((word for word in overrides[::2] if word.startswith("--")), None):
         raise UserError(f"'{flag}' stands among the KEY VALUE pairs; flags go before them")
     if len(overrides) % 2:
@@ -93,13 +95,10 @@ def read_config(config_file: str, overrides: list[str], tasks: Mapping[str, Task
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):
         where, content, written = f"override '{key} {value}'", _decode(value), value
         if isinstance(value, str) and value.startswith("{"):  # a mapping, as of DATASETS.CUSTOM
-            try:
-                content, written = yaml.safe_load(value), yaml.load(value, yaml.BaseLoader)
-            except yaml.YAMLError as error:
-                raise UserError(f"{where}: {' '.join(str(error).split())}") from error
+            content, written = _parsed(value, where)
         for part in reversed(key.split(".")):
             content, written = {part: content}, {part: written}
-        _merge(cfg, content, written, where, refusal)
+        _merge(cfg, content, written, where, defaults, refusal)
     if chosen.name != cfg.TASK:
         raise UserError(f"override 'TASK {cfg.TASK}': the config is of the task {chosen.name}; give another config")
     return cfg
@@ -153,18 +152,37 @@ def use_here(cfg: CfgNode) -> None:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """yaml's loader, less its habit of taking the last of two equal keys."""
+    """yaml's loader with keys as the text that is written, and without its habit of taking the last of two equal keys.
+
+    ``name`` is the origin of the yaml, for errors.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if str(key.value) in seen:
                 raise UserError(
-                    f"config file '{self.name}' has the key '{key.value}' twice in one place, the second time in line "
+                    f"{self.name} has the key '{key.value}' twice in one place, the second time in line "
                     f"{key.start_mark.line + 1}: remove one"
                 )
             seen.add(str(key.value))
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":  # <<
+                key.tag = "tag:yaml.org,2002:str"
         return super().construct_mapping(node, deep)
+
+
+def _parsed(text: str, where: str) -> tuple[Any, Any]:
+    """Return yaml as Python values, and with all scalars as text; keys are text in both.
+
+    Raises:
+        UserError: if the text is not valid yaml; ``where`` names its origin.
+    """
+    try:
+        loader = _StrictLoader(text)
+        loader.name = where
+        return loader.get_single_data(), yaml.load(text, yaml.BaseLoader)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-01
+        raise UserError(f"{where} is not valid yaml: {' '.join(str(error).split())}") from error
 
 
 def _files(path: Path, above: tuple[Path, ...]) -> Iterator[tuple[Path, dict[str, Any], Any]]:
@@ -173,16 +191,12 @@ def _files(path: Path, above: tuple[Path, ...]) -> Iterator[tuple[Path, dict[str
     if path.resolve() in above:
         raise UserError(f"config file '{path}' builds on itself through _BASE_: take one _BASE_ out")
     try:
-        with path.open(encoding="utf-8") as file:
-            content = yaml.load(file, _StrictLoader)
-            file.seek(0)
-            written = yaml.load(file, yaml.BaseLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"config file '{path}' is not valid yaml: {' '.join(str(error).split())}") from error
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         by = f"; '{above[-1]}' builds on it" if above else ""
         what = "does not exist" if isinstance(error, FileNotFoundError) else "cannot be read as text"
         raise UserError(f"config file '{path}' {what}{by}") from error
+    content, written = _parsed(text, f"config file '{path}'")
     if not isinstance(content, dict):
         raise UserError(f"config file '{path}' holds no keys; write KEY: VALUE lines")
     bases = content.pop("_BASE_", [])
@@ -210,9 +224,10 @@ def _decode(value: Any) -> Any:
 
 def _merge(
     node: CfgNode,
-    content: dict[Any, Any],
+    content: dict[str, Any],
     written: Any,
     where: str,
+    defaults: dict[str, Any],
     refusal: Callable[[str], str],
     prefix: str = "",
 ) -> None:
@@ -223,6 +238,7 @@ def _merge(
         content: values by name.
         written: the same with scalars as text.
         where: the origin of the content, for errors.
+        defaults: the defaults by the full names of all keys; they decide the types.
         refusal: unknown key -> why it is refused.
         prefix: the full name of ``node`` with a dot.
 
@@ -230,7 +246,7 @@ def _merge(
         UserError: for an unknown key or a value of the wrong type.
     """
     for name, value in content.items():
-        key, text = f"{prefix}{name}", written.get(str(name)) if isinstance(written, dict) else None
+        key, text = f"{prefix}{name}", written.get(name) if isinstance(written, dict) else None
         text = value if text is None else text
         if name not in node and not node.is_new_allowed():
             inner = flat(value, f"{key}.") if isinstance(value, dict) else {}
@@ -240,7 +256,7 @@ def _merge(
             default = node[name] = CfgNode(new_allowed=True)
         if isinstance(default, CfgNode):
             if isinstance(value, dict):
-                _merge(default, value, text, where, refusal, f"{key}.")
+                _merge(default, value, text, where, defaults, refusal, f"{key}.")
             elif value is not None:  # what a group without keys is in yaml
                 raise UserError(
                     f"{where}: {key} is a group of keys and takes no value; set {key}.{next(iter(default), 'NAME')}"
@@ -248,10 +264,12 @@ def _merge(
         elif name not in node or node.is_new_allowed():
             node[name] = text
         else:
+            default, example = defaults[key], ""
+            if isinstance(default, list | tuple):
+                example = f", such as {default}" if default else " of text"
             try:
                 node[name] = _as_type_of(default, value, text)
             except (TypeError, ValueError, OverflowError) as error:
-                example = f", such as {default}" if isinstance(default, list | tuple) and default else ""
                 raise UserError(
                     f"{where}: key {key} takes a value of type {type(default).__name__}{example}, not {value!r} of "
                     f"type {type(value).__name__}"
@@ -278,7 +296,7 @@ def _as_type_of(default: Any, value: Any, written: Any) -> Any:
         return str(written)
     value = _decode(value)
     if kind is bool and isinstance(value, str):
-        value = yaml.safe_load(value)  # true, no, ...
+        value = yaml.SafeLoader.bool_values.get(value.lower(), value)  # true, no, ...
     if isinstance(value, int | float) and (kind is bool or not isinstance(value, bool)):
         number = kind(value)
         if number != value:
@@ -292,15 +310,22 @@ def _as_type_of(default: Any, value: Any, written: Any) -> Any:
 
 
 def _items(default: Any, values: Any, written: Any) -> Iterator[Any]:
-    """Yield the items of a list in the type of the items of ``default``; numbers may have fractions."""
-    default = default[0] if default else None
+    """Yield the items of a list in the type of the items of ``default``; numbers may have fractions.
+
+    A tuple that is empty by default, such as ``DATASETS.TRAIN``, is one of text; a list, such as
+    ``TEST.EXPECTED_RESULTS``, takes what it is given.
+    """
+    if default == []:
+        yield from values
+        return
+    default = default[0] if default else ""
     texts = written if isinstance(written, list) else values
     for value, text in zip(values, texts, strict=True):
-        if isinstance(value, list | tuple) and (default is None or isinstance(default, list | tuple)):
-            yield type(value)(_items(default or (), value, text))
+        if isinstance(value, list | tuple) and isinstance(default, list | tuple):
+            yield type(value)(_items(default, value, text))
         elif isinstance(default, str):
             yield _as_type_of(default, value, text)
-        elif default is not None:
+        else:
             number = _decode(value)
             while isinstance(default, list | tuple):  # Detectron2 takes one list of anchors for all levels too
                 default = default[0]
@@ -308,5 +333,3 @@ def _items(default: Any, values: Any, written: Any) -> Iterator[Any]:
                 raise TypeError
             # INPUT.CROP.SIZE is a share or a number of pixels: an integer stays one.
             yield int(number) if type(default) is int and number == int(number) else number
-        else:
-            yield value

@@ -67,6 +67,32 @@ def cached(name: str, root: Path, sources: Iterable[Path], read: Callable[[], La
     return *from_coco(document, root), notes
 
 
+def remembered(kind: str, key: str, make: Callable[[], tuple[list[int], str]]) -> tuple[list[int], str]:
+    """Return the numbers and the note that ``make`` returns, from the cache if they were made before.
+
+    Where the cache cannot be written, they are made every time.
+
+    Args:
+        kind: the folder in the cache.
+        key: a digest of all that decides the result.
+        make: returns whole numbers and a text.
+    """
+    path = cache_root() / kind / f"{key}.json"
+    try:
+        numbers, note = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(note, str) and all(type(number) is int for number in numbers):
+            return list(numbers), note
+    except (OSError, ValueError, TypeError):
+        pass  # absent, or damaged
+    made = make()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(made))
+    except (OSError, UserError) as error:
+        logger.info(f"what belongs into {path} is made anew at every start: the cache cannot be written ({error})")
+    return made
+
+
 def to_coco(classes: Sequence[str], records: Sequence[Record], root: Path) -> dict[str, Any]:
     """Return records as a COCO annotation file's content; category ids are the contiguous ones.
 

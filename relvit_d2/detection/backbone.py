@@ -205,14 +205,24 @@ def build_encoder_pyramid_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Simp
     top = EverySecondCell(f"p{int(math.log2(strides[-1]))}") if keys.TOP_BLOCK else None
     build = _over_maps if name == "fpn" else _over_one_stride
     backbone = build(encoder, strides, top, keys, name)
-    levels = list(backbone.output_shape())
-    for key, wanted in (
-        ("MODEL.RPN.IN_FEATURES", cfg.MODEL.RPN.IN_FEATURES),
-        ("MODEL.ROI_HEADS.IN_FEATURES", cfg.MODEL.ROI_HEADS.IN_FEATURES),
-    ):
-        if missing := set(wanted) - set(levels):
-            raise UserError(f"{key} names {sorted(missing)}, but MODEL.PYRAMID has the levels {levels}")
+    check_levels(cfg, list(backbone.output_shape()), "MODEL.PYRAMID")
     return backbone
+
+
+def check_levels(cfg: CfgNode, levels: list[str], owner: str) -> None:
+    """Refuse heads that read a level that the backbone does not have.
+
+    Args:
+        cfg: the config.
+        levels: names of the backbone's levels.
+        owner: what has these levels, for the error.
+
+    Raises:
+        UserError: a level in ``IN_FEATURES`` is missing.
+    """
+    for part in ("RPN", "ROI_HEADS"):
+        if missing := set(cfg.MODEL[part].IN_FEATURES) - set(levels):
+            raise UserError(f"MODEL.{part}.IN_FEATURES names {sorted(missing)}, but {owner} has the levels {levels}")
 
 
 def _over_one_stride(

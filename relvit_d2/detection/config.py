@@ -42,7 +42,7 @@ def add_relvit_config(cfg: CfgNode) -> None:
     cfg.MODEL.PYRAMID.STRIDES = [4, 8, 16, 32]  # pixels per cell of each level, powers of two
     cfg.MODEL.PYRAMID.TOP_BLOCK = True  # one more level, the last one at every second cell (p6)
     cfg.MODEL.PYRAMID.OUT_CHANNELS = 256  # of every level
-    cfg.MODEL.PYRAMID.NORM = "LN"  # one of Detectron2's norm names
+    cfg.MODEL.PYRAMID.NORM = "LN"  # LN, GN, FrozenBN, or "" for none
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 0  # 0: as many as the data set has
     cfg.MODEL.RELVIT.GRID = [7, 7]  # joint training: rows and columns of the grid of positions, for images of any size
     cfg.DATASETS.TRAIN_DIFFICULT = True  # train on VOC's difficult objects, as Detectron2 does
@@ -86,5 +86,6 @@ DETECTION = Task(
     | {
         "MODEL.KEYPOINT_ON": "nothing, keypoints are not supported",
         "MODEL.LOAD_PROPOSALS": "nothing, the detector proposes",
+        "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": "nothing, it needs counts of images by class, which are not known",
     },
 )

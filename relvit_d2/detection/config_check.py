@@ -34,7 +34,6 @@ _RANGES = {
 _NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "LN", "naiveSyncBN", "naiveSyncBN_N", "nnSyncBN")
 _BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
 _CHOICES = {
-    "MODEL.PYRAMID.NORM": _NORMS,
     "MODEL.ROI_BOX_HEAD.NORM": _NORMS,
     "MODEL.ROI_MASK_HEAD.NORM": _NORMS,
     "MODEL.RPN.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
@@ -57,6 +56,9 @@ _REGISTRIES = {
     "MODEL.ROI_BOX_HEAD.NAME": "roi_heads.ROI_BOX_HEAD_REGISTRY",
     "MODEL.ROI_MASK_HEAD.NAME": "roi_heads.ROI_MASK_HEAD_REGISTRY",
 }
+# The number of passes through the pyramid depends on the images of a process's batch: those of one size pass together.
+_PYRAMID_NORMS = ("", "LN", "GN", "FrozenBN")
+_MAIN_HEADS = "StandardROIHeads"  # Detectron2's default takes one level only
 _ROTATED = ("RotatedAnchorGenerator", "RRPN", "RROIHeads")
 
 
@@ -68,7 +70,7 @@ def check_config(cfg: CfgNode, defaults: CfgNode) -> None:
         defaults: the same without any change of the user's.
 
     Raises:
-        UserError: for a number out of its range, a name that is not offered, or lists whose lengths contradict.
+        UserError: for a number out of its range, a name that is not supported, or lists whose lengths contradict.
     """
     for key, (least, most) in _RANGES.items():
         number = _get(cfg, key)
@@ -78,7 +80,13 @@ def check_config(cfg: CfgNode, defaults: CfgNode) -> None:
             raise UserError(f"{key} {number} is too large: give {most} or less")
     for key, names in _CHOICES.items():
         if (name := _get(cfg, key)) not in names:
-            raise UserError(f"{key} '{name}' is not offered; give {', '.join(name or repr('') for name in names)}")
+            raise UserError(f"{key} '{name}' is not supported; give {_listed(names)}")
+    if (norm := cfg.MODEL.PYRAMID.NORM) not in _PYRAMID_NORMS:
+        reason = ", for it needs statistics over the batch, and images of different sizes pass the pyramid separately"
+        raise UserError(
+            f"MODEL.PYRAMID.NORM '{norm}' is not supported{reason if norm in _NORMS else ''}; give "
+            f"{_listed(_PYRAMID_NORMS)}"
+        )
     for key, registry in _REGISTRIES.items():
         if (name := _get(cfg, key)) != (default := _get(defaults, key)):
             _check_registered(key, name, default, registry)
@@ -95,14 +103,21 @@ def _get(cfg: CfgNode, key: str) -> Any:
     return reduce(getattr, key.split("."), cfg)
 
 
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(name or repr("") for name in names)
+
+
 def _check_registered(key: str, name: str, default: str, registry: str) -> None:
     import detectron2.modeling  # takes seconds, and few configs need it
 
     known = [known for known, _ in reduce(getattr, registry.split("."), detectron2.modeling)]
     if name not in known:
         raise UserError(f"{key} '{name}' is not registered in Detectron2{nearest(name, known)}")
+    default = _MAIN_HEADS if key == "MODEL.ROI_HEADS.NAME" else default
     if name in _ROTATED:
         raise UserError(f"{key} '{name}' is for rotated boxes, which are not supported: set {default}")
+    if name == "CascadeROIHeads":
+        raise UserError(f"{key} '{name}' has several box heads, which are not supported: set {default}")
 
 
 def _check_sizes(keys: CfgNode) -> None:

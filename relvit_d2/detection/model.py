@@ -5,11 +5,11 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from detectron2.modeling import GeneralizedRCNN, build_model
+from detectron2.modeling import GeneralizedRCNN, build_backbone, build_model
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
-from relvit_d2.detection import backbone  # noqa: F401  (registers the backbone)
+from relvit_d2.detection.backbone import build_encoder_pyramid_backbone, check_levels
 from relvit_d2.detection.config import add_relvit_config
 from relvit_d2.detection.rcnn import RelViTRCNN
 from relvit_d2.detection.regions import HEADS
@@ -36,24 +36,49 @@ def build_detector(cfg: CfgNode) -> GeneralizedRCNN:
         )
     cfg = cfg.clone()
     cfg.defrost()
+    if build_encoder_pyramid_backbone.__name__ != cfg.MODEL.BACKBONE.NAME:
+        _check_other_backbone(cfg)
     cfg.MODEL.META_ARCHITECTURE = RelViTRCNN.__name__
     for part in (cfg.MODEL.PROPOSAL_GENERATOR, cfg.MODEL.ROI_HEADS):
         part.NAME = HEADS.get(part.NAME, part.NAME)
     try:
         model = build_model(cfg)
-        rpn, box = model.proposal_generator.rpn_head, model.roi_heads.box_predictor
-        last = [rpn.objectness_logits, rpn.anchor_deltas, box.cls_score, box.bbox_pred]
-    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
-        reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line  # many assertions have no message
-        raise UserError(
-            f"Detectron2 cannot build this detector ({type(error).__name__}: {reason}): correct the keys under MODEL; "
-            "RELVIT_DEBUG=1 shows where it failed"
-        ) from error
+    except (AssertionError, ValueError) as error:  # how Detectron2 refuses values
+        raise _refused("this detector", error) from error
+    rpn, box = model.proposal_generator.rpn_head, model.roi_heads.box_predictor
+    last = [rpn.objectness_logits, rpn.anchor_deltas, box.cls_score, box.bbox_pred]
     if cfg.MODEL.MASK_ON:
         last.append(model.roi_heads.mask_head.predictor)
     for layer in last:
         layer.forward = partial(_in_float32, layer.forward)
     return model
+
+
+def _check_other_backbone(cfg: CfgNode) -> None:
+    """Refuse a backbone of another project's from which no detector can be built; ours checks its keys itself.
+
+    Raises:
+        UserError: if it cannot be built, lacks a level that the heads read, or has no encoder to pre-train jointly.
+    """
+    name = cfg.MODEL.BACKBONE.NAME
+    if cfg.MODEL.RELVIT.JOINT:
+        raise UserError(
+            f"MODEL.RELVIT.JOINT trains an encoder, and MODEL.BACKBONE.NAME '{name}' has none: set "
+            f"{build_encoder_pyramid_backbone.__name__}, or MODEL.RELVIT.JOINT False"
+        )
+    try:
+        levels = list(build_backbone(cfg).output_shape())
+    except (AssertionError, LookupError, ValueError) as error:
+        raise _refused(f"MODEL.BACKBONE.NAME '{name}'", error) from error
+    check_levels(cfg, levels, name)
+
+
+def _refused(what: str, error: Exception) -> UserError:
+    reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line  # many assertions have no message
+    return UserError(
+        f"Detectron2 cannot build {what} ({type(error).__name__}: {reason}): correct the keys under MODEL; "
+        "RELVIT_DEBUG=1 shows where it failed"
+    )
 
 
 def _in_float32(forward: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:

@@ -98,15 +98,18 @@ def mask_notes(asked: CfgNode, cfg: CfgNode, records: Records, tests: dict[str, 
         return []
     if not cfg.MODEL.MASK_ON:
         bare = len(without_mask(records))
-        return [
-            f"{f'{bare} objects have no mask' if bare else 'no object'}: the mask head is off, there is box AP only"
-        ]
+        reason = f"{_objects(bare)} without a mask" if bare else "there are no objects"
+        return [f"the mask head is off and only box AP is computed: {reason}"]
     counts = {name: len(without_mask(test)) for name, test in tests.items()}
     return [
-        f"{count} objects of {name} have no mask: box AP is computed on it, but no mask AP"
+        f"only box AP is computed on {name}: {_objects(count)} without a mask"
         for name, count in counts.items()
         if count
     ]
+
+
+def _objects(count: int) -> str:
+    return "there is 1 object" if count == 1 else f"there are {count} objects"
 
 
 def evaluated_records(tests: dict[str, Records]) -> Records:
@@ -170,8 +173,9 @@ def build_trainer(cfg: CfgNode, model: GeneralizedRCNN, records: Records, tests:
 
 
 def evaluate(cfg: CfgNode, model: GeneralizedRCNN, tests: dict[str, Records]) -> dict[str, Any]:
-    """Evaluate on each of ``tests``; write ``inference/results.json``.
+    """Evaluate on each of ``tests``; write ``results.json`` and ``evaluation.json`` into ``inference/``.
 
+    The second holds the limit of detections.
     Detections go into ``inference/``, of several sets each into a folder of the set's name there.
 
     Returns:
@@ -231,7 +235,9 @@ def check_expected_results(cfg: CfgNode, results: dict[str, Any]) -> None:
 def _written(cfg: CfgNode, results: dict[str, Any]) -> dict[str, Any]:
     """Write the results by data set; return those of the only one, or all."""
     if comm.is_main_process() and results:
-        write_json(Path(cfg.OUTPUT_DIR) / "inference" / "results.json", results)
+        inference = Path(cfg.OUTPUT_DIR) / "inference"
+        write_json(inference / "results.json", results)
+        write_json(inference / "evaluation.json", {"detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE})
     return next(iter(results.values())) if len(results) == 1 else results
 
 

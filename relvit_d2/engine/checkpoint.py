@@ -131,7 +131,7 @@ class Checkpointer(DetectionCheckpointer):
             UserError: if the file is missing, cannot be downloaded, is not a checkpoint, or does not fit the model or
                 the optimiser.
         """
-        if "://" in path:
+        if path and "://" in path:
             download(path)  # into the cache, from which Detectron2 takes it
         elif path and not Path(path).is_file():
             raise UserError(

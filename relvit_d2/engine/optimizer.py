@@ -84,7 +84,7 @@ def build_clipper(cfg: CfgNode, model: nn.Module) -> "GradientClipper":
     clip = cfg.SOLVER.CLIP_GRADIENTS
     if clip.ENABLED and clip.CLIP_TYPE != "full_model":
         raise UserError(
-            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE '{clip.CLIP_TYPE}' clips each tensor on its own and is not offered; "
+            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE '{clip.CLIP_TYPE}' clips each tensor on its own and is not supported; "
             "set it to full_model (the global norm) or set SOLVER.CLIP_GRADIENTS.ENABLED False"
         )
     return GradientClipper(model, clip.CLIP_VALUE if clip.ENABLED else float("inf"), clip.NORM_TYPE)

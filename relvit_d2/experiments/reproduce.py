@@ -230,7 +230,7 @@ def why_no_verdict(paper: PaperData, run: Run, images: ImageCounts, scale: float
     if train != paper.train:
         return f"the paper trains on {paper.train}, here it is {train}"
     if count != paper.images[0]:
-        out = f", for {images.held_out:,} are held out to choose the model" if images.held_out else ""
+        out = f", because {images.held_out:,} are held out to choose the model" if images.held_out else ""
         return f"the paper trains on {paper.images[0]:,} images, here it is on {count:,}{out}"
     if images.test != paper.images[1]:
         return f"the paper tests on {paper.images[1]:,} images, here it is on {images.test:,}"

@@ -1,6 +1,5 @@
 """Detections in images and videos, written as annotated pictures and COCO results."""
 
-import glob
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from relvit_d2.data.images.decode import UnreadableImageError
-from relvit_d2.data.images.folder import EXTENSIONS, list_images
+from relvit_d2.data.images.folder import EXTENSIONS, list_images, matching_files
 from relvit_d2.detection.predictor import load_detector
 from relvit_d2.engine.run_setup import silence
 from relvit_d2.report.predictions import coco_results, draw_instances
@@ -94,8 +93,7 @@ def found(word: str) -> list[Path]:
     path = Path(word)
     if path.is_dir():
         return list_images(path, EXTENSIONS | VIDEOS)
-    files = [path] if path.is_file() else sorted(map(Path, glob.glob(word, recursive=True)))  # noqa: PTH207  (takes absolute patterns)
-    files = [file for file in files if file.is_file() and file.suffix.lower() in EXTENSIONS | VIDEOS]
+    files = matching_files(path, EXTENSIONS | VIDEOS)
     if not files:
         raise UserError(f"--input '{word}' is no image, folder, pattern or video that exists; correct the path")
     return files

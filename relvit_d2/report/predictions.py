@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -162,13 +162,24 @@ def class_color(index: int) -> Color:
 
 def font(size: int, text: str = "") -> ImageFont.FreeTypeFont:
     """Return the font of all pictures in a size of pixels, or for a text that it lacks letters of an installed one."""
-    return ImageFont.truetype(font_of(text) or _FONT, size)
+    return _face(font_of(text) or _FONT, size)
+
+
+@lru_cache(maxsize=64)
+def _face(path: str, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(path, size)
+
+
+def font_of(text: str) -> str | None:
+    """Return the file of a font that has all characters of a text and those of scores and counts, or None.
+
+    It is that of all pictures, else an installed one; labels of one class have the same.
+    """
+    return _file_with(frozenset(map(ord, text + _BESIDE)))
 
 
 @cache
-def font_of(text: str) -> str | None:
-    """Return the file of a font that has all characters of a text: that of all pictures, else an installed one."""
-    letters = {ord(letter) for letter in text}
+def _file_with(letters: frozenset[int]) -> str | None:
     if letters <= _characters(_FONT):
         return _FONT
     return next((path for path in _installed_fonts() if letters <= _characters(path)), None)
@@ -192,7 +203,7 @@ def _characters(path: str) -> frozenset[int]:
 
 def legible(class_names: Sequence[str]) -> list[str]:
     """Return class names for a picture: the number of the class where no installed font has the name's letters."""
-    return [name if font_of(name + _BESIDE) else str(number) for number, name in enumerate(class_names)]
+    return [name if font_of(name) else str(number) for number, name in enumerate(class_names)]
 
 
 def escaped(text: str) -> str:

@@ -28,6 +28,7 @@ class Run:
         info: what ``run.json`` says of script, command, versions and machine; empty where there is none.
         rows: the lines of ``metrics.json``, the last one of each iteration.
         results: ``inference/results.json``: data set -> task -> figure -> value; empty where there is none.
+        detection_limit: detections of an image that the AP in ``results`` counts.
     """
 
     folder: Path
@@ -36,6 +37,7 @@ class Run:
     info: dict[str, Any]
     rows: list[dict[str, Any]]
     results: dict[str, Any]
+    detection_limit: int = COCO_LIMIT
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the iterations that have a finite value of a scalar, and the values, both ``(n,)``."""
@@ -53,11 +55,6 @@ class Run:
     def detects(self) -> bool:
         """Whether it is a run of a detector."""
         return self.config.get("TASK") == "detection"
-
-    @property
-    def detection_limit(self) -> int:
-        """Detections of an image that its AP counts."""
-        return int(self.config.get("TEST.DETECTIONS_PER_IMAGE", COCO_LIMIT))
 
     @property
     def pretrains(self) -> bool:
@@ -88,6 +85,9 @@ def _read(folder: Path, name: str) -> Run:
         config = flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
         info = _json(folder / "run.json")
         results = {k: v for k, v in _json(folder / "inference" / "results.json").items() if isinstance(v, dict)}
+        # An evaluation alone may have had another limit than the training, whose config it leaves.
+        evaluation = _json(folder / "inference" / "evaluation.json")
+        limit = int(evaluation.get("detections_per_image", config.get("TEST.DETECTIONS_PER_IMAGE", COCO_LIMIT)))
         lines = (
             (folder / "metrics.json").read_text(encoding="utf-8").splitlines()
             if (folder / "metrics.json").is_file()
@@ -96,7 +96,7 @@ def _read(folder: Path, name: str) -> Run:
         rows = {row["iteration"]: row for row in map(json.loads, lines)}
     except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"the files of the run '{folder}' are damaged ({error}): give another run") from error
-    return Run(folder, name, config, info, [rows[i] for i in sorted(rows)], results)
+    return Run(folder, name, config, info, [rows[i] for i in sorted(rows)], results, limit)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -255,8 +255,9 @@ def _categories(document: dict[str, Any], json_file: Path) -> tuple[list[str], d
     roots = {number for number, name in names.items() if parents[number] != name and name in map(str, parents.values())}
     twice = {name for name, count in Counter(names.values()).items() if count > 1}
     kept = {number: name for number, name in sorted(names.items()) if not (number in roots and name in twice)}
-    lost = twice - set(kept.values())
-    check_unique([*kept.values(), *lost, *lost], f"the categories of {json_file}")
+    often = Counter(kept.values())
+    if several := [name for name in names.values() if often[name] != 1]:
+        raise UserError(f"{json_file} has two categories with the name '{several[0]}': give each its own")
     if not names:
         raise UserError(f"{json_file} has no categories: list what the objects can be")
     places = {name: place for place, name in enumerate(kept.values())}

@@ -23,6 +23,7 @@ LISTS_OF_NAMES = ("classes.txt", "obj.names")
 YAML = (".yaml", ".yml")
 DEEPEST = 2  # folders below the root in which a YAML file may be the description
 KEYS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+MARKS = re.compile(rf"\b(names|kpt_shape|{'|'.join(KEYS)})\b")  # one of them is in every description
 NULL = ("", "~", "null", "Null", "NULL")  # YAML's, which the loader leaves as they are written
 
 logger = logging.getLogger(__name__)
@@ -48,62 +49,107 @@ class Description:
 def describe(root: Path, files: Sequence[Path]) -> Description:
     """Read the description of a data set.
 
-    The files nearest to the root count: names may lie beside the labels, and all of an archive one folder deep. Names
-    and numbers are read as they are written: ``no``, ``010`` and ``12:30`` are texts.
+    Names are searched for from the root downwards, since they may lie beside the labels and an archive may hold all one
+    folder deep; in a folder ``data.yaml`` comes first, then the other YAML files, then the lists of names. The YAML
+    file that gives the names gives splits and key points too; see :func:`_descriptions` for one without names. Other
+    YAML files may be invalid, if some file gives names. Names and numbers are read as they are written: ``no``, ``010``
+    and ``12:30`` are texts.
 
     Args:
         root: the folder of the data set.
         files: all files below it.
 
     Raises:
-        UserError: a file is damaged, two of them name other classes, or a split leads out of ``root`` or to no image.
+        UserError: a file is damaged, two files name different classes or may both be the description, or a split leads
+            out of ``root`` or to no image.
     """
     names: dict[int, str] = {}
     named_by: Path | None = None
-    documents: dict[Path, dict[str, Any]] = {}
+    naming: dict[Path, dict[str, Any]] = {}
+    others: dict[Path, dict[str, Any]] = {}
     sources: list[Path] = []
+    faults: list[UserError] = []
     depth_found = None
     candidates = sorted(filter(None, (_candidate(path, root) for path in files)))
     for depth, folder, _, path in candidates:
         if names and depth != depth_found:
             break
-        refuse_links_out([path], root)
+        if named_by and named_by.parent == folder:
+            continue
         sources.append(path)
-        text = _read(path)
         document: dict[str, Any] = {}
-        if path.suffix.lower() in YAML:
-            if depth and "names" not in text:
-                continue
-            document = _load(text, path)
-        given = _names(document, path) if document else {}
-        if path.suffix.lower() not in YAML:
-            lines = [line.strip() for line in text.splitlines() if line.strip()]
-            given = _checked(dict(enumerate(lines)), path)
-        if folder not in documents and (given or {"nc", "path"} & document.keys()):
-            documents[folder] = document
-        if not given or (named_by and named_by.parent == folder):
+        try:
+            refuse_links_out([path], root)
+            text = _read(path)
+            if path.suffix.lower() in YAML:
+                if depth and not MARKS.search(text):
+                    continue
+                document = _load(text, path)
+                given = _names(document, path) if document else {}
+            else:
+                given = _checked(dict(enumerate(filter(None, map(str.strip, text.splitlines())))), path)
+        except UserError as error:
+            if path.suffix.lower() not in YAML or _is_data_yaml(path):
+                raise
+            faults.append(error)  # it may have another purpose
+            continue
+        if document.keys() & {"kpt_shape", *KEYS}:
+            (naming if given else others)[path] = document
+        if not given:
             continue
         if names and given != names:
             raise UserError(f"{named_by} and {path} name different classes: make them agree, or remove one")
         names, named_by, depth_found = given, path, depth
-    keypoints = {_keypoints(document, folder) for folder, document in documents.items() if "kpt_shape" in document}
+    for fault in faults:
+        if not names:
+            raise fault
+        logger.warning(f"not read as a description of '{root}': {fault}")
+    by_yaml = bool(named_by and named_by.suffix.lower() in YAML)
+    documents = naming or _descriptions(others, by_yaml)
+    keypoints = {_keypoints(document, path) for path, document in documents.items() if "kpt_shape" in document}
     if len(keypoints) > 1:
-        raise UserError(f"the descriptions in {first_few(list(documents))} have different kpt_shape: make them agree")
+        raise UserError(f"{first_few(list(documents))} have different kpt_shape: make them agree")
     index = _Index(root, files)
     sets: dict[str, list[Path]] = {}
-    for folder, document in documents.items():
-        for split, images in index.sets(document, folder).items():
+    for path, document in documents.items():
+        for split, images in index.sets(document, path.parent).items():
             sets.setdefault(split, []).extend(images)
     return Description(names, max(keypoints, default=0), sets, sources)
+
+
+def _is_data_yaml(path: Path) -> bool:
+    return path.stem.lower() == "data" and path.suffix.lower() in YAML
+
+
+def _descriptions(documents: dict[Path, dict[str, Any]], by_yaml: bool) -> dict[Path, dict[str, Any]]:
+    """Return those of the YAML files without names that describe their folders: ``data.yaml``, or else the only one.
+
+    Args:
+        documents: files with splits or key points, by their paths.
+        by_yaml: whether another YAML file gives the names; then only a ``data.yaml`` counts beside it.
+
+    Raises:
+        UserError: two files of one folder may be its description.
+    """
+    chosen = {path: document for path, document in documents.items() if _is_data_yaml(path)}
+    if not chosen and not by_yaml:
+        chosen = documents
+    folders: dict[Path, Path] = {}
+    for path in chosen:
+        if (first := folders.setdefault(path.parent, path)) != path:
+            raise UserError(
+                f"{first} and {path} may both describe the data set: remove one, or call the right one data.yaml"
+            )
+    return chosen
 
 
 def _candidate(path: Path, root: Path) -> tuple[int, Path, int, Path] | None:
     """Return what a file that may describe the data set is sorted by, or None for any other."""
     depth = len(path.relative_to(root).parts) - 1
     if path.suffix.lower() in YAML and depth <= DEEPEST:
-        return depth, path.parent, 0, path
+        return depth, path.parent, 0 if _is_data_yaml(path) else 1, path
     if path.name.lower() in LISTS_OF_NAMES:
-        return depth, path.parent, 1 + LISTS_OF_NAMES.index(path.name.lower()), path
+        return depth, path.parent, 2 + LISTS_OF_NAMES.index(path.name.lower()), path
     return None
 
 
@@ -148,11 +194,11 @@ def _checked(names: dict[int, str], path: Path) -> dict[int, str]:
     return dict(sorted(names.items()))
 
 
-def _keypoints(document: dict[str, Any], folder: Path) -> int:
+def _keypoints(document: dict[str, Any], path: Path) -> int:
     shape = document["kpt_shape"]
     sizes = [parse_whole_number(size) for size in shape] if isinstance(shape, list) else []
     if len(sizes) != 2 or not sizes[0] or sizes[0] < 1 or sizes[1] not in (2, 3):
-        raise UserError(f"kpt_shape in {folder} is {str(shape)[:40]!r}: give [number of key points, 2 or 3]")
+        raise UserError(f"kpt_shape in {path} is {str(shape)[:40]!r}: give [number of key points, 2 or 3]")
     return sizes[0] * sizes[1]
 
 

@@ -44,7 +44,7 @@ class DetectionMapper(DatasetMapper):
         batches are made, so that padding is known to be padding.
         """
         if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
-            raise UserError(f"INPUT.FORMAT '{cfg.INPUT.FORMAT}' is not offered; give RGB or BGR, or INPUT.CHANNELS 1")
+            raise UserError(f"INPUT.FORMAT '{cfg.INPUT.FORMAT}' is not supported; give RGB or BGR, or INPUT.CHANNELS 1")
         parts = super().from_config(cfg, is_train)
         parts["augmentations"] = [_quick(a) for a in parts["augmentations"]]
         size = cfg.INPUT.LSJ.SIZE

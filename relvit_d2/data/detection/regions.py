@@ -13,7 +13,7 @@ from relvit_d2.data.detection.records import Record
 class Targets(Instances):
     """Detectron2's instances of an image, and regions to be ignored.
 
-    Heads that do not ask for the regions see plain instances.
+    Heads that do not read ``regions`` use them as plain instances.
 
     Args:
         objects: of the image.

@@ -41,7 +41,7 @@ def splits_of_folders(folders: Sequence[Sequence[str]]) -> list[str | None]:
     """Return the split that each of ``folders``, given by their names from the data set's root on, is in.
 
     Of the names that are a split (``train``, ``Valid``) the outermost decides, or else of those that hold one
-    (``train2017``); folders that all have in common do not tell any apart.
+    (``train2017``). Folders that all have in common decide nothing.
     """
     common = len(os.path.commonprefix([list(folder) for folder in set(map(tuple, folders))]))
 
@@ -76,17 +76,21 @@ def divide(items: Sequence[T], split: str, prints: Sequence[Fingerprint], where:
         return min(digest.digest() for digest in digests)
 
     count = max(1, len(items) // HELD_OUT) if len(items) > 1 else 0
-    held = hold_out(prints, count, rank, where)
+    held, warning = hold_out(prints, count, rank, where)
+    if warning:
+        warn(warning)
     return [item for index, item in enumerate(items) if (index in held) == (split == "val")]
 
 
-def hold_out(prints: Sequence[Fingerprint], count: int, rank: Callable[[list[int]], Any], where: str) -> set[int]:
-    """Return the places of about ``count`` images to hold out, equal and nearly equal ones all or none.
+def hold_out(
+    prints: Sequence[Fingerprint], count: int, rank: Callable[[list[int]], Any], where: str
+) -> tuple[set[int], str]:
+    """Return the places of about ``count`` images to hold out, equal and nearly equal ones all or none, and a warning.
 
     The groups of :func:`relvit_d2.data.images.similarity.groups_of` are taken in order of rank, except those that
     exceed what is left of ``count``. Where that yields less than half of ``count``, the smallest group is added if the
     sum is at most twice ``count``; where it is not, as when all images are frames of one video, only equal images are
-    kept on one side, and the log warns.
+    kept on one side, and the warning, which is "" otherwise, describes it.
 
     Args:
         prints: the fingerprint of each image.
@@ -110,19 +114,19 @@ def hold_out(prints: Sequence[Fingerprint], count: int, rank: Callable[[list[int
         warning = (
             f"{max(map(len, groups))} of the {len(prints)} images of {where} are {'nearly ' if near else ''}equal: "
             + (
-                f"nearly equal images are in both parts of it, {count} held out"
+                f"nearly equal images are in both parts of it, {count} held out; divide them yourself if they are "
+                "frames of videos"
                 if near
-                else f"{len(held)} are held out"
+                else f"{len(held)} images are held out instead of {count}, since equal ones stay together; remove the "
+                "copies, or divide them yourself"
             )
-            + "; divide them yourself if they are frames of videos"
         )
-    if warning:
-        _warn(warning)
-    return held
+    return held, warning
 
 
 @cache  # once a run: the parts are asked for one by one
-def _warn(warning: str) -> None:
+def warn(warning: str) -> None:
+    """Log a warning of :func:`hold_out`."""
     logger.warning(warning)
 
 

@@ -11,6 +11,7 @@ from relvit_d2.data.detection.records import check_printable, first_few
 from relvit_d2.data.images.archive import ImageFile, is_archive, list_members
 from relvit_d2.data.images.decode import UnreadableImageError, check_header
 from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.paths import names_on_disk
 
 EXTENSIONS = frozenset({".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".npy", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 """Suffixes of files that count as images, in small letters; of an animation the first frame does."""
@@ -37,17 +38,13 @@ def unlabelled_images(name: str) -> list[ImageFile]:
     """
     path = Path(name).expanduser()
     if _is_pattern(name) and not path.exists():
-        pattern = _literal_where_it_exists(path)
-        found: list[ImageFile] = list(_images(filter(os.path.isfile, glob.glob(pattern, recursive=True))))  # noqa: PTH207
+        found: list[ImageFile] = list(matching_files(path))
     elif path.suffix.lower() == LIST and path.is_file():
         return list(_listed(path))
     elif is_archive(path) and not path.is_dir():
         found = list(list_members(path, sorted(EXTENSIONS)))
     else:
-        images, links = _scan(path)
-        if links:
-            logger.warning(f"links to folders are not followed: {first_few(links)}")
-        return list(images)
+        return list(list_images(path))
     if not found:
         raise UserError(f"'{name}' holds no image with one of {', '.join(sorted(EXTENSIONS))}")
     return found
@@ -56,16 +53,12 @@ def unlabelled_images(name: str) -> list[ImageFile]:
 def list_images(folder: Path, extensions: Collection[str] = EXTENSIONS) -> list[Path]:
     """Return the images under ``folder``, or other files by their suffixes, sub-folders included, sorted by path.
 
-    Hidden files and folders are left out (``._photo.jpg`` of macOS archives is no image).
+    Hidden files and folders are left out (``._photo.jpg`` of macOS archives is no image). Links to folders are not
+    followed; the log names them.
 
     Raises:
         UserError: the folder is missing or holds no image.
     """
-    return _scan(folder, extensions)[0]
-
-
-def _scan(folder: Path, extensions: Collection[str] = EXTENSIONS) -> tuple[list[Path], list[Path]]:
-    """Return what :func:`list_images` does, and the links to folders, which are not followed, sorted too."""
     if not folder.is_dir():
         raise UserError(f"the image folder {folder} does not exist: correct the path")
     found: list[str] = []
@@ -77,10 +70,24 @@ def _scan(folder: Path, extensions: Collection[str] = EXTENSIONS) -> tuple[list[
         ) from error
     check_printable(found)
     links = sorted(map(Path, found))
+    not_followed = f"links to folders are not followed: {first_few(links)}" if links else ""
     if not images:
-        not_followed = f"; links to folders are not followed: {first_few(links)}" if links else ""
-        raise UserError(f"the folder {folder} holds no image with one of {', '.join(sorted(extensions))}{not_followed}")
-    return images, links
+        raise UserError(
+            f"the folder {folder} holds no image with one of {', '.join(sorted(extensions))}"
+            + (f"; {not_followed}" if links else "")
+        )
+    if links:
+        logger.warning(not_followed)
+    return images
+
+
+def matching_files(pattern: Path, extensions: Collection[str] = EXTENSIONS) -> list[Path]:
+    """Return the images, or other files by their suffixes, that a pattern names, sorted by path.
+
+    A part of it that exists as it is written, such as a folder with ``[`` in its name, stands for itself.
+    """
+    found = glob.glob(_literal_where_it_exists(pattern), recursive=True)  # noqa: PTH207  (takes absolute patterns)
+    return _images(filter(os.path.isfile, found), extensions)
 
 
 def linked_folders(folder: Path) -> list[Path]:
@@ -172,4 +179,8 @@ def _listed(path: Path) -> list[Path]:
                 f"the image list '{path}' names {str(image)!r}, which is no image with one of "
                 f"{', '.join(sorted(EXTENSIONS))}"
             )
-    return images
+    spelled: dict[Path, Path] = {}
+    for anchor in {image.anchor for image in images}:
+        of_one_root = [image for image in images if image.anchor == anchor]
+        spelled |= zip(of_one_root, names_on_disk(of_one_root, Path(anchor)), strict=True)
+    return [spelled[image] for image in images]

@@ -64,8 +64,8 @@ def pixel_digest(pixels: np.ndarray) -> bytes:
 def difference_hash(pixels: np.ndarray) -> int | None:
     """Return the difference hash of an image, 128 bits, or None where it would not distinguish images.
 
-    The image is averaged to 8 rows of 9 gray values; each bit says whether a value is above that on its left. 64 more
-    bits compare 9 rows of 8 values with those above (N. Krawetz, "Kind of Like That", 2013; both directions as in B.
+    The image is averaged to 8 rows of 9 gray values; a bit is 1 where a value exceeds that on its left. 64 more bits
+    compare 9 rows of 8 values with those above (N. Krawetz, "Kind of Like That", 2013; both directions as in B.
     Hoyt's dhash).
 
     Args:
@@ -119,7 +119,7 @@ def fingerprints(images: Sequence[ImageFile], root: Path) -> list[Fingerprint]:
     real = os.path.realpath(root)
     path = cache_root() / "fingerprints" / f"{hashlib.blake2b(os.fsencode(real), digest_size=8).hexdigest()}.json"
     known = _load(path)
-    states = [_state(image) for image in images]
+    states = [file_state(image) for image in images]
     new = [place for place, state in enumerate(states) if state not in known]
     if new:
         logger.info(f"{len(new)} images of '{root}' are decoded once, to find equal ones")
@@ -135,7 +135,7 @@ def fingerprints(images: Sequence[ImageFile], root: Path) -> list[Fingerprint]:
     return [known[state] for state in states]
 
 
-def _state(image: ImageFile) -> str:
+def file_state(image: ImageFile) -> str:
     """Return text that changes when a file does: path, size and times, of an archive those of the archive."""
     file = image.archive if isinstance(image, Member) else image
     try:
