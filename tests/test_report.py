@@ -184,7 +184,7 @@ def test_detections_are_judged_by_the_truth_of_the_set_that_was_evaluated(tmp_pa
     evaluated(tmp_path / "inference", "b[:2]", json.dumps([detection]))
     judged = judge(tmp_path / "inference", "b[:2]")
     assert judged and judged.images[0].f1 == 1 and judged.precision[0].tolist() == [1] * 101
-    detector = {"MODEL.META_ARCHITECTURE": "GeneralizedRCNN", "DATASETS.TEST": ["a"]}
+    detector = {"TASK": "detection", "DATASETS.TEST": ["a"]}
     one = run_of(tmp_path, {"b[:2]": {"bbox": {"AP": 1.0}}}, **detector)
     assert [name for _, name, _ in detection_sections([one])] == ["b[:2]"]
     for name in "cd":

@@ -56,7 +56,7 @@ def install(place: str, count: int, rank: int | None) -> None:
     def spoil(original: Callable[..., Any]) -> Callable[..., Any]:
         def spoilt(*args: Any) -> Any:
             factor = float("nan") if is_now() else 1.0
-            return {name: value * factor for name, value in original(*args).items()}
+            return {n: v * factor if isinstance(v, torch.Tensor) else v for n, v in original(*args).items()}
 
         return spoilt
 
