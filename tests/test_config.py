@@ -171,6 +171,24 @@ def test_our_keys_leave_detectron2s_as_they_are_but_for_the_named_ones() -> None
 
 # A value that no key without effect has by default.
 OTHER = {bool: "True", float: "0.7", int: "7", str: "other"}
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("MODEL.DEVICE", "gpu", "MODEL.DEVICE 'gpu' is not a device of torch"),
+        ("SOLVER.BASE_LR", "-1", "SOLVER.BASE_LR -1.0 is too small: give 0 or more"),
+        ("DATALOADER.NUM_WORKERS", "-1", "NUM_WORKERS -1 is too small"),
+        ("MODEL.ENCODER.PATCH_SIZE", "0", "MODEL.ENCODER.PATCH_SIZE 0 is too small: give 1 or more"),
+        ("MODEL.ENCODER.DROP_PATH", "2", "MODEL.ENCODER.DROP_PATH 2.0 is too large: give 1 or less"),
+    ],
+)
+def test_values_that_every_task_reads_are_checked_in_every_task(task: str, key: str, value: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load_config(f"configs/base/{BASES[task]}.yaml", [key, value])
+
+
 BASES = {"pretrain": "ssl", "detection": "detection", "classification": "cls"}
 
 

@@ -11,7 +11,7 @@ from relvit_d2.data.config import (
     check_evaluation_batch_config,
 )
 from relvit_d2.data.images.config import add_load_size_config, check_pixel_statistics
-from relvit_d2.encoders.config import add_encoder_config
+from relvit_d2.encoders.config import add_encoder_config, check_encoder_config
 from relvit_d2.engine.config import WITHOUT_EFFECT, add_engine_config, finish_engine_config
 from relvit_d2.pretext.config import add_joint_config
 from relvit_d2.utils.config_keys import add_groups
@@ -55,6 +55,7 @@ def finish_config(cfg: CfgNode) -> None:
         UserError: a value is out of range, or two contradict each other.
     """
     finish_engine_config(cfg)
+    check_encoder_config(cfg)
     check_data_config(cfg)
     check_evaluation_batch_config(cfg)
     check_pixel_statistics(cfg, channels=3)

@@ -1,8 +1,10 @@
 """Config keys of the data loader."""
 
+from math import inf
+
 from fvcore.common.config import CfgNode
 
-from relvit_d2.utils.config_keys import add_groups, check_least
+from relvit_d2.utils.config_keys import add_groups, check_ranges
 
 
 def add_data_config(cfg: CfgNode) -> None:
@@ -25,7 +27,7 @@ def check_data_config(cfg: CfgNode) -> None:
     Raises:
         UserError: it is negative.
     """
-    check_least(cfg, {"DATALOADER.NUM_WORKERS": 0})
+    check_ranges(cfg, {"DATALOADER.NUM_WORKERS": (0, inf)})
 
 
 def check_evaluation_batch_config(cfg: CfgNode) -> None:
@@ -34,4 +36,4 @@ def check_evaluation_batch_config(cfg: CfgNode) -> None:
     Raises:
         UserError: it is less than 1.
     """
-    check_least(cfg, {"TEST.BATCH_SIZE": 1})
+    check_ranges(cfg, {"TEST.BATCH_SIZE": (1, inf)})

@@ -13,7 +13,7 @@ from relvit_d2.data.config import (
 from relvit_d2.data.detection.config import add_custom_data_config, add_mapper_config
 from relvit_d2.data.images.config import add_pixel_format_config, check_pixel_format_config
 from relvit_d2.detection.config_check import check_config
-from relvit_d2.encoders.config import add_encoder_config
+from relvit_d2.encoders.config import add_encoder_config, check_encoder_config
 from relvit_d2.engine.config import WITHOUT_EFFECT, add_engine_config, finish_engine_config
 from relvit_d2.pretext.config import add_joint_config
 from relvit_d2.utils.config_keys import add_groups
@@ -56,6 +56,7 @@ def finish_config(cfg: CfgNode) -> None:
         UserError: a value is out of range, or two contradict each other.
     """
     finish_engine_config(cfg)
+    check_encoder_config(cfg)
     check_config(cfg, DETECTION.defaults())
     check_data_config(cfg)
     check_evaluation_batch_config(cfg)

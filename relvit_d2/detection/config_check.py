@@ -4,29 +4,19 @@ from collections.abc import Sequence
 from functools import reduce
 from itertools import pairwise
 from math import inf
-from typing import Any
 
-import torch
 from fvcore.common.config import CfgNode
 
+from relvit_d2.utils.config_keys import check_ranges, get_key
 from relvit_d2.utils.errors import UserError, nearest
 
 # The least and the greatest value of each number.
 _RANGES = {
-    "SOLVER.BASE_LR": (0, inf),
-    "TEST.BATCH_SIZE": (1, inf),
     "TEST.DETECTIONS_PER_IMAGE": (1, inf),
-    "DATALOADER.NUM_WORKERS": (0, inf),
-    "INPUT.CHANNELS": (1, inf),
-    "INPUT.MAX_VALUE": (0, inf),
     "INPUT.MAX_SIZE_TRAIN": (1, inf),
     "INPUT.MIN_SIZE_TEST": (0, inf),  # 0: the image is not resized
     "INPUT.MAX_SIZE_TEST": (1, inf),
     "INPUT.LSJ.SIZE": (0, inf),
-    "MODEL.ENCODER.PATCH_SIZE": (1, inf),
-    "MODEL.ENCODER.IMG_SIZE": (1, inf),
-    "MODEL.ENCODER.DROP_PATH": (0, 1),
-    "MODEL.ENCODER.DROPOUT": (0, 1),
     "MODEL.PYRAMID.OUT_CHANNELS": (1, inf),
     "MODEL.ANCHOR_GENERATOR.OFFSET": (0, 1),
 }
@@ -72,14 +62,9 @@ def check_config(cfg: CfgNode, defaults: CfgNode) -> None:
     Raises:
         UserError: for a number out of its range, a name that is not supported, or lists whose lengths contradict.
     """
-    for key, (least, most) in _RANGES.items():
-        number = _get(cfg, key)
-        if number < least:
-            raise UserError(f"{key} {number} is too small: give {least} or more")
-        if number > most:
-            raise UserError(f"{key} {number} is too large: give {most} or less")
+    check_ranges(cfg, _RANGES)
     for key, names in _CHOICES.items():
-        if (name := _get(cfg, key)) not in names:
+        if (name := get_key(cfg, key)) not in names:
             raise UserError(f"{key} '{name}' is not supported; give {_listed(names)}")
     if (norm := cfg.MODEL.PYRAMID.NORM) not in _PYRAMID_NORMS:
         reason = ", for it needs statistics over the batch, and images of different sizes pass the pyramid separately"
@@ -88,19 +73,11 @@ def check_config(cfg: CfgNode, defaults: CfgNode) -> None:
             f"{_listed(_PYRAMID_NORMS)}"
         )
     for key, registry in _REGISTRIES.items():
-        if (name := _get(cfg, key)) != (default := _get(defaults, key)):
+        if (name := get_key(cfg, key)) != (default := get_key(defaults, key)):
             _check_registered(key, name, default, registry)
-    try:
-        torch.device(cfg.MODEL.DEVICE)
-    except RuntimeError as error:
-        raise UserError(f"MODEL.DEVICE '{cfg.MODEL.DEVICE}' is not a device of torch; set cpu or cuda") from error
     _check_sizes(cfg.INPUT)
     _check_anchors(cfg.MODEL)
     _check_matching(cfg.MODEL)
-
-
-def _get(cfg: CfgNode, key: str) -> Any:
-    return reduce(getattr, key.split("."), cfg)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,8 +1,9 @@
 """Config keys of the encoders."""
 
+from math import inf
 from typing import Any
 
-from relvit_d2.utils.config_keys import add_groups
+from relvit_d2.utils.config_keys import add_groups, check_ranges
 
 
 def add_encoder_config(cfg: Any) -> None:
@@ -21,3 +22,13 @@ def add_encoder_config(cfg: Any) -> None:
     cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]  # of each channel; the default is ImageNet's, RGB
     cfg.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]  # of each channel; the default is ImageNet's, RGB
     cfg.register_renamed_key("MODEL.CHECKPOINT", "MODEL.ACTIVATION_CHECKPOINT")
+
+
+def check_encoder_config(cfg: Any) -> None:
+    """Check the values.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+    sides = dict.fromkeys(("MODEL.ENCODER.PATCH_SIZE", "MODEL.ENCODER.IMG_SIZE"), (1, inf))
+    check_ranges(cfg, sides | dict.fromkeys(("MODEL.ENCODER.DROP_PATH", "MODEL.ENCODER.DROPOUT"), (0, 1)))

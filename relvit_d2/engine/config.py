@@ -1,9 +1,11 @@
 """Config keys of the trainer."""
 
+from math import inf
+
 import torch
 from fvcore.common.config import CfgNode
 
-from relvit_d2.utils.config_keys import add_groups, check_least
+from relvit_d2.utils.config_keys import add_groups, check_ranges
 from relvit_d2.utils.errors import UserError
 
 VERSION = 2  # of Detectron2's config format
@@ -22,13 +24,14 @@ WITHOUT_EFFECT = {
     "VIS_PERIOD": "nothing, report.html in OUTPUT_DIR shows the images",
 }
 
-_LEAST = {
-    "SEED": 0,
-    "SOLVER.IMS_PER_BATCH": 1,
-    "SOLVER.GRAD_ACCUM_STEPS": 1,
-    "SOLVER.REFERENCE_BATCH": 0,
-    "SOLVER.CHECKPOINT_MAX_TO_KEEP": 0,
-    "TEST.PATIENCE": 0,
+_RANGES = {
+    "SEED": (0, inf),
+    "SOLVER.IMS_PER_BATCH": (1, inf),
+    "SOLVER.GRAD_ACCUM_STEPS": (1, inf),
+    "SOLVER.REFERENCE_BATCH": (0, inf),
+    "SOLVER.CHECKPOINT_MAX_TO_KEEP": (0, inf),
+    "TEST.PATIENCE": (0, inf),
+    "SOLVER.BASE_LR": (0, inf),
 }
 
 
@@ -84,7 +87,11 @@ def finish_engine_config(cfg: CfgNode) -> None:
         raise UserError(
             f"VERSION {cfg.VERSION} of Detectron2's configs is not supported: rewrite the file for version {VERSION}"
         )
-    check_least(cfg, _LEAST)
+    check_ranges(cfg, _RANGES)
+    try:
+        torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError as error:
+        raise UserError(f"MODEL.DEVICE '{cfg.MODEL.DEVICE}' is not a device of torch; set cpu or cuda") from error
     if cfg.SOLVER.AMP.ENABLED:
         if cfg.SOLVER.PRECISION == "float32":
             raise UserError(

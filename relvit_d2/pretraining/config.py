@@ -7,7 +7,7 @@ from relvit_d2.data.classification.config import add_class_set_config
 from relvit_d2.data.config import add_data_config, check_data_config
 from relvit_d2.data.detection.config import add_custom_data_config
 from relvit_d2.data.images.config import add_load_size_config, add_pixel_format_config, check_pixel_format_config
-from relvit_d2.encoders.config import add_encoder_config
+from relvit_d2.encoders.config import add_encoder_config, check_encoder_config
 from relvit_d2.engine.config import WITHOUT_EFFECT, add_engine_config, finish_engine_config
 from relvit_d2.pretext.config import add_pretext_config, add_views_config
 
@@ -33,6 +33,7 @@ def finish_config(cfg: CfgNode) -> None:
         UserError: a value is out of range, or two contradict each other.
     """
     finish_engine_config(cfg)
+    check_encoder_config(cfg)
     check_data_config(cfg)
     check_pixel_format_config(cfg)
 

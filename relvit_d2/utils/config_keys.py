@@ -27,16 +27,19 @@ def get_key(cfg: Any, key: str) -> Any:
     return reduce(getattr, key.split("."), cfg)
 
 
-def check_least(cfg: Any, least: Mapping[str, int]) -> None:
-    """Check the least values of keys.
+def check_ranges(cfg: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Check the values of keys.
 
     Args:
         cfg: a CfgNode.
-        least: the least allowed value by full key.
+        ranges: the least and the greatest allowed value by full key.
 
     Raises:
-        UserError: a value is smaller.
+        UserError: a value is smaller or larger.
     """
-    for key, bound in least.items():
-        if (value := get_key(cfg, key)) < bound:
-            raise UserError(f"{key} {value} is too small: give {bound} or more")
+    for key, (least, most) in ranges.items():
+        value = get_key(cfg, key)
+        if value < least:
+            raise UserError(f"{key} {value} is too small: give {least} or more")
+        if value > most:
+            raise UserError(f"{key} {value} is too large: give {most} or less")

@@ -1,8 +1,10 @@
 """Config keys of reading images."""
 
+from math import inf
+
 from fvcore.common.config import CfgNode
 
-from relvit_d2.utils.config_keys import add_groups, check_least
+from relvit_d2.utils.config_keys import add_groups, check_ranges
 from relvit_d2.utils.errors import UserError
 
 
@@ -26,7 +28,7 @@ def check_pixel_format_config(cfg: CfgNode) -> None:
     Raises:
         UserError: a value is out of range, or there is not one mean and one positive deviation per channel.
     """
-    check_least(cfg, {"INPUT.CHANNELS": 1, "INPUT.MAX_VALUE": 0})
+    check_ranges(cfg, {"INPUT.CHANNELS": (1, inf), "INPUT.MAX_VALUE": (0, inf)})
     check_pixel_statistics(cfg, cfg.INPUT.CHANNELS)
 
 
