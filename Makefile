@@ -23,7 +23,7 @@ test-slow: $(READY)
 
 # Every reader on data sets spoilt at random.
 fuzz: $(READY)
-	$(BIN)/python -m pytest tests/test_fuzz.py --fuzz 1100 -q
+	$(BIN)/python -m pytest tests/data/test_fuzz.py --fuzz 1100 -q
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -27,10 +27,10 @@ from timm.optim import create_optimizer_v2
 from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
-from benchmarks.harness import Row, arguments, in_turn, tell
+from benchmarks.harness import Row, arguments, in_turn, print_rows
 from benchmarks.pretrain import QUICK_BATCH, TIMED, WARM, draw_images
 from relvit_d2.classification.model import build_classifier
-from relvit_d2.classification.run import build_trainer, load_data, settle
+from relvit_d2.classification.run import build_trainer, load_data, resolve_config
 from relvit_d2.engine.optimizer import build_clipper, build_optimizer
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.tasks import load_config
@@ -42,14 +42,14 @@ WORKERS = 2  # of timm's loader
 
 
 def main() -> None:
-    """Measure and tell."""
+    """Measure and print_rows."""
     args = arguments(__doc__, "classifier")
     logging.disable(logging.WARNING)
     batch = QUICK_BATCH if args.quick else BATCH
     with tempfile.TemporaryDirectory() as folder:
         for label in range(CLASSES):
             draw_images(Path(folder) / f"train/{label}", (SIDE, SIDE), -(-IMAGES // CLASSES), label)
-        tell(measure(batch, Path(folder), args), args)
+        print_rows(measure(batch, Path(folder), args), args)
 
 
 def measure(batch: int, folder: Path, args: argparse.Namespace) -> list[Row]:
@@ -135,7 +135,7 @@ def trained(cfg: CfgNode) -> tuple[float, float]:
     """Train; return the least seconds of an iteration and the share of all that was spent waiting for data."""
     data = load_data(cfg, training=True)
     seed_everything(cfg.SEED, "model")
-    build_trainer(cfg, build_classifier(settle(cfg, data), data.classes), data).train()
+    build_trainer(cfg, build_classifier(resolve_config(cfg, data), data.classes), data).train()
     rows = [
         json.loads(line) for line in (Path(cfg.OUTPUT_DIR) / "metrics.json").read_text(encoding="utf-8").splitlines()
     ][WARM:]

@@ -30,7 +30,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from benchmarks.harness import Row, arguments, in_turn, peak_bytes, tell
+from benchmarks.harness import Row, arguments, in_turn, peak_bytes, print_rows
 from relvit_d2.detection.model import build_detector
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.tasks import load_config
@@ -55,13 +55,13 @@ PAIRS = {
 
 
 def main() -> None:
-    """Measure and tell."""
+    """Measure and print_rows."""
     args = arguments(__doc__, "detector")
     precisions = {"fp32": "float32"}
     if choose_precision("auto", torch.device(args.device)).dtype == torch.bfloat16:
         precisions["bf16"] = "bfloat16"
     backbones = (measure(name, *precision, args) for precision in precisions.items() for name in PAIRS)
-    tell(chain(backbones, (batches(name, args) for name in SIZES)), args)
+    print_rows(chain(backbones, (batches(name, args) for name in SIZES)), args)
 
 
 def measure(name: str, short: str, precision: str, args: argparse.Namespace) -> Row:

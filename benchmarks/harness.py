@@ -106,7 +106,7 @@ def matrix_rate(device: str, dtype: torch.dtype, budget: float = 3.0) -> float:
     return 2 * size**3 / best
 
 
-def tell(rows: Iterable[Row], args: argparse.Namespace) -> None:
+def print_rows(rows: Iterable[Row], args: argparse.Namespace) -> None:
     """Print the rows as they come; each has ``name``, ``ratio`` and what it was measured with."""
     machine = {
         "device": device_name(args.device),

@@ -25,7 +25,7 @@ from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
 from fvcore.common.config import CfgNode
 
-from benchmarks.harness import Pair, Row, arguments, seconds, tell
+from benchmarks.harness import Pair, Row, arguments, print_rows, seconds
 from benchmarks.pretrain import draw_images
 from relvit_d2.data.detection.catalog import VOC_CLASSES
 from relvit_d2.data.detection.mapper import DetectionMapper, ImageReader
@@ -39,7 +39,7 @@ BATCH = 16
 
 
 def main() -> None:
-    """Measure and tell."""
+    """Measure and print_rows."""
     args = arguments(__doc__, "loading")
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
@@ -53,7 +53,7 @@ def main() -> None:
             pairs[f"loader_{side}"] = loaders(cfg, records)
         files = [record["file_name"] for record in records]
         pairs["reader"] = over(files, ImageReader(longest=512)), over(files, plain_reader)
-        tell([row(name, *pair, len(records), budget) for name, pair in pairs.items()], args)
+        print_rows([row(name, *pair, len(records), budget) for name, pair in pairs.items()], args)
 
 
 def images_with_boxes(folder: Path) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import Row, arguments, matrix_rate, tell
+from benchmarks.harness import Row, arguments, matrix_rate, print_rows
 from benchmarks.plain import plain_patches, plain_view
 from relvit_d2.data.detection.mapper import ImageReader
 from relvit_d2.engine.optimizer import build_clipper, build_optimizer
@@ -51,7 +51,7 @@ WARM = 2  # iterations at the start that do not count; Detectron2's timer leaves
 
 
 def main() -> None:
-    """Measure and tell."""
+    """Measure and print_rows."""
     args = arguments(__doc__, "pretrain")
     logging.disable(logging.WARNING)
     rows: list[Row] = []
@@ -60,7 +60,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             draw_images(Path(folder) / "images", size)
             rows += measure(name, side, patch, batch, Path(folder), args)
-    tell(rows, args)
+    print_rows(rows, args)
 
 
 def draw_images(folder: Path, size: tuple[int, int], count: int = IMAGES, seed: int = 0) -> None:

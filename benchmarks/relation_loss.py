@@ -9,7 +9,7 @@ import argparse
 
 import torch
 
-from benchmarks.harness import Row, arguments, in_turn, peak_bytes, tell
+from benchmarks.harness import Row, arguments, in_turn, peak_bytes, print_rows
 from relvit_d2.pretext.layout import PatchLayout
 from relvit_d2.pretext.pair_loss import Relation, pair_loss, pair_loss_plain
 
@@ -20,7 +20,7 @@ SMALL = 1024  # below this many tokens the plain form's memory is too little to 
 
 
 def main() -> None:
-    """Measure and tell."""
+    """Measure and print_rows."""
     args = arguments(__doc__, "relation_loss")
     rows: list[Row] = []
     took = {}
@@ -29,7 +29,7 @@ def main() -> None:
         rows += more
     growth = took[4096] / SIZES[4096] / (took[1024] / SIZES[1024])
     rows.append({"name": "relation_loss_growth", "ratio": growth})
-    tell(rows, args)
+    print_rows(rows, args)
 
 
 def measure(tokens: int, images: int, args: argparse.Namespace) -> tuple[list[Row], float]:

@@ -8,7 +8,7 @@ count.
 import subprocess
 import sys
 
-from benchmarks.harness import arguments, in_turn, tell
+from benchmarks.harness import arguments, in_turn, print_rows
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
         10.0 if args.quick else 60.0,
     )
     row = {"name": "startup_help", "ratio": pair.ratio, "help_s": pair.ours, "import_s": pair.theirs}
-    tell([row], args)
+    print_rows([row], args)
 
 
 if __name__ == "__main__":

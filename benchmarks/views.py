@@ -6,7 +6,7 @@ Same crops, windows, colours and permutations; a ratio is how many times faster 
 import torch
 import torchvision.transforms.functional as F
 
-from benchmarks.harness import arguments, in_turn, tell
+from benchmarks.harness import arguments, in_turn, print_rows
 from benchmarks.plain import plain_patches, plain_view
 from relvit_d2.pretext.resampling import random_boxes, random_flips
 from relvit_d2.pretext.views import PatchDraws, ViewConfig, Views, draw_patches
@@ -16,7 +16,7 @@ SETTINGS = {"views_32_p4": ((32, 32), 32, 4, 64), "views_224_p16": ((375, 500), 
 
 
 def main() -> None:
-    """Measure and tell."""
+    """Measure and print_rows."""
     args = arguments(__doc__, "views")
     torch.set_num_threads(1)
     rows = []
@@ -35,7 +35,7 @@ def main() -> None:
 
         pair = in_turn(ours, theirs, args.device, budget=2 if args.quick else 20)
         rows.append({"name": name, "ratio": pair.ratio, "images": batch, "ours_s": pair.ours, "loop_s": pair.theirs})
-    tell(rows, args)
+    print_rows(rows, args)
 
 
 def plain_train(images: torch.Tensor, sizes: torch.Tensor, config: ViewConfig, keys: torch.Tensor) -> torch.Tensor:

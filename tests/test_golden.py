@@ -87,7 +87,7 @@ def detection_trainer(encoder: str, overrides: dict[str, object]) -> Trainer:
     }
     asked = config("configs/demo/streets.yaml", encoder, small | overrides)
     records = detection.training_records(asked)
-    cfg = detection.settle(asked, records)
+    cfg = detection.resolve_config(asked, records)
     seed_everything(cfg.SEED, "model")
     return detection.build_trainer(cfg, without_dropout(build_detector(cfg)), records, {})
 

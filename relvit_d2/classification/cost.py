@@ -25,7 +25,7 @@ def classifier_subject(cfg: CfgNode) -> Subject:
     model.mix = None  # pairs of images cost nothing, and may be a pass of one
     stages: Stages = {
         "augmentation": (model.augmentation, "train"),
-        "encoder": (model.network.encoder, "summarised"),
+        "encoder": (model.network.encoder, "pooled_features"),
         "head": (model.network.head, "forward"),
     }
     if model.pretext is not None:

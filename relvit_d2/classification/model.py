@@ -45,7 +45,7 @@ class Classifier(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Map normalised images ``(B, 3, H, W)`` to float32 scores ``(B, classes)`` and tokens ``(B, N, dim)``."""
-        summary, tokens = self.encoder.summarised(pixels)
+        summary, tokens = self.encoder.pooled_features(pixels)
         if self.pool == "mean":
             summary = tokens.mean(1)
         with torch.autocast(summary.device.type, enabled=False):

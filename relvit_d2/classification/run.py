@@ -178,7 +178,7 @@ def _hold_out_groups(data: LabelledImages, order: torch.Tensor, count: int) -> l
     return held
 
 
-def settle(cfg: CfgNode, data: ClassificationData) -> CfgNode:
+def resolve_config(cfg: CfgNode, data: ClassificationData) -> CfgNode:
     """Return the config with ``TEST.BEST_METRIC``: the ``top1`` on what chooses the model, where something does.
 
     Raises:
@@ -257,10 +257,10 @@ def finish(cfg: CfgNode, model: ClassificationModel, trainer: Trainer, data: Cla
     if comm.is_main_process():
         results = trainer.results | {name: figures}
         export_encoder(cfg, model.encoder, cfg.INPUT.VIEW.SIZE, trainer.iter + 1, results)
-    tell(cfg, {name: figures} if data.test else {}, data.test, trainer.results | {"model": chosen})
+    log_results(cfg, {name: figures} if data.test else {}, data.test, trainer.results | {"model": chosen})
 
 
-def tell(
+def log_results(
     cfg: CfgNode,
     figures: dict[str, Any],
     test: LabelledImages | None,
@@ -333,7 +333,7 @@ def run_process(asked: CfgNode, args: argparse.Namespace, end: Callable[[Path, s
     args.eval_only |= bool(args.eval)
     start_run(asked, args)
     data = load_data(asked, training=not args.eval_only or bool(args.eval))
-    cfg = settle(asked, data)
+    cfg = resolve_config(asked, data)
     model = build_classifier(cfg, data.classes)
     encoder = model.network.encoder
     if args.eval_only:
@@ -346,9 +346,9 @@ def run_process(asked: CfgNode, args: argparse.Namespace, end: Callable[[Path, s
         else:
             load_trained(cfg, model, cfg.OUTPUT_DIR if args.resume else cfg.MODEL.WEIGHTS)
         if args.eval:
-            tell(cfg, probe(cfg, model, data, args.eval), data.test, file=f"{args.eval}.json")
+            log_results(cfg, probe(cfg, model, data, args.eval), data.test, file=f"{args.eval}.json")
         else:
-            tell(cfg, {"test": evaluate(cfg, model, data.test)}, data.test)
+            log_results(cfg, {"test": evaluate(cfg, model, data.test)}, data.test)
         return
     trainer = build_trainer(cfg, model, data)
     if not (args.resume and trainer.resume(args.allow_changes)):

@@ -237,7 +237,7 @@ def _over_one_stride(
         )
     if name == "simple":
         return SimplePyramid(EncoderBackbone(encoder), encoder.last, keys.OUT_CHANNELS, scales, top, keys.NORM)
-    encoder.tap(len(strides))
+    encoder.select_blocks(len(strides))
     maps = ResizedTaps(encoder, scales, keys.NORM)
     return MapPyramid(maps, list(maps.output_shape()), keys.OUT_CHANNELS, keys.NORM, top)
 

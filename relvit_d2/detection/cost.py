@@ -10,7 +10,7 @@ from relvit_d2.analysis.model_cost import Stages, Subject, assumption
 from relvit_d2.data.detection import catalog
 from relvit_d2.data.detection.custom import register_own
 from relvit_d2.detection.model import build_detector
-from relvit_d2.detection.run import settle, training_records
+from relvit_d2.detection.run import resolve_config, training_records
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.randomness import torch_generator
 
@@ -25,7 +25,7 @@ def detector_subject(cfg: CfgNode) -> Subject:
         records = training_records(cfg)
     except UserError as error:
         records, assumed = [], f"; {assumption(cfg, error)}"
-    asked, cfg = cfg.MODEL.MASK_ON, settle(cfg, records)
+    asked, cfg = cfg.MODEL.MASK_ON, resolve_config(cfg, records)
     if assumed:
         cfg.defrost()
         # Of the data sets that need not be here to be known, COCO's alone have masks.

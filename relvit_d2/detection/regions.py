@@ -16,7 +16,7 @@ from detectron2.structures import Boxes, ImageList, Instances, pairwise_ioa, pai
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
-from relvit_d2.data.detection.regions import Targets
+from relvit_d2.data.detection.regions import InstancesWithIgnoreRegions
 
 INSIDE = 0.5
 OUTSIDE_LOGIT = -1e8  # of anchors outside their image; finite, since Detectron2 takes infinity for divergence
@@ -141,6 +141,6 @@ HEADS = {"RPN": RelViTRPN.__name__, "StandardROIHeads": IgnoringROIHeads.__name_
 
 def inside_regions(boxes: Boxes, instances: Instances) -> Tensor | None:
     """Return which of the boxes, ``(N,)`` bool, are inside a region that the image has; ``None`` if it has none."""
-    if not isinstance(instances, Targets) or not len(instances.regions):
+    if not isinstance(instances, InstancesWithIgnoreRegions) or not len(instances.regions):
         return None
     return pairwise_ioa(instances.regions, boxes).amax(dim=0) > INSIDE

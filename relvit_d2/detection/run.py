@@ -45,7 +45,7 @@ Records = list[dict[str, Any]]
 logger = logging.getLogger(__name__)
 
 
-def settle(cfg: CfgNode, records: Records) -> CfgNode:
+def resolve_config(cfg: CfgNode, records: Records) -> CfgNode:
     """Return the config with what the data decide: the number of classes, and a mask head only where all have masks.
 
     Args:
@@ -89,9 +89,9 @@ def mask_notes(asked: CfgNode, cfg: CfgNode, records: Records, tests: dict[str, 
     """Return sentences on objects without masks, because of which masks are not predicted or not evaluated.
 
     Args:
-        asked: the config before :func:`settle`, ``cfg`` after it.
+        asked: the config before :func:`resolve_config`, ``cfg`` after it.
         cfg: see ``asked``.
-        records: see :func:`settle`.
+        records: see :func:`resolve_config`.
         tests: records by the name of the set, to evaluate on.
     """
     if not asked.MODEL.MASK_ON:
@@ -299,7 +299,7 @@ def run_process(asked: CfgNode, args: argparse.Namespace, end: Callable[[Path, s
         raise UserError("DATASETS.TEST is empty; name a data set to evaluate on, such as ('voc_2007_test',)")
     records = evaluated_records(tests) if args.eval_only else training_records(asked)
     keep_splits(tests if args.eval_only else (*asked.DATASETS.TRAIN, *tests), Path(asked.OUTPUT_DIR))
-    cfg = settle(asked, records)
+    cfg = resolve_config(asked, records)
     for note in mask_notes(asked, cfg, records, tests):
         logger.info(note)
     if not args.eval_only:

@@ -45,7 +45,7 @@ class Encoder(nn.Module):
         maps = self(images)
         return maps[self.last].flatten(2).transpose(1, 2)
 
-    def summarised(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def pooled_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return what a classifier reads of each image, ``(B, C)``, and :meth:`tokens`.
 
         Here their mean; an encoder with a class token returns that.
@@ -54,7 +54,7 @@ class Encoder(nn.Module):
         return tokens.mean(1), tokens
 
     @property
-    def carries_positions(self) -> bool:
+    def has_position_information(self) -> bool:
         """Whether a token can know its place beyond what the patches show.
 
         Where it cannot, permuting the patches permutes the tokens and changes nothing else.
@@ -86,7 +86,7 @@ class Encoder(nn.Module):
         """Make the passes of :meth:`forward` and :meth:`tokens` with ``torch.compile`` from here on, in place."""
         self.forward = torch.compile(self.forward)  # type: ignore[method-assign]
 
-    def tap(self, count: int) -> None:
+    def select_blocks(self, count: int) -> None:
         """Give the outputs of ``count`` blocks, evenly spaced up to the last one, as maps from here on.
 
         Their names stand in :attr:`strides` before the last map.

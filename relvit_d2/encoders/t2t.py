@@ -128,8 +128,7 @@ class T2T(Encoder):
 
     Positions are a sinusoid of the place in the sequence: 0 is the class token, ``1 + row * cols + col`` a patch. The
     table is made for each size and not stored; for 14 x 14 patches it is the published one. Windows of the soft splits
-    see zeros beyond the border, so tokens near it know that without the sinusoid too, and ``carries_positions`` is true
-    in any case.
+    see zeros beyond the border, so tokens near it have position information without the sinusoid too.
 
     Args:
         pos_embed: whether the sinusoid is added.
@@ -168,12 +167,12 @@ class T2T(Encoder):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """See :class:`Encoder`; sides that are no multiples of 16 are padded with zeros, right and bottom."""
         height, width = images.shape[-2:]
-        maps = self.contextualise(self.embed(images))
+        maps = self.forward_blocks(self.embed(images))
         return {name: as_map(m[:, 1:], *self.grid(height, width)) for name, m in zip(self.strides, maps, strict=True)}
 
-    def summarised(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def pooled_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`Encoder`: the class token."""
-        sequence = self.contextualise(self.embed(images))[-1]
+        sequence = self.forward_blocks(self.embed(images))[-1]
         return sequence[:, 0], sequence[:, 1:]
 
     def embed(self, images: Tensor) -> Tensor:
@@ -181,7 +180,7 @@ class T2T(Encoder):
         height, width = images.shape[-2:]
         return self.tokens_to_token(F.pad(images, (0, -width % PATCH, 0, -height % PATCH)))
 
-    def contextualise(self, tokens: Tensor) -> list[Tensor]:
+    def forward_blocks(self, tokens: Tensor) -> list[Tensor]:
         """Run the embedded patches ``(B, N, 384)`` through the blocks, with class token and positions.
 
         Returns:
@@ -197,7 +196,7 @@ class T2T(Encoder):
                 outputs.append(self.norm(tokens))
         return [*outputs, self.norm(tokens)]
 
-    def tap(self, count: int) -> None:
+    def select_blocks(self, count: int) -> None:
         """See :class:`Encoder`; every map goes through the final norm."""
         *self.taps, _ = evenly(count, DEPTH, self.name)
         names = [*(f"b{index + 1}" for index in self.taps), self.last]
@@ -214,7 +213,7 @@ class T2T(Encoder):
         """
         self.tokens_to_token.attention1.compile()
         self.tokens_to_token.attention2.compile()
-        self.contextualise = torch.compile(self.contextualise)  # type: ignore[method-assign]
+        self.forward_blocks = torch.compile(self.forward_blocks)  # type: ignore[method-assign]
 
     def fresh(self, source: dict[str, Any]) -> set[str]:
         """The sinusoid, which is no parameter, is new when the source was trained without it."""

@@ -64,7 +64,7 @@ class ViT(Encoder):
     def tapped(self, images: Tensor) -> list[Tensor]:
         """Return the tapped blocks' normed sequences ``(B, prefix + h * w, C)``, the last block's last."""
         vit = self.vit
-        return self.contextualise(vit.norm_pre(vit._pos_embed(self._patches(images))), self.grid(*images.shape[-2:]))
+        return self.forward_blocks(vit.norm_pre(vit._pos_embed(self._patches(images))), self.grid(*images.shape[-2:]))
 
     def _patches(self, images: Tensor) -> Tensor:
         """Embed images, ``(B, h, w, C)``.
@@ -76,7 +76,7 @@ class ViT(Encoder):
             return embed(images)
         return embed.norm(embed.proj(images).permute(0, 2, 3, 1))
 
-    def contextualise(self, x: Tensor, grid: tuple[int, int]) -> list[Tensor]:
+    def forward_blocks(self, x: Tensor, grid: tuple[int, int]) -> list[Tensor]:
         """Run embedded tokens ``(B, prefix + h * w, C)`` of a grid through the blocks; see :meth:`tapped`."""
         vit, outputs = self.vit, []
         for index, (block, window) in enumerate(zip(vit.blocks, self._windows, strict=True)):
@@ -86,14 +86,14 @@ class ViT(Encoder):
                 outputs.append(vit.norm(x))
         return outputs
 
-    def tap(self, count: int) -> None:
+    def select_blocks(self, count: int) -> None:
         """See :class:`Encoder`; every map goes through the final norm."""
         self._taps = evenly(count, self.depth, self.name)
         names = [*(f"b{index + 1}" for index in self._taps[:-1]), self.last]
         self.strides = dict.fromkeys(names, self.strides[self.last])
         self.channels = dict.fromkeys(names, self.dim)
 
-    def summarised(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def pooled_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`Encoder`: the class token where there is one."""
         sequence = self.tapped(images)[-1]
         tokens = sequence[:, self.vit.num_prefix_tokens :]
@@ -104,14 +104,14 @@ class ViT(Encoder):
 
         torch 2.11 fails to compile the gradient of resampled positions once the size of an image may vary.
         """
-        self.contextualise = torch.compile(self.contextualise)  # type: ignore[method-assign]
+        self.forward_blocks = torch.compile(self.forward_blocks)  # type: ignore[method-assign]
 
     def checkpoint_blocks(self) -> None:
         """See :class:`Encoder`."""
         self.vit.set_grad_checkpointing()
 
     @property
-    def carries_positions(self) -> bool:
+    def has_position_information(self) -> bool:
         """See :class:`Encoder`: by the position embedding, or because a token sees who shares its window."""
         return self.vit.pos_embed is not None or any(self._windows)
 

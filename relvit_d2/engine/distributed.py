@@ -23,7 +23,7 @@ from torch.multiprocessing import (  # type: ignore[attr-defined]
 )
 
 from relvit_d2.engine import signals
-from relvit_d2.engine.error_reporting import guard, say
+from relvit_d2.engine.error_reporting import guard, print_error
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.hardware import cores
 
@@ -129,7 +129,7 @@ def _spawn(main: Main, args: argparse.Namespace, url: str) -> int:
             return 128 + asked[0]
         if not error.signal_name:
             return error.exit_code  # that process said its sentence
-        say(
+        print_error(
             UserError(
                 f"process {error.error_index} was killed ({error.signal_name}), which the system does where memory "
                 "runs out: lower SOLVER.IMS_PER_BATCH or raise SOLVER.GRAD_ACCUM_STEPS, then go on with --resume"
@@ -138,7 +138,7 @@ def _spawn(main: Main, args: argparse.Namespace, url: str) -> int:
         return 1
     except ProcessRaisedException as error:  # before main: the processes did not meet
         reason = str(error).strip().splitlines()[-1]
-        say(
+        print_error(
             UserError(
                 f"the processes could not meet at '{url}' ({reason}): give --dist-url tcp://FIRST_MACHINE:PORT with a "
                 "free port that every machine reaches"

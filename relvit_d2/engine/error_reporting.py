@@ -46,7 +46,7 @@ def guard(function: Callable[[], int | None], resumes: bool = False) -> int:
         return function() or 0
     except UserError as error:
         if may_tell():
-            say(_with_resume(error) if resumes and isinstance(error, NotWrittenError) else error)
+            print_error(_with_resume(error) if resumes and isinstance(error, NotWrittenError) else error)
         return 1
     except (signals.Interrupted, KeyboardInterrupt) as stop:
         number = stop.number if isinstance(stop, signals.Interrupted) else signal.SIGINT
@@ -58,7 +58,7 @@ def guard(function: Callable[[], int | None], resumes: bool = False) -> int:
             if may_tell():
                 name = f"'{error.filename}'" if error.filename else "a file"
                 sentence = NotWrittenError(f"{name} could not be written ({error.strerror}): free space")
-                say(_with_resume(sentence) if resumes else sentence)
+                print_error(_with_resume(sentence) if resumes else sentence)
         elif (group := process_group()) is None or group.get_world_size() == 1:
             raise
         elif _lost_another(error):
@@ -86,7 +86,7 @@ def _with_resume(error: NotWrittenError) -> UserError:
     return advice.with_traceback(error.__traceback__)
 
 
-def say(error: UserError) -> None:
+def print_error(error: UserError) -> None:
     """Print the sentence of ``error``, or with ``RELVIT_DEBUG=1`` its traceback."""
     if os.environ.get("RELVIT_DEBUG") == "1":
         traceback.print_exception(error)
@@ -119,4 +119,6 @@ def _tell_of_loss(error: Exception) -> None:
     time.sleep(_PATIENCE)
     if may_tell():
         reason = str(error).strip().splitlines()[0]
-        say(UserError(f"process {process_group().get_rank()} lost another one ({reason}); see what that one printed"))
+        print_error(
+            UserError(f"process {process_group().get_rank()} lost another one ({reason}); see what that one printed")
+        )

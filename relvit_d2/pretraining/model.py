@@ -112,9 +112,11 @@ def _permutes(asked: str, encoder: Encoder) -> bool:
         raise UserError(f"PRETEXT.PERMUTE '{asked}' is unknown; give auto, always or never")
     if asked != "auto":
         return asked == "always"
-    why = "the encoder carries positions" if encoder.carries_positions else "the encoder carries no positions"
-    logger.info(f"patches are {'' if encoder.carries_positions else 'not '}permuted: {why} (PRETEXT.PERMUTE auto)")
-    return encoder.carries_positions
+    why = "the encoder carries positions" if encoder.has_position_information else "the encoder carries no positions"
+    logger.info(
+        f"patches are {'' if encoder.has_position_information else 'not '}permuted: {why} (PRETEXT.PERMUTE auto)"
+    )
+    return encoder.has_position_information
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from detectron2.structures import BoxMode
 from pycocotools import mask as mask_util
 
 from relvit_d2.data.detection.records import (
-    BoxJudge,
+    BoxValidator,
     Record,
     check_unique,
     checked_path,
@@ -45,7 +45,7 @@ def load_coco(
 
     Category ids may be any whole numbers; ``category_id`` is their place in ascending order. Polygons become
     ``segmentation``, and so does an RLE; an annotation whose ``segmentation`` is empty or covers nothing has a box
-    only. Boxes are ``[x, y, width, height]`` from the image's edge. :class:`BoxJudge` handles invalid ones.
+    only. Boxes are ``[x, y, width, height]`` from the image's edge. :class:`BoxValidator` handles invalid ones.
 
     Args:
         json_file: the annotation file.
@@ -82,7 +82,7 @@ def load_coco(
         for key, path in images.items()
         if path in present
     }
-    judge = BoxJudge(str(json_file))
+    validator = BoxValidator(str(json_file))
     seen: set[int] = set()
     for annotation in document["annotations"]:
         number = _whole(annotation, "id", f"an annotation of {json_file}")
@@ -96,9 +96,9 @@ def load_coco(
             raise UserError(f"{where} is of the image {given!r}, which the file does not list: correct or remove it")
         if image in records:
             record = records[image]
-            if thing := _thing(annotation, record, numbers, judge, f"{where} ({Path(record['file_name']).name})"):
+            if thing := _thing(annotation, record, numbers, validator, f"{where} ({Path(record['file_name']).name})"):
                 record["annotations"].append(thing)
-    for note in judge.notes():
+    for note in validator.notes():
         logger.warning(note)
     return list(records.values())
 
@@ -288,7 +288,7 @@ def _image_id(value: Any) -> int | str | None:
 
 
 def _thing(
-    annotation: dict[str, Any], record: Record, numbers: dict[int, int], judge: BoxJudge, where: str
+    annotation: dict[str, Any], record: Record, numbers: dict[int, int], validator: BoxValidator, where: str
 ) -> dict[str, Any] | None:
     category, crowd = parse_whole_number(annotation.get("category_id")), parse_flag(annotation.get("iscrowd"))
     if category is None or category not in numbers:
@@ -302,7 +302,7 @@ def _thing(
     if width < 0 or height < 0:
         raise UserError(f"{where} has the box {annotation['bbox']}, of negative width or height: correct or remove it")
     size = record["width"], record["height"]
-    box = judge([x, y, x + width, y + height], *size, where)
+    box = validator([x, y, x + width, y + height], *size, where)
     if box is None:
         return None
     thing = {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": numbers[category], "iscrowd": crowd}
@@ -310,7 +310,7 @@ def _thing(
         if mask := _segmentation(annotation["segmentation"], *size, where):
             thing["segmentation"] = mask
         else:
-            judge.without_mask(where)
+            validator.without_mask(where)
     return thing
 
 

@@ -16,7 +16,7 @@ from fvcore.common.config import CfgNode
 from PIL import Image
 from torch import Tensor
 
-from relvit_d2.data.detection.regions import Targets, ignored_regions
+from relvit_d2.data.detection.regions import InstancesWithIgnoreRegions, ignored_regions
 from relvit_d2.data.images.decode import PixelFormat
 from relvit_d2.utils.errors import UserError
 
@@ -95,7 +95,7 @@ class DetectionMapper(DatasetMapper):
             # Detectron2 drops crowds, and learns that there is background.
             if crowds := [a for a in dataset_dict["annotations"] if a.get("iscrowd")]:
                 regions = ignored_regions(crowds, T.TransformList(steps), shape)
-                record["instances"] = Targets(record["instances"], regions)
+                record["instances"] = InstancesWithIgnoreRegions(record["instances"], regions)
         return record
 
     def fed(self, image: np.ndarray) -> Tensor:

@@ -75,7 +75,7 @@ def checked_box(
 
 
 @dataclass
-class BoxJudge:
+class BoxValidator:
     """Judges the boxes of a data set that a user brings along, and says in the end what it did to them.
 
     A box without area is left out and one that sticks out of its image is cut at the border, both counted and named;

@@ -10,7 +10,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from relvit_d2.data.detection.records import Record
 
 
-class Targets(Instances):
+class InstancesWithIgnoreRegions(Instances):
     """Detectron2's instances of an image, and regions to be ignored.
 
     Heads that do not read ``regions`` use them as plain instances.
@@ -29,9 +29,9 @@ class Targets(Instances):
         """The regions to be ignored."""
         return self._regions
 
-    def to(self, *args: Any, **kwargs: Any) -> "Targets":
+    def to(self, *args: Any, **kwargs: Any) -> "InstancesWithIgnoreRegions":
         """See Detectron2's class."""
-        return Targets(super().to(*args, **kwargs), self._regions.to(*args, **kwargs))
+        return InstancesWithIgnoreRegions(super().to(*args, **kwargs), self._regions.to(*args, **kwargs))
 
 
 def ignored_regions(crowds: list[Record], transforms: T.Transform, image_size: tuple[int, int]) -> Boxes:

@@ -14,7 +14,7 @@ from detectron2.structures import BoxMode
 
 from relvit_d2.data.cache import Labels, cached
 from relvit_d2.data.detection.records import (
-    BoxJudge,
+    BoxValidator,
     Record,
     check_unique,
     checked_box,
@@ -149,7 +149,7 @@ class VocFolder:
         return tuple(self._labels[0])
 
     def records(self, split: str, classes: Sequence[str], skip_missing: bool) -> list[Record]:
-        """Read one of ``sets``; boxes and difficult objects as by :func:`load_voc`, bad boxes as by ``BoxJudge``."""
+        """Read one of ``sets``; boxes and difficult objects as in :func:`load_voc`."""
         images = self.images(split, skip_missing)
         names, records, _ = self._labels
         by_image = {record["file_name"]: record for record in records}
@@ -177,14 +177,14 @@ class VocFolder:
 
         def read() -> Labels:
             names: dict[str, int] = {}
-            judge = BoxJudge(str(self.root))
+            validator = BoxValidator(str(self.root))
 
             def number(name: str, where: str) -> int:
                 return names.setdefault(name, len(names))
 
-            records = [_read_annotation(*pair, self._image_id(pair[1]), number, judge) for pair in pairs]
+            records = [_read_annotation(*pair, self._image_id(pair[1]), number, validator) for pair in pairs]
             ordered = sorted(names)
-            return ordered, renumbered(records, list(names), ordered, str(self.root)), judge.notes()
+            return ordered, renumbered(records, list(names), ordered, str(self.root)), validator.notes()
 
         return cached("VOC annotations", self.root, [path for pair in pairs for path in pair], read)
 
@@ -273,7 +273,9 @@ def _parse(path: Path) -> Element:
     return ElementTree.fromstring(data.decode(SUPERSETS.get(encoding, encoding)))
 
 
-def _read_annotation(path: Path, image: Path, image_id: str, number: Callable[[str, str], int], judge: Judge) -> Record:
+def _read_annotation(
+    path: Path, image: Path, image_id: str, number: Callable[[str, str], int], validator: Judge
+) -> Record:
     try:
         tree = _parse(path)
     except FileNotFoundError as error:
@@ -281,12 +283,12 @@ def _read_annotation(path: Path, image: Path, image_id: str, number: Callable[[s
     # defusedxml's refusals and bytes that are not in the encoding are ValueErrors, an unknown encoding a LookupError.
     except (ParseError, OSError, ValueError, LookupError) as error:
         raise UserError(f"the annotation {path} is not sound XML ({error}): restore it") from error
-    if isinstance(judge, BoxJudge) and tree.findtext("size/width", "0").strip() in ("0", ""):
+    if isinstance(validator, BoxValidator) and tree.findtext("size/width", "0").strip() in ("0", ""):
         width, height = image_size(image)  # as some annotation programs leave it
     else:
         width, height = (_size(tree, side, path) for side in ("width", "height"))
     things = [
-        _read_object(element, (width, height), f"{path}, object {place}", number, judge)
+        _read_object(element, (width, height), f"{path}, object {place}", number, validator)
         for place, element in enumerate(tree.findall("object"), start=1)
     ]
     return {
@@ -299,7 +301,7 @@ def _read_annotation(path: Path, image: Path, image_id: str, number: Callable[[s
 
 
 def _read_object(
-    element: Element, size: tuple[int, int], where: str, number: Callable[[str, str], int], judge: Judge
+    element: Element, size: tuple[int, int], where: str, number: Callable[[str, str], int], validator: Judge
 ) -> Record | None:
     name = _text(element, "name", where)
     category = number(name, where)
@@ -310,7 +312,7 @@ def _read_object(
     difficult = parse_flag(element.findtext("difficult"))
     if difficult is None:
         raise UserError(f"{where} has <difficult> {element.findtext('difficult')!r}: it must be 0 or 1")
-    corners = judge([_number(box, corner, where) for corner in CORNERS], *size, where, first_pixel=1)
+    corners = validator([_number(box, corner, where) for corner in CORNERS], *size, where, first_pixel=1)
     if corners is None:
         return None
     return {

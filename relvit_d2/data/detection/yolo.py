@@ -17,7 +17,7 @@ from detectron2.structures import BoxMode
 from relvit_d2.data.cache import Labels, cached
 from relvit_d2.data.detection.data_yaml import Description, describe
 from relvit_d2.data.detection.records import (
-    BoxJudge,
+    BoxValidator,
     Record,
     check_printable,
     check_unique,
@@ -100,7 +100,7 @@ class YoloFolder:
         return tuple((self.description.names or self._numbers()).values())
 
     def records(self, split: str, classes: Sequence[str], skip_missing: bool) -> list[Record]:
-        """Read one of ``sets``; an image without labels has no objects, and ``BoxJudge`` handles invalid boxes."""
+        """Read one of ``sets``; an image without labels has no objects, and ``BoxValidator`` handles invalid boxes."""
         images = self.images(split, skip_missing)
         labels = [self.label_file(image) for image in images]
         refuse_links_out(labels, self.root)
@@ -115,13 +115,13 @@ class YoloFolder:
             if not self.description.names and list(names.values()) != list(classes):
                 names = dict(enumerate(classes))
             places = {number: place for place, number in enumerate(names)}
-            judge = BoxJudge(str(self.root))
+            validator = BoxValidator(str(self.root))
             read_one = [
-                _record(image, label, self.root, places, keypoints, judge)
+                _record(image, label, self.root, places, keypoints, validator)
                 for image, label in zip(images, labels, strict=True)
             ]
             notes = [f"key points of '{self.root}' are not used, only the boxes"] if keypoints else []
-            return list(names.values()), read_one, judge.notes() + notes
+            return list(names.values()), read_one, validator.notes() + notes
 
         sources = [*images, *labels, *self.description.sources]
         name = f"YOLO labels, {split}, {keypoints} numbers of key points, {' '.join(classes)}"
@@ -180,9 +180,11 @@ def _class(words: list[str], where: str) -> int:
     return number
 
 
-def _record(image: Path, label: Path, root: Path, places: dict[int, int], keypoints: int, judge: BoxJudge) -> Record:
+def _record(
+    image: Path, label: Path, root: Path, places: dict[int, int], keypoints: int, validator: BoxValidator
+) -> Record:
     width, height = image_size(image)
-    things = [_thing(words, where, (width, height), places, keypoints, judge) for words, where in _lines(label)]
+    things = [_thing(words, where, (width, height), places, keypoints, validator) for words, where in _lines(label)]
     return {
         "file_name": str(image),
         "image_id": image.relative_to(root).with_suffix("").as_posix(),
@@ -193,7 +195,7 @@ def _record(image: Path, label: Path, root: Path, places: dict[int, int], keypoi
 
 
 def _thing(
-    words: list[str], where: str, size: tuple[int, int], places: dict[int, int], keypoints: int, judge: BoxJudge
+    words: list[str], where: str, size: tuple[int, int], places: dict[int, int], keypoints: int, validator: BoxValidator
 ) -> Record | None:
     number = _class(words, where)
     if number not in places:
@@ -228,7 +230,7 @@ def _thing(
         xs, ys = [x * width for x in values[::2]], [y * height for y in values[1::2]]
         corners = [min(xs), min(ys), max(xs), max(ys)]
         thing["segmentation"] = [list(chain.from_iterable(zip(xs, ys, strict=True)))]
-    box = judge(corners, width, height, where)
+    box = validator(corners, width, height, where)
     return None if box is None else thing | {"bbox": box}
 
 

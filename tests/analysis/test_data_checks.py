@@ -1,0 +1,368 @@
+"""What is told of data before training: counts, boxes against anchors, faults, copies, the page of samples."""
+
+import json
+import logging
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.structures import Boxes, BoxMode, pairwise_iou
+from PIL import Image
+
+from relvit_d2.analysis.anchors import Anchors, fit_report, proposal, training_boxes
+from relvit_d2.analysis.data_checks import before_training, check_images, check_labels
+from relvit_d2.analysis.pixel_statistics import pixel_statistics
+from relvit_d2.data.detection.catalog import get_images
+from relvit_d2.data.detection.custom import config_words
+from relvit_d2.data.detection.mapper import DetectionMapper
+from relvit_d2.data.images.decode import PixelFormat
+from relvit_d2.report.samples import Sample, draw_samples
+from relvit_d2.tasks import load_config
+from relvit_d2.utils.errors import UserError
+from tests.support.scripts import run
+
+CLASSES = ("cat", "dog")
+DETECTION = "configs/base/detection.yaml"
+
+
+def record(name: str, *things: dict[str, Any], size: tuple[int, int] = (64, 48)) -> dict[str, Any]:
+    return {"file_name": name, "image_id": name, "width": size[0], "height": size[1], "annotations": list(things)}
+
+
+def thing(*box: float, category: int = 0, mode: BoxMode = BoxMode.XYXY_ABS, **more: int) -> dict[str, Any]:
+    return {"bbox": list(box), "bbox_mode": mode, "category_id": category, "iscrowd": 0, **more}
+
+
+def scattered(count: int, width: int, height: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes of all sizes and shapes inside images of one size."""
+    random = np.random.default_rng(seed)
+    ends = np.sort(random.uniform(0, 1, (count, 2, 2)), axis=1) * (width, height)
+    boxes = ends.reshape(count, 4)
+    boxes = boxes[(boxes[:, 2:] - boxes[:, :2] > 1).all(1)]
+    return boxes, np.tile([width, height], (len(boxes), 1)).astype(float)
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.5])
+def test_best_overlap_is_that_of_detectron2s_own_anchors(offset: float) -> None:
+    strides, sizes, ratios = (4, 8, 16, 32), ((12.0, 20.0), (40.0,), (64.0,), (130.0,)), ((0.5, 1.0, 2.0),) * 4
+    boxes, images = scattered(300, 192, 128)
+    generator = DefaultAnchorGenerator(
+        sizes=list(map(list, sizes)), aspect_ratios=list(map(list, ratios)), strides=list(strides), offset=offset
+    )
+    every = Boxes.cat(generator([torch.zeros(1, 1, 128 // stride, 192 // stride) for stride in strides]))
+    expected = pairwise_iou(Boxes(torch.tensor(boxes, dtype=torch.float32)), every).max(1).values
+    found = Anchors(strides, sizes, ratios, offset).best_ious(boxes, images)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(400, 300), (120, 333)])
+def test_boxes_are_resized_as_the_mapper_does(size: tuple[int, int], tmp_path: Path) -> None:
+    sizes = ("INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MAX_SIZE_TRAIN", "160")
+    cfg = load_config(DETECTION, [*sizes, "INPUT.RANDOM_FLIP", "none"])
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    box = [11.0, 17.0, 101.0, 207.0]
+    mapped = DetectionMapper(cfg, is_train=True)(record(str(tmp_path / "a.png"), thing(*box), size=size))
+    boxes, shape = training_boxes(np.array([box]), np.array([size], dtype=float), cfg)
+    assert tuple(shape[0][::-1]) == mapped["image"].shape[1:]
+    np.testing.assert_allclose(boxes, mapped["instances"].gt_boxes.tensor, rtol=1e-5)
+
+
+def test_proposed_anchors_fit_better_than_those_of_another_scale() -> None:
+    random = np.random.default_rng(0)
+    low = random.uniform(0, 100, (500, 2))
+    boxes = np.hstack([low, low + random.uniform((6, 12), (10, 20), (500, 2))])
+    images = np.full((500, 2), 128.0)
+    coarse = Anchors((4, 8, 16, 32, 64), ((64.0,), (128.0,), (256.0,), (512.0,), (512.0,)), ((1.0,),) * 5, 0.0)
+    better = proposal(boxes, images, coarse)
+    assert better.best_ious(boxes, images).mean() > 0.6 > 0.1 > coarse.best_ious(boxes, images).mean()
+    assert [len(level) for level in better.sizes] == [1] * 5
+    # Anchors that are right stay: nothing tried beats them.
+    assert proposal(boxes, images, better).best_ious(boxes, images).mean() >= better.best_ious(boxes, images).mean()
+
+
+@pytest.mark.parametrize(("box", "size"), [((608, 2), (640, 480)), ((2, 470), (640, 480)), ((2000, 4), (2000, 4))])
+def test_flat_boxes_have_anchors(box: tuple[int, int], size: tuple[int, int]) -> None:
+    things = [thing(0, y, box[0], y + box[1]) for y in range(min(size[1] - box[1] + 1, 9))]
+    report = check_labels({"set": [record("a", *things, size=size)] * 30}, CLASSES, load_config(DETECTION, []))
+    proposed = report["anchors"]["proposal"]
+    (ratios,) = proposed["ASPECT_RATIOS"]
+    assert any(ratio == pytest.approx(box[1] / box[0], rel=0.2) for ratio in ratios)  # sides are whole pixels
+    assert proposed["best_iou"] > 3 * report["anchors"]["anchors"]["best_iou"] > 0
+    assert report["faults"] == []
+
+
+def test_counts_and_quantiles() -> None:
+    cfg = load_config(DETECTION, ["INPUT.MIN_SIZE_TRAIN", "(48,)"])
+    records = [
+        record("a", thing(0, 0, 10, 10), thing(5, 5, 20, 30, category=0, mode=BoxMode.XYWH_ABS, difficult=1)),
+        record("b", thing(1, 1, 9, 9, category=1, iscrowd=1)),
+        record("c"),
+    ]
+    report = check_labels({"set": records}, CLASSES, cfg)
+    assert report["sets"]["set"] == {
+        "images": 3,
+        "objects": 2,
+        "crowds": 1,
+        "difficult": 1,
+        "without_objects": 1,
+        "classes": {"cat": 2, "dog": 0},
+    }
+    assert report["faults"] == []
+    assert report["warnings"][0] == "set: classes without an object (1): dog"
+    assert report["anchors"]["side"]["99"] == pytest.approx(600**0.5, abs=0.2)
+    assert json.loads(json.dumps(report)) == report
+
+
+@pytest.mark.parametrize(
+    ("things", "kind", "words"),
+    [
+        ([thing(0, 0, 5, 5, category=2)], "faults", "category_id that is none of 0 to 1 (1): a.jpg"),
+        ([thing(0, 0, 5, 5, category=-1)], "faults", "category_id"),
+        ([thing(0, 0, float("nan"), 5)], "faults", "not finite numbers (1): a.jpg"),
+        ([thing(0, 0, 5)], "faults", "four numbers"),
+        ([thing(0, 0, 5, 5, mode=BoxMode.XYXY_REL)], "faults", "bbox_mode"),
+        ([thing(9, 9, 9, 12)], "warnings", "without area, which are not trained on (1): a.jpg"),
+        ([thing(-9, 0, 9, 12), thing(0, 0, 66, 12)], "warnings", "leave their image by more than 1 pixel"),
+    ],
+)
+def test_wrong_labels_are_named(things: list[dict[str, Any]], kind: str, words: str) -> None:
+    report = check_labels({"set": [record("a.jpg", *things)]}, CLASSES, load_config(DETECTION, []))
+    assert any(words in sentence for sentence in report[kind])
+
+
+def test_sets_with_nothing_to_find_are_no_fault() -> None:
+    cfg = load_config(DETECTION, [])
+    sound = [record("a", thing(0, 0, 9, 9), thing(0, 0, 9, 9, category=1))]
+    report = check_labels({"train": sound, "bare": [record("b")], "empty": []}, CLASSES, cfg, tests=("bare", "empty"))
+    assert report["faults"] == []
+    nothing = "so that an evaluation on it finds nothing and its AP is NaN"
+    assert report["warnings"] == [f"bare: not one object in its images, {nothing}", f"empty: no image, {nothing}"]
+
+
+def test_more_objects_than_the_detector_returns_are_named() -> None:
+    things = [thing(0, 0, 9, 9, category=i % 2) for i in range(20)] + [thing(0, 0, 9, 9, iscrowd=1)]
+    for limit, warnings in ((20, 0), (19, 1)):
+        cfg = load_config(DETECTION, ["TEST.DETECTIONS_PER_IMAGE", str(limit)])
+        report = check_labels({"set": [record("a.jpg", *things)]}, CLASSES, cfg)
+        assert len(report["warnings"]) == warnings and report["faults"] == []
+    assert "more objects than TEST.DETECTIONS_PER_IMAGE 19" in report["warnings"][0] and "a.jpg" in str(report)
+
+
+def test_nothing_to_train_on_is_a_fault() -> None:
+    sets = {"train": [record("a")], "test": [record("b", thing(0, 0, 5, 5))]}
+    cfg = load_config(DETECTION, [])
+    fault = "train: no image has an object to train on: label some"
+    for training, tests, faults in (
+        (("train",), ("test",), [fault]),
+        (("train",), ("train", "test"), [fault]),  # trained and evaluated on
+        (("test",), ("train",), []),
+        (("train", "test"), ("train",), []),
+        ((), ("train",), []),
+    ):
+        assert check_labels(sets, CLASSES, cfg, training, tests)["faults"] == faults
+
+
+def test_what_is_right_is_not_named() -> None:
+    things = [thing(0, 0, 64, 48), thing(-0.5, 0, 9, 48.5, category=1), thing(60, 1, 1, 1, iscrowd=1)]
+    report = check_labels({"set": [record("a", *things)]}, CLASSES, load_config(DETECTION, []))
+    assert report["faults"] == report["warnings"] == []
+
+
+def test_equal_ids_are_a_fault_where_detections_are_told_apart_by_them() -> None:
+    twice = [record("a", thing(0, 0, 5, 5)), record("b", thing(0, 0, 5, 5)) | {"image_id": "a"}]
+    cfg = load_config(DETECTION, [])
+    assert any("image ids" in word for word in check_labels({"set": twice}, CLASSES, cfg, tests=("set",))["faults"])
+    report = check_labels({"set": twice}, CLASSES, cfg)
+    assert report["faults"] == [] and any("image ids" in word for word in report["warnings"])
+
+
+def noise(path: Path, seed: int, size: tuple[int, int] = (40, 30)) -> Path:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_every_image_is_looked_at(tmp_path: Path) -> None:
+    train, test = tmp_path / "train", tmp_path / "test"
+    train.mkdir()
+    test.mkdir()
+    files = [noise(train / f"{index}.png", index) for index in range(4)]
+    shutil.copy(files[0], train / "copy.png")
+    Image.open(files[1]).save(test / "other.bmp")  # the same pixels in another format
+    cut = noise(test / "cut.png", 9)
+    cut.write_bytes(cut.read_bytes()[:300])
+    (test / "empty.png").touch()
+    Image.new("RGB", (9, 9), (1, 2, 3)).save(test / "flat.png")
+    sets = {"train": sorted(train.iterdir()), "test": sorted(test.iterdir())}
+    cfg = load_config(DETECTION, [])
+    report = check_images(sets, cfg, labelled=False)
+    assert report["images"] == {"read": 7, "unreadable": 2, "one_colour": 1}
+    assert report["faults"] == []
+    text = " ".join(report["warnings"])
+    for words in (
+        f"{cut}' is damaged",
+        "empty.png' is not an image",
+        "one colour (1)",
+        "train: images that are the same",
+    ):
+        assert words in text
+    assert (
+        f"train and test: images in both, by their pixels (1): {files[1]} = {test / 'other.bmp'}" in report["warnings"]
+    )
+    assert sorted(map(len, report["duplicates"])) == [2, 2]
+    pixels = np.concatenate(
+        [np.asarray(Image.open(p)).reshape(-1, 3) for p in [*sets["train"], test / "other.bmp"]]
+        + [np.asarray(Image.open(test / "flat.png")).reshape(-1, 3)]
+    )
+    np.testing.assert_allclose(report["mean"], pixels.mean(0), atol=1e-3)
+    np.testing.assert_allclose(report["std"], pixels.std(0), atol=1e-3)
+    reversed_ = check_images(sets, load_config(DETECTION, ["INPUT.FORMAT", "BGR"]), labelled=False)
+    assert reversed_["mean"] == report["mean"][::-1]
+    assert len(check_images(sets, cfg, labelled=True)["faults"]) == 1
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_images_of_other_channels_are_read_as_training_reads_them(channels: int, tmp_path: Path) -> None:
+    random = np.random.default_rng(channels)
+    images = [random.integers(0, 4096, (20, 30, channels), np.uint16) for _ in range(3)]
+    for index, image in enumerate(images):
+        np.save(tmp_path / f"{index}.npy", image)
+    Image.new("RGB", (30, 20)).save(tmp_path / "rgb.png")
+    keys = ["INPUT.CHANNELS", str(channels), "INPUT.MAX_VALUE", "4095", "INPUT.FORMAT", "BGR"]
+    keys += ["MODEL.PIXEL_MEAN", str([100.0] * channels), "MODEL.PIXEL_STD", str([50.0] * channels)]
+    files = sorted(tmp_path.iterdir())
+    report = check_images({"set": files}, load_config(DETECTION, keys), labelled=True)
+    pixels = np.concatenate([(image * (255 / 4095)).round().reshape(-1, channels) for image in images])
+    if channels == 1:  # black, turned into gray
+        pixels = np.concatenate([pixels, np.zeros((600, 1))])
+        assert report["faults"] == [] and report["images"] == {"read": 4, "unreadable": 0, "one_colour": 1}
+    else:
+        (fault,) = report["faults"]
+        assert "rgb.png' has 3 channels, but INPUT.CHANNELS is 5" in fault
+    np.testing.assert_allclose(report["mean"], pixels.mean(0), atol=1e-3)
+    np.testing.assert_allclose(report["std"], pixels.std(0), atol=1e-3)
+    found = pixel_statistics(files[:3], PixelFormat(channels, 4095))
+    np.testing.assert_allclose(found.mean, pixels[:1800].mean(0))
+
+
+def test_images_in_an_archive_are_looked_at(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as packed:
+        for index in range(2):
+            packed.write(noise(tmp_path / f"{index}.png", 0), f"{index}.png")
+    report = check_images({"zip": get_images(str(tmp_path / "photos.zip"))}, load_config(DETECTION, []), labelled=False)
+    assert report["images"]["read"] == 2 and len(report["duplicates"]) == 1
+
+
+def test_a_label_of_another_size_is_a_fault(tmp_path: Path) -> None:
+    path = str(noise(tmp_path / "a.png", 0))
+    cfg = load_config(DETECTION, [])
+    right = {"set": [record(path, size=(40, 30))]}
+    assert check_images(right, cfg, labelled=True)["faults"] == []
+    (fault,) = check_images({"set": [record(path, size=(30, 40))]}, cfg, labelled=True)["faults"]
+    assert f"{path} (recorded 30 x 40, has 40 x 30)" in fault
+
+
+def test_the_page_of_samples_has_every_image_and_its_boxes(tmp_path: Path) -> None:
+    grey = np.full((48, 64, 3), 128, np.uint8)
+    crowded = np.array([[4 * i, 10, 4 * i + 3, 30] for i in range(12)], dtype=float)
+    pictures = [
+        Sample(grey, np.array([[8.0, 8, 40, 40]]), np.array([1]), ["dog*"], "a.png"),
+        Sample(grey, crowded, np.array([0] * 12), ["cat"] * 12, "b.png"),
+        Sample(grey, np.zeros((0, 4)), np.zeros(0, int), [], "c.png"),
+    ]
+    draw_samples(pictures, tmp_path / "page.png", "title")
+    with Image.open(tmp_path / "page.png") as page:
+        pixels = np.asarray(page)
+    assert (pixels == 128).all(-1).mean() > 0.4
+    with pytest.raises(ValueError, match="at least one"):
+        draw_samples([], tmp_path / "none.png", "title")
+
+
+def test_the_script_checks_a_config_and_says_that_training_may_start(root: Path, tmp_path: Path) -> None:
+    names = ("DATASETS.TRAIN", "('svhn_train',)", "DATASETS.TEST", "('svhn_test',)")
+    output = tmp_path / "out"
+    script = ("relvit-d2", "check-data", "--output", output)
+    done = run(root, *script, "--config-file", "configs/demo/streets.yaml", *names)
+    assert "training may start" in done.stdout
+    assert "12 images" in done.stdout
+    report = json.loads((output / "check.json").read_text())
+    assert report["images"]["read"] == 17 and report["faults"] == []
+    with Image.open(output / "check.png") as page:
+        assert page.width > 1000
+
+
+def test_the_script_checks_a_folder_of_images(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    noise(tmp_path / "images/a.png", 0)
+    done = run(tmp_path, "relvit-d2", "check-data", "--output", tmp_path / "out", tmp_path / "images")
+    assert "1 read" in done.stdout and "no labels were checked: pre-training may start" in done.stdout
+    assert f"warning: {tmp_path / 'images'}: no labels were recognised" in done.stdout
+    document = {"images": [{"id": 1, "file_name": "a.png", "width": 40, "height": 30}], "annotations": []}
+    (tmp_path / "images/labels.json").write_text(json.dumps(document))
+    done = run(tmp_path, "relvit-d2", "check-data", "--output", tmp_path / "out", tmp_path / "images")
+    assert "labels.json has images and annotations but no categories" in done.stdout
+
+
+def test_the_script_checks_a_folder_with_labels_and_what_a_config_says_of_it(tmp_path: Path) -> None:
+    for name, split in (("a", "train"), ("b", "train"), ("c", "val")):
+        (tmp_path / f"cells/images/{split}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"cells/labels/{split}").mkdir(parents=True, exist_ok=True)
+        gray = np.random.default_rng(ord(name)).integers(0, 256, (30, 40), np.uint8)
+        Image.fromarray(gray).save(tmp_path / f"cells/images/{split}/{name}.png")
+        (tmp_path / f"cells/labels/{split}/{name}.txt").write_text("0 0.5 0.5 0.5 0.5\n1 0.2 0.2 0.1 0.1\n")
+    (tmp_path / "cells/classes.txt").write_text("RBC\nWBC\n")
+    done = run(tmp_path, "relvit-d2", "check-data", "--output", tmp_path / "out", tmp_path / "cells")
+    assert "training may start" in done.stdout
+    report = json.loads((tmp_path / "out/check.json").read_text())
+    counts = {name: facts["classes"] for name, facts in report["sets"].items()}
+    assert counts == {"cells_train": {"RBC": 2, "WBC": 2}, "cells_val": {"RBC": 1, "WBC": 1}}
+    base, config = Path("configs/demo/streets.yaml").absolute(), tmp_path / "gray.yaml"
+    config.write_text(
+        f"_BASE_: {base}\nINPUT: {{CHANNELS: 1}}\nMODEL: {{PIXEL_MEAN: [100.0], PIXEL_STD: [50.0]}}\n"
+        f"DATASETS: {{CUSTOM: {{gray: {{ROOT: {tmp_path}/cells, SPLIT: val}}}}, TRAIN: ['gray'], TEST: []}}\n"
+    )
+    run(tmp_path, "relvit-d2", "check-data", "--output", tmp_path / "gray", "--config-file", config)
+    report = json.loads((tmp_path / "gray/check.json").read_text())
+    assert report["sets"]["gray"]["classes"] == {"RBC": 1, "WBC": 1} and len(report["mean"]) == 1
+    (tmp_path / "cells/classes.txt").write_text("RBC\n")
+    done = run(tmp_path, "relvit-d2", "check-data", "--output", tmp_path / "out", tmp_path / "cells", status=1)
+    assert "is of the class 1" in done.stderr
+
+
+def test_folders_whose_sets_have_one_name_are_refused(tmp_path: Path) -> None:
+    for parent in ("a", "b"):
+        folder = tmp_path / parent / "cells"
+        folder.mkdir(parents=True)
+        noise(folder / "1.png", 0)
+        (folder / "1.txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    a, b = str(tmp_path / "a/cells"), str(tmp_path / "b/cells")
+    assert "cells_train" in config_words([a])[1]
+    with pytest.raises(UserError, match=r"a/cells' and '.*b/cells' both hold the set cells_train"):
+        config_words([a, b])
+
+
+def test_training_tells_what_it_found_and_refuses_wrong_labels(caplog: pytest.LogCaptureFixture) -> None:
+    cfg = load_config(DETECTION, ["DATASETS.TRAIN", "('mine',)"])
+    right, wrong = record("a.jpg", thing(0, 0, 9, 9)), record("b.jpg", thing(0, 0, 9, 9, category=7))
+    with caplog.at_level(logging.INFO):
+        before_training(cfg, [right], {"mine": [right]}, CLASSES)
+    assert "mine (training): 1 images, 1 objects of 2 classes" in caplog.text
+    assert "mine (training) and mine: images in both (1): a.jpg" in caplog.text
+    with pytest.raises(UserError, match=r"training may not start: mine: objects with a category_id .*b\.jpg"):
+        before_training(cfg, [right], {"mine": [right, wrong]}, CLASSES)
+
+
+def test_anchors_that_miss_many_boxes_are_told() -> None:
+    tiny = [record(str(i), thing(*box), size=(800, 800)) for i, box in enumerate(scattered(200, 12, 12)[0].tolist())]
+    (warning,) = check_labels({"s": tiny}, ("cat",), load_config(DETECTION, []))["warnings"]
+    assert "MODEL.ANCHOR_GENERATOR.SIZES [[" in warning
+
+
+def test_anchors_of_maps_without_a_known_stride_are_left_out() -> None:
+    cfg = load_config(DETECTION, ["MODEL.RPN.IN_FEATURES", "['res4']", "MODEL.ANCHOR_GENERATOR.SIZES", "[[32]]"])
+    assert fit_report(*scattered(5, 64, 64), cfg) == {}

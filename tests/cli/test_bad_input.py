@@ -1,0 +1,326 @@
+"""Bad input, as a user gives it from the shell: one sentence that names the thing and the mend, status 1, no traceback.
+
+``CASES`` is the table: what is given, to which script, and words of the sentence.
+"""
+
+import json
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tests.support.damaged_files import huge_png
+
+from tests.support.scripts import command, digests, fails, run
+
+SSL, DETECT = "pretrain_ssl.py", "train_net.py"
+VOC = ("DATASETS.TRAIN", "('voc_2007_train',)", "DATASETS.TEST", "()")
+OBJECT = (
+    "<object><name>{name}</name><bndbox><xmin>5</xmin><ymin>5</ymin><xmax>40</xmax><ymax>30</ymax></bndbox></object>"
+)
+SIZE = "<size><width>64</width><height>48</height><depth>3</depth></size>"
+
+
+def write_voc(root: Path, size: str = SIZE, name: str = "dog") -> Path:
+    """Write VOC-2007 with the images a, b, c, d; the keywords are b's annotation. Return the folder of images."""
+    folder = root / "VOC2007"
+    for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (folder / part).mkdir(parents=True)
+    (folder / "ImageSets/Main/train.txt").write_text("a\nb\nc\nd\n")
+    for stem in "abcd":
+        Image.effect_noise((64, 48), 60).convert("RGB").save(folder / f"JPEGImages/{stem}.jpg")
+        own = (size, name) if stem == "b" else (SIZE, "dog")
+        xml = f"<annotation>{own[0]}{OBJECT.format(name=own[1])}</annotation>"
+        (folder / f"Annotations/{stem}.xml").write_text(xml)
+    return folder / "JPEGImages"
+
+
+def cut(root: Path) -> None:
+    image = write_voc(root) / "b.jpg"
+    image.write_bytes(image.read_bytes()[:500])
+
+
+def huge(root: Path) -> None:
+    (write_voc(root) / "b.jpg").write_bytes(huge_png())
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row.
+
+    Attributes:
+        words: part of the sentence.
+        more: overrides; ``{here}`` is a folder of the test's own, others are names of its files.
+        scripts: which of the two get it.
+        flags: before the overrides.
+        make: fills the data root; None leaves the usual one.
+        files: texts of further files in ``{here}``.
+    """
+
+    words: str
+    more: tuple[object, ...] = ()
+    scripts: tuple[str, ...] = (DETECT,)
+    flags: tuple[object, ...] = ()
+    make: Callable[[Path], object] | None = None
+    files: dict[str, str] = field(default_factory=dict)
+
+
+BOTH = (SSL, DETECT)
+CASES = {
+    "misspelt key": Case("did you mean 'SOLVER.MAX_ITER'", ("SOLVER.MAX_ITTER", 3)),
+    "wrong type": Case("SOLVER.MAX_ITER takes a value of type int", ("SOLVER.MAX_ITER", "soon")),
+    "flag after the overrides": Case("flags go before", ("--resume", "--eval-only")),
+    "key twice in a file": Case(
+        "bad.yaml' has the key 'MAX_ITER' twice in one place, the second time in line 4",
+        flags=("--config-file", "{here}/bad.yaml"),
+        files={"bad.yaml": "VERSION: 2\nSOLVER:\n  MAX_ITER: 3\n  MAX_ITER: 4\n"},
+    ),
+    "key twice in a base": Case(
+        "base.yaml' has the key 'SEED' twice",
+        scripts=(SSL,),
+        flags=("--config-file", "{here}/bad.yaml"),
+        files={"bad.yaml": "_BASE_: base.yaml\n", "base.yaml": "SEED: 3\nSEED: 4\n"},
+    ),
+    "base that builds on itself": Case(
+        "builds on itself",
+        flags=("--config-file", "{here}/bad.yaml"),
+        files={"bad.yaml": "_BASE_: other.yaml\n", "other.yaml": "_BASE_: bad.yaml\n"},
+    ),
+    "empty file": Case("holds no keys", flags=("--config-file", "{here}/bad.yaml"), files={"bad.yaml": ""}),
+    "config of the other script": Case(
+        "is of the task pretrain, not detection: start relvit-d2 pretrain with it",
+        flags=("--config-file", "configs/ssl/voc_vit_s.yaml"),
+    ),
+    "config of the detector": Case(
+        "is of the task detection, not pretrain: start relvit-d2 train with it",
+        scripts=(SSL,),
+        flags=("--config-file", "configs/voc_vit_s.yaml"),
+    ),
+    "key of the other script": Case(
+        "key PRETEXT.FLIP belongs to the task pretrain (relvit-d2 pretrain), not to detection", ("PRETEXT.FLIP", 0.5)
+    ),
+    "key without effect": Case("SOLVER.MOMENTUM has no effect here", ("SOLVER.MOMENTUM", 0.5)),
+    "mixed precision in float32": Case("set SOLVER.PRECISION auto", ("SOLVER.AMP.ENABLED", "True")),
+    "batch of nothing": Case("give 1 or more", ("SOLVER.IMS_PER_BATCH", 0)),
+    "batch below the processes": Case(
+        "SOLVER.IMS_PER_BATCH 1 is no multiple of 2 processes", ("SOLVER.IMS_PER_BATCH", 1), flags=("--num-gpus", 2)
+    ),
+    "batch that parts do not divide": Case(
+        "no multiple of 1 processes times SOLVER.GRAD_ACCUM_STEPS 3", ("SOLVER.GRAD_ACCUM_STEPS", 3)
+    ),
+    "parts of nothing": Case("SOLVER.GRAD_ACCUM_STEPS 0 is too small: give 1 or more", ("SOLVER.GRAD_ACCUM_STEPS", 0)),
+    "seed below nothing": Case("SEED -1 is too small: give 0 or more", ("SEED", -1), (SSL,)),
+    "reference below nothing": Case("SOLVER.REFERENCE_BATCH -4 is too small", ("SOLVER.REFERENCE_BATCH", -4), (SSL,)),
+    "less than no checkpoints": Case(
+        "SOLVER.CHECKPOINT_MAX_TO_KEEP -1 is too small", ("SOLVER.CHECKPOINT_MAX_TO_KEEP", -1), (SSL,)
+    ),
+    "patience below nothing": Case("TEST.PATIENCE -1 is too small", ("TEST.PATIENCE", -1), (SSL,)),
+    "less than no workers": Case("DATALOADER.NUM_WORKERS -1 is too small", ("DATALOADER.NUM_WORKERS", -1), (SSL,)),
+    "patience without a metric": Case("needs a TEST.BEST_METRIC", ("TEST.PATIENCE", 2, "TEST.EVAL_PERIOD", 1)),
+    "metric that is none": Case(
+        "did you mean 'bbox/AP50'", ("TEST.BEST_METRIC", "box/AP50", "TEST.EVAL_PERIOD", 1, "SOLVER.MAX_ITER", 2)
+    ),
+    "gpu that is not there": Case("MODEL.DEVICE cpu", ("MODEL.DEVICE", "cuda")),
+    "output is a file": Case("choose another folder", ("OUTPUT_DIR", "{here}/file"), files={"file": "text"}),
+    "output cannot be made": Case("choose another folder", ("OUTPUT_DIR", "/proc/relvit")),
+    "unknown data set": Case("did you mean 'svhn_train'", ("DATASETS.TRAIN", "('svhn_trian',)"), BOTH),
+    "no training set": Case("DATASETS.TRAIN is empty", ("DATASETS.TRAIN", "()")),
+    "data root is absent": Case("make demo", VOC, make=lambda root: root.rmdir()),
+    "data root is empty": Case("PASCAL VOC 2007 is missing", VOC, (SSL,), make=lambda root: None),
+    "folder without images": Case(
+        "holds no image", ("DATASETS.TRAIN", "('{here}/',)"), (SSL,), files={"notes.txt": "no image"}
+    ),
+    "image is absent": Case(
+        "b.jpg is missing but listed in", VOC, make=lambda root: (write_voc(root) / "b.jpg").unlink()
+    ),
+    "image is cut short": Case("b.jpg' is damaged or cut short", VOC, make=cut),
+    "image is cut short, with workers": Case(
+        "b.jpg' is damaged or cut short", (*VOC, "DATALOADER.NUM_WORKERS", 2), make=cut
+    ),
+    "image of 100,000 x 100,000": Case("b.jpg' is larger than any photograph", VOC, make=huge),
+    "channels without statistics": Case(
+        "MODEL.PIXEL_MEAN has 3 values, but images have 1 channels", ("INPUT.CHANNELS", 1)
+    ),
+    "own folder is absent": Case("'no/folder' does not exist", flags=("--data", "no/folder")),
+    "own folder without labels": Case(
+        "holds no labels that can be read", flags=("--data", "{here}"), files={"notes.txt": "nothing"}
+    ),
+    "own set with an unknown key": Case(
+        "DATASETS.CUSTOM.cells has the key 'ROOOT'; known are ROOT, FORMAT, SPLIT, CLASSES, JSON, IMAGES; did you mean",
+        ("DATASETS.CUSTOM", "{{'cells': {{'ROOOT': 'somewhere'}}}}"),
+    ),
+    "annotation without a size": Case("b.xml has no <size/width>", VOC, make=lambda root: write_voc(root, size="")),
+    "annotation of an unknown class": Case(
+        "b.xml, object 1 is of the class 'dgo'", VOC, make=lambda root: write_voc(root, name="dgo")
+    ),
+    "class count": Case("NUM_CLASSES 7 contradicts data set 'svhn_train'", ("MODEL.ROI_HEADS.NUM_CLASSES", 7)),
+    "weights are absent": Case("no/encoder.safetensors' does not exist", ("MODEL.WEIGHTS", "no/encoder.safetensors")),
+    "weights are a folder": Case("is no file that exists", ("MODEL.WEIGHTS", "{here}")),
+    "weights are text": Case(
+        "not a readable safetensors file",
+        ("MODEL.WEIGHTS", "{here}/a.safetensors"),
+        (SSL,),
+        files={"a.safetensors": "a"},
+    ),
+    "checkpoint is text": Case(
+        "not a readable checkpoint", ("MODEL.WEIGHTS", "{here}/a.pth"), files={"a.pth": "no weights"}
+    ),
+    "weights at a URL that cannot be reached": Case(
+        "'http://127.0.0.1:9/encoder.safetensors' could not be downloaded",
+        ("MODEL.WEIGHTS", "http://127.0.0.1:9/encoder.safetensors"),
+        BOTH,
+    ),
+    "anchors for another number of levels": Case(
+        "SIZES has 3 lists, but MODEL.RPN.IN_FEATURES has 2 levels", ("MODEL.ANCHOR_GENERATOR.SIZES", "[[8],[16],[32]]")
+    ),
+    "keys that Detectron2 refuses": Case("Detectron2 cannot build this detector", ("MODEL.ROI_BOX_HEAD.NUM_FC", 0)),
+    "weights are a pickle": Case(
+        "can run any code in it: if you trust where it comes from, set MODEL.ALLOW_PICKLE True",
+        ("MODEL.WEIGHTS", "{here}/a.pkl"),
+        files={"a.pkl": "anything"},
+    ),
+    "weights of another encoder": Case(
+        "MODEL.ENCODER.NAME vit_nano", ("MODEL.WEIGHTS", "{encoder}", "MODEL.ENCODER.NAME", "vit_tiny")
+    ),
+    "pixels of another scale": Case("INPUT.FORMAT RGB, not BGR", ("MODEL.WEIGHTS", "{encoder}", "INPUT.FORMAT", "BGR")),
+    "detector of another size": Case("fits only", ("MODEL.WEIGHTS", "{detector}", "MODEL.PYRAMID.OUT_CHANNELS", 32)),
+}
+# Their sentences come from where those of other rows come from.
+LIKE_OTHERS = {
+    "key twice in a base",
+    "config of the detector",
+    "key of the other script",
+    "batch of nothing",
+    "parts of nothing",
+    "seed below nothing",
+    "reference below nothing",
+    "less than no checkpoints",
+    "patience below nothing",
+    "output cannot be made",
+    "folder without images",
+    "image is cut short",
+    "annotation of an unknown class",
+    "own folder is absent",
+    "weights are a folder",
+    "weights are text",
+}
+ROWS = [
+    pytest.param(name, script, marks=[pytest.mark.slow] if name in LIKE_OTHERS else [])
+    for name, case in CASES.items()
+    for script in case.scripts
+]
+
+
+@pytest.fixture(scope="module")
+def encoder(root: Path) -> Path:
+    run(root, *command(SSL, root / "ssl", "SOLVER.MAX_ITER", 1))
+    return root / "ssl/encoder.safetensors"
+
+
+@pytest.fixture(scope="module")
+def detector(root: Path) -> Path:
+    run(root, *command(DETECT, root / "detector", "SOLVER.MAX_ITER", 1))
+    return root / "detector/model_final.pth"
+
+
+@pytest.mark.parametrize(("name", "script"), ROWS)
+def test_bad_input_is_one_sentence(
+    name: str, script: str, root: Path, encoder: Path, detector: Path, tmp_path: Path
+) -> None:
+    case = CASES[name]
+    here, data = tmp_path / "here", tmp_path / "data"
+    here.mkdir()
+    for file, text in case.files.items():
+        (here / file).write_text(text)
+    if case.make:
+        data.mkdir()
+        case.make(data)
+    names = {"here": here, "encoder": encoder, "detector": detector}
+    more, flags = (
+        [part.format(**names) if isinstance(part, str) else part for part in given] for given in (case.more, case.flags)
+    )
+    output = tmp_path / "out"
+    sentence = fails(data if case.make else root, *command(script, output, *more, flags=tuple(flags)))
+    assert case.words in sentence
+    assert not [path for path in output.rglob("*") if path.suffix in (".part", ".safetensors")]
+
+
+def test_pretraining_leaves_out_what_it_cannot_read(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    images = write_voc(data)
+    (images / "b.jpg").write_bytes((images / "b.jpg").read_bytes()[:1000])  # more than its header
+    (images / "c.jpg").write_bytes(b"")
+    done = run(data, *command(SSL, tmp_path / "out", *VOC, "SOLVER.MAX_ITER", 2))
+    assert "1 of 4 images cannot be read and are left out: " in done.stdout
+    assert f"{images}/c.jpg ('{images}/c.jpg' is not an image" in done.stdout
+    assert "b.jpg' is damaged or cut short" in done.stdout
+    assert "the next image stands in for it (1 such here so far)" in done.stdout
+    assert "3 training images" in done.stdout
+
+
+@pytest.mark.parametrize("script", BOTH)
+def test_absent_images_are_left_out_when_that_is_asked_for(script: str, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    (write_voc(data) / "b.jpg").unlink()
+    skip = ("DATASETS.SKIP_MISSING", "True", "SOLVER.MAX_ITER", 1)
+    done = run(data, *command(script, tmp_path / "out", *VOC, *skip))
+    assert "1 of the 4 images listed in" in done.stdout
+    assert "left out: b.jpg" in done.stdout
+    assert script == SSL or "voc_2007_train (training): 3 images" in done.stdout
+    assert "3 training images" in done.stdout
+
+
+def test_pickles_load_when_that_is_asked_for(root: Path, detector: Path, tmp_path: Path) -> None:
+    model = torch.load(detector, weights_only=True)["model"]
+    arrays = {name: value.numpy() for name, value in model.items()}
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "somebody"}))
+    torch.save({"model": model, "best": np.float64(3)}, tmp_path / "b.pth")
+    given = ("MODEL.ALLOW_PICKLE", "True", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "MODEL.WEIGHTS")
+    found = []
+    for weights in (detector, tmp_path / "a.pkl", tmp_path / "b.pth"):
+        run(root, *command(DETECT, tmp_path / "out", *given, weights, flags=("--eval-only",)))
+        found.append(json.loads((tmp_path / "out/inference/coco_instances_results.json").read_text()))
+    assert found[0]
+    assert found[0] == found[1] == found[2]
+    assert "MODEL.ALLOW_PICKLE" in fails(root, *command(DETECT, tmp_path, "MODEL.WEIGHTS", tmp_path / "b.pth"))
+
+
+STREETS = ("--config-file", "configs/demo/streets.yaml")
+
+
+@pytest.mark.parametrize(
+    ("tool", "words"),
+    [
+        (("overfit-check", "--config-file", "no.yaml"), "no.yaml' does not exist"),
+        (("overfit-check", *STREETS, "--images", 0), "give at least 1"),
+        (("overfit-check", *STREETS, "SOLVER.MAX_ITTER", 3), "did you mean 'SOLVER.MAX_ITER'"),
+        (("overfit-check", "--config-file", "configs/ssl/voc_vit_s.yaml"), "is of the task pretrain"),
+        (("overfit-check", *STREETS, "DATASETS.TRAIN", "('streets_trian',)"), "did you mean 'streets_train'"),
+        (("compare-runs", "no", "no"), "'no' cannot be read"),
+        (("analyze", *STREETS, "SOLVER.BASE_LRR", 1), "did you mean 'SOLVER.BASE_LR'"),
+        (("analyze", *STREETS, "DATASETS.TRAIN", "()"), "DATASETS.TRAIN is empty"),
+    ],
+)
+def test_commands_report_it_in_one_sentence_too(
+    tool: tuple[object, ...], words: str, root: Path, tmp_path: Path
+) -> None:
+    assert words in fails(root, "relvit-d2", *tool)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(root: Path, tmp_path: Path) -> None:
+    run(root, *command(SSL, tmp_path, "SOLVER.MAX_ITER", 4))
+    before = digests(tmp_path, "*.pth")
+    more = command(SSL, tmp_path, "SOLVER.MAX_ITER", 8, flags=("--resume", "--allow-changes"))
+    sentence = fails(root, *more, fault="full:1000000")
+    assert "model_0000005.pth' could not be written" in sentence
+    assert sentence.endswith("then go on with --resume")
+    assert "the previous one is untouched" in sentence or "what was there is untouched" in sentence
+    assert before == digests(tmp_path, "*.pth")
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    assert not list(tmp_path.rglob("*.part"))
+    run(root, *more)
+    assert torch.load(tmp_path / "model_final.pth", weights_only=True)["iteration"] == 7

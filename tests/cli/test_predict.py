@@ -1,0 +1,420 @@
+"""Predictions outside of evaluation: the same detections, from files, arrays and videos, on disk and in Python."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from detectron2.structures import BoxMode, Instances
+from PIL import Image
+
+from relvit_d2 import load_detector
+from relvit_d2.cli import main
+from relvit_d2.detection.predictor import Detector
+from relvit_d2.report.prediction_files import found
+from relvit_d2.report.prediction_videos import annotate_video, timed, upright
+from relvit_d2.utils.errors import UserError
+from tests.support.scripts import command, fails, run
+
+Failing = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def trained(root: Path) -> Iterator[Path]:
+    """The folder of a detector that has learnt next to nothing, but finds something everywhere."""
+    run(root, *command("train_net.py", root / "run", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DETECTRON2_DATASETS", str(root))
+        yield root / "run"
+
+
+@pytest.fixture(scope="module")
+def detector(trained: Path) -> Detector:
+    return load_detector(trained)
+
+
+@pytest.fixture(scope="module")
+def images(root: Path) -> list[Path]:
+    return sorted((root / "svhn/test").glob("*.png"))
+
+
+@pytest.fixture()
+def failing(trained: Path, capsys: pytest.CaptureFixture[str]) -> Failing:
+    """Run relvit-d2 predict in this process; it must fail with one sentence, which is returned."""
+
+    def call(*words: object, weights: Path = trained) -> str:
+        assert main(["predict", "--weights", *map(str, (weights, *words))]) == 1
+        lines = capsys.readouterr().err.splitlines()
+        errors = [line for line in lines if line.startswith("error: ")]
+        assert len(errors) == 1 and "Traceback" not in "".join(lines)
+        return errors[0]
+
+    return call
+
+
+def same(a: Instances, b: Instances) -> None:
+    assert len(a) == len(b) > 0 and a.image_size == b.image_size
+    for name in ("pred_classes", "scores"):
+        np.testing.assert_allclose(a.get(name).numpy(), b.get(name).numpy(), atol=1e-4)
+    np.testing.assert_allclose(a.pred_boxes.tensor.numpy(), b.pred_boxes.tensor.numpy(), atol=1e-3)
+
+
+def test_a_loaded_detector_finds_what_evaluation_found(trained: Path, detector: Detector, images: list[Path]) -> None:
+    written = json.loads((trained / "inference/coco_instances_results.json").read_text())
+    assert len(written) > 50
+    for image in images:
+        expected = [row for row in written if str(row["image_id"]) == image.stem]
+        found = detector(image)
+        assert len(found) == len(expected)
+        boxes = BoxMode.convert(found.pred_boxes.tensor, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS).numpy()
+        np.testing.assert_allclose(boxes, [row["bbox"] for row in expected], atol=1e-4)
+        np.testing.assert_allclose(found.scores.numpy(), [row["score"] for row in expected], atol=1e-4)
+        assert found.pred_classes.tolist() == [row["category_id"] for row in expected]
+        assert found.image_size == Image.open(image).size[::-1]
+    assert detector.class_names == list("0123456789")
+
+
+def test_detectron2s_predictor_finds_what_the_detector_finds(
+    trained: Path, detector: Detector, images: list[Path], tmp_path: Path
+) -> None:
+    """The lines of the docs in a new process, on an image that neither of them resizes."""
+    unresized = tmp_path / "64.png"
+    Image.open(images[0]).convert("RGB").resize((80, 64)).save(unresized)
+    page = Path(__file__).resolve().parents[2] / "docs/weights.md"
+    (code,) = re.findall(r"```python\n(.+?)```", page.read_text(), re.DOTALL)
+    code = code.replace("output/voc_vit_s", str(trained)).replace("image.jpg", str(unresized))
+    code += "\nprint(instances.pred_boxes.tensor.tolist(), instances.scores.tolist(), instances.pred_classes.tolist())"
+    python = [sys.executable, "-c", code]
+    done = subprocess.run(python, capture_output=True, text=True, check=True, cwd=page.parents[1])
+    boxes, scores, classes = json.loads("[" + done.stdout.strip().splitlines()[-1].replace("] [", "], [") + "]")
+    expected = detector(unresized)
+    assert len(expected) == len(boxes) > 5
+    np.testing.assert_allclose(boxes, expected.pred_boxes.tensor.numpy(), atol=1e-4)
+    np.testing.assert_allclose(scores, expected.scores.numpy(), atol=1e-4)
+    assert classes == expected.pred_classes.tolist()
+
+
+def test_augmented_results_stand_beside_the_plain_ones_and_expected_results_decide_the_status(
+    trained: Path, root: Path, tmp_path: Path
+) -> None:
+    def evaluation(output: Path, expected: object, *more: object) -> tuple[object, ...]:
+        weights = ("MODEL.WEIGHTS", trained / "model_final.pth", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
+        keys = ("TEST.AUG.ENABLED", True, "TEST.EXPECTED_RESULTS", expected)
+        return command("train_net.py", output, *weights, *keys, *more, flags=("--eval-only",))
+
+    plain = json.loads((trained / "inference/results.json").read_text())["svhn_test"]
+    right = [["bbox", "AP", plain["bbox"]["AP"], 1e-6], ["bbox_TTA", "AP50", 50.0, 50.0]]
+    sizes = ("TEST.AUG.MIN_SIZES", (48, 64), "TEST.AUG.MAX_SIZE", 96)
+    done = run(root, *evaluation(tmp_path / "a", right, *sizes))
+    assert "Results verification passed" in done.stdout
+    results = json.loads((tmp_path / "a/inference/results.json").read_text())["svhn_test"]
+    assert set(results) == set(plain) | {f"{task}_TTA" for task in plain}
+    assert results["bbox"] == plain["bbox"] and results["bbox_TTA"].keys() == plain["bbox"].keys()
+    files = [tmp_path / "a/inference" / folder / "coco_instances_results.json" for folder in (".", "TTA")]
+    assert files[0].read_text() == (trained / "inference/coco_instances_results.json").read_text()
+    assert json.loads(files[1].read_text()) and files[0].read_text() != files[1].read_text()
+
+    wrong = [["bbox", "AP", 99.0, 0.5], ["segm", "AP", 1.0, 100.0]]
+    off = ("TEST.AUG.ENABLED", False)
+    sentence = fails(root, *evaluation(tmp_path / "b", wrong, *off))
+    assert "results differ from TEST.EXPECTED_RESULTS: bbox/AP is" in sentence
+    assert "expected 99.0 within 0.5, segm/AP is None, expected 1.0 within 100.0" in sentence
+    assert json.loads((tmp_path / "b/inference/results.json").read_text())["svhn_test"]["bbox"] == plain["bbox"]
+    sentence = fails(root, *command("train_net.py", tmp_path / "c", "TEST.EXPECTED_RESULTS", wrong))
+    assert "bbox/AP is" in sentence and (tmp_path / "c/model_final.pth").is_file()
+
+
+@pytest.mark.filterwarnings("error:The given NumPy array is not writable")
+def test_paths_arrays_pictures_and_batches_give_the_same(detector: Detector, images: list[Path]) -> None:
+    together = detector.batch(images)
+    for path, expected in zip(images, together, strict=True):
+        with Image.open(path) as picture:
+            for image in (path, str(path), picture, np.array(picture.convert("RGB"))):
+                same(detector(image), expected)
+    for bad in (np.zeros((8, 8, 3)), np.zeros((8, 8), np.uint8), np.zeros((0, 8, 3), np.uint8)):
+        with pytest.raises(UserError, match="is no image"):
+            detector(bad)
+
+
+def test_pictures_of_pillow_are_read_like_their_files(detector: Detector, images: list[Path], tmp_path: Path) -> None:
+    with Image.open(images[0]) as picture:
+        gray = np.array(picture.convert("L"))
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        picture.convert("RGB").save(tmp_path / "turned.jpg", exif=exif)
+    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    for path in sorted(tmp_path.iterdir()):
+        with Image.open(path) as picture:
+            same(detector(picture), detector(path))
+    assert detector(tmp_path / "turned.jpg").image_size == gray.shape[::-1]
+    with pytest.raises(UserError, match="float32 numbers, whose range is unknown"):
+        detector(Image.fromarray(gray.astype(np.float32)))
+
+
+def test_the_checkpoint_itself_and_its_folder_are_the_same_detector(
+    trained: Path, detector: Detector, images: list[Path]
+) -> None:
+    same(load_detector(trained / "model_final.pth")(images[0]), detector(images[0]))
+
+
+def test_the_tool_draws_every_input_and_writes_coco_results(
+    root: Path, trained: Path, detector: Detector, images: list[Path], tmp_path: Path
+) -> None:
+    # Names that meet: another folder's, another ending's.
+    other = tmp_path / "other"
+    other.mkdir()
+    with Image.open(images[0]) as picture:
+        picture.save(other / images[0].name)
+        picture.convert("RGB").save(other / f"{images[0].stem}.bmp")
+    made = video(tmp_path / "clip.mp4", [np.full((47, 61, 3), 40 * i, np.uint8) for i in range(5)])
+    pattern = f"{images[0].parent}/*.png"
+    words = ("--input", pattern, other, made, "--output", tmp_path / "out", "--threshold", 0, "--batch", 2)
+    done = run(root, "relvit-d2", "predict", "--weights", trained, *words)
+    pictures = sorted((tmp_path / "out").glob("*.png"))
+    assert len(pictures) == len(images) + 2
+    assert f"{len(pictures)} pictures and 1 video" in done.stdout
+    for file in pictures:
+        assert max(Image.open(file).size) >= 800
+    results = json.loads((tmp_path / "out/detections.json").read_text())
+    for name in (*map(str, images), str(other / images[0].name), str(other / f"{images[0].stem}.bmp")):
+        rows = [row for row in results if row["image_id"] == name]
+        expected = detector(name)
+        np.testing.assert_allclose([row["score"] for row in rows], expected.scores.numpy(), atol=1e-4)
+        assert [row["category"] for row in rows] == [detector.class_names[i] for i in expected.pred_classes]
+    assert {row["image_id"] for row in results if "#" in row["image_id"]} == {f"{made}#{i}" for i in range(5)}
+    with av.open(str(tmp_path / "out/clip.mp4")) as written:
+        frames = [frame.to_ndarray(format="rgb24") for frame in written.decode(video=0)]
+    assert len(frames) == 5
+    assert frames[0].mean() < frames[-1].mean()
+
+
+def times(path: Path) -> list[float]:
+    with av.open(str(path)) as source:
+        return [float(frame.pts * frame.time_base) for frame in source.decode(video=0) if frame.time_base]
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_frames_of_a_variable_rate_keep_their_times(detector: Detector, tmp_path: Path, suffix: str) -> None:
+    steps = [2001, 180_000, 2009, 60, 300_022, 2000]
+    made = video(tmp_path / f"clip.{suffix}", [np.full((32, 32, 3), 50, np.uint8)] * 6, steps)
+    rows, fault = annotate_video(made, tmp_path / "out.mp4", detector, 0.0, 4)
+    expected = times(made)
+    assert expected[-1] > 8 and not fault
+    assert times(tmp_path / "out.mp4") == pytest.approx(expected, abs=2e-5)
+    found = {row["image_id"]: row["time"] for row in rows}
+    assert found == {f"{made}#{i}": pytest.approx(time, abs=1e-5) for i, time in enumerate(expected)}
+
+
+@pytest.mark.parametrize("rate", [25, Fraction(30000, 1001), Fraction(19001317, 633380), Fraction(1, 3600), 240])
+def test_frames_of_a_constant_rate_keep_their_times(detector: Detector, tmp_path: Path, rate: Fraction) -> None:
+    frames = [np.full((32, 32, 3), 50, np.uint8)] * 5
+    made = video(tmp_path / "clip.mkv", frames, [round(60000 / rate)] * 5)
+    annotate_video(made, tmp_path / "out.mp4", detector, 0.5, 2)
+    assert times(tmp_path / "out.mp4") == pytest.approx(times(made), abs=2e-5)
+
+
+def test_times_begin_at_0_and_rise() -> None:
+    def frame(stamp: int | None) -> av.VideoFrame:
+        made = av.VideoFrame(16, 16, "rgb24")
+        made.pts, made.time_base = stamp, Fraction(1, 10)
+        return made
+
+    def of(*stamps: int | None) -> list[float]:
+        return [float(time) for time, _ in timed(map(frame, stamps), Fraction(1, 4))]
+
+    assert of(30, 31, 35) == [0, 0.1, 0.5]
+    assert of(None, None, None) == [0, 0.25, 0.5]
+    assert of(7, None, 13) == [0, 0.25, 0.6]
+    assert of(5, 5, 9) == pytest.approx([0, 0, 0.4], abs=1e-3) and of(5, 5, 9)[1] > 0
+    assert of(50, 52, 10, 13) == pytest.approx([0, 0.2, 0.45, 0.75])  # stamps that start anew
+    assert of(0, 1, 10**9, 10**9 + 5) == pytest.approx([0, 0.1, 0.35, 0.85])
+    assert of(0, 1, 30_000) == [0, 0.1, 3000]
+
+
+@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
+@pytest.mark.parametrize("flips", [(False, False), (True, False), (False, True)])
+def test_videos_are_turned_upright(detector: Detector, tmp_path: Path, degrees: int, flips: tuple[bool, bool]) -> None:
+    coded = np.zeros((64, 96, 3), np.uint8)
+    coded[:32, :48], coded[32:, 48:], coded[:32, 48:] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
+    made = video(tmp_path / "clip.mp4", [coded] * 2, turn=(degrees, *flips))
+    # Counter-clockwise, then mirrored, as PyAV documents set_display_rotation.
+    expected = np.rot90(coded, degrees // 90)
+    expected = expected[:: -1 if flips[1] else 1, :: -1 if flips[0] else 1]
+    with av.open(str(made)) as source:
+        for frame in source.decode(video=0):
+            shown = upright(frame)
+            assert shown.shape == expected.shape and np.abs(shown.astype(int) - expected).mean() < 12
+    annotate_video(made, tmp_path / "out.mp4", detector, 1.0, 4)
+    with av.open(str(tmp_path / "out.mp4")) as written:
+        for frame in written.decode(video=0):
+            shown = np.array(frame.to_image().resize(expected.shape[1::-1])).astype(int)
+            assert "DISPLAYMATRIX" not in frame.side_data and np.abs(shown - expected).mean() < 12
+
+
+def test_a_written_video_is_as_sharp_as_its_rate_allows(detector: Detector, samples: Path, tmp_path: Path) -> None:
+    with Image.open(min((samples / "VOC2007/JPEGImages").glob("*.jpg"))) as photo:
+        pixels = np.array(photo.convert("RGB").resize((800, 600)))
+    made = video(tmp_path / "clip.mp4", [np.roll(pixels, 8 * i, axis=1) for i in range(6)], rate=30, bits=8_000_000)
+    annotate_video(made, tmp_path / "out.mp4", detector, 1.0, 2)
+    with av.open(str(made)) as source, av.open(str(tmp_path / "out.mp4")) as written:
+        pairs = zip(source.decode(video=0), written.decode(video=0), strict=True)
+        apart = [np.subtract(*(f.to_ndarray(format="gray").astype(int) for f in pair)) for pair in pairs]
+    assert max(float((error**2).mean()) for error in apart) < 60  # a PSNR above 30 dB
+
+
+@pytest.mark.parametrize("name", ["my [1] in", "a*b", "plain"])
+def test_an_input_is_a_pattern_only_where_it_does_not_exist(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    for file in ("1.png", "2.mp4", "[3].jpg", "4.txt"):
+        (folder / file).touch()
+    assert found(f"{folder}/*.png") == [folder / "1.png"]
+    assert found(f"{folder}/*") == sorted(folder / file for file in ("1.png", "2.mp4", "[3].jpg"))
+    assert found(f"{folder}/[12].*") == [folder / "1.png", folder / "2.mp4"]
+    assert found(f"{folder}/[3].jpg") == [folder / "[3].jpg"]
+    for nothing in ("*.webp", "4.txt"):
+        with pytest.raises(UserError, match="--input"):
+            found(f"{folder}/{nothing}")
+
+
+def test_everything_in_a_folder_is_done_or_named(root: Path, trained: Path, images: list[Path], tmp_path: Path) -> None:
+    """Videos and all kinds of images beside odd ones: neither the results nor the other pictures are lost."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    (folder / "deep").mkdir(parents=True)
+    with Image.open(images[0]) as picture:
+        for name in ("a.gif", "b.jfif", "c.JPG", "deep/d.png", "z.webp"):
+            picture.convert("RGB").save(folder / name)
+        picture.convert("F").save(folder / "e.tif")
+        picture.convert("I").save(folder / "f.tif")
+    np.save(folder / "g.npy", np.zeros((20, 20, 5), np.uint8))
+    np.save(folder / "h.npy", np.full((20, 20, 3), np.nan))
+    clip = video(folder / "deep/clip.mp4", [np.full((32, 32, 3), 50, np.uint8)] * 2)
+    words = ("--input", folder, "--output", out, "--threshold", 0, "--batch", 2)
+    done = run(root, "relvit-d2", "predict", "--weights", trained, *words, status=1)
+    assert "5 pictures and 1 video" in done.stdout
+    assert {path.name for path in out.iterdir()} == {*(f"{c}.png" for c in "abcdz"), "clip.mp4", "detections.json"}
+    found = {row["image_id"] for row in json.loads((out / "detections.json").read_text())}
+    names = ("a.gif", "b.jfif", "c.JPG", "deep/d.png", "z.webp")
+    assert found == {*(str(folder / name) for name in names), f"{clip}#0", f"{clip}#1"}
+    (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert "4 of 10 inputs could not be read" in error
+    assert all(f"{name}'" in error for name in ("e.tif", "f.tif", "g.npy", "h.npy"))
+
+
+@pytest.mark.parametrize("kind", ["picture", "video"])
+def test_a_full_disk_is_one_sentence_without_a_resumption(
+    root: Path, trained: Path, images: list[Path], tmp_path: Path, kind: str
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (8, 240, 320, 3), dtype=np.uint8)
+    made = video(tmp_path / "clip.mp4", list(noise)) if kind == "video" else images[0]
+    command = ("relvit-d2", "predict", "--weights", trained, "--input", made, "--output", tmp_path / "out")
+    sentence = fails(root, *command, fault="full:20000")
+    assert "could not be written" in sentence and "free space or choose another folder" in sentence
+    assert "--resume" not in sentence and not list((tmp_path / "out").iterdir())
+
+
+def test_videos_are_left_out_by_a_detector_of_other_channels(
+    detector: Detector, failing: Failing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = video(tmp_path / "clip.mp4", [np.full((32, 32, 3), 50, np.uint8)])
+    monkeypatch.setattr(detector, "channels", 1)
+    monkeypatch.setattr("relvit_d2.report.prediction_files.load_detector", lambda *_: detector)
+    assert "clip.mp4' is a video, but INPUT.CHANNELS is 1" in failing("--input", made, "--output", tmp_path / "out")
+    assert not [*(tmp_path / "out").iterdir()]
+
+
+def test_a_threshold_leaves_out_what_scores_less(
+    trained: Path, detector: Detector, images: list[Path], tmp_path: Path
+) -> None:
+    scores = detector(images[0]).scores
+    middle = float(scores.median())
+    words = ["--input", images[0], "--output", tmp_path, "--threshold", middle]
+    assert main(["predict", "--weights", *map(str, (trained, *words))]) == 0
+    results = json.loads((tmp_path / "detections.json").read_text())
+    assert 0 < len(results) == int((scores >= middle).sum()) < len(scores)
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_is_done(
+    failing: Failing, detector: Detector, images: list[Path], tmp_path: Path
+) -> None:
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(images[0].read_bytes()[:200])
+    noise = np.random.default_rng(0).integers(0, 255, (20, 48, 64, 3), dtype=np.uint8)
+    clip = video(tmp_path / "clip.mp4", list(noise))
+    data, middle = clip.read_bytes(), clip.stat().st_size // 2
+    clip.write_bytes(data[:middle] + bytes(3000) + data[middle + 3000 :])
+    out = tmp_path / "out"
+    message = failing("--input", cut, images[0], clip, "--output", out, "--threshold", 0, "--batch", 1)
+    assert message.startswith("error: 2 of 3 inputs could not be read: ")
+    assert "cut.png" in message and "clip.mp4' is damaged after frame " in message
+    rows = json.loads((out / "detections.json").read_text())
+    assert len([row for row in rows if row["image_id"] == str(images[0])]) == len(detector(images[0]))
+    with av.open(str(out / "clip.mp4")) as written:
+        frames = len(list(written.decode(video=0)))
+    assert 0 < frames < 20 and f"after frame {frames - 1} " in message
+    assert {row["image_id"] for row in rows if "#" in row["image_id"]} == {f"{clip}#{i}" for i in range(frames)}
+    assert {file.name for file in out.iterdir()} == {f"{images[0].stem}.png", "clip.mp4", "detections.json"}
+
+
+def test_bad_input_is_one_sentence(failing: Failing, images: list[Path], tmp_path: Path) -> None:
+    output = ("--output", tmp_path / "out")
+    assert "absent" in failing("--input", images[0], *output, weights=tmp_path / "absent/model_final.pth")
+    assert "holds no checkpoint" in failing(
+        "--input", images[0], *output, "--config-file", "configs/demo/streets.yaml", weights=tmp_path
+    )
+    pretrained = ("--config-file", "configs/ssl/voc_vit_s.yaml")
+    assert "is of the task pretrain, not detection" in failing("--input", images[0], *output, *pretrained)
+    assert "absent.png" in failing("--input", tmp_path / "absent.png", *output)
+    assert "--threshold 2" in failing("--input", images[0], *output, "--threshold", 2)
+    assert "--batch 0" in failing("--input", images[0], *output, "--batch", 0)
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(images[0].read_bytes()[:200])
+    assert "cut.png" in failing("--input", cut, *output)
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(b"no video at all" * 20)
+    assert "clip.mp4" in failing("--input", clip, *output)
+    assert not [*tmp_path.glob("out/*")]
+    assert "cut.png' cannot be made" in failing("--input", images[0], "--output", cut)
+
+
+def video(
+    path: Path,
+    frames: list[np.ndarray],
+    steps: list[int] | None = None,
+    turn: tuple[int, bool, bool] = (0, False, False),
+    rate: int = 10,
+    bits: int = 0,
+) -> Path:
+    """Write frames ``(H, W, 3)`` of uint8 as a video.
+
+    Args:
+        path: of the video.
+        frames: its frames.
+        steps: times from frame to frame, in 1/60000 s; default: ``rate`` frames a second.
+        turn: of the display matrix: degrees counter-clockwise, then whether it mirrors left and right, up and down.
+        rate: frames a second.
+        bits: bits a second; 0: PyAV's default.
+    """
+    height, width = (side // 2 * 2 for side in frames[0].shape[:2])
+    with av.open(str(path), "w") as sink:
+        stream = sink.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        if bits:
+            stream.bit_rate = bits
+        if any(turn):
+            stream.set_display_rotation(turn[0], hflip=turn[1], vflip=turn[2])
+        if steps:
+            stream.codec_context.time_base = Fraction(1, 60000)
+        for index, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels[:height, :width].copy(), format="rgb24")
+            if steps:
+                frame.pts, frame.time_base = sum(steps[:index]), Fraction(1, 60000)
+            sink.mux(stream.encode(frame))
+        sink.mux(stream.encode(None))
+    return path

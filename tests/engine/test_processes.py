@@ -1,0 +1,264 @@
+"""Several processes and several parts of a batch do what one process does; a failure is told once."""
+
+import argparse
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.engine import launch
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from PIL import Image
+
+from relvit_d2.classification.run import split
+from relvit_d2.data.classification.image_folder import read_tree
+from relvit_d2.data.images import similarity
+from relvit_d2.detection.model import build_detector
+from relvit_d2.detection.run import build_trainer, resolve_config, training_batches, training_records
+from relvit_d2.engine import distributed
+from relvit_d2.engine.signals import Interrupted
+from relvit_d2.tasks import load_config
+from relvit_d2.utils.randomness import seed_everything
+from tests.support.scripts import command, fails, run, started, wait_for
+
+TWO = ("--num-gpus", 2)
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return torch.load(output / "model_final.pth", weights_only=True)["model"]
+
+
+def test_pretraining_does_not_depend_on_processes_or_parts(root: Path, tmp_path: Path) -> None:
+    three = ("SOLVER.MAX_ITER", 3, "SOLVER.GRAD_ACCUM_STEPS")
+    run(root, *command("pretrain_ssl.py", tmp_path / "one", *three, 1))
+    run(root, *command("pretrain_ssl.py", tmp_path / "parts", *three, 4))
+    run(root, *command("pretrain_ssl.py", tmp_path / "two", *three, 2, flags=TWO))
+    run(root, *TORCHRUN, *command("pretrain_ssl.py", tmp_path / "torchrun", *three, 1))
+    one = weights(tmp_path / "one")
+    first, *_, last = ((tmp_path / "one/metrics.json").read_text()).splitlines()
+    assert json.loads(first)["total_loss"] != json.loads(last)["total_loss"]
+    for name in ("parts", "two", "torchrun"):
+        other = weights(tmp_path / name)
+        for key, value in one.items():
+            # AdamW divides by the gradient's size: where that is rounding, so is the direction of the step.
+            torch.testing.assert_close(other[key], value, rtol=1e-4, atol=2e-6)
+        held_out = [
+            json.loads((tmp_path / n / "inference/results.json").read_text())["held_out"] for n in ("one", name)
+        ]
+        assert held_out[1] == pytest.approx(held_out[0], rel=1e-3)
+
+
+def gradients(folder: str, parts: int) -> None:
+    """In each process: the gradient of a shared step, and that of this process's own batches alone."""
+    overrides = ["SOLVER.IMS_PER_BATCH", "8", "DATASETS.TRAIN", "('svhn_train',)", "DATASETS.TEST", "()"]
+    overrides += ["SOLVER.CLIP_GRADIENTS.ENABLED", "False", "SOLVER.GRAD_ACCUM_STEPS", str(parts), "OUTPUT_DIR", folder]
+    asked = load_config("configs/demo/streets.yaml", overrides)
+    records = training_records(asked)
+    cfg = resolve_config(asked, records)
+    seed_everything(cfg.SEED, "model")
+    model = build_detector(cfg)
+    batches = iter(training_batches(cfg, records, 0))
+    seed_everything(cfg.SEED, "iteration", 0, comm.get_rank())
+    with EventStorage(0):
+        for _ in range(parts):
+            sum(model(next(batches)).values()).backward()
+    own = {name: p.grad / parts for name, p in model.named_parameters()}
+    model.zero_grad()
+
+    trainer = build_trainer(cfg, model, records, {})
+    trainer.optimizer.step = lambda: None  # type: ignore[assignment, misc]
+    trainer.max_iter = 1
+    trainer.checkpointer.save_dir = ""
+    trainer.train()
+    shared = {name: p.grad for name, p in model.named_parameters()}
+    torch.save((own, shared), f"{folder}/{comm.get_rank()}.pt")
+    comm.synchronize()
+
+
+@pytest.mark.parametrize(("processes", "parts"), [(2, 1), (1, 2)])
+def test_a_detectors_gradient_is_the_mean_over_processes_and_parts(
+    processes: int, parts: int, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(root))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    launch(gradients, processes, dist_url="auto", args=(str(tmp_path), parts))
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(processes)]
+    for name, shared in found[0][1].items():
+        mean = torch.stack([own[name] for own, _ in found]).mean(0)
+        torch.testing.assert_close(shared, mean, rtol=1e-4, atol=1e-6)
+        assert torch.equal(shared, found[-1][1][name])
+    if processes > 1:  # else there is nothing to average
+        assert any(not torch.allclose(found[0][0][name], found[1][0][name]) for name in found[0][0])
+
+
+def split_here(folder: str) -> None:
+    """In each process: which images are held out, and how many were decoded for it."""
+    decoded: list[object] = []
+    read = similarity.fingerprint_file
+    similarity.fingerprint_file = lambda image: decoded.append(image) or read(image)  # type: ignore[func-returns-value]
+    train, held = split(read_tree(Path(folder, "images")), 0.25, seed=0)
+    found = {"held": list(map(str, held.images)), "train": len(train), "decoded": len(decoded)}
+    Path(folder, f"{comm.get_rank()}.json").write_text(json.dumps(found))
+
+
+def test_one_process_divides_the_classes_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for number in range(24):
+        path = tmp_path / f"images/{'ab'[number % 2]}/{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((16, 16), 50).save(path)
+    launch(split_here, 2, dist_url="auto", args=(str(tmp_path),))
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert (len(first["held"]), first["train"], first["decoded"]) == (6, 18, 24)
+    assert second == first | {"decoded": 0}
+
+
+@pytest.mark.parametrize("launcher", [(), pytest.param(TORCHRUN, marks=pytest.mark.slow)])
+def test_the_failing_process_is_heard_once_and_nothing_hangs(
+    launcher: tuple[object, ...], root: Path, tmp_path: Path
+) -> None:
+    began = time.monotonic()
+    given = command("train_net.py", tmp_path, "SOLVER.MAX_ITER", 10_000, flags=() if launcher else TWO)
+    done = run(root, *launcher, *given, status=1, fault="raise:2:1")
+    assert done.stderr.count("ZeroDivisionError: on demand") == 1
+    assert "closed by peer" not in done.stderr
+    assert time.monotonic() - began < 120
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_process_that_the_system_kills_is_named(rank: int, root: Path, tmp_path: Path) -> None:
+    given = command("train_net.py", tmp_path, "SOLVER.MAX_ITER", 10_000, flags=TWO)
+    sentence = fails(root, *given, fault=f"step:2:{rank}")
+    assert f"process {rank} was killed (SIGKILL)" in sentence
+
+
+def test_the_process_whose_loss_is_not_finite_names_its_images(root: Path, tmp_path: Path) -> None:
+    given = command("pretrain_ssl.py", tmp_path, "SOLVER.MAX_ITER", 10_000, flags=TWO)
+    assert "became nan at iteration 1, " in fails(root, *given, fault="nan:2:1")
+    assert [path.name for path in tmp_path.glob("not_finite_*.json")] == ["not_finite_1.json"]
+
+
+def test_before_the_processes_meet_one_speaks(root: Path, tmp_path: Path) -> None:
+    done = run(root, *TORCHRUN, *command("train_net.py", tmp_path, flags=TWO), status=1)
+    assert done.stderr.count("error: torchrun starts the processes") == 1
+
+
+def test_a_full_disk_is_heard_also_on_a_signal(root: Path, tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.json"
+    given = command("pretrain_ssl.py", tmp_path, "SOLVER.MAX_ITER", 10_000, "SOLVER.CHECKPOINT_PERIOD", 0, flags=TWO)
+    with started(root, *given, fault="full:1000000") as process:
+        wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 3, process)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert errors.count("could not be written") == 1
+    assert "stopped by" not in errors
+
+
+def launcher() -> argparse.Namespace:
+    return argparse.Namespace(num_gpus=2, num_machines=1, machine_rank=0)
+
+
+def test_a_signal_before_the_processes_start_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "launch", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    with handlers_kept(), pytest.raises(Interrupted, match="SIGTERM"):
+        distributed._spawn(print, launcher(), "auto")
+
+
+def test_a_signal_is_no_success_though_all_processes_end_with_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(*_: object, **__: object) -> None:
+        # Blocked in the children from their first moment, the signal waits for them to ask.
+        asked = {signal.SIGTERM}
+        fork = multiprocessing.get_context("fork")
+        children = [fork.Process(target=signal.sigwait, args=(asked,)) for _ in range(2)]
+        signal.pthread_sigmask(signal.SIG_BLOCK, asked)
+        for child in children:
+            child.start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, asked)
+        os.kill(os.getpid(), signal.SIGTERM)
+        for child in children:
+            child.join()
+
+    monkeypatch.setattr(distributed, "launch", launch)
+    with handlers_kept():
+        assert distributed._spawn(print, launcher(), "auto") == 128 + signal.SIGTERM
+
+
+def test_processes_without_a_gpu_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "")  # so that it is put back
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(distributed, "cores", lambda: 7)
+    monkeypatch.setattr(distributed, "launch", lambda *_, **__: None)
+    with handlers_kept():
+        assert distributed._spawn(print, launcher(), "auto") == 0
+    assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
+@contextmanager
+def handlers_kept() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_fault_in_the_data_of_one_process_is_one_sentence(root: Path, tmp_path: Path) -> None:
+    given = command("train_net.py", tmp_path, flags=TWO)
+    victim = root / "svhn/train/3.png"
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[:-400])
+    try:
+        assert "train/3.png" in fails(root, *given)
+    finally:
+        victim.write_bytes(whole)
+
+
+def test_the_number_of_processes_may_change_on_resumption_and_is_said(root: Path, tmp_path: Path) -> None:
+    given = ("SOLVER.MAX_ITER", 8, "SOLVER.CHECKPOINT_PERIOD", 2)
+    run(root, *command("pretrain_ssl.py", tmp_path, *given), status=-signal.SIGKILL, fault="step:5")
+    done = run(root, *command("pretrain_ssl.py", tmp_path, *given, flags=("--resume", *TWO)))
+    assert "goes on with 2 processes, it had 1" in done.stdout
+    rows = [json.loads(line)["iteration"] for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    assert rows == list(range(8))
+
+
+@pytest.mark.slow
+def test_two_machines(root: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    flags = ("--num-machines", 2, "--num-gpus", 1, "--dist-url", url, "--machine-rank")
+    given = ("SOLVER.MAX_ITER", 3)
+    second = command("pretrain_ssl.py", tmp_path, *given, flags=(*flags, 1))
+    with started(root, *second) as process:
+        run(root, *command("pretrain_ssl.py", tmp_path, *given, flags=(*flags, 0)))
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert (tmp_path / "encoder.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--num-machines", 2), "needs --dist-url"),
+        (("--num-machines", 2, "--num-gpus", 0), "give 1 or more of both"),
+        (("--machine-rank", 1), "count from 0 to 0"),
+        (("--num-gpus", 2, "--dist-url", "tcp://no.such.machine.invalid:1"), "is no address"),
+    ],
+)
+def test_impossible_numbers_of_processes(flags: tuple[object, ...], words: str, root: Path, tmp_path: Path) -> None:
+    assert words in fails(root, *command("train_net.py", tmp_path, flags=flags))

@@ -1,0 +1,286 @@
+"""The report page: what it says is what the runs left, and a browser shows it without a word of complaint."""
+
+import html.parser
+import json
+import logging
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from detectron2.structures import BoxMode
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relvit_d2.evaluation.coco import coco_ground_truth, ground_truth_file
+from relvit_d2.report.curves import MOST, Line, chart, thinned, ticks
+from relvit_d2.report.detection_sections import detection_sections
+from relvit_d2.report.detections import MIN_IOU, judge, match
+from relvit_d2.report.page import write_report
+from relvit_d2.report.result_sections import result_table, verdict
+from relvit_d2.report.run_summary import closing_table, end_run
+from relvit_d2.report.runs import Run, read_runs
+from relvit_d2.utils.errors import UserError
+from tests.support.scripts import command, run
+
+
+@pytest.fixture(scope="module")
+def runs(root: Path) -> Iterator[dict[str, Path]]:
+    """A pre-training and two detectors of different seeds."""
+    made = {"ssl": root / "ssl", "a": root / "a", "b": root / "b"}
+    run(root, *command("pretrain_ssl.py", made["ssl"]))
+    for seed, name in enumerate("ab"):
+        run(root, *command("train_net.py", made[name], "SEED", seed))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DETECTRON2_DATASETS", str(root))
+        yield made
+
+
+class Page(html.parser.HTMLParser):
+    """What a page loads and shows."""
+
+    VOID = {"meta", "img", "br", "hr", "link", "input"}
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loads: list[str] = []
+        self.pictures: list[str] = []
+        self.words = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.loads += [values[key] or "" for key in ("src", "href") if key in values]
+        if tag == "img":
+            self.pictures.append(values.get("alt") or "")
+        if tag == "svg" and values.get("class") == "chart":
+            self.pictures.append(values.get("aria-label") or "")
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+@pytest.mark.parametrize("names", [("ssl",), ("a",), ("a", "b", "ssl")])
+def test_a_page_is_sound_and_holds_all_it_shows(runs: dict[str, Path], names: tuple[str, ...], tmp_path: Path) -> None:
+    write_report([runs[name] for name in names], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    assert all(address.startswith(("#", "data:image/")) for address in page.loads)
+    assert "<script" not in text and "@import" not in text
+    assert page.pictures and all(page.pictures)
+    for name in names:
+        results = json.loads((runs[name] / "inference/results.json").read_text())
+        figures = next(iter(results.values()))
+        value = figures["bbox"]["AP50"] if "bbox" in figures else figures["accuracy_relation"]
+        assert f"{value:.4g}" in page.words
+        info = json.loads((runs[name] / "run.json").read_text())
+        assert info["versions"] in page.words and info["command"] in page.words
+    if len(names) > 1:
+        assert "Runs of one arm have the same config but for the seed" in page.words
+
+
+def test_every_script_leaves_its_page(runs: dict[str, Path]) -> None:
+    for folder in runs.values():
+        assert "What was run" in (folder / "report.html").read_text()
+
+
+def test_the_tool_compares_runs_and_says_what_is_none(runs: dict[str, Path], tmp_path: Path) -> None:
+    output = tmp_path / "both.html"
+    run(tmp_path, "relvit-d2", "report", runs["a"], runs["b"], "--output", output)
+    assert output.is_file()
+    with pytest.raises(UserError, match=r"no config\.yaml"):
+        read_runs([tmp_path])
+    with pytest.raises(UserError, match="given twice"):
+        read_runs([runs["a"], runs["a"]])
+    broken = tmp_path / "broken"
+    shutil.copytree(runs["a"], broken)
+    (broken / "metrics.json").write_text('{"iteration": 1, "lo')
+    with pytest.raises(UserError, match=r"broken' are damaged"):
+        read_runs([broken])
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to open the page with")
+@pytest.mark.parametrize("width", [400, 1280])
+def test_a_browser_shows_the_page_in_full_width_without_errors(
+    runs: dict[str, Path], width: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "report.html"
+    write_report(list(runs.values()), path)
+    probe = path.with_name("probe.html")
+    measure = "<script>document.title = document.documentElement.scrollWidth + ' of ' + innerWidth</script>"
+    probe.write_text(path.read_text().replace("</body>", measure + "</body>"))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", "--dump-dom"]
+    done = subprocess.run(
+        ["chromium", *flags, f"--window-size={width},900", f"--user-data-dir={tmp_path / 'profile'}", probe.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "CONSOLE" not in done.stderr
+    found = re.search(r"<title>(\d+) of (\d+)</title>", done.stdout)
+    assert found and int(found[1]) <= int(found[2])  # nothing but tables scrolls sideways
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=1000))
+def test_thinning_keeps_the_mean_of_whole_runs(values: list[float]) -> None:
+    kept = thinned(np.array(values))
+    assert len(kept) <= MOST
+    length = -(-len(values) // MOST)
+    oracle = [float(np.mean(values[i : i + length])) for i in range(0, len(values), length)]
+    np.testing.assert_allclose(kept, oracle, rtol=1e-9, atol=1e-6)
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
+def test_ticks_are_equally_far_apart_and_enclose_the_data(low: float, span: float) -> None:
+    marks = ticks(low, low + span)
+    steps = np.diff(marks)
+    assert 3 <= len(marks) <= 8
+    np.testing.assert_allclose(steps, steps[0], rtol=1e-3)
+    slack = 1e-6 * (abs(low) + span)
+    assert marks[0] <= low + slack and marks[-1] >= low + span - slack
+
+
+def test_a_chart_is_sound_xml_whatever_its_names() -> None:
+    line = Line('<b> & "x"', np.arange(5.0), np.array([1.0, 3.0, 2.0, 5.0, 4.0]), 0)
+    root = ElementTree.fromstring(chart("a < b", [line]))
+    assert "ends at 4" in root.attrib["aria-label"]
+    points = root.find("polyline").attrib["points"].split()  # type: ignore[union-attr]
+    heights = [-float(point.split(",")[1]) for point in points]
+    assert np.argsort(heights).tolist() == [0, 2, 1, 4, 3]
+
+
+def evaluated(folder: Path, name: str, detections: str = "[]") -> None:
+    """Leave detections and the truth of one image with one object, of class a of a and b, in a folder of inference."""
+    folder.mkdir(parents=True, exist_ok=True)
+    one = {"bbox": [1, 1, 5, 5], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+    record = {"file_name": "x.png", "image_id": name, "height": 8, "width": 8, "annotations": [one]}
+    truth = coco_ground_truth([record], ["a", "b"], ignore_difficult=True)
+    ground_truth_file(folder, name).write_text(json.dumps(truth))
+    (folder / "coco_instances_results.json").write_text(detections)
+
+
+def run_of(folder: Path, results: dict[str, Any], **config: Any) -> Run:
+    return Run(folder, folder.name, config, {}, [], results)
+
+
+def test_detections_are_judged_by_the_truth_of_the_set_that_was_evaluated(tmp_path: Path) -> None:
+    detection = {"image_id": "b[:2]", "category_id": 0, "bbox": [1, 1, 4, 4], "score": 0.9}
+    evaluated(tmp_path / "inference", "a")
+    evaluated(tmp_path / "inference", "b[:2]", json.dumps([detection]))
+    judged = judge(tmp_path / "inference", "b[:2]")
+    assert judged and judged.images[0].f1 == 1 and judged.precision[0].tolist() == [1] * 101
+    detector = {"TASK": "detection", "DATASETS.TEST": ["a"]}
+    one = run_of(tmp_path, {"b[:2]": {"bbox": {"AP": 1.0}}}, **detector)
+    assert [name for _, name, _ in detection_sections([one])] == ["b[:2]"]
+    for name in "cd":
+        evaluated(tmp_path / "inference" / name, name)
+    several = run_of(tmp_path, {"c": {}, "d": {}}, **detector)
+    assert [name for _, name, _ in detection_sections([several])] == ["c", "d"]
+
+
+def test_a_class_without_objects_has_no_precision_even_without_detections(tmp_path: Path) -> None:
+    evaluated(tmp_path, "set")
+    judged = judge(tmp_path, "set")
+    assert judged and judged.precision[0].tolist() == [0] * 101 and np.isnan(judged.precision[1]).all()
+
+
+@pytest.mark.parametrize("damaged", ["[{", '[{"bbox": [1, 1, 4, 4]}]', '{"bbox": 1}'])
+def test_damaged_detections_are_one_sentence(damaged: str, tmp_path: Path) -> None:
+    evaluated(tmp_path, "set", damaged)
+    if damaged.startswith("{"):
+        ground_truth_file(tmp_path, "set").write_text("[]")
+    with pytest.raises(UserError, match=r"coco_instances_results\.json' or .* is damaged .* --eval-only"):
+        judge(tmp_path, "set")
+
+
+def test_what_was_evaluated_is_said(tmp_path: Path) -> None:
+    errors = {"held_out": {"error_distance": 0.25, "chance_distance": 0.5, "feature_std": 1.0}}
+    classifier = {"cifar10_test": {"test": {"top1": 90.1, "loss": 0.3}, "images": 9}, "validation": {"top1": 88.0}}
+    said: dict[str, dict[str, Any]] = {
+        "distance error 0.250 (chance 0.500) on held out": errors,
+        "relation accuracy 30.0% (chance 20.0%) on held out": {
+            "held_out": {"accuracy_relation": 0.3, "chance_relation": 0.2}
+        },
+        "bbox AP: nothing to find on svhn_test": {"svhn_test": {"bbox": {"AP": None, "AP50": None}}},
+        "bbox AP 12.3 on svhn_test": {"svhn_test": {"bbox": {"AP": 12.34}}},
+        "test top1 90.1 % on cifar10_test\ntop1 88.0 % on validation": classifier,
+        "no figures": {"svhn_test": {}},
+        "no evaluation: DATASETS.TEST is empty": {},
+    }
+    for words, results in said.items():
+        one = run_of(tmp_path, results, **{"SOLVER.IMS_PER_BATCH": 1})
+        assert "\n".join(verdict(one)) == ("" if words.startswith("no ") else words)
+        table = closing_table(one, "go on")
+        assert all(line in table for line in words.splitlines()) and "go on" in table
+    assert "AP figures and top1 are in percent" in result_table([run_of(tmp_path, classifier)])
+
+
+def test_a_fault_of_the_report_is_told_and_spoils_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("it\nbroke")
+
+    monkeypatch.setattr("relvit_d2.report.run_summary.write_report", fail)
+    monkeypatch.setattr(logging.getLogger("relvit_d2"), "propagate", True)
+    (tmp_path / "config.yaml").write_text("SOLVER: {IMS_PER_BATCH: 2}")
+    with caplog.at_level("INFO"):
+        end_run(tmp_path, "go on")
+    assert "the report is not whole: RuntimeError: it broke" in caplog.text
+    assert "no evaluation" in caplog.text and "go on" in caplog.text
+    caplog.clear()
+    (tmp_path / "config.yaml").unlink()
+    with caplog.at_level("INFO"):
+        end_run(tmp_path, "go on")
+    assert "has no config.yaml" in caplog.text and "next: go on" in caplog.text
+
+
+def test_matching_is_the_plain_greedy_one() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        boxes, truth = (np.sort(rng.uniform(0, 10, (n, 2, 2)), 1).reshape(-1, 4) for n in rng.integers(0, 6, 2))
+        free = set(range(len(truth)))
+        expected = []
+        for box in boxes:
+            ious = {t: overlap(box, truth[t]) for t in free}
+            best = max(ious, key=lambda t: ious[t], default=-1)
+            best = best if best >= 0 and ious[best] >= MIN_IOU else -1
+            free.discard(best)
+            expected.append(best)
+        assert match(boxes, truth).tolist() == expected
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> float:
+    inner = max(min(a[2], b[2]) - max(a[0], b[0]), 0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0)
+    return inner / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inner)
+
+
+def test_a_model_of_any_script_is_analysed(root: Path) -> None:
+    cases = {
+        "demo/streets": ("encoder", "pyramid", "proposals", "heads"),
+        "demo/ssl_streets": ("views",),
+        "cls/cifar10_vit_s4_joint": ("augmentation", "encoder", "head", "pretext"),
+    }
+    small = ("MODEL.ENCODER.NAME", "vit_nano")
+    for config, stages in cases.items():
+        done = run(root, "relvit-d2", "analyze", "--config-file", f"configs/{config}.yaml", *small)
+        rows = {row.split()[0]: row.split()[-4:] for row in done.stdout.splitlines() if len(row.split()) >= 5}
+        assert all(stage in rows for stage in stages)
+        parameters = {name: float(row[0]) for name, row in rows.items() if re.fullmatch(r"[\d.]+", row[0])}
+        total = parameters.pop("all")
+        assert abs(sum(parameters.values()) - total) < 0.03

@@ -1,0 +1,51 @@
+"""Runs commands in forks of one process that has imported what they import, most of the time of a short run.
+
+Reads requests from its standard input, a JSON object a line: ``argv`` (``relvit-d2`` or a script, and arguments),
+``env`` (the whole environment), ``out`` and ``err`` (files for what is printed). Answers each with its exit status, a
+negative one for a signal. Only imports happen before a fork, so no thread and no random state is shared; variables that
+libraries read when they are imported must be those of the server.
+"""
+
+import json
+import os
+import runpy
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+# What the commands import when they run.
+import relvit_d2.classification.run
+import relvit_d2.detection.run
+import relvit_d2.engine.distributed
+import relvit_d2.experiments.reproduction
+import relvit_d2.pretraining.run
+import relvit_d2.report.prediction_files
+import relvit_d2.report.run_summary  # noqa: F401
+from relvit_d2.cli import main
+
+for line in sys.stdin:
+    request = json.loads(line)
+    child = os.fork()
+    if not child:
+        break
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # nothing that the script started is left
+    print(status, flush=True)
+else:
+    sys.exit()
+
+os.setsid()
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+for stream, name in ((1, request["out"]), (2, request["err"])):
+    os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), stream)
+os.environ.clear()
+os.environ.update(request["env"])
+sys.argv = request["argv"]
+if sys.argv[0] == "relvit-d2":
+    sys.exit(main())
+sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
+runpy.run_path(sys.argv[0], run_name="__main__")
