@@ -233,7 +233,7 @@ def _over_one_stride(
     if not set(scales) <= {4.0, 2.0, 1.0, 0.5}:
         raise UserError(
             f"MODEL.PYRAMID.STRIDES {strides} do not fit an encoder of stride {own}: give strides from "
-            f"{max(own // 4, 1)} at the finest to {own * 2} at the coarsest"
+            f"{max(own // 4, 1)} at the finest to {own * 2} at the coarsest, or [] for those of the encoder"
         )
     if name == "simple":
         return SimplePyramid(EncoderBackbone(encoder), encoder.last, keys.OUT_CHANNELS, scales, top, keys.NORM)

@@ -13,11 +13,14 @@ from relvit_d2.data.config import (
 from relvit_d2.data.detection.config import add_custom_data_config, add_mapper_config
 from relvit_d2.data.images.config import add_pixel_format_config, check_pixel_format_config
 from relvit_d2.detection.config_check import check_config
+from relvit_d2.encoders import map_strides
 from relvit_d2.encoders.config import add_encoder_config, check_encoder_config
 from relvit_d2.engine.config import WITHOUT_EFFECT, add_engine_config, finish_engine_config
 from relvit_d2.pretext.config import add_joint_config
 from relvit_d2.utils.config_keys import add_groups
 from relvit_d2.utils.errors import UserError
+
+BACKBONE = "build_encoder_pyramid_backbone"  # registered in relvit_d2.detection.backbone
 
 
 def add_relvit_config(cfg: CfgNode) -> None:
@@ -34,12 +37,16 @@ def add_relvit_config(cfg: CfgNode) -> None:
     add_custom_data_config(cfg)
     add_mapper_config(cfg)
     add_groups(cfg, "MODEL.PYRAMID")
-    cfg.MODEL.BACKBONE.NAME = "build_encoder_pyramid_backbone"  # MODEL.ENCODER under MODEL.PYRAMID
+    cfg.MODEL.BACKBONE.NAME = BACKBONE  # MODEL.ENCODER under MODEL.PYRAMID
     cfg.MODEL.BACKBONE.FREEZE_AT = 0  # 1: the patch embedding is not trained; 2: nor the first block, and so on
     # simple: from the encoder's last map; fpn: over its maps of several strides; multitap: an FPN over several of its
     # blocks; auto: fpn if it has maps of several strides, else simple
     cfg.MODEL.PYRAMID.NAME = "auto"
-    cfg.MODEL.PYRAMID.STRIDES = [4, 8, 16, 32]  # pixels per cell of each level, powers of two
+    # Pixels per cell of each level, powers of two; empty: for an encoder with maps of several strides those, else from a
+    # quarter of its stride, at least 4, to twice its stride
+    cfg.MODEL.PYRAMID.STRIDES = []
+    cfg.MODEL.RPN.IN_FEATURES = []  # levels by name, p2 for stride 4, p3 for 8; empty: all
+    cfg.MODEL.ROI_HEADS.IN_FEATURES = []  # as RPN's; empty: all but the top block's
     cfg.MODEL.PYRAMID.TOP_BLOCK = True  # one more level, the last one at every second cell (p6)
     cfg.MODEL.PYRAMID.OUT_CHANNELS = 256  # of every level
     cfg.MODEL.PYRAMID.NORM = "LN"  # LN, GN, FrozenBN, or "" for none
@@ -47,6 +54,22 @@ def add_relvit_config(cfg: CfgNode) -> None:
     cfg.MODEL.RELVIT.GRID = [7, 7]  # joint training: rows and columns of the grid of positions, for images of any size
     cfg.DATASETS.TRAIN_DIFFICULT = True  # train on VOC's difficult objects, as Detectron2 does
     cfg.DATASETS.IGNORE_DIFFICULT = True  # neither hits nor misses in evaluation, as VOC does
+
+
+def derive_levels(cfg: CfgNode) -> None:
+    """Fill in the levels that are left empty: the pyramid's from the encoder, the heads' from the pyramid, in place."""
+    if cfg.MODEL.BACKBONE.NAME != BACKBONE:
+        return
+    keys = cfg.MODEL.PYRAMID
+    if not keys.STRIDES:
+        strides = map_strides(cfg.MODEL)
+        last = strides[-1]
+        around = [stride for stride in (last // 4, last // 2, last, 2 * last) if stride >= min(4, last)]
+        keys.STRIDES = strides if len(strides) > 1 else around
+    levels = [f"p{stride.bit_length() - 1}" for stride in keys.STRIDES]
+    top = [f"p{keys.STRIDES[-1].bit_length()}"] if keys.TOP_BLOCK else []
+    cfg.MODEL.RPN.IN_FEATURES = cfg.MODEL.RPN.IN_FEATURES or levels + top
+    cfg.MODEL.ROI_HEADS.IN_FEATURES = cfg.MODEL.ROI_HEADS.IN_FEATURES or levels
 
 
 def finish_config(cfg: CfgNode) -> None:
@@ -57,6 +80,7 @@ def finish_config(cfg: CfgNode) -> None:
     """
     finish_engine_config(cfg)
     check_encoder_config(cfg)
+    derive_levels(cfg)
     check_config(cfg, DETECTION.defaults())
     check_data_config(cfg)
     check_evaluation_batch_config(cfg)
