@@ -124,7 +124,7 @@ def page_of(name: str) -> str:
     """Return a file of the repository's root with its links as they are in the site."""
     text = (ROOT / name).read_text(encoding="utf-8")
     if name == "README.md":
-        text = text.partition("\n## More\n")[0] + "\n"  # the site has a menu
+        text = text.partition("\n## Documentation\n")[0] + "\n"  # the site has a menu
     for source, page in PAGES.items():
         text = text.replace(f"]({source}", f"]({page}")
     return text.replace("](docs/", "](")
