@@ -31,7 +31,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 def add_data(parser: argparse.ArgumentParser) -> None:
     """Add ``--data``, for commands that take a user's own folder."""
     parser.add_argument(
-        "--data", help="a folder of your own data, in place of DATASETS.TRAIN and DATASETS.TEST: docs/own_data.md"
+        "--data", help="a folder of your own data, in place of DATASETS.TRAIN and DATASETS.TEST: docs/custom_data.md"
     )
 
 
