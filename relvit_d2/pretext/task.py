@@ -194,7 +194,8 @@ class PretextTask(nn.Module):
         """Score ``(B, N, dim)`` tokens.
 
         Args:
-            tokens, layout: see :class:`Task`.
+            tokens: the encoder's tokens.
+            layout: their true positions.
             grids: rows and columns of each whole image, if they differ from the grid of the positions. The chance of
                 an error, which is slow to compute for many grids, is left out then.
 
