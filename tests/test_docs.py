@@ -20,7 +20,7 @@ from detectron2.config import get_cfg
 
 from benchmarks.harness import arguments as benchmark_arguments
 from docs.hooks import PAGES, ROOT, config_modules, config_page, keys_of, page_of
-from relvit_d2.cli import COMMANDS, module_of, parser_of
+from relvit_d2.cli import COMMANDS, main, module_of, parser_of
 from relvit_d2.config.config_file import COMMANDS as TRAINING_COMMANDS
 from relvit_d2.config.config_file import flat
 from relvit_d2.detection.config import DETECTION
@@ -122,6 +122,8 @@ def check_command(words: list[str]) -> None:
         load_config(config, opts, tasks.get(command))
     else:
         assert not config.startswith("configs/")
+    if "--print" in rest:
+        assert main(words) == 0
     if command == "reproduce":
         assert args.row in module_of(command).row_names()[args.table]
         assert set(opts[::2]) <= all_keys()
