@@ -35,7 +35,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, task: str) -> None:
     else:
         parser.add_argument(
             "--data",
-            help="folder of a custom data set, in place of DATASETS.TRAIN and TEST; see docs/own_data.md",
+            help="folder of a custom data set, in place of DATASETS.TRAIN and TEST; see docs/custom_data.md",
         )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that override the config")
 
