@@ -1,4 +1,7 @@
 PYTHON ?= python3
+# Build of PyTorch: make setup TORCH=cpu.
+TORCH ?=
+SETUP := $(PYTHON) tools/setup_env.py $(if $(TORCH),--torch $(TORCH))
 BIN := .venv/bin
 READY := .venv/.ready
 DOCS := .venv/.docs
@@ -6,10 +9,10 @@ DOCS := .venv/.docs
 .PHONY: setup demo test test-slow fuzz check docs clean
 
 setup:
-	@$(PYTHON) tools/setup_env.py
+	@$(SETUP)
 
 $(READY): requirements.txt tools/setup_env.py $(wildcard relvit_d2/utils/*detectron2*)
-	@$(PYTHON) tools/setup_env.py
+	@$(SETUP)
 
 demo: $(READY)
 	@$(BIN)/python -m relvit_d2 demo

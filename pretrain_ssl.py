@@ -1,4 +1,4 @@
-"""Pre-train an encoder from images alone, on the spatial relations of their patches.
+"""Pre-train an encoder on unlabelled images by predicting the spatial relations of their patches.
 
 The same as ``relvit-d2 pretrain``.
 """

@@ -1,4 +1,4 @@
-"""The packages of the wheel; everything else is in ``pyproject.toml``, which cannot add a folder to those found."""
+"""The packages of the wheel. ``pyproject.toml`` cannot add a folder (configs) to the packages that it finds."""
 
 from setuptools import find_packages, setup
 

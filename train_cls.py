@@ -1,4 +1,4 @@
-"""Train, fine-tune or evaluate a classifier, or probe an encoder.
+"""Train, fine-tune or evaluate a classifier, or probe a frozen encoder.
 
 The same as ``relvit-d2 classify``.
 """

@@ -1,4 +1,4 @@
-"""Train or evaluate a Mask R-CNN whose backbone is a relational vision transformer.
+"""Train or evaluate a Mask R-CNN with a vision transformer as its backbone.
 
 The same as ``relvit-d2 train``.
 """

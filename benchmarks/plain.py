@@ -1,11 +1,17 @@
 """The plain forms that ours are measured against: patch after patch through torchvision, all pairs at once."""
 
+import math
+
 import torch
 import torchvision.transforms.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from relvit_d2.pretext.color import BRIGHTNESS, CONTRAST, HUE, ORDERS, SATURATION, add_noise_
+from relvit_d2.pretext.layout import PatchLayout
+from relvit_d2.pretext.pair_loss import Bearing, PairKind, Relation
+from relvit_d2.pretext.targets import all_pairs
 from relvit_d2.pretext.views import PatchDraws, ViewConfig
+from relvit_d2.utils.hashing import hashed_uniform
 
 ADJUST = {
     BRIGHTNESS: F.adjust_brightness,
@@ -53,3 +59,30 @@ def _noise(seed: Tensor, patch: int) -> Tensor:
     """The noise of a patch, read off by adding it to gray, far from the clamp."""
     gray = torch.full((3, patch * patch, 1), 0.5)
     return (add_noise_(gray, torch.tensor([True]), seed[None], 1e-3).view(3, patch, patch) - 0.5) * 1e3
+
+
+def pair_loss_plain(
+    q: Tensor, k: Tensor, layout: PatchLayout, kind: PairKind, dropout: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Same as :func:`relvit_d2.pretext.pair_loss.pair_loss`, with all ``(B, maps, N, N)`` scores in memory."""
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    loss, measure = _plain_losses(kind, scores, all_pairs(kind.target, layout))
+    pairs = layout.valid[:, :, None] & layout.valid[:, None, :]
+    if not kind.same_cell:
+        pairs &= (layout.row[:, :, None] != layout.row[:, None]) | (layout.col[:, :, None] != layout.col[:, None])
+    kept = pairs
+    if dropout:
+        seed, image, index = torch.randint(2**31, ()), torch.arange(len(q)), torch.arange(q.shape[2])
+        kept = pairs & (hashed_uniform(seed, image[:, None, None], index[:, None], index) >= dropout)
+    return loss[kept].mean(), kind.summary(measure[pairs].to(loss.dtype).mean())
+
+
+def _plain_losses(kind: PairKind, scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the loss and the measure of each pair."""
+    if isinstance(kind, Relation):
+        loss = nn.functional.cross_entropy(scores, target, reduction="none", label_smoothing=kind.smoothing)
+        return loss, scores.argmax(1) == target
+    error = scores.squeeze(1) - target
+    if isinstance(kind, Bearing):
+        return 1 - torch.cos(error * math.pi), (error - 2 * torch.round(error / 2)).abs()
+    return error.square(), error.square()

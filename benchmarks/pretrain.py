@@ -27,12 +27,11 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import Row, arguments, matrix_rate, print_rows
-from benchmarks.plain import plain_patches, plain_view
+from benchmarks.plain import pair_loss_plain, plain_patches, plain_view
 from relvit_d2.data.detection.mapper import ImageReader
 from relvit_d2.engine.optimizer import build_clipper, build_optimizer
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.pretext.layout import PatchLayout
-from relvit_d2.pretext.pair_loss import pair_loss_plain
 from relvit_d2.pretext.resampling import random_boxes
 from relvit_d2.pretext.task import RelationTask
 from relvit_d2.pretext.views import PatchDraws, ViewConfig, draw_patches

@@ -1,4 +1,4 @@
-"""What MkDocs asks for while it builds the site: the pages that are made from files outside ``docs/``."""
+"""MkDocs hooks: pages that are generated from files outside ``docs/``."""
 
 import ast
 import io
@@ -27,8 +27,8 @@ class Key(NamedTuple):
 
     Attributes:
         name: with its dots.
-        default: as Python writes it.
-        comment: the comment on its line, or else the lines above it; empty if there is none.
+        default: the Python expression.
+        comment: the comment on its line, else the comment lines above it; empty if there is none.
     """
 
     name: str
@@ -62,7 +62,7 @@ def keys_of(source: str) -> list[Key]:
 
 
 def _comments(source: str) -> dict[int, tuple[bool, str]]:
-    """Return of each line with a comment whether it stands alone, and its words."""
+    """Return by line number whether a comment is alone on its line, and its text."""
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return {
         token.start[0]: (not token.line[: token.start[1]].strip(), token.string.lstrip("# "))
@@ -121,17 +121,17 @@ def _code(words: str) -> str:
 
 
 def page_of(name: str) -> str:
-    """Return a file of the repository's root with its links as they are in the site."""
+    """Return the text of a file of the repository's root, with links adapted to the site."""
     text = (ROOT / name).read_text(encoding="utf-8")
     if name == "README.md":
-        text = text.partition("\n## More\n")[0] + "\n"  # the site has a menu
+        text = text.partition("\n## Documentation\n")[0] + "\n"  # the site has a menu
     for source, page in PAGES.items():
         text = text.replace(f"]({source}", f"]({page}")
     return text.replace("](docs/", "](")
 
 
 def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
-    """Add the pages that are made."""
+    """Add the generated pages."""
     from mkdocs.structure.files import File
 
     made = {page: page_of(name) for name, page in PAGES.items()} | {"config.md": config_page()}
@@ -141,10 +141,10 @@ def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Call a page by its name where a link's words are its path."""
+    """Replace link texts that are paths of pages by the page's name."""
     return re.sub(r"\[(?:docs/)?([\w/]+)\.md\]\(", lambda match: f"[{match[1].replace('_', ' ')}](", markdown)
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Take the roles out of docstrings, such as ``:class:``, which Markdown does not know."""
+    """Remove Sphinx roles such as ``:class:`` from docstrings."""
     return re.sub(r":(?:class|meth|func|data|mod):(?=<code>)", "", html)

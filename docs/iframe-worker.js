@@ -1,4 +1,4 @@
-/* The search works in a Worker, which browsers refuse to pages opened from a disk: there a hidden frame stands in. */
+/* Browsers refuse Workers to pages opened from a disk; a hidden frame replaces the Worker of the search there. */
 if (location.protocol === "file:") {
   window.Worker = class extends EventTarget {
     constructor(url) {

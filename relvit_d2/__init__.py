@@ -9,7 +9,7 @@ __all__ = ["add_relvit_config", "load_detector"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public function when it is first used: encoders alone need no Detectron2."""
+    """Import a public function on first use: the encoders work without Detectron2."""
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'relvit_d2' has no attribute '{name}'")

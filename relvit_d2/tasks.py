@@ -1,4 +1,4 @@
-"""The three tasks, by the value of the config key ``TASK``, and configs of any of them."""
+"""The tasks by the value of the config key ``TASK``, and the loading of their configs."""
 
 from fvcore.common.config import CfgNode
 

@@ -1,19 +1,257 @@
-"""The documentation: every key is on its page, and the site is built without a warning and loads nothing."""
+"""The documentation: keys, commands and snippets are valid; the site is built without a warning and loads nothing."""
 
+import argparse
 import ast
+import builtins
 import importlib.util
+import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import tomllib
 from detectron2.config import get_cfg
 
+from benchmarks.harness import arguments as benchmark_arguments
 from docs.hooks import PAGES, ROOT, config_modules, config_page, keys_of, page_of
+from relvit_d2.cli import COMMANDS, main, module_of, parser_of
+from relvit_d2.config.config_file import COMMANDS as TRAINING_COMMANDS
 from relvit_d2.config.config_file import flat
 from relvit_d2.detection.config import DETECTION
-from relvit_d2.tasks import TASKS
+from relvit_d2.tasks import TASKS, load_config, read_config
+from relvit_d2.utils.config_paths import has_config
+from tests.support.fuzzing import noise
+
+WRITTEN = sorted([*map(ROOT.joinpath, PAGES), *(ROOT / "docs").glob("*.md")])
+"""Pages that are written by hand."""
+SCRIPTS = {"pretrain_ssl.py": "pretrain", "train_net.py": "train", "train_cls.py": "classify"}
+NOT_CHECKED = {
+    "export": "sets a variable",
+    "source": "the shell's",
+    "pip": "tests/test_wheel.py installs the package",
+    "first=$(scontrol": "Slurm's, as the next ones",
+    "srun": "the command within is checked",
+    "status=$?": "",
+    "if": "",
+    "exit": "",
+}
+"""First words of command lines that are not checked, and the reason."""
+NOT_INSTALLED = {"wandb"}  # imported by a snippet
+
+# What is added to the commands of the guide for custom data, so that they take seconds.
+SHORT = {
+    "pretrain": "SOLVER.MAX_ITER 2 SOLVER.IMS_PER_BATCH 4 SOLVER.WARMUP_ITERS 0 PRETEXT.IMAGE_SIZE 32",
+    "train": "SOLVER.MAX_ITER 2 SOLVER.IMS_PER_BATCH 2 SOLVER.WARMUP_ITERS 0 MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0",
+}
+
+
+def fences(page: Path, language: str) -> list[tuple[str, str]]:
+    """The fenced blocks of a language, each with the text above it."""
+    text = page.read_text()
+    return [
+        (text[: m.start()], m[1]) for m in re.finditer(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    ]
+
+
+def spans(page: Path) -> list[str]:
+    """The inline code of a page, on one line each."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+
+
+def command_lines(script: str) -> Iterator[list[str]]:
+    """Words of each command line of a shell script, and of those that a line hands to ``bash -c``."""
+    text = ""
+    for line in script.replace("\\\n", " ").splitlines():
+        text += f"{line}\n"
+        try:
+            words = shlex.split(text, comments=True)
+        except ValueError:  # an open quotation
+            continue
+        text = ""
+        if "-c" in words:
+            yield from command_lines(words[words.index("-c") + 1].removeprefix("exec "))
+        while words and re.match(r"[A-Z_]+=", words[0]):
+            words = words[1:]
+        if words:
+            yield words
+    assert not text
+
+
+def our_words(words: list[str]) -> list[str] | None:
+    """The command of relvit-d2 and its arguments in a command line, None if it is another program's."""
+    for place, word in enumerate(words):
+        if command := SCRIPTS.get(word):  # python's or torchrun's
+            return [command, *words[place + 1 :]]
+    return words[1:] if Path(words[0]).name == "relvit-d2" else None
+
+
+def check_line(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parse a command line as its program does."""
+    if (ours := our_words(words)) is not None:
+        check_command(ours)
+    elif words[0] == "make":
+        subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    elif words[1:3] == ["-m", "pytest"]:
+        assert all((ROOT / word).exists() for word in words if word.startswith("tests/"))
+    elif words[:2] == ["python", "-m"]:
+        assert importlib.util.find_spec(words[2])
+        monkeypatch.setattr(sys, "argv", words[2:])
+        benchmark_arguments("", words[2])
+    else:
+        assert words[0] in NOT_CHECKED
+
+
+def check_command(words: list[str]) -> None:
+    """Parse the arguments, load the config with the overrides, and check names of rows and keys."""
+    command, *rest = (re.sub(r"^\$SLURM_\w+$", "2", word) for word in words)
+    if words in (["--help"], ["--version"]):
+        return
+    assert command in COMMANDS
+    args = getattr(module_of(command), "parse", argparse.ArgumentParser.parse_args)(parser_of(command), rest)
+    opts = getattr(args, "opts", getattr(args, "words", []))
+    config = str(getattr(args, "config_file", "") or "")
+    if has_config(config):
+        tasks = {name: task for task, name in TRAINING_COMMANDS.items()}
+        load_config(config, opts, tasks.get(command))
+    else:
+        assert not config.startswith("configs/")
+    if "--print" in rest:
+        assert main(words) == 0
+    if command == "reproduce":
+        assert args.row in module_of(command).row_names()[args.table]
+        assert set(opts[::2]) <= all_keys()
+
+
+def all_keys() -> set[str]:
+    return {key for task in TASKS.values() for key in flat(task.defaults())}
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
+def test_command_lines_are_valid(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [words for _, script in fences(page, "sh") for words in command_lines(script)]
+    for words in (shlex.split(span) for span in spans(page) if re.match("(relvit-d2|make|python) ", span)):
+        if words[0] == "relvit-d2" and len(words) == 2:  # a command's name in a sentence
+            assert words[1] in (*COMMANDS, "--help")
+        else:
+            lines.append(words)
+    for words in lines:
+        try:
+            check_line(words, monkeypatch)
+        except (Exception, SystemExit) as error:
+            raise AssertionError(f"{page.name}: {shlex.join(words)}: {error}") from error
+    for _, script in fences(page, "sh"):
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
+def test_config_keys_in_sentences_and_yaml_are_valid(page: Path, tmp_path: Path) -> None:
+    keys = all_keys() | set(flat(get_cfg()))
+    groups = {key[:end] for key in keys for end in range(len(key)) if key[end] == "."}
+    for span in spans(page):
+        for key in re.findall(r"(?<![\w.$/])[A-Z][A-Z_]+(?:\.[A-Z][A-Z_]*)+(?![\w/])", span):
+            assert key in keys | groups, key
+    for _, text in fences(page, "yaml"):
+        (tmp_path / "config.yaml").write_text(text)
+        read_config(str(tmp_path / "config.yaml"), [], "detection")
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
+def test_names_in_python_snippets_exist(page: Path) -> None:
+    """In the snippet, those above it on the page, or the module of this package that is named last above it."""
+    known = set(dir(builtins))
+    for above, code in fences(page, "python"):
+        tree = ast.parse(code)
+        for node in ast.walk(tree):
+            match node:
+                case ast.Name(ctx=ast.Store(), id=name) | ast.arg(arg=name):
+                    known.add(name)
+                case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                    known.add(name)
+                case ast.Import() | ast.ImportFrom():
+                    known |= {alias.asname or alias.name for alias in node.names}
+                    check_import(node, above)
+        files = [path for path in re.findall(r"`(relvit_d2/[\w/]+)\.py`", above) if (ROOT / f"{path}.py").exists()]
+        there = set(vars(import_module(files[-1].replace("/", ".")))) if files else set()
+        loaded = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+        assert not loaded - known - there, f"{page.name}: {loaded - known - there}"
+
+
+def check_import(node: ast.Import | ast.ImportFrom, above: str) -> None:
+    """The imported modules and names exist, or are files that the page introduces."""
+    for alias in node.names:
+        if isinstance(node, ast.Import):
+            assert alias.name in NOT_INSTALLED or importlib.util.find_spec(alias.name), alias.name
+        elif f"`{node.module.replace('.', '/')}/{alias.name}.py`" not in above:  # type: ignore[union-attr]
+            module = import_module(node.module)  # type: ignore[arg-type]
+            assert hasattr(module, alias.name) or import_module(f"{node.module}.{alias.name}")
+
+
+def test_the_figure_of_the_layers_is_the_contract() -> None:
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    layers = [set(re.findall(r"relvit_d2\.(\w+)", layer)) for layer in contract["layers"]]
+    figure = (ROOT / "docs/images/layers.svg").read_text()
+    boxes = re.findall(r'<rect x="[\d.]+" y="(\d+)"[^>]*/>\n<text[^>]*>(\w+)', figure)
+    heights = sorted({int(y) for y, _ in boxes})
+    assert [{name for y, name in boxes if int(y) == height} for height in heights] == layers
+
+
+@pytest.mark.slow
+def test_the_guide_for_custom_data_runs(tmp_path: Path) -> None:
+    """Every command and snippet of two pages that concerns the user's data, in their order, in one folder."""
+    data = tmp_path / "DATA"
+    (data / "labels").mkdir(parents=True)
+    for number in range(10):
+        noise(data / f"images/{number}.jpg", number, (64, 64))
+        (data / f"labels/{number}.txt").write_text("0 0.3 0.3 0.5 0.4\n1 0.7 0.7 0.3 0.4\n")
+    shutil.make_archive(str(tmp_path / "photos"), "zip", data / "images")
+    shutil.copy(data / "images/0.jpg", tmp_path / "photo.jpg")
+    guide = ROOT / "docs/custom_data.md"
+    scripts = [script for page in (ROOT / "README.md", guide) for _, script in fences(page, "sh")]
+    lines = [line for script in scripts for line in command_lines(script)]
+    lines = [line for line in lines if any(re.search("DATA$|DATA/|custom|photos", word) for word in line[1:])]
+    lines = list(map(list, dict.fromkeys(map(tuple, lines))))  # both pages begin alike
+    assert len(lines) > 6
+
+    def run(*words: str) -> None:
+        variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        subprocess.run([sys.executable, *words], cwd=tmp_path, env=os.environ | variables, check=True)
+
+    for line in lines:
+        run("-m", "relvit_d2", *line[1:], *SHORT.get(line[1], "").split())
+    for _, code in fences(guide, "python"):
+        run("-c", code)
+    assert len(list((tmp_path / "predictions").rglob("*.png"))) == 10
+    assert (tmp_path / "output/custom/finetune/report.html").is_file()
+
+
+@pytest.mark.slow
+def test_the_snippets_for_contributors_work() -> None:
+    page = ROOT / "CONTRIBUTING.md"
+    (encoder,) = [code for _, code in fences(page, "python") if "class ResNet" in code]
+    (task,) = [code for _, code in fences(page, "python") if "class RowTask" in code]
+    check = f"""
+import math, torch
+exec({encoder!r}, {{"__name__": "resnet"}})
+from relvit_d2.encoders.base import build_encoder, ENCODERS
+maps = ENCODERS["resnet18"]()(torch.zeros(2, 3, 64, 96))
+assert {{name: tuple(m.shape) for name, m in maps.items()}} == {{
+    "s8": (2, 128, 8, 12), "s16": (2, 256, 4, 6), "s32": (2, 512, 2, 3)
+}}
+from relvit_d2.pretext import task
+exec({task!r}, vars(task))
+row = task.PRETEXT_TASKS["row"](8, (3, 4))
+torch.nn.init.zeros_(row.head.weight), torch.nn.init.zeros_(row.head.bias)
+loss, accuracy = row(torch.randn(2, 12, 8), task.PatchLayout.full(2, (3, 4)))
+assert abs(loss.item() - math.log(3)) < 1e-5 and abs(accuracy.item() - row.chance((3, 4))) < 1e-5
+"""
+    subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True)
 
 
 def test_every_key_is_documented_once_with_its_default_and_a_comment() -> None:

@@ -1,10 +1,11 @@
-"""The set-up from nothing: make setup, the Detectron2 installer, their failures and the second run.
+"""make setup and the Detectron2 installer: a new environment, errors, and a second run.
 
-A wheel of a few lines, shaped like the real one, stands in for the download, so that all but one of these
-tests need no network; the real wheel is installed by ``test_doctor.py``.
+Wheels of a few lines replace the downloads, so that only the slow test needs a network; ``test_doctor.py``
+installs the real wheel.
 """
 
 import ast
+import base64
 import csv
 import hashlib
 import json
@@ -24,7 +25,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-# A build of the package that needs no network, in place of setuptools.
+# A build backend that needs no network, instead of setuptools.
 BACKEND = """
 import zipfile
 from pathlib import Path
@@ -48,20 +49,34 @@ def build_editable(folder, config_settings=None, metadata_directory=None):
 """
 INSTALL = ("-m", "relvit_d2", "doctor", "--install-detectron2")
 NO_NETWORK = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "PIP_FIND_LINKS": ""}
-WHEEL_FILES = {
+DETECTRON2_FILES = {
     "detectron2/__init__.py": "__version__ = '0.7.2'\n",
     "detectron2/modeling/__init__.py": "",
     "detectron2/_C.cpython-310-x86_64-linux-gnu.so": "compiled for another Python and torch",
     "tools/train_net.py": "raise RuntimeError('stray')\n",
-    "sal_detectron2-0.7.2.dist-info/METADATA": "Metadata-Version: 2.1\nName: sal-detectron2\nVersion: 0.7.2\n",
-    "sal_detectron2-0.7.2.dist-info/WHEEL": (
-        "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: false\nTag: cp310-none-any\n"
-    ),
 }
 
 
+def make_wheel(folder: Path, name: str, *requires: str, files: dict[str, str] | None = None) -> Path:
+    """Write the wheel ``name`` (distribution-version-tags), with these requirements and files."""
+    distribution, release, python, *_ = name.split("-")
+    info = f"{distribution}-{release}.dist-info"
+    contents = {
+        **(files or {}),
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {release}\n"
+        + "".join(f"Requires-Dist: {line}\n" for line in requires),
+        f"{info}/WHEEL": f"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: {python}-none-any\n",
+    }
+    wheel = folder / f"{name}.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path, text in contents.items():
+            archive.writestr(path, text)
+        archive.writestr(f"{info}/RECORD", "".join(f"{path},,\n" for path in [*contents, f"{info}/RECORD"]))
+    return wheel
+
+
 def environment(**changes: str) -> dict[str, str]:
-    """The variables of this process without pip's own settings, and ``changes``."""
+    """The variables of this process without pip's settings, and ``changes``."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "PYTHON", "MAKE", "VIRTUAL_ENV"))}
     return {**kept, "PIP_CONFIG_FILE": os.devnull, "PYTHONDONTWRITEBYTECODE": "1", **changes}
 
@@ -71,7 +86,7 @@ def run(*command: object, cwd: Path, env: dict[str, str]) -> subprocess.Complete
 
 
 def one_sentence(stderr: str) -> str:
-    """The only line on stderr beside make's own; fails where there are more, or a traceback."""
+    """The only line on stderr that is not from make; fails if there are more, or a traceback."""
     lines = [line for line in stderr.splitlines() if not line.startswith("make")]
     assert len(lines) == 1, stderr
     return lines[0]
@@ -79,16 +94,17 @@ def one_sentence(stderr: str) -> str:
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the small wheel, and with a requirements file that pins its hash."""
+    """A folder with a small wheel of each package, and a requirements file with the hash of Detectron2's."""
     folder = tmp_path_factory.mktemp("wheels")
-    wheel = folder / "sal_detectron2-0.7.2-cp310-none-any.whl"
-    record = "sal_detectron2-0.7.2.dist-info/RECORD"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for name, text in WHEEL_FILES.items():
-            archive.writestr(name, text)
-        archive.writestr(record, "".join(f"{name},,\n" for name in [*WHEEL_FILES, record]))
+    name = "sal_detectron2-0.7.2-cp310-none-any"
+    wheel = make_wheel(folder, name, "Pillow>=7.1", "numpy<2", "black", files=DETECTRON2_FILES)
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     (folder / "pinned.txt").write_text(f"sal-detectron2==0.7.2 --hash=sha256:{digest}\n")
+    for other in ("pillow-12.2.0", "numpy-2.4.6", "fvcore-0.1.5", "iopath-0.1.9"):
+        make_wheel(folder, f"{other}-py3-none-any")
+    for build in ("cpu", "cu130"):  # pip prefers the second one
+        make_wheel(folder, f"torch-2.11.0+{build}-py3-none-any")
+        make_wheel(folder, f"torchvision-0.26.0+{build}-py3-none-any", "torch==2.11.0")
     return folder
 
 
@@ -104,7 +120,7 @@ def base_venv(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def python(base_venv: Path) -> Iterator[Path]:
-    """The Python of an environment that has no Detectron2."""
+    """The Python of an environment without Detectron2."""
     yield base_venv / "bin" / "python"
     for left in site_packages(base_venv).glob("*detectron2*"):
         shutil.rmtree(left)
@@ -115,7 +131,7 @@ def site_packages(venv: Path) -> Path:
 
 
 def found(python: Path) -> list[str]:
-    """What of Detectron2 lies in the environment, hidden leftovers included."""
+    """The files and folders of Detectron2 in the environment, hidden ones included."""
     site = site_packages(python.parent.parent)
     return sorted(path.name for path in site.iterdir() if "detectron2" in path.name or path.name == "tools")
 
@@ -134,10 +150,45 @@ def test_the_package_is_kept_without_its_compiled_part(python: Path, wheels: Pat
     assert found(python) == INSTALLED
     site = site_packages(python.parent.parent)
     assert not list(site.glob("detectron2/_C*"))
-    with (site / INSTALLED[1] / "RECORD").open(newline="") as file:
-        recorded = {row[0] for row in csv.reader(file)}
     on_disk = {str(p.relative_to(site)) for name in INSTALLED for p in (site / name).rglob("*") if p.is_file()}
-    assert recorded == on_disk
+    assert read_record(site).keys() == on_disk
+
+
+def read_record(site: Path) -> dict[str, bytes]:
+    """The files that RECORD lists; fails where a hash or a size in it is wrong."""
+    with (site / INSTALLED[1] / "RECORD").open(newline="") as file:
+        rows = {name: (digest, size) for name, digest, size in csv.reader(file)}
+    contents = {name: (site / name).read_bytes() for name in rows}
+    for name, (digest, size) in rows.items():
+        if digest:
+            value = base64.urlsafe_b64encode(hashlib.sha256(contents[name]).digest()).decode().rstrip("=")
+            assert (digest, size) == (f"sha256={value}", str(len(contents[name]))), name
+    return contents
+
+
+def requirements(site: Path) -> set[str]:
+    text = read_record(site)[f"{INSTALLED[1]}/METADATA"].decode()
+    return set(re.findall("^Requires-Dist: (.+)$", text, re.MULTILINE))
+
+
+def test_the_metadata_name_what_the_code_needs(python: Path, wheels: Path) -> None:
+    """In a new installation, and in one of the wheel as it is."""
+    needed = {"Pillow>=7.1", "numpy", "fvcore", "iopath", "torch", "torchvision"}
+    site = site_packages(python.parent.parent)
+    assert install(python, wheels / "pinned.txt", wheels).returncode == 0
+    assert requirements(site) == needed
+
+    for name in INSTALLED:
+        shutil.rmtree(site / name)
+    env = environment(PIP_NO_INDEX="1", PIP_FIND_LINKS=str(wheels))
+    pip = ("-m", "pip", "install", "--no-deps", "--target", site, "--python-version", "3.10", "sal-detectron2")
+    assert run(python, *pip, cwd=wheels, env=env).returncode == 0
+    assert requirements(site) == {"Pillow>=7.1", "numpy<2", "black"}
+    for _ in range(2):
+        assert install(python, wheels / "pinned.txt", wheels).returncode == 0
+        assert requirements(site) == needed
+    assert list((site / "detectron2").glob("_C*")), "the code is not changed"
+    shutil.rmtree(site / "tools")
 
 
 def test_pip_uninstalls_all_of_it(python: Path, wheels: Path) -> None:
@@ -213,7 +264,7 @@ def test_make_setup_fails_in_one_sentence_and_repairs(wheels: Path, tmp_path: Pa
     pinned = tmp_path / "relvit_d2/utils/requirements-detectron2.txt"
     ready = tmp_path / ".venv" / ".ready"
     make = ("make", f"PYTHON={sys.executable}", "setup")
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)  # a broken environment, to be made anew
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)  # a broken environment, to be created anew
     (tmp_path / ".venv" / "bin" / "python").symlink_to("gone")
 
     requirements.write_text("safetensors==0.7.0\n")
@@ -223,7 +274,7 @@ def test_make_setup_fails_in_one_sentence_and_repairs(wheels: Path, tmp_path: Pa
     assert str(tmp_path / ".venv" / "setup.log") in done.stderr
     assert not ready.exists()
 
-    requirements.write_text("# nothing\n")
+    requirements.write_text("pillow\nfvcore\niopath\ntorch==2.11.0\ntorchvision==0.26.0\n")
     offline = environment(PIP_NO_INDEX="1", PIP_FIND_LINKS=str(wheels))
     done = run(*make, cwd=tmp_path, env=offline)  # the pin is the real wheel's, the file is not
     assert done.returncode != 0
@@ -231,12 +282,27 @@ def test_make_setup_fails_in_one_sentence_and_repairs(wheels: Path, tmp_path: Pa
     assert not ready.exists()
 
     shutil.copy(wheels / "pinned.txt", pinned)
+    done = run(*make, "TORCH=rocm9", cwd=tmp_path, env=offline)
+    assert done.returncode != 0
+    sentence = one_sentence(done.stderr)
+    assert sentence.startswith("torch==2.11.0+rocm9 and torchvision==0.26.0+rocm9 not installed: no package index")
+
+    done = run(*make, "TORCH=cpu", cwd=tmp_path, env=offline)
+    assert done.returncode != 0
+    assert "sal-detectron2 0.7.2 requires numpy, which is not installed" in one_sentence(done.stderr)
+    assert not ready.exists()
+
+    with requirements.open("a") as file:
+        file.write("numpy\n")
     done = run(*make, cwd=tmp_path, env=offline)
     assert done.returncode == 0, done.stderr
     assert ready.exists()
     assert found(tmp_path / ".venv" / "bin" / "python") == INSTALLED
     done = run(tmp_path / ".venv/bin/relvit-d2", "--version", cwd=wheels, env=offline)
     assert done.stdout == "relvit-d2 0.1.0\n"
+
+    frozen = run(tmp_path / ".venv/bin/python", "-m", "pip", "freeze", cwd=wheels, env=offline).stdout
+    assert re.findall("^torch.*", frozen, re.MULTILINE) == ["torch==2.11.0+cpu", "torchvision==0.26.0+cpu"]
 
     up_to_date = run("make", "--question", ".venv/.ready", cwd=tmp_path, env=offline)
     assert up_to_date.returncode == 0
@@ -271,7 +337,7 @@ def test_every_place_promises_the_same_versions(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture(scope="module")
 def package_index(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Skip where pip does not find one pin for the Python that runs, as without a network."""
+    """Skip where pip finds no version of a pinned package, as without a network."""
     (pin,) = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("tabulate==")]
     probe = ("download", "--no-deps", "--no-cache-dir", "--quiet", "--retries", "1", "--dest")
     folder = tmp_path_factory.mktemp("probe")

@@ -1,8 +1,8 @@
-"""Build or repair ``.venv``: a virtual environment with the pinned packages and Detectron2.
+"""Create or repair ``.venv``: a virtual environment with the pinned packages and Detectron2.
 
-Every step looks at what is there, so a second run goes on where the first stopped. ``.venv/.ready`` is
-written last; ``make`` reads it. pip's own words go to ``.venv/setup.log``. Standard library only, and
-readable by Python 3.6, so that an old Python gets a sentence instead of a syntax error.
+A second run continues after the last step that succeeded. ``.venv/.ready`` is written last; ``make`` compares
+its time. pip's output goes to ``.venv/setup.log``. Standard library only, and syntax that Python 3.6 parses,
+so that an old Python gets one sentence instead of a syntax error.
 """
 
 import argparse
@@ -21,13 +21,17 @@ READY = VENV / ".ready"
 
 
 class SetupError(Exception):
-    """A failure that the user can mend; the message is one sentence."""
+    """A failure that the user can correct; the message is one sentence."""
+
+
+def read_pins(file: str, pattern: str) -> list:
+    """Return what ``pattern`` finds in a file of this checkout, line by line."""
+    return re.findall(pattern, (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)
 
 
 def supported_minors() -> range:
     """Return the minor versions of Python 3 that ``requires-python`` in ``pyproject.toml`` allows."""
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    ((first, end),) = re.findall(r'^requires-python = ">=3\.(\d+),<3\.(\d+)"$', text, re.MULTILINE)
+    ((first, end),) = read_pins("pyproject.toml", r'^requires-python = ">=3\.(\d+),<3\.(\d+)"$')
     return range(int(first), int(end))
 
 
@@ -40,43 +44,41 @@ def check_python(version: tuple) -> "str | None":
     return f"Python 3.{minors[0]} to 3.{minors[-1]} is needed, this is {found}; run make PYTHON=python3.11 setup"
 
 
-def venv_works() -> bool:
-    """Return whether ``.venv`` has a supported Python with pip."""
-    minors = supported_minors()
-    code = f"import sys, pip; sys.exit(not (3, {minors[0]}) <= sys.version_info[:2] <= (3, {minors[-1]}))"
-    try:
-        return subprocess.run([str(PYTHON), "-c", code], stderr=subprocess.DEVNULL).returncode == 0
-    except OSError:
-        return False
-
-
-def make_venv() -> None:
-    """Make ``.venv`` anew, deleting what is in it."""
+def run(*command: str) -> tuple:
+    """Return exit status and output, standard error included, of a command run in this checkout."""
     done = subprocess.run(
-        [sys.executable, "-m", "venv", "--clear", str(VENV)],
+        command,
+        cwd=str(ROOT),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         universal_newlines=True,  # noqa: UP021 (text= is newer than 3.6)
     )
-    if done.returncode == 0:
-        return
-    if "ensurepip" in done.stdout:
+    return done.returncode, done.stdout.strip() or f"exit status {done.returncode}"
+
+
+def venv_works() -> bool:
+    """Return whether ``.venv`` has a supported Python with pip."""
+    minors = supported_minors()
+    code = f"import sys, pip; sys.exit(not (3, {minors[0]}) <= sys.version_info[:2] <= (3, {minors[-1]}))"
+    return PYTHON.exists() and run(str(PYTHON), "-c", code)[0] == 0
+
+
+def make_venv() -> None:
+    """Create ``.venv`` anew, deleting what is in it."""
+    status, output = run(sys.executable, "-m", "venv", "--clear", str(VENV))
+    if status and "ensurepip" in output:
         raise SetupError(
-            f"{sys.executable} cannot make virtual environments; install its venv package "
+            f"{sys.executable} cannot create virtual environments; install its venv package "
             "(on Debian and Ubuntu: apt install python3-venv) and run make setup again"
         )
-    words = done.stdout.strip().splitlines() or [f"exit status {done.returncode}"]
-    raise SetupError(f"{VENV} could not be made ({words[-1]}); delete that folder and run make setup again")
-
-
-def install_requirements() -> None:
-    """Install ``requirements.txt`` and this package."""
-    pip_install("requirements.txt", "-r", str(ROOT / "requirements.txt"))
-    pip_install("the command relvit-d2", "--no-deps", "-e", str(ROOT))
+    if status:
+        raise SetupError(
+            f"{VENV} could not be created ({output.splitlines()[-1]}); delete that folder and run make setup again"
+        )
 
 
 def pip_install(what: str, *arguments: str) -> None:
-    """Run pip install; on a terminal the seconds are counted while pip is silent.
+    """Run pip install; a terminal shows the seconds that have passed, since pip's output goes to the log.
 
     Raises:
         SetupError: if pip fails; the sentence names ``what``.
@@ -100,53 +102,61 @@ def pip_install(what: str, *arguments: str) -> None:
         # The package is not on the path of this script.
         explain_pip = runpy.run_path(str(ROOT / "relvit_d2" / "utils" / "pip_errors.py"))["explain_pip"]
         reason = explain_pip(LOG.read_text(encoding="utf-8", errors="replace"))
-        raise SetupError(f"{what} was not installed: {reason} (all of pip's output: {LOG})")
+        raise SetupError(f"{what} not installed: {reason} (all of pip's output: {LOG})")
 
 
-def install_detectron2() -> None:
-    """Run ``relvit-d2 doctor --install-detectron2`` with the new Python; its error is passed on."""
-    done = subprocess.run(
-        [str(PYTHON), "-m", "relvit_d2", "doctor", "--install-detectron2"],
-        cwd=str(ROOT),
-        stderr=subprocess.PIPE,
-        universal_newlines=True,  # noqa: UP021 (text= is newer than 3.6)
-    )
-    if done.returncode:
-        raise SetupError((done.stderr.strip().splitlines() or ["no output"])[-1].replace("error: ", "", 1))
+def set_up(torch_build: str) -> None:
+    """Install everything into ``.venv``.
 
+    Args:
+        torch_build: local version label of the builds of torch and torchvision, such as ``cpu``; empty for the
+            default builds of the package index.
 
-def set_up() -> None:
-    """Bring ``.venv`` into the wanted state; raise SetupError where that fails."""
+    Raises:
+        SetupError: if a step fails.
+    """
     if READY.exists():
         READY.unlink()
     if not venv_works():
-        print(f"[1/3] making .venv with {sys.executable}", flush=True)
+        print(f"[1/3] creating .venv with {sys.executable}", flush=True)
         make_venv()
-    print("[2/3] installing the packages (new: about 5 GB, a minute or more) ...", flush=True)
-    install_requirements()
+    print("[2/3] installing the packages (a minute or more) ...", flush=True)
+    if torch_build:
+        builds = [f"{pin}+{torch_build}" for pin in read_pins("requirements.txt", r"^torch(?:vision)?==[\d.]+")]
+        pip_install(" and ".join(builds), *builds)
+    pip_install("requirements.txt", "-r", str(ROOT / "requirements.txt"))
+    pip_install("the command relvit-d2", "--no-deps", "-e", str(ROOT))
     print("[3/3] installing Detectron2 ...", flush=True)
-    install_detectron2()
+    status, output = run(str(PYTHON), "-m", "relvit_d2", "doctor", "--install-detectron2")
+    if status:
+        raise SetupError(output.splitlines()[-1].replace("error: ", "", 1))
+    status, output = run(str(PYTHON), "-m", "pip", "check", "--disable-pip-version-check")
+    if status:
+        conflicts = "; ".join(line.rstrip(".") for line in output.splitlines())
+        raise SetupError(f"packages in {VENV} contradict each other ({conflicts}); run make clean and make setup")
     READY.touch()
     print(f"{VENV} is ready", flush=True)
 
 
 def main() -> int:
     """Run the script; return the exit status."""
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  python3 tools/setup_env.py",
-    ).parse_args()
+    )
+    parser.add_argument("--torch", default="", metavar="BUILD", help="build of torch and torchvision, such as cpu")
+    args = parser.parse_args()
     problem = check_python(sys.version_info)
     if problem is None:
         try:
-            set_up()
+            set_up(args.torch)
         except SetupError as error:
             problem = str(error)
         except OSError as error:
-            problem = f"{VENV} could not be written ({error}); mend that and run make setup again"
+            problem = f"{VENV} could not be written ({error}); correct that and run make setup again"
         except KeyboardInterrupt:
-            problem = "the set-up was interrupted; run make setup again, it goes on from here"
+            problem = "the set-up was interrupted; run make setup again to continue"
     if problem:
         print(f"{problem}.", file=sys.stderr)
     return 1 if problem else 0

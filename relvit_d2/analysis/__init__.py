@@ -1,1 +1,1 @@
-"""Checks of data before training, anchors and pixel statistics."""
+"""Checks of data sets, anchors and pixel statistics; model cost; comparison of runs."""

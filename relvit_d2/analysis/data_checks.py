@@ -1,7 +1,7 @@
-"""What is wrong with a data set, before hours are spent on it: labels, boxes and anchors in seconds, images in minutes.
+"""Checks of data sets before training: labels, boxes and anchors (seconds) and all image files (minutes).
 
-A report is plain data that JSON can hold. What training would fail on is under ``"faults"``, what a user should know
-under ``"warnings"``: sentences, most serious first.
+Reports consist of JSON values. ``"errors"`` lists what training would fail on, ``"warnings"`` what a user should know:
+one message each.
 """
 
 import logging
@@ -30,24 +30,22 @@ from relvit_d2.utils.hardware import cores
 
 Report = dict[str, Any]
 
-NAMED = 5
-"""Most files that one sentence names."""
-
+LISTED = 5  # maximum number of files that a message lists
+# Warn about anchors if other ones reach this much more of the boxes, in data sets of at least so many boxes.
 REACH_GAIN, REACH_BOXES = 0.1, 100
-"""Other anchors are worth a warning if they reach this share of the boxes more, of so many boxes at least."""
 
 logger = logging.getLogger(__name__)
 
 
 class Boxes(NamedTuple):
-    """All boxes of some records that are no crowd: ``boxes`` (N, 4) XYXY, ``sizes`` (N, 2), both in pixels."""
+    """The boxes of a data set without crowds: ``boxes`` (N, 4) XYXY, ``sizes`` (N, 2) of their images, in pixels."""
 
     boxes: np.ndarray
     sizes: np.ndarray
 
 
 def read_sets(names: list[str], labelled: bool, skip_missing: bool) -> tuple[dict[str, list[Any]], list[str]]:
-    """Return records and their classes, or images and no class where labels do not matter or a name is a folder."""
+    """Return records and class names; or images and no classes, if labels are not needed or a name is a folder."""
     if not labelled or any(catalog.is_folder(name) for name in names):
         return {name: catalog.get_images(name, skip_missing) for name in names}, []
     classes = {name: list(catalog.get_metadata(name).thing_classes) for name in names}
@@ -57,13 +55,13 @@ def read_sets(names: list[str], labelled: bool, skip_missing: bool) -> tuple[dic
     return {name: catalog.get_records(name, skip_missing) for name in names}, classes[names[0]]
 
 
-def not_recognised(names: list[str]) -> list[str]:
-    """Return a warning for each of ``names`` that is a source of images without labels."""
+def unrecognised_warnings(names: list[str]) -> list[str]:
+    """Return a warning for each of ``names`` that is a folder or archive of images without labels."""
     warnings = []
     for name in filter(catalog.is_folder, dict.fromkeys(names)):
         path = Path(catalog.subset(name)[0]).expanduser()
-        near = "".join(f"; {reason}" for reason in (near_misses(path) if path.is_dir() else []))
-        warnings.append(f"{name}: no labels were recognised, so it serves for pre-training only{near}")
+        reasons = "".join(f"; {reason}" for reason in (near_misses(path) if path.is_dir() else []))
+        warnings.append(f"{name}: no labels were recognised, so it can be used for pre-training only{reasons}")
     return warnings
 
 
@@ -74,182 +72,173 @@ def check_labels(
     training: Sequence[str] = (),
     tests: Sequence[str] = (),
 ) -> Report:
-    """Check what the records say; no file is opened.
+    """Check the records without opening a file.
 
     Args:
-        sets: records by the name of their set.
-        classes: names in the order of the category ids.
-        cfg: for the training size, the anchors and the limit of detections.
-        training: sets that are trained on. The anchors are compared with the boxes of the first, or without any with
-            those of the first of ``sets``.
-        tests: sets that are evaluated on.
+        sets: records by name of the data set.
+        classes: class names in the order of the category ids.
+        cfg: a detection config.
+        training: names of the sets to train on. Anchors are compared with the boxes of the first of them, or of
+            ``sets``.
+        tests: names of the sets to evaluate on.
 
     Returns:
         ``sets``: for each set the number of ``images``, ``objects``, ``crowds``, ``difficult`` objects, images
         ``without_objects`` and objects of each of the ``classes``; ``anchors``: see
-        :func:`relvit_d2.analysis.anchors.fit_report`; ``faults`` and ``warnings``.
+        :func:`relvit_d2.analysis.anchors.fit_report`; ``errors`` and ``warnings``.
     """
-    report: Report = {"sets": {}, "anchors": {}, "faults": [], "warnings": []}
+    report: Report = {"sets": {}, "anchors": {}, "errors": [], "warnings": []}
     compared = next(iter([*training, *sets]), None)
     for name, records in sets.items():
-        report["sets"][name], sound = _check_set(name, records, classes, cfg, report)
-        _check_ids(name, records, report["faults" if name in tests else "warnings"])
-        if name == compared and sound is not None:
-            report["anchors"] = fit_report(*sound, cfg)
-            _judge_anchors(report)
+        report["sets"][name], valid = _check_set(name, records, classes, cfg, report)
+        _check_ids(name, records, report["errors" if name in tests else "warnings"])
+        if name == compared and valid is not None:
+            report["anchors"] = fit_report(*valid, cfg)
+            _check_anchors(report)
     if training and not any(report["sets"][name]["objects"] for name in training):
-        report["faults"].append(f"{' + '.join(training)}: no image has an object to train on: label some")
+        report["errors"].append(f"{' + '.join(training)}: the images have no objects to train on; label some")
     for first, second in combinations(sets, 2):
         files = {record["file_name"] for record in sets[first]}
         if shared := [r["file_name"] for r in sets[second] if r["file_name"] in files]:
-            report["warnings"].append(_line(f"{first} and {second}", "images in both", shared))
+            report["warnings"].append(_message(f"{first} and {second}", "images in both", shared))
     return report
 
 
 def before_training(
     cfg: CfgNode, records: Sequence[Record], tests: Mapping[str, Sequence[Record]], classes: Sequence[str]
 ) -> None:
-    """Check the labels, put what a user should know into the log, and refuse what training would fail on.
+    """Check the labels, log the warnings and raise a :class:`UserError` for the first error.
 
     Args:
-        cfg: of the run.
-        records: to train on.
-        tests: records by the name of the set, to evaluate on.
-        classes: names in the order of the category ids.
-
-    Raises:
-        UserError: the first fault.
+        cfg: a detection config.
+        records: the training set.
+        tests: records by name of the test set.
+        classes: class names in the order of the category ids.
     """
     training = " + ".join(cfg.DATASETS.TRAIN)
-    # A set that is trained and evaluated on is there twice, and overlaps with itself.
+    # A set in both TRAIN and TEST is listed twice, and reported as shared with itself.
     sets = {f"{training} (training)": records, **tests}
     report = check_labels(sets, classes, cfg, [next(iter(sets))], tuple(tests))
-    for name, facts in report["sets"].items():
-        logger.info(f"{name}: {facts['images']} images, {facts['objects']} objects of {len(classes)} classes")
+    for name, counts in report["sets"].items():
+        logger.info(f"{name}: {counts['images']} images, {counts['objects']} objects of {len(classes)} classes")
     for warning in report["warnings"]:
         logger.warning(warning)
-    refuse(report)
+    raise_first_error(report)
 
 
-def refuse(report: Report) -> None:
-    """Raise a :class:`UserError` for the first fault of a report, if it has one."""
-    if faults := report["faults"]:
-        more = f" ({len(faults) - 1} more faults: relvit-d2 check-data lists all)" if len(faults) > 1 else ""
-        raise UserError(f"training may not start: {faults[0]}{more}")
+def raise_first_error(report: Report) -> None:
+    """Raise a :class:`UserError` for the first error of a report, if there is one."""
+    if errors := report["errors"]:
+        more = f" ({len(errors) - 1} more errors: relvit-d2 check-data lists all)" if len(errors) > 1 else ""
+        raise UserError(f"training cannot start: {errors[0]}{more}")
 
 
 def _check_set(
     name: str, records: Sequence[Record], classes: Sequence[str], cfg: CfgNode, report: Report
 ) -> tuple[Report, Boxes | None]:
-    """Return the facts of a set, and its sound boxes unless some are no boxes at all."""
-    faults, warnings = report["faults"], report["warnings"]
+    """Return the counts of a set and its valid boxes, None if one is not a box at all."""
+    errors, warnings = report["errors"], report["warnings"]
     owners = [record for record in records for _ in record.get("annotations", [])]
-    objects = [thing for record in records for thing in record.get("annotations", [])]
-    crowd = np.array([bool(thing.get("iscrowd")) for thing in objects], dtype=bool)
-    counts = Counter(thing["category_id"] for thing, many in zip(objects, crowd, strict=True) if not many)
-    facts: Report = {
+    annotations = [annotation for record in records for annotation in record.get("annotations", [])]
+    crowd = np.array([bool(annotation.get("iscrowd")) for annotation in annotations], dtype=bool)
+    ids = [annotation["category_id"] for annotation in annotations]
+    per_class = Counter(number for number, is_crowd in zip(ids, crowd, strict=True) if not is_crowd)
+    counts: Report = {
         "images": len(records),
-        "objects": len(objects) - int(crowd.sum()),
+        "objects": len(annotations) - int(crowd.sum()),
         "crowds": int(crowd.sum()),
-        "difficult": sum(bool(thing.get("difficult")) for thing in objects),
+        "difficult": sum(bool(annotation.get("difficult")) for annotation in annotations),
         "without_objects": sum(not record.get("annotations") for record in records),
-        "classes": {label: counts.get(index, 0) for index, label in enumerate(classes)},
+        "classes": {label: per_class.get(index, 0) for index, label in enumerate(classes)},
     }
-    unknown = [
-        record
-        for record, thing in zip(owners, objects, strict=True)
-        if not (isinstance(thing["category_id"], int | np.integer) and 0 <= thing["category_id"] < len(classes))
-    ]
-    if unknown:
-        faults.append(_line(name, f"objects with a category_id that is none of 0 to {len(classes) - 1}", unknown))
+    valid_ids = [isinstance(number, int | np.integer) and 0 <= number < len(classes) for number in ids]
+    if unknown := [record for record, valid in zip(owners, valid_ids, strict=True) if not valid]:
+        errors.append(_message(name, f"objects with a category_id outside of 0 to {len(classes) - 1}", unknown))
     limit = cfg.TEST.DETECTIONS_PER_IMAGE
-    full = [r for r in records if sum(not a.get("iscrowd") for a in r.get("annotations", [])) > limit]
-    if full:
-        what = f"images with more objects than TEST.DETECTIONS_PER_IMAGE {limit}; those beyond it cannot be found"
-        warnings.append(_line(name, what, full))
-    if not facts["objects"]:
-        what = "not one object in its images" if records else "no image"
-        warnings.append(f"{name}: {what}, so that an evaluation on it finds nothing and its AP is NaN")
-    elif absent := [label for label, count in facts["classes"].items() if not count]:
-        warnings.append(_line(name, "classes without an object", absent))
-    boxes = _corners(objects)
+    if full := [r for r in records if sum(not a.get("iscrowd") for a in r.get("annotations", [])) > limit]:
+        text = f"images with more objects than TEST.DETECTIONS_PER_IMAGE {limit}; the rest cannot be detected"
+        warnings.append(_message(name, text, full))
+    if not counts["objects"]:
+        text = "the images have no objects" if records else "there are no images"
+        warnings.append(f"{name}: {text}, so AP on this set is NaN")
+    elif absent := [label for label, count in counts["classes"].items() if not count]:
+        warnings.append(_message(name, "classes without objects", absent))
+    boxes = _corners(annotations)
     if boxes is None:
-        faults.append(f"{name}: a box is not four numbers with a bbox_mode of XYXY_ABS or XYWH_ABS: correct it")
-        return facts, None
+        errors.append(f"{name}: a box is not four numbers with a bbox_mode of XYXY_ABS or XYWH_ABS: correct it")
+        return counts, None
     sizes = np.array([(record["width"], record["height"]) for record in owners], dtype=np.float64).reshape(-1, 2)
     low, high = boxes[:, :2], boxes[:, 2:]
     finite = np.isfinite(boxes).all(1)
     with np.errstate(invalid="ignore"):
         area = (high > low).all(1)
         outside = finite & ((low < -BORDER_SLACK) | (high > sizes + BORDER_SLACK)).any(1)
-    for which, what, said in (
-        (~finite, "boxes that are not finite numbers", faults),
+    border = f"boxes more than {BORDER_SLACK:g} pixel outside of their image, which are clipped"
+    for which, text, messages in (
+        (~finite, "boxes that are not finite numbers", errors),
         (finite & ~area & ~crowd, "boxes without area, which are not trained on", warnings),
-        (
-            outside & ~crowd,
-            f"boxes that leave their image by more than {BORDER_SLACK:g} pixel, which are clipped",
-            warnings,
-        ),
+        (outside & ~crowd, border, warnings),
     ):
         if which.any():
-            said.append(_line(name, what, [owners[index] for index in np.flatnonzero(which)]))
-    sound = finite & area & ~crowd
-    return facts, Boxes(boxes[sound], sizes[sound])
+            messages.append(_message(name, text, [owners[index] for index in np.flatnonzero(which)]))
+    valid = finite & area & ~crowd
+    return counts, Boxes(boxes[valid], sizes[valid])
 
 
-def _corners(objects: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
+def _corners(annotations: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
     """Return all boxes as (N, 4) XYXY, or None if one is not four numbers."""
-    if not objects:
+    if not annotations:
         return np.empty((0, 4))
     try:
-        boxes = np.array([thing["bbox"] for thing in objects], dtype=np.float64).reshape(len(objects), -1)
+        boxes = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(len(annotations), -1)
     except (ValueError, TypeError):
         return None
-    modes = {thing["bbox_mode"] for thing in objects}
-    if boxes.shape[1] != 4 or not modes <= {BoxMode.XYXY_ABS, BoxMode.XYWH_ABS}:
+    modes = [annotation["bbox_mode"] for annotation in annotations]
+    if boxes.shape[1] != 4 or not set(modes) <= {BoxMode.XYXY_ABS, BoxMode.XYWH_ABS}:
         return None
-    lengths = np.array([thing["bbox_mode"] == BoxMode.XYWH_ABS for thing in objects])
-    boxes[lengths, 2:] += boxes[lengths, :2]
+    xywh = np.array([mode == BoxMode.XYWH_ABS for mode in modes])
+    boxes[xywh, 2:] += boxes[xywh, :2]
     return boxes
 
 
-def _check_ids(name: str, records: Sequence[Record], said: list[str]) -> None:
-    twice = [str(key) for key, count in Counter(record["image_id"] for record in records).items() if count > 1]
-    if twice:
-        said.append(_line(name, "image ids that come more than once, so that detections get mixed up", twice))
+def _check_ids(name: str, records: Sequence[Record], messages: list[str]) -> None:
+    repeated = [str(key) for key, count in Counter(record["image_id"] for record in records).items() if count > 1]
+    if repeated:
+        text = "image ids that several images have, so their detections cannot be told apart"
+        messages.append(_message(name, text, repeated))
 
 
-def _judge_anchors(report: Report) -> None:
+def _check_anchors(report: Report) -> None:
     if report["anchors"].get("boxes", 0) < REACH_BOXES:
         return
-    given, other = report["anchors"]["anchors"], report["anchors"]["proposal"]
-    if other["reach_50"] - given["reach_50"] >= REACH_GAIN:
+    current, other = report["anchors"]["anchors"], report["anchors"]["proposal"]
+    if other["reach_50"] - current["reach_50"] >= REACH_GAIN:
         report["warnings"].append(
-            f"the anchors overlap {given['reach_50']:.0%} of the training boxes by half or more; "
+            f"only {current['reach_50']:.0%} of the training boxes have an IoU of 0.5 or more with an anchor; with "
             f"MODEL.ANCHOR_GENERATOR.SIZES {other['SIZES']} ASPECT_RATIOS {other['ASPECT_RATIOS']} "
-            f"would {other['reach_50']:.0%}"
+            f"{other['reach_50']:.0%} would"
         )
 
 
-def _line(where: str, what: str, items: Sequence[Any]) -> str:
-    """Return a sentence with the number of ``items``, names or records, and the first of them."""
+def _message(subject: str, text: str, items: Sequence[Any]) -> str:
+    """Return a message with the number of ``items`` (names or records) and the first of them."""
     names = list(dict.fromkeys(str(item["file_name"]) if isinstance(item, dict) else str(item) for item in items))
-    return f"{where}: {what} ({len(items)}): {', '.join(names[:NAMED])}" + (", ..." if len(names) > NAMED else "")
+    return f"{subject}: {text} ({len(items)}): {', '.join(names[:LISTED])}" + (", ..." if len(names) > LISTED else "")
 
 
 class ImageFacts(NamedTuple):
-    """What is in one image file.
+    """Properties of an image file.
 
     Attributes:
-        path: of the file.
-        fault: why it cannot be read, or ``""``; the rest is empty then.
-        size: width and height in pixels, upright.
-        digest: of size and pixels, so that a copy in another format without loss is a copy.
+        path: the file.
+        error: why it cannot be read; ``""`` if it can. The other attributes are empty if it cannot.
+        size: width and height in pixels, after EXIF rotation.
+        digest: hash of size and pixels, independent of the file format.
         histogram: see :func:`relvit_d2.analysis.pixel_statistics.histogram`.
     """
 
     path: str
-    fault: str
+    error: str
     size: tuple[int, int] = (0, 0)
     digest: bytes = b""
     histogram: np.ndarray = np.zeros((0, 256), dtype=np.int64)
@@ -260,10 +249,9 @@ def file_of(item: Record | ImageFile) -> ImageFile | str:
     return item["file_name"] if isinstance(item, dict) else item
 
 
-def look_at(path: ImageFile | str, wanted: PixelFormat) -> ImageFacts:
-    """Decode one image."""
+def _read_facts(path: ImageFile | str, pixel_format: PixelFormat) -> ImageFacts:
     try:
-        pixels = wanted.read(path)
+        pixels = pixel_format.read(path)
     except UserError as error:
         return ImageFacts(str(path), str(error))
     height, width = pixels.shape[:2]
@@ -276,78 +264,73 @@ def check_images(
     labelled: bool,
     progress: Callable[[], object] | None = None,
 ) -> Report:
-    """Decode every image and check it.
+    """Decode and check every image.
 
     Args:
-        sets: records, or image files, by the name of their set.
-        cfg: for the channels and the range of values that are wanted.
-        labelled: whether an image that cannot be read stops the training, as in detection, or is left out.
+        sets: records or image files by name of the data set.
+        cfg: for the number of channels and the range of values.
+        labelled: whether an unreadable image stops the training (as in detection) or is skipped.
         progress: called after each image.
 
     Returns:
-        ``images``: how many were read, are ``unreadable``, of ``one_colour``; ``duplicates``: lists of files with equal
-        pixels; ``mean`` and ``std`` of all pixels in 0..255, in the channel order of ``INPUT.FORMAT``; ``faults`` and
-        ``warnings``.
+        ``images``: numbers of images ``read``, ``unreadable`` and of ``one_colour``; ``duplicates``: lists of files
+        with equal pixels; ``mean`` and ``std`` of all pixels, 0..255, in the channel order of ``INPUT.FORMAT``;
+        ``errors`` and ``warnings``.
     """
-    report: Report = {"faults": [], "warnings": []}
+    errors: list[str] = []
+    warnings: list[str] = []
     files: dict[str, dict[str, Record | None]] = {
         name: {str(file_of(item)): item if isinstance(item, dict) else None for item in items}
         for name, items in sets.items()
     }
-    every = {str(file): file for items in sets.values() for file in map(file_of, items)}
-    look = partial(look_at, wanted=PixelFormat.of(cfg))
+    unique = {str(file): file for items in sets.values() for file in map(file_of, items)}
     facts: dict[str, ImageFacts] = {}
     with ThreadPoolExecutor(cores()) as pool:
-        for fact in pool.map(look, every.values()):
+        for fact in pool.map(partial(_read_facts, pixel_format=PixelFormat.of(cfg)), unique.values()):
             facts[fact.path] = fact
             if progress:
                 progress()
-    faults, warnings = report["faults"], report["warnings"]
-    unreadable = [fact for fact in facts.values() if fact.fault]
-    if unreadable:
-        said = faults if labelled else warnings
-        said.append(_line(" and ".join(sets), "images that cannot be read", [fact.fault for fact in unreadable]))
+    if unreadable := [fact.error for fact in facts.values() if fact.error]:
+        messages = errors if labelled else warnings
+        messages.append(_message(" and ".join(sets), "images that cannot be read", unreadable))
     for name, items in files.items():
         wrong = [
-            f"{path} (recorded {record['width']} x {record['height']}, has {width} x {height})"
+            f"{path} (recorded {record['width']} x {record['height']}, actual {width} x {height})"
             for path, record in items.items()
             for width, height in [facts[path].size]
-            if record and not facts[path].fault and (record["width"], record["height"]) != (width, height)
+            if record and not facts[path].error and (record["width"], record["height"]) != (width, height)
         ]
         if wrong:
-            line = _line(name, "images whose size is not the recorded one", wrong)
-            faults.append(f"{line}. Correct the label; if it has no size, the image changed after it was read")
-    readable = [fact for fact in facts.values() if not fact.fault]
+            line = _message(name, "images whose size differs from the recorded one", wrong)
+            errors.append(f"{line}. Correct the labels; if they have no sizes, the image files have changed since")
+    readable = [fact for fact in facts.values() if not fact.error]
     flat = [fact.path for fact in readable if (fact.histogram > 0).sum() == len(fact.histogram)]
     if flat:
-        warnings.append(_line(" and ".join(sets), "images of one colour", flat))
-    report["images"] = {"read": len(readable), "unreadable": len(unreadable), "one_colour": len(flat)}
-    report["duplicates"] = _duplicates(files, facts, warnings)
-    report |= _statistics(readable, cfg)
-    return report
+        warnings.append(_message(" and ".join(sets), "images of one colour", flat))
+    return {
+        "images": {"read": len(readable), "unreadable": len(unreadable), "one_colour": len(flat)},
+        "duplicates": _duplicates(files, readable, warnings),
+        "errors": errors,
+        "warnings": warnings,
+        **_statistics(readable, cfg),
+    }
 
 
 def _duplicates(
-    files: Mapping[str, Mapping[str, Any]], facts: Mapping[str, ImageFacts], warnings: list[str]
+    files: Mapping[str, Mapping[str, Any]], readable: Sequence[ImageFacts], warnings: list[str]
 ) -> list[list[str]]:
-    """Return the groups of files with equal pixels; warn of those within a set and of those in two."""
+    """Return the groups of files with equal pixels; warn about those within a set and those in two sets."""
     groups: dict[bytes, list[str]] = defaultdict(list)
-    for fact in facts.values():
-        if not fact.fault:
-            groups[fact.digest].append(fact.path)
-    for name, items in files.items():
-        inside = [pair for group in groups.values() if len(pair := [path for path in group if path in items]) > 1]
-        if inside:
-            warnings.append(_line(name, "images that are the same, by their pixels", list(map(" = ".join, inside))))
+    for fact in readable:
+        groups[fact.digest].append(fact.path)
+    by_set = {name: [[path for path in group if path in files[name]] for group in groups.values()] for name in files}
+    for name, parts in by_set.items():
+        if repeated := [" = ".join(part) for part in parts if len(part) > 1]:
+            warnings.append(_message(name, "images with equal pixels", repeated))
     for first, second in combinations(files, 2):
-        shared = [
-            f"{ours[0]} = {theirs[0]}"
-            for group in groups.values()
-            if (ours := [path for path in group if path in files[first]])
-            and (theirs := [path for path in group if path in files[second]])
-        ]
-        if shared:
-            warnings.append(_line(f"{first} and {second}", "images in both, by their pixels", shared))
+        pairs = zip(by_set[first], by_set[second], strict=True)
+        if shared := [f"{ours[0]} = {theirs[0]}" for ours, theirs in pairs if ours and theirs]:
+            warnings.append(_message(f"{first} and {second}", "images with equal pixels in both", shared))
     return [group for group in groups.values() if len(group) > 1]
 
 
@@ -355,8 +338,6 @@ def _statistics(readable: Sequence[ImageFacts], cfg: CfgNode) -> Report:
     if not readable:
         return {"mean": [], "std": []}
     found = PixelStatistics.of([fact.histogram for fact in readable])
-    bgr = cfg.INPUT.get("FORMAT") == "BGR"  # a key of detection; other tasks have RGB
+    bgr = cfg.INPUT.get("FORMAT") == "BGR"  # a key of detection; other tasks use RGB
     step = -1 if bgr and PixelFormat.of(cfg).channels == 3 else 1
-    return {
-        key: [round(value, 3) for value in values[::step]] for key, values in (("mean", found.mean), ("std", found.std))
-    }
+    return {key: [round(value, 3) for value in getattr(found, key)[::step]] for key in ("mean", "std")}

@@ -1,4 +1,4 @@
-"""Comparison of the losses of two runs, step by step."""
+"""Comparison of the losses of two runs, iteration by iteration."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from pathlib import Path
 from relvit_d2.utils.errors import UserError
 
 Losses = dict[int, dict[str, float]]
-"""The losses of a run by name, by iteration."""
+"""Iteration to loss name to value."""
 
 
 @dataclass(frozen=True)
@@ -16,10 +16,10 @@ class Comparison:
     """The result of a comparison of two runs.
 
     Attributes:
-        steps: number of iterations that both runs have.
-        names: losses that both runs have, sorted.
-        largest: largest relative difference of a loss that both have.
-        differences: what is not equal, a line each; empty if the runs are.
+        steps: number of iterations in both runs.
+        names: names of the losses in both runs, sorted.
+        largest: largest relative difference of these losses.
+        differences: one line per difference; empty if the runs are equal.
     """
 
     steps: int
@@ -29,16 +29,12 @@ class Comparison:
 
 
 def read_losses(run: Path) -> Losses:
-    """Return the losses of a run from its output folder or its ``metrics.json``; lines without a loss are skipped.
-
-    Raises:
-        UserError: if the file is missing, damaged or without losses.
-    """
+    """Read the losses of a run from its output folder or its ``metrics.json``; lines without losses are skipped."""
     path = run / "metrics.json" if run.is_dir() else run
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text"
+        reason = getattr(error, "strerror", None) or "it is not a text file"
         raise UserError(
             f"'{path}' cannot be read ({reason}); give the output folder of a run or its metrics.json"
         ) from error
@@ -52,13 +48,13 @@ def read_losses(run: Path) -> Losses:
                 raise ValueError
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"'{path}' line {number} is no JSON object of an 'iteration' and finite losses; if the run was killed "
-                "while writing, go on with --resume"
+                f"'{path}' line {number} is not a JSON object with an 'iteration' and finite losses; if the run was "
+                "killed while writing, continue it with --resume"
             ) from error
         if values:
             losses.setdefault(step, {}).update(values)
     if not losses:
-        raise UserError(f"'{path}' holds no losses; give the output folder of a run that has trained")
+        raise UserError(f"'{path}' contains no losses; give the output folder of a training run")
     return losses
 
 
@@ -80,7 +76,7 @@ def compare(a: Losses, b: Losses, tolerance: float = 0.0) -> Comparison:
         shared = a[step].keys() & b[step].keys()
         names |= shared
         apart += [(_relative(a[step][name], b[step][name]), step, name) for name in sorted(shared)]
-    lines += [f"{words}, first at step {step}" for words, step in alone.items()]
+    lines += [f"{text}, first at step {step}" for text, step in alone.items()]
     largest, at, worst = max(apart, default=(0.0, 0, ""))
     if largest > tolerance:
         first = next(step for difference, step, _ in apart if difference > tolerance)

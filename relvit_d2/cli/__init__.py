@@ -1,8 +1,8 @@
-"""The command line ``relvit-d2``, one module a command.
+"""The command line ``relvit-d2``, with one module per command.
 
-A module has a docstring, which is its help text, ``EXAMPLE`` command lines, ``add_arguments`` and ``run``. At import it
-loads the standard library and light modules of this package only; what imports torch is imported in ``run``, so that
-``--help`` and usage errors answer at once.
+Each module has a docstring (the help text), ``EXAMPLE`` command lines, ``add_arguments(parser)`` and ``run(args)``.
+``run`` returns the exit status (None: 0) and raises a UserError for invalid input. Modules that import torch are
+imported inside ``run``, so that ``--help`` and usage errors are answered without delay.
 """
 
 import argparse
@@ -43,33 +43,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status: 0, 1 after an error that was printed, 2 after a usage error.
 
     Args:
-        arguments: the command's name and its arguments; None: those of the process.
+        arguments: name of the command and its arguments; None: those of the process.
     """
-    words = sys.argv[1:] if arguments is None else list(arguments)
-    return guard(lambda: _run(words))
+    return guard(lambda: _run(sys.argv[1:] if arguments is None else list(arguments)))
 
 
-def _run(words: list[str]) -> int:
+def _run(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="relvit-d2",
-        description="Self-supervised pre-training of vision transformers on the relations of image patches, and "
-        "detection with Detectron2.",
+        description="Self-supervised pre-training of vision transformers on the spatial relations of image patches, "
+        "and detection with Detectron2.",
         usage="relvit-d2 [-h] [--version] COMMAND ...",
         epilog="commands:\n"
         + "\n".join(f"  {name:<19}{_summary(module_of(name))}" for name in COMMANDS)
-        + "\n\nrelvit-d2 COMMAND --help describes a command.\n\nexample:\n  relvit-d2 demo",
+        + "\n\nrelvit-d2 COMMAND --help prints the arguments of a command.\n\nexample:\n  relvit-d2 demo",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"relvit-d2 {__version__}")
-    parser.add_argument("command", metavar="COMMAND", help="one of those below")
+    parser.add_argument("command", metavar="COMMAND", help="one of the commands below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS).required = False
-    given = parser.parse_args(words)
-    if given.command not in COMMANDS:
-        known = f"{nearest(given.command, COMMANDS)} relvit-d2 --help lists all".removeprefix("; ")
-        parser.error(f"unknown command '{given.command}'; {known}")
-    module = module_of(given.command)
-    command_parser = parser_of(given.command)
-    args = getattr(module, "parse", argparse.ArgumentParser.parse_args)(command_parser, given.arguments)
+    parsed = parser.parse_args(arguments)
+    if parsed.command not in COMMANDS:
+        hint = f"{nearest(parsed.command, COMMANDS)} relvit-d2 --help lists all".removeprefix("; ")
+        parser.error(f"unknown command '{parsed.command}'; {hint}")
+    module = module_of(parsed.command)
+    command_parser = parser_of(parsed.command)
+    args = getattr(module, "parse", argparse.ArgumentParser.parse_args)(command_parser, parsed.arguments)
     try:
         return module.run(args) or 0
     except ModuleNotFoundError as error:

@@ -1,7 +1,8 @@
-"""Check data before training on them: labels, boxes, anchors, every image, what train and test share.
+"""Check data before training: labels, boxes, anchors, every image file, and images shared by train and test sets.
 
-Give a config, names of data sets, or folders, with labels or without. Writes check.json and check.png, a page of 16
-samples. Exit status 0 when training may start (pre-training where no labels are recognised), warnings or not, else 1.
+Takes a config, names of data sets, or folders with or without labels. Writes check.json and check.png, which shows 16
+samples. Exit status 1 if an error was found that training would stop at, else 0, with or without warnings. Images
+without recognised labels are checked for pre-training.
 """
 
 import argparse
@@ -17,23 +18,21 @@ relvit-d2 check-data --config-file configs/demo/streets.yaml
 relvit-d2 check-data streets_train streets_test
 relvit-d2 check-data path/to/folder"""
 
-DEFAULT = "configs/base/detection.yaml"  # its anchors and training size apply where no config is given
+DEFAULT = "configs/base/detection.yaml"  # its anchors and training size are checked if no config is given
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("--config-file", help="check its DATASETS.TRAIN and DATASETS.TEST")
     parser.add_argument("--output", type=Path, help="folder for check.json and check.png (default output/check/NAME)")
-    parser.add_argument("words", nargs="*", help="names or folders; with --config-file KEY VALUE pairs over it")
+    parser.add_argument(
+        "data", nargs="*", metavar="DATA", help="data sets or folders; with --config-file: KEY VALUE pairs"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check, print, write.
-
-    Raises:
-        UserError: if the data are missing, or have a fault that training would fail on.
-    """
-    if not args.config_file and not args.words:
+    """Check the data, print the results and write the files."""
+    if not args.config_file and not args.data:
         raise UserError("nothing to check: give --config-file, or names of data sets or folders")
     if args.config_file:
         find_config(args.config_file)
@@ -43,84 +42,84 @@ def run(args: argparse.Namespace) -> None:
         check_images,
         check_labels,
         file_of,
-        not_recognised,
+        raise_first_error,
         read_sets,
-        refuse,
+        unrecognised_warnings,
     )
     from relvit_d2.data.detection.custom import config_words, register_own
     from relvit_d2.data.images.decode import PixelFormat
     from relvit_d2.report.samples import MARKS, draw_samples, samples_of
     from relvit_d2.tasks import load_config
 
-    cfg = load_config(args.config_file or DEFAULT, args.words if args.config_file else config_words(args.words))
+    cfg = load_config(args.config_file or DEFAULT, args.data if args.config_file else config_words(args.data))
     names, tests = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], tuple(cfg.DATASETS.TEST)
     if not names:
         raise UserError(f"config file '{args.config_file}' names no data set (DATASETS.TRAIN)")
-    labelled = wanted = cfg.TASK == "detection"
-    if cfg.TASK != "classification":  # which has folders and archives, but no custom sets
-        register_own(cfg.DATASETS, labelled)
-    sets, classes = read_sets(list(dict.fromkeys(names)), labelled, cfg.DATASETS.get("SKIP_MISSING", False))
+    needs_labels = cfg.TASK == "detection"
+    if cfg.TASK != "classification":  # classification has no custom sets
+        register_own(cfg.DATASETS, needs_labels)
+    sets, classes = read_sets(list(dict.fromkeys(names)), needs_labels, cfg.DATASETS.get("SKIP_MISSING", False))
     labelled = bool(classes)
-    title = Path(args.config_file).stem if args.config_file else "_".join(Path(word).name for word in args.words)
+    title = Path(args.config_file).stem if args.config_file else "_".join(Path(word).name for word in args.data)
     output = args.output or Path("output/check") / title
     make_folder(output)
 
-    report: dict[str, Any] = {"faults": [], "warnings": []}
-    if wanted and not labelled:
-        report["warnings"] += not_recognised(names)
+    report: dict[str, Any] = {"errors": [], "warnings": []}
+    if needs_labels and not labelled:
+        report["warnings"] += unrecognised_warnings(names)
     if labelled:
         report = check_labels(sets, classes, cfg, tuple(dict.fromkeys(cfg.DATASETS.TRAIN)), tests)
         print_labels(report, len(classes))
     with tqdm(total=len({str(file_of(item)) for items in sets.values() for item in items}), unit="image") as bar:
         images = check_images(sets, cfg, labelled, bar.update)
     print_images(images, cfg)
-    report = {**report, **images, **{key: report[key] + images[key] for key in ("faults", "warnings")}}
-    for kind in ("warnings", "faults"):
-        for sentence in report[kind]:
-            print(f"{kind[:-1]}: {sentence}")
+    report = {**report, **images, **{key: report[key] + images[key] for key in ("errors", "warnings")}}
+    for kind in ("warnings", "errors"):
+        for message in report[kind]:
+            print(f"{kind[:-1]}: {message}")
     write_json(output / "check.json", report)
     first, items = next(iter(sets.items()))
     drawn = samples_of(items, classes, PixelFormat.of(cfg))
     if drawn:
         legend = "".join(f"   {sign} {key.removeprefix('is')}" for key, sign in MARKS.items()) if labelled else ""
         draw_samples(drawn, output / "check.png", f"{first}: {len(drawn)} of {len(items)} images{legend}")
-    print(f"written: {output}/check.json" + (f"\nlook at: {output}/check.png" if drawn else ""))
-    refuse(report)
-    which = "training" if labelled else "no labels were checked: pre-training"
-    print(f"{which} may start, {len(report['warnings'])} warnings")
+    print(f"written: {output}/check.json" + (f" and {output}/check.png" if drawn else ""))
+    raise_first_error(report)
+    ready = "training can start" if labelled else "pre-training can start (no labels were checked)"
+    print(f"{ready}, {len(report['warnings'])} warnings")
 
 
 def print_labels(report: dict[str, Any], classes: int) -> None:
-    """Print the counts, and how well the anchors cover the boxes."""
-    facts = report["sets"]
-    width = max(len(label) for facts_of in facts.values() for label in facts_of["classes"])
-    for name, row in facts.items():
+    """Print the number of images and objects, and how well the anchors fit the boxes."""
+    counts = report["sets"]
+    width = max(len(label) for row in counts.values() for label in row["classes"])
+    for name, row in counts.items():
         counted = ("images", "objects", "crowds", "difficult", "without_objects")
         print(f"{name}: " + ", ".join(f"{row[key]} {key.replace('_', ' ')}" for key in counted))
-    print("objects of each class, in " + ", ".join(facts))
-    for label in next(iter(facts.values()))["classes"]:
-        print(f"  {label:<{width}}" + "".join(f"{row['classes'][label]:>9}" for row in facts.values()))
+    print("objects per class in " + ", ".join(counts))
+    for label in next(iter(counts.values()))["classes"]:
+        print(f"  {label:<{width}}" + "".join(f"{row['classes'][label]:>9}" for row in counts.values()))
     if not report["anchors"]:
         return
     fit = report["anchors"]
-    print(f"boxes of {next(iter(facts))} at training size ({fit['boxes']} looked at), 1, 25, 50, 75 and 99 % of them:")
-    for what, text in (("side", "square root of the area, pixels"), ("ratio", "height over width")):
-        print(f"  {text:<32}" + "".join(f"{value:>9.2f}" for value in fit[what].values()))
-    for which in ("anchors", "proposal"):
-        row = fit[which]
+    print(f"{fit['boxes']} boxes of {next(iter(counts))} at training size, percentiles 1, 25, 50, 75 and 99:")
+    for key, text in (("side", "square root of the area, pixels"), ("ratio", "height over width")):
+        print(f"  {text:<32}" + "".join(f"{value:>9.2f}" for value in fit[key].values()))
+    for key, title in (("anchors", "anchors of the config"), ("proposal", "proposed anchors")):
+        row = fit[key]
         print(
-            f"{which}: SIZES {row['SIZES']} ASPECT_RATIOS {row['ASPECT_RATIOS']}\n"
-            f"  mean best IoU {row['best_iou']:.3f}; overlapped by 0.5: {row['reach_50']:.1%}, by "
-            f"{fit['positive_iou']:g}: {row['reach_positive']:.1%}"
+            f"{title}: SIZES {row['SIZES']} ASPECT_RATIOS {row['ASPECT_RATIOS']}\n"
+            f"  mean best IoU {row['best_iou']:.3f}; boxes with an IoU of 0.5 or more: {row['reach_50']:.1%}, of "
+            f"{fit['positive_iou']:g} or more: {row['reach_positive']:.1%}"
         )
 
 
 def print_images(images: dict[str, Any], cfg: Any) -> None:
-    """Print the result on the images, and their pixel statistics beside the config's."""
-    print("images: " + ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in images["images"].items()))
+    """Print the number of images read, and their pixel statistics beside those of the config."""
+    print("images: " + ", ".join(f"{count} {key.replace('_', ' ')}" for key, count in images["images"].items()))
     from relvit_d2.data.images.decode import PixelFormat
 
     order = f" {cfg.INPUT.get('FORMAT', 'RGB')}" if PixelFormat.of(cfg).channels == 3 else ""
-    for what, key in (("mean", "PIXEL_MEAN"), ("std", "PIXEL_STD")):
-        own = ", ".join(f"{value:.2f}" for value in images[what])
-        print(f"pixel {what}: [{own}]{order}; MODEL.{key} is {list(cfg.MODEL[key])}")
+    for statistic, key in (("mean", "PIXEL_MEAN"), ("std", "PIXEL_STD")):
+        values = ", ".join(f"{value:.2f}" for value in images[statistic])
+        print(f"pixel {statistic}: [{values}]{order}; MODEL.{key} is {list(cfg.MODEL[key])}")

@@ -1,7 +1,7 @@
-"""Convert weights of other projects into an encoder.safetensors, which all trainings load by MODEL.WEIGHTS.
+"""Convert weights of another project into an encoder.safetensors, which every task loads with MODEL.WEIGHTS.
 
-Prints what was found and dropped. Runs the source's own definition of the model and the encoder on one random image,
-and writes nothing unless their features agree to 1e-4. Nothing in a file is executed.
+Lists the converted and the dropped tensors. The features of a random image are compared with those of the original
+model; the file is written only if they agree within a relative tolerance of 1e-4. No code in the source file is run.
 """
 
 import argparse
@@ -17,15 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("source", type=Path, help="a .safetensors, .pth, .pt, .bin or .ckpt file")
     parser.add_argument("--to", required=True, type=Path, help="the encoder.safetensors to write")
-    parser.add_argument("--from", dest="kind", choices=KINDS, help="default: detected by the names of tensors")
+    parser.add_argument("--from", dest="kind", choices=KINDS, help="default: detected from the names of the tensors")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Convert.
-
-    Raises:
-        UserError: if the source is not an encoder that exists here, or the features differ.
-    """
+    """Convert the file."""
     check_target(args.to, ".safetensors")
     from relvit_d2.conversion.checkpoint_file import find_encoder
     from relvit_d2.conversion.convert import convert
@@ -34,5 +30,4 @@ def run(args: argparse.Namespace) -> None:
     converted = convert(find_encoder(args.source), args.kind)
     info = {"source": f"{converted.kind}: {args.source.name}", **converted.pixels}
     save_encoder(converted.encoder, args.to, info)
-    print(converted)
-    print(f"written: {args.to}")
+    print(f"{converted}\nwritten: {args.to}")

@@ -1,6 +1,7 @@
-"""Draw street numbers, pre-train on them, fine-tune a detector, train one from scratch, and compare.
+"""Draw images of street numbers, pre-train on them, then train a detector with and without the pre-trained encoder.
 
-Takes minutes and needs no data. Writes results.json, results.md, predictions.png and report.html into output/demo.
+Takes a few minutes and needs no data. Writes results.json, results.md, predictions.png and report.html into
+output/demo.
 """
 
 import argparse
@@ -10,7 +11,7 @@ EXAMPLE = "relvit-d2 demo"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("opts", nargs="*", help="KEY VALUE pairs over both configs, such as SEED 1")
+    parser.add_argument("opts", nargs="*", help="KEY VALUE pairs that override both configs, such as SEED 1")
 
 
 def run(args: argparse.Namespace) -> None:

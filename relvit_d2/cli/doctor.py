@@ -1,18 +1,20 @@
-"""Print the state of this environment, what it lacks, and the command that installs that.
+"""Print the state of this environment, what is missing, and the command that installs it.
 
-Prints the Python, the package versions, the device and the precision chosen for it, and the data sets found
-under ``$DETECTRON2_DATASETS``. Runs in a half-built environment too. Exit status 0 when training can start,
-else 1; missing data sets are named but do not count, since ``relvit-d2 demo`` needs none.
+Prints the Python, the package versions, the origin and the limitations of Detectron2, the device, its default
+precision, and the data sets found under ``$DETECTRON2_DATASETS``. Packages may be missing. Exit status 0 when
+training can start, else 1; missing data sets do not count, since ``relvit-d2 demo`` needs none.
 """
 
 import argparse
 import importlib
 import importlib.util
+import json
 import os
 import platform
 import shlex
 import sys
 import warnings
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -38,13 +40,21 @@ PACKAGES = (
     "tensorboard",
 )
 
+# Limitations of Detectron2 that its code shows: file, text, whether the text is there when the limitation is,
+# effect, and the number of the report in Detectron2's tracker.
+LIMITATIONS = (
+    ("model_zoo/model_zoo.py", "pkg_resources", True, "detectron2.model_zoo needs setuptools older than 82", 5494),
+    ("engine/train_loop.py", "torch.cuda.amp", True, "AMPTrainer prints deprecation warnings of torch", 5508),
+    ("structures/image_list.py", "torch._check", False, "torch.export fails on ImageList for images of any size", 5347),
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument(
         "--install-detectron2",
         action="store_true",
-        help="install Detectron2's Python code into this environment, without a compiler; one that imports is kept",
+        help="install Detectron2's Python code into this environment, without a compiler; a working one is kept",
     )
     parser.add_argument(
         "--requirements", type=Path, default=REQUIREMENTS, help="with --install-detectron2: file that pins the wheel"
@@ -52,7 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table and the commands; return the exit status.
+    """Print the table, and the commands that install what is missing.
+
+    Returns:
+        The exit status: 0 when training can start, else 1.
 
     Raises:
         UserError: if Detectron2 cannot be installed.
@@ -76,13 +89,13 @@ def run(args: argparse.Namespace) -> int:
 
 def row(name: str, value: str) -> None:
     """Print one line of the table."""
-    print(f"{name:<20}{value}", flush=True)
+    print(f"{name:<27}{value}", flush=True)
 
 
 def commands() -> tuple[str, str]:
-    """Return the commands that install the packages and Detectron2 into the environment in use.
+    """Return the commands that install the packages and Detectron2 into this environment.
 
-    In a checkout, outside of any virtual environment and in the project's own, ``make setup`` does both.
+    In a checkout, both are ``make setup``, outside of any virtual environment and in the checkout's ``.venv``.
     """
     checkout = (ROOT / "Makefile").is_file() and (ROOT / "pyproject.toml").is_file()
     foreign = sys.prefix != sys.base_prefix or os.environ.get("CONDA_PREFIX") == sys.prefix
@@ -96,7 +109,7 @@ def commands() -> tuple[str, str]:
 
 
 def try_import(name: str) -> str | None:
-    """Return None when the module ``name`` imports, else why not, on one line."""
+    """Return None when the module ``name`` can be imported, else the error, on one line."""
     try:
         importlib.import_module(name)
     except Exception as error:  # a broken binary raises OSError, RuntimeError, AttributeError, ...
@@ -107,7 +120,7 @@ def try_import(name: str) -> str | None:
 
 
 def version(package: str) -> str:
-    """Return the version that an imported package gives itself, else the one in its metadata."""
+    """Return ``__version__`` of an imported package, else the version in its metadata."""
     return str(getattr(sys.modules[package], "__version__", None) or metadata.version(package))
 
 
@@ -122,18 +135,51 @@ def check_packages() -> list[str]:
         if fault:
             missing.append(install_packages)
     fault = try_import("detectron2.modeling")
+    row("detectron2", fault or f"{version('detectron2')}   {detectron2_origin()}")
     if fault:
         missing.append(install_detectron2)
-        row("detectron2", fault)
     else:
-        compiled = importlib.util.find_spec("detectron2._C") is not None
-        state = "with its compiled _C" if compiled else "without its compiled _C, which nothing here needs"
-        row("detectron2", f"{version('detectron2')}   {state}")
+        for limitation in detectron2_limitations():
+            row("", limitation)
     return list(dict.fromkeys(missing))
 
 
+def detectron2_folder() -> Path:
+    """Return the folder of the installed Detectron2."""
+    spec = importlib.util.find_spec("detectron2")
+    assert spec is not None and spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0])
+
+
+def detectron2_origin() -> str:
+    """Return where Detectron2 was installed from: a wheel, a folder, or a repository and its commit."""
+    names = metadata.packages_distributions().get("detectron2") or ["detectron2"]  # editable: no list of files
+    try:
+        distribution = metadata.distribution(names[0])
+    except metadata.PackageNotFoundError:
+        return f"in {detectron2_folder()}, not installed by pip"
+    name = f"{distribution.name} {distribution.version}"
+    origin = json.loads(distribution.read_text("direct_url.json") or "{}")
+    if "vcs_info" in origin:
+        return f"{name}, commit {origin['vcs_info']['commit_id']} of {origin['url']}"
+    if origin:
+        editable = origin.get("dir_info", {}).get("editable", False)
+        return f"{name}, {'editable install' if editable else 'installed'} from {origin['url']}"
+    return f"wheel {name} from a package index"
+
+
+def detectron2_limitations() -> Iterator[str]:
+    """Yield what the installed Detectron2 lacks, as its code shows."""
+    if not any(detectron2_folder().glob("_C*")):
+        yield "no compiled _C: no deformable convolution, no rotated boxes; relvit_d2 needs neither"
+    for file, text, present, effect, number in LIMITATIONS:
+        path = detectron2_folder() / file
+        if path.is_file() and (text in path.read_text(encoding="utf-8")) == present:
+            yield f"{effect} (facebookresearch/detectron2#{number})"
+
+
 def check_device() -> None:
-    """Print the device that training takes, and the precision that ``auto`` takes on it."""
+    """Print the device that training uses, and the precision that ``auto`` selects on it."""
     import torch
 
     from relvit_d2.engine.precision import choose_precision
@@ -149,7 +195,7 @@ def check_device() -> None:
 
 
 def check_data() -> None:
-    """Print how many images each data set of the catalog has, or why it is not usable; each reason once, below."""
+    """Print the number of images of each data set in the catalog, or why it is not usable (each reason once)."""
     from relvit_d2.data.detection import catalog
     from relvit_d2.utils.errors import UserError
 

@@ -1,7 +1,6 @@
-"""Print the mean and deviation of the pixels of images, as lines of a config file.
+"""Print the pixel mean and standard deviation of a set of images, in the form of config keys.
 
-INPUT.CHANNELS and INPUT.MAX_VALUE, detected from fifty images, are printed too for images of one channel, of several,
-or of more than eight bits.
+For images that are not 8-bit RGB, INPUT.CHANNELS and INPUT.MAX_VALUE are printed too, detected from fifty images.
 """
 
 import argparse
@@ -16,15 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", help="a data set, folder, pattern, text list, zip or tar, as for pre-training")
     parser.add_argument("--channels", type=int, default=0, help="INPUT.CHANNELS (default: detected)")
     parser.add_argument("--max-value", type=int, default=0, help="INPUT.MAX_VALUE (default: the largest value found)")
-    parser.add_argument("--most", type=int, default=1000, help="images to read, at most (default 1000)")
+    parser.add_argument("--most", type=int, default=1000, help="maximum number of images to read (default 1000)")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the lines.
-
-    Raises:
-        UserError: there are no images that can be read.
-    """
+    """Print the keys."""
     if args.most < 1 or args.channels < 0 or args.max_value < 0:
         raise UserError("--most, --channels and --max-value are counts: give at least 1")
     from relvit_d2.analysis.pixel_statistics import pixel_format, pixel_statistics
@@ -32,8 +27,8 @@ def run(args: argparse.Namespace) -> None:
     from relvit_d2.data.images.decode import PixelFormat
 
     images = get_images(args.images)
-    seen = pixel_format(images)
-    pixels = PixelFormat(args.channels or seen.channels, args.max_value or seen.max_value)
+    detected = pixel_format(images)
+    pixels = PixelFormat(args.channels or detected.channels, args.max_value or detected.max_value)
     found = pixel_statistics(images, pixels, args.most)
     print(f"# {found.images} of {len(images)} images of {args.images}")
     if pixels != PixelFormat():

@@ -1,11 +1,16 @@
-"""Export a detector's backbone, encoder and pyramid, as a program that runs without this package.
+"""Export the backbone of a detector (encoder and pyramid) with torch.export or as ONNX.
 
-Input `images` are normalised pixels (B, C, H, W), float32, in the order and with the mean and spread that the command
-prints; outputs are the levels p2, p3, ... in float32. H and W are multiples of the pyramid's coarsest stride, as in the
-detector's own batches. The program of a ViT takes any B, H and W, that of a windowed one beyond its window; that of T2T
-any H and W with B = 1 (it takes minutes to make); that of a Swin one image of --size. Before the file appears, the
-program is run (onnxruntime on the ONNX file, torch.export's own loader on the other) on three sizes, a Swin's on three
-images, and must agree with the model to 1e-4 of each level's largest value.
+The exported model runs without this package. Its input `images` (B, C, H, W) is float32, normalised with the mean and
+standard deviation that the command prints. Its outputs are the pyramid levels p2, p3, ... in float32. H and W must be
+multiples of the coarsest stride of the pyramid.
+
+Supported input sizes:
+  ViT                            any B, H and W; with attention in windows, H and W larger than a window
+  T2T-ViT                        any H and W, B = 1; the export takes minutes
+  Swin                           the size given with --size, B = 1
+
+The exported model is run on three inputs and compared with the original one. The file is written only if they agree
+within 1e-4 of the largest value of each level.
 """
 
 import argparse
@@ -14,6 +19,7 @@ from pathlib import Path
 
 from relvit_d2.utils.config_paths import find_config
 from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.files import check_target
 
 EXAMPLE = "relvit-d2 export-model --config-file configs/demo/streets.yaml --weights '' --to onnx --output backbone.onnx"
 
@@ -22,29 +28,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("--config-file", required=True, help="a detection config")
     parser.add_argument(
-        "--weights", help="model_*.pth of a detector, an encoder.safetensors, or '' for none; default: MODEL.WEIGHTS"
+        "--weights",
+        help="model_*.pth of a detector, an encoder.safetensors, or '' for random weights; default: MODEL.WEIGHTS",
     )
-    parser.add_argument("--to", required=True, choices=("torch-export", "onnx"), help="the program's format")
+    parser.add_argument("--to", required=True, choices=("torch-export", "onnx"), help="format of the file")
     parser.add_argument("--output", required=True, type=Path, help="the file to write")
     parser.add_argument(
-        "--size", type=int, nargs=2, metavar=("H", "W"), help="pixels of a Swin's image; default: INPUT.MAX_SIZE_TEST"
+        "--size", type=int, nargs=2, metavar=("H", "W"), help="Swin: input size, pixels; default: INPUT.MAX_SIZE_TEST"
     )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs over the config")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that override the config")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Export.
-
-    Raises:
-        UserError: if a package is missing, the file cannot be written, the size does not fit, or the program does not
-            agree with the model.
-    """
+    """Export the backbone."""
     if args.to == "onnx":
         for package in ("onnx", "onnxscript", "onnxruntime"):
             if find_spec(package) is None:
                 raise UserError(f"--to onnx needs the package {package}: run pip install 'relvit_d2[onnx]'")
-    if not args.output.parent.is_dir():
-        raise UserError(f"--output '{args.output}': the folder '{args.output.parent}' does not exist; make it first")
+    check_target(args.output)
     find_config(args.config_file)
     from relvit_d2.detection.export import export
     from relvit_d2.tasks import load_config

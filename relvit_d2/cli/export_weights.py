@@ -1,7 +1,8 @@
-"""Export an encoder.safetensors as weights of a timm model or of one of Detectron2's backbones.
+"""Export an encoder.safetensors as weights of a timm model or of a Detectron2 backbone.
 
-Loads them there, strictly, compares the features of one random image with the encoder's, and writes nothing unless
-they agree to 1e-4. Prints the call that builds the model and, for Detectron2, what stays equal.
+The weights are loaded into the target model, and the features of a random image are compared with those of the
+encoder; the file is written only if they agree within a relative tolerance of 1e-4. Prints the code that loads the
+file and, for Detectron2, which features are equal.
 """
 
 import argparse
@@ -13,14 +14,13 @@ EXAMPLE = "relvit-d2 export-weights output/demo/pretrain/encoder.safetensors --t
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("encoder", type=Path, help="an encoder.safetensors")
-    parser.add_argument("--to", required=True, choices=("timm", "detectron2"), help="the library that loads the file")
-    parser.add_argument("output", type=Path, help="the file: .safetensors for timm, .pth for detectron2")
+    parser.add_argument("--to", required=True, choices=("timm", "detectron2"), help="library of the target model")
+    parser.add_argument("output", type=Path, help="the file to write: .safetensors for timm, .pth for detectron2")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Export."""
+    """Export the weights."""
     from relvit_d2.conversion.export import export_detectron2, export_timm
 
     export = {"timm": export_timm, "detectron2": export_detectron2}[args.to]
-    print(export(args.encoder, args.output))
-    print(f"written: {args.output}")
+    print(f"{export(args.encoder, args.output)}\nwritten: {args.output}")

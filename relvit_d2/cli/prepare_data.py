@@ -1,6 +1,6 @@
-"""Check whether a data set is there and complete, read it once, and print what is missing and where it belongs.
+"""Check whether a data set is complete: read it once, and print which files are missing and where they belong.
 
-Nothing is downloaded unless --download asks for it. Exit status 0 when the set can be used, else 1.
+Nothing is downloaded without --download. Exit status 0 if the data set can be used, else 1.
 """
 
 import argparse
@@ -8,7 +8,7 @@ import os
 import shlex
 from pathlib import Path
 
-from relvit_d2.data.download_urls import SOURCES, Part, Source
+from relvit_d2.data.download_urls import SOURCES, Source
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.paths import dataset_root
 
@@ -20,16 +20,12 @@ DRAWN = "streets"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("name", choices=[*SOURCES, DRAWN])
-    parser.add_argument("--root", type=Path, help="the data root (default $DETECTRON2_DATASETS, else datasets)")
-    parser.add_argument("--download", action="store_true", help="download what is missing; continues where it stopped")
+    parser.add_argument("--root", type=Path, help="data root (default $DETECTRON2_DATASETS, or else datasets)")
+    parser.add_argument("--download", action="store_true", help="download missing files; resumes partial downloads")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Download if asked, verify the layout, read every set of the catalog that belongs to it.
-
-    Raises:
-        UserError: a needed part is missing or damaged.
-    """
+    """Download if requested, check the files, read every data set of the catalog that uses them."""
     if args.root:
         os.environ["DETECTRON2_DATASETS"] = str(args.root)
     from relvit_d2.data.detection import catalog
@@ -43,10 +39,10 @@ def run(args: argparse.Namespace) -> None:
             download_missing(source, root, print)
         found = [(part, part.found(root)) for part in source.laid(root)]
         if missing := [part for part, count in found if part.needed and not count]:
-            draw_tree(source, root)
+            print_layout(source, root)
             raise UserError(
-                f"{source.title} is not whole in '{root}' ({missing[0].pattern} and what else is marked above): put it "
-                f"there, or run relvit-d2 prepare-data {args.name} --root {shlex.quote(str(root))} --download"
+                f"{source.title} is incomplete in '{root}': {missing[0].pattern} is missing (see above); add it, or "
+                f"run relvit-d2 prepare-data {args.name} --root {shlex.quote(str(root))} --download"
             )
         for part, count in found:
             state = "" if count == part.count else f" of the official {part.count:,}"
@@ -55,10 +51,10 @@ def run(args: argparse.Namespace) -> None:
         print(describe(entry))
 
 
-def draw_tree(source: Source, root: Path) -> None:
-    """Print the official tree with what is there."""
+def print_layout(source: Source, root: Path) -> None:
+    """Print the official directory layout, with the number of files found in each part."""
     size = sum(archive.size for archive, _ in source.archives)
-    print(f"{source.title}, {size / 1e9:.1f} GB packed, from {source.page}\n{root}/")
+    print(f"{source.title}, {size / 1e9:.1f} GB compressed, from {source.page}\n{root}/")
     shown: tuple[str, ...] = ()
     for part in source.laid(root):
         *folders, leaf = Path(part.pattern).parts
@@ -66,10 +62,6 @@ def draw_tree(source: Source, root: Path) -> None:
             if shown[: depth + 1] != tuple(folders[: depth + 1]):
                 print(f"{'    ' * (depth + 1)}{folder}/")
         shown = tuple(folders)
-        print(f"{'    ' * (len(folders) + 1)}{leaf:<28}{part.count:>8,} {part.what}{state_of(part, root)}")
-
-
-def state_of(part: Part, root: Path) -> str:
-    """Return how many files of a part are there."""
-    found = part.found(root)
-    return f" ({found:,} here)" if found else f" <- missing{'' if part.needed else ', optional'}"
+        found = part.found(root)
+        state = f" ({found:,} found)" if found else f" <- missing{'' if part.needed else ', optional'}"
+        print(f"{'    ' * (len(folders) + 1)}{leaf:<28}{part.count:>8,} {part.what}{state}")

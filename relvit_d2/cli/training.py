@@ -1,16 +1,19 @@
-"""The arguments that pretrain, train and classify share, which are Detectron2's, and the start of their processes."""
+"""The commands that train: Detectron2's arguments, and the start of their processes."""
 
 import argparse
 import logging
-from collections.abc import Callable
+from importlib import import_module
 
 from relvit_d2.engine.error_reporting import guard
 from relvit_d2.utils.config_paths import find_config
 from relvit_d2.utils.errors import UserError
 
+_PACKAGES = {"pretrain": "pretraining", "detection": "detection", "classification": "classification"}
 
-def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of Detectron2's ``default_argument_parser``, and ``--allow-changes``."""
+
+def add_training_arguments(parser: argparse.ArgumentParser, task: str) -> None:
+    """Add the arguments of Detectron2's ``default_argument_parser`` and those of a task (a value of ``TASK``)."""
+    parser.set_defaults(task=task, data=None)
     parser.add_argument("--config-file", default="", metavar="FILE", help="the config")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
     parser.add_argument(
@@ -23,33 +26,41 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dist-url",
         default="auto",
-        help="tcp://FIRST_MACHINE:PORT, where several machines connect (default: a free port of this machine)",
+        help="tcp://HOST:PORT of the first machine, if there are several (default: a free port of this machine)",
     )
+    if task == "classification":
+        parser.add_argument(
+            "--eval", choices=("knn", "linear"), help="do not train: probe the frozen encoder on the training images"
+        )
+    else:
+        parser.add_argument(
+            "--data",
+            help="folder of a custom data set, in place of DATASETS.TRAIN and TEST; see docs/custom_data.md",
+        )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that override the config")
 
 
-def add_data(parser: argparse.ArgumentParser) -> None:
-    """Add ``--data``, for commands that take a user's own folder."""
-    parser.add_argument(
-        "--data", help="a folder of your own data, in place of DATASETS.TRAIN and DATASETS.TEST: docs/own_data.md"
-    )
-
-
-def launch(process: Callable[[argparse.Namespace], None], args: argparse.Namespace, example: str) -> int:
-    """Run ``process`` in as many processes as the arguments ask for; return the exit status.
+def run_training(args: argparse.Namespace, example: str) -> int:
+    """Run the task in ``--num-gpus`` processes and return the exit status.
 
     Args:
-        process: run by each process; importable by name, since processes are spawned.
         args: those of :func:`add_training_arguments`.
-        example: a valid command line, for the error.
-
-    Raises:
-        UserError: if the config file is missing.
+        example: a valid command line, for the error of a missing config.
     """
     if not args.config_file:
         raise UserError(f"--config-file is missing; for example: {example}")
     find_config(args.config_file)
-    logging.raiseExceptions = False  # a log that cannot be written must not hide why
+    logging.raiseExceptions = False  # a failing log handler must not hide the original error
     from relvit_d2.engine import distributed
 
-    return guard(lambda: distributed.run(process, args), resumes=True)
+    return guard(lambda: distributed.run(run_process, args), resumes=True)
+
+
+def run_process(args: argparse.Namespace) -> None:
+    """Run one of the processes."""
+    from relvit_d2.data.detection.custom import config_pairs
+    from relvit_d2.report.run_summary import end_run
+    from relvit_d2.tasks import load_config
+
+    cfg = load_config(args.config_file, [*config_pairs(args.data, args.task), *args.opts], args.task)
+    import_module(f"relvit_d2.{_PACKAGES[args.task]}.run").run_process(cfg, args, end_run)

@@ -1,7 +1,8 @@
-"""Draw the input of pre-training and the model's predictions, image by image.
+"""Draw the input of the pretext tasks and the predictions of a pre-trained model.
 
-Columns: the image; the encoder's input (crop, colours, mega-patches, permutation, as the run was configured); the image
-assembled from the predicted positions; and the relations of all patches to the one in the middle, true and predicted.
+One row per image: the image; the input of the encoder (crop, colours, mega-patches and permutation as in the run's
+config); the image reassembled from the predicted positions; the true and the predicted relations of all patches to the
+middle one.
 """
 
 import argparse
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from relvit_d2.utils.config_paths import find_config
 from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.files import check_target
 
 EXAMPLE = """\
 relvit-d2 visualize-pretext --weights output/demo/pretrain/model_final.pth --images datasets/streets/test \\
@@ -17,24 +19,19 @@ relvit-d2 visualize-pretext --weights output/demo/pretrain/model_final.pth --ima
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("--weights", required=True, type=Path, help="model_*.pth of a pre-training, heads included")
+    parser.add_argument("--weights", required=True, type=Path, help="model_*.pth of a pre-training run (with heads)")
     parser.add_argument("--images", required=True, type=Path, help="a folder of images")
-    parser.add_argument("--output", required=True, type=Path, help="the PNG to write")
-    parser.add_argument("--config-file", type=Path, help="default: the config.yaml beside the weights")
-    parser.add_argument("--count", type=int, default=6, help="images to draw, spread over the folder (default 6)")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs over the config")
+    parser.add_argument("--output", required=True, type=Path, help="the PNG file to write")
+    parser.add_argument("--config-file", type=Path, help="default: config.yaml in the folder of the weights")
+    parser.add_argument("--count", type=int, default=6, help="number of images, spread over the folder (default 6)")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that override the config")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Draw.
-
-    Raises:
-        UserError: for weights without heads, a folder without images, or a file that cannot be written.
-    """
+    """Write the file."""
     if args.count < 1:
         raise UserError(f"--count {args.count}: give at least 1")
-    if not args.output.parent.is_dir():
-        raise UserError(f"--output '{args.output}': the folder '{args.output.parent}' does not exist; make it first")
+    check_target(args.output)
     if args.config_file:
         find_config(str(args.config_file))
     import torch
@@ -50,8 +47,6 @@ def run(args: argparse.Namespace) -> None:
     model = build_pretraining_model(cfg)
     load_trained(cfg, model, args.weights)
     rows = rows_of_files(cfg, model, files, args.count)
-    draw_pretext(rows, args.output, f"pre-training's questions and the answers of {args.weights.parent.name}")
+    draw_pretext(rows, args.output, f"pretext tasks: inputs and predictions of {args.weights.parent.name}")
     placed, right = (torch.tensor([getattr(row, name) for row in rows]).mean() for name in ("placed", "right"))
-    print(
-        f"written: {args.output} ({len(rows)} images; {placed:.0%} of patches in place, {right:.0%} of relations right)"
-    )
+    print(f"written: {args.output} ({len(rows)} images; correct: {placed:.0%} of positions, {right:.0%} of relations)")

@@ -1,1 +1,1 @@
-"""An encoder as the backbone of a Detectron2 detector."""
+"""Detection: an encoder as the backbone of a Detectron2 detector."""

@@ -1,4 +1,4 @@
-"""An encoder as a Detectron2 backbone, with the pyramids that can stand on it."""
+"""Encoders as Detectron2 backbones, and feature pyramids on top of them."""
 
 import math
 from itertools import pairwise
@@ -18,23 +18,21 @@ PYRAMIDS = ("simple", "fpn", "multitap")
 
 
 class EncoderBackbone(Backbone):
-    """An encoder's maps under Detectron2's backbone contract."""
+    """An encoder with Detectron2's backbone interface."""
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Map normalised images ``(B, in_chans, H, W)`` to the encoder's maps.
-
-        In an encoder a token's channels lie side by side. On a CPU the maps are laid out channel by channel: torch's
-        gradients of convolutions were seen to take three times as long otherwise (AMD EPYC, float32, 3 x 3).
-        """
+        """Map normalised images ``(B, in_chans, H, W)`` to feature maps ``(B, C, H / stride, W / stride)`` by name."""
         maps = self.maps(x)
+        # The encoder's maps are channels-last. With them, torch's CPU gradients of 3 x 3 convolutions in float32 were
+        # measured to take three times as long as with contiguous maps (AMD EPYC).
         return {name: m.contiguous() for name, m in maps.items()} if x.device.type == "cpu" else maps
 
     def maps(self, x: Tensor) -> dict[str, Tensor]:
-        """Map images to the maps that are given, in any layout."""
+        """Map images to feature maps in any memory layout."""
         return self.encoder(x)
 
     def output_shape(self) -> dict[str, ShapeSpec]:
@@ -44,14 +42,13 @@ class EncoderBackbone(Backbone):
 
 
 class NormedMaps(EncoderBackbone):
-    """Maps of an encoder's stages, each after a norm of its own.
+    """The maps of an encoder's stages, each after its own LayerNorm; the last one has the encoder's final norm already.
 
-    As in Detectron2's Swin (``modeling/backbone/swin.py:622-630,689-690``); the last map went through the encoder's
-    final norm already.
+    As in Detectron2's Swin (``modeling/backbone/swin.py:622-630,689-690``).
 
     Args:
-        encoder: with maps of several strides.
-        names: the maps to give, finest first.
+        encoder: an encoder with maps of several strides.
+        names: names of the maps, finest first.
     """
 
     def __init__(self, encoder: Encoder, names: list[str]) -> None:
@@ -60,7 +57,7 @@ class NormedMaps(EncoderBackbone):
         self.norms = nn.ModuleDict({n: nn.LayerNorm(encoder.channels[n]) for n in names if n != encoder.last})
 
     def maps(self, x: Tensor) -> dict[str, Tensor]:
-        """See :class:`EncoderBackbone`."""
+        """Map images to the normalised maps."""
         maps = self.encoder(x)
         normed = {n: norm(maps[n].permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for n, norm in self.norms.items()}
         return {name: normed.get(name, maps[name]) for name in self.names}
@@ -71,26 +68,25 @@ class NormedMaps(EncoderBackbone):
         return {name: shapes[name] for name in self.names}
 
 
-class ResizedTaps(EncoderBackbone):
-    """Maps of an encoder's blocks, which are of one stride, each brought to a stride of its own.
+class ResizedBlockMaps(EncoderBackbone):
+    """The maps of several blocks of an encoder, which have one stride, resized to several strides, finest first.
 
-    The first block's map becomes the finest. (Y. Li et al., "Benchmarking Detection Transfer Learning with Vision
-    Transformers", 2021, section 2.2.)
+    (Y. Li et al., "Benchmarking Detection Transfer Learning with Vision Transformers", 2021, section 2.2.)
 
     Args:
-        encoder: tapped at as many blocks as there are scales.
-        scales: 4, 2, 1 or 0.5 for each map: how many cells it gets a cell.
-        norm: Detectron2's name of the norm between two enlargements.
+        encoder: returns the maps of as many blocks as there are scales.
+        scales: scale factor of each map: 4, 2, 1 or 0.5.
+        norm: Detectron2's name of the norm between the two deconvolutions of scale 4.
     """
 
     def __init__(self, encoder: Encoder, scales: list[float], norm: str) -> None:
         super().__init__(encoder)
-        own = encoder.strides[encoder.last]
+        stride = encoder.strides[encoder.last]
         self.resize = nn.ModuleList([_resizing(encoder.dim, scale, norm) for scale in scales])
-        self._strides = {f"s{own / scale:.0f}": int(own / scale) for scale in scales}
+        self._strides = {f"s{stride / scale:.0f}": int(stride / scale) for scale in scales}
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Map images to maps of the strides, finest first."""
+        """Map images to the resized maps, finest first."""
         maps = super().forward(x).values()
         return {name: resize(m) for name, resize, m in zip(self._strides, self.resize, maps, strict=True)}
 
@@ -109,50 +105,50 @@ def _resizing(dim: int, scale: float, norm: str) -> nn.Module:
 
 
 class SimplePyramid(SimpleFeaturePyramid):
-    """The simple feature pyramid of "Exploring Plain Vision Transformer Backbones" over an encoder's last map.
+    """The simple feature pyramid of "Exploring Plain Vision Transformer Backbones" on an encoder's last map.
 
-    Detectron2's class asks for padding under a misspelt key, so that nothing is padded and the right and bottom
-    rim of an image whose sides are no multiples of the coarsest stride is never seen
-    (``modeling/backbone/vit.py:473`` against ``structures/image_list.py:97``). Here the padding is real.
+    Detectron2's class requests padding under a misspelt key, so images are not padded, and their right and bottom
+    borders are cut off unless both sides are multiples of the coarsest stride (``modeling/backbone/vit.py:473``,
+    ``structures/image_list.py:97``). This class pads.
     """
 
     @property
     def size_divisibility(self) -> int:
-        """Sides of the padded batch are multiples of this many pixels."""
+        """The sides of a padded batch are multiples of this many pixels."""
         return self._size_divisibility
 
     @property
     def padding_constraints(self) -> dict[str, int]:
-        """See Detectron2's :class:`Backbone`."""
+        """The padding, in the form that Detectron2's ``ImageList.from_tensors`` takes."""
         return {"size_divisibility": self._size_divisibility}
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Map images ``(B, in_chans, H, W)`` to the levels, in float32."""
+        """Map images ``(B, in_chans, H, W)`` to the levels in float32."""
         return in_float32(super().forward(x))
 
     @property
     def encoder(self) -> Encoder:
-        """The encoder below the pyramid."""
+        """The encoder."""
         return self.net.encoder
 
 
 class MapPyramid(FPN):
-    """Detectron2's FPN over maps of several strides."""
+    """Detectron2's FPN on maps of several strides."""
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Map images ``(B, in_chans, H, W)`` to the levels, in float32."""
+        """Map images ``(B, in_chans, H, W)`` to the levels in float32."""
         return in_float32(super().forward(x))
 
     @property
     def encoder(self) -> Encoder:
-        """The encoder below the pyramid."""
+        """The encoder."""
         return self.bottom_up.encoder
 
 
-class EverySecondCell(nn.Module):
-    """One more level, the last one at every second cell: what Detectron2's ``LastLevelMaxPool`` returns.
+class SubsampledLevel(nn.Module):
+    """A further level: every second row and column of the last one, like Detectron2's ``LastLevelMaxPool``.
 
-    Pooling, and slices with a step, bind a program of ``torch.export`` to odd or to even sizes.
+    With pooling, or slices with a step, ``torch.export`` would specialise a program to odd or even sizes.
     """
 
     num_levels = 1
@@ -168,8 +164,8 @@ class EverySecondCell(nn.Module):
 
 
 def in_float32(levels: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the levels in float32: Detectron2's RoIAlign takes boxes in their number format, and bfloat16 has no
-    pixel's accuracy beyond 256."""
+    """Return the levels in float32: Detectron2's RoIAlign casts boxes to their dtype, and bfloat16 coordinates are
+    rounded to more than a pixel above 256."""
     return {name: level.float() for name, level in levels.items()}
 
 
@@ -180,14 +176,14 @@ def build_encoder_pyramid_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Simp
     Levels are named by their stride as in Detectron2's pyramids: ``p2`` has stride 4, ``p6`` stride 64.
 
     Raises:
-        UserError: if the pyramid is unknown or asks for a stride that it cannot make of the encoder's, or the heads ask
-            for a level that it does not have.
+        UserError: if the pyramid is unknown, cannot make a stride from those of the encoder, or lacks a level that the
+            heads read.
     """
     encoder = encoder_from_keys(cfg.MODEL)
     if not 0 <= cfg.MODEL.BACKBONE.FREEZE_AT <= encoder.depth + 1:
         raise UserError(
-            f"MODEL.BACKBONE.FREEZE_AT {cfg.MODEL.BACKBONE.FREEZE_AT}: give 0 for none, 1 for what embeds the patches, "
-            f"2 for the first block too, up to {encoder.depth + 1}"
+            f"MODEL.BACKBONE.FREEZE_AT {cfg.MODEL.BACKBONE.FREEZE_AT}: give 0 for none, 1 for the patch embedding, 2 "
+            f"for the first block as well, up to {encoder.depth + 1}"
         )
     for parameter_name, parameter in encoder.named_parameters():
         if encoder.depth_of(parameter_name) < cfg.MODEL.BACKBONE.FREEZE_AT:
@@ -199,55 +195,50 @@ def build_encoder_pyramid_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Simp
     if name not in PYRAMIDS:
         raise UserError(f"MODEL.PYRAMID.NAME '{keys.NAME}' is unknown; give auto, {', '.join(PYRAMIDS)}")
     strides = list(keys.STRIDES)
+    if not strides:
+        raise UserError(
+            "MODEL.PYRAMID.STRIDES is empty: give the strides, or load the config with relvit_d2.tasks.load_config, "
+            "which derives them from the encoder"
+        )
     steps = [math.log2(b / a) for a, b in pairwise(strides)]
-    if not strides or any(stride & (stride - 1) for stride in strides) or any(step != 1 for step in steps):
+    if any(stride & (stride - 1) for stride in strides) or any(step != 1 for step in steps):
         raise UserError(f"MODEL.PYRAMID.STRIDES {strides} are not powers of two, each twice the one before")
-    top = EverySecondCell(f"p{int(math.log2(strides[-1]))}") if keys.TOP_BLOCK else None
-    build = _over_maps if name == "fpn" else _over_one_stride
+    top = SubsampledLevel(f"p{int(math.log2(strides[-1]))}") if keys.TOP_BLOCK else None
+    build = _on_maps if name == "fpn" else _on_one_stride
     backbone = build(encoder, strides, top, keys, name)
     check_levels(cfg, list(backbone.output_shape()), "MODEL.PYRAMID")
     return backbone
 
 
 def check_levels(cfg: CfgNode, levels: list[str], owner: str) -> None:
-    """Refuse heads that read a level that the backbone does not have.
-
-    Args:
-        cfg: the config.
-        levels: names of the backbone's levels.
-        owner: what has these levels, for the error.
-
-    Raises:
-        UserError: a level in ``IN_FEATURES`` is missing.
-    """
+    """Raise a :class:`UserError` if the heads read a level that is not in ``levels``; ``owner`` is named in it."""
     for part in ("RPN", "ROI_HEADS"):
         if missing := set(cfg.MODEL[part].IN_FEATURES) - set(levels):
             raise UserError(f"MODEL.{part}.IN_FEATURES names {sorted(missing)}, but {owner} has the levels {levels}")
 
 
-def _over_one_stride(
+def _on_one_stride(
     encoder: Encoder, strides: list[int], top: nn.Module | None, keys: CfgNode, name: str
 ) -> SimplePyramid | MapPyramid:
-    own = encoder.strides[encoder.last]
-    scales = [own / stride for stride in strides]
+    base = encoder.strides[encoder.last]
+    scales = [base / stride for stride in strides]
     if not set(scales) <= {4.0, 2.0, 1.0, 0.5}:
         raise UserError(
-            f"MODEL.PYRAMID.STRIDES {strides} do not fit an encoder of stride {own}: give strides from "
-            f"{max(own // 4, 1)} at the finest to {own * 2} at the coarsest, or [] for those of the encoder"
+            f"MODEL.PYRAMID.STRIDES {strides} do not fit an encoder of stride {base}: give strides "
+            f"from {max(base // 4, 1)} to {base * 2}, or [] to derive them"
         )
     if name == "simple":
         return SimplePyramid(EncoderBackbone(encoder), encoder.last, keys.OUT_CHANNELS, scales, top, keys.NORM)
     encoder.select_blocks(len(strides))
-    maps = ResizedTaps(encoder, scales, keys.NORM)
+    maps = ResizedBlockMaps(encoder, scales, keys.NORM)
     return MapPyramid(maps, list(maps.output_shape()), keys.OUT_CHANNELS, keys.NORM, top)
 
 
-def _over_maps(encoder: Encoder, strides: list[int], top: nn.Module | None, keys: CfgNode, name: str) -> MapPyramid:
-    names = [map_ for map_, stride in encoder.strides.items() if stride in strides]
-    if [encoder.strides[map_] for map_ in names] != strides:
+def _on_maps(encoder: Encoder, strides: list[int], top: nn.Module | None, keys: CfgNode, _: str) -> MapPyramid:
+    names = [name for name, stride in encoder.strides.items() if stride in strides]
+    if [encoder.strides[name] for name in names] != strides:
         raise UserError(
-            f"MODEL.PYRAMID.STRIDES {strides} are not among the strides {list(encoder.strides.values())} of encoder "
-            f"'{encoder.name}', which fpn stands on; for an encoder of one stride set MODEL.PYRAMID.NAME simple or "
-            "multitap"
+            f"MODEL.PYRAMID.STRIDES {strides} must be among the strides {list(encoder.strides.values())} of encoder "
+            f"'{encoder.name}' for MODEL.PYRAMID.NAME fpn; for an encoder of one stride set simple or multitap"
         )
     return MapPyramid(NormedMaps(encoder, names), names, keys.OUT_CHANNELS, keys.NORM, top)

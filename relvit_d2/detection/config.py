@@ -1,4 +1,4 @@
-"""Config keys of detection, added to Detectron2's."""
+"""Config keys of detection, in addition to those of Detectron2."""
 
 from detectron2.config import get_cfg
 from fvcore.common.config import CfgNode
@@ -26,7 +26,7 @@ BACKBONE = "build_encoder_pyramid_backbone"  # registered in relvit_d2.detection
 def add_relvit_config(cfg: CfgNode) -> None:
     """Add this project's keys to a config of ``detectron2.config.get_cfg()``, in place.
 
-    Some of Detectron2's own keys get other defaults; the page Config keys of the documentation lists all.
+    Some of Detectron2's keys get other defaults; the page "Config keys" of the documentation lists all keys.
     """
     add_engine_config(cfg, "detection")
     add_encoder_config(cfg)
@@ -37,23 +37,23 @@ def add_relvit_config(cfg: CfgNode) -> None:
     add_custom_data_config(cfg)
     add_mapper_config(cfg)
     add_groups(cfg, "MODEL.PYRAMID")
-    cfg.MODEL.BACKBONE.NAME = BACKBONE  # MODEL.ENCODER under MODEL.PYRAMID
-    cfg.MODEL.BACKBONE.FREEZE_AT = 0  # 1: the patch embedding is not trained; 2: nor the first block, and so on
-    # simple: from the encoder's last map; fpn: over its maps of several strides; multitap: an FPN over several of its
-    # blocks; auto: fpn if it has maps of several strides, else simple
+    cfg.MODEL.BACKBONE.NAME = BACKBONE  # MODEL.ENCODER with MODEL.PYRAMID
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0  # 0: train all; 1: freeze the patch embedding; 2: the first block too, ...
+    # simple: simple feature pyramid on the encoder's last map; fpn: FPN on its maps of several strides; multitap: FPN
+    # on the maps of several of its blocks; auto: fpn if it has maps of several strides, else simple
     cfg.MODEL.PYRAMID.NAME = "auto"
-    # Pixels per cell of each level, powers of two; empty: for an encoder with maps of several strides those, else from a
-    # quarter of its stride, at least 4, to twice its stride
+    # Pixels per cell of each level, powers of two; empty: the strides of an encoder with several maps, else from a
+    # quarter of the encoder's stride (at least 4) to twice its stride
     cfg.MODEL.PYRAMID.STRIDES = []
-    cfg.MODEL.RPN.IN_FEATURES = []  # levels by name, p2 for stride 4, p3 for 8; empty: all
-    cfg.MODEL.ROI_HEADS.IN_FEATURES = []  # as RPN's; empty: all but the top block's
-    cfg.MODEL.PYRAMID.TOP_BLOCK = True  # one more level, the last one at every second cell (p6)
-    cfg.MODEL.PYRAMID.OUT_CHANNELS = 256  # of every level
+    cfg.MODEL.PYRAMID.TOP_BLOCK = True  # a further level: every second row and column of the last one (p6)
+    cfg.MODEL.PYRAMID.OUT_CHANNELS = 256  # channels of every level
+    cfg.MODEL.RPN.IN_FEATURES = []  # levels by name (p2: stride 4, p3: stride 8); empty: all levels
+    cfg.MODEL.ROI_HEADS.IN_FEATURES = []  # levels by name; empty: all but the top block's
     cfg.MODEL.PYRAMID.NORM = "LN"  # LN, GN, FrozenBN, or "" for none
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 0  # 0: as many as the data set has
-    cfg.MODEL.RELVIT.GRID = [7, 7]  # joint training: rows and columns of the grid of positions, for images of any size
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 0  # 0: the number of classes of the data set
+    cfg.MODEL.RELVIT.GRID = [7, 7]  # joint training: rows and columns of the position grid for any image size
     cfg.DATASETS.TRAIN_DIFFICULT = True  # train on VOC's difficult objects, as Detectron2 does
-    cfg.DATASETS.IGNORE_DIFFICULT = True  # neither hits nor misses in evaluation, as VOC does
+    cfg.DATASETS.IGNORE_DIFFICULT = True  # ignore difficult objects in evaluation, as VOC does
 
 
 def derive_levels(cfg: CfgNode) -> None:
@@ -110,7 +110,7 @@ DETECTION = Task(
     WITHOUT_EFFECT
     | {
         "MODEL.KEYPOINT_ON": "nothing, keypoints are not supported",
-        "MODEL.LOAD_PROPOSALS": "nothing, the detector proposes",
-        "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": "nothing, it needs counts of images by class, which are not known",
+        "MODEL.LOAD_PROPOSALS": "nothing, the detector has an RPN",
+        "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": "nothing, the number of images per class is not known",
     },
 )

@@ -1,4 +1,4 @@
-"""Checks of a config's values that would otherwise fail late, or inside Detectron2."""
+"""Checks of config values that would otherwise fail late or inside Detectron2."""
 
 from collections.abc import Sequence
 from functools import reduce
@@ -10,7 +10,7 @@ from fvcore.common.config import CfgNode
 from relvit_d2.utils.config_keys import check_ranges, get_key
 from relvit_d2.utils.errors import UserError, nearest
 
-# The least and the greatest value of each number.
+# Minimum and maximum.
 _RANGES = {
     "TEST.DETECTIONS_PER_IMAGE": (1, inf),
     "INPUT.MAX_SIZE_TRAIN": (1, inf),
@@ -36,7 +36,7 @@ _CHOICES = {
     "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
 }
 
-# Detectron2's registry that holds the class a key names.
+# The registry of detectron2.modeling for each class name.
 _REGISTRIES = {
     "MODEL.ANCHOR_GENERATOR.NAME": "anchor_generator.ANCHOR_GENERATOR_REGISTRY",
     "MODEL.BACKBONE.NAME": "backbone.BACKBONE_REGISTRY",
@@ -46,31 +46,27 @@ _REGISTRIES = {
     "MODEL.ROI_BOX_HEAD.NAME": "roi_heads.ROI_BOX_HEAD_REGISTRY",
     "MODEL.ROI_MASK_HEAD.NAME": "roi_heads.ROI_MASK_HEAD_REGISTRY",
 }
-# The number of passes through the pyramid depends on the images of a process's batch: those of one size pass together.
+# No norm over the batch: images of different sizes pass the pyramid separately.
 _PYRAMID_NORMS = ("", "LN", "GN", "FrozenBN")
-_MAIN_HEADS = "StandardROIHeads"  # Detectron2's default takes one level only
+_MAIN_HEADS = "StandardROIHeads"  # the default of Detectron2, Res5ROIHeads, reads one level only
 _ROTATED = ("RotatedAnchorGenerator", "RRPN", "RROIHeads")
 
 
 def check_config(cfg: CfgNode, defaults: CfgNode) -> None:
-    """Check values that each have the right type.
-
-    Args:
-        cfg: the config.
-        defaults: the same without any change of the user's.
+    """Check the values of a config; ``defaults`` has the default ones.
 
     Raises:
-        UserError: for a number out of its range, a name that is not supported, or lists whose lengths contradict.
+        UserError: a number is out of range, a name is not supported, or the lengths of lists do not match.
     """
     check_ranges(cfg, _RANGES)
     for key, names in _CHOICES.items():
         if (name := get_key(cfg, key)) not in names:
-            raise UserError(f"{key} '{name}' is not supported; give {_listed(names)}")
+            raise UserError(f"{key} '{name}' is not supported; give {_joined(names)}")
     if (norm := cfg.MODEL.PYRAMID.NORM) not in _PYRAMID_NORMS:
-        reason = ", for it needs statistics over the batch, and images of different sizes pass the pyramid separately"
+        reason = ": it needs batch statistics, but images of different sizes pass the pyramid separately"
         raise UserError(
             f"MODEL.PYRAMID.NORM '{norm}' is not supported{reason if norm in _NORMS else ''}; give "
-            f"{_listed(_PYRAMID_NORMS)}"
+            f"{_joined(_PYRAMID_NORMS)}"
         )
     for key, registry in _REGISTRIES.items():
         if (name := get_key(cfg, key)) != (default := get_key(defaults, key)):
@@ -80,12 +76,12 @@ def check_config(cfg: CfgNode, defaults: CfgNode) -> None:
     _check_matching(cfg.MODEL)
 
 
-def _listed(names: Sequence[str]) -> str:
+def _joined(names: Sequence[str]) -> str:
     return ", ".join(name or repr("") for name in names)
 
 
 def _check_registered(key: str, name: str, default: str, registry: str) -> None:
-    import detectron2.modeling  # takes seconds, and few configs need it
+    import detectron2.modeling  # takes seconds; few configs need it
 
     known = [known for known, _ in reduce(getattr, registry.split("."), detectron2.modeling)]
     if name not in known:
@@ -103,21 +99,21 @@ def _check_sizes(keys: CfgNode) -> None:
         raise UserError(f"INPUT.MIN_SIZE_TRAIN {sides} must be one or more sides of 1 pixel or more")
     if keys.MIN_SIZE_TRAIN_SAMPLING == "range" and not (len(sides) == 2 and sides[0] <= sides[1]):
         raise UserError(
-            f"INPUT.MIN_SIZE_TRAIN {sides} is not a range: give the least and the greatest side, or set "
+            f"INPUT.MIN_SIZE_TRAIN {sides} is not a range: give minimum and maximum, or set "
             "INPUT.MIN_SIZE_TRAIN_SAMPLING choice"
         )
-    shares = keys.CROP.TYPE.startswith("relative")
-    if len(keys.CROP.SIZE) != 2 or min(keys.CROP.SIZE) <= 0 or (shares and max(keys.CROP.SIZE) > 1):
-        unit = (
-            "shares of the image's height and width, above 0 and up to 1" if shares else "a height and width in pixels"
-        )
-        raise UserError(f"INPUT.CROP.SIZE {keys.CROP.SIZE} does not fit CROP.TYPE {keys.CROP.TYPE}: give {unit}")
+    relative = keys.CROP.TYPE.startswith("relative")
+    if len(keys.CROP.SIZE) != 2 or min(keys.CROP.SIZE) <= 0 or (relative and max(keys.CROP.SIZE) > 1):
+        unit = "fractions of the image's height and width, in (0, 1]" if relative else "height and width in pixels"
+        raise UserError(f"INPUT.CROP.SIZE {keys.CROP.SIZE} does not match CROP.TYPE {keys.CROP.TYPE}: give {unit}")
     if not (len(keys.LSJ.SCALE) == 2 and 0 < keys.LSJ.SCALE[0] <= keys.LSJ.SCALE[1]):
-        raise UserError(f"INPUT.LSJ.SCALE {keys.LSJ.SCALE} is not a range of factors: give two ascending ones above 0")
+        raise UserError(
+            f"INPUT.LSJ.SCALE {keys.LSJ.SCALE} is not a range of scale factors: give minimum and maximum, above 0"
+        )
 
 
 def _check_anchors(model: CfgNode) -> None:
-    """Refuse anchors and levels from which Detectron2 builds no proposal network or pooler."""
+    """Check anchors and levels from which Detectron2 cannot build an RPN or a pooler."""
     for key in ("RPN", "ROI_HEADS"):
         if not model[key].IN_FEATURES:
             raise UserError(
@@ -126,13 +122,13 @@ def _check_anchors(model: CfgNode) -> None:
     pooled = model.ROI_HEADS.IN_FEATURES
     numbers = [int(name[1:]) for name in pooled if name[:1] == "p" and name[1:].isdecimal()]
     if len(numbers) == len(pooled) and any(b - a != 1 for a, b in pairwise(numbers)):
-        raise UserError(f"MODEL.ROI_HEADS.IN_FEATURES {pooled} must be levels in a row, finest first")
+        raise UserError(f"MODEL.ROI_HEADS.IN_FEATURES {pooled} must be consecutive levels, finest first")
     levels = model.RPN.IN_FEATURES
     counts = {}
     for key in ("SIZES", "ASPECT_RATIOS"):
         lists = model.ANCHOR_GENERATOR[key]
         full = f"MODEL.ANCHOR_GENERATOR.{key}"
-        if lists and not isinstance(lists[0], Sequence):  # Detectron2 gives one list to all levels
+        if lists and not isinstance(lists[0], Sequence):  # Detectron2 uses one list for all levels
             lists = [lists]
         if len(lists) not in (1, len(levels)):
             raise UserError(
@@ -141,24 +137,24 @@ def _check_anchors(model: CfgNode) -> None:
             )
         for values in lists:
             if not (isinstance(values, Sequence) and values and min(values) > 0):
-                raise UserError(f"{full} {lists} must have lists of one or more numbers above 0")
+                raise UserError(f"{full} {lists} must be lists of one or more positive numbers")
         counts[key] = [len(values) for values in lists] * (len(levels) if len(lists) == 1 else 1)
     anchors = [sizes * ratios for sizes, ratios in zip(counts["SIZES"], counts["ASPECT_RATIOS"], strict=True)]
     if len(set(anchors)) > 1:
         raise UserError(
             f"MODEL.ANCHOR_GENERATOR.SIZES and ASPECT_RATIOS give {anchors} anchors per cell on the levels "
-            f"{list(levels)}: give each level as many"
+            f"{list(levels)}: give the same number on each level"
         )
 
 
 def _check_matching(model: CfgNode) -> None:
-    """Refuse thresholds of IoU and weights of box offsets of the wrong number."""
+    """Check the number of IoU thresholds, IoU labels and box regression weights."""
     for key in ("RPN", "ROI_HEADS"):
         bounds, labels = model[key].IOU_THRESHOLDS, model[key].IOU_LABELS
         if not bounds or sorted(bounds) != list(bounds) or len(labels) != len(bounds) + 1:
             raise UserError(
-                f"MODEL.{key}.IOU_THRESHOLDS {bounds} and IOU_LABELS {labels} do not fit: give ascending thresholds "
-                f"and one label more than them"
+                f"MODEL.{key}.IOU_THRESHOLDS {bounds} and IOU_LABELS {labels} do not match: give ascending "
+                "thresholds, and one label more than thresholds"
             )
     for key in ("RPN", "ROI_BOX_HEAD"):
         if len(weights := model[key].BBOX_REG_WEIGHTS) != 4 or min(weights) <= 0:

@@ -1,4 +1,4 @@
-"""A detector as the subject of :mod:`relvit_d2.analysis.model_cost`."""
+"""Detectors for :mod:`relvit_d2.analysis.model_cost`."""
 
 from typing import Any
 
@@ -14,23 +14,23 @@ from relvit_d2.detection.run import resolve_config, training_records
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.randomness import torch_generator
 
-OBJECTS = 8  # of a random image
+OBJECTS = 8  # per random image
 
 
 def detector_subject(cfg: CfgNode) -> Subject:
-    """Return the detector of a config."""
+    """Return the detector of a config to measure; without data, its classes are assumed."""
     register_own(cfg.DATASETS)
     assumed = ""
     try:
         records = training_records(cfg)
     except UserError as error:
         records, assumed = [], f"; {assumption(cfg, error)}"
-    asked, cfg = cfg.MODEL.MASK_ON, resolve_config(cfg, records)
+    mask_on, cfg = cfg.MODEL.MASK_ON, resolve_config(cfg, records)
     if assumed:
         cfg.defrost()
-        # Of the data sets that need not be here to be known, COCO's alone have masks.
+        # Among the data sets of the catalog, only COCO has masks.
         metadata = [catalog.get_metadata(name).as_dict() for name in cfg.DATASETS.TRAIN]
-        cfg.MODEL.MASK_ON = asked and all("thing_dataset_id_to_contiguous_id" in known for known in metadata)
+        cfg.MODEL.MASK_ON = mask_on and all("thing_dataset_id_to_contiguous_id" in known for known in metadata)
     model = build_detector(cfg)
     stages: Stages = {
         "encoder": (model.backbone.encoder, "forward"),
@@ -53,7 +53,7 @@ def detector_subject(cfg: CfgNode) -> Subject:
 
 
 def _random_image(height: int, width: int, cfg: CfgNode, generator: torch.Generator) -> dict[str, Any]:
-    """Return an image of noise with :data:`OBJECTS` boxes, as a mapper would."""
+    """Return an image of noise with :data:`OBJECTS` boxes, in the form of a mapper's output."""
     size = torch.tensor([width, height])
     corners = torch.rand(OBJECTS, 2, 2, generator=generator).sort(dim=1).values * (size - 2)
     boxes = torch.cat([corners[:, 0], corners[:, 1] + 2], dim=1)

@@ -1,4 +1,4 @@
-"""A detector's backbone, encoder and pyramid, as a program that runs without this package."""
+"""Export of a detector's backbone (encoder and pyramid) with torch.export or to ONNX."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,56 +14,55 @@ from relvit_d2.engine.weights import load_weights
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import appearing
 
-TOLERANCE = 1e-4  # of a level's largest value; float32 sums in another order were seen to differ by 2e-6
+TOLERANCE = 1e-4  # relative to a level's largest value; differences in float32 were measured to be 2e-6
 Levels = dict[str, Tensor]
 
 
 def export(cfg: CfgNode, to: str, output: Path, size: list[int] | None) -> str:
-    """Export the backbone with the weights of ``MODEL.WEIGHTS``, check it and write it.
+    """Export the backbone with the weights of ``MODEL.WEIGHTS``, compare it with the original one and write it.
 
     Args:
         cfg: a detection config.
         to: ``torch-export`` or ``onnx``.
         output: the file to write.
-        size: height and width of a Swin's images, pixels; None: ``INPUT.MAX_SIZE_TEST``.
+        size: height and width of the input of a Swin, pixels; None: ``INPUT.MAX_SIZE_TEST``.
 
     Returns:
-        What was written and how far it agrees with the model.
+        The file and the largest difference, as text.
 
     Raises:
-        UserError: if the size does not fit or the program does not agree with the model.
+        UserError: if the size is invalid or the exported program differs from the model.
     """
-    detector = nn.Module()  # what a detector's checkpoint calls its backbone
+    detector = nn.Module()  # checkpoints of detectors have the prefix "backbone."
     backbone = detector.backbone = build_encoder_pyramid_backbone(cfg, None)
     load_weights(cfg, detector, backbone.encoder, cfg.INPUT.FORMAT)
     backbone.eval().requires_grad_(False)
-    images = examples(backbone, cfg.INPUT.MAX_SIZE_TEST, size)
-    program = torch.export.export(backbone, (images[0],), dynamic_shapes=shapes(backbone))
+    images = example_inputs(backbone, cfg.INPUT.MAX_SIZE_TEST, size)
+    program = torch.export.export(backbone, (images[0],), dynamic_shapes=dynamic_shapes(backbone))
     with appearing(output) as part:
         run = write(program, list(backbone.output_shape()), to, part)
-        worst = max(difference(run, backbone, image) for image in images)
-        if not worst <= TOLERANCE:
+        largest = max(difference(run, backbone, image) for image in images)
+        if not largest <= TOLERANCE:
             raise UserError(
-                f"the exported program differs from the model by {worst:.1e} (allowed {TOLERANCE:.0e}): nothing was "
-                "written; try the other --to"
+                f"the exported program differs from the model by {largest:.1e} (allowed: {TOLERANCE:.0e}): nothing was "
+                "written; try the other format of --to"
             )
-    pixels = f"{cfg.INPUT.FORMAT}, less {cfg.MODEL.PIXEL_MEAN}, over {cfg.MODEL.PIXEL_STD}"
-    what = "sizes" if backbone.encoder.traced else "images"
-    tried = ", ".join(" x ".join(map(str, image.shape)) for image in images)
+    pixels = f"{cfg.INPUT.FORMAT}, mean {cfg.MODEL.PIXEL_MEAN}, standard deviation {cfg.MODEL.PIXEL_STD}"
+    shapes = ", ".join(" x ".join(map(str, image.shape)) for image in images)
     return (
-        f"written: {output} ({output.stat().st_size / 2**20:.1f} MiB); images: {pixels}\n"
-        f"agrees with the model to {worst:.1e} of the largest value on three {what}: {tried}"
+        f"written: {output} ({output.stat().st_size / 2**20:.1f} MiB); input: {pixels}\n"
+        f"largest relative difference from the model: {largest:.1e}, on inputs of {shapes}"
     )
 
 
-def examples(backbone: Any, longest: int, size: list[int] | None) -> list[Tensor]:
-    """Return three batches of noise to compare on; the first is the one to trace."""
+def example_inputs(backbone: Any, longest: int, size: list[int] | None) -> list[Tensor]:
+    """Return three batches of noise for the comparison; the first one is used for tracing."""
     unit, encoder = backbone.size_divisibility, backbone.encoder
     if encoder.traced:
         if size:
-            raise UserError(f"--size is for a Swin; the program of a {encoder.name} takes any size: leave it out")
-        least = least_side(backbone)
-        sizes = [(2, least + 4 * unit, least + 2 * unit), (1, least, least + 3 * unit), (3, least + unit, least)]
+            raise UserError(f"--size is for Swin only; the exported {encoder.name} accepts any size: remove it")
+        side = min_side(backbone)
+        sizes = [(2, side + 4 * unit, side + 2 * unit), (1, side, side + 3 * unit), (3, side + unit, side)]
         if "batch" not in encoder.traced:
             sizes = [(1, *sides) for _, *sides in sizes]
     else:
@@ -74,25 +73,25 @@ def examples(backbone: Any, longest: int, size: list[int] | None) -> list[Tensor
     return [torch.randn(batch, channels, *sides, generator=generator) for batch, *sides in sizes]
 
 
-def least_side(backbone: Any) -> int:
-    """Return the least side, pixels, that a program for any size takes."""
+def min_side(backbone: Any) -> int:
+    """Return the minimum side in pixels that a program with dynamic shapes accepts."""
     unit, encoder = backbone.size_divisibility, backbone.encoder
     window = encoder.arguments.get("window", 0) * encoder.strides[encoder.last]
     return max(window // unit + 1, 2) * unit
 
 
-def shapes(backbone: Any) -> Any:
-    """Return what of the images may vary, in the form that ``torch.export`` takes."""
+def dynamic_shapes(backbone: Any) -> Any:
+    """Return the dynamic dimensions of the input, in the form that ``torch.export`` takes."""
     unit, traced = backbone.size_divisibility, backbone.encoder.traced
     varying: dict[int, Any] = {0: Dim("batch")} if "batch" in traced else {}
     if "height" in traced:
-        rows, cols = (Dim(name, min=least_side(backbone) // unit) for name in ("rows", "cols"))
+        rows, cols = (Dim(name, min=min_side(backbone) // unit) for name in ("rows", "cols"))
         varying |= {2: unit * rows, 3: unit * cols}
     return (varying,)
 
 
 def write(program: ExportedProgram, levels: list[str], to: str, path: Path) -> Callable[[Tensor], Levels]:
-    """Write ``program`` to ``path`` and return it as read from there."""
+    """Write ``program`` to ``path``, load it from there and return it."""
     if to == "torch-export":
         with path.open("wb") as file:
             torch.export.save(program, file)
@@ -112,7 +111,7 @@ def write(program: ExportedProgram, levels: list[str], to: str, path: Path) -> C
 
 @torch.no_grad()
 def difference(run: Callable[[Tensor], Levels], backbone: nn.Module, images: Tensor) -> float:
-    """Return the largest difference of a level, relative to its largest value."""
+    """Return the largest difference in any level, relative to the largest value of the level."""
     found, expected = run(images), backbone(images)
     if any(found[name].shape != level.shape for name, level in expected.items()):
         return float("inf")

@@ -1,4 +1,4 @@
-"""The detector of a config."""
+"""Construction of the detector of a config."""
 
 import traceback
 from collections.abc import Callable
@@ -12,23 +12,23 @@ from torch import Tensor
 from relvit_d2.detection.backbone import build_encoder_pyramid_backbone, check_levels
 from relvit_d2.detection.config import add_relvit_config
 from relvit_d2.detection.rcnn import RelViTRCNN
-from relvit_d2.detection.regions import HEADS
+from relvit_d2.detection.regions import IGNORE_REGION_HEADS
 from relvit_d2.utils.errors import UserError
 
-__all__ = ["add_relvit_config", "build_detector"]  # with this module the registered classes are there
+__all__ = ["add_relvit_config", "build_detector"]  # importing this module registers the classes
 
 
 def build_detector(cfg: CfgNode) -> GeneralizedRCNN:
-    """Build Detectron2's model on ``MODEL.DEVICE``, with every score and box offset in float32.
+    """Build Detectron2's model on ``MODEL.DEVICE``, with scores and box offsets in float32.
 
-    Detectron2's model, RPN and region heads are replaced by :class:`relvit_d2.detection.rcnn.RelViTRCNN` and those of
-    :mod:`relvit_d2.detection.regions`.
+    Detectron2's GeneralizedRCNN, RPN and ROI heads are replaced by :class:`relvit_d2.detection.rcnn.RelViTRCNN` and the
+    classes of :mod:`relvit_d2.detection.regions`.
 
-    Under autocast the last layers would return bfloat16, whose eight significant bits make neighbouring scores
-    tie: that shuffles proposals and detections and coarsens the losses. Those layers are small.
+    The last layers, which are small, run in float32 under autocast too: with the eight significant bits of bfloat16,
+    many scores are equal, so that the order of proposals and detections is arbitrary.
 
     Raises:
-        UserError: for a ``MODEL.META_ARCHITECTURE`` other than GeneralizedRCNN, or keys that Detectron2 refuses.
+        UserError: if ``MODEL.META_ARCHITECTURE`` is not GeneralizedRCNN, or Detectron2 rejects a key.
     """
     if cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
         raise UserError(
@@ -40,11 +40,11 @@ def build_detector(cfg: CfgNode) -> GeneralizedRCNN:
         _check_other_backbone(cfg)
     cfg.MODEL.META_ARCHITECTURE = RelViTRCNN.__name__
     for part in (cfg.MODEL.PROPOSAL_GENERATOR, cfg.MODEL.ROI_HEADS):
-        part.NAME = HEADS.get(part.NAME, part.NAME)
+        part.NAME = IGNORE_REGION_HEADS.get(part.NAME, part.NAME)
     try:
         model = build_model(cfg)
-    except (AssertionError, ValueError) as error:  # how Detectron2 refuses values
-        raise _refused("this detector", error) from error
+    except (AssertionError, ValueError) as error:  # what Detectron2 raises for invalid values
+        raise _build_error("this detector", error) from error
     rpn, box = model.proposal_generator.rpn_head, model.roi_heads.box_predictor
     last = [rpn.objectness_logits, rpn.anchor_deltas, box.cls_score, box.bbox_pred]
     if cfg.MODEL.MASK_ON:
@@ -55,28 +55,24 @@ def build_detector(cfg: CfgNode) -> GeneralizedRCNN:
 
 
 def _check_other_backbone(cfg: CfgNode) -> None:
-    """Refuse a backbone of another project's from which no detector can be built; ours checks its keys itself.
-
-    Raises:
-        UserError: if it cannot be built, lacks a level that the heads read, or has no encoder to pre-train jointly.
-    """
+    """Check a backbone of another project: it can be built, has the levels of the heads, and is not trained jointly."""
     name = cfg.MODEL.BACKBONE.NAME
     if cfg.MODEL.RELVIT.JOINT:
         raise UserError(
-            f"MODEL.RELVIT.JOINT trains an encoder, and MODEL.BACKBONE.NAME '{name}' has none: set "
+            f"MODEL.RELVIT.JOINT needs an encoder, which MODEL.BACKBONE.NAME '{name}' does not have: set "
             f"{build_encoder_pyramid_backbone.__name__}, or MODEL.RELVIT.JOINT False"
         )
     try:
         levels = list(build_backbone(cfg).output_shape())
     except (AssertionError, LookupError, ValueError) as error:
-        raise _refused(f"MODEL.BACKBONE.NAME '{name}'", error) from error
+        raise _build_error(f"MODEL.BACKBONE.NAME '{name}'", error) from error
     check_levels(cfg, levels, name)
 
 
-def _refused(what: str, error: Exception) -> UserError:
+def _build_error(part: str, error: Exception) -> UserError:
     reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line  # many assertions have no message
     return UserError(
-        f"Detectron2 cannot build {what} ({type(error).__name__}: {reason}): correct the keys under MODEL; "
+        f"Detectron2 cannot build {part} ({type(error).__name__}: {reason}): correct the keys under MODEL; "
         "RELVIT_DEBUG=1 shows where it failed"
     )
 

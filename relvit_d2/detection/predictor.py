@@ -1,4 +1,4 @@
-"""A trained detector for images that belong to no data set."""
+"""Inference with a trained detector on any images."""
 
 import json
 from collections.abc import Sequence
@@ -21,25 +21,18 @@ from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.weights import load_trained, run_config
 from relvit_d2.utils.errors import UserError
 
-Picture = str | Path | Image.Image | np.ndarray
+ImageInput = str | Path | Image.Image | np.ndarray
 
 
 class Detector:
-    """Images to detections, with the sizes and the precision that its evaluation has.
+    """Maps images to detections, with the image size and the precision of evaluation.
 
     Attributes:
-        class_names: names of the class indices, as far as they are known: else the numbers.
-        channels: of an image.
+        class_names: name of each class index; the index itself if the name is not known.
+        channels: number of channels of an image.
     """
 
     def __init__(self, cfg: CfgNode, model: GeneralizedRCNN, class_names: Sequence[str]) -> None:
-        """Take a model with its weights.
-
-        Args:
-            cfg: the config that it was trained with.
-            model: the detector.
-            class_names: one a class.
-        """
         self.class_names = list(class_names)
         self.channels: int = cfg.INPUT.CHANNELS
         self._model = model.eval()
@@ -47,20 +40,20 @@ class Detector:
         self._pixels = PixelFormat.of(cfg)
         self._precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE))
 
-    def __call__(self, image: Picture) -> Instances:
+    def __call__(self, image: ImageInput) -> Instances:
         """Return the detections of one image; see :meth:`batch`."""
         return self.batch([image])[0]
 
     @torch.no_grad()
-    def batch(self, images: Sequence[Picture]) -> list[Instances]:
-        """Return Detectron2's instances of each image, on the CPU, boxes in pixels of the image.
+    def batch(self, images: Sequence[ImageInput]) -> list[Instances]:
+        """Return Detectron2's instances of each image on the CPU, with boxes in pixels of the image.
 
         Args:
-            images: paths, Pillow's images, which are read like their files (EXIF orientation, more than 8 bits), or
+            images: paths; Pillow images, which are converted like files (EXIF orientation, more than 8 bits); or
                 arrays ``(H, W, channels)`` of uint8, RGB.
 
         Raises:
-            UserError: if a file cannot be read, or an image has another type or number of channels.
+            UserError: if a file cannot be read, or an array has another dtype or shape.
         """
         arrays = [self.read(image) for image in images]
         if not arrays:
@@ -70,7 +63,7 @@ class Detector:
             outputs = self._model(inputs)
         return [output["instances"].to("cpu") for output in outputs]
 
-    def read(self, image: Picture) -> np.ndarray:
+    def read(self, image: ImageInput) -> np.ndarray:
         """Return an image as an array ``(H, W, channels)`` of uint8; see :meth:`batch`."""
         if isinstance(image, str | Path):
             return self._pixels.read(image)
@@ -78,22 +71,22 @@ class Detector:
             image = self._pixels.convert(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != self._pixels.channels or not image.size:
             raise UserError(
-                f"an array of {image.dtype} and shape {image.shape} is no image: give uint8, height x width x "
+                f"an array of {image.dtype} and shape {image.shape} is not an image: give uint8, height x width x "
                 f"{self._pixels.channels}"
             )
-        return np.require(image, requirements="W")  # torch warns of arrays that cannot be written, such as Pillow's
+        return np.require(image, requirements="W")  # torch warns about read-only arrays
 
 
 def load_detector(path: str | Path, config_file: str = "", overrides: Sequence[Any] = ()) -> Detector:
     """Load a detector that ``relvit-d2 train`` trained.
 
     Args:
-        path: its ``OUTPUT_DIR``, of which the last checkpoint is taken, or a checkpoint ``model_*.pth``.
-        config_file: default: the ``config.yaml`` beside the checkpoint.
-        overrides: keys and values in turn, such as ``["MODEL.DEVICE", "cpu"]``.
+        path: a checkpoint ``model_*.pth``, or ``OUTPUT_DIR`` for the last checkpoint.
+        config_file: default: ``config.yaml`` in the folder of the checkpoint.
+        overrides: alternating keys and values, such as ``["MODEL.DEVICE", "cpu"]``.
 
     Raises:
-        UserError: if there is no such detector.
+        UserError: if the checkpoint or the config is missing or invalid.
     """
     path = Path(path)
     cfg = run_config(path, config_file, overrides, DETECTION)
@@ -111,12 +104,12 @@ def _class_names(cfg: CfgNode, folder: Path) -> list[str]:
         try:
             return [str(name) for name in json.loads(file.read_text(encoding="utf-8"))]
         except ValueError as error:
-            raise UserError(f"'{file}' is damaged: remove it, or write a list of the classes' names") from error
+            raise UserError(f"'{file}' is damaged: remove it, or write a list of the class names") from error
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         try:
             return list(catalog.get_metadata(name).thing_classes)
         except (UserError, AttributeError):
             continue
     if not cfg.MODEL.ROI_HEADS.NUM_CLASSES:
-        raise UserError(f"nothing tells the classes of '{folder}': set MODEL.ROI_HEADS.NUM_CLASSES")
+        raise UserError(f"the classes of '{folder}' are not known: set MODEL.ROI_HEADS.NUM_CLASSES")
     return [str(index) for index in range(cfg.MODEL.ROI_HEADS.NUM_CLASSES)]

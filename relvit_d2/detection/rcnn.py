@@ -1,4 +1,4 @@
-"""Mask R-CNN in which an image's detections do not depend on its batch, trained on the pretext tasks too on request."""
+"""Mask R-CNN whose detections in an image do not depend on the rest of the batch, with optional pretext losses."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,14 +22,14 @@ from relvit_d2.utils.metrics import Metric
 
 @META_ARCH_REGISTRY.register()
 class RelViTRCNN(GeneralizedRCNN):
-    """Detectron2's GeneralizedRCNN with features that do not depend on the padding of a batch.
+    """Detectron2's GeneralizedRCNN with features that do not depend on the padding of the batch.
 
-    Positions, attention and windows of a transformer depend on the size of its input. So an image is padded to the
-    divisibility of its own size only, images of equal padded size pass the backbone together, and the region proposal
-    network (:class:`relvit_d2.detection.regions.RelViTRPN`) leaves out the rest of the batch's maps.
+    Position embeddings, attention and windows of a transformer depend on the input size. Each image is therefore
+    padded only to a multiple of the coarsest stride, images of equal padded size pass the backbone together, and the
+    RPN (:class:`relvit_d2.detection.regions.RelViTRPN`) ignores the remaining area of the batched maps.
 
-    With ``pretext`` the pretext losses on the encoder's last map are added to the losses of training. The images are
-    not permuted, for the detector needs them as they are. Tokens that see nothing but padding take no part.
+    With ``pretext``, the pretext losses on the encoder's last map are added in training, on unpermuted images. Tokens
+    that contain only padding are left out.
     """
 
     @configurable
@@ -39,16 +39,12 @@ class RelViTRCNN(GeneralizedRCNN):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """See Detectron2's ``configurable``.
-
-        Raises:
-            UserError: for tasks that cannot be built, or a ``MODEL.RELVIT.GRID`` that is not a grid.
-        """
+        """Return the constructor's arguments (Detectron2's ``configurable``)."""
         parts = super().from_config(cfg)
         return parts | {"pretext": _pretext(cfg, parts["backbone"].encoder) if cfg.MODEL.RELVIT.JOINT else None}
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
-        """See Detectron2's class; joint training adds the loss and the metric of each pretext task."""
+        """Return the losses in training (joint training adds pretext losses and metrics), else the detections."""
         if not self.training:
             return self.inference(batched_inputs)
         images = self.preprocess_image(batched_inputs)
@@ -65,7 +61,7 @@ class RelViTRCNN(GeneralizedRCNN):
         detected_instances: list[Instances] | None = None,
         do_postprocess: bool = True,
     ) -> Any:
-        """See Detectron2's class."""
+        """Return the detections; the arguments are those of Detectron2's class."""
         images = self.preprocess_image(batched_inputs)
         features = self.features(images)
         if detected_instances is None:
@@ -77,9 +73,9 @@ class RelViTRCNN(GeneralizedRCNN):
         return self._postprocess(results, batched_inputs, images.image_sizes) if do_postprocess else results
 
     def features(self, images: ImageList) -> dict[str, Tensor]:
-        """Return the backbone's levels, each image's computed at its own padded size.
+        """Return the backbone's levels, computed at the padded size of each image.
 
-        Beyond that size a level repeats its last row and column, which is what RoIAlign reads at the edge of a map.
+        Outside of that size a level repeats its last row and column, like RoIAlign at the edge of a map.
         """
         groups = self._groups(images)
         if len(groups) == 1:
@@ -88,15 +84,15 @@ class RelViTRCNN(GeneralizedRCNN):
         return {name: _batched([maps[name] for maps in levels], groups.values()) for name in levels[0]}
 
     def _groups(self, images: ImageList) -> dict[tuple[int, int], list[int]]:
-        """Return the numbers of the images of each padded size ``(height, width)``."""
+        """Return the indices of the images of each padded size ``(height, width)``."""
         groups: dict[tuple[int, int], list[int]] = {}
-        for number, size in enumerate(images.image_sizes):
-            groups.setdefault(padded_size(size, self.backbone.size_divisibility), []).append(number)
+        for index, size in enumerate(images.image_sizes):
+            groups.setdefault(padded_size(size, self.backbone.size_divisibility), []).append(index)
         return groups
 
     @contextmanager
     def _last_maps(self) -> Iterator[list[Tensor]]:
-        """Collect the encoder's last map of every pass inside the block, in joint training."""
+        """In joint training, collect the encoder's last map of each forward pass inside the block."""
         maps: list[Tensor] = []
         if self.pretext is None:
             yield maps
@@ -129,13 +125,13 @@ def _pretext(cfg: CfgNode, encoder: Encoder) -> PretextTask:
 
 
 def _batched(parts: list[Tensor], groups: Iterable[list[int]]) -> Tensor:
-    """Put maps ``(b, C, h, w)`` of several sizes into one ``(B, C, max h, max w)``, repeating last rows and columns.
+    """Combine maps ``(b, C, h, w)`` of several sizes to ``(B, C, max h, max w)``, with replication padding.
 
     Args:
         parts: the maps of each group.
-        groups: the places in the batch of each group's maps.
+        groups: batch indices of the maps of each group.
     """
     height, width = (max(part.shape[axis] for part in parts) for axis in (2, 3))
     padded = [F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]), mode="replicate") for x in parts]
-    places = torch.tensor([number for group in groups for number in group], device=parts[0].device)
-    return torch.cat(padded)[places.argsort()]
+    indices = torch.tensor([index for group in groups for index in group], device=parts[0].device)
+    return torch.cat(padded)[indices.argsort()]

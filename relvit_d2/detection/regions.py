@@ -1,7 +1,6 @@
-"""Region heads that leave out what is not part of an image, and make no background of regions to be ignored.
+"""RPN and ROI heads that skip the padding of the batch and do not train on background inside ignore regions.
 
-Not part of an image is what only the padding of its batch added. Regions to be ignored are crowds and KITTI's
-``DontCare``; a box counts as inside one if more than half of its own area is.
+Ignore regions are crowds and KITTI's ``DontCare``. A box is inside one if more than half of the box's area is.
 """
 
 from typing import Any
@@ -19,62 +18,62 @@ from torch import Tensor
 from relvit_d2.data.detection.regions import InstancesWithIgnoreRegions
 
 INSIDE = 0.5
-OUTSIDE_LOGIT = -1e8  # of anchors outside their image; finite, since Detectron2 takes infinity for divergence
+OUTSIDE_LOGIT = -1e8  # of anchors outside of their image; finite, as Detectron2 reports infinities as divergence
 
 
 def padded_size(size: tuple[int, int], divisibility: int) -> tuple[int, int]:
-    """Return height and width of an image padded to multiples of ``divisibility`` pixels; 0 is none."""
+    """Return height and width of an image padded to multiples of ``divisibility`` pixels; 0: no padding."""
     height, width = (-(-int(side) // max(divisibility, 1)) * max(divisibility, 1) for side in size)
     return height, width
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
 class RelViTRPN(RPN):
-    """Detectron2's RPN with proposals that do not depend on the batch, and regions to be ignored.
+    """Detectron2's RPN with proposals that do not depend on the batch, and with ignore regions.
 
-    Anchors outside an image's own padded size are neither trained on nor proposed, and its maps are zero there, as
-    beyond the edge of a map. An anchor inside a region to be ignored that would be background is not trained on.
+    Anchors outside of an image's padded size are neither trained on nor proposed, and its maps are zero there, like
+    the zero padding of convolutions at the edge. Background anchors inside an ignore region are not trained on.
 
     Args:
         divisibility: images are padded to multiples of this many pixels.
-        parts: see Detectron2's class.
+        parts: arguments of Detectron2's class.
     """
 
     @configurable
     def __init__(self, *, divisibility: int, **parts: Any) -> None:
         super().__init__(**parts)
         self.divisibility = divisibility
-        self._sizes: list[tuple[int, int]] = []  # padded, of the images of the pass, where they are not all equal
-        self._ignored: Tensor | None = None  # which anchors, of the image being labelled, are in a region
+        self._sizes: list[tuple[int, int]] = []  # padded sizes of the images of the batch, unless all are equal
+        self._ignored: Tensor | None = None  # whether each anchor is in an ignore region of the image being labelled
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
-        """See Detectron2's ``configurable``."""
+        """Return the constructor's arguments (Detectron2's ``configurable``)."""
         return super().from_config(cfg, input_shape) | {"divisibility": cfg.MODEL.PYRAMID.STRIDES[-1]}
 
     def forward(
         self, images: ImageList, features: dict[str, Tensor], gt_instances: list[Instances] | None = None
     ) -> tuple[list[Instances], dict[str, Tensor]]:
-        """See Detectron2's class."""
+        """Return the proposals and the losses; the arguments are those of Detectron2's class."""
         sizes = [padded_size(size, self.divisibility) for size in images.image_sizes]
         self._sizes = sizes if len(set(sizes)) > 1 else []
         if self._sizes:
-            names = zip(self.in_features, self.anchor_generator.strides, strict=True)
-            features = {name: self._cleared(features[name], stride) for name, stride in names}
+            levels = zip(self.in_features, self.anchor_generator.strides, strict=True)
+            features = {name: self._masked(features[name], stride) for name, stride in levels}
         return super().forward(images, features, gt_instances)
 
-    def _cleared(self, level: Tensor, stride: int) -> Tensor:
-        """Set a level ``(B, C, h, w)`` to zero outside each image's own padded size."""
+    def _masked(self, level: Tensor, stride: int) -> Tensor:
+        """Set a level ``(B, C, h, w)`` to zero outside of each image's padded size."""
         sizes = torch.tensor(self._sizes, device=level.device)
         rows, cols = (torch.arange(0, side * stride, stride, device=level.device) for side in level.shape[2:])
         inside = (rows < sizes[:, :1])[:, :, None] & (cols < sizes[:, 1:])[:, None]
         return level * inside[:, None]
 
     def _outside(self, anchors: list[Boxes]) -> list[Tensor]:
-        """Return which anchors of each level lie outside each image's own padded size, ``(B, R)`` bool each."""
+        """Return for each level which anchors are outside of each image's padded size, ``(B, R)`` bool."""
         outside = []
         for boxes, stride in zip(anchors, self.anchor_generator.strides, strict=True):
-            # The corner of an anchor's cell is a multiple of the stride: half a pixel is more than its rounding error.
+            # Corners of anchor cells are multiples of the stride; half a pixel is more than their rounding error.
             corners = boxes.get_centers() - self.anchor_generator.offset * stride + 0.5
             sizes = corners.new_tensor(self._sizes).flip(1)
             outside.append((corners > sizes[:, None]).any(2))
@@ -87,7 +86,7 @@ class RelViTRPN(RPN):
         pred_anchor_deltas: list[Tensor],
         image_sizes: list[tuple[int, int]],
     ) -> list[Instances]:
-        """See Detectron2's class."""
+        """Return the proposals; the arguments are those of Detectron2's class."""
         if self._sizes:
             pairs = zip(pred_objectness_logits, self._outside(anchors), strict=True)
             pred_objectness_logits = [logits.masked_fill(outside, OUTSIDE_LOGIT) for logits, outside in pairs]
@@ -98,15 +97,15 @@ class RelViTRPN(RPN):
     def label_and_sample_anchors(
         self, anchors: list[Boxes], gt_instances: list[Instances]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """See Detectron2's class."""
+        """Return labels and matched boxes of the anchors, outside of an image -1 (ignored) and 0."""
         every = Boxes.cat(anchors)
         inside = ~torch.cat(self._outside(anchors), 1) if self._sizes else [slice(None)] * len(gt_instances)
         labels, boxes = [], []
-        for own, instances in zip(inside, gt_instances, strict=True):
-            self._ignored = inside_regions(every[own], instances)
-            (own_labels,), (own_boxes,) = super().label_and_sample_anchors([every[own]], [instances])
-            image_labels, image_boxes = own_labels.new_full((len(every),), -1), torch.zeros_like(every.tensor)
-            image_labels[own], image_boxes[own] = own_labels, own_boxes
+        for kept, instances in zip(inside, gt_instances, strict=True):
+            self._ignored = inside_regions(every[kept], instances)
+            (kept_labels,), (kept_boxes,) = super().label_and_sample_anchors([every[kept]], [instances])
+            image_labels, image_boxes = kept_labels.new_full((len(every),), -1), torch.zeros_like(every.tensor)
+            image_labels[kept], image_boxes[kept] = kept_labels, kept_boxes
             labels.append(image_labels)
             boxes.append(image_boxes)
         self._ignored = None
@@ -120,11 +119,11 @@ class RelViTRPN(RPN):
 
 @ROI_HEADS_REGISTRY.register()
 class IgnoringROIHeads(StandardROIHeads):
-    """Detectron2's heads; a proposal inside a region that would be background is not trained on."""
+    """Detectron2's heads; background proposals inside an ignore region are not trained on."""
 
     @torch.no_grad()
     def label_and_sample_proposals(self, proposals: list[Instances], targets: list[Instances]) -> list[Instances]:
-        """See Detectron2's class."""
+        """Return the sampled proposals; the arguments are those of Detectron2's class."""
         kept = []
         for found, instances in zip(proposals, targets, strict=True):
             inside = inside_regions(found.proposal_boxes, instances)
@@ -135,12 +134,12 @@ class IgnoringROIHeads(StandardROIHeads):
         return super().label_and_sample_proposals(kept, targets)
 
 
-HEADS = {"RPN": RelViTRPN.__name__, "StandardROIHeads": IgnoringROIHeads.__name__}
-"""Detectron2's names, and those of the classes here that replace them."""
+# The classes that replace those of Detectron2.
+IGNORE_REGION_HEADS = {"RPN": RelViTRPN.__name__, "StandardROIHeads": IgnoringROIHeads.__name__}
 
 
 def inside_regions(boxes: Boxes, instances: Instances) -> Tensor | None:
-    """Return which of the boxes, ``(N,)`` bool, are inside a region that the image has; ``None`` if it has none."""
+    """Return which boxes are inside an ignore region, ``(N,)`` bool; None if the image has no regions."""
     if not isinstance(instances, InstancesWithIgnoreRegions) or not len(instances.regions):
         return None
     return pairwise_ioa(instances.regions, boxes).amax(dim=0) > INSIDE

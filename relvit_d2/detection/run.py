@@ -1,4 +1,4 @@
-"""A detector's data, training and evaluation, from a config."""
+"""Data, training and evaluation of a detector."""
 
 import argparse
 import logging
@@ -46,11 +46,11 @@ logger = logging.getLogger(__name__)
 
 
 def resolve_config(cfg: CfgNode, records: Records) -> CfgNode:
-    """Return the config with what the data decide: the number of classes, and a mask head only where all have masks.
+    """Return the config with the number of classes, and without a mask head unless all objects have masks.
 
     Args:
-        cfg: the config as it was asked for.
-        records: the images to train on, or to evaluate on.
+        cfg: the user's config.
+        records: the images to train on or, in evaluation only, to evaluate on.
 
     Raises:
         UserError: if a data set is unknown, the sets have different classes, or ``NUM_CLASSES`` contradicts them.
@@ -61,73 +61,59 @@ def resolve_config(cfg: CfgNode, records: Records) -> CfgNode:
     first = names[0]
     for name in names:
         if list(classes[name]) != list(classes[first]):
-            raise UserError(
-                f"data sets '{first}' and '{name}' have different classes; train and test on one class list"
-            )
+            raise UserError(f"data sets '{first}' and '{name}' have different classes; use the same class list in all")
     heads = cfg.MODEL.ROI_HEADS
     count = len(classes[first])
     if heads.NUM_CLASSES not in (0, count):
         raise UserError(
             f"MODEL.ROI_HEADS.NUM_CLASSES {heads.NUM_CLASSES} contradicts data set '{first}', which has {count} "
-            f"classes; set it to {count}, or to 0 to follow the data"
+            f"classes; set it to {count}, or to 0 for the number of classes of the data set"
         )
     heads.NUM_CLASSES = count
     objects = [a for r in records for a in r.get("annotations", []) if not a.get("iscrowd")]
     cfg.MODEL.MASK_ON &= bool(objects) and not without_mask(records)
     if cfg.MODEL.MASK_ON and any(isinstance(a["segmentation"], dict) for a in objects):
-        cfg.INPUT.MASK_FORMAT = "bitmask"  # Detectron2 has no polygons for an RLE
+        cfg.INPUT.MASK_FORMAT = "bitmask"  # Detectron2 cannot convert RLE masks to polygons
     if cfg.MODEL.MASK_ON and (cfg.INPUT.CROP.ENABLED or cfg.INPUT.LSJ.SIZE) and not find_spec("shapely"):
         raise UserError(
-            "Detectron2 cuts the polygons of masks with shapely: pip install shapely, or set INPUT.CROP.ENABLED False "
+            "Detectron2 needs shapely to crop polygon masks: run pip install shapely, or set INPUT.CROP.ENABLED False "
             "and INPUT.LSJ.SIZE 0"
         )
     cfg.freeze()
     return cfg
 
 
-def mask_notes(asked: CfgNode, cfg: CfgNode, records: Records, tests: dict[str, Records]) -> list[str]:
-    """Return sentences on objects without masks, because of which masks are not predicted or not evaluated.
+def mask_notes(requested: CfgNode, cfg: CfgNode, records: Records, tests: dict[str, Records]) -> list[str]:
+    """Return notes on objects without masks, because of which masks are not predicted or not evaluated.
 
     Args:
-        asked: the config before :func:`resolve_config`, ``cfg`` after it.
-        cfg: see ``asked``.
+        requested, cfg: the config before and after :func:`resolve_config`.
         records: see :func:`resolve_config`.
-        tests: records by the name of the set, to evaluate on.
+        tests: records by name of the test set.
     """
-    if not asked.MODEL.MASK_ON:
+    if not requested.MODEL.MASK_ON:
         return []
     if not cfg.MODEL.MASK_ON:
-        bare = len(without_mask(records))
-        reason = f"{_objects(bare)} without a mask" if bare else "there are no objects"
-        return [f"the mask head is off and only box AP is computed: {reason}"]
+        count = len(without_mask(records))
+        reason = f"objects without a mask: {count}" if count else "there are no objects"
+        return [f"the mask head is off and only box AP is computed ({reason})"]
     counts = {name: len(without_mask(test)) for name, test in tests.items()}
-    return [
-        f"only box AP is computed on {name}: {_objects(count)} without a mask"
-        for name, count in counts.items()
-        if count
-    ]
-
-
-def _objects(count: int) -> str:
-    return "there is 1 object" if count == 1 else f"there are {count} objects"
+    return [f"only box AP is computed on {name} (objects without a mask: {n})" for name, n in counts.items() if n]
 
 
 def evaluated_records(tests: dict[str, Records]) -> Records:
-    """Return the records that decide, in an evaluation alone, whether masks are predicted.
+    """Return the records for :func:`resolve_config` in evaluation only.
 
-    They are those of the sets where every object has a mask, or of all sets if there is none.
+    They are those of the sets in which every object has a mask, or of all sets if there is no such set.
     """
     return list(chain.from_iterable([test for test in tests.values() if not without_mask(test)] or tests.values()))
 
 
 def training_records(cfg: CfgNode) -> Records:
-    """Return the records of ``DATASETS.TRAIN`` that training uses.
+    """Return the records to train on.
 
-    VOC's difficult objects are left out unless ``DATASETS.TRAIN_DIFFICULT``, images without objects if
-    ``DATALOADER.FILTER_EMPTY_ANNOTATIONS``.
-
-    Raises:
-        UserError: if the data are missing or damaged, or no image is left.
+    Without VOC's difficult objects unless ``DATASETS.TRAIN_DIFFICULT`` is set, and without images that have no objects
+    if ``DATALOADER.FILTER_EMPTY_ANNOTATIONS`` is set.
     """
     if not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty; name a data set, such as ('voc_2007_trainval',)")
@@ -138,13 +124,13 @@ def training_records(cfg: CfgNode) -> Records:
         records = [r for r in records if any(not a.get("iscrowd") for a in r["annotations"])]
     if not records:
         raise UserError(
-            f"DATASETS.TRAIN {list(cfg.DATASETS.TRAIN)} holds no image with an object; check the annotations"
+            f"DATASETS.TRAIN {list(cfg.DATASETS.TRAIN)} contains no image with an object; check the annotations"
         )
     return records
 
 
 def training_batches(cfg: CfgNode, records: Records, start: int) -> EndlessBatches:
-    """Return the endless batches of this process from iteration ``start`` on."""
+    """Return the endless training batches of this process from iteration ``start`` on."""
     solver = cfg.SOLVER
     rank, world = comm.get_rank(), comm.get_world_size()
     order = EndlessOrder(len(records), solver.IMS_PER_BATCH, cfg.SEED, start, rank, world, solver.GRAD_ACCUM_STEPS)
@@ -153,59 +139,50 @@ def training_batches(cfg: CfgNode, records: Records, start: int) -> EndlessBatch
 
 
 def evaluation_sets(cfg: CfgNode) -> dict[str, Records]:
-    """Return the records of each set of ``DATASETS.TEST``.
-
-    Raises:
-        UserError: if the data are missing or damaged.
-    """
+    """Return the records of each set of ``DATASETS.TEST``."""
     return {name: catalog.get_records(name, cfg.DATASETS.SKIP_MISSING) for name in cfg.DATASETS.TEST}
 
 
 def build_trainer(cfg: CfgNode, model: GeneralizedRCNN, records: Records, tests: dict[str, Records]) -> Trainer:
-    """Return the trainer of a detector on ``records``, with evaluation on ``tests``."""
+    """Return the trainer of a detector on ``records``, with evaluation on ``tests`` (records by name)."""
     logger.info(f"{sum(not a.get('iscrowd') for r in records for a in r['annotations'])} training objects")
     if comm.is_main_process():
         classes = list(catalog.get_metadata(cfg.DATASETS.TRAIN[0]).thing_classes)
-        write_json(Path(cfg.OUTPUT_DIR) / "classes.json", classes)  # a detector is used where its data are not
+        write_json(Path(cfg.OUTPUT_DIR) / "classes.json", classes)  # for prediction without the data set
     make_batches = partial(training_batches, cfg, records)
     measure = partial(evaluate, cfg, model, tests) if tests else None
     return Trainer(cfg, model, len(records), make_batches, measure)
 
 
 def evaluate(cfg: CfgNode, model: GeneralizedRCNN, tests: dict[str, Records]) -> dict[str, Any]:
-    """Evaluate on each of ``tests``; write ``results.json`` and ``evaluation.json`` into ``inference/``.
+    """Evaluate on each of ``tests``; write results, settings and detections into ``inference/``.
 
-    The second holds the limit of detections.
-    Detections go into ``inference/``, of several sets each into a folder of the set's name there.
+    With several test sets, the detections of each are written into a subfolder with its name.
 
     Returns:
-        For one data set its results, such as ``{"bbox": {"AP": ...}, "voc07": {"AP50": ...}}``, in percent; for
-        several, those under each name. Empty in all processes but the first.
+        For one data set its results in percent, such as ``{"bbox": {"AP": ...}, "voc07": {"AP50": ...}}``; for several,
+        those of each by name. Empty in all processes but the first.
     """
-    return _written(cfg, _evaluate(cfg, model, tests, "inference"))
+    return _write_results(cfg, _evaluate(cfg, model, tests, "inference"))
 
 
 def evaluate_with_tta(
     cfg: CfgNode, model: GeneralizedRCNN, tests: dict[str, Records], results: dict[str, Any]
 ) -> dict[str, Any]:
-    """Evaluate once more with Detectron2's test-time augmentation, if ``TEST.AUG.ENABLED``.
+    """If ``TEST.AUG.ENABLED`` is set, evaluate again with Detectron2's test-time augmentation.
 
-    Args:
-        cfg: the config.
-        model: the detector.
-        tests: records by the name of the set.
-        results: what :func:`evaluate` returned.
+    Detections are written into ``inference/TTA``.
 
     Returns:
-        ``results`` with those of the augmented images under each task's name and ``_TTA``, such as ``bbox_TTA``, which
-        are written too; detections go into ``inference/TTA``. Without augmentation ``results``.
+        ``results``, which :func:`evaluate` returned, and those with augmentation, with the suffix ``_TTA`` in the name
+        of each task, such as ``bbox_TTA``.
     """
     if not cfg.TEST.AUG.ENABLED or not tests:
         return results
     logger.info("evaluation with test-time augmentation (TEST.AUG)")
     augmented = _evaluate(cfg, GeneralizedRCNNWithTTA(cfg, model), tests, "inference/TTA")
     plain = dict.fromkeys(augmented, results) if len(tests) == 1 else results
-    return _written(
+    return _write_results(
         cfg,
         {
             name: plain[name] | {f"{task}_TTA": values for task, values in found.items()}
@@ -215,10 +192,10 @@ def evaluate_with_tta(
 
 
 def check_expected_results(cfg: CfgNode, results: dict[str, Any]) -> None:
-    """Compare the results of the one test set with ``TEST.EXPECTED_RESULTS`` by Detectron2's ``verify_results``.
+    """Compare the results of the test set with ``TEST.EXPECTED_RESULTS`` (Detectron2's ``verify_results``).
 
     Raises:
-        UserError: a result differs by more than its tolerance, or is missing.
+        UserError: a result is missing or differs by more than its tolerance.
     """
     if not comm.is_main_process():
         return
@@ -226,14 +203,14 @@ def check_expected_results(cfg: CfgNode, results: dict[str, Any]) -> None:
         verify_results(cfg, defaultdict(dict, results))
     except SystemExit as error:
         rows = [
-            f"{task}/{metric} is {results.get(task, {}).get(metric)}, expected {value} within {tolerance}"
+            f"{task}/{metric} is {results.get(task, {}).get(metric)}, expected {value} +- {tolerance}"
             for task, metric, value, tolerance in cfg.TEST.EXPECTED_RESULTS
         ]
         raise UserError(f"results differ from TEST.EXPECTED_RESULTS: {', '.join(rows)}") from error
 
 
-def _written(cfg: CfgNode, results: dict[str, Any]) -> dict[str, Any]:
-    """Write the results by data set; return those of the only one, or all."""
+def _write_results(cfg: CfgNode, results: dict[str, Any]) -> dict[str, Any]:
+    """Write the results by data set; return those of the only one, or all of them."""
     if comm.is_main_process() and results:
         inference = Path(cfg.OUTPUT_DIR) / "inference"
         write_json(inference / "results.json", results)
@@ -242,7 +219,7 @@ def _written(cfg: CfgNode, results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _evaluate(cfg: CfgNode, model: nn.Module, tests: dict[str, Records], folder: str) -> dict[str, Any]:
-    """Return the results of each test set by name; detections go into the folder in ``OUTPUT_DIR``."""
+    """Return the results of each test set by name; write detections into ``folder`` in ``OUTPUT_DIR``."""
     results: dict[str, Any] = {}
     autocast = choose_precision(cfg.SOLVER.PRECISION, next(model.parameters()).device).autocast
     for name, records in tests.items():
@@ -271,7 +248,7 @@ def _evaluators(cfg: CfgNode, name: str, records: Records, output: Path) -> Iter
     metrics = metadata.get("metrics", ("coco",))
     ignore = cfg.DATASETS.IGNORE_DIFFICULT
     if "coco" in metrics:
-        # The file of a data set that lacks images asks for objects that cannot be found.
+        # With missing images, the annotation file has objects that cannot be detected: use the records instead.
         truth = None if metadata.get("json_file") and not cfg.DATASETS.SKIP_MISSING else records
         limit = cfg.TEST.DETECTIONS_PER_IMAGE
         yield CocoStyleEvaluator(name, truth, metadata.thing_classes, output, ignore_difficult=ignore, limit=limit)
@@ -281,26 +258,23 @@ def _evaluators(cfg: CfgNode, name: str, records: Records, output: Path) -> Iter
         yield KittiEvaluator(name, records, metadata.thing_classes)
 
 
-def run_process(asked: CfgNode, args: argparse.Namespace, end: Callable[[Path, str], None]) -> None:
-    """Run one process of a training of a detector, or of an evaluation.
+def run_process(requested: CfgNode, args: argparse.Namespace, end: Callable[[Path, str], None]) -> None:
+    """Train or evaluate a detector in one of the processes.
 
     Args:
-        asked: the config, before the data decide on classes and masks.
-        args: of the command ``train``.
-        end: called after a training, in the first process, with ``OUTPUT_DIR`` and the command to type next.
-
-    Raises:
-        UserError: if the data are missing or damaged, or results differ from ``TEST.EXPECTED_RESULTS``.
+        requested: the config before :func:`resolve_config`.
+        args: arguments of the command ``train``.
+        end: called in the first process after training, with ``OUTPUT_DIR`` and the next command to run.
     """
-    start_run(asked, args)
-    register_own(asked.DATASETS)
-    tests = evaluation_sets(asked)
+    start_run(requested, args)
+    register_own(requested.DATASETS)
+    tests = evaluation_sets(requested)
     if args.eval_only and not tests:
-        raise UserError("DATASETS.TEST is empty; name a data set to evaluate on, such as ('voc_2007_test',)")
-    records = evaluated_records(tests) if args.eval_only else training_records(asked)
-    keep_splits(tests if args.eval_only else (*asked.DATASETS.TRAIN, *tests), Path(asked.OUTPUT_DIR))
-    cfg = resolve_config(asked, records)
-    for note in mask_notes(asked, cfg, records, tests):
+        raise UserError("DATASETS.TEST is empty; name a data set, such as ('voc_2007_test',)")
+    records = evaluated_records(tests) if args.eval_only else training_records(requested)
+    keep_splits(tests if args.eval_only else (*requested.DATASETS.TRAIN, *tests), Path(requested.OUTPUT_DIR))
+    cfg = resolve_config(requested, records)
+    for note in mask_notes(requested, cfg, records, tests):
         logger.info(note)
     if not args.eval_only:
         before_training(cfg, records, tests, get_metadata(cfg.DATASETS.TRAIN[0]).thing_classes)

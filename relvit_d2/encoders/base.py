@@ -1,4 +1,4 @@
-"""What an encoder is, and the table of the encoders that exist."""
+"""The encoder base class and the registry of encoders."""
 
 import inspect
 import re
@@ -15,19 +15,19 @@ from relvit_d2.utils.registry import Registry
 
 
 class Encoder(nn.Module):
-    """Images to token maps.
+    """Base class of all encoders: images to feature maps.
 
-    A subclass sets, before its first forward pass:
+    A subclass sets ``strides`` and ``channels`` before its first forward pass; :func:`build_encoder` sets ``name`` and
+    ``arguments``. The pretext heads and the simple feature pyramid read the last map.
 
     Attributes:
-        name: the registered name that built it.
-        arguments: the keyword arguments it was built with, plain numbers and booleans.
+        name: registered name.
+        arguments: keyword arguments of the builder, plain numbers and booleans.
         strides: pixels per token of each map, by the map's name, finest first (``{"s16": 16}``).
-        channels: channels of each map, under the same names.
-        traced: which of batch, height and width ``torch.export`` leaves open when it makes a program of it.
-
-    The last map is the one the pretext heads and the simple feature pyramid read. Every builder takes the keys of
-    ``MODEL.ENCODER`` in small letters and ``in_chans``.
+        channels: channels of each map, by the map's name.
+        traced: dimensions (batch, height, width) that ``torch.export`` keeps dynamic.
+        position_embedding: state dict name of what ``pos_embed`` adds, or ``sinusoid``; empty if nothing.
+        patch_embedding: state dict name of the convolution weight over the channels of the images; empty if none.
     """
 
     name: str
@@ -35,29 +35,30 @@ class Encoder(nn.Module):
     strides: dict[str, int]
     channels: dict[str, int]
     traced: tuple[str, ...] = ("batch", "height", "width")
+    position_embedding = ""
+    patch_embedding = ""
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Map normalised images ``(B, in_chans, H, W)`` to maps ``(B, C, ceil(H / stride), ceil(W / stride))``."""
         raise NotImplementedError
 
     def tokens(self, images: Tensor) -> Tensor:
-        """Return the last map as a sequence ``(B, h * w, C)``, row by row."""
-        maps = self(images)
-        return maps[self.last].flatten(2).transpose(1, 2)
+        """Return the last map as a sequence ``(B, h * w, C)`` in row-major order."""
+        return self(images)[self.last].flatten(2).transpose(1, 2)
 
     def pooled_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what a classifier reads of each image, ``(B, C)``, and :meth:`tokens`.
+        """Return one feature vector per image, ``(B, C)``, and :meth:`tokens`.
 
-        Here their mean; an encoder with a class token returns that.
+        The vector is the class token where the encoder has one, else the mean of the tokens.
         """
         tokens = self.tokens(images)
         return tokens.mean(1), tokens
 
     @property
     def has_position_information(self) -> bool:
-        """Whether a token can know its place beyond what the patches show.
+        """Whether a token depends on its position and not on the patch contents alone.
 
-        Where it cannot, permuting the patches permutes the tokens and changes nothing else.
+        If not, permuting the patches only permutes the tokens.
         """
         return True
 
@@ -72,7 +73,7 @@ class Encoder(nn.Module):
         return self.channels[self.last]
 
     def depth_of(self, name: str) -> int:
-        """Return how deep a parameter lies: 0 for what embeds patches, i for the i-th block, then the rest."""
+        """Return the layer index of a parameter: 0 for the embedding, i for the i-th block, depth + 1 after them."""
         if block := re.search(r"\bblocks\.(\d+)\.", name):
             return int(block[1]) + 1
         return self.depth + 1 if re.match(r"(\w+\.)?norm\.", name) else 0
@@ -83,90 +84,84 @@ class Encoder(nn.Module):
         return 1 + max(int(b[1]) for n, _ in self.named_parameters() if (b := re.search(r"\bblocks\.(\d+)\.", n)))
 
     def compile_passes(self) -> None:
-        """Make the passes of :meth:`forward` and :meth:`tokens` with ``torch.compile`` from here on, in place."""
+        """Run the passes of :meth:`forward` and :meth:`tokens` through ``torch.compile``, in place."""
         self.forward = torch.compile(self.forward)  # type: ignore[method-assign]
 
     def select_blocks(self, count: int) -> None:
-        """Give the outputs of ``count`` blocks, evenly spaced up to the last one, as maps from here on.
+        """Return the outputs of ``count`` blocks, evenly spaced up to the last one, as maps.
 
-        Their names stand in :attr:`strides` before the last map.
+        Their names precede the last map in :attr:`strides`.
 
         Raises:
-            UserError: if the encoder is no row of equal blocks.
+            UserError: the encoder does not consist of equal blocks, or has fewer.
         """
         raise UserError(
-            f"encoder '{self.name}' has no equal blocks to tap but maps of its own: set MODEL.PYRAMID.NAME fpn"
+            f"encoder '{self.name}' has no equal blocks to select from, but maps of several strides: set "
+            "MODEL.PYRAMID.NAME fpn"
         )
 
     def checkpoint_blocks(self) -> None:
-        """Recompute the blocks in the backward pass from here on, instead of keeping what is inside them.
+        """Recompute the blocks in the backward pass instead of storing their activations.
 
         Raises:
-            UserError: if the encoder has no blocks to recompute.
+            UserError: the encoder has no blocks to recompute.
         """
         raise UserError(f"encoder '{self.name}' has no blocks to recompute; set MODEL.ACTIVATION_CHECKPOINT False")
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the last map for an image of ``height`` x ``width`` pixels."""
+        """Return the rows and columns of the last map for an image of ``height`` x ``width`` pixels."""
         stride = self.strides[self.last]
         return -(-height // stride), -(-width // stride)
 
     def to_config(self) -> dict[str, Any]:
-        """Return what :func:`build_encoder` needs to build the same encoder again."""
+        """Return the arguments with which :func:`build_encoder` builds the same encoder."""
         return {"name": self.name, **self.arguments}
 
     def fresh(self, source: dict[str, Any]) -> set[str]:
-        """Name the parameters, or parts, that weights saved from the configuration ``source`` lack by design."""
-        return set()
+        """Return the names in the state dict that an encoder with the configuration ``source`` lacks by design."""
+        return self._positions_only_in(self.arguments, source)
 
     def lacks(self, source: dict[str, Any]) -> set[str]:
-        """Name the parameters, or parts, of an encoder configured as ``source`` that this one leaves out by design."""
-        return set()
+        """Return the names that an encoder with the configuration ``source`` has and this one lacks by design."""
+        return self._positions_only_in(source, self.arguments)
+
+    def _positions_only_in(self, one: dict[str, Any], other: dict[str, Any]) -> set[str]:
+        name = self.position_embedding
+        return {name} if name and one["pos_embed"] and not other["pos_embed"] else set()
 
     def accepts(self, key: str, value: Any) -> bool:
-        """Whether weights of an encoder built with another ``value`` of the argument ``key`` can be adapted to this.
+        """Whether :meth:`adapt` converts weights of an encoder whose argument ``key`` is ``value``.
 
-        Features stay equal then for images that are enlarged patch by patch (``patch_size``) or gray (``in_chans``).
+        Features are equal then for images enlarged patch by patch (``patch_size``) or gray (``in_chans``).
         """
-        return bool(value == self.arguments[key])
+        gray = bool(self.patch_embedding) and (key, value, self.arguments[key]) == ("in_chans", 3, 1)
+        return gray or bool(value == self.arguments[key])
 
     def adapt(self, name: str, value: Tensor, source: dict[str, Any]) -> Tensor | None:
-        """Resize the tensor ``name`` of an encoder configured as ``source``, or None where that makes no sense."""
-        return None
+        """Convert the tensor ``name`` of an encoder with the configuration ``source``; None if it cannot be converted.
+
+        The patch embedding is summed over the colours, so that a gray image has the features of its RGB copy.
+        """
+        gray = self.arguments["in_chans"] == 1 and name == self.patch_embedding
+        return value.sum(1, keepdim=True) if gray else None
 
     @contextmanager
-    def without(self, fresh: set[str]) -> Iterator[None]:
-        """Keep what is in ``fresh`` at zero inside the block, to compare with an encoder that lacks them."""
-        muted = [p.data for n, p in self.named_parameters() if n in fresh]
-        kept = [value.clone() for value in muted]
-        for value in muted:
+    def without(self, names: set[str]) -> Iterator[None]:
+        """Set the parameters ``names`` to zero inside the block, to compare with an encoder that lacks them."""
+        parameters = [p.data for n, p in self.named_parameters() if n in names]
+        values = [value.clone() for value in parameters]
+        for value in parameters:
             value.zero_()
         try:
             yield
         finally:
-            for value, before in zip(muted, kept, strict=True):
+            for value, before in zip(parameters, values, strict=True):
                 value.copy_(before)
 
 
 ENCODERS: Registry[Callable[..., Encoder]] = Registry("encoder")
-# Encoders named "FAMILY:MEMBER" come from the family's function of the member's name, which gives their builder.
+# "FAMILY:MEMBER" is built by what the family's function returns for the member's name.
 FAMILIES: Registry[Callable[[str], Callable[..., Encoder]]] = Registry("family of encoders")
-
-
-def evenly(count: int, depth: int, name: str) -> list[int]:
-    """Return ``count`` of ``depth`` blocks, counted from 0, evenly spaced up to the last one.
-
-    Raises:
-        UserError: if the encoder ``name`` has not so many.
-    """
-    if not 1 <= count <= depth:
-        raise UserError(f"{count} levels need as many blocks, but encoder '{name}' has {depth}: ask for fewer levels")
-    return spaced(count, depth)
-
-
-def spaced(count: int, depth: int) -> list[int]:
-    """Return ``count`` of ``depth`` blocks as :func:`evenly`; 0 to ``depth`` of them."""
-    return [depth * (i + 1) // count - 1 for i in range(count)]
 
 
 def build_encoder(name: str, **arguments: Any) -> Encoder:
@@ -177,7 +172,7 @@ def build_encoder(name: str, **arguments: Any) -> Encoder:
         arguments: the keyword arguments of its builder.
 
     Raises:
-        UserError: for an unknown name or argument, or a value that the encoder cannot have.
+        UserError: for an unknown name or argument, or a value that the encoder does not support.
     """
     builder = _builder(name)
     known = list(inspect.signature(builder).parameters)
@@ -211,21 +206,20 @@ def map_strides(keys: Mapping[str, Any]) -> list[int]:
 
 
 def encoder_from_keys(keys: Mapping[str, Any]) -> Encoder:
-    """Build the encoder that the config node ``MODEL`` describes: in ``ENCODER`` the arguments' names in capitals.
+    """Build the encoder of the config node ``MODEL``; ``ENCODER`` holds the arguments, in capitals.
 
-    ``PIXEL_MEAN``, a mean a channel, says how many channels images have; without it they have three.
+    Images have as many channels as ``PIXEL_MEAN`` has values; three without that key.
 
     Raises:
-        UserError: see :func:`build_encoder`; and if windows are asked of an encoder without such an argument.
+        UserError: see :func:`build_encoder`; or ``WINDOW`` is set for an encoder without window attention.
     """
     arguments = {key.lower(): value for key, value in keys["ENCODER"].items()}
-    if "PIXEL_MEAN" in keys:  # Detectron2 counts channels there too (modeling/backbone/build.py)
+    if "PIXEL_MEAN" in keys:  # as Detectron2 counts channels (modeling/backbone/build.py)
         arguments["in_chans"] = len(keys["PIXEL_MEAN"])
     if "window" not in inspect.signature(_builder(arguments["name"])).parameters:
         if arguments.pop("window", 0):
             raise UserError(
-                f"MODEL.ENCODER.WINDOW: encoder '{arguments['name']}' has no attention to keep in windows of a chosen "
-                "side; set it to 0"
+                f"MODEL.ENCODER.WINDOW: encoder '{arguments['name']}' does not support window attention; set it to 0"
             )
         arguments.pop("global_blocks", None)
     encoder = build_encoder(**arguments)

@@ -1,8 +1,7 @@
-"""Swin Transformers: timm's modules, and so its names of weights, behind the encoder contract."""
+"""Swin Transformers, built from timm's modules with timm's parameter names."""
 
 import re
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,32 +17,32 @@ WINDOW = 7  # tokens
 
 
 class Swin(Encoder):
-    """Four maps of stride 4, 8, 16 and 32; the last one after the final norm, which the pretext heads see.
+    """A Swin: four maps of stride 4, 8, 16 and 32, the last one after the final norm.
 
-    Takes images of any size: an image is padded to whole patches, a map to whole windows and to an even size before
-    it is halved, always with zeros, right and bottom. Every second block shifts its windows by half a window along
-    the axes that are longer than a window. So features depend on the image alone, not on a size given when the
-    encoder is built; they are those of the published classifiers at their 224 pixels and of the published detectors'
-    code wherever every map is larger than a window.
+    Images have any size: an image is padded to whole patches, a map to whole windows and, before downsampling, to an
+    even size, with zeros on the right and below. Every second block shifts its windows by half a window along axes
+    longer than a window. Features do not depend on a size given at construction. They equal those of the published
+    classifiers at 224 pixels, and of the published detectors wherever every map is larger than a window.
 
-    timm's own pass rolls a map before it pads it: wherever a map is no multiple of the window, tokens of opposite
-    edges see each other. Here it is padded first, as in the authors' detection code
+    timm's forward pass rolls a map before it pads it, so if the map is not a multiple of the window, tokens of
+    opposite edges attend to each other. Here it is padded first, as in the authors' detection code
     (``mmdet/models/backbones/swin_transformer.py``) and in Detectron2 (``modeling/backbone/swin.py``).
 
     Args:
-        dim: channels of the first map; each next map has twice as many.
+        dim: channels of the first map; they double from map to map.
         depths: blocks of each stage.
         heads: attention heads of each stage.
         patch_size: 4.
-        drop_path: stochastic depth of the last block, 0..1; earlier blocks linearly less.
-        dropout: dropout after the attention's projection and in the MLP, 0..1.
+        drop_path: stochastic depth rate of the last block, 0..1; it decreases linearly towards the first.
+        dropout: dropout rate after the attention projection and in the MLP, 0..1.
         in_chans: channels of the images.
 
     Raises:
-        UserError: if ``patch_size`` is not 4.
+        UserError: ``patch_size`` is not 4.
     """
 
-    traced = ()  # which windows shift and how a map is padded is decided by its size
+    traced = ()  # shifts and padding depend on the size
+    patch_embedding = "swin.patch_embed.proj.weight"
 
     def __init__(
         self,
@@ -57,7 +56,7 @@ class Swin(Encoder):
     ) -> None:
         super().__init__()
         if patch_size != PATCH:
-            raise UserError(f"MODEL.ENCODER.PATCH_SIZE {patch_size} is not the patch of a Swin; set it to {PATCH}")
+            raise UserError(f"MODEL.ENCODER.PATCH_SIZE {patch_size} is not supported by a Swin; set it to {PATCH}")
         self._depths = depths
         self.swin = SwinTransformer(
             patch_size=patch_size,
@@ -76,9 +75,8 @@ class Swin(Encoder):
         self.channels = {name: dim << stage for stage, name in enumerate(self.strides)}
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """See :class:`Encoder`."""
         down, right = (-side % PATCH for side in images.shape[-2:])
-        # Padding by nothing would copy the images, and the copy would be kept for the backward pass.
+        # F.pad by zero pixels would copy the images, and autograd would store the copy.
         x = self.swin.patch_embed(F.pad(images, (0, right, 0, down)) if down or right else images)
         maps = {}
         for name, stage in zip(self.strides, self.swin.layers, strict=True):
@@ -89,44 +87,33 @@ class Swin(Encoder):
 
     @property
     def depth(self) -> int:
-        """See :class:`Encoder`."""
         return sum(self._depths)
 
     def depth_of(self, name: str) -> int:
-        """See :class:`Encoder`; what halves a map belongs to the first block after it."""
-        if not (place := re.search(r"\blayers\.(\d+)\.(?:blocks\.(\d+))?", name)):
+        """As :meth:`Encoder.depth_of`; a downsampling layer belongs to the block after it."""
+        if not (match := re.search(r"\blayers\.(\d+)\.(?:blocks\.(\d+))?", name)):
             return super().depth_of(name)
-        return sum(self._depths[: int(place[1])]) + int(place[2] or 0) + 1
-
-    def accepts(self, key: str, value: Any) -> bool:
-        """See :class:`Encoder`: colour may become gray."""
-        return super().accepts(key, value) or (key == "in_chans" and (value, self.arguments["in_chans"]) == (3, 1))
-
-    def adapt(self, name: str, value: Tensor, source: dict[str, Any]) -> Tensor | None:
-        """Sum the patch embedding over the colours, so that a gray image gives what its gray copies gave."""
-        gray = self.arguments["in_chans"] == 1
-        return value.sum(1, keepdim=True) if gray and name == "swin.patch_embed.proj.weight" else None
+        return sum(self._depths[: int(match[1])]) + int(match[2] or 0) + 1
 
     def checkpoint_blocks(self) -> None:
-        """See :class:`Encoder`."""
         self.swin.set_grad_checkpointing()
 
 
 def _stage(stage: SwinTransformerStage, x: Tensor) -> Tensor:
-    """Halve (but for the first stage) a map ``(B, h, w, C)`` and pass it through the blocks."""
+    """Downsample a map ``(B, h, w, C)``, except in the first stage, and run the blocks."""
     x = stage.downsample(x)
     down, right = (WINDOW // 2 if side > WINDOW else 0 for side in x.shape[1:3])
     mask = shift_mask(x, (down, right)) if down or right else None
     run = partial(checkpoint, _block, use_reentrant=False) if stage.grad_checkpointing else _block
     for index, block in enumerate(stage.blocks):
         assert isinstance(block, SwinTransformerBlock)
-        how = ((down, right), mask) if index % 2 else ((0, 0), None)
-        x = run(block, x, *how)
+        shift = ((down, right), mask) if index % 2 else ((0, 0), None)
+        x = run(block, x, *shift)
     return x
 
 
 def _block(block: SwinTransformerBlock, x: Tensor, shift: tuple[int, int], mask: Tensor | None) -> Tensor:
-    """Attention in windows that begin at ``shift``, then the MLP, on a map ``(B, h, w, C)``."""
+    """Apply attention in windows offset by ``shift``, then the MLP, to a map ``(B, h, w, C)``."""
     height, width = x.shape[1:3]
     y = block.norm1(x)
     y = F.pad(y, (0, 0, 0, -width % WINDOW, 0, -height % WINDOW))
@@ -142,26 +129,26 @@ def _block(block: SwinTransformerBlock, x: Tensor, shift: tuple[int, int], mask:
 
 
 def windows(x: Tensor) -> Tensor:
-    """Cut maps ``(B, h, w, C)``, whole windows each, into ``(B * windows, 49, C)``, row by row."""
+    """Partition maps ``(B, h, w, C)`` of whole windows into ``(B * windows, 49, C)`` in row-major order."""
     x = x.unflatten(2, (-1, WINDOW)).unflatten(1, (-1, WINDOW)).transpose(2, 3)
     return x.flatten(3, 4).flatten(0, 2)
 
 
 def shift_mask(x: Tensor, shift: tuple[int, int]) -> Tensor:
-    """What the attention of a shifted map adds to its scores: minus infinity between what are no neighbours.
+    """Return the attention mask of a shifted map: minus infinity between tokens that the roll made neighbours.
 
     Args:
-        x: the map ``(B, h, w, C)`` before it is padded.
-        shift: tokens that it is rolled up and left by.
+        x: the map ``(B, h, w, C)`` before padding.
+        shift: tokens by which the map is rolled up and left.
 
     Returns:
-        ``(windows, 49, 49)``; tokens that came around an edge see each other only.
+        ``(windows, 49, 49)``, added to the attention scores.
     """
-    came = []
+    wrapped = []
     for side, by in zip(x.shape[1:3], shift, strict=True):
         length = side + -side % WINDOW
-        came.append(torch.arange(length, device=x.device) >= length - by)
-    label = windows((2 * came[0][:, None] + came[1])[None, ..., None])
+        wrapped.append(torch.arange(length, device=x.device) >= length - by)
+    label = windows((2 * wrapped[0][:, None] + wrapped[1])[None, ..., None])
     apart = label != label.transpose(1, 2)
     return torch.zeros(apart.shape, dtype=x.dtype, device=x.device).masked_fill(apart, float("-inf"))
 
@@ -177,7 +164,7 @@ def swin_tiny(
 ) -> Encoder:
     """Build a Swin-T ("Swin Transformer", Liu et al., 2021, 3.3).
 
-    ``img_size`` and ``pos_embed`` change nothing: there is no grid that weights are stored for, and the relative
-    position bias of the windows is always there.
+    ``img_size`` and ``pos_embed`` have no effect: no weight depends on the image size, and the relative position bias
+    is always used.
     """
     return Swin(96, (2, 2, 6, 2), (3, 6, 12, 24), patch_size, drop_path, dropout, in_chans)

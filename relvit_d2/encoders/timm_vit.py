@@ -1,4 +1,4 @@
-"""Any plain Vision Transformer of timm by its name there."""
+"""Every plain Vision Transformer of timm, by its timm name."""
 
 from collections.abc import Callable
 
@@ -8,35 +8,35 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from relvit_d2.encoders.base import FAMILIES, Encoder
-from relvit_d2.encoders.vit import ANY_SIZE, ViT, divided
+from relvit_d2.encoders.vit import ANY_SIZE, ViT, check_image_size
 from relvit_d2.utils.errors import UserError, nearest
 
 
 def entry(model: str) -> Callable[..., VisionTransformer]:
-    """Return timm's function that builds ``model``, a name without a tag of weights.
+    """Return timm's function that builds ``model``, a name without a weights tag.
 
-    What the modules ``vision_transformer`` and ``deit`` of timm build as a ``VisionTransformer`` has a plain patch
-    embedding, and keys, registers, scales and feed-forward parts of every kind; the other modules build variants.
+    Models that timm's modules ``vision_transformer`` and ``deit`` build as a ``VisionTransformer`` have a plain patch
+    embedding; those of other modules do not.
 
     Raises:
-        UserError: if timm has no such model, or it is no plain Vision Transformer.
+        UserError: timm has no such model, or it is not a plain Vision Transformer.
     """
     if not timm.is_model(model):
         close = nearest(model, timm.list_models())
-        raise UserError(f"timm {timm.__version__} has no model '{model}'{close or '; timm.list_models() names them'}")
+        raise UserError(f"timm {timm.__version__} has no model '{model}'{close or '; timm.list_models() lists them'}")
     function = model_entrypoint(model)
     module, made = function.__module__, function.__annotations__.get("return")
     if module not in (vision_transformer.__name__, deit.__name__) or made is not VisionTransformer:
         kind = getattr(made, "__name__", made)
         raise UserError(
-            f"timm's '{model}' is a {kind} of {module}, no VisionTransformer with a plain patch embedding; choose a "
+            f"timm's '{model}' is a {kind} of {module}, not a VisionTransformer with a plain patch embedding; choose a "
             "vit_*, deit_* or deit3_* of timm, or an encoder of this package"
         )
     return function
 
 
 def without_head(vit: VisionTransformer) -> VisionTransformer:
-    """Remove, in place, what comes after the tokens: pooling, the norm of what is pooled, the classifier."""
+    """Remove pooling, the norm of the pooled features and the classifier, in place."""
     vit.reset_classifier(0, "")
     vit.fc_norm = nn.Identity()
     return vit
@@ -47,7 +47,7 @@ def timm_vit(model: str) -> Callable[..., Encoder]:
     """Return the builder of timm's ``model``, with random weights: nothing is downloaded.
 
     Raises:
-        UserError: see :func:`entry`.
+        UserError: as :func:`entry`.
     """
     function = entry(model)
 
@@ -61,12 +61,12 @@ def timm_vit(model: str) -> Callable[..., Encoder]:
         window: int = 0,
         global_blocks: int = 4,
     ) -> Encoder:
-        """Build the model; the arguments decide, whatever patch and image its name tells.
+        """Build the model; the arguments override the patch and image size in its name.
 
-        Features are the tokens that timm's ``forward_features`` gives for patches, so in a model that norms only what
-        is pooled (``*_gap_*``) they are not normed.
+        Features are the patch tokens of timm's ``forward_features``, which are not normed in models that norm the
+        pooled features only (``*_gap_*``).
         """
-        divided(img_size, patch_size)
+        check_image_size(img_size, patch_size)
         vit = function(
             img_size=img_size,
             patch_size=patch_size,

@@ -1,8 +1,8 @@
-"""A transformer block whose patches see their own window of the grid only.
+"""Transformer blocks with window attention.
 
-"Exploring Plain Vision Transformer Backbones for Object Detection" (Li et al., 2022), section 3: attention in windows
-that do not shift, and a few blocks that stay global carry what is seen from window to window. Weights are those of
-global attention.
+"Exploring Plain Vision Transformer Backbones for Object Detection" (Li et al., 2022), section 3: attention in
+non-overlapping windows without shifts; a few blocks with global attention exchange information between windows. The
+weights are those of global attention.
 """
 
 import torch
@@ -15,25 +15,25 @@ Grid = tuple[int, int]
 
 
 def windowed_block(block: nn.Module, x: Tensor, grid: Grid, window: int) -> Tensor:
-    """Run a block of timm's with :func:`windowed_attention`: ``(B, prefix + rows * cols, C)`` to the same shape."""
+    """Run timm's block with :func:`windowed_attention` on ``(B, prefix + rows * cols, C)``; the shape is kept."""
     assert isinstance(block, Block) and isinstance(block.attn, Attention)
     x = x + block.drop_path1(block.ls1(windowed_attention(block.attn, block.norm1(x), grid, window)))
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
 def windowed_attention(attention: Attention, x: Tensor, grid: Grid, window: int) -> Tensor:
-    """Attention in windows of ``window`` x ``window`` patches that begin at the top left corner.
+    """Apply attention in windows of ``window`` x ``window`` patches, counted from the top left corner.
 
-    A grid that does not fill its last windows is continued with zeros on the right and below, which are seen, as in
+    A grid that does not fill its last windows is padded with zeros on the right and below, which take part, as in
     Detectron2 (``modeling/backbone/utils.py:16-40``, after the norm and before the projection to queries, keys and
-    values). A side of the grid that is no longer than the window is not continued: there the attention is the global
-    one. Tokens before the patches, such as a class token, see all tokens and are seen from every window.
+    values). A side not longer than the window is not padded: there the attention is global. Prefix tokens, such as a
+    class token, attend to all tokens and belong to every window.
 
     Args:
-        attention: where the weights are.
+        attention: the weights.
         x: normed tokens ``(B, prefix + rows * cols, C)``.
-        grid: rows and columns of the patches.
-        window: patches a side.
+        grid: rows and columns of patches.
+        window: side of a window in patches.
 
     Returns:
         ``(B, prefix + rows * cols, C)``.
@@ -42,13 +42,13 @@ def windowed_attention(attention: Attention, x: Tensor, grid: Grid, window: int)
     prefix = x.shape[1] - rows * cols
     sides = (window if rows > window else rows), (window if cols > window else cols)
     qkv = attention.qkv(x)
-    windows = cut(qkv[:, prefix:].unflatten(1, grid), sides, attention.qkv.bias)
+    windows = partition(qkv[:, prefix:].unflatten(1, grid), sides, attention.qkv.bias)
     count = windows.shape[0] // x.shape[0]
     before = qkv[:, :prefix]
     if prefix:
-        # Not repeat_interleave: ONNX's translation wants the count to be known.
+        # repeat_interleave would need a constant count in ONNX.
         windows = torch.cat((before[:, None].expand(-1, count, -1, -1).flatten(0, 1), windows), dim=1)
-    out = joined(_attend(attention, *_heads(attention, windows), prefix), sides, grid).flatten(1, 2)
+    out = unpartition(_attend(attention, *_heads(attention, windows), prefix), sides, grid).flatten(1, 2)
     if prefix:
         _, keys, values = _heads(attention, qkv)
         queries, _, _ = _heads(attention, before)
@@ -56,10 +56,10 @@ def windowed_attention(attention: Attention, x: Tensor, grid: Grid, window: int)
     return attention.proj_drop(attention.proj(attention.norm(out)))
 
 
-def cut(x: Tensor, sides: Grid, fill: Tensor | None) -> Tensor:
-    """Cut maps ``(B, rows, cols, C)`` into windows ``(B * windows, sides[0] * sides[1], C)``, row by row.
+def partition(x: Tensor, sides: Grid, fill: Tensor | None) -> Tensor:
+    """Partition maps ``(B, rows, cols, C)`` into windows ``(B * windows, sides[0] * sides[1], C)``, row-major.
 
-    Where the last windows are not full, ``fill`` of shape ``(C,)``, or zero, is put.
+    The last windows are padded with ``fill`` of shape ``(C,)``, or zero.
     """
     (rows, cols), (high, wide) = x.shape[1:3], sides
     down, right = _count((rows, cols), sides)
@@ -70,8 +70,8 @@ def cut(x: Tensor, sides: Grid, fill: Tensor | None) -> Tensor:
     return x.reshape(-1, high * wide, x.shape[-1])
 
 
-def joined(windows: Tensor, sides: Grid, grid: Grid) -> Tensor:
-    """Undo :func:`cut`: windows to maps ``(B, rows, cols, C)`` without what was put."""
+def unpartition(windows: Tensor, sides: Grid, grid: Grid) -> Tensor:
+    """Invert :func:`partition`: windows to maps ``(B, rows, cols, C)`` without the padding."""
     (rows, cols), (high, wide) = grid, sides
     down, right = _count(grid, sides)
     x = windows.reshape(-1, down, right, high, wide, windows.shape[-1]).transpose(2, 3)
@@ -80,20 +80,20 @@ def joined(windows: Tensor, sides: Grid, grid: Grid) -> Tensor:
 
 
 def _count(grid: Grid, sides: Grid) -> Grid:
-    """How many windows cover the grid, down and to the right."""
+    """Return the number of windows that cover the grid, vertically and horizontally."""
     (rows, cols), (high, wide) = grid, sides
-    # Of positive numbers only: an ONNX program divides negative ones towards zero.
+    # -(-a // b) would be wrong in ONNX, which rounds the division of negative numbers towards zero.
     return (rows + high - 1) // high, (cols + wide - 1) // wide
 
 
 def _heads(attention: Attention, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values ``(B, heads, N, C / heads)`` of projected tokens ``(B, N, 3 * C)``."""
+    """Split projected tokens ``(B, N, 3 * C)`` into queries, keys and values ``(B, heads, N, C / heads)``."""
     q, k, v = qkv.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     return attention.q_norm(q), attention.k_norm(k), v
 
 
-def _attend(attention: Attention, queries: Tensor, keys: Tensor, values: Tensor, skipped: int) -> Tensor:
-    """Attention of the queries from the ``skipped``-th on: ``(B, N - skipped, C)``."""
+def _attend(attention: Attention, queries: Tensor, keys: Tensor, values: Tensor, first: int) -> Tensor:
+    """Return the attention output of the queries from the ``first``-th on, ``(B, N - first, C)``."""
     dropout = attention.attn_drop.p if attention.training else 0.0
-    out = F.scaled_dot_product_attention(queries[:, :, skipped:], keys, values, dropout_p=dropout)
+    out = F.scaled_dot_product_attention(queries[:, :, first:], keys, values, dropout_p=dropout)
     return out.transpose(1, 2).flatten(2)

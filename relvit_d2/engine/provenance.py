@@ -32,7 +32,7 @@ def provenance(cfg: CfgNode) -> dict[str, str]:
 
 
 def command_line() -> str:
-    """Return the command line of this process, with the name of the script instead of its path."""
+    """Return the command line of this process as ``relvit-d2 COMMAND ...`` or ``python SCRIPT.py ...``."""
     name = Path(sys.argv[0]).name
     scripts = ("pretrain_ssl.py", "train_net.py", "train_cls.py")
     return shlex.join([*(("python", name) if name in scripts else ("relvit-d2",)), *sys.argv[1:]])

@@ -1,1 +1,1 @@
-"""Patch layouts to targets, views, heads and losses, as pure tensor code."""
+"""Pretext tasks as tensor code: views, patch layouts, targets, heads and losses."""

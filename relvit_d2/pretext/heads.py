@@ -1,4 +1,4 @@
-"""What reads the relations and the positions from an encoder's tokens."""
+"""The head of the pair tasks."""
 
 from torch import Tensor, nn
 
@@ -6,17 +6,17 @@ from relvit_d2.utils.errors import UserError
 
 
 class PairHead(nn.Module):
-    """Queries and keys of the score maps of a :class:`relvit_d2.pretext.pair_loss.PairKind`.
+    """Projects tokens to the queries and keys of the score maps of a pair task.
 
     Each map has width floor(dim / maps), no bias and the default initialisation of ``nn.Linear`` (authors' code,
-    models/relvit.py:66-81,138-147). The authors' value projections never reach a loss and are left out.
+    models/relvit.py:66-81,138-147). The authors' value projections do not affect a loss and are omitted.
 
     Args:
         dim: width of a token.
-        maps: scores a pair: nine for relations, one for a distance or an angle.
+        maps: scores per pair: nine for relations, one for a distance or an angle.
 
     Raises:
-        UserError: tokens too narrow for the maps.
+        UserError: ``dim`` is less than ``maps``.
     """
 
     def __init__(self, dim: int, maps: int) -> None:
@@ -30,7 +30,7 @@ class PairHead(nn.Module):
         self.query_key = nn.Linear(dim, 2 * maps * self.width, bias=False)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Turn ``(B, N, dim)`` tokens into queries and keys, ``(B, maps, N, width)`` each."""
+        """Project ``(B, N, dim)`` tokens to queries and keys, ``(B, maps, N, width)`` each."""
         batch, count, _ = tokens.shape
         maps = self.query_key(tokens).view(batch, count, 2, self.maps, self.width)
         queries, keys = maps.permute(2, 0, 3, 1, 4)

@@ -1,4 +1,4 @@
-"""What tells whether pre-training is any good, beside its losses."""
+"""Statistics of features, to monitor pre-training."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class FeatureStatistics:
-    """Spread of the directions of features, summed up batch by batch.
+    """Spread of the directions of features, accumulated over batches.
 
     Args:
         dim: channels of a feature.
@@ -20,7 +20,7 @@ class FeatureStatistics:
         self.products = torch.zeros(dim, dim, dtype=torch.float64)
 
     def update(self, features: Tensor) -> None:
-        """Take ``(..., dim)`` features; their lengths do not matter."""
+        """Add ``(..., dim)`` features; they are normalised to unit length."""
         unit = F.normalize(features.flatten(0, -2).float(), dim=1)
         self.count += len(unit)
         self.sum += unit.sum(0).double().cpu()
@@ -41,46 +41,43 @@ class FeatureStatistics:
         return self.products / max(self.count, 1) - mean[:, None] * mean
 
     def std(self) -> float:
-        """Standard deviation of a channel, in root mean square over channels, times ``sqrt(dim)``.
+        """Return the standard deviation of the unit features: the square root of the covariance's trace, 0..1.
 
-        0 where all features point one way (collapse), 1 where they point everywhere.
+        0 if all features have one direction (collapse), 1 if their mean is zero.
         """
         return math.sqrt(self.covariance().trace().clamp(min=0).item())
 
     def rank(self) -> float:
-        """Effective rank, 1..dim: the exponential of the entropy of the singular values' shares.
+        """Return the effective rank of the centred unit features, 1..dim.
 
-        Source: O. Roy and M. Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007; of
-        the centred features.
+        The exponential of the entropy of the normalised singular values (O. Roy and M. Vetterli, "The effective rank: a
+        measure of effective dimensionality", EUSIPCO 2007).
         """
         values = torch.linalg.eigvalsh(self.covariance()).clamp(min=0).sqrt()
-        shares = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)
-        return torch.exp(-torch.xlogy(shares, shares).sum()).item()
+        fractions = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)
+        return torch.exp(-torch.xlogy(fractions, fractions).sum()).item()
 
 
 def knn_accuracy(
     features: Tensor, labels: Tensor, neighbours: int = 20, known: tuple[Tensor, Tensor] | None = None
 ) -> float:
-    """Return the share, 0..1, of features whose nearest others vote for their label.
-
-    A neighbour votes with the cosine of the two.
+    """Return the k-NN accuracy of features, 0..1, with votes weighted by cosine similarity.
 
     Args:
         features: ``(n, dim)``.
         labels: ``(n,)`` int64 from 0.
-        neighbours: how many vote, fewer if there are fewer.
-        known: the features ``(m, dim)`` that vote and their labels ``(m,)``; None for leave-one-out: every feature is
-            judged by all others.
+        neighbours: k; fewer if there are fewer features.
+        known: training features ``(m, dim)`` and their labels ``(m,)``; None for leave-one-out on ``features``.
     """
     unit = F.normalize(features.float(), dim=1)
-    voters, theirs = (unit, labels) if known is None else (F.normalize(known[0].float(), dim=1), known[1])
-    count = min(neighbours, len(voters) - (known is None))
+    train, train_labels = (unit, labels) if known is None else (F.normalize(known[0].float(), dim=1), known[1])
+    count = min(neighbours, len(train) - (known is None))
     hits = 0
     for i in range(0, len(unit), 1024):
-        near = unit[i : i + 1024] @ voters.mT
+        similarity = unit[i : i + 1024] @ train.mT
         if known is None:
-            near[torch.arange(len(near)), torch.arange(i, i + len(near))] = -math.inf
-        cosine, index = near.topk(count)
-        votes = near.new_zeros(len(near), int(theirs.max()) + 1).scatter_add_(1, theirs[index], cosine)
+            similarity.diagonal(i).fill_(-math.inf)
+        cosine, index = similarity.topk(count)
+        votes = cosine.new_zeros(len(cosine), int(train_labels.max()) + 1).scatter_add_(1, train_labels[index], cosine)
         hits += int((votes.argmax(1) == labels[i : i + 1024]).sum())
     return hits / max(len(unit), 1)

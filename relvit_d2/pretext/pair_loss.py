@@ -1,8 +1,8 @@
-"""Losses over all ordered pairs of tokens in memory that grows with N, not with N^2.
+"""Losses over all ordered pairs of N tokens, with memory linear in N.
 
-The scores of a pair decide its loss alone, so the pairs are walked block by block of query rows. Each block's gradient
-is formed at once, while its scores are at hand; only the gradients of the queries and keys, shaped like them, wait for
-the backward pass.
+The loss of a pair depends on its scores alone, so pairs are processed in blocks of query rows. The gradient of a block
+is computed in the forward pass together with its scores; only the gradients of queries and keys are kept for the
+backward pass.
 """
 
 import math
@@ -10,34 +10,25 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from relvit_d2.pretext.layout import PatchLayout
-from relvit_d2.pretext.targets import (
-    PairFunction,
-    all_pairs,
-    pair_angle,
-    pair_bearing,
-    pair_distance,
-    pair_relation,
-)
+from relvit_d2.pretext.targets import PairFunction, pair_angle, pair_bearing, pair_distance, pair_relation
 from relvit_d2.utils.hashing import hashed_uniform
 
 CLASSES = 9
-# Scores of one block. On a CPU they should stay in its cache; on a GPU a block should be large
-# enough to hide the cost of launching kernels.
+# Bytes of the scores of a block: on a CPU they should fit into the cache, on a GPU hide the cost of kernel launches.
 BLOCK_BYTES = {"cpu": 2**22, "cuda": 2**27}
 
 
 class PairKind(ABC):
-    """What is asked of a pair.
+    """Loss and measure of a pair.
 
     Attributes:
-        maps: scores a pair.
-        target: what the scores should tell.
-        same_cell: whether two tokens of one cell, such as a token and itself, count as a pair.
+        maps: scores per pair.
+        target: the target of the scores.
+        same_cell: whether two tokens of one cell, such as a token and itself, are a pair.
     """
 
     maps: ClassVar[int] = 1
@@ -46,33 +37,29 @@ class PairKind(ABC):
 
     @abstractmethod
     def score_(self, scores: Tensor, target: Tensor, grad: bool) -> tuple[Tensor, Tensor]:
-        """Turn the scores ``(b, maps, n, N)`` of a block into the gradient of its losses, in place.
+        """Overwrite the scores ``(b, maps, n, N)`` of a block with the gradient of its losses.
 
         Args:
-            scores: changed.
+            scores: input and output.
             target: ``(b, n, N)``.
-            grad: whether the gradient is wanted; else what is left in ``scores`` does not matter.
+            grad: whether the gradient is needed; if not, ``scores`` are undefined afterwards.
 
         Returns:
             Loss and measure of each pair, ``(b, n, N)``.
         """
 
-    @abstractmethod
-    def plain(self, scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return loss and measure of each pair, differentiable, in the most obvious way: the oracle."""
-
     def summary(self, measure: Tensor) -> Tensor:
-        """Turn the mean measure into what is told."""
+        """Convert the mean measure of the pairs to the reported metric."""
         return measure
 
 
 class Relation(PairKind):
     """Cross entropy (nats) of the nine relation classes; the measure is the accuracy.
 
-    A pair whose target ties with another class counts as wrong (authors' code, models/relvit.py:94-106,250-255).
+    A pair whose target's score ties with another class is an error (authors' code, models/relvit.py:94-106,250-255).
 
     Args:
-        smoothing: share of the target spread evenly over the nine classes, 0..1.
+        smoothing: label smoothing, 0..1.
     """
 
     maps = CLASSES
@@ -82,32 +69,24 @@ class Relation(PairKind):
         self.smoothing = smoothing
 
     def score_(self, scores: Tensor, target: Tensor, grad: bool) -> tuple[Tensor, Tensor]:
-        """See :class:`PairKind`.
-
-        The target's score is taken out first: what is left tells the strongest rival, and the target's gradient
-        p - 1 need not be formed as a difference.
-        """
+        # Removing the target's score first gives the strongest other class, and the target's gradient p - 1 without
+        # cancellation.
         smoothing, index = self.smoothing, target.unsqueeze(1)
-        own = scores.gather(1, index).squeeze(1)
-        mean = scores.mean(1) if smoothing else own
+        correct = scores.gather(1, index).squeeze(1)
+        mean = scores.mean(1) if smoothing else correct
         scores.scatter_(1, index, -math.inf)
         rival = scores.amax(1)
-        top = torch.maximum(own, rival)
+        top = torch.maximum(correct, rival)
         scores.sub_(top[:, None]).exp_()
         rest = scores.sum(1)
-        total = rest + torch.exp(own - top)
+        total = rest + torch.exp(correct - top)
         if grad:
             scores.div_(total[:, None])
             scores.scatter_(1, index, rest.div_(-total).unsqueeze_(1))
             if smoothing:
                 scores.sub_(smoothing / CLASSES)
                 scores.scatter_add_(1, index, torch.full_like(index, smoothing, dtype=scores.dtype))
-        return total.log_().add_(top).sub_(torch.lerp(own, mean, smoothing)), own > rival
-
-    def plain(self, scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """See :class:`PairKind`."""
-        loss = F.cross_entropy(scores, target, reduction="none", label_smoothing=self.smoothing)
-        return loss, scores.argmax(1) == target
+        return total.log_().add_(top).sub_(torch.lerp(correct, mean, smoothing)), correct > rival
 
 
 class _Squared(PairKind):
@@ -116,10 +95,6 @@ class _Squared(PairKind):
     def score_(self, scores: Tensor, target: Tensor, grad: bool) -> tuple[Tensor, Tensor]:
         loss = scores.sub_(target[:, None]).square().squeeze(1)
         scores.mul_(2)
-        return loss, loss
-
-    def plain(self, scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        loss = F.mse_loss(scores.squeeze(1), target, reduction="none")
         return loss, loss
 
     def summary(self, measure: Tensor) -> Tensor:
@@ -139,55 +114,45 @@ class Angle(_Squared):
 
 
 class Bearing(PairKind):
-    """One less the cosine of the error of the bearing; the measure is the mean error in half turns, 0..1.
+    """1 - cos of the bearing's error; the measure is the mean absolute error in half turns, 0..1.
 
-    A full turn more or less of the score changes nothing. By symmetry every constant answer has the loss 1 and the
-    measure 0.5 on a whole grid.
+    The loss is periodic in a full turn. By symmetry every constant prediction has the loss 1 and the measure 0.5 on a
+    full grid.
     """
 
     target = staticmethod(pair_bearing)
     same_cell = False
 
     def score_(self, scores: Tensor, target: Tensor, grad: bool) -> tuple[Tensor, Tensor]:
-        """See :class:`PairKind`."""
         error = scores.sub_(target[:, None]).squeeze(1)
-        loss, measure = 1 - torch.cos(error * math.pi), self._measure(error)
+        loss, measure = 1 - torch.cos(error * math.pi), (error - 2 * torch.round(error / 2)).abs()
         scores.mul_(math.pi).sin_().mul_(math.pi)
         return loss, measure
-
-    def plain(self, scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """See :class:`PairKind`."""
-        error = scores.squeeze(1) - target
-        return 1 - torch.cos(error * math.pi), self._measure(error)
-
-    def _measure(self, error: Tensor) -> Tensor:
-        return (error - 2 * torch.round(error / 2)).abs()
 
 
 def pair_loss(
     q: Tensor, k: Tensor, layout: PatchLayout, kind: PairKind, dropout: float = 0.0, block: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Mean loss and measure over all ordered pairs of valid tokens.
+    """Return the mean loss and measure over all ordered pairs of valid tokens.
 
-    Score m of the pair (i, j) is ``q[b, m, i] . k[b, m, j] / sqrt(width)``; i is the token whose place is asked, j the
-    one it is seen from, and i = j counts where the ``kind`` says so. No tensor of N*N scores is kept. Scores and sums
-    are in float32 or, for float64 inputs, in float64, also under autocast.
+    Score m of the pair (i, j), the position of token i relative to j, is ``q[b, m, i] . k[b, m, j] / sqrt(width)``.
+    Scores and sums are float32, or float64 for float64 inputs, also under autocast.
 
     Args:
         q: ``(B, maps, N, width)`` queries, any floating type.
         k: keys, as ``q``.
-        layout: the places of the same ``(B, N)`` tokens.
-        kind: what is asked.
-        dropout: share of the pairs, 0..1, that the loss leaves out, chosen by torch's global generator; the measure
-            sees all. (The authors' dropout has no effect without label smoothing, utils.py:236-258.)
-        block: query rows at a time; None chooses by the size of a block.
+        layout: the positions of the ``(B, N)`` tokens.
+        kind: loss and target.
+        dropout: fraction of the pairs, 0..1, that the loss omits, drawn from torch's global generator; the measure
+            includes all. (The authors' dropout has no effect without label smoothing, utils.py:236-258.)
+        block: query rows per block; None: as many as :data:`BLOCK_BYTES` allows.
 
     Returns:
-        The loss (differentiable once) and the measure (no gradient). Both are 0 where there is no pair.
+        The loss (differentiable once) and the measure (no gradient), both 0 if there is no pair.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-    seed = _dropout_seed(q, dropout)
+    seed = torch.randint(2**31, (), device=q.device) if dropout else None
     with torch.autocast(q.device.type, enabled=False):
         loss, measure = _PairLoss.apply(
             q.to(wide),
@@ -205,10 +170,6 @@ def pair_loss(
     return loss, measure
 
 
-def _dropout_seed(q: Tensor, dropout: float) -> Tensor:
-    return torch.randint(2**31, (), device=q.device) if dropout else torch.zeros((), device=q.device, dtype=torch.int64)
-
-
 class _PairLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -219,7 +180,7 @@ class _PairLoss(torch.autograd.Function):
         col: Tensor,
         valid: Tensor,
         extent: Tensor,
-        seed: Tensor,
+        seed: Tensor | None,
         kind: PairKind,
         dropout: float,
         block: int | None,
@@ -227,35 +188,34 @@ class _PairLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         batch, maps, tokens, width = q.shape
         scale = 1 / math.sqrt(width)
-        gone = ~valid[:, None, :, None]
+        padding = ~valid[:, None, :, None]
         dq, dk = (torch.empty_like(x, memory_format=torch.contiguous_format) if grad else None for x in (q, k))
         loss, measure = q.new_zeros(2, dtype=torch.float64)
         count, kept_count = torch.zeros(2, dtype=torch.int64, device=q.device)
-        place = torch.arange(tokens, device=q.device)
+        index = torch.arange(tokens, device=q.device)
 
         images, rows = _block_shape(q, block)
         for b in range(0, batch, images):
-            here = slice(b, b + images)
-            # With the tokens of invalid pairs zeroed, such a pair adds nothing to the other tokens'
-            # gradients, so the planes of a block need no mask.
-            keys = k[here].masked_fill(gone[here], 0).flatten(0, 1)
-            other = row[here, None], col[here, None]
+            part = slice(b, b + images)
+            # Padding is zero, so its pairs add nothing to the gradients of valid tokens, and scores need no mask.
+            keys = k[part].masked_fill(padding[part], 0).flatten(0, 1)
+            other = row[part, None], col[part, None]
             image = torch.arange(b, min(b + images, batch), device=q.device)[:, None, None]
             for i in range(0, tokens, rows):
                 some = slice(i, i + rows)
-                queries = q[here, :, some].masked_fill(gone[here, :, some], 0).mul_(scale).flatten(0, 1)
+                queries = q[part, :, some].masked_fill(padding[part, :, some], 0).mul_(scale).flatten(0, 1)
                 scores = torch.bmm(queries, keys.mT)
                 planes = scores.unflatten(0, (-1, maps))
-                own = row[here, some, None], col[here, some, None]
-                target = kind.target(*own, *other, extent[here, None, None])
+                query = row[part, some, None], col[part, some, None]
+                target = kind.target(*query, *other, extent[part, None, None])
                 pair_losses, measures = kind.score_(planes, target, grad)
 
-                pairs = valid[here, some, None] & valid[here, None]
+                pairs = valid[part, some, None] & valid[part, None]
                 if not kind.same_cell:
-                    pairs &= (own[0] != other[0]) | (own[1] != other[1])
+                    pairs &= (query[0] != other[0]) | (query[1] != other[1])
                 kept = pairs
-                if dropout:
-                    kept = pairs & (hashed_uniform(seed, image, place[some, None], place) >= dropout)
+                if seed is not None:
+                    kept = pairs & (hashed_uniform(seed, image, index[some, None], index) >= dropout)
                     kept_count += kept.sum()
                 if kept is not pairs or not kind.same_cell:
                     planes.mul_(kept[:, None])
@@ -263,14 +223,14 @@ class _PairLoss(torch.autograd.Function):
                 measure += (measures * pairs).sum()
                 loss += (pair_losses * kept).sum()
                 if dq is not None and dk is not None:
-                    dq[here, :, some] = torch.bmm(scores, keys).unflatten(0, (-1, maps))
-                    # beta=0 makes the first block of rows overwrite what the memory held.
-                    dk[here].flatten(0, 1).baddbmm_(scores.mT, queries, beta=int(i > 0))
+                    dq[part, :, some] = torch.bmm(scores, keys).unflatten(0, (-1, maps))
+                    # With beta=0 the first block of rows overwrites uninitialised memory.
+                    dk[part].flatten(0, 1).baddbmm_(scores.mT, queries, beta=int(i > 0))
 
         count = count.clamp(min=1)
         used = kept_count.clamp(min=1) if dropout else count
         if dq is not None and dk is not None:
-            ctx.save_for_backward(dq.masked_fill_(gone, 0), dk.masked_fill_(gone, 0), scale / used, 1 / used)
+            ctx.save_for_backward(dq.masked_fill_(padding, 0), dk.masked_fill_(padding, 0), scale / used, 1 / used)
         measure = kind.summary(measure / count).to(q.dtype)
         ctx.mark_non_differentiable(measure)
         return (loss / used).to(q.dtype), measure
@@ -278,28 +238,14 @@ class _PairLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        dq, dk, q_share, k_share = ctx.saved_tensors
-        q_share, k_share = (grad_loss * share.to(grad_loss.dtype) for share in (q_share, k_share))
-        return dq * q_share, dk * k_share, *(None,) * 9
+        dq, dk, q_scale, k_scale = ctx.saved_tensors
+        q_scale, k_scale = (grad_loss * scale.to(grad_loss.dtype) for scale in (q_scale, k_scale))
+        return dq * q_scale, dk * k_scale, *(None,) * 9
 
 
 def _block_shape(q: Tensor, block: int | None) -> tuple[int, int]:
-    """Return how many images, and how many query rows of each, make one block of scores."""
+    """Return the number of images, and of query rows of each, in a block."""
     maps, tokens = q.shape[1:3]
     budget = BLOCK_BYTES.get(q.device.type, BLOCK_BYTES["cuda"]) // (maps * tokens * q.element_size())
     rows = min(tokens, block or max(1, budget))
     return max(1, budget // rows), rows
-
-
-def pair_loss_plain(
-    q: Tensor, k: Tensor, layout: PatchLayout, kind: PairKind, dropout: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Same as :func:`pair_loss` with all the ``(B, maps, N, N)`` scores in memory: the oracle."""
-    scores = q @ k.mT / math.sqrt(q.shape[-1])
-    loss, measure = kind.plain(scores, all_pairs(kind.target, layout))
-    pairs = layout.valid[:, :, None] & layout.valid[:, None, :]
-    if not kind.same_cell:
-        pairs &= all_pairs(pair_relation, layout) != CLASSES // 2
-    image, place = torch.arange(len(q), device=q.device), torch.arange(q.shape[2], device=q.device)
-    drawn = hashed_uniform(_dropout_seed(q, dropout), image[:, None, None], place[:, None], place)
-    return loss[pairs & (drawn >= dropout)].mean(), kind.summary(measure[pairs].to(loss.dtype).mean())

@@ -1,4 +1,4 @@
-"""Pretext tasks: tokens and their layout to losses and accuracies."""
+"""Pretext tasks: losses and metrics of tokens and their layout."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from relvit_d2.pretext.heads import PairHead
 from relvit_d2.pretext.layout import PatchLayout
 from relvit_d2.pretext.pair_loss import Angle, Bearing, Distance, PairKind, Relation, pair_loss
-from relvit_d2.pretext.targets import pair_deviation, position_chance, positions, relation_chance
+from relvit_d2.pretext.targets import pair_deviation, positions, relation_frequencies
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.metrics import Metric
 from relvit_d2.utils.registry import Registry
@@ -22,14 +22,14 @@ PRETEXT_TASKS: Registry[type["Task"]] = Registry("pretext task")
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What all tasks' losses share.
+    """Settings of all losses.
 
     Attributes:
-        label_smoothing: share of the target spread evenly over all classes, 0..1, of every cross entropy.
-        pair_dropout: share of the pairs that a training loss leaves out, 0..1.
+        label_smoothing: of every cross entropy, 0..1.
+        pair_dropout: fraction of the pairs that a training loss omits, 0 or more and less than 1.
 
     Raises:
-        UserError: a share outside its range.
+        UserError: a value is out of range.
     """
 
     label_smoothing: float = 0.0
@@ -37,24 +37,24 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing <= 1:
-            raise UserError(f"PRETEXT.LABEL_SMOOTHING {self.label_smoothing} is no share: give 0 to 1")
+            raise UserError(f"PRETEXT.LABEL_SMOOTHING {self.label_smoothing} is out of range: give 0 to 1")
         if not 0 <= self.pair_dropout < 1:
-            raise UserError(f"PRETEXT.PAIR_DROPOUT {self.pair_dropout} leaves no pair: give 0 or more, less than 1")
+            raise UserError(f"PRETEXT.PAIR_DROPOUT {self.pair_dropout} is out of range: give 0 or more, less than 1")
 
 
 DEFAULT = LossConfig()
 
 
 class Task(nn.Module):
-    """What an entry of ``PRETEXT_TASKS`` is: one head with its loss.
+    """Base class of the entries of ``PRETEXT_TASKS``: a head with its loss.
 
     Args:
         dim: width of a token.
-        grid: rows and columns that positions are told in.
-        config: what all tasks share.
+        grid: rows and columns of the grid of positions.
+        config: settings of the loss.
 
     Attributes:
-        measure: the kind of the metric beside the loss (:class:`relvit_d2.utils.metrics.Metric`).
+        measure: kind of the metric (:class:`relvit_d2.utils.metrics.Metric`).
     """
 
     measure: ClassVar[str] = "accuracy"
@@ -64,16 +64,16 @@ class Task(nn.Module):
         self.grid, self.config = grid, config
 
     def forward(self, tokens: Tensor, layout: PatchLayout) -> tuple[Tensor, Tensor]:
-        """Score ``(B, N, dim)`` tokens: the mean loss and the measure (no gradient), scalars."""
+        """Return the mean loss and the metric (no gradient) of ``(B, N, dim)`` tokens, scalars."""
         raise NotImplementedError
 
     def chance(self, grid: tuple[int, int]) -> float:
-        """Return the measure of the best constant answer for whole images of ``grid`` rows and columns."""
+        """Return the metric of the best constant prediction for images of ``grid`` rows and columns."""
         raise NotImplementedError
 
 
 class PairTask(Task):
-    """A question about every ordered pair of valid tokens."""
+    """Base class of tasks on all ordered pairs of valid tokens."""
 
     kind: PairKind
 
@@ -82,38 +82,34 @@ class PairTask(Task):
         self.head = PairHead(dim, self.kind.maps)
 
     def forward(self, tokens: Tensor, layout: PatchLayout) -> tuple[Tensor, Tensor]:
-        """See :class:`Task`."""
         queries, keys = self.head(tokens)
         return pair_loss(queries, keys, layout, self.kind, self.config.pair_dropout if self.training else 0.0)
 
     def chance(self, grid: tuple[int, int]) -> float:
-        """See :class:`Task`."""
         return pair_deviation(self.kind.target, grid)
 
 
 @PRETEXT_TASKS.register("relation")
 class RelationTask(PairTask):
-    """Which of nine directions every token lies in, seen from every other."""
+    """Classification of each pair's relative position, one of nine."""
 
     def __init__(self, dim: int, grid: tuple[int, int], config: LossConfig = DEFAULT) -> None:
         self.kind = Relation(config.label_smoothing)
         super().__init__(dim, grid, config)
 
     def chance(self, grid: tuple[int, int]) -> float:
-        """Share of the most frequent relation."""
-        return relation_chance(grid).accuracy
+        return max(relation_frequencies(grid))
 
 
 @PRETEXT_TASKS.register("position")
 class PositionTask(Task):
-    """Which cell of the ``grid`` every token comes from, be the image's own grid that one or another."""
+    """Classification of each token's cell of ``grid``, which covers images of any size."""
 
     def __init__(self, dim: int, grid: tuple[int, int], config: LossConfig = DEFAULT) -> None:
         super().__init__(dim, grid, config)
         self.head = nn.Linear(dim, grid[0] * grid[1])  # authors' code, models/relvit.py:149
 
     def forward(self, tokens: Tensor, layout: PatchLayout) -> tuple[Tensor, Tensor]:
-        """Score every valid token."""
         scores = self.head(tokens).flatten(0, 1).float()
         target, valid = positions(layout, self.grid).flatten(), layout.valid.flatten()
         loss = F.cross_entropy(scores, target, reduction="none", label_smoothing=self.config.label_smoothing)
@@ -122,13 +118,12 @@ class PositionTask(Task):
         return loss.masked_fill(~valid, 0).sum() / count, hits.sum() / count
 
     def chance(self, grid: tuple[int, int]) -> float:
-        """One over the number of cells, whatever grid the tokens come from."""
-        return position_chance(self.grid).accuracy
+        return 1 / (self.grid[0] * self.grid[1])  # every cell is equally frequent
 
 
 @PRETEXT_TASKS.register("distance")
 class DistanceTask(PairTask):
-    """How far apart every two tokens are."""
+    """Regression of each pair's distance."""
 
     kind = Distance()
     measure = "error"
@@ -136,7 +131,7 @@ class DistanceTask(PairTask):
 
 @PRETEXT_TASKS.register("angle")
 class AngleTask(PairTask):
-    """The authors' angle between every two tokens."""
+    """Regression of the authors' angle of each pair."""
 
     kind = Angle()
     measure = "error"
@@ -144,28 +139,27 @@ class AngleTask(PairTask):
 
 @PRETEXT_TASKS.register("bearing")
 class BearingTask(PairTask):
-    """In which direction every token lies from every other."""
+    """Regression of each pair's direction as an angle."""
 
     kind = Bearing()
     measure = "error"
 
     def chance(self, grid: tuple[int, int]) -> float:
-        """Half of a half turn: opposite bearings are equally frequent."""
-        return 0.5
+        return 0.5  # half turns; opposite bearings are equally frequent
 
 
 class PretextTask(nn.Module):
-    """The weighted tasks of one encoder, used alike by pre-training and by joint training.
+    """Weighted pretext tasks on the tokens of an encoder, for pre-training and joint training.
 
     Args:
         dim: width of a token.
-        grid: rows and columns that positions are told in.
-        weights: weight of the loss of each named task; a task of weight 0 is not built.
-        config: what the losses share.
-        pool: 1, or 2 for heads that read every second token of the average over 3 x 3 (:meth:`pooled`).
+        grid: rows and columns of the grid of positions.
+        weights: loss weight of each task by name; tasks of weight 0 are not built.
+        config: settings of the losses.
+        pool: stride of the average pooling before the heads, 1 (none) or 2 (:meth:`pooled`).
 
     Raises:
-        UserError: an unknown task, a negative weight, or no weight above 0.
+        UserError: a task is unknown, a weight is negative, or none is positive.
     """
 
     def __init__(
@@ -191,16 +185,16 @@ class PretextTask(nn.Module):
     def forward(
         self, tokens: Tensor, layout: PatchLayout, grids: Sequence[tuple[int, int]] = ()
     ) -> dict[str, Tensor | Metric[Any]]:
-        """Score ``(B, N, dim)`` tokens.
+        """Compute the losses and metrics of ``(B, N, dim)`` tokens.
 
         Args:
-            tokens, layout: see :class:`Task`.
-            grids: rows and columns of each whole image, if they differ from the grid of the positions. The chance of
-                an error, which is slow to compute for many grids, is left out then.
+            tokens, layout: as for :meth:`Task.forward`.
+            grids: rows and columns of each image, if they differ from the grid of positions. Error metrics then have no
+                chance level, which is slow to compute for many grids.
 
         Returns:
-            For each task ``loss_NAME``, a scalar (weighted; the losses sum to the total), and ``NAME``, the metric:
-            its value is a scalar without a gradient, its chance a float, the mean over the images.
+            For each task ``loss_NAME``, a weighted scalar, and ``NAME``, the metric: a scalar without gradient and its
+            chance level, the mean over the images.
         """
         scores: dict[str, Tensor | Metric[Any]] = {}
         for name, task in self.named_tasks():
@@ -212,17 +206,17 @@ class PretextTask(nn.Module):
         return scores
 
     def pooled(self, last: Tensor, extents: Tensor | None = None) -> tuple[Tensor, PatchLayout]:
-        """Return the tokens that the heads read of an encoder's last map, and their layout in unpermuted images.
+        """Return the tokens of an encoder's last map, pooled, and their layout in unpermuted images.
 
-        With ``pool`` 2 a token is the mean of the 3 x 3 around every second one, without what lies outside the image
-        (the authors' code for T2T, models/relvit.py:151-152,203-207).
+        With ``pool`` 2 the map is average-pooled, 3 x 3 with stride 2 and without padding pixels (the authors' code for
+        T2T, models/relvit.py:151-152,203-207).
 
         Args:
             last: ``(B, dim, h, w)``.
-            extents: ``(B, 2)`` integer rows and columns that each image covers of the map; None for all.
+            extents: ``(B, 2)`` integer rows and columns of each image on the map; None: the whole map.
 
         Returns:
-            ``(B, N, dim)``, row by row, and the layout, in which tokens outside an image are invalid.
+            ``(B, N, dim)`` in row-major order, and the layout; tokens outside an image are invalid.
         """
         extents = torch.tensor([last.shape[2:]] * len(last), device=last.device) if extents is None else extents
         layout = PatchLayout.padded((last.shape[2], last.shape[3]), extents)
@@ -235,23 +229,19 @@ class PretextTask(nn.Module):
 
     @classmethod
     def from_keys(cls, dim: int, grid: tuple[int, int], keys: Mapping[str, Any]) -> "PretextTask":
-        """Build the tasks that the config node ``PRETEXT`` describes."""
+        """Build the tasks from the config node ``PRETEXT``."""
         weights = {name.lower(): weight for name, weight in keys["WEIGHTS"].items()}
         return cls(dim, grid, weights, LossConfig(keys["LABEL_SMOOTHING"], keys["PAIR_DROPOUT"]), pooling(keys))
 
     def named_tasks(self) -> Iterator[tuple[str, Task]]:
-        """Walk the tasks that are built."""
+        """Yield the tasks by name."""
         for name, task in self.tasks.items():
             assert isinstance(task, Task)
             yield name, task
 
 
 def pooling(keys: Mapping[str, Any]) -> int:
-    """Return ``POOL`` of the config node ``PRETEXT``.
-
-    Raises:
-        UserError: unless it is 1 or 2.
-    """
+    """Return ``POOL`` of the config node ``PRETEXT``; raise a :class:`UserError` unless it is 1 or 2."""
     if keys["POOL"] not in (1, 2):
         raise UserError(f"PRETEXT.POOL {keys['POOL']} is not supported; give 1 or 2")
     return int(keys["POOL"])

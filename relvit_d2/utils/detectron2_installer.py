@@ -1,30 +1,36 @@
 """Installation of Detectron2's Python code into the running environment, without a compiler.
 
-Detectron2 has no release on the package index. The wheel pinned in ``requirements-detectron2.txt`` carries
-its code of August 2024 (ViTDet included) beside a ``_C`` that was compiled for Python 3.10 and
-another torch, and a stray top-level package ``tools``. Mask R-CNN on a transformer needs no ``_C``, so the
-package without it and the wheel's metadata are all that is kept; ``pip uninstall sal-detectron2`` removes
-them. A Detectron2 that imports already is left as it is.
-
-The wheel's metadata asks for ``numpy<2`` and ``black``, and ``pip check`` says so; the code runs with
-NumPy 2, and black only formats the files of ``LazyConfig.to_py``.
+Detectron2 has no release on the package index. The wheel pinned in ``requirements-detectron2.txt`` contains its
+code of August 2024 (ViTDet included), a ``_C`` compiled for Python 3.10 and an older torch, and a stray
+top-level package ``tools``. Mask R-CNN on a transformer needs no ``_C``, so only the rest of the package and
+the wheel's metadata, corrected, are installed; ``pip uninstall sal-detectron2`` removes them.
 """
 
-import csv
+import hashlib
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
+from base64 import urlsafe_b64encode
 from importlib import metadata
 from pathlib import Path
 
 from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.files import write_text
 from relvit_d2.utils.pip_errors import explain_pip
 
 REQUIREMENTS = Path(__file__).with_name("requirements-detectron2.txt")
 STAGING = ".detectron2-staging-"
+# The code runs with NumPy 2, imports four more packages, and needs black only in LazyConfig.to_py, for formatting.
+CORRECTIONS = {
+    "Requires-Dist: numpy<2\n": "Requires-Dist: numpy\n",
+    "Requires-Dist: black\n": "".join(
+        f"Requires-Dist: {name}\n" for name in ("fvcore", "iopath", "torch", "torchvision")
+    ),
+}
 
 
 def probe() -> tuple[bool, str]:
@@ -38,41 +44,34 @@ def probe() -> tuple[bool, str]:
     return done.returncode == 0, words.splitlines()[-1]
 
 
-def download(requirements: Path, target: Path) -> None:
-    """Let pip put the pinned wheel's files under ``target``; raise UserError where it cannot."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--disable-pip-version-check",
-        "--no-input",
-        "--no-compile",
-    ]
-    command += ["--no-deps", "--only-binary=:all:", "--python-version", "3.10", "--implementation", "cp"]
-    command += ["--target", str(target), "--require-hashes", "-r", str(requirements)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
-    if done.returncode:
-        raise UserError(f"Detectron2 was not installed: {explain_pip(done.stdout)}")
+def correct_metadata(info: Path) -> None:
+    """Correct the requirements in METADATA of a dist-info folder, and METADATA's row in RECORD."""
+    text = (info / "METADATA").read_text(encoding="utf-8")
+    for wrong, right in CORRECTIONS.items():
+        text = text.replace(wrong, right)
+    digest = urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
+    row = f"{info.name}/METADATA,sha256={digest},{len(text.encode())}"
+    record = (info / "RECORD").read_text(encoding="utf-8")
+    record = re.sub(rf"^{re.escape(info.name)}/METADATA,.*$", row, record, flags=re.MULTILINE)
+    for name, new in (("METADATA", text), ("RECORD", record)):
+        if (info / name).read_text(encoding="utf-8") != new:
+            write_text(info / name, new)
 
 
 def prune(package: Path, info: Path) -> None:
     """Delete the compiled part of ``package``, and from RECORD in ``info`` every file that is not kept."""
     for compiled in package.glob("_C*"):
         compiled.unlink()
-    record = info / "RECORD"
-    with record.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file))
-    owned = (package.name, info.name)
-    kept = [row for row in rows if Path(row[0]).parts[0] in owned and (package.parent / row[0]).exists()]
-    with record.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows(kept)
+    lines = (info / "RECORD").read_text(encoding="utf-8").splitlines(keepends=True)
+    owned = tuple(f"{folder.name}/" for folder in (package, info))
+    kept = [line for line in lines if line.startswith(owned) and (package.parent / line.partition(",")[0]).exists()]
+    (info / "RECORD").write_text("".join(kept), encoding="utf-8")
 
 
 def install(requirements: Path, site: Path) -> None:
-    """Put the pinned Detectron2 into ``site`` (a site-packages folder), in place of what an earlier try left.
+    """Install the pinned Detectron2 into ``site``, a site-packages folder, replacing an incomplete installation.
 
-    Everything is made ready in a temporary folder inside ``site``; what appears there is renamed into place.
+    The files are prepared in a temporary folder inside ``site`` and renamed into place.
 
     Raises:
         UserError: if pip fails (hash, network, disk).
@@ -82,10 +81,16 @@ def install(requirements: Path, site: Path) -> None:
         shutil.rmtree(left)
     with tempfile.TemporaryDirectory(dir=site, prefix=STAGING) as staging:
         wheel, old = Path(staging, "wheel"), Path(staging, "old")
-        download(requirements, wheel)
+        # The wheel is tagged for Python 3.10; pip requires hashes, since the file has them.
+        command = [sys.executable, "-m", "pip", "install", "--no-input", "--no-deps", "--python-version", "3.10"]
+        command += ["--target", str(wheel), "-r", str(requirements)]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+        if done.returncode:
+            raise UserError(f"Detectron2 was not installed: {explain_pip(done.stdout + done.stderr)}")
         package = wheel / "detectron2"
         (info,) = wheel.glob("*.dist-info")
         prune(package, info)
+        correct_metadata(info)
         old.mkdir()
         for path in [site / package.name, *site.glob("sal_detectron2-*.dist-info")]:
             if path.exists():
@@ -95,22 +100,27 @@ def install(requirements: Path, site: Path) -> None:
 
 
 def ensure(requirements: Path) -> str:
-    """Install Detectron2 unless one imports; return what was found or done, as a line for the user.
+    """Install Detectron2 unless one can be imported; of an installed wheel, correct the metadata.
+
+    Returns:
+        What was found or done, as a line for the user.
 
     Raises:
-        UserError: if it cannot be installed, does not import afterwards, or if an official Detectron2 is
-            installed that does not import (it is not replaced).
+        UserError: if it cannot be installed or then not be imported, or if an official Detectron2 is installed
+            that cannot be imported (it is not replaced).
     """
+    site = Path(sysconfig.get_path("purelib"))
     works, words = probe()
-    if works:
-        return f"Detectron2 {words} is installed and imports; it is left as it is"
-    if any(metadata.distributions(name="detectron2")):
+    if not works and any(metadata.distributions(name="detectron2")):
         raise UserError(
             f"the installed Detectron2 {metadata.version('detectron2')} does not import ({words}); "
             f"repair it, or run {shlex.quote(sys.executable)} -m pip uninstall detectron2 and try again"
         )
-    site = Path(sysconfig.get_path("purelib"))
     try:
+        if works:
+            for info in site.glob("sal_detectron2-*.dist-info"):
+                correct_metadata(info)
+            return f"Detectron2 {words} is installed and can be imported; its code is not changed"
         install(requirements, site)
     except OSError as error:
         raise UserError(f"{site} cannot be written ({error}); use a virtual environment of your own") from error

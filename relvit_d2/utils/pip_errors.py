@@ -15,6 +15,11 @@ PIP_FAILURES = (
         "the package index could not be reached or lacks a package; check the network and pip's index "
         "settings, and try again",
     ),
+    (
+        r"No matching distribution found|ResolutionImpossible",
+        "no package index in pip's settings offers matching versions for this Python; name one that does in "
+        "PIP_EXTRA_INDEX_URL, and check pip's constraints",
+    ),
 )
 
 

@@ -1,4 +1,4 @@
-"""What is told of data before training: counts, boxes against anchors, faults, copies, the page of samples."""
+"""Checks of data before training: counts, anchors, errors, duplicates, and the page of samples."""
 
 import json
 import logging
@@ -30,8 +30,8 @@ CLASSES = ("cat", "dog")
 DETECTION = "configs/base/detection.yaml"
 
 
-def record(name: str, *things: dict[str, Any], size: tuple[int, int] = (64, 48)) -> dict[str, Any]:
-    return {"file_name": name, "image_id": name, "width": size[0], "height": size[1], "annotations": list(things)}
+def record(name: str, *objects: dict[str, Any], size: tuple[int, int] = (64, 48)) -> dict[str, Any]:
+    return {"file_name": name, "image_id": name, "width": size[0], "height": size[1], "annotations": list(objects)}
 
 
 def thing(*box: float, category: int = 0, mode: BoxMode = BoxMode.XYXY_ABS, **more: int) -> dict[str, Any]:
@@ -39,16 +39,16 @@ def thing(*box: float, category: int = 0, mode: BoxMode = BoxMode.XYXY_ABS, **mo
 
 
 def scattered(count: int, width: int, height: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes of all sizes and shapes inside images of one size."""
+    """Random boxes inside images of one size."""
     random = np.random.default_rng(seed)
-    ends = np.sort(random.uniform(0, 1, (count, 2, 2)), axis=1) * (width, height)
-    boxes = ends.reshape(count, 4)
+    corners = np.sort(random.uniform(0, 1, (count, 2, 2)), axis=1) * (width, height)
+    boxes = corners.reshape(count, 4)
     boxes = boxes[(boxes[:, 2:] - boxes[:, :2] > 1).all(1)]
     return boxes, np.tile([width, height], (len(boxes), 1)).astype(float)
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.5])
-def test_best_overlap_is_that_of_detectron2s_own_anchors(offset: float) -> None:
+def test_best_iou_equals_that_with_detectron2s_anchors(offset: float) -> None:
     strides, sizes, ratios = (4, 8, 16, 32), ((12.0, 20.0), (40.0,), (64.0,), (130.0,)), ((0.5, 1.0, 2.0),) * 4
     boxes, images = scattered(300, 192, 128)
     generator = DefaultAnchorGenerator(
@@ -61,7 +61,7 @@ def test_best_overlap_is_that_of_detectron2s_own_anchors(offset: float) -> None:
 
 
 @pytest.mark.parametrize("size", [(400, 300), (120, 333)])
-def test_boxes_are_resized_as_the_mapper_does(size: tuple[int, int], tmp_path: Path) -> None:
+def test_boxes_are_resized_like_the_mapper(size: tuple[int, int], tmp_path: Path) -> None:
     sizes = ("INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MAX_SIZE_TRAIN", "160")
     cfg = load_config(DETECTION, [*sizes, "INPUT.RANDOM_FLIP", "none"])
     Image.new("RGB", size).save(tmp_path / "a.png")
@@ -72,7 +72,7 @@ def test_boxes_are_resized_as_the_mapper_does(size: tuple[int, int], tmp_path: P
     np.testing.assert_allclose(boxes, mapped["instances"].gt_boxes.tensor, rtol=1e-5)
 
 
-def test_proposed_anchors_fit_better_than_those_of_another_scale() -> None:
+def test_proposed_anchors_fit_better_than_anchors_of_another_scale() -> None:
     random = np.random.default_rng(0)
     low = random.uniform(0, 100, (500, 2))
     boxes = np.hstack([low, low + random.uniform((6, 12), (10, 20), (500, 2))])
@@ -81,19 +81,19 @@ def test_proposed_anchors_fit_better_than_those_of_another_scale() -> None:
     better = proposal(boxes, images, coarse)
     assert better.best_ious(boxes, images).mean() > 0.6 > 0.1 > coarse.best_ious(boxes, images).mean()
     assert [len(level) for level in better.sizes] == [1] * 5
-    # Anchors that are right stay: nothing tried beats them.
+    # Anchors that fit are not replaced by worse ones.
     assert proposal(boxes, images, better).best_ious(boxes, images).mean() >= better.best_ious(boxes, images).mean()
 
 
 @pytest.mark.parametrize(("box", "size"), [((608, 2), (640, 480)), ((2, 470), (640, 480)), ((2000, 4), (2000, 4))])
 def test_flat_boxes_have_anchors(box: tuple[int, int], size: tuple[int, int]) -> None:
-    things = [thing(0, y, box[0], y + box[1]) for y in range(min(size[1] - box[1] + 1, 9))]
-    report = check_labels({"set": [record("a", *things, size=size)] * 30}, CLASSES, load_config(DETECTION, []))
+    objects = [thing(0, y, box[0], y + box[1]) for y in range(min(size[1] - box[1] + 1, 9))]
+    report = check_labels({"set": [record("a", *objects, size=size)] * 30}, CLASSES, load_config(DETECTION, []))
     proposed = report["anchors"]["proposal"]
     (ratios,) = proposed["ASPECT_RATIOS"]
     assert any(ratio == pytest.approx(box[1] / box[0], rel=0.2) for ratio in ratios)  # sides are whole pixels
     assert proposed["best_iou"] > 3 * report["anchors"]["anchors"]["best_iou"] > 0
-    assert report["faults"] == []
+    assert report["errors"] == []
 
 
 def test_counts_and_quantiles() -> None:
@@ -112,73 +112,75 @@ def test_counts_and_quantiles() -> None:
         "without_objects": 1,
         "classes": {"cat": 2, "dog": 0},
     }
-    assert report["faults"] == []
-    assert report["warnings"][0] == "set: classes without an object (1): dog"
+    assert report["errors"] == []
+    assert report["warnings"][0] == "set: classes without objects (1): dog"
     assert report["anchors"]["side"]["99"] == pytest.approx(600**0.5, abs=0.2)
     assert json.loads(json.dumps(report)) == report
 
 
 @pytest.mark.parametrize(
-    ("things", "kind", "words"),
+    ("objects", "kind", "message"),
     [
-        ([thing(0, 0, 5, 5, category=2)], "faults", "category_id that is none of 0 to 1 (1): a.jpg"),
-        ([thing(0, 0, 5, 5, category=-1)], "faults", "category_id"),
-        ([thing(0, 0, float("nan"), 5)], "faults", "not finite numbers (1): a.jpg"),
-        ([thing(0, 0, 5)], "faults", "four numbers"),
-        ([thing(0, 0, 5, 5, mode=BoxMode.XYXY_REL)], "faults", "bbox_mode"),
+        ([thing(0, 0, 5, 5, category=2)], "errors", "category_id outside of 0 to 1 (1): a.jpg"),
+        ([thing(0, 0, 5, 5, category=-1)], "errors", "category_id"),
+        ([thing(0, 0, float("nan"), 5)], "errors", "not finite numbers (1): a.jpg"),
+        ([thing(0, 0, 5)], "errors", "four numbers"),
+        ([thing(0, 0, 5, 5, mode=BoxMode.XYXY_REL)], "errors", "bbox_mode"),
         ([thing(9, 9, 9, 12)], "warnings", "without area, which are not trained on (1): a.jpg"),
-        ([thing(-9, 0, 9, 12), thing(0, 0, 66, 12)], "warnings", "leave their image by more than 1 pixel"),
+        ([thing(-9, 0, 9, 12), thing(0, 0, 66, 12)], "warnings", "more than 1 pixel outside of their image"),
     ],
 )
-def test_wrong_labels_are_named(things: list[dict[str, Any]], kind: str, words: str) -> None:
-    report = check_labels({"set": [record("a.jpg", *things)]}, CLASSES, load_config(DETECTION, []))
-    assert any(words in sentence for sentence in report[kind])
+def test_invalid_labels_are_reported(objects: list[dict[str, Any]], kind: str, message: str) -> None:
+    report = check_labels({"set": [record("a.jpg", *objects)]}, CLASSES, load_config(DETECTION, []))
+    assert any(message in line for line in report[kind])
 
 
-def test_sets_with_nothing_to_find_are_no_fault() -> None:
+def test_test_sets_without_objects_are_a_warning() -> None:
     cfg = load_config(DETECTION, [])
-    sound = [record("a", thing(0, 0, 9, 9), thing(0, 0, 9, 9, category=1))]
-    report = check_labels({"train": sound, "bare": [record("b")], "empty": []}, CLASSES, cfg, tests=("bare", "empty"))
-    assert report["faults"] == []
-    nothing = "so that an evaluation on it finds nothing and its AP is NaN"
-    assert report["warnings"] == [f"bare: not one object in its images, {nothing}", f"empty: no image, {nothing}"]
+    valid = [record("a", thing(0, 0, 9, 9), thing(0, 0, 9, 9, category=1))]
+    report = check_labels({"train": valid, "bare": [record("b")], "empty": []}, CLASSES, cfg, tests=("bare", "empty"))
+    assert report["errors"] == []
+    assert report["warnings"] == [
+        "bare: the images have no objects, so AP on this set is NaN",
+        "empty: there are no images, so AP on this set is NaN",
+    ]
 
 
-def test_more_objects_than_the_detector_returns_are_named() -> None:
-    things = [thing(0, 0, 9, 9, category=i % 2) for i in range(20)] + [thing(0, 0, 9, 9, iscrowd=1)]
+def test_more_objects_than_the_detector_returns_are_reported() -> None:
+    objects = [thing(0, 0, 9, 9, category=i % 2) for i in range(20)] + [thing(0, 0, 9, 9, iscrowd=1)]
     for limit, warnings in ((20, 0), (19, 1)):
         cfg = load_config(DETECTION, ["TEST.DETECTIONS_PER_IMAGE", str(limit)])
-        report = check_labels({"set": [record("a.jpg", *things)]}, CLASSES, cfg)
-        assert len(report["warnings"]) == warnings and report["faults"] == []
+        report = check_labels({"set": [record("a.jpg", *objects)]}, CLASSES, cfg)
+        assert len(report["warnings"]) == warnings and report["errors"] == []
     assert "more objects than TEST.DETECTIONS_PER_IMAGE 19" in report["warnings"][0] and "a.jpg" in str(report)
 
 
-def test_nothing_to_train_on_is_a_fault() -> None:
+def test_a_training_set_without_objects_is_an_error() -> None:
     sets = {"train": [record("a")], "test": [record("b", thing(0, 0, 5, 5))]}
     cfg = load_config(DETECTION, [])
-    fault = "train: no image has an object to train on: label some"
-    for training, tests, faults in (
-        (("train",), ("test",), [fault]),
-        (("train",), ("train", "test"), [fault]),  # trained and evaluated on
+    error = "train: the images have no objects to train on; label some"
+    for training, tests, errors in (
+        (("train",), ("test",), [error]),
+        (("train",), ("train", "test"), [error]),  # trained and evaluated on
         (("test",), ("train",), []),
         (("train", "test"), ("train",), []),
         ((), ("train",), []),
     ):
-        assert check_labels(sets, CLASSES, cfg, training, tests)["faults"] == faults
+        assert check_labels(sets, CLASSES, cfg, training, tests)["errors"] == errors
 
 
-def test_what_is_right_is_not_named() -> None:
-    things = [thing(0, 0, 64, 48), thing(-0.5, 0, 9, 48.5, category=1), thing(60, 1, 1, 1, iscrowd=1)]
-    report = check_labels({"set": [record("a", *things)]}, CLASSES, load_config(DETECTION, []))
-    assert report["faults"] == report["warnings"] == []
+def test_valid_labels_are_not_reported() -> None:
+    objects = [thing(0, 0, 64, 48), thing(-0.5, 0, 9, 48.5, category=1), thing(60, 1, 1, 1, iscrowd=1)]
+    report = check_labels({"set": [record("a", *objects)]}, CLASSES, load_config(DETECTION, []))
+    assert report["errors"] == report["warnings"] == []
 
 
-def test_equal_ids_are_a_fault_where_detections_are_told_apart_by_them() -> None:
-    twice = [record("a", thing(0, 0, 5, 5)), record("b", thing(0, 0, 5, 5)) | {"image_id": "a"}]
+def test_equal_image_ids_are_an_error_in_test_sets() -> None:
+    repeated = [record("a", thing(0, 0, 5, 5)), record("b", thing(0, 0, 5, 5)) | {"image_id": "a"}]
     cfg = load_config(DETECTION, [])
-    assert any("image ids" in word for word in check_labels({"set": twice}, CLASSES, cfg, tests=("set",))["faults"])
-    report = check_labels({"set": twice}, CLASSES, cfg)
-    assert report["faults"] == [] and any("image ids" in word for word in report["warnings"])
+    assert any("image ids" in line for line in check_labels({"set": repeated}, CLASSES, cfg, tests=("set",))["errors"])
+    report = check_labels({"set": repeated}, CLASSES, cfg)
+    assert report["errors"] == [] and any("image ids" in line for line in report["warnings"])
 
 
 def noise(path: Path, seed: int, size: tuple[int, int] = (40, 30)) -> Path:
@@ -187,7 +189,7 @@ def noise(path: Path, seed: int, size: tuple[int, int] = (40, 30)) -> Path:
     return path
 
 
-def test_every_image_is_looked_at(tmp_path: Path) -> None:
+def test_every_image_is_read(tmp_path: Path) -> None:
     train, test = tmp_path / "train", tmp_path / "test"
     train.mkdir()
     test.mkdir()
@@ -202,18 +204,17 @@ def test_every_image_is_looked_at(tmp_path: Path) -> None:
     cfg = load_config(DETECTION, [])
     report = check_images(sets, cfg, labelled=False)
     assert report["images"] == {"read": 7, "unreadable": 2, "one_colour": 1}
-    assert report["faults"] == []
+    assert report["errors"] == []
     text = " ".join(report["warnings"])
-    for words in (
+    for part in (
         f"{cut}' is damaged",
         "empty.png' is not an image",
         "one colour (1)",
-        "train: images that are the same",
+        "train: images with equal pixels",
     ):
-        assert words in text
-    assert (
-        f"train and test: images in both, by their pixels (1): {files[1]} = {test / 'other.bmp'}" in report["warnings"]
-    )
+        assert part in text
+    shared = f"train and test: images with equal pixels in both (1): {files[1]} = {test / 'other.bmp'}"
+    assert shared in report["warnings"]
     assert sorted(map(len, report["duplicates"])) == [2, 2]
     pixels = np.concatenate(
         [np.asarray(Image.open(p)).reshape(-1, 3) for p in [*sets["train"], test / "other.bmp"]]
@@ -223,7 +224,7 @@ def test_every_image_is_looked_at(tmp_path: Path) -> None:
     np.testing.assert_allclose(report["std"], pixels.std(0), atol=1e-3)
     reversed_ = check_images(sets, load_config(DETECTION, ["INPUT.FORMAT", "BGR"]), labelled=False)
     assert reversed_["mean"] == report["mean"][::-1]
-    assert len(check_images(sets, cfg, labelled=True)["faults"]) == 1
+    assert len(check_images(sets, cfg, labelled=True)["errors"]) == 1
 
 
 @pytest.mark.parametrize("channels", [1, 5])
@@ -240,17 +241,17 @@ def test_images_of_other_channels_are_read_as_training_reads_them(channels: int,
     pixels = np.concatenate([(image * (255 / 4095)).round().reshape(-1, channels) for image in images])
     if channels == 1:  # black, turned into gray
         pixels = np.concatenate([pixels, np.zeros((600, 1))])
-        assert report["faults"] == [] and report["images"] == {"read": 4, "unreadable": 0, "one_colour": 1}
+        assert report["errors"] == [] and report["images"] == {"read": 4, "unreadable": 0, "one_colour": 1}
     else:
-        (fault,) = report["faults"]
-        assert "rgb.png' has 3 channels, but INPUT.CHANNELS is 5" in fault
+        (error,) = report["errors"]
+        assert "rgb.png' has 3 channels, but INPUT.CHANNELS is 5" in error
     np.testing.assert_allclose(report["mean"], pixels.mean(0), atol=1e-3)
     np.testing.assert_allclose(report["std"], pixels.std(0), atol=1e-3)
     found = pixel_statistics(files[:3], PixelFormat(channels, 4095))
     np.testing.assert_allclose(found.mean, pixels[:1800].mean(0))
 
 
-def test_images_in_an_archive_are_looked_at(tmp_path: Path) -> None:
+def test_images_in_an_archive_are_read(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as packed:
         for index in range(2):
             packed.write(noise(tmp_path / f"{index}.png", 0), f"{index}.png")
@@ -258,16 +259,16 @@ def test_images_in_an_archive_are_looked_at(tmp_path: Path) -> None:
     assert report["images"]["read"] == 2 and len(report["duplicates"]) == 1
 
 
-def test_a_label_of_another_size_is_a_fault(tmp_path: Path) -> None:
+def test_a_wrong_recorded_size_is_an_error(tmp_path: Path) -> None:
     path = str(noise(tmp_path / "a.png", 0))
     cfg = load_config(DETECTION, [])
     right = {"set": [record(path, size=(40, 30))]}
-    assert check_images(right, cfg, labelled=True)["faults"] == []
-    (fault,) = check_images({"set": [record(path, size=(30, 40))]}, cfg, labelled=True)["faults"]
-    assert f"{path} (recorded 30 x 40, has 40 x 30)" in fault
+    assert check_images(right, cfg, labelled=True)["errors"] == []
+    (error,) = check_images({"set": [record(path, size=(30, 40))]}, cfg, labelled=True)["errors"]
+    assert f"{path} (recorded 30 x 40, actual 40 x 30)" in error
 
 
-def test_the_page_of_samples_has_every_image_and_its_boxes(tmp_path: Path) -> None:
+def test_the_page_of_samples_shows_every_image_and_its_boxes(tmp_path: Path) -> None:
     grey = np.full((48, 64, 3), 128, np.uint8)
     crowded = np.array([[4 * i, 10, 4 * i + 3, 30] for i in range(12)], dtype=float)
     pictures = [
@@ -283,24 +284,24 @@ def test_the_page_of_samples_has_every_image_and_its_boxes(tmp_path: Path) -> No
         draw_samples([], tmp_path / "none.png", "title")
 
 
-def test_the_script_checks_a_config_and_says_that_training_may_start(root: Path, tmp_path: Path) -> None:
+def test_check_data_of_a_config(root: Path, tmp_path: Path) -> None:
     names = ("DATASETS.TRAIN", "('svhn_train',)", "DATASETS.TEST", "('svhn_test',)")
     output = tmp_path / "out"
-    script = ("relvit-d2", "check-data", "--output", output)
-    done = run(root, *script, "--config-file", "configs/demo/streets.yaml", *names)
-    assert "training may start" in done.stdout
+    command = ("relvit-d2", "check-data", "--output", output)
+    done = run(root, *command, "--config-file", "configs/demo/streets.yaml", *names)
+    assert "training can start" in done.stdout
     assert "12 images" in done.stdout
     report = json.loads((output / "check.json").read_text())
-    assert report["images"]["read"] == 17 and report["faults"] == []
+    assert report["images"]["read"] == 17 and report["errors"] == []
     with Image.open(output / "check.png") as page:
         assert page.width > 1000
 
 
-def test_the_script_checks_a_folder_of_images(tmp_path: Path) -> None:
+def test_check_data_of_a_folder_of_images(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     noise(tmp_path / "images/a.png", 0)
     done = run(tmp_path, "relvit-d2", "check-data", "--output", tmp_path / "out", tmp_path / "images")
-    assert "1 read" in done.stdout and "no labels were checked: pre-training may start" in done.stdout
+    assert "1 read" in done.stdout and "pre-training can start (no labels were checked)" in done.stdout
     assert f"warning: {tmp_path / 'images'}: no labels were recognised" in done.stdout
     document = {"images": [{"id": 1, "file_name": "a.png", "width": 40, "height": 30}], "annotations": []}
     (tmp_path / "images/labels.json").write_text(json.dumps(document))
@@ -308,7 +309,7 @@ def test_the_script_checks_a_folder_of_images(tmp_path: Path) -> None:
     assert "labels.json has images and annotations but no categories" in done.stdout
 
 
-def test_the_script_checks_a_folder_with_labels_and_what_a_config_says_of_it(tmp_path: Path) -> None:
+def test_check_data_of_a_folder_with_labels_and_of_a_config_for_it(tmp_path: Path) -> None:
     for name, split in (("a", "train"), ("b", "train"), ("c", "val")):
         (tmp_path / f"cells/images/{split}").mkdir(parents=True, exist_ok=True)
         (tmp_path / f"cells/labels/{split}").mkdir(parents=True, exist_ok=True)
@@ -317,7 +318,7 @@ def test_the_script_checks_a_folder_with_labels_and_what_a_config_says_of_it(tmp
         (tmp_path / f"cells/labels/{split}/{name}.txt").write_text("0 0.5 0.5 0.5 0.5\n1 0.2 0.2 0.1 0.1\n")
     (tmp_path / "cells/classes.txt").write_text("RBC\nWBC\n")
     done = run(tmp_path, "relvit-d2", "check-data", "--output", tmp_path / "out", tmp_path / "cells")
-    assert "training may start" in done.stdout
+    assert "training can start" in done.stdout
     report = json.loads((tmp_path / "out/check.json").read_text())
     counts = {name: facts["classes"] for name, facts in report["sets"].items()}
     assert counts == {"cells_train": {"RBC": 2, "WBC": 2}, "cells_val": {"RBC": 1, "WBC": 1}}
@@ -334,7 +335,7 @@ def test_the_script_checks_a_folder_with_labels_and_what_a_config_says_of_it(tmp
     assert "is of the class 1" in done.stderr
 
 
-def test_folders_whose_sets_have_one_name_are_refused(tmp_path: Path) -> None:
+def test_folders_whose_data_sets_have_the_same_name_are_rejected(tmp_path: Path) -> None:
     for parent in ("a", "b"):
         folder = tmp_path / parent / "cells"
         folder.mkdir(parents=True)
@@ -346,23 +347,23 @@ def test_folders_whose_sets_have_one_name_are_refused(tmp_path: Path) -> None:
         config_words([a, b])
 
 
-def test_training_tells_what_it_found_and_refuses_wrong_labels(caplog: pytest.LogCaptureFixture) -> None:
+def test_training_logs_the_checks_and_rejects_invalid_labels(caplog: pytest.LogCaptureFixture) -> None:
     cfg = load_config(DETECTION, ["DATASETS.TRAIN", "('mine',)"])
     right, wrong = record("a.jpg", thing(0, 0, 9, 9)), record("b.jpg", thing(0, 0, 9, 9, category=7))
     with caplog.at_level(logging.INFO):
         before_training(cfg, [right], {"mine": [right]}, CLASSES)
     assert "mine (training): 1 images, 1 objects of 2 classes" in caplog.text
     assert "mine (training) and mine: images in both (1): a.jpg" in caplog.text
-    with pytest.raises(UserError, match=r"training may not start: mine: objects with a category_id .*b\.jpg"):
+    with pytest.raises(UserError, match=r"training cannot start: mine: objects with a category_id .*b\.jpg"):
         before_training(cfg, [right], {"mine": [right, wrong]}, CLASSES)
 
 
-def test_anchors_that_miss_many_boxes_are_told() -> None:
+def test_anchors_that_miss_many_boxes_are_a_warning() -> None:
     tiny = [record(str(i), thing(*box), size=(800, 800)) for i, box in enumerate(scattered(200, 12, 12)[0].tolist())]
     (warning,) = check_labels({"s": tiny}, ("cat",), load_config(DETECTION, []))["warnings"]
     assert "MODEL.ANCHOR_GENERATOR.SIZES [[" in warning
 
 
-def test_anchors_of_maps_without_a_known_stride_are_left_out() -> None:
+def test_anchors_of_levels_without_a_known_stride_are_skipped() -> None:
     cfg = load_config(DETECTION, ["MODEL.RPN.IN_FEATURES", "['res4']", "MODEL.ANCHOR_GENERATOR.SIZES", "[[32]]"])
     assert fit_report(*scattered(5, 64, 64), cfg) == {}

@@ -1,7 +1,9 @@
-"""relvit-d2 doctor in a whole environment, in one that lacks packages, and the command that it prints."""
+"""relvit-d2 doctor in a complete environment, in incomplete ones, and the command that it prints."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -37,7 +39,7 @@ def test_a_whole_environment_can_train(tmp_path: Path) -> None:
     note = value(done.stdout, "voc_2007_train").removeprefix("not usable ")
     assert "VOCdevkit/VOC2007" in value(done.stdout, note)
     assert done.stdout.count("VOCdevkit/VOC2007") == 1, "four splits, one reason"
-    assert not list(tmp_path.iterdir()), "the doctor only looks"
+    assert not list(tmp_path.iterdir()), "the doctor writes nothing"
 
 
 def test_data_sets_are_counted(samples: Path) -> None:
@@ -46,7 +48,7 @@ def test_data_sets_are_counted(samples: Path) -> None:
     assert value(done.stdout, "voc_2007_test") == "26 images"
 
 
-def test_an_environment_without_packages_is_told_the_command() -> None:
+def test_without_packages_the_command_that_installs_them_is_printed() -> None:
     done = run(sys.executable, "-S", *DOCTOR, PYTHONPATH="")
     assert done.returncode == 1
     assert done.stderr == ""
@@ -54,17 +56,21 @@ def test_an_environment_without_packages_is_told_the_command() -> None:
     assert "make setup" in done.stdout.splitlines()[-1]
 
 
-def test_the_command_that_the_doctor_prints_installs_a_missing_detectron2(tmp_path: Path) -> None:
-    """The real wheel, in an environment that sees all packages of this one but Detectron2."""
+@pytest.fixture
+def python(tmp_path: Path) -> Path:
+    """The Python of an environment with all packages of this one except Detectron2, pip included."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
-    python = tmp_path / "venv" / "bin" / "python"
     packages = tmp_path / "packages"
     packages.mkdir()
     for path in Path(sysconfig.get_path("purelib")).iterdir():
         if "detectron2" not in path.name:
             (packages / path.name).symlink_to(path)
     (next((tmp_path / "venv").glob("lib/python3*/site-packages")) / "packages.pth").write_text(str(packages))
+    return tmp_path / "venv" / "bin" / "python"
 
+
+def test_the_printed_command_installs_a_missing_detectron2(python: Path, tmp_path: Path) -> None:
+    """With the real wheel."""
     done = run(python, *DOCTOR, DETECTRON2_DATASETS=str(tmp_path))
     assert done.returncode == 1, done.stdout
     assert value(done.stdout, "detectron2") == "missing"
@@ -74,10 +80,48 @@ def test_the_command_that_the_doctor_prints_installs_a_missing_detectron2(tmp_pa
     assert other.returncode == 1
     assert other.stderr == "error: the package detectron2 is not installed: run relvit-d2 doctor --install-detectron2\n"
 
-    mend = run("bash", "-c", command)
-    if "could not be reached" in mend.stderr:
+    repair = run("bash", "-c", command)
+    if "could not be reached" in repair.stderr:
         pytest.skip("no package index within reach: the real wheel was not installed")
-    assert mend.returncode == 0, mend.stderr
-    assert "Detectron2 0.7.2 is installed" in mend.stdout  # and has been imported, modeling included
+    assert repair.returncode == 0, repair.stderr
+    assert "Detectron2 0.7.2 is installed" in repair.stdout  # and has been imported, modeling included
     installed = list(tmp_path.glob("venv/lib/python3*/site-packages/*"))
     assert {path.name for path in installed if path.is_dir()} == {"detectron2", "sal_detectron2-0.7.2.dist-info"}
+    check = run(python, "-m", "pip", "check")
+    assert not [line for line in check.stdout.splitlines() if "detectron2" in line]
+    assert describe(python)[0] == "wheel sal-detectron2 0.7.2 from a package index"
+
+
+def describe(python: Path) -> list[str]:
+    """The origin and the limitations of that environment's Detectron2."""
+    code = "from relvit_d2.cli.doctor import *; print(detectron2_origin(), *detectron2_limitations(), sep='\\n')"
+    return run(python, "-c", code).stdout.splitlines()
+
+
+ORIGINS = {
+    "commit 1f2e3d of https://example.org/d2": {"url": "https://example.org/d2", "vcs_info": {"commit_id": "1f2e3d"}},
+    "editable install from file:///src/d2": {"url": "file:///src/d2", "dir_info": {"editable": True}},
+    "installed from file:///src/d2": {"url": "file:///src/d2", "dir_info": {}},
+}
+
+
+def test_the_origin_and_the_limitations_of_another_detectron2_are_printed(python: Path, tmp_path: Path) -> None:
+    """A copy of the installed one, with pip's record of a source (PEP 610), and with its limitations removed."""
+    import detectron2
+
+    site = next((tmp_path / "venv").glob("lib/python3*/site-packages"))
+    copy = shutil.copytree(detectron2.__path__[0], site / "detectron2", symlinks=True)
+    origin, *limitations = describe(python)
+    assert origin == f"in {copy}, not installed by pip"
+    zoo_limitation = "detectron2.model_zoo needs setuptools older than 82 (facebookresearch/detectron2#5494)"
+    assert zoo_limitation in limitations
+
+    info = site / "detectron2-0.6.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: detectron2\nVersion: 0.6\n")
+    zoo = copy / "model_zoo" / "model_zoo.py"
+    zoo.write_text(zoo.read_text().replace("pkg_resources", "importlib"))
+    for origin, direct_url in ORIGINS.items():
+        (info / "direct_url.json").write_text(json.dumps(direct_url))
+        expected = [line for line in limitations if line != zoo_limitation]
+        assert describe(python) == [f"detectron2 0.6, {origin}", *expected]

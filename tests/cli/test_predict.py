@@ -124,7 +124,7 @@ def test_augmented_results_stand_beside_the_plain_ones_and_expected_results_deci
     off = ("TEST.AUG.ENABLED", False)
     sentence = fails(root, *evaluation(tmp_path / "b", wrong, *off))
     assert "results differ from TEST.EXPECTED_RESULTS: bbox/AP is" in sentence
-    assert "expected 99.0 within 0.5, segm/AP is None, expected 1.0 within 100.0" in sentence
+    assert "expected 99.0 +- 0.5, segm/AP is None, expected 1.0 +- 100.0" in sentence
     assert json.loads((tmp_path / "b/inference/results.json").read_text())["svhn_test"]["bbox"] == plain["bbox"]
     sentence = fails(root, *command("train_net.py", tmp_path / "c", "TEST.EXPECTED_RESULTS", wrong))
     assert "bbox/AP is" in sentence and (tmp_path / "c/model_final.pth").is_file()
@@ -138,7 +138,7 @@ def test_paths_arrays_pictures_and_batches_give_the_same(detector: Detector, ima
             for image in (path, str(path), picture, np.array(picture.convert("RGB"))):
                 same(detector(image), expected)
     for bad in (np.zeros((8, 8, 3)), np.zeros((8, 8), np.uint8), np.zeros((0, 8, 3), np.uint8)):
-        with pytest.raises(UserError, match="is no image"):
+        with pytest.raises(UserError, match="is not an image"):
             detector(bad)
 
 

@@ -104,7 +104,7 @@ def test_a_program_that_differs_is_not_written(tmp_path: Path, monkeypatch: pyte
 def test_bad_input_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"folder .*absent.* does not exist"):
         export_model.run(arguments(tmp_path / "absent/file", "torch-export"))
-    with pytest.raises(UserError, match=r"--size is for a Swin"):
+    with pytest.raises(UserError, match=r"--size is for Swin only"):
         export_model.run(arguments(tmp_path / "file", "torch-export", size=[64, 64]))
     swin = ["MODEL.ENCODER.NAME", "swin_tiny", "MODEL.ENCODER.PATCH_SIZE", "4", *FULL]
     with pytest.raises(UserError, match=r"--size 100 64: give multiples of 32"):
@@ -121,5 +121,5 @@ def test_the_script_tells_a_missing_file(root: Path) -> None:
 
 def test_the_last_level_is_every_second_cell_of_the_one_before() -> None:
     maps = torch.randn(2, 3, 7, 4)
-    (found,) = backbones.EverySecondCell("p5")(maps)
+    (found,) = backbones.SubsampledLevel("p5")(maps)
     assert torch.equal(found, nn.functional.max_pool2d(maps, kernel_size=1, stride=2))

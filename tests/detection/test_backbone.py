@@ -1,4 +1,4 @@
-"""The backbone under Detectron2's contract: padding, levels, gradients, refusals."""
+"""The backbone with Detectron2's interface: padding, levels, gradients, errors, independence of the batch."""
 
 import json
 from pathlib import Path
@@ -31,12 +31,12 @@ def image(height: int, width: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", list(ENCODERS))
 @pytest.mark.parametrize("sizes", [[(225, 301), (200, 300)], [(33, 47)], [(64, 64)]])
-def test_every_pixel_is_inside_the_padded_batch_and_under_the_maps(name: str, sizes: list[tuple[int, int]]) -> None:
+def test_the_padded_batch_and_the_maps_cover_every_pixel(name: str, sizes: list[tuple[int, int]]) -> None:
     cfg = get_cfg()
     add_relvit_config(cfg)
     cfg.merge_from_list([*fitting(name, (4, 2, 1, 0.5)), "MODEL.PYRAMID.OUT_CHANNELS", 16])
     strides, levels = cfg.MODEL.PYRAMID.STRIDES, cfg.MODEL.RPN.IN_FEATURES
-    net = backbone.backbone.build_encoder_pyramid_backbone(cfg, None).eval()
+    net = backbone.build_encoder_pyramid_backbone(cfg, None).eval()
     batch = ImageList.from_tensors(
         [image(*size) for size in sizes], net.size_divisibility, padding_constraints=net.padding_constraints
     )
@@ -54,7 +54,7 @@ def test_every_pixel_is_inside_the_padded_batch_and_under_the_maps(name: str, si
 
 
 def test_the_last_pixels_of_an_odd_image_reach_the_features() -> None:
-    """Detectron2's own pyramid never pads (a misspelt key), so that these pixels would be cut off."""
+    """Detectron2's own pyramid does not pad (a misspelt key) and would cut these pixels off."""
     model = build_detector(tiny_config()).eval()
     first = image(45, 51)
     second = first.clone()
@@ -74,7 +74,7 @@ def records(sizes: list[tuple[int, int]]) -> list[dict[str, object]]:
     return batch
 
 
-def test_a_training_step_reaches_every_parameter_and_odd_sizes_infer() -> None:
+def test_every_parameter_has_a_gradient_and_odd_sizes_are_predicted() -> None:
     torch.manual_seed(0)
     model = build_detector(tiny_config())
     with EventStorage():
@@ -93,8 +93,8 @@ def test_a_training_step_reaches_every_parameter_and_odd_sizes_infer() -> None:
         assert (boxes[:, 3] <= height).all()
 
 
-def test_augmented_evaluation_of_the_image_as_it_is_is_the_plain_one() -> None:
-    """Test-time augmentation that augments nothing gives the detections of the model, masks too."""
+def test_tta_without_augmentation_equals_plain_evaluation() -> None:
+    """Detections and masks."""
     keys = ("MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NUM_CONV", 1, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
     cfg = tiny_config(*keys, "TEST.AUG.MIN_SIZES", (64,), "TEST.AUG.MAX_SIZE", 96, "TEST.AUG.FLIP", False)
     torch.manual_seed(0)
@@ -114,7 +114,7 @@ def test_augmented_evaluation_of_the_image_as_it_is_is_the_plain_one() -> None:
         assert not torch.allclose(other.scores[:5], expected.scores[:5], atol=1e-5)
 
 
-def test_masks_train_where_the_data_has_them() -> None:
+def test_masks_are_trained_if_the_data_have_them() -> None:
     model = build_detector(tiny_config("MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NUM_CONV", 1))
     batch = records([(47, 61)])
     polygons = [[box[[0, 1, 2, 1, 2, 3, 0, 3]].double().numpy()] for box in batch[0]["instances"].gt_boxes.tensor]  # type: ignore[attr-defined]
@@ -124,7 +124,7 @@ def test_masks_train_where_the_data_has_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "message"),
     [
         (["MODEL.PYRAMID.STRIDES", [4, 16]], r"MODEL.PYRAMID.STRIDES \[4, 16\].*each twice"),
         (["MODEL.PYRAMID.STRIDES", [16, 32]], "MODEL.PYRAMID.STRIDES"),
@@ -132,19 +132,19 @@ def test_masks_train_where_the_data_has_them() -> None:
         (["MODEL.ENCODER.NAME", "vit_nanno"], "did you mean 'vit_nano'"),
     ],
 )
-def test_what_does_not_fit_is_one_sentence(overrides: list[object], words: str) -> None:
-    with pytest.raises(UserError, match=words):
+def test_invalid_keys_are_reported(overrides: list[object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         build_detector(tiny_config(*overrides))
 
 
-def test_difficult_objects_train_unless_told_otherwise(samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_difficult_objects_are_trained_on_unless_disabled(samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DETECTRON2_DATASETS", str(samples))
     names = ["DATASETS.TRAIN", ("voc_2007_trainval", "voc_2007_test"), "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False]
     with_difficult = training_records(tiny_config(*names))
     without = training_records(tiny_config(*names, "DATASETS.TRAIN_DIFFICULT", False))
     assert sum(len(r["annotations"]) for r in with_difficult) == 333
     assert sum(len(r["annotations"]) for r in without) == 333 - 112
-    # All objects of some images are difficult: such an image is an empty one by then.
+    # Images with only difficult objects count as images without objects.
     filtered = training_records(tiny_config(*names[:2], "DATASETS.TRAIN_DIFFICULT", False))
     assert len(filtered) == sum(bool(r["annotations"]) for r in without)
 
@@ -166,7 +166,7 @@ def test_scores_and_offsets_are_float32_under_autocast() -> None:
 TAPPED = ("MODEL.PYRAMID.NAME", "multitap", "MODEL.PYRAMID.STRIDES", "[2,4,8]", "MODEL.PYRAMID.TOP_BLOCK", True)
 
 
-def test_taps_of_a_vit_stand_under_an_fpn() -> None:
+def test_an_fpn_on_several_blocks_of_a_vit() -> None:
     levels = ("MODEL.RPN.IN_FEATURES", "['p1','p2','p3','p4']", "MODEL.ROI_HEADS.IN_FEATURES", "['p1','p2','p3']")
     sizes = ("MODEL.ANCHOR_GENERATOR.SIZES", "[[8],[8],[16],[16]]")
     model = build_detector(tiny_config(*TAPPED, *levels, *sizes))
@@ -178,7 +178,7 @@ def test_taps_of_a_vit_stand_under_an_fpn() -> None:
     assert list(taps) == ["b1", "b2", "s4"] and {t.shape[2:] for t in taps.values()} == {(8, 12)}
 
 
-def test_a_tap_is_the_output_of_its_block_after_the_norm() -> None:
+def test_a_block_map_is_the_output_of_its_block_after_the_norm() -> None:
     encoder = build_encoder("vit_nano", patch_size=4, img_size=32).eval()
     images = torch.randn(2, 3, 32, 40, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -189,7 +189,6 @@ def test_a_tap_is_the_output_of_its_block_after_the_norm() -> None:
         half.load_state_dict(encoder.state_dict())
         assert isinstance(half, ViT)
         del half.vit.blocks[2:]
-        half._taps, half._windows = [1], [0, 0]
         torch.testing.assert_close(maps["b2"], half(images)["s4"])
     torch.testing.assert_close(maps["s4"], plain)
 
@@ -198,16 +197,16 @@ def test_a_tap_is_the_output_of_its_block_after_the_norm() -> None:
     ("overrides", "message"),
     [
         (("MODEL.PYRAMID.NAME", "fnp"), "simple, fpn, multitap"),
-        (("MODEL.PYRAMID.NAME", "fpn"), "which fpn stands on"),
+        (("MODEL.PYRAMID.NAME", "fpn"), "must be among the strides .* for MODEL.PYRAMID.NAME fpn"),
         (("MODEL.PYRAMID.NAME", "multitap", "MODEL.PYRAMID.STRIDES", "[32,64]"), "do not fit"),
     ],
 )
-def test_pyramids_that_cannot_be_are_told(overrides: tuple[str, ...], message: str) -> None:
+def test_impossible_pyramids_are_reported(overrides: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_detector(tiny_config(*overrides))
 
 
-def test_first_blocks_are_frozen_on_request() -> None:
+def test_the_first_blocks_can_be_frozen() -> None:
     net = build_detector(tiny_config("MODEL.BACKBONE.FREEZE_AT", 2)).backbone
     frozen = {name for name, p in net.encoder.named_parameters() if not p.requires_grad}
     first = ("vit.patch_embed", "vit.pos_embed", "vit.cls_token", "vit.blocks.0.")
@@ -217,7 +216,7 @@ def test_first_blocks_are_frozen_on_request() -> None:
 
 
 def scatter(model: torch.nn.Module) -> None:
-    """Move weights away from their initial values, so that positions and objectness matter."""
+    """Randomise the weights, so that positions and objectness have an effect."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
@@ -246,10 +245,10 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "pyramid", "keys"), CASES)
-def test_an_image_gives_the_same_alone_and_beside_larger_ones(
+def test_results_of_an_image_do_not_depend_on_larger_images_in_the_batch(
     name: str, pyramid: str, keys: tuple[object, ...]
 ) -> None:
-    """Features within its own padded size, proposals and detections."""
+    """Features inside its padded size, proposals and detections."""
     torch.manual_seed(0)
     model = build_detector(mixed_batch_config(name, pyramid, *keys)).eval()
     scatter(model)
@@ -278,7 +277,7 @@ def test_an_image_gives_the_same_alone_and_beside_larger_ones(
             assert torch.equal(beside.pred_classes, alone.pred_classes)
 
 
-def test_evaluation_does_not_depend_on_the_size_of_its_batches(tmp_path: Path) -> None:
+def test_evaluation_does_not_depend_on_the_batch_size(tmp_path: Path) -> None:
     """Detections of images of several sizes in batches of one and of four."""
     data, found = [], []
     for number, (height, width) in enumerate([(64, 96), (96, 64), (64, 64), (80, 60)]):
@@ -295,7 +294,7 @@ def test_evaluation_does_not_depend_on_the_size_of_its_batches(tmp_path: Path) -
         model = build_detector(cfg)
         scatter(model)
         output.mkdir()
-        (output / "config.yaml").write_text("TEST: {DETECTIONS_PER_IMAGE: 300}\n")  # of a training before
+        (output / "config.yaml").write_text("TEST: {DETECTIONS_PER_IMAGE: 300}\n")  # left by an earlier training
         assert read_runs([output])[0].detection_limit == 300
         evaluate(cfg, model, {"svhn_test": data})
         assert read_runs([output])[0].detection_limit == 10

@@ -1,4 +1,4 @@
-"""Joint training: the detector's losses and the pretext losses of the encoder's last map."""
+"""Joint training: detection losses, and pretext losses on the encoder's last map."""
 
 import logging
 import math
@@ -14,7 +14,7 @@ from relvit_d2.detection.model import build_detector
 from relvit_d2.detection.rcnn import RelViTRCNN
 from relvit_d2.encoders import ENCODERS
 from relvit_d2.pretext.layout import PatchLayout
-from relvit_d2.pretext.targets import relation_chance
+from relvit_d2.pretext.targets import relation_frequencies
 from relvit_d2.pretext.task import PretextTask
 from relvit_d2.utils.metrics import as_scalars
 from tests.support.detectors import fitting, tiny_config
@@ -42,7 +42,7 @@ def entry(height: int, width: int) -> dict[str, Any]:
     }
 
 
-def test_the_losses_of_both_come_side_by_side() -> None:
+def test_detection_and_pretext_losses_are_returned_together() -> None:
     supervised, joint = build_detector(tiny_config()), build_detector(tiny_config(*JOINT))
     missing = joint.load_state_dict(supervised.state_dict(), strict=False)
     assert missing.missing_keys and all(name.startswith("pretext.") for name in missing.missing_keys)
@@ -60,8 +60,8 @@ def test_the_losses_of_both_come_side_by_side() -> None:
     assert all("simfp" not in name for name in reached)  # on the encoder's map, before the pyramid
 
 
-def test_padding_takes_no_part() -> None:
-    """A small image beside a large one has the pretext losses of the encoder's own tokens inside it."""
+def test_padding_has_no_pretext_loss() -> None:
+    """In a batch with a larger image, only the tokens inside the small image have losses."""
     joint = build_detector(tiny_config(*JOINT))
     assert isinstance(joint, RelViTRCNN)
     batch = [entry(64, 64), entry(33, 46)]
@@ -69,11 +69,11 @@ def test_padding_takes_no_part() -> None:
     joint.pretext.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
     joint(batch)
     valid = seen[0].valid[1].view(seen[0].grid)
-    assert seen[0].extent().tolist() == [[16, 16], [9, 12]]  # of 4 pixels; a patch that is partly seen takes part
+    assert seen[0].extent().tolist() == [[16, 16], [9, 12]]  # patches of 4 pixels, including partly padded ones
     assert valid[:9, :12].all() and valid.sum() == 9 * 12
 
 
-def test_pretext_losses_are_those_of_the_task_on_the_last_map() -> None:
+def test_pretext_losses_equal_those_of_the_task_on_the_last_map() -> None:
     joint = build_detector(tiny_config(*JOINT))
     assert isinstance(joint, RelViTRCNN) and isinstance(joint.pretext, PretextTask)
     batch = [entry(48, 64)]
@@ -82,15 +82,15 @@ def test_pretext_losses_are_those_of_the_task_on_the_last_map() -> None:
     expected = joint.pretext(joint.backbone.encoder.tokens(images), PatchLayout.full(1, (12, 16)), [(12, 16)])
     for name, value in as_scalars(expected).items():
         torch.testing.assert_close(as_scalars(both)[name], value)
-    assert expected["relation"].chance == relation_chance((12, 16)).accuracy
+    assert expected["relation"].chance == max(relation_frequencies((12, 16)))
     torch.testing.assert_close(
         joint([entry(48, 64), entry(33, 47)])["relation"].chance,
-        (relation_chance((12, 16)).accuracy + relation_chance((9, 12)).accuracy) / 2,
+        (max(relation_frequencies((12, 16))) + max(relation_frequencies((9, 12)))) / 2,
     )
 
 
 @pytest.mark.parametrize("name", list(ENCODERS))
-def test_every_encoder_trains_jointly_and_evaluates_as_before(name: str) -> None:
+def test_joint_training_does_not_change_the_evaluation_of_any_encoder(name: str) -> None:
     model = build_detector(tiny_config(*JOINT, *fitting(name, (1, 0.5))))
     losses = model([entry(40, 56)])
     assert losses.keys() >= PRETEXT and all(math.isfinite(value) for value in as_scalars(losses).values())
@@ -99,7 +99,7 @@ def test_every_encoder_trains_jointly_and_evaluates_as_before(name: str) -> None
         assert "instances" in model([entry(40, 56)])[0]
 
 
-def test_that_positions_leak_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_position_leak_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="relvit_d2"):
         build_detector(tiny_config(*JOINT))
     assert sum("positions" in record.message for record in caplog.records) == 1
@@ -108,8 +108,8 @@ def test_that_positions_leak_is_said(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.records
 
 
-def test_a_t2t_reads_pooled_tokens_and_positions_inside_each_image() -> None:
-    """As in the authors' code: 14 x 14 tokens become 7 x 7 before every head, whatever the training."""
+def test_t2t_uses_pooled_tokens_and_positions_inside_each_image() -> None:
+    """As in the authors' code, 14 x 14 tokens are pooled to 7 x 7 before every head."""
     joint = build_detector(tiny_config(*JOINT, *fitting("t2t_vit_14", (1, 0.5)), "PRETEXT.POOL", 2))
     assert isinstance(joint, RelViTRCNN)
     seen: list[tuple[Any, ...]] = []
@@ -120,8 +120,8 @@ def test_a_t2t_reads_pooled_tokens_and_positions_inside_each_image() -> None:
     assert layout.extent().tolist() == [[7, 7], [4, 5]]  # of 7 x 10 tokens
 
 
-def test_pretext_losses_of_a_batch_are_those_of_its_images() -> None:
-    """The mean over the images' pairs and tokens, each computed alone."""
+def test_pretext_losses_of_a_batch_are_means_over_its_images() -> None:
+    """The mean over the pairs and tokens of the images, each computed separately."""
     joint = build_detector(tiny_config(*JOINT))
     joint.eval()
     joint.pretext.eval()

@@ -1,4 +1,4 @@
-"""Every pyramid on every encoder, and what fine-tuning can be told about an encoder: each key, for every member."""
+"""Every pyramid on every encoder, and every fine-tuning key of encoders."""
 
 import math
 from functools import cache
@@ -20,13 +20,13 @@ from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.metrics import as_scalars
 
-# The larger ViTs are the code of the smallest.
+# The larger ViTs share the code of the smallest.
 ONE_OF_A_KIND = [
     pytest.param(name, marks=pytest.mark.slow if name in ("vit_tiny", "vit_small", "vit_base") else ())
     for name in ENCODERS
 ]
 SEVERAL = {"swin_tiny": [4, 8, 16, 32]}  # encoders with maps of several strides
-# What embeds the patches and the first block, by how the names of their parameters begin.
+# Prefixes of the parameter names of the patch embedding and the first block.
 FIRST = {
     "vit_nano": ("vit.patch_embed.", "vit.pos_embed", "vit.cls_token", "vit.blocks.0."),
     "swin_tiny": ("swin.patch_embed.", "swin.layers.0.blocks.0."),
@@ -36,7 +36,7 @@ FIRST = {
 
 @cache
 def patch_and_stride(name: str) -> tuple[int, int]:
-    """The patch that the encoder has by itself and the stride of its last map, pixels."""
+    """The default patch size of the encoder and the stride of its last map, pixels."""
     encoder = build_encoder(name)
     return encoder.arguments["patch_size"], encoder.strides[encoder.last]
 
@@ -54,7 +54,7 @@ def config(name: str, pyramid: str, strides: list[int], *overrides: object) -> C
 
 @pytest.mark.parametrize("kind", PYRAMIDS)
 @pytest.mark.parametrize("name", ONE_OF_A_KIND)
-def test_every_pyramid_stands_on_every_encoder_that_has_its_maps(name: str, kind: str) -> None:
+def test_every_pyramid_is_built_on_every_encoder_that_has_its_maps(name: str, kind: str) -> None:
     torch.manual_seed(0)
     stride = patch_and_stride(name)[1]
     strides = SEVERAL[name] if kind == "fpn" and name in SEVERAL else [stride // 2, stride, 2 * stride]
@@ -73,7 +73,7 @@ def test_every_pyramid_stands_on_every_encoder_that_has_its_maps(name: str, kind
 
 
 @pytest.mark.parametrize("name", ONE_OF_A_KIND)
-def test_auto_takes_the_fpn_where_there_are_maps_of_several_strides(name: str) -> None:
+def test_auto_selects_fpn_for_maps_of_several_strides(name: str) -> None:
     stride = patch_and_stride(name)[1]
     chosen = "fpn" if name in SEVERAL else "simple"
     strides = SEVERAL.get(name, [stride, 2 * stride])
@@ -83,7 +83,7 @@ def test_auto_takes_the_fpn_where_there_are_maps_of_several_strides(name: str) -
 
 
 @pytest.mark.parametrize("name", FIRST)
-def test_first_blocks_are_frozen_and_deeper_ones_learn_faster(name: str) -> None:
+def test_first_blocks_are_frozen_and_deeper_ones_have_larger_rates(name: str) -> None:
     keys = ("MODEL.BACKBONE.FREEZE_AT", 2, "SOLVER.LAYER_DECAY", 0.5)
     cfg = config(name, "simple", [patch_and_stride(name)[1]], *keys)
     with torch.device("meta"):
@@ -101,7 +101,7 @@ def test_first_blocks_are_frozen_and_deeper_ones_learn_faster(name: str) -> None
     assert all(scale == 1 for n, scale in scales.items() if "simfp" in n)
 
 
-def test_what_starts_from_scratch_has_one_rate_and_learns_whole() -> None:
+def test_training_from_scratch_has_one_rate_and_freezes_nothing() -> None:
     scratch = [cfg for path in Path("configs").glob("*.yaml") if not (cfg := load_config(str(path), [])).MODEL.WEIGHTS]
     assert len(scratch) >= 12
     for cfg in scratch:
@@ -114,19 +114,19 @@ def drop_rates(model: nn.Module) -> list[float]:
 
 @pytest.mark.parametrize("more", [[], ["MODEL.ENCODER.DROP_PATH", "0.3"]], ids=["as_it_is", "overridden"])
 @pytest.mark.parametrize("row", ["vit_s", "swin_t", "t2t_vit_14"])
-def test_drop_path_of_each_mode_is_that_of_its_config(row: str, more: list[str]) -> None:
+def test_drop_path_is_that_of_the_config_in_each_mode(row: str, more: list[str]) -> None:
     pretraining = load_config(f"configs/ssl/voc_{row}.yaml", [*more, "MODEL.DEVICE", "meta"])
     detectors = [load_config(f"configs/voc_{row}_224{mode}.yaml", more) for mode in ("", "_supervised", "_joint")]
     with torch.device("meta"):
         models = [build_pretraining_model(pretraining)]
         models += [build_encoder_pyramid_backbone(cfg, None) for cfg in detectors]
     for cfg, model in zip([pretraining, *detectors], models, strict=True):
-        rates = drop_rates(model) or [0.0]  # a rate of 0 makes no module
+        rates = drop_rates(model) or [0.0]  # a rate of 0 adds no module
         assert rates == sorted(rates) and rates[-1] == pytest.approx(cfg.MODEL.ENCODER.DROP_PATH)
 
 
-def test_only_the_rows_of_t2t_are_without_drop_path() -> None:
-    """The authors' T2T has none, whatever their flag says; the other encoders have 0.1."""
+def test_only_configs_of_t2t_have_no_drop_path() -> None:
+    """The authors' T2T ignores their flag; the other encoders have 0.1."""
     for path in Path("configs").glob("*.yaml"):
         expected = 0.0 if "t2t" in path.name else 0.1
         assert expected == load_config(str(path), []).MODEL.ENCODER.DROP_PATH, path
@@ -137,7 +137,7 @@ def test_only_the_rows_of_t2t_are_without_drop_path() -> None:
 def test_positions_of_another_grid_are_resized_and_absent_ones_fresh(
     name: str, positions: bool, tmp_path: Path
 ) -> None:
-    """MODEL.ENCODER.IMG_SIZE and POS_EMBED; a Swin has nothing to store for either."""
+    """MODEL.ENCODER.IMG_SIZE and POS_EMBED; a Swin has no parameters for either."""
     path = tmp_path / "encoder.safetensors"
     save_encoder(build_encoder(name, img_size=32, pos_embed=positions), path, {})
     target = build_encoder(name, img_size=64, pos_embed=True)
@@ -151,8 +151,8 @@ def test_positions_of_another_grid_are_resized_and_absent_ones_fresh(
 
 @pytest.mark.parametrize("mega", [False, True], ids=["plain", "mega"])
 @pytest.mark.parametrize("row", ["swin_t", "t2t_vit_14"])
-def test_encoders_with_positions_pretrain_on_seven_by_seven_permuted_pieces(row: str, mega: bool) -> None:
-    """Views keep their 224 pixels; every one of the 49 tokens knows which piece it sees."""
+def test_encoders_with_positions_pretrain_on_7_x_7_permuted_mega_patches(row: str, mega: bool) -> None:
+    """Views keep 224 pixels, and the layout has the index of each of the 49 mega-patches."""
     path = f"configs/ssl/voc_{row}{'_mega' if mega else ''}.yaml"
     model = build_pretraining_model(load_config(path, ["MODEL.DEVICE", "cpu"]))
     images = torch.randint(0, 256, (1, 3, 230, 240), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Regions to be ignored: carried through the mapper, heeded by both heads, and no difference without them."""
+"""Ignore regions: in the mapper, in both heads, and no difference without them."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def targets(*boxes: list[float]) -> InstancesWithIgnoreRegions:
     return InstancesWithIgnoreRegions(objects(*boxes), Boxes(torch.tensor([REGION])))
 
 
-def test_the_mapper_carries_crowds_through_the_changes_of_the_image(tmp_path: Path) -> None:
+def test_the_mapper_transforms_crowds_with_the_image(tmp_path: Path) -> None:
     Image.new("RGB", (128, 64)).save(tmp_path / "a.png")
     record: dict[str, Any] = {
         "file_name": str(tmp_path / "a.png"),
@@ -47,7 +47,7 @@ def test_the_mapper_carries_crowds_through_the_changes_of_the_image(tmp_path: Pa
     mapper = DetectionMapper(tiny_config("INPUT.MIN_SIZE_TRAIN", (32,), "INPUT.RANDOM_FLIP", "none"), is_train=True)
     found = mapper(record)["instances"]
     assert isinstance(found, InstancesWithIgnoreRegions)
-    assert len(found) == 1  # what stock heads see
+    assert len(found) == 1  # objects for Detectron2's heads
     assert found.regions.tensor.tolist() == [[32, 0, 64, 16]]  # once, at half the size
     moved = found.to("cpu")
     assert torch.equal(moved.regions.tensor, found.regions.tensor)
@@ -63,7 +63,7 @@ def test_regions_follow_flips_and_crops() -> None:
     assert cut.tensor.tolist() == [[0, 10, 20, 20]]
 
 
-def test_no_anchor_inside_a_region_is_background() -> None:
+def test_anchors_inside_a_region_are_not_background() -> None:
     rpn = build_detector(tiny_config()).proposal_generator
     assert type(rpn) is RelViTRPN
     rpn.batch_size_per_image = 10000  # all are sampled
@@ -77,13 +77,13 @@ def test_no_anchor_inside_a_region_is_background() -> None:
     inside = (right - left) * bottom > 0.5 * (every[:, 2] - every[:, 0]) ** 2
     assert (plain[inside] == 0).any() and (plain[inside] == 1).any()
     assert not (labels[inside] == 0).any()
-    assert torch.equal(labels == 1, plain == 1)  # objects in a region are learnt
+    assert torch.equal(labels == 1, plain == 1)  # objects inside a region are trained on
     assert torch.equal(labels[~inside], plain[~inside])
     (without,), _ = rpn.label_and_sample_anchors(anchors, [targets()])
     assert torch.equal(without == 0, ~inside)
 
 
-def test_no_proposal_inside_a_region_is_background() -> None:
+def test_proposals_inside_a_region_are_not_background() -> None:
     heads = build_detector(tiny_config()).roi_heads
     assert type(heads) is IgnoringROIHeads
     heads.batch_size_per_image, heads.positive_fraction = 1000, 0.5
@@ -93,7 +93,7 @@ def test_no_proposal_inside_a_region_is_background() -> None:
         (64, 64), proposal_boxes=Boxes(torch.tensor(boxes)), objectness_logits=torch.zeros(len(boxes))
     )
     with EventStorage():
-        plain, heeding, empty = heads.label_and_sample_proposals(
+        plain, ignoring, empty = heads.label_and_sample_proposals(
             [proposals] * 3, [objects(box), targets(box), targets()]
         )
 
@@ -101,14 +101,14 @@ def test_no_proposal_inside_a_region_is_background() -> None:
         return sorted(image.proposal_boxes.tensor[image.gt_classes == heads.num_classes].tolist())
 
     assert background(plain) == sorted(boxes[:4])
-    assert background(heeding) == sorted([boxes[0], boxes[2]])  # 70 % inside is, 40 % is not
+    assert background(ignoring) == sorted([boxes[0], boxes[2]])  # 70 % inside is, 40 % is not
     assert background(empty) == sorted([boxes[0], boxes[2]])
-    assert sorted(heeding.proposal_boxes.tensor[heeding.gt_classes == 1].tolist()) == sorted([boxes[4], box])
+    assert sorted(ignoring.proposal_boxes.tensor[ignoring.gt_classes == 1].tolist()) == sorted([boxes[4], box])
 
 
 @pytest.mark.parametrize("regions", [False, True])
-def test_images_without_regions_are_labelled_as_by_detectron2(regions: bool) -> None:
-    """The same draws from the same seed; an image with regions beside them disturbs nothing."""
+def test_images_without_regions_are_labelled_like_detectron2(regions: bool) -> None:
+    """The same random draws from the same seed, also next to an image with regions."""
     model = build_detector(tiny_config())
     rpn, heads = model.proposal_generator, model.roi_heads
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""The blockwise losses of pairs against the dense form, and their laws."""
+"""Blockwise pair losses, compared with the dense form, and their invariants."""
 
 import math
 
@@ -6,16 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.plain import pair_loss_plain
 from relvit_d2.pretext.layout import PatchLayout
-from relvit_d2.pretext.pair_loss import (
-    Angle,
-    Bearing,
-    Distance,
-    PairKind,
-    Relation,
-    pair_loss,
-    pair_loss_plain,
-)
+from relvit_d2.pretext.pair_loss import Angle, Bearing, Distance, PairKind, Relation, pair_loss
 from relvit_d2.utils.hashing import hashed_uniform
 
 KINDS = [Relation(), Relation(0.1), Distance(), Angle(), Bearing()]
@@ -30,7 +23,7 @@ def problem(
     width: int = 4,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, PatchLayout]:
-    """Random queries and keys of a shuffled layout; image 1 has padding, and the last only one token."""
+    """Random queries and keys of a shuffled layout; image 1 has padding, the last image a single token."""
     generator = torch.Generator().manual_seed(0)
     tokens = grid[0] * grid[1]
     q, k = torch.randn(2, batch, kind.maps, tokens, width, generator=generator, dtype=dtype) * 2
@@ -57,8 +50,8 @@ def test_blocks_give_the_dense_loss_and_gradients(block: int | None, dropout: fl
         torch.testing.assert_close(ours, plain)
 
 
-def test_many_images_a_block_and_many_blocks_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A budget of two images, then of a third of one, walks both loops; five images divide by neither."""
+def test_several_images_per_block_and_several_blocks_per_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Budgets of two images and of a third of one; neither divides five images."""
     q, k, layout = problem(batch=5)
     expected = torch.autograd.grad(pair_loss_plain(q, k, layout, Relation())[0], (q, k))
     for images in (2, 1 / 3):
@@ -75,8 +68,8 @@ def test_gradcheck(kind: PairKind) -> None:
 
 
 @every_kind
-def test_dropout_drops_its_share_of_the_pairs(kind: PairKind) -> None:
-    """With one query that scores and all keys alike, the mean is over what is left; its gradient says how many are."""
+def test_dropout_omits_its_fraction_of_the_pairs(kind: PairKind) -> None:
+    """The loss is the mean of the kept pairs; these are uniform over rows and columns."""
     q, k, layout = problem(kind, batch=2, grid=(20, 20))
     layout.valid[:] = True
     torch.manual_seed(0)
@@ -93,8 +86,8 @@ def test_dropout_drops_its_share_of_the_pairs(kind: PairKind) -> None:
 
 
 def _kept_pairs(batch: int, tokens: int, dropout: float) -> Tensor:
-    seed, place = torch.randint(2**31, ()), torch.arange(tokens)
-    return hashed_uniform(seed, torch.arange(batch)[:, None, None], place[:, None], place) >= dropout
+    seed, index = torch.randint(2**31, ()), torch.arange(tokens)
+    return hashed_uniform(seed, torch.arange(batch)[:, None, None], index[:, None], index) >= dropout
 
 
 def test_large_scores_stay_exact() -> None:
@@ -111,16 +104,16 @@ def test_autocast_and_half_inputs_sum_in_float32() -> None:
         loss, _ = pair_loss(q16, k16, layout, Relation(), block=4)
     expected, _ = pair_loss_plain(q16.float(), k16.float(), layout, Relation())
     torch.testing.assert_close(loss, expected)
-    wanted = torch.autograd.grad(expected, (q16, k16))
-    torch.testing.assert_close(torch.autograd.grad(loss, (q16, k16)), wanted, rtol=0.01, atol=1e-6)
+    expected_grads = torch.autograd.grad(expected, (q16, k16))
+    torch.testing.assert_close(torch.autograd.grad(loss, (q16, k16)), expected_grads, rtol=0.01, atol=1e-6)
 
 
 @every_kind
-def test_padding_is_never_read(kind: PairKind) -> None:
+def test_padding_is_ignored(kind: PairKind) -> None:
     q, k, layout = problem(kind)
     junk_q, junk_k = q.detach().clone(), k.detach().clone()
-    gone = ~layout.valid[:, None, :, None].expand_as(q)
-    junk_q[gone], junk_k[gone] = math.nan, math.inf
+    padding = ~layout.valid[:, None, :, None].expand_as(q)
+    junk_q[padding], junk_k[padding] = math.nan, math.inf
     junk_q.requires_grad_(), junk_k.requires_grad_()
     loss, accuracy = pair_loss(junk_q, junk_k, layout, kind)
     clean = pair_loss(q, k, layout, kind)
@@ -129,11 +122,11 @@ def test_padding_is_never_read(kind: PairKind) -> None:
         torch.autograd.grad(loss, (junk_q, junk_k)), torch.autograd.grad(clean[0], (q, k)), strict=True
     ):
         assert torch.equal(junk, grad)
-        assert not junk[gone].any()
+        assert not junk[padding].any()
 
 
 @every_kind
-def test_no_valid_token_is_a_loss_of_zero(kind: PairKind) -> None:
+def test_the_loss_without_valid_tokens_is_zero(kind: PairKind) -> None:
     q, k, layout = problem(kind)
     layout.valid[:] = False
     loss, accuracy = pair_loss(q, k, layout, kind)
@@ -141,15 +134,15 @@ def test_no_valid_token_is_a_loss_of_zero(kind: PairKind) -> None:
     assert not any(grad.any() for grad in torch.autograd.grad(loss, (q, k)))
 
 
-def test_uniform_scores_lose_ln_9_and_hit_nothing() -> None:
+def test_uniform_scores_have_loss_ln_9_and_accuracy_0() -> None:
     q, k, layout = problem()
     loss, accuracy = pair_loss(q * 0, k, layout, Relation())
     assert loss.item() == pytest.approx(math.log(9))
     assert accuracy == 0
 
 
-def test_true_scores_are_all_hit() -> None:
-    """Scores built by hand from coordinates: 3*sgn(dr)*a + sgn(dc)*b is largest for the class (a, b)."""
+def test_correct_scores_have_accuracy_1() -> None:
+    """Scores computed from coordinates, largest for the class of the pair."""
     layout = PatchLayout.full(2, (2, 2))
     row, col = layout.row.float() - 0.5, layout.col.float() - 0.5
     # On a 2x2 grid sgn(dr) = r_i - r_j; class (a, b) scores 2*a*dr + 2*b*dc - a*a - b*b.
@@ -164,7 +157,7 @@ def test_true_scores_are_all_hit() -> None:
 
 
 @every_kind
-def test_shuffling_tokens_leaves_the_loss_alone(kind: PairKind) -> None:
+def test_the_loss_is_invariant_to_the_order_of_tokens(kind: PairKind) -> None:
     q, k, layout = problem(kind)
     order = torch.rand(layout.row.shape).argsort(1)
     index = order[:, None, :, None].expand_as(q)
@@ -173,8 +166,8 @@ def test_shuffling_tokens_leaves_the_loss_alone(kind: PairKind) -> None:
 
 
 @every_kind
-def test_nothing_of_the_square_of_the_tokens_is_saved(kind: PairKind) -> None:
-    """The tensors kept for the backward pass are counted while the graph is built."""
+def test_memory_for_the_backward_pass_is_linear_in_the_tokens(kind: PairKind) -> None:
+    """Counts the tensors that autograd saves."""
     q, k, layout = problem(kind, batch=2, grid=(20, 20))
     saved: list[int] = []
 
@@ -188,7 +181,7 @@ def test_nothing_of_the_square_of_the_tokens_is_saved(kind: PairKind) -> None:
 
 
 @every_kind
-def test_no_gradient_is_formed_where_none_is_wanted(kind: PairKind) -> None:
+def test_no_gradient_is_computed_under_no_grad(kind: PairKind) -> None:
     q, k, layout = problem(kind)
     with torch.no_grad():
         loss, accuracy = pair_loss(q, k, layout, kind)
@@ -198,7 +191,7 @@ def test_no_gradient_is_formed_where_none_is_wanted(kind: PairKind) -> None:
 
 @every_kind
 def test_inside_torch_compile(kind: PairKind) -> None:
-    """Traced by dynamo and differentiated by AOTAutograd, without the code generator."""
+    """With the backend aot_eager, which needs no code generator."""
     q, k, layout = problem(kind)
 
     def loss(q: Tensor, k: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Layouts and targets: the laws of the relation classes and the closed forms of chance."""
+"""Layouts and targets: symmetries of the targets and closed forms of the class frequencies."""
 
 import math
 from collections import Counter
@@ -17,9 +17,7 @@ from relvit_d2.pretext.targets import (
     pair_deviation,
     pair_distance,
     pair_relation,
-    position_chance,
     positions,
-    relation_chance,
     relation_frequencies,
 )
 
@@ -27,7 +25,7 @@ GRIDS = [(1, 1), (1, 5), (2, 2), (3, 3), (4, 7), (7, 4), (8, 8)]
 
 
 def brute_class(grid: tuple[int, int], i: int, j: int) -> str:
-    """Name where cell i lies as seen from cell j, in words."""
+    """Return the name of the position of cell i relative to cell j."""
     (row_i, col_i), (row_j, col_j) = divmod(i, grid[1]), divmod(j, grid[1])
     horizontal = "L" if col_i < col_j else "R" if col_i > col_j else "C"
     vertical = "U" if row_i < row_j else "D" if row_i > row_j else "C"
@@ -41,7 +39,7 @@ def shuffled(layout: PatchLayout, seed: int = 0) -> tuple[PatchLayout, torch.Ten
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_classes_are_those_told_in_words(grid: tuple[int, int]) -> None:
+def test_classes_have_the_names_of_their_directions(grid: tuple[int, int]) -> None:
     classes = all_pairs(pair_relation, PatchLayout.full(1, grid))[0]
     cells = grid[0] * grid[1]
     assert [[RELATIONS[c] for c in row] for row in classes] == [
@@ -83,29 +81,27 @@ def test_shuffling_patches_and_targets_commutes(grid: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_chance_is_that_of_counting(grid: tuple[int, int]) -> None:
+def test_frequencies_are_those_of_counting(grid: tuple[int, int]) -> None:
     cells = grid[0] * grid[1]
     counts = Counter(brute_class(grid, i, j) for i in range(cells) for j in range(cells))
-    shares = [counts[name] / cells**2 for name in RELATIONS]
-    assert relation_frequencies(grid) == pytest.approx(shares, abs=1e-12)
-    chance = relation_chance(grid)
-    assert chance.accuracy == pytest.approx(max(shares))
-    assert chance.entropy == pytest.approx(-sum(s * math.log(s) for s in shares if s), abs=1e-12)
-    assert position_chance(grid) == pytest.approx((1 / cells, math.log(cells)))
+    expected = [counts[name] / cells**2 for name in RELATIONS]
+    assert relation_frequencies(grid) == pytest.approx(expected, abs=1e-12)
 
 
-def test_published_grids_have_the_published_chance() -> None:
-    """Majority and entropy of the grids that the papers use, counted outside this code."""
+def test_majority_and_entropy_of_the_papers_grids() -> None:
+    """Values computed independently of this code."""
     table = {5: (0.16, 2.10984), 7: (0.183673, 2.008485), 8: (0.191406, 1.966548), 14: (0.215561, 1.801911)}
     for side, expected in table.items():
-        assert relation_chance((side, side)) == pytest.approx(expected, abs=1e-6)
+        frequencies = relation_frequencies((side, side))
+        entropy = -sum(p * math.log(p) for p in frequencies)
+        assert (max(frequencies), entropy) == pytest.approx(expected, abs=1e-6)
 
 
 def authors_matrices(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Distance and angle of a square grid, from the description of the authors' arithmetic (float64, no epsilon)."""
-    place = np.stack(np.divmod(np.arange(n * n), n), 1).astype(float)
-    distance = np.linalg.norm(place[:, None] - place[None], axis=2)
-    outside = place + n / 2
+    """Return distance and angle of a square grid by the authors' formulas, in float64 and without their epsilon."""
+    cell = np.stack(np.divmod(np.arange(n * n), n), 1).astype(float)
+    distance = np.linalg.norm(cell[:, None] - cell[None], axis=2)
+    outside = cell + n / 2
     length = np.linalg.norm(outside, axis=1)
     cosine = outside @ outside.T / (length[:, None] * length)
     angle = np.arccos(np.clip(cosine, -1, 1))
@@ -122,7 +118,7 @@ def test_distance_and_angle_are_the_authors(n: int) -> None:
 
 
 def test_distance_has_the_published_moments() -> None:
-    """Mean -0.149 and variance 0.165 over the pairs of a 7 x 7 grid, counted outside this code."""
+    """Mean -0.149 and variance 0.165 over the pairs of a 7 x 7 grid, computed independently of this code."""
     distance = all_pairs(pair_distance, PatchLayout.full(1, (7, 7)))
     assert distance.mean().item() == pytest.approx(-0.149, abs=5e-4)
     assert distance.var(correction=0).item() == pytest.approx(0.165, abs=5e-4)
@@ -130,13 +126,13 @@ def test_distance_has_the_published_moments() -> None:
 
 
 def same_values(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Compare up to the last bits: a processor's vector instructions round an arc tangent otherwise than its scalar."""
+    """Compare with a tolerance: vector and scalar instructions round the arc tangent differently."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("grid", [(2, 2), (4, 7), (7, 4), (1, 5)])
 @pytest.mark.parametrize("function", [pair_distance, pair_angle, pair_bearing])
-def test_pair_targets_fill_their_range_and_move_with_their_patches(
+def test_pair_targets_span_their_range_and_commute_with_permutations(
     function: PairFunction, grid: tuple[int, int]
 ) -> None:
     layout = PatchLayout.full(2, grid)
@@ -149,13 +145,13 @@ def test_pair_targets_fill_their_range_and_move_with_their_patches(
 
 
 @pytest.mark.parametrize("grid", [(2, 2), (4, 7), (7, 4)])
-def test_laws_of_distance_angle_and_bearing(grid: tuple[int, int]) -> None:
+def test_symmetries_of_distance_angle_and_bearing(grid: tuple[int, int]) -> None:
     layout = PatchLayout.full(1, grid)
     distance, angle, bearing = (all_pairs(f, layout)[0] for f in (pair_distance, pair_angle, pair_bearing))
     same_values(distance, distance.mT)
     same_values(angle, angle.mT)
     assert (distance.diagonal() == -1).all() and (angle.diagonal() == -1).all()
-    # The way back is the opposite direction, half a turn (1) away.
+    # The direction of the swapped pair differs by half a turn, 1.
     turned = (bearing - bearing.mT).abs()[~torch.eye(len(bearing), dtype=torch.bool)]
     torch.testing.assert_close(turned, torch.ones_like(turned))
     mirrored = PatchLayout(grid, layout.row, grid[1] - 1 - layout.col, layout.valid)
@@ -166,28 +162,28 @@ def test_laws_of_distance_angle_and_bearing(grid: tuple[int, int]) -> None:
     torch.testing.assert_close(torch.sin(back * torch.pi)[same], torch.sin(mirror * torch.pi)[same], rtol=0, atol=1e-6)
 
 
-def test_bearings_are_those_told_in_words() -> None:
-    bearing = all_pairs(pair_bearing, PatchLayout.full(1, (3, 3)))[0, :, 4]  # seen from the centre
+def test_bearings_from_the_centre() -> None:
+    bearing = all_pairs(pair_bearing, PatchLayout.full(1, (3, 3)))[0, :, 4]  # relative to the centre
     assert bearing.tolist() == pytest.approx([-0.75, -0.5, -0.25, 1, 0, 0, 0.75, 0.5, 0.25])
 
 
-def test_a_padded_image_has_the_targets_of_its_own_grid() -> None:
-    grid, own = (5, 6), (3, 4)
-    padded, alone = PatchLayout.padded(grid, torch.tensor([own])), PatchLayout.full(1, own)
+def test_a_padded_image_has_the_targets_of_the_unpadded_image() -> None:
+    grid, inner = (5, 6), (3, 4)
+    padded, alone = PatchLayout.padded(grid, torch.tensor([inner])), PatchLayout.full(1, inner)
     kept = padded.valid[0]
-    assert padded.extent().tolist() == [list(own)]
+    assert padded.extent().tolist() == [list(inner)]
     for function in (pair_relation, pair_distance, pair_angle, pair_bearing):
         same_values(all_pairs(function, padded)[0][kept][:, kept], all_pairs(function, alone)[0])
-    assert torch.equal(positions(padded, own)[0][kept], positions(alone)[0])
+    assert torch.equal(positions(padded, inner)[0][kept], positions(alone)[0])
 
 
-@pytest.mark.parametrize("own", [(7, 7), (14, 21), (3, 5), (64, 40), (1, 1)])
-def test_any_image_maps_onto_a_fixed_grid(own: tuple[int, int]) -> None:
-    """Each token falls into the cell that its upper left corner lies in, all cells where there are tokens enough."""
-    cells = positions(PatchLayout.full(1, own), (7, 7))[0].view(own)
+@pytest.mark.parametrize("grid", [(7, 7), (14, 21), (3, 5), (64, 40), (1, 1)])
+def test_any_grid_maps_onto_a_fixed_grid(grid: tuple[int, int]) -> None:
+    """A token belongs to the cell of its upper left corner; with enough tokens every cell has one."""
+    cells = positions(PatchLayout.full(1, grid), (7, 7))[0].view(grid)
     expected = [
-        [int(r * 7 / own[0] + 1e-9) * 7 + int(c * 7 / own[1] + 1e-9) for c in range(own[1])] for r in range(own[0])
+        [int(r * 7 / grid[0] + 1e-9) * 7 + int(c * 7 / grid[1] + 1e-9) for c in range(grid[1])] for r in range(grid[0])
     ]
     assert cells.tolist() == expected
-    if min(own) >= 7:
+    if min(grid) >= 7:
         assert cells.unique().numel() == 49

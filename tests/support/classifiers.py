@@ -45,7 +45,7 @@ def config(trees: Path, output: Path, *overrides: object) -> CfgNode:
 
 
 def trained(cfg: CfgNode) -> tuple[ClassificationModel, ClassificationData, dict[str, Any]]:
-    """Train as the script does; return the results that it wrote."""
+    """Train like the command; return the results that it wrote."""
     data = load_data(cfg, training=True)
     cfg = resolve_config(cfg, data)
     seed_everything(cfg.SEED, "model")

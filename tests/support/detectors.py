@@ -13,7 +13,7 @@ def tiny_config(*overrides: object) -> CfgNode:
 
 
 def fitting(name: str, scales: tuple[float, ...]) -> list[object]:
-    """Keys of the encoder ``name`` and of a pyramid with levels of these sizes, relative to its last map."""
+    """Keys of the encoder ``name`` and of a pyramid with levels of these scales relative to its last map."""
     encoder = build_encoder(name)
     strides = [int(encoder.strides[encoder.last] / scale) for scale in scales]
     levels = [f"p{stride.bit_length() - 1}" for stride in strides]

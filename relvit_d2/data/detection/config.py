@@ -9,7 +9,8 @@ def add_custom_data_config(cfg: CfgNode) -> None:
     """Add custom data sets and the treatment of missing images to a config, in place."""
     add_groups(cfg, "DATASETS")
     # Custom data sets: NAME: {ROOT: folder}, and optionally FORMAT (coco, voc or yolo; else detected), SPLIT
-    # (train, val, test, all), CLASSES (in the order of their ids), for COCO JSON and IMAGES in ROOT; docs/own_data.md
+    # (train, val, test, all), CLASSES (in the order of their ids), for COCO JSON and IMAGES in ROOT;
+    # see docs/custom_data.md
     cfg.DATASETS.CUSTOM = type(cfg)(new_allowed=True)
     cfg.DATASETS.SKIP_MISSING = False  # leave out images that are listed but absent, instead of refusing to start
 

@@ -769,7 +769,7 @@ def test_masks_of_some_objects_and_sets_with_nothing_to_find(tmp_path: Path) -> 
     masks = ("MODEL.MASK_ON", "True", "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead")
     output = tmp_path / "out"
     done = run(tmp_path, "train_net.py", *flags, "--data", root, *TINY, *masks, "OUTPUT_DIR", output)
-    sentence = "only box AP is computed on own_val: there is 1 object without a mask"
+    sentence = "only box AP is computed on own_val (objects without a mask: 1)"
     assert done.stdout.count(sentence) == 1 and "loss_mask" in done.stdout.partition(sentence)[2]
     results = json.loads((output / "inference/results.json").read_text())["own_val"]
     assert results.keys() == {"bbox"} and results["bbox"]["AP"] is not None
