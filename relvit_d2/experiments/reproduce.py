@@ -62,7 +62,12 @@ def plan_row(
 
 def command_lines(plan: RowPlan) -> list[str]:
     """Return the selected runs as shell commands, in the order of execution."""
-    return [shlex.join(["relvit-d2", *run.command]) for runs in plan.selected for run in runs.values()]
+    return [" ".join(["relvit-d2", *map(_quoted, run.command)]) for runs in plan.selected for run in runs.values()]
+
+
+def _quoted(word: str) -> str:
+    """Quote a shell word; double quotes around tuples of names are easier to read than escaped single quotes."""
+    return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
 
 
 def reproduce(plan: RowPlan, about: dict[str, Any]) -> str:
