@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from relvit_d2.data.images.archive import ImageFile
-from relvit_d2.data.images.decode import PixelFormat, UnreadableImageError, channels_and_white
+from relvit_d2.data.images.decode import PixelFormat, UnreadableImageError, channels_and_max_value
 from relvit_d2.utils.errors import UserError
 
 LOOKED_AT = 1000  # images, evenly spread over those given
@@ -83,7 +83,7 @@ def pixel_format(images: Sequence[ImageFile | str], most: int = 50) -> PixelForm
     found: list[tuple[int, float]] = []
     for image in _spread(images, most):
         with suppress(UnreadableImageError):
-            found.append(channels_and_white(image))
+            found.append(channels_and_max_value(image))
     if not found:
         raise UserError(f"not one of the {len(images)} images can be read: give others")
     channels = [channels for channels, _ in found]

@@ -47,18 +47,20 @@ def run(args: argparse.Namespace) -> None:
         read_sets,
         refuse,
     )
-    from relvit_d2.data.detection.custom import config_words, register_own
+    from relvit_d2.data.detection.custom import config_pairs_of_inputs, register_custom
     from relvit_d2.data.images.decode import PixelFormat
     from relvit_d2.report.samples import MARKS, draw_samples, samples_of
     from relvit_d2.tasks import load_config
 
-    cfg = load_config(args.config_file or DEFAULT, args.words if args.config_file else config_words(args.words))
+    cfg = load_config(
+        args.config_file or DEFAULT, args.words if args.config_file else config_pairs_of_inputs(args.words)
+    )
     names, tests = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], tuple(cfg.DATASETS.TEST)
     if not names:
         raise UserError(f"config file '{args.config_file}' names no data set (DATASETS.TRAIN)")
     labelled = wanted = cfg.TASK == "detection"
     if cfg.TASK != "classification":  # which has folders and archives, but no custom sets
-        register_own(cfg.DATASETS, labelled)
+        register_custom(cfg.DATASETS, labelled)
     sets, classes = read_sets(list(dict.fromkeys(names)), labelled, cfg.DATASETS.get("SKIP_MISSING", False))
     labelled = bool(classes)
     title = Path(args.config_file).stem if args.config_file else "_".join(Path(word).name for word in args.words)

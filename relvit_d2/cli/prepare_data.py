@@ -41,8 +41,8 @@ def run(args: argparse.Namespace) -> None:
     if source:
         if args.download:
             download_missing(source, root, print)
-        found = [(part, part.found(root)) for part in source.laid(root)]
-        if missing := [part for part, count in found if part.needed and not count]:
+        found = [(part, part.count_files(root)) for part in source.located(root)]
+        if missing := [part for part, count in found if part.required and not count]:
             draw_tree(source, root)
             raise UserError(
                 f"{source.title} is not whole in '{root}' ({missing[0].pattern} and what else is marked above): put it "
@@ -60,7 +60,7 @@ def draw_tree(source: Source, root: Path) -> None:
     size = sum(archive.size for archive, _ in source.archives)
     print(f"{source.title}, {size / 1e9:.1f} GB packed, from {source.page}\n{root}/")
     shown: tuple[str, ...] = ()
-    for part in source.laid(root):
+    for part in source.located(root):
         *folders, leaf = Path(part.pattern).parts
         for depth, folder in enumerate(folders):
             if shown[: depth + 1] != tuple(folders[: depth + 1]):
@@ -71,5 +71,5 @@ def draw_tree(source: Source, root: Path) -> None:
 
 def state_of(part: Part, root: Path) -> str:
     """Return how many files of a part are there."""
-    found = part.found(root)
-    return f" ({found:,} here)" if found else f" <- missing{'' if part.needed else ', optional'}"
+    found = part.count_files(root)
+    return f" ({found:,} here)" if found else f" <- missing{'' if part.required else ', optional'}"

@@ -25,8 +25,8 @@ from torch import nn
 
 from relvit_d2.analysis.data_checks import before_training
 from relvit_d2.data.detection import catalog
-from relvit_d2.data.detection.catalog import get_metadata, keep_splits
-from relvit_d2.data.detection.custom import register_own
+from relvit_d2.data.detection.catalog import get_metadata, save_splits
+from relvit_d2.data.detection.custom import register_custom
 from relvit_d2.data.detection.mapper import DetectionMapper
 from relvit_d2.data.loader import EndlessBatches, EndlessOrder, ordered_batches
 from relvit_d2.detection.model import build_detector
@@ -293,12 +293,12 @@ def run_process(asked: CfgNode, args: argparse.Namespace, end: Callable[[Path, s
         UserError: if the data are missing or damaged, or results differ from ``TEST.EXPECTED_RESULTS``.
     """
     start_run(asked, args)
-    register_own(asked.DATASETS)
+    register_custom(asked.DATASETS)
     tests = evaluation_sets(asked)
     if args.eval_only and not tests:
         raise UserError("DATASETS.TEST is empty; name a data set to evaluate on, such as ('voc_2007_test',)")
     records = evaluated_records(tests) if args.eval_only else training_records(asked)
-    keep_splits(tests if args.eval_only else (*asked.DATASETS.TRAIN, *tests), Path(asked.OUTPUT_DIR))
+    save_splits(tests if args.eval_only else (*asked.DATASETS.TRAIN, *tests), Path(asked.OUTPUT_DIR))
     cfg = resolve_config(asked, records)
     for note in mask_notes(asked, cfg, records, tests):
         logger.info(note)

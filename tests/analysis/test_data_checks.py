@@ -18,7 +18,7 @@ from relvit_d2.analysis.anchors import Anchors, fit_report, proposal, training_b
 from relvit_d2.analysis.data_checks import before_training, check_images, check_labels
 from relvit_d2.analysis.pixel_statistics import pixel_statistics
 from relvit_d2.data.detection.catalog import get_images
-from relvit_d2.data.detection.custom import config_words
+from relvit_d2.data.detection.custom import config_pairs_of_inputs
 from relvit_d2.data.detection.mapper import DetectionMapper
 from relvit_d2.data.images.decode import PixelFormat
 from relvit_d2.report.samples import Sample, draw_samples
@@ -341,9 +341,9 @@ def test_folders_whose_sets_have_one_name_are_refused(tmp_path: Path) -> None:
         noise(folder / "1.png", 0)
         (folder / "1.txt").write_text("0 0.5 0.5 0.5 0.5\n")
     a, b = str(tmp_path / "a/cells"), str(tmp_path / "b/cells")
-    assert "cells_train" in config_words([a])[1]
+    assert "cells_train" in config_pairs_of_inputs([a])[1]
     with pytest.raises(UserError, match=r"a/cells' and '.*b/cells' both hold the set cells_train"):
-        config_words([a, b])
+        config_pairs_of_inputs([a, b])
 
 
 def test_training_tells_what_it_found_and_refuses_wrong_labels(caplog: pytest.LogCaptureFixture) -> None:

@@ -55,7 +55,7 @@ def test_real_images_from_their_archive_through_both_stages(few: Path, tmp_path:
     ):
         assert words in done.stdout, words
     results = read(tmp_path / "cls/inference/results.json")["cifar10_test[:20]"]
-    assert results["images"] == 20 and "5.9 grey levels" in results["note"] and 0 <= results["test"]["top1"] <= 100
+    assert results["images"] == 20 and "5.9 gray levels" in results["note"] and 0 <= results["test"]["top1"] <= 100
 
 
 def test_killed_and_resumed_it_is_the_straight_run(trees: Path, tmp_path: Path) -> None:

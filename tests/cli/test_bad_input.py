@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.support.damaged_files import huge_png
 
+from tests.support.damaged_files import huge_png
 from tests.support.scripts import command, digests, fails, run
 
 SSL, DETECT = "pretrain_ssl.py", "train_net.py"
@@ -132,7 +132,7 @@ CASES = {
     "data root is absent": Case("make demo", VOC, make=lambda root: root.rmdir()),
     "data root is empty": Case("PASCAL VOC 2007 is missing", VOC, (SSL,), make=lambda root: None),
     "folder without images": Case(
-        "holds no image", ("DATASETS.TRAIN", "('{here}/',)"), (SSL,), files={"notes.txt": "no image"}
+        "contains no image", ("DATASETS.TRAIN", "('{here}/',)"), (SSL,), files={"notes.txt": "no image"}
     ),
     "image is absent": Case(
         "b.jpg is missing but listed in", VOC, make=lambda root: (write_voc(root) / "b.jpg").unlink()
@@ -147,7 +147,7 @@ CASES = {
     ),
     "own folder is absent": Case("'no/folder' does not exist", flags=("--data", "no/folder")),
     "own folder without labels": Case(
-        "holds no labels that can be read", flags=("--data", "{here}"), files={"notes.txt": "nothing"}
+        "contains no labels that can be read", flags=("--data", "{here}"), files={"notes.txt": "nothing"}
     ),
     "own set with an unknown key": Case(
         "DATASETS.CUSTOM.cells has the key 'ROOOT'; known are ROOT, FORMAT, SPLIT, CLASSES, JSON, IMAGES; did you mean",

@@ -90,7 +90,7 @@ def test_a_connection_that_breaks_is_taken_up_where_it_broke(server: Server, tmp
 
 def test_a_later_call_goes_on(server: Server, tmp_path: Path) -> None:
     server.cut = [7000, *[0] * download.ATTEMPTS]
-    with pytest.raises(UserError, match="run it again to go on"):
+    with pytest.raises(UserError, match="run it again to resume"):
         fetch(archive(server), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["set.tar.part"]
     server.cut, server.asked = [], []
@@ -199,7 +199,7 @@ def test_an_archive_is_merged_into_its_folder(write: Callable[..., Path], tmp_pa
 def test_a_member_that_leads_out_is_refused(write: Callable[..., Path], name: str, tmp_path: Path) -> None:
     (tmp_path / "inner").mkdir()
     path = write(tmp_path / "x", ("good", b"good"), (name, b"bad"))
-    with pytest.raises(UserError, match="leads elsewhere"):
+    with pytest.raises(UserError, match="leads out of the folder"):
         unpack(path, tmp_path / "inner/set")
     assert {path.name for path in tmp_path.rglob("*")} == {"inner", "x"}
 
@@ -262,7 +262,7 @@ def test_every_source_belongs_to_sets_of_the_catalog_and_its_archives_to_parts()
 
 def test_the_script_reads_what_is_there_and_draws_what_is_missing(root: Path, tmp_path: Path) -> None:
     done = run(root, "relvit-d2", "prepare-data", "svhn")
-    assert "svhn_train: 12 images" in done.stdout and "12 images to train on of the official 33,402" in done.stdout
+    assert "svhn_train: 12 images" in done.stdout and "12 training images of the official 33,402" in done.stdout
     sentence = fails(root, "relvit-d2", "prepare-data", "coco_2017", "--root", tmp_path / "none")
     assert "coco/annotations/instances_train2017.json" in sentence and "--download" in sentence
     assert not (tmp_path / "none").exists()

@@ -68,7 +68,7 @@ def test_spoilt_sets(
     @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=3))
     def try_one(seeds: list[int]) -> None:
         start(sound, root, outside)
-        done = [spoil(root, outside, seed, sound, not name.startswith("own_")) for seed in seeds]
+        done = [spoil(root, outside, seed, sound, not name.startswith("custom_")) for seed in seeds]
         try:
             answer = outcome(reader, root, cache)
         except BaseException as error:
@@ -115,7 +115,7 @@ def test_no_reader_is_missing_here() -> None:
     families = {name.partition("_")[0] for name in DATASETS}
     # Streets are drawn here and read by SVHN's reader.
     assert families - {"streets"} <= set(READERS)
-    assert {f"own_{form}" for form in custom.READERS} <= set(READERS)
+    assert {f"custom_{form}" for form in custom.FORMATS} <= set(READERS)
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])

@@ -8,7 +8,7 @@ from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from relvit_d2.evaluation.average_precision import coco_evaluation, why_no_precision
+from relvit_d2.evaluation.average_precision import coco_evaluation, explain_zero_ap
 
 
 def random_case(seed: int, images: int, crowd: float, ids: str) -> tuple[COCO, list[dict[str, Any]]]:
@@ -118,8 +118,8 @@ def test_why_there_is_no_precision() -> None:
         "no detection is of an image that has objects": (objects, [(1, 0), (2, 1)]),
         "(of detections 1, of objects 'a', 'b')": (objects, [(1, 0)]),
         "no detection is of a class that has objects": (objects, [("a", 5)]),
-        "no detection is of a class that its image holds": (objects, [("a", 1)]),
+        "no detection is of a class that its image contains": (objects, [("a", 1)]),
         "none of the 1 detections overlaps": (objects, [("a", 0)]),
     }
     for words, pairs in reasons.items():
-        assert words in why_no_precision(*pairs)
+        assert words in explain_zero_ap(*pairs)

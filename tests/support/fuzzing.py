@@ -21,11 +21,11 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from relvit_d2.data.classification.datasets import get_class_set
-from relvit_d2.data.detection import custom
 from relvit_d2.data.detection.catalog import DATASETS, get_images, get_records
 from relvit_d2.data.images.archive import Member
 from relvit_d2.data.images.decode import image_size, read_rgb
 from relvit_d2.utils.errors import UserError
+from tests.support.custom_data import read_all
 from tests.support.damaged_files import write_mat
 
 
@@ -211,10 +211,10 @@ READERS = {
     "coco": of_catalog(make_coco, "coco_2017_val"),
     "kitti": of_catalog(make_kitti, "kitti_train"),
     # What a user brings along has the classes that it says it has.
-    "own_coco": Reader(make_coco, custom.READERS["coco"], MANY),
-    "own_voc": Reader(make_voc, custom.READERS["voc"], MANY),
-    "own_xml": Reader(make_xml, custom.READERS["voc"], MANY),
-    "own_yolo": Reader(make_yolo, custom.READERS["yolo"], MANY),
+    "custom_coco": Reader(make_coco, lambda root: read_all(root, "coco"), MANY),
+    "custom_voc": Reader(make_voc, lambda root: read_all(root, "voc"), MANY),
+    "custom_xml": Reader(make_xml, lambda root: read_all(root, "voc"), MANY),
+    "custom_yolo": Reader(make_yolo, lambda root: read_all(root, "yolo"), MANY),
     "images": Reader(make_images, lambda root: read_images(root / "images"), links=True),
     "zip": Reader(make_archives, lambda root: read_images(root / "photos.zip")),
     "tar": Reader(make_archives, lambda root: read_images(root / "photos.tar")),

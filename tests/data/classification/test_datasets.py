@@ -279,7 +279,7 @@ def test_a_subset_takes_the_classes_in_turn(tmp_path: Path) -> None:
     assert get_class_set(f"{root}[:4]").labels.tolist() == [0, 1, 2, 0]
     assert get_class_set(f"{root}[:70%]").labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
     whole = get_class_set(str(root))
-    assert sorted(whole.in_turn().tolist()) == list(range(10))
+    assert sorted(whole.class_interleaved().tolist()) == list(range(10))
 
 
 def damage(path: Path) -> None:
@@ -292,10 +292,10 @@ def test_faults_of_trees_are_one_sentence(tmp_path: Path) -> None:
     damage(archive)
     with pytest.raises(UserError, match=r"archive '.*t\.tar\.gz' is damaged"):
         get_class_set(f"{archive}/set")
-    (tmp_path / "text.tar").write_text("no archive")
+    (tmp_path / "text.tar").write_text("not an archive")
     with pytest.raises(UserError, match=r"text\.tar' is damaged or no tar archive"):
         get_class_set(str(tmp_path / "text.tar"))
-    with pytest.raises(UserError, match="holds no classes"):
+    with pytest.raises(UserError, match="contains no class folders"):
         get_class_set(f"{packed(root, archive)}/set/a")
     (root / "empty").mkdir()
     with pytest.raises(UserError, match=r"no image of the class 'empty'"):
@@ -341,7 +341,7 @@ def test_a_list_of_synsets_is_taken_in_its_order(
 def test_the_jpeg_copies_of_cifar10_are_named_as_such(samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DETECTRON2_DATASETS", str(samples))
     found = get_class_set("cifar10_test[:20]")
-    assert "5.9 grey levels" in found.note and len(found) == 20
+    assert "5.9 gray levels" in found.note and len(found) == 20
     assert found.classes == ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
     assert found.labels.bincount().tolist() == [2] * 10
     with tarfile.open(samples / "cifar10_jpg.tar.gz") as tar:

@@ -128,7 +128,7 @@ def test_subset_metadata_names_no_truth_of_the_whole_set(real: Path, base: str) 
     "name", ["streets_train[:0]", "streets_train[:0%]", "streets_train[:101%]", "streets_train[:1.5]"]
 )
 def test_a_subset_of_nothing_is_refused(root: Path, name: str) -> None:
-    with pytest.raises(UserError, match="is no subset"):
+    with pytest.raises(UserError, match="is not a valid subset"):
         resolve(name)
 
 
@@ -248,5 +248,5 @@ def test_a_folder_of_images(root: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         get_images(str(root / "nowhere"))
     (root / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no image"):
+    with pytest.raises(UserError, match="contains no image"):
         get_images(str(root / "empty"))

@@ -13,8 +13,8 @@ from PIL import Image
 from pycocotools import mask as mask_util
 
 from relvit_d2.data.detection.coco import CocoFolder, coco_classes, coco_images, load_coco
-from relvit_d2.data.detection.custom import READERS
 from relvit_d2.utils.errors import UserError
+from tests.support.custom_data import read_all
 
 TRIANGLE = [4.0, 5.0, 20.0, 5.0, 4.0, 25.0]
 
@@ -108,22 +108,22 @@ SIZE = [30, 40]
     [
         (("images", 0, "id"), 3, "two images with the id 3"),
         (("images", 0, "id"), None, "an image with the id None"),
-        (("images", 0, "id"), "a", "with numbers for ids and images with texts"),
-        (("images", 0, "file_name"), "../b.png", "no path inside"),
-        (("images", 0, "file_name"), "/etc/passwd", "no path inside"),
-        (("images", 0, "file_name"), "./", "no path inside"),
-        (("images", 0, "file_name"), "C:\\b.png", "no path inside"),
-        (("images", 0, "file_name"), "sub/../../b.png", "no path inside"),
-        (("images", 0, "file_name"), "b\ud800.png", "no path inside"),
-        (("images", 0, "file_name"), ["b.png"], "no path inside"),
+        (("images", 0, "id"), "a", "that are numbers and image ids that are text"),
+        (("images", 0, "file_name"), "../b.png", "not a path inside"),
+        (("images", 0, "file_name"), "/etc/passwd", "not a path inside"),
+        (("images", 0, "file_name"), "./", "not a path inside"),
+        (("images", 0, "file_name"), "C:\\b.png", "not a path inside"),
+        (("images", 0, "file_name"), "sub/../../b.png", "not a path inside"),
+        (("images", 0, "file_name"), "b\ud800.png", "not a path inside"),
+        (("images", 0, "file_name"), ["b.png"], "not a path inside"),
         (("images", 0, "file_name"), "sub/a.png", "more than once"),
         (("images", 0, "file_name"), "c.png", "is missing"),
         (("images", 0, "width"), 0, "has the width 0"),
         (("images", 0, "height"), "high", "the height 'high'"),
         (("images", 0, "height"), 30.5, "the height 30.5"),
-        (("images",), {}, "must be lists"),
+        (("images",), {}, "must be a list of objects"),
         (("images",), [], "lists no images"),
-        (("images",), [3], "holds what is no object"),
+        (("images",), [3], "must be a list of objects"),
         (("categories", 0, "id"), 0, "two categories with the id 0"),
         (("categories", 0, "name"), "early", "two categories with the name 'early'"),
         (("categories", 0, "name"), "", "has a category 90"),
@@ -143,14 +143,14 @@ SIZE = [30, 40]
         ((*FIRST, "bbox"), "here", "4 finite numbers"),
         (MASK, [[1, 2, "x", 3, 4, 5]], "finite numbers"),
         (MASK, [[1e9] * 6], "far outside"),
-        (MASK, {"size": SIZE}, "no RLE"),
+        (MASK, {"size": SIZE}, "not an RLE"),
         (MASK, {"size": [40, 30], "counts": [1200]}, "its size is"),
         (MASK, {"size": SIZE, "counts": [1201]}, "do not fill"),
         (MASK, {"size": SIZE, "counts": [-5, 1205]}, "do not fill"),
-        (MASK, {"size": SIZE, "counts": "~~~"}, "no RLE has"),
+        (MASK, {"size": SIZE, "counts": "~~~"}, "not valid in an RLE"),
         (MASK, {"size": SIZE, "counts": "ooo"}, "cut short"),
         (MASK, {"size": SIZE, "counts": "1" * 99}, "do not fill"),
-        (MASK, {"size": SIZE, "counts": "é"}, "neither numbers nor text"),
+        (MASK, {"size": SIZE, "counts": "é"}, "neither a list of numbers nor text"),
     ],
 )
 def test_bad_annotation_is_one_sentence(tmp_path: Path, where: tuple[Any, ...], value: Any, says: str) -> None:
@@ -167,7 +167,7 @@ def test_damaged_file_is_one_sentence(tmp_path: Path, text: str) -> None:
     path = write(tmp_path, "")
     path.write_bytes(text.encode(errors="surrogateescape"))
     for read in (coco_classes, lambda path: load_coco(path, tmp_path), lambda path: coco_images(path, tmp_path)):
-        with pytest.raises(UserError, match=r"instances\.json is damaged or no COCO annotation file"):
+        with pytest.raises(UserError, match=r"instances\.json is damaged or not a COCO annotation file"):
             read(path)
 
 
@@ -243,7 +243,7 @@ def test_names_match_in_any_normal_form(tmp_path: Path, listed: Any, stored: Any
     (tmp_path / "b.png").rename(image)
     assert load_coco(path, tmp_path)[1]["file_name"] == str(image)
     assert coco_images(path, tmp_path)[1] == image
-    assert CocoFolder.find(tmp_path) and READERS["coco"](tmp_path)[1]["file_name"] == str(image)
+    assert CocoFolder.find(tmp_path) and read_all(tmp_path, "coco")[1]["file_name"] == str(image)
 
 
 def test_boxes_that_stick_out_are_cut_unless_most_do(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -251,7 +251,7 @@ def test_boxes_that_stick_out_are_cut_unless_most_do(tmp_path: Path, caplog: pyt
     assert load_coco(write(tmp_path, document), tmp_path)[1]["annotations"][0]["bbox"] == [0, 5, 20, 30]
     assert "1 of the 2 boxes" in caplog.text
     document["annotations"][1]["bbox"] = [0, 0, 60, 45]
-    with pytest.raises(UserError, match=r"2 of the 2 boxes .* stick out of their images"):
+    with pytest.raises(UserError, match=r"2 of the 2 boxes .* exceed their images"):
         load_coco(write(tmp_path, document), tmp_path)
 
 

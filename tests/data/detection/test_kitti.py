@@ -122,10 +122,10 @@ def test_what_is_found_in_ignored_regions_costs_nothing_in_coco_style(
         ("Car 0 0 -1 1 2 3 4", "line 1 has 8 columns, not 15"),
         (line("Car") + "\n" + line("Auto"), "line 2 is of the type 'Auto'"),
         (line("Cart"), "did you mean 'Car'"),
-        (line("Car", truncated="no"), "no number"),
+        (line("Car", truncated="no"), "not a number"),
         (line("Car", box="1 2 nan 4"), "not finite"),
         (line("DontCare", box="1 2 inf 4"), "not finite"),
-        (line("Car", occluded="0.5"), "occlusion step"),
+        (line("Car", occluded="0.5"), "occlusion level"),
         (line("Car", box="30 20 10 60"), r"line 1 \(Car\) has a box without area"),
         (line("Car", box="10 20 400 60"), "outside its image of 120 x 80"),
         ("\u00e9" + line("Car"), "cannot be read"),
@@ -203,7 +203,7 @@ def test_fewer_images_are_split_by_the_same_rule(count: int, caplog: pytest.LogC
     split = random_split(ids)
     assert tuple(sorted(split["train"] + split["val"])) == ids
     assert len(split["val"]) == max(1, round(count / 4))
-    assert f"{count} KITTI images are here, not the official 7481" in caplog.text
+    assert f"{count} KITTI images were found instead of the official 7481" in caplog.text
 
 
 def mapping(folder: Path, lines: list[str], numbers: list[int]) -> Path:
@@ -247,11 +247,11 @@ def test_faults_of_the_mapping(tmp_path: Path) -> None:
     (tmp_path / "e" / "train_rand.txt").write_text("1" * 5000)
     with pytest.raises(UserError, match="has the entry '1111"):
         read_drives(tmp_path / "e")
-    with pytest.raises(UserError, match=r"which is no line of train_mapping\.txt with a date"):
+    with pytest.raises(UserError, match=r"which is not the number of a line of train_mapping\.txt with a date"):
         read_drives(mapping(tmp_path / "b", ["2011"], [1]))
-    with pytest.raises(UserError, match="has 1 images, not all that are here"):
+    with pytest.raises(UserError, match="has 1 images, not all those found"):
         sequence_split(["000000", "000001"], mapping(tmp_path / "c", [line_of], [1]))
-    with pytest.raises(UserError, match=r"all KITTI images here are of the drive 2011_09_26_drive_0001_sync"):
+    with pytest.raises(UserError, match=r"all KITTI images found are of the drive 2011_09_26_drive_0001_sync"):
         sequence_split(["000000", "000001"], mapping(tmp_path / "d", [line_of] * 2, [1, 2]))
 
 
@@ -261,7 +261,7 @@ def test_the_ids_are_kept_in_the_run_and_the_cache(tmp_path: Path, monkeypatch: 
     before = sorted(data.rglob("*"))
     monkeypatch.setenv("DETECTRON2_DATASETS", str(data))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    catalog.keep_splits(["kitti_train[:2]", "kitti_val_3", "streets_train", str(tmp_path)], tmp_path / "run")
+    catalog.save_splits(["kitti_train[:2]", "kitti_val_3", "streets_train", str(tmp_path)], tmp_path / "run")
     for folder in (tmp_path / "run", tmp_path / "cache" / "relvit_d2"):
         assert sorted(path.name for path in (folder / "splits").iterdir()) == ["kitti_train.txt", "kitti_val_3.txt"]
         kept = [(folder / "splits" / f"{name}.txt").read_text().split() for name in ("kitti_train", "kitti_val_3")]
@@ -271,7 +271,7 @@ def test_the_ids_are_kept_in_the_run_and_the_cache(tmp_path: Path, monkeypatch: 
     # A cache that cannot be written is no fault.
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    catalog.keep_splits(["kitti_train"], tmp_path / "second")
+    catalog.save_splits(["kitti_train"], tmp_path / "second")
     assert (tmp_path / "second" / "splits" / "kitti_train.txt").is_file()
 
 
@@ -295,5 +295,5 @@ def test_a_short_training_on_the_samples(samples: Path, tmp_path: Path) -> None:
     assert {"bbox", "kitti"} <= results.keys()
     assert "AP40_moderate-Pedestrian" in results["kitti"]
     # Said once: by both sets and by what is kept of them.
-    assert (done.stdout + done.stderr).count("3 KITTI images are here") == 1
+    assert (done.stdout + done.stderr).count("3 KITTI images were found") == 1
     assert len((tmp_path / "run/splits/kitti_train_3.txt").read_text().split()) == 2

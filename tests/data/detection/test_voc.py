@@ -8,9 +8,10 @@ import pytest
 from detectron2.data.datasets.pascal_voc import CLASS_NAMES, load_voc_instances
 from PIL import Image
 
-from relvit_d2.data.detection.custom import READERS, look
+from relvit_d2.data.detection.custom import open_folder
 from relvit_d2.data.detection.voc import VocFolder, load_voc, voc_images
 from relvit_d2.utils.errors import UserError
+from tests.support.custom_data import read_all
 
 OBJECT = (
     "<object><name>dog</name><difficult>1</difficult><bndbox><xmin>2</xmin><ymin>3</ymin><xmax>20</xmax>"
@@ -85,14 +86,14 @@ def test_parts_are_no_objects(tmp_path: Path) -> None:
         ("<width>40</width>", "", "<size/width>"),
         ("<height>30<", "<height>0<", "<size/height>"),
         ("<height>30<", "<height>inf<", "<size/height>"),
-        ("<bndbox>", "<box>", "not sound XML"),
-        ("</annotation>", "", "not sound XML"),
-        (ANNOTATION, "", "not sound XML"),
-        ("<annotation>", '<?xml version="1.0" encoding="no-such"?><annotation>', "not sound XML"),
+        ("<bndbox>", "<box>", "not valid XML"),
+        ("</annotation>", "", "not valid XML"),
+        (ANNOTATION, "", "not valid XML"),
+        ("<annotation>", '<?xml version="1.0" encoding="no-such"?><annotation>', "not valid XML"),
         (
             "<annotation>",
             '<!DOCTYPE a [<!ENTITY b "x"><!ENTITY c "&b;&b;&b;">]><annotation>',
-            "not sound XML",
+            "not valid XML",
         ),
     ],
 )
@@ -158,8 +159,8 @@ def test_annotations_in_the_encoding_that_they_declare(tmp_path: Path, encoding:
     for path in (root / "Annotations").iterdir():
         path.write_bytes(path.read_bytes().replace(encoding.encode(actual), b"ascii", 1))
     if encoding not in ("utf-16", "utf-8"):
-        with pytest.raises(UserError, match="not sound XML"):
-            look(root)[1].classes()
+        with pytest.raises(UserError, match="not valid XML"):
+            open_folder(root)[1].classes()
 
 
 @pytest.mark.parametrize(
@@ -192,7 +193,7 @@ def test_ids_of_a_folder_may_have_spaces_and_look_like_files(tmp_path: Path) -> 
         ("ImageSets/Main", "ImageSets/MAIN"),
     ):
         (root / old).rename(root / new)
-    records = READERS["voc"](root)
+    records = read_all(root, "voc")
     assert [record["image_id"] for record in records] == ["a b", "c.png", names[0]]
     assert all(len(record["annotations"]) == 1 for record in records)
 

@@ -17,7 +17,7 @@ from PIL import Image
 from relvit_d2.analysis.pixel_statistics import pixel_format, pixel_statistics
 from relvit_d2.data.detection.catalog import get_images
 from relvit_d2.data.detection.mapper import DetectionMapper, ImageReader
-from relvit_d2.data.images.decode import PixelFormat, channels_and_white, image_size, read_rgb
+from relvit_d2.data.images.decode import PixelFormat, channels_and_max_value, image_size, read_rgb
 from relvit_d2.detection.model import build_detector
 from relvit_d2.pretext.views import ViewConfig, Views
 from relvit_d2.pretraining.model import build_pretraining_model
@@ -181,7 +181,7 @@ def test_an_animation_is_its_first_frame_and_has_no_pages(tmp_path: Path) -> Non
     for name in ("a.gif", "a.png", "a.webp"):
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
         assert (PixelFormat(1).read(tmp_path / name)[..., 0] == GRAY).all()
-        assert channels_and_white(tmp_path / name)[0] in (1, 3)
+        assert channels_and_max_value(tmp_path / name)[0] in (1, 3)
         with pytest.raises(UserError, match=r"set it to [13]"):
             PixelFormat(4).read(tmp_path / name)
 

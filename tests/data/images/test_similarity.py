@@ -208,7 +208,7 @@ def test_an_added_image_moves_few_others() -> None:
 
 
 def test_frames_of_one_video_are_divided_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    splits.warn.cache_clear()
+    splits.warn_once.cache_clear()
     prints = [Fingerprint(number.to_bytes(16, "big"), 2**70 + 2**number) for number in range(50)]
     assert len(divide(prints, "val", prints, "'film'")) == 10
     assert "50 of the 50 images of 'film' are nearly equal" in caplog.text
@@ -257,7 +257,7 @@ def test_a_split_is_remembered_until_something_that_decides_it_changes(
     tmp_path: Path, decoded: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    splits.warn.cache_clear()
+    splits.warn_once.cache_clear()
     made = 0
 
     def counted(*args: Any) -> tuple[set[int], str]:
@@ -284,7 +284,7 @@ def test_a_split_is_remembered_until_something_that_decides_it_changes(
         assert parts(()) == first and made == 5 + number
     parts([7] * 39 + [8])
     assert made == 10 and "are equal: 1 images are held out instead of 8" in caplog.text
-    splits.warn.cache_clear()
+    splits.warn_once.cache_clear()
     caplog.clear()
     parts(())
     assert made == 10 and "are equal: 1 images" in caplog.text  # at every start

@@ -144,7 +144,7 @@ def test_links_to_folders_are_named(folder: Path, caplog: pytest.LogCaptureFixtu
         assert f"links to folders are not followed: {folder / 'more'}" in caplog.text
     (folder.parent / "links").mkdir()
     (folder.parent / "links/photos").symlink_to(folder)
-    with pytest.raises(UserError, match=r"holds no image .*links to folders are not followed: .*links/photos"):
+    with pytest.raises(UserError, match=r"contains no image .*links to folders are not followed: .*links/photos"):
         list_images(folder.parent / "links")
 
 
