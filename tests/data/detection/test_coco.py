@@ -1,4 +1,4 @@
-"""The reader of COCO's annotation files, beside Detectron2's, and on damaged ones."""
+"""The COCO reader against Detectron2's, and on damaged files."""
 
 import json
 import unicodedata
@@ -55,7 +55,7 @@ def test_real_sample_equals_detectron2s_own_reader(samples: Path, split: str) ->
         assert len(mine["annotations"]) == len(other["annotations"])
         for a, b in zip(mine["annotations"], other["annotations"], strict=True):
             assert (a["category_id"], a["iscrowd"]) == (b["category_id"], b["iscrowd"])
-            # Some of COCO's boxes leave their image by parts of a pixel.
+            # Some of COCO's boxes exceed their image by less than a pixel.
             np.testing.assert_allclose(a["bbox"], BoxMode.convert(b["bbox"], b["bbox_mode"], a["bbox_mode"]), atol=0.02)
             assert a["segmentation"] == b["segmentation"]
 
@@ -73,7 +73,7 @@ def test_ids_with_gaps_and_sub_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compressed", [True, False])
-def test_masks_of_runs(tmp_path: Path, compressed: bool) -> None:
+def test_rle_masks(tmp_path: Path, compressed: bool) -> None:
     mask = np.zeros((30, 40), np.uint8, order="F")
     mask[5:25, 4:20] = np.random.default_rng(0).random((20, 16)) < 0.5
     runs: Any = mask_util.encode(mask)
@@ -85,8 +85,8 @@ def test_masks_of_runs(tmp_path: Path, compressed: bool) -> None:
         runs["counts"] = np.diff([0, *ends, flat.size]).tolist()
     document = content()
     document["annotations"][0]["segmentation"] = runs
-    thing = load_coco(write(tmp_path, document), tmp_path)[1]["annotations"][0]
-    assert (mask_util.decode(thing["segmentation"]) == mask).all()
+    annotation = load_coco(write(tmp_path, document), tmp_path)[1]["annotations"][0]
+    assert (mask_util.decode(annotation["segmentation"]) == mask).all()
 
 
 def changed(where: tuple[Any, ...], value: Any) -> dict[str, Any]:
@@ -153,17 +153,17 @@ SIZE = [30, 40]
         (MASK, {"size": SIZE, "counts": "é"}, "neither a list of numbers nor text"),
     ],
 )
-def test_bad_annotation_is_one_sentence(tmp_path: Path, where: tuple[Any, ...], value: Any, says: str) -> None:
+def test_invalid_annotation_is_an_error(tmp_path: Path, where: tuple[Any, ...], value: Any, message: str) -> None:
     path = write(tmp_path, changed(where, value))
     with pytest.raises(UserError) as caught:
         load_coco(path, tmp_path)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
     assert "instances.json" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", "{", '{"images": 3}', "[" * 100_000, "\udcff", '{"a": 1' + "0" * 9999])
-def test_damaged_file_is_one_sentence(tmp_path: Path, text: str) -> None:
+def test_damaged_file_is_an_error(tmp_path: Path, text: str) -> None:
     path = write(tmp_path, "")
     path.write_bytes(text.encode(errors="surrogateescape"))
     for read in (coco_classes, lambda path: load_coco(path, tmp_path), lambda path: coco_images(path, tmp_path)):
@@ -184,9 +184,7 @@ def test_damaged_file_is_one_sentence(tmp_path: Path, text: str) -> None:
         mask_util.encode(np.zeros((30, 40), np.uint8, order="F")) | {"size": [30, 40]},
     ],
 )
-def test_a_mask_that_covers_nothing_leaves_the_box(
-    tmp_path: Path, empty: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_empty_mask_keeps_the_box(tmp_path: Path, empty: Any, caplog: pytest.LogCaptureFixture) -> None:
     document = content()
     if isinstance(empty, dict) and isinstance(empty["counts"], bytes):
         empty = empty | {"counts": empty["counts"].decode()}
@@ -194,13 +192,13 @@ def test_a_mask_that_covers_nothing_leaves_the_box(
     document["annotations"].append({"id": 9, "image_id": 3, "category_id": 0, "bbox": [1, 1, 5, 0]})
     records = load_coco(write(tmp_path, document), tmp_path)
     assert [len(record["annotations"]) for record in records] == [0, 2]
-    thing = records[1]["annotations"][0]
-    assert thing["bbox"] == [4, 5, 20, 25] and "segmentation" not in thing
+    annotation = records[1]["annotations"][0]
+    assert annotation["bbox"] == [4, 5, 20, 25] and "segmentation" not in annotation
     assert "1 of the 3 boxes" in caplog.text and "have a mask without area and are kept" in caplog.text
     assert "annotation 8 (b.png)" in caplog.text
     document["annotations"][0]["segmentation"] = [[1, 1], TRIANGLE]
-    thing = load_coco(write(tmp_path, document), tmp_path)[1]["annotations"][0]
-    assert thing["segmentation"] == [TRIANGLE]
+    annotation = load_coco(write(tmp_path, document), tmp_path)[1]["annotations"][0]
+    assert annotation["segmentation"] == [TRIANGLE]
 
 
 def test_numbers_and_flags_in_any_notation(tmp_path: Path) -> None:
@@ -208,15 +206,19 @@ def test_numbers_and_flags_in_any_notation(tmp_path: Path) -> None:
     document = content()
     for image in document["images"]:
         image |= {"id": float(image["id"]), "width": str(image["width"]), "height": 3.0e1}
-    for thing in document["annotations"]:
-        thing |= {"id": float(thing["id"]), "category_id": f"{thing['category_id']:.3e}", "iscrowd": None}
+    for annotation in document["annotations"]:
+        annotation |= {
+            "id": float(annotation["id"]),
+            "category_id": f"{annotation['category_id']:.3e}",
+            "iscrowd": None,
+        }
     for category in document["categories"]:
         category["id"] = str(category["id"])
     assert load_coco(write(tmp_path, document), tmp_path) == plain
 
 
-def test_a_root_category_is_the_class_of_its_name(tmp_path: Path) -> None:
-    """As Roboflow exports: a parent of all categories, which may be called like one of them."""
+def test_root_category_with_the_name_of_a_class(tmp_path: Path) -> None:
+    """As exported by Roboflow: a parent of all categories, which may have the name of one of them."""
     document = content()
     document["categories"] = [
         {"id": 0, "name": "early", "supercategory": "none"},
@@ -225,7 +227,7 @@ def test_a_root_category_is_the_class_of_its_name(tmp_path: Path) -> None:
     ]
     path = write(tmp_path, document)
     assert coco_classes(path) == ("early", "late")
-    assert [thing["category_id"] for thing in load_coco(path, tmp_path)[1]["annotations"]] == [1, 0]
+    assert [annotation["category_id"] for annotation in load_coco(path, tmp_path)[1]["annotations"]] == [1, 0]
     for wrong in ("animal", None):
         for category in document["categories"]:
             category["supercategory"] = wrong
@@ -246,7 +248,7 @@ def test_names_match_in_any_normal_form(tmp_path: Path, listed: Any, stored: Any
     assert CocoFolder.find(tmp_path) and read_all(tmp_path, "coco")[1]["file_name"] == str(image)
 
 
-def test_boxes_that_stick_out_are_cut_unless_most_do(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_boxes_are_clipped_unless_most_exceed_their_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     document = changed((*FIRST, "bbox"), [-6, 5, 26, 30])
     assert load_coco(write(tmp_path, document), tmp_path)[1]["annotations"][0]["bbox"] == [0, 5, 20, 30]
     assert "1 of the 2 boxes" in caplog.text
@@ -255,7 +257,7 @@ def test_boxes_that_stick_out_are_cut_unless_most_do(tmp_path: Path, caplog: pyt
         load_coco(write(tmp_path, document), tmp_path)
 
 
-def test_no_link_leads_out_of_the_root(tmp_path: Path) -> None:
+def test_links_out_of_the_root_are_refused(tmp_path: Path) -> None:
     root = tmp_path / "root"
     root.mkdir()
     path = write(root, content())
