@@ -149,8 +149,11 @@ def _verify(archive: Archive, part: Path) -> None:
     kind, _, expected = archive.checksum.partition(":")
     if not kind:
         return
+    digest = hashlib.new(kind)
     with part.open("rb") as file:
-        found = hashlib.file_digest(file, kind).hexdigest() if hasattr(hashlib, "file_digest") else _digest(file, kind)
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    found = digest.hexdigest()
     if found != expected:
         part.unlink()
         raise UserError(
@@ -159,14 +162,7 @@ def _verify(archive: Archive, part: Path) -> None:
         )
 
 
-def _digest(file: IO[bytes], kind: str) -> str:
-    digest = hashlib.new(kind)
-    while chunk := file.read(_CHUNK):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def unpack(path: Path, folder: Path, progress: Progress | None = None) -> None:
+def unpack(path: Path, folder: Path) -> None:
     """Unpack a zip or tar archive, compressed or not, into a folder.
 
     All members are unpacked to a temporary folder first and then moved, replacing existing files: a damaged archive
@@ -175,7 +171,6 @@ def unpack(path: Path, folder: Path, progress: Progress | None = None) -> None:
     Args:
         path: the archive.
         folder: target folder; created if missing.
-        progress: called with the size in bytes after each member.
 
     Raises:
         UserError: the archive is damaged or has such a member, or the disk is full.
@@ -194,8 +189,6 @@ def unpack(path: Path, folder: Path, progress: Progress | None = None) -> None:
                     raise UserError(f"'{path}' does not fit on the disk: free space first")
                 with source, target.open("xb") as file:
                     shutil.copyfileobj(source, file)
-                if progress:
-                    progress(size)
             _move(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -76,12 +76,9 @@ class KittiEvaluator(GatheringEvaluator):
     """
 
     def __init__(self, dataset_name: str, records: Sequence[dict[str, Any]], class_names: Sequence[str]) -> None:
-        """Store the ground truth.
+        """Store the ground truth: records of :func:`relvit_d2.data.detection.kitti.load_kitti`, crowds included.
 
-        Args:
-            dataset_name: for the log.
-            records: of :func:`relvit_d2.data.detection.kitti.load_kitti`, crowds included.
-            class_names: names of the classes; those in ``MIN_IOU`` are evaluated.
+        Of ``class_names``, those in ``MIN_IOU`` are evaluated.
         """
         super().__init__(records)
         self._dataset_name = dataset_name
@@ -167,10 +164,7 @@ class KittiEvaluator(GatheringEvaluator):
 def precisions(cases: Sequence[_Case], min_iou: float, objects: int) -> tuple[np.ndarray, int]:
     """Return the precision, (41,) in [0, 1], at each recall point, and the number of objects found.
 
-    Args:
-        cases: the images.
-        min_iou: the IoU that a match must exceed.
-        objects: number of evaluated objects in all images.
+    ``objects`` is the number of evaluated objects in all images; a match must exceed ``min_iou``.
     """
     scores = [score for case in cases for score in _match_highest_score(case, min_iou)]
     thresholds = np.array(recall_thresholds(scores, objects))
@@ -187,9 +181,7 @@ def precisions(cases: Sequence[_Case], min_iou: float, objects: int) -> tuple[np
 def recall_thresholds(scores: Sequence[float], objects: int) -> list[float]:
     """Return the scores, decreasing, at most 41, at which recall is nearest to 0, 1/40, 2/40, ...
 
-    Args:
-        scores: of the detections matched to an object.
-        objects: number of evaluated objects.
+    ``scores`` are those of the detections matched to one of the ``objects`` evaluated objects.
     """
     ordered = sorted(scores, reverse=True)
     thresholds: list[float] = []

@@ -145,9 +145,7 @@ class Voc07Evaluator(GatheringEvaluator):
 def interpolated_ap(recall: np.ndarray, precision: np.ndarray) -> float:
     """Return the 11-point interpolated average precision in [0, 1].
 
-    Args:
-        recall: (D,) recall after each detection, in [0, 1], not decreasing.
-        precision: (D,) precision after each detection, in [0, 1].
+    ``recall``, not decreasing, and ``precision`` after each detection are (D,), in [0, 1].
     """
     reached = recall >= RECALL_POINTS[:, None]
     return float(np.where(reached, precision, 0.0).max(axis=1, initial=0.0).mean())

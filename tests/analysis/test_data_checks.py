@@ -342,7 +342,7 @@ def test_folders_whose_sets_have_one_name_are_refused(tmp_path: Path) -> None:
         (folder / "1.txt").write_text("0 0.5 0.5 0.5 0.5\n")
     a, b = str(tmp_path / "a/cells"), str(tmp_path / "b/cells")
     assert "cells_train" in config_pairs_of_inputs([a])[1]
-    with pytest.raises(UserError, match=r"a/cells' and '.*b/cells' both hold the set cells_train"):
+    with pytest.raises(UserError, match=r"a/cells' and '.*b/cells' both contain the set cells_train"):
         config_pairs_of_inputs([a, b])
 
 

@@ -137,11 +137,11 @@ CASES = {
     "image is absent": Case(
         "b.jpg is missing but listed in", VOC, make=lambda root: (write_voc(root) / "b.jpg").unlink()
     ),
-    "image is cut short": Case("b.jpg' is damaged or cut short", VOC, make=cut),
+    "image is cut short": Case("b.jpg' is damaged or truncated", VOC, make=cut),
     "image is cut short, with workers": Case(
-        "b.jpg' is damaged or cut short", (*VOC, "DATALOADER.NUM_WORKERS", 2), make=cut
+        "b.jpg' is damaged or truncated", (*VOC, "DATALOADER.NUM_WORKERS", 2), make=cut
     ),
-    "image of 100,000 x 100,000": Case("b.jpg' is larger than any photograph", VOC, make=huge),
+    "image of 100,000 x 100,000": Case("b.jpg' has too many pixels", VOC, make=huge),
     "channels without statistics": Case(
         "MODEL.PIXEL_MEAN has 3 values, but images have 1 channels", ("INPUT.CHANNELS", 1)
     ),
@@ -257,8 +257,8 @@ def test_pretraining_leaves_out_what_it_cannot_read(tmp_path: Path) -> None:
     done = run(data, *command(SSL, tmp_path / "out", *VOC, "SOLVER.MAX_ITER", 2))
     assert "1 of 4 images cannot be read and are left out: " in done.stdout
     assert f"{images}/c.jpg ('{images}/c.jpg' is not an image" in done.stdout
-    assert "b.jpg' is damaged or cut short" in done.stdout
-    assert "the next image stands in for it (1 such here so far)" in done.stdout
+    assert "b.jpg' is damaged or truncated" in done.stdout
+    assert "the next image replaces it (1 replaced so far in this process)" in done.stdout
     assert "3 training images" in done.stdout
 
 

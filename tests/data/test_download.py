@@ -106,7 +106,7 @@ def test_server_without_range_support_restarts(server: Server, tmp_path: Path) -
 
 
 def test_wrong_checksum_removes_the_file(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"with the sha256 .* not 00"):
+    with pytest.raises(UserError, match=r"has the sha256 .* not 00"):
         fetch(archive(server, checksum="sha256:00"), tmp_path)
     assert list(tmp_path.iterdir()) == []
     # A partial file of an earlier call with wrong content is removed too.
@@ -133,7 +133,7 @@ def test_http_errors(server: Server, tmp_path: Path, status: int, tries: int) ->
 
 def test_unreachable_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download.time, "sleep", lambda _: None)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be downloaded"):
         fetch(Archive("http://127.0.0.1:9/set.tar", 5), tmp_path)
 
 

@@ -123,11 +123,9 @@ def resolve(name: str) -> str:
 
 
 def get_records(name: str, skip_missing: bool = False) -> list[Record]:
-    """Return the records of a data set or subset, freshly read (see ``relvit_d2.data.detection.records``).
+    """Return the records of a data set or subset, newly read (see ``relvit_d2.data.detection.records``).
 
-    Args:
-        name: of the data set.
-        skip_missing: leave out images that are listed but missing, with a warning.
+    With ``skip_missing``, images that are listed but missing are left out with a warning.
 
     Raises:
         UserError: the name is unknown, or the data are missing or damaged.
@@ -190,10 +188,7 @@ def save_splits(names: Iterable[str], output: Path) -> None:
     """Write the image ids of those data sets whose split this project defines.
 
     They are written to ``splits/<name>.txt`` in ``output``, one per line, and in the user's cache if possible.
-
-    Args:
-        names: data sets, and subsets (their whole set is written); other data sets and folders are ignored.
-        output: the run's folder.
+    For a subset, the ids of the whole set are written; folders are ignored.
 
     Raises:
         UserError: the data are missing or ``output`` cannot be written.
@@ -211,9 +206,7 @@ def _write_ids(folder: Path, name: str, ids: str) -> None:
     write_text(folder / "splits" / f"{name}.txt", ids)
 
 
-@cache
-def _register_once() -> None:
-    register_all()
+_register_once = cache(register_all)
 
 
 def subset(name: str) -> tuple[str, Callable[[list], list]]:
@@ -261,10 +254,6 @@ def _find(what: str, *locations: str) -> Path:
 
 
 _VOC_FOLDERS = ("VOC2007", "VOCdevkit/VOC2007")
-
-
-def _voc_folder() -> Path:
-    return _find("PASCAL VOC 2007", *_VOC_FOLDERS)
 
 
 def _voc_metadata(split: str) -> dict[str, Any]:
@@ -333,8 +322,10 @@ def _coco_images(split: str, skip_missing: bool) -> list[Path]:
 def _voc_entry(split: str) -> DatasetEntry:
     return DatasetEntry(
         classes=tuple(VOC_CLASSES),
-        records=lambda skip_missing: load_voc(_voc_folder(), split, VOC_CLASSES, skip_missing),
-        images=lambda skip_missing: voc_images(_voc_folder(), split, skip_missing),
+        records=lambda skip_missing: load_voc(
+            _find("PASCAL VOC 2007", *_VOC_FOLDERS), split, VOC_CLASSES, skip_missing
+        ),
+        images=lambda skip_missing: voc_images(_find("PASCAL VOC 2007", *_VOC_FOLDERS), split, skip_missing),
         metrics=("coco", "voc07"),
         metadata=partial(_voc_metadata, split),
     )

@@ -54,9 +54,7 @@ FORMATS: dict[str, Callable[[Path], LabelledFolder | None]] = {
 def detect_format(root: Path, form: str = "") -> tuple[str, LabelledFolder] | None:
     """Return the format of a folder and the opened folder, or None if it contains no labels.
 
-    Args:
-        root: the folder.
-        form: a name in ``FORMATS``; "" tries all.
+    ``form`` is a name in ``FORMATS``; "" tries all.
 
     Raises:
         UserError: the folder is missing, a folder in it is a link out of it, or its labels are damaged.

@@ -122,12 +122,7 @@ def _is_data_yaml(path: Path) -> bool:
 def _unnamed_descriptions(documents: dict[Path, dict[str, Any]], yaml_has_names: bool) -> dict[Path, dict[str, Any]]:
     """Return the YAML files without names that describe their folders: ``data.yaml``, or else the only one.
 
-    Args:
-        documents: files with splits or key points, by path.
-        yaml_has_names: whether another YAML file gives the names; then only a ``data.yaml`` is used beside it.
-
-    Raises:
-        UserError: two files of a folder may be its description.
+    If another YAML file gives the names, only a ``data.yaml`` is used beside it.
     """
     chosen = {path: document for path, document in documents.items() if _is_data_yaml(path)}
     if not chosen and not yaml_has_names:

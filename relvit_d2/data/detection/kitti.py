@@ -98,13 +98,7 @@ def random_split(ids: tuple[str, ...]) -> dict[str, list[str]]:
     """Return the random split: three quarters for training and one quarter for validation.
 
     The lists of all 7,481 official ids are files of this package. For other ids the rule that made those lists is
-    applied: the last quarter of the shuffled ids (:func:`shuffled`), at least one, is ``val``.
-
-    Args:
-        ids: of all images, sorted.
-
-    Returns:
-        Sorted ids under ``"train"`` and ``"val"``.
+    applied: the last quarter of the shuffled ids (:func:`shuffled`), at least one, is ``val``. The ids are sorted.
     """
     lists = {
         split: resources.files(__package__).joinpath(f"kitti_{split}.txt").read_text(encoding="utf-8").split()

@@ -198,13 +198,7 @@ class _Flip(T.RandomFlip):
 def _boxes_as_instances(
     annotations: list[dict[str, Any]], steps: list[T.Transform], shape: tuple[int, int]
 ) -> Instances:
-    """Return boxes and classes of the objects that are not crowds and still have an area, as Detectron2 does.
-
-    Args:
-        annotations: of one image.
-        steps: the transforms of the image.
-        shape: height and width of the transformed image, pixels.
-    """
+    """Return boxes and classes of the objects that are not crowds and still have an area, as Detectron2 does."""
     objects = [a for a in annotations if not a.get("iscrowd", 0)]
     exact = BoxMode.XYXY_ABS
     boxes = [

@@ -250,13 +250,7 @@ def check_unique(names: Sequence[str], where: str) -> None:
 
 
 def existing_images(images: Sequence[Path], where: str, skip_missing: bool, root: DataRoot) -> list[Path]:
-    """Return those of ``images`` that exist, in their order.
-
-    Args:
-        images: the images that a data set lists.
-        where: the list, for messages.
-        skip_missing: leave out missing images with a warning.
-        root: of the data set.
+    """Return those of ``images``, which the file ``where`` lists, that exist; with ``skip_missing`` warn of the others.
 
     Raises:
         UserError: an image is missing and ``skip_missing`` is not set, none exists, or one leads out of the data set.

@@ -57,13 +57,8 @@ def divide(items: Sequence[T], split: str, prints: Sequence[Fingerprint], where:
     """Return the ``train`` or ``val`` part of an undivided set, in its order.
 
     One item in ``HELD_OUT`` is held out (see :func:`hold_out`). They are chosen by digests of the pixels with ``SEED``,
-    so that neither names nor order matter, and an image that is added later moves few others.
-
-    Args:
-        items: images or records.
-        split: ``train`` or ``val``.
-        prints: the fingerprint of each item.
-        where: the data set, for the log.
+    so that neither names nor order matter, and an image that is added later moves few others. ``prints`` are the
+    fingerprints of the items, ``where`` is the data set, for the log.
     """
 
     def rank(group: Sequence[int]) -> bytes:

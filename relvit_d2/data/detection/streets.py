@@ -81,14 +81,7 @@ def generate(folder: Path, count: int, seed: int, progress: Callable[[int], None
 
     The folder is created atomically. An existing one is kept: of two concurrent processes, the first one's is used.
 
-    Args:
-        folder: to create, with its parents.
-        count: number of images.
-        seed: non-negative.
-        progress: called after each image with the number of images drawn so far.
-
-    Raises:
-        OSError: the folder cannot be written.
+    ``progress`` is called after each image with the number of images drawn so far.
     """
     with _atomic_folder(folder, folder.is_dir) as temporary:
         numbers = []

@@ -237,13 +237,7 @@ def _is_voc(path: Path) -> bool:
 
 
 def _ids(path: Path, root: Path | None = None, known: Collection[str] = ()) -> list[str]:
-    """Return the ids of one list of ``ImageSets/Main``: see :func:`voc_images`.
-
-    Args:
-        path: the list.
-        root: see :class:`relvit_d2.utils.paths.DataRoot`.
-        known: ids that have an annotation, in their normal form: they may contain spaces and a file extension.
-    """
+    """Return the ids of one list of ``ImageSets/Main``; those in ``known`` may contain spaces and a file extension."""
     lines = DataRoot(root).read_text(path).splitlines()
     ids = [checked_name(_id(line.strip(), known), f"the image list {path}") for line in lines if line.strip()]
     if not ids:

@@ -77,11 +77,8 @@ def list_members(archive: Path, extensions: Sequence[str], folders: bool = False
     """Return the images in a zip or an uncompressed tar, sorted by name.
 
     Hidden files, links, and members with an absolute name or ``..`` in it are left out.
-
-    Args:
-        archive: the file.
-        extensions: of images, in lower case, with the dot.
-        folders: also return the folders of a zip; their names end with a slash.
+    ``extensions`` are in lower case, with the dot. With ``folders``, the folders of a zip are returned too; their names
+    end with a slash.
 
     Raises:
         UserError: the file is missing, damaged or compressed as a whole.

@@ -20,12 +20,10 @@ IGNORED = {0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}  # tables, restart interv
 def read_plain_jpeg(path: ImageFile | str, longest: int = 0) -> np.ndarray | None:
     """Return the RGB pixels of an upright JPEG file, uint8 ``(H, W, 3)``, or None if Pillow must decode the file.
 
+    That is also the case if ``longest`` is above 0 and the longer side has more pixels.
+
     The pixels are bitwise identical to Pillow's: both use libjpeg-turbo with its default settings. This takes two
     thirds of the time, since it reads the file at once.
-
-    Args:
-        path: any file.
-        longest: if above 0, return None for an image whose longer side has more pixels.
 
     Raises:
         OSError: the file cannot be read.

@@ -66,10 +66,7 @@ def difference_hash(pixels: np.ndarray) -> int | None:
 
     The image is averaged to 8 rows of 9 gray values; a bit is 1 where a value exceeds its left neighbor. 64 more bits
     compare 9 rows of 8 values with the row above (N. Krawetz, "Kind of Like That", 2013; both directions as in B.
-    Hoyt's dhash).
-
-    Args:
-        pixels: ``(H, W, C)`` uint8.
+    Hoyt's dhash). ``pixels`` are ``(H, W, C)`` uint8.
     """
     if min(pixels.shape[:2]) <= GRID:
         return None
@@ -110,11 +107,8 @@ def fingerprint_file(image: ImageFile | str) -> Fingerprint:
 def fingerprints(images: Sequence[ImageFile], root: Path) -> list[Fingerprint]:
     """Return the fingerprints of image files, decoding only those that have changed since the last call.
 
-    They are stored in the user's cache; if that is not writable, every image is decoded each time.
-
-    Args:
-        images: files below ``root``.
-        root: the folder of the data set, or the archive; the cache has one file for each.
+    They are stored in the user's cache, in one file for each ``root``: the folder or archive of the images. If that is
+    not writable, every image is decoded each time.
     """
     real = os.path.realpath(root)
     path = cache_root() / "fingerprints" / f"{hashlib.blake2b(os.fsencode(real), digest_size=8).hexdigest()}.json"

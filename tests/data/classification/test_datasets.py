@@ -291,20 +291,20 @@ def test_invalid_class_folders_are_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"archive '.*t\.tar\.gz' is damaged"):
         get_class_set(f"{archive}/set")
     (tmp_path / "text.tar").write_text("not an archive")
-    with pytest.raises(UserError, match=r"text\.tar' is damaged or no tar archive"):
+    with pytest.raises(UserError, match=r"text\.tar' is damaged or not a tar archive"):
         get_class_set(str(tmp_path / "text.tar"))
     with pytest.raises(UserError, match="contains no class folders"):
         get_class_set(f"{packed(root, archive)}/set/a")
     (root / "empty").mkdir()
     with pytest.raises(UserError, match=r"no image of the class 'empty'"):
         get_class_set(f"{packed(root, archive)}/set")
-    with pytest.raises(UserError, match=r"tree/empty holds no image"):
+    with pytest.raises(UserError, match=r"tree/empty contains no image"):
         get_class_set(str(root))
     (root / "empty").rmdir()
     damage(root / "b/0003.png")
-    with pytest.raises(UserError, match=r"0003\.png' is damaged or cut short"):
+    with pytest.raises(UserError, match=r"0003\.png' is damaged or truncated"):
         get_class_set(str(root))
-    with pytest.raises(UserError, match=r"0003\.png' is damaged or cut short"):
+    with pytest.raises(UserError, match=r"0003\.png' is damaged or truncated"):
         get_class_set(f"{packed(root, archive)}/set")
     with pytest.raises(UserError, match="did you mean 'cifar10_train'"):
         get_class_set("cifar10_trian")
@@ -317,7 +317,7 @@ def test_labels_out_of_range_and_different_classes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"image 1 of data set 'x' has the label 2, out of range for its 2 classes"):
         LabelledImages("x", images, torch.tensor([0, 2, 1]), ("a", "b"))
     one, other = tree(tmp_path / "one", {"a": 1, "b": 1}), tree(tmp_path / "other", {"a": 1, "c": 1})
-    with pytest.raises(UserError, match=r"different classes, 'b' is in one of them only"):
+    with pytest.raises(UserError, match=r"different classes, 'b' is only in one of them"):
         get_class_sets("DATASETS.TRAIN", [str(one), str(other)])
     both = get_class_sets("DATASETS.TRAIN", [str(one), f"{one}[:1]"])
     assert both.labels.tolist() == [0, 1, 0] and isinstance(both.images, ImageStack)
@@ -331,7 +331,7 @@ def test_synset_list_gives_the_order_of_classes(
     (tmp_path / "two.txt").write_text("n09999999\nn02869837\n")
     assert get_class_set("imagenet100_val", synset_file=str(tmp_path / "two.txt")).classes == ("n09999999", "n02869837")
     (tmp_path / "bad.txt").write_text("tench\n")
-    for file, words in (("bad.txt", "holds 'tench', which is no synset"), ("absent.txt", "cannot be read")):
+    for file, words in (("bad.txt", "contains 'tench', which is not a synset"), ("absent.txt", "cannot be read")):
         with pytest.raises(UserError, match=words):
             synsets(str(tmp_path / file))
 

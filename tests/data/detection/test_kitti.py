@@ -154,7 +154,7 @@ def test_ignored_regions_are_clipped_or_left_out(tmp_path: Path) -> None:
 
 
 def test_missing_files_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"image_2 does not exist or holds no PNG"):
+    with pytest.raises(UserError, match=r"image_2 does not exist or contains no PNG"):
         kitti_ids(tmp_path)
     write(tmp_path, "")
     (tmp_path / "label_2" / "000000.txt").unlink()

@@ -59,7 +59,9 @@ def test_more_than_eight_bits(tmp_path: Path, name: str, channels: int) -> None:
 
 def test_values_of_unknown_range(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", FIVE.astype(np.float32) / 255)
-    with pytest.raises(UserError, match=r"a\.npy' holds float32 numbers, whose range is unknown: set INPUT.MAX_VALUE"):
+    with pytest.raises(
+        UserError, match=r"a\.npy' contains float32 numbers, whose range is unknown: set INPUT.MAX_VALUE"
+    ):
         PixelFormat(5).read(tmp_path / "a.npy")
     assert (PixelFormat(5, 1).read(tmp_path / "a.npy") == FIVE).all()
     np.save(tmp_path / "b.npy", np.full((4, 4), np.nan, np.float32))

@@ -220,7 +220,7 @@ def test_unreadable_images_are_counted_and_logged(folder: Path, caplog: pytest.L
     assert readable(images) == [folder / "3.png", folder / "a/b/2.JPG"]
     assert "1 of 3 images cannot be read and are left out" in caplog.text
     assert "a/1.png" in caplog.text
-    with pytest.raises(UserError, match="not one of the 1 images can be read"):
+    with pytest.raises(UserError, match="none of the 1 images can be read"):
         readable([folder / "a/1.png"])
 
 
@@ -246,8 +246,8 @@ def test_damaged_images_are_replaced_by_the_next(
     assert straight == expected
     assert widths(4, 5) == straight[4:]
     if not workers:
-        assert "2.png' is damaged or cut short" in caplog.text
-        assert "(2 such here so far)" in caplog.text
+        assert "2.png' is damaged or truncated" in caplog.text
+        assert "(2 replaced so far in this process)" in caplog.text
     for file in files:
         file.write_bytes(b"\x89PNG")
     with pytest.raises(UserError, match="not an image"):
