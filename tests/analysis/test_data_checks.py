@@ -331,7 +331,7 @@ def test_the_script_checks_a_folder_with_labels_and_what_a_config_says_of_it(tmp
     assert report["sets"]["gray"]["classes"] == {"RBC": 1, "WBC": 1} and len(report["mean"]) == 1
     (tmp_path / "cells/classes.txt").write_text("RBC\n")
     done = run(tmp_path, "relvit-d2", "check-data", "--output", tmp_path / "out", tmp_path / "cells", status=1)
-    assert "is of the class 1" in done.stderr
+    assert "has the class 1" in done.stderr
 
 
 def test_folders_whose_sets_have_one_name_are_refused(tmp_path: Path) -> None:

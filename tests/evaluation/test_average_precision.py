@@ -115,9 +115,9 @@ def test_reasons_for_an_ap_of_0() -> None:
     reasons: dict[str, tuple[list[tuple[Any, int]], list[tuple[Any, int]]]] = {
         "there is no ground truth": ([], objects),
         "there are no detections": (objects, []),
-        "no detection is of an image that has objects": (objects, [(1, 0), (2, 1)]),
-        "(of detections 1, of objects 'a', 'b')": (objects, [(1, 0)]),
-        "no detection is of a class that has objects": (objects, [("a", 5)]),
+        "no detection is of an image with objects": (objects, [(1, 0), (2, 1)]),
+        "(detections 1; objects 'a', 'b')": (objects, [(1, 0)]),
+        "no detection is of a class with objects": (objects, [("a", 5)]),
         "no detection is of a class that its image contains": (objects, [("a", 1)]),
         "none of the 1 detections overlaps": (objects, [("a", 0)]),
     }
