@@ -155,7 +155,7 @@ CASES = {
     ),
     "annotation without a size": Case("b.xml has no <size/width>", VOC, make=lambda root: write_voc(root, size="")),
     "annotation of an unknown class": Case(
-        "b.xml, object 1 is of the class 'dgo'", VOC, make=lambda root: write_voc(root, name="dgo")
+        "b.xml, object 1 has the class 'dgo'", VOC, make=lambda root: write_voc(root, name="dgo")
     ),
     "class count": Case("NUM_CLASSES 7 contradicts data set 'svhn_train'", ("MODEL.ROI_HEADS.NUM_CLASSES", 7)),
     "weights are absent": Case("no/encoder.safetensors' does not exist", ("MODEL.WEIGHTS", "no/encoder.safetensors")),
