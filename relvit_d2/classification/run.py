@@ -21,8 +21,8 @@ from relvit_d2.classification.model import ClassificationModel, build_classifier
 from relvit_d2.classification.probes import features, linear_probe
 from relvit_d2.data.cache import remembered
 from relvit_d2.data.classification.datasets import list_class_sets
-from relvit_d2.data.classification.image_folder import LabelledImages, check_same_classes, places
-from relvit_d2.data.detection.splits import hold_out, warn
+from relvit_d2.data.classification.image_folder import LabelledImages, check_same_classes, rank_in_class
+from relvit_d2.data.detection.splits import hold_out, warn_once
 from relvit_d2.data.images.batches import ImageStack, TrainingBatches, fixed_batches
 from relvit_d2.data.images.decode import image_size
 from relvit_d2.data.images.similarity import NEAR, VERSION, file_state, fingerprint, fingerprints
@@ -126,7 +126,7 @@ def split(data: LabelledImages, share: float, seed: int) -> tuple[LabelledImages
     """
     order = torch.from_numpy(generator(seed, "validation").permutation(len(data)))
     shuffled = data.labels[order]
-    quantile = (places(shuffled) + 0.5) / shuffled.bincount()[shuffled]
+    quantile = (rank_in_class(shuffled) + 0.5) / shuffled.bincount()[shuffled]
     order, count = order[quantile.argsort(stable=True)], round(share * len(data))
     chosen: list[int] = []
     if 0 < count < len(data):
@@ -174,7 +174,7 @@ def _hold_out_groups(data: LabelledImages, order: torch.Tensor, count: int) -> l
     if comm.is_main_process():
         comm.synchronize()
     if warning:
-        warn(warning)
+        warn_once(warning)
     return held
 
 

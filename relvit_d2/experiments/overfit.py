@@ -4,7 +4,7 @@ import json
 import time
 from pathlib import Path
 
-from relvit_d2.data.detection.custom import register_own
+from relvit_d2.data.detection.custom import register_custom
 from relvit_d2.experiments.commands import run_command
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
@@ -25,7 +25,7 @@ def overfit_check(config_file: str, images: int, opts: list[str]) -> None:
         UserError: if AP50 is too low after ``LAST`` iterations.
     """
     cfg = load_config(config_file, opts, "detection")
-    register_own(cfg.DATASETS)
+    register_custom(cfg.DATASETS)
     if not cfg.DATASETS.TRAIN:
         raise UserError(f"config file '{config_file}' names no training set (DATASETS.TRAIN)")
     name = f"{cfg.DATASETS.TRAIN[0]}[:{images}]"

@@ -55,7 +55,7 @@ def test_real_images_from_their_archive_through_both_stages(few: Path, tmp_path:
     ):
         assert words in done.stdout, words
     results = read(tmp_path / "cls/inference/results.json")["cifar10_test[:20]"]
-    assert results["images"] == 20 and "5.9 grey levels" in results["note"] and 0 <= results["test"]["top1"] <= 100
+    assert results["images"] == 20 and "5.9 gray levels" in results["note"] and 0 <= results["test"]["top1"] <= 100
 
 
 def test_killed_and_resumed_it_is_the_straight_run(trees: Path, tmp_path: Path) -> None:
@@ -101,4 +101,4 @@ def test_probes_and_evaluation_again(trees: Path, tmp_path: Path) -> None:
 def test_a_corrupt_archive_is_one_sentence(trees: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.tar.gz").write_bytes(b"\x1f\x8b\x08")
     given = ("DATASETS.TRAIN", f"('{tmp_path}/bad.tar.gz/train',)")
-    assert "bad.tar.gz' is damaged or no tar archive" in fails(trees, *command(trees, tmp_path / "out", *given))
+    assert "bad.tar.gz' is damaged or not a tar archive" in fails(trees, *command(trees, tmp_path / "out", *given))

@@ -132,22 +132,22 @@ CASES = {
     "data root is absent": Case("make demo", VOC, make=lambda root: root.rmdir()),
     "data root is empty": Case("PASCAL VOC 2007 is missing", VOC, (SSL,), make=lambda root: None),
     "folder without images": Case(
-        "holds no image", ("DATASETS.TRAIN", "('{here}/',)"), (SSL,), files={"notes.txt": "no image"}
+        "contains no image", ("DATASETS.TRAIN", "('{here}/',)"), (SSL,), files={"notes.txt": "no image"}
     ),
     "image is absent": Case(
         "b.jpg is missing but listed in", VOC, make=lambda root: (write_voc(root) / "b.jpg").unlink()
     ),
-    "image is cut short": Case("b.jpg' is damaged or cut short", VOC, make=cut),
+    "image is cut short": Case("b.jpg' is damaged or truncated", VOC, make=cut),
     "image is cut short, with workers": Case(
-        "b.jpg' is damaged or cut short", (*VOC, "DATALOADER.NUM_WORKERS", 2), make=cut
+        "b.jpg' is damaged or truncated", (*VOC, "DATALOADER.NUM_WORKERS", 2), make=cut
     ),
-    "image of 100,000 x 100,000": Case("b.jpg' is larger than any photograph", VOC, make=huge),
+    "image of 100,000 x 100,000": Case("b.jpg' has too many pixels", VOC, make=huge),
     "channels without statistics": Case(
         "MODEL.PIXEL_MEAN has 3 values, but images have 1 channels", ("INPUT.CHANNELS", 1)
     ),
     "own folder is absent": Case("'no/folder' does not exist", flags=("--data", "no/folder")),
     "own folder without labels": Case(
-        "holds no labels that can be read", flags=("--data", "{here}"), files={"notes.txt": "nothing"}
+        "contains no labels that can be read", flags=("--data", "{here}"), files={"notes.txt": "nothing"}
     ),
     "own set with an unknown key": Case(
         "DATASETS.CUSTOM.cells has the key 'ROOOT'; known are ROOT, FORMAT, SPLIT, CLASSES, JSON, IMAGES; did you mean",
@@ -155,7 +155,7 @@ CASES = {
     ),
     "annotation without a size": Case("b.xml has no <size/width>", VOC, make=lambda root: write_voc(root, size="")),
     "annotation of an unknown class": Case(
-        "b.xml, object 1 is of the class 'dgo'", VOC, make=lambda root: write_voc(root, name="dgo")
+        "b.xml, object 1 has the class 'dgo'", VOC, make=lambda root: write_voc(root, name="dgo")
     ),
     "class count": Case("NUM_CLASSES 7 contradicts data set 'svhn_train'", ("MODEL.ROI_HEADS.NUM_CLASSES", 7)),
     "weights are absent": Case("no/encoder.safetensors' does not exist", ("MODEL.WEIGHTS", "no/encoder.safetensors")),
@@ -257,8 +257,8 @@ def test_pretraining_leaves_out_what_it_cannot_read(tmp_path: Path) -> None:
     done = run(data, *command(SSL, tmp_path / "out", *VOC, "SOLVER.MAX_ITER", 2))
     assert "1 of 4 images cannot be read and are left out: " in done.stdout
     assert f"{images}/c.jpg ('{images}/c.jpg' is not an image" in done.stdout
-    assert "b.jpg' is damaged or cut short" in done.stdout
-    assert "the next image stands in for it (1 such here so far)" in done.stdout
+    assert "b.jpg' is damaged or truncated" in done.stdout
+    assert "the next image replaces it (1 replaced so far in this process)" in done.stdout
     assert "3 training images" in done.stdout
 
 

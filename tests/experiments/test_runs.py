@@ -64,7 +64,7 @@ def test_labels_are_cut_and_pretraining_sees_all(tmp_path: Path) -> None:
     ],
 )
 def test_a_part_of_a_subset_is_a_subset(name: str, share: float, part: str) -> None:
-    assert catalog.part_of(name, share) == part
+    assert catalog.subset_name(name, share) == part
 
 
 def test_the_images_that_are_counted_are_those_that_the_scripts_train_on(
