@@ -283,9 +283,7 @@ def test_an_input_is_a_pattern_only_if_it_does_not_exist(tmp_path: Path, name: s
             found(f"{folder}/{nothing}")
 
 
-def test_all_files_of_a_folder_are_done_or_reported(
-    root: Path, trained: Path, images: list[Path], tmp_path: Path
-) -> None:
+def test_a_whole_folder_is_done_or_reported(root: Path, trained: Path, images: list[Path], tmp_path: Path) -> None:
     """Videos and images of all kinds beside invalid ones: all other results are written."""
     folder, out = tmp_path / "in", tmp_path / "out"
     (folder / "deep").mkdir(parents=True)
