@@ -24,7 +24,7 @@ test: check
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
-# Every reader on data sets spoilt at random.
+# Every reader on randomly damaged data sets.
 fuzz: $(READY)
 	$(BIN)/python -m pytest tests/data/test_fuzz.py --fuzz 1100 -q
 

@@ -15,7 +15,7 @@ from relvit_d2.data.detection.streets import generate
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-golden", action="store_true", help="write tests/golden instead of comparing with it")
-    parser.addoption("--fuzz", type=int, default=40, help="spoilt data sets for each reader (tests/data/test_fuzz.py)")
+    parser.addoption("--fuzz", type=int, default=40, help="damaged data sets for each reader (tests/data/test_fuzz.py)")
 
 
 @pytest.fixture(scope="session", autouse=True)

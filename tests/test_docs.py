@@ -44,10 +44,15 @@ NOT_CHECKED = {
 """First words of command lines that are not checked, and the reason."""
 NOT_INSTALLED = {"wandb"}  # imported by a snippet
 
-# What is added to the commands of the guide for custom data, so that they take seconds.
+# Overrides, by command, that let the pages' commands run in seconds: on a user's data, on VOC.
 SHORT = {
     "pretrain": "SOLVER.MAX_ITER 2 SOLVER.IMS_PER_BATCH 4 SOLVER.WARMUP_ITERS 0 PRETEXT.IMAGE_SIZE 32",
     "train": "SOLVER.MAX_ITER 2 SOLVER.IMS_PER_BATCH 2 SOLVER.WARMUP_ITERS 0 MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0",
+}
+_SHORT_VOC = "SOLVER.MAX_ITER 1 SOLVER.WARMUP_ITERS 0 DATASETS.TRAIN ('voc_2007_train[:4]',) DATASETS.TEST ()"
+SHORT_VOC = {
+    "pretrain": f"{_SHORT_VOC} SOLVER.IMS_PER_BATCH 4",
+    "train": f"{_SHORT_VOC} INPUT.MIN_SIZE_TRAIN (64,) INPUT.MAX_SIZE_TRAIN 64 MODEL.PYRAMID.OUT_CHANNELS 16",
 }
 
 
@@ -213,22 +218,47 @@ def test_the_guide_for_custom_data_runs(tmp_path: Path) -> None:
     shutil.make_archive(str(tmp_path / "photos"), "zip", data / "images")
     shutil.copy(data / "images/0.jpg", tmp_path / "photo.jpg")
     guide = ROOT / "docs/custom_data.md"
-    scripts = [script for page in (ROOT / "README.md", guide) for _, script in fences(page, "sh")]
-    lines = [line for script in scripts for line in command_lines(script)]
-    lines = [line for line in lines if any(re.search("DATA$|DATA/|custom|photos", word) for word in line[1:])]
-    lines = list(map(list, dict.fromkeys(map(tuple, lines))))  # both pages begin alike
+    lines = [
+        line for line in all_lines(ROOT / "README.md", guide) if re.search("DATA( |/|$)|custom|photos", " ".join(line))
+    ]
     assert len(lines) > 6
-
-    def run(*words: str) -> None:
-        variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        subprocess.run([sys.executable, *words], cwd=tmp_path, env=os.environ | variables, check=True)
-
     for line in lines:
-        run("-m", "relvit_d2", *line[1:], *SHORT.get(line[1], "").split())
+        run_line(tmp_path, line, SHORT)
     for _, code in fences(guide, "python"):
-        run("-c", code)
+        run_python(tmp_path, "-c", code)
     assert len(list((tmp_path / "predictions").rglob("*.png"))) == 10
     assert (tmp_path / "output/custom/finetune/report.html").is_file()
+
+
+@pytest.mark.slow
+def test_the_commands_for_voc_run(samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of two pages for one process, in their order, on a few images."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(samples))
+    lines = all_lines(ROOT / "README.md", ROOT / "docs/scaling.md")
+    lines = [
+        line
+        for line in lines
+        if line[0] == "relvit-d2" and re.search("/voc_vit_s.yaml(?!.*--num-gpus)", " ".join(line))
+    ]
+    assert len(lines) > 4
+    for line in lines:
+        run_line(tmp_path, line, SHORT_VOC)
+    assert (tmp_path / "output/voc_vit_s/model_final.pth").is_file()
+
+
+def all_lines(*pages: Path) -> list[list[str]]:
+    """The command lines in the fenced blocks of pages, each once."""
+    lines = [line for page in pages for _, script in fences(page, "sh") for line in command_lines(script)]
+    return list(map(list, dict.fromkeys(map(tuple, lines))))
+
+
+def run_line(folder: Path, line: list[str], short: dict[str, str]) -> None:
+    run_python(folder, "-m", "relvit_d2", *line[1:], *short.get(line[1], "").split())
+
+
+def run_python(folder: Path, *words: str) -> None:
+    variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([sys.executable, *words], cwd=folder, env=os.environ | variables, check=True)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from relvit_d2.data.images.archive import ImageFile
-from relvit_d2.data.images.decode import PixelFormat, UnreadableImageError, channels_and_white
+from relvit_d2.data.images.decode import PixelFormat, UnreadableImageError, channels_and_max_value
 from relvit_d2.utils.errors import UserError
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ def pixel_format(images: Sequence[ImageFile | str], most: int = 50) -> PixelForm
         images: files, of which at most ``most``, evenly spaced, are read. Unreadable ones are skipped.
         most: at least 1.
     """
-    found = _of_each(images, most, channels_and_white)
+    found = _of_each(images, most, channels_and_max_value)
     channels = [channels for channels, _ in found]
     return PixelFormat(max(sorted(set(channels)), key=channels.count), math.ceil(max(white for _, white in found)))
 

@@ -46,18 +46,18 @@ def run(args: argparse.Namespace) -> None:
         read_sets,
         unrecognised_warnings,
     )
-    from relvit_d2.data.detection.custom import config_words, register_own
+    from relvit_d2.data.detection.custom import config_pairs_of_inputs, register_custom
     from relvit_d2.data.images.decode import PixelFormat
     from relvit_d2.report.samples import MARKS, draw_samples, samples_of
     from relvit_d2.tasks import load_config
 
-    cfg = load_config(args.config_file or DEFAULT, args.data if args.config_file else config_words(args.data))
+    cfg = load_config(args.config_file or DEFAULT, args.data if args.config_file else config_pairs_of_inputs(args.data))
     names, tests = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], tuple(cfg.DATASETS.TEST)
     if not names:
         raise UserError(f"config file '{args.config_file}' names no data set (DATASETS.TRAIN)")
     needs_labels = cfg.TASK == "detection"
     if cfg.TASK != "classification":  # classification has no custom sets
-        register_own(cfg.DATASETS, needs_labels)
+        register_custom(cfg.DATASETS, needs_labels)
     sets, classes = read_sets(list(dict.fromkeys(names)), needs_labels, cfg.DATASETS.get("SKIP_MISSING", False))
     labelled = bool(classes)
     title = Path(args.config_file).stem if args.config_file else "_".join(Path(word).name for word in args.data)

@@ -37,8 +37,8 @@ def run(args: argparse.Namespace) -> None:
     if source:
         if args.download:
             download_missing(source, root, print)
-        found = [(part, part.found(root)) for part in source.laid(root)]
-        if missing := [part for part, count in found if part.needed and not count]:
+        found = [(part, part.count_files(root)) for part in source.located(root)]
+        if missing := [part for part, count in found if part.required and not count]:
             print_layout(source, root)
             raise UserError(
                 f"{source.title} is incomplete in '{root}': {missing[0].pattern} is missing (see above); add it, or "
@@ -56,12 +56,12 @@ def print_layout(source: Source, root: Path) -> None:
     size = sum(archive.size for archive, _ in source.archives)
     print(f"{source.title}, {size / 1e9:.1f} GB compressed, from {source.page}\n{root}/")
     shown: tuple[str, ...] = ()
-    for part in source.laid(root):
+    for part in source.located(root):
         *folders, leaf = Path(part.pattern).parts
         for depth, folder in enumerate(folders):
             if shown[: depth + 1] != tuple(folders[: depth + 1]):
                 print(f"{'    ' * (depth + 1)}{folder}/")
         shown = tuple(folders)
-        found = part.found(root)
-        state = f" ({found:,} found)" if found else f" <- missing{'' if part.needed else ', optional'}"
+        found = part.count_files(root)
+        state = f" ({found:,} found)" if found else f" <- missing{'' if part.required else ', optional'}"
         print(f"{'    ' * (len(folders) + 1)}{leaf:<28}{part.count:>8,} {part.what}{state}")

@@ -1,6 +1,6 @@
-"""The public data sets as their authors give them away: what lies where, how much it is, where it comes from."""
+"""Public data sets: files, sizes, download addresses and checksums."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from relvit_d2.data.download import Archive
@@ -11,34 +11,34 @@ class Part:
     """Files of one kind.
 
     Attributes:
-        pattern: under the data root, such as ``coco/val2017/*.jpg``.
-        count: files of the official set.
-        what: in words.
-        needed: whether a set without them is not usable.
+        pattern: relative to the data root, such as ``coco/val2017/*.jpg``.
+        count: number of files in the official data set.
+        what: description.
+        required: whether the data set cannot be used without them.
     """
 
     pattern: str
     count: int
     what: str
-    needed: bool = True
+    required: bool = True
 
-    def found(self, root: Path) -> int:
-        """Return the number of files that are there."""
+    def count_files(self, root: Path) -> int:
+        """Return the number of existing files."""
         folder, name = (root / self.pattern).parent, Path(self.pattern).name
         return sum(1 for _ in folder.glob(name)) if folder.is_dir() else 0
 
 
 @dataclass(frozen=True)
 class Source:
-    """One data set; ``archives`` holds each with the first words of the patterns of the parts that come with it.
+    """One data set.
 
     Attributes:
-        title: its name in words.
-        page: where its authors describe it and give it away.
-        folder: that the archives are unpacked in, under the data root.
-        parts: what it is made of.
-        archives: what to download.
-        instead: a folder of the patterns, and the place that it may also lie at.
+        title: full name.
+        page: the authors' page with the description and the downloads.
+        folder: relative to the data root, to unpack the archives in.
+        parts: its files.
+        archives: the downloads, each with the prefixes of the patterns of its parts.
+        alternative: a folder of the patterns, and the folder that may replace it.
     """
 
     title: str
@@ -46,16 +46,14 @@ class Source:
     folder: str
     parts: tuple[Part, ...]
     archives: tuple[tuple[Archive, tuple[str, ...]], ...]
-    instead: tuple[str, str] = ("", "")
+    alternative: tuple[str, str] = ("", "")
 
-    def laid(self, root: Path) -> tuple[Part, ...]:
-        """Return the parts where this data root has them."""
-        usual, other = self.instead
+    def located(self, root: Path) -> tuple[Part, ...]:
+        """Return the parts with the patterns that apply to this data root."""
+        usual, other = self.alternative
         if not usual or (root / usual).exists() or not (root / other).exists():
             return self.parts
-        return tuple(
-            Part(part.pattern.replace(usual, other, 1), part.count, part.what, part.needed) for part in self.parts
-        )
+        return tuple(replace(part, pattern=part.pattern.replace(usual, other, 1)) for part in self.parts)
 
 
 _VOC, _COCO = "http://host.robots.ox.ac.uk/pascal/VOC/voc2007", "http://images.cocodataset.org"
@@ -63,7 +61,23 @@ _KITTI, _SVHN = "https://s3.eu-central-1.amazonaws.com/avg-kitti", "http://ufldl
 _DEVKIT = "VOCdevkit/VOC2007"
 
 # Sizes, and checksums of COCO and KITTI: tensorflow_datasets, url_checksums/{voc,coco,kitti}.txt. Checksums of VOC:
-# torchvision, datasets/voc.py:49-57; of SVHN: mindee/doctr, doctr/datasets/svhn.py; none of its `extra` was found.
+# torchvision, datasets/voc.py:49-57; of SVHN: mindee/doctr, doctr/datasets/svhn.py; none was found for its `extra`.
+_SHA256 = {
+    "annotations_trainval2017.zip": "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268",
+    "val2017.zip": "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05",
+    "train2017.zip": "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929",
+    "data_object_label_2.zip": "4efc76220d867e1c31bb980bbf8cbc02599f02a9cb4350effa98dbb04aaed880",
+    "data_object_image_2.zip": "351c5a2aa0cd9238b50174a3a62b846bc5855da256b82a196431d60ff8d43617",
+    "train.tar.gz": "4b17bb33b6cd8f963493168f80143da956f28ec406cc12f8e5745a9f91a51898",
+    "test.tar.gz": "57ac9ceb530e4aa85b55d991be8fc49c695b3d71c6f6a88afea86549efde7fb5",
+}
+
+
+def _archive(url: str, size: int, *parts: str, md5: str = "") -> tuple[Archive, tuple[str, ...]]:
+    sha256 = _SHA256.get(url.rpartition("/")[2])
+    return Archive(url, size, f"md5:{md5}" if md5 else f"sha256:{sha256}" if sha256 else ""), parts
+
+
 SOURCES = {
     "voc_2007": Source(
         "PASCAL VOC 2007",
@@ -76,13 +90,21 @@ SOURCES = {
             Part(f"{_DEVKIT}/ImageSets/Main/test.txt", 1, "list of 4,952 images"),
         ),
         (
-            (
-                Archive(f"{_VOC}/VOCtrainval_06-Nov-2007.tar", 460_032_000, "md5:c52e279531787c972589f7e41ab4ae64"),
-                (f"{_DEVKIT}/ImageSets/Main/trainval", f"{_DEVKIT}/JPEG", f"{_DEVKIT}/Annotations"),
+            _archive(
+                f"{_VOC}/VOCtrainval_06-Nov-2007.tar",
+                460_032_000,
+                f"{_DEVKIT}/ImageSets/Main/trainval",
+                f"{_DEVKIT}/JPEG",
+                f"{_DEVKIT}/Annotations",
+                md5="c52e279531787c972589f7e41ab4ae64",
             ),
-            (
-                Archive(f"{_VOC}/VOCtest_06-Nov-2007.tar", 451_020_800, "md5:b6e924de25625d8de591ea690078ad9f"),
-                (f"{_DEVKIT}/ImageSets/Main/test", f"{_DEVKIT}/JPEG", f"{_DEVKIT}/Annotations"),
+            _archive(
+                f"{_VOC}/VOCtest_06-Nov-2007.tar",
+                451_020_800,
+                f"{_DEVKIT}/ImageSets/Main/test",
+                f"{_DEVKIT}/JPEG",
+                f"{_DEVKIT}/Annotations",
+                md5="b6e924de25625d8de591ea690078ad9f",
             ),
         ),
         (_DEVKIT, "VOC2007"),
@@ -92,36 +114,15 @@ SOURCES = {
         "https://cocodataset.org/#download",
         "coco",
         (
-            Part("coco/annotations/instances_train2017.json", 1, "labels to train on"),
-            Part("coco/annotations/instances_val2017.json", 1, "labels to evaluate on"),
-            Part("coco/train2017/*.jpg", 118_287, "images to train on"),
-            Part("coco/val2017/*.jpg", 5000, "images to evaluate on"),
+            Part("coco/annotations/instances_train2017.json", 1, "training labels"),
+            Part("coco/annotations/instances_val2017.json", 1, "evaluation labels"),
+            Part("coco/train2017/*.jpg", 118_287, "training images"),
+            Part("coco/val2017/*.jpg", 5000, "evaluation images"),
         ),
         (
-            (
-                Archive(
-                    f"{_COCO}/annotations/annotations_trainval2017.zip",
-                    252_907_541,
-                    "sha256:113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268",
-                ),
-                ("coco/annotations",),
-            ),
-            (
-                Archive(
-                    f"{_COCO}/zips/val2017.zip",
-                    815_585_330,
-                    "sha256:4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05",
-                ),
-                ("coco/val2017",),
-            ),
-            (
-                Archive(
-                    f"{_COCO}/zips/train2017.zip",
-                    19_336_861_798,
-                    "sha256:69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929",
-                ),
-                ("coco/train2017",),
-            ),
+            _archive(f"{_COCO}/annotations/annotations_trainval2017.zip", 252_907_541, "coco/annotations"),
+            _archive(f"{_COCO}/zips/val2017.zip", 815_585_330, "coco/val2017"),
+            _archive(f"{_COCO}/zips/train2017.zip", 19_336_861_798, "coco/train2017"),
         ),
     ),
     "kitti": Source(
@@ -133,22 +134,8 @@ SOURCES = {
             Part("kitti/training/label_2/*.txt", 7481, "labels"),
         ),
         (
-            (
-                Archive(
-                    f"{_KITTI}/data_object_label_2.zip",
-                    5_601_213,
-                    "sha256:4efc76220d867e1c31bb980bbf8cbc02599f02a9cb4350effa98dbb04aaed880",
-                ),
-                ("kitti/training/label_2",),
-            ),
-            (
-                Archive(
-                    f"{_KITTI}/data_object_image_2.zip",
-                    12_569_945_557,
-                    "sha256:351c5a2aa0cd9238b50174a3a62b846bc5855da256b82a196431d60ff8d43617",
-                ),
-                ("kitti/training/image_2",),
-            ),
+            _archive(f"{_KITTI}/data_object_label_2.zip", 5_601_213, "kitti/training/label_2"),
+            _archive(f"{_KITTI}/data_object_image_2.zip", 12_569_945_557, "kitti/training/image_2"),
         ),
         ("kitti/training", "kitti/object/training"),
     ),
@@ -157,31 +144,17 @@ SOURCES = {
         "http://ufldl.stanford.edu/housenumbers/",
         "svhn",
         (
-            Part("svhn/train/digitStruct.mat", 1, "labels to train on"),
-            Part("svhn/train/*.png", 33_402, "images to train on"),
-            Part("svhn/test/digitStruct.mat", 1, "labels to evaluate on"),
-            Part("svhn/test/*.png", 13_068, "images to evaluate on"),
-            Part("svhn/extra/digitStruct.mat", 1, "labels of the extra images", needed=False),
-            Part("svhn/extra/*.png", 202_353, "extra images to train on", needed=False),
+            Part("svhn/train/digitStruct.mat", 1, "training labels"),
+            Part("svhn/train/*.png", 33_402, "training images"),
+            Part("svhn/test/digitStruct.mat", 1, "evaluation labels"),
+            Part("svhn/test/*.png", 13_068, "evaluation images"),
+            Part("svhn/extra/digitStruct.mat", 1, "labels of the extra images", required=False),
+            Part("svhn/extra/*.png", 202_353, "extra training images", required=False),
         ),
         (
-            (
-                Archive(
-                    f"{_SVHN}/train.tar.gz",
-                    404_141_560,
-                    "sha256:4b17bb33b6cd8f963493168f80143da956f28ec406cc12f8e5745a9f91a51898",
-                ),
-                ("svhn/train",),
-            ),
-            (
-                Archive(
-                    f"{_SVHN}/test.tar.gz",
-                    276_555_967,
-                    "sha256:57ac9ceb530e4aa85b55d991be8fc49c695b3d71c6f6a88afea86549efde7fb5",
-                ),
-                ("svhn/test",),
-            ),
-            (Archive(f"{_SVHN}/extra.tar.gz", 1_955_489_752), ("svhn/extra",)),
+            _archive(f"{_SVHN}/train.tar.gz", 404_141_560, "svhn/train"),
+            _archive(f"{_SVHN}/test.tar.gz", 276_555_967, "svhn/test"),
+            _archive(f"{_SVHN}/extra.tar.gz", 1_955_489_752, "svhn/extra"),
         ),
     ),
 }

@@ -1,4 +1,4 @@
-"""Batches whose order is a pure function of the seed and the iteration."""
+"""Data loaders whose batches are a pure function of the seed and the iteration."""
 
 import atexit
 import itertools
@@ -20,27 +20,27 @@ from relvit_d2.utils.randomness import generator, sequence, torch_generator
 
 Key = tuple[int, int]  # epoch, index
 
-TRIES = 16  # samples that are tried in place of one that cannot be read
+MAX_REPLACEMENTS = 16  # samples that are tried, beginning with the unreadable one
 
 logger = logging.getLogger(__name__)
 
-_open: WeakSet[Generator[Any, None, None]] = WeakSet()  # what reads batches now
+_open: WeakSet[Generator[Any, None, None]] = WeakSet()  # generators in use
 
 
 class EndlessOrder(Sampler[list[Key]]):
-    """The batches of one process from an iteration on, without end.
+    """Samples the endless batches of one process from an iteration on.
 
-    The samples are an endless row of permutations, one an epoch, each a function of ``(seed, epoch)``; iteration i
-    takes positions ``i * batch`` to ``(i + 1) * batch``, and each process an equal run of them. A batch may reach
-    over the end of an epoch, so that nothing is dropped and nothing pauses.
+    The samples are a sequence of permutations, one per epoch, each a function of ``(seed, epoch)``. Iteration i takes
+    positions ``i * batch`` to ``(i + 1) * batch``, and each process an equal contiguous part of them. A batch may
+    contain samples of two epochs, so that no sample is dropped.
 
     Args:
         count: number of samples.
-        batch: samples an iteration, all processes and parts together; a multiple of ``world * parts``.
+        batch: samples per iteration of all processes and parts together; a multiple of ``world * parts``.
         seed: the run's seed.
         start: first iteration.
-        rank, world: number of this process and of processes.
-        parts: batches that each process reads an iteration, one after the other.
+        rank, world: index of this process and number of processes.
+        parts: batches per iteration and process (gradient accumulation).
     """
 
     def __init__(
@@ -58,30 +58,27 @@ class EndlessOrder(Sampler[list[Key]]):
 
     def keys(self, iteration: int) -> list[Key]:
         """Return the epochs and indices of this process's samples in an iteration."""
-        share = self._batch // self._world
-        position = iteration * self._batch + self._rank * share
-        return [self._key(place) for place in range(position, position + share)]
-
-    def _key(self, place: int) -> Key:
-        epoch, rest = divmod(place, self._count)
-        return epoch, int(_permutation(self._count, self._seed, epoch)[rest])
+        size = self._batch // self._world
+        start = iteration * self._batch + self._rank * size
+        samples = (divmod(position, self._count) for position in range(start, start + size))
+        return [(epoch, int(_permutation(self._count, self._seed, epoch)[rest])) for epoch, rest in samples]
 
 
-@lru_cache(maxsize=2)  # a batch may reach over the end of an epoch
+@lru_cache(maxsize=2)  # a batch may contain samples of two epochs
 def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
     return generator(seed, "order", epoch).permutation(count)
 
 
 class _Mapped(Dataset[Any]):
-    """Samples through a mapper, with generators seeded for each; a fault comes back as the sample.
+    """Maps samples with the global generators seeded for each; a :class:`UserError` is returned as the sample.
 
-    Where ``replaces``, the next sample that can be read stands in for an image that cannot: what a run learns stays a
-    function of its seed and its images.
+    With ``replaces``, an unreadable image is replaced by the next readable sample, so that a run remains a function of
+    its seed and its images.
     """
 
     def __init__(self, samples: Sequence[Any], mapper: Callable[[Any], Any], seed: int, replaces: bool) -> None:
         self._samples, self._mapper, self._seed, self._replaces = samples, mapper, seed, replaces
-        self._said: set[int] = set()
+        self._reported: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -89,25 +86,26 @@ class _Mapped(Dataset[Any]):
     def __getitem__(self, key: Key | int) -> Any:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         # Detectron2's augmentations draw from the global NumPy generator.
-        words = sequence(self._seed, "sample", epoch, index).generate_state(2)
-        np.random.seed(words[0])
-        random.seed(int(words[1]))
-        for place in range(index, index + (TRIES if self._replaces else 1)):
+        seeds = sequence(self._seed, "sample", epoch, index).generate_state(2)
+        np.random.seed(seeds[0])
+        random.seed(int(seeds[1]))
+        for candidate in range(index, index + (MAX_REPLACEMENTS if self._replaces else 1)):
             try:
-                return self._mapper(self._samples[place % len(self)])
+                return self._mapper(self._samples[candidate % len(self)])
             except UnreadableImageError as error:
-                fault: UserError = error
-                self._say(place % len(self), error)
+                user_error: UserError = error
+                self._report(candidate % len(self), error)
             except UserError as error:
-                fault = error
+                user_error = error
                 break
-        # An exception that crosses a worker's boundary arrives with its traceback as its message.
-        return fault
+        # An exception raised in a worker would arrive with the traceback as its message.
+        return user_error
 
-    def _say(self, index: int, error: UnreadableImageError) -> None:
-        if self._replaces and index not in self._said:
-            self._said.add(index)
-            logger.warning(f"{error}; until then the next image stands in for it ({len(self._said)} such here so far)")
+    def _report(self, index: int, error: UnreadableImageError) -> None:
+        if self._replaces and index not in self._reported:
+            self._reported.add(index)
+            count = len(self._reported)
+            logger.warning(f"{error}; the next image replaces it ({count} replaced so far in this process)")
 
 
 class _Collate:
@@ -119,10 +117,10 @@ class _Collate:
 
 
 class Batches:
-    """A loader's batches; a fault that a worker met is raised in the main process as the :class:`UserError` it is.
+    """A loader's batches; a :class:`UserError` of a worker is raised in the main process.
 
     Attributes:
-        first: number of the first sample, of those that are read in order.
+        first: index of the first sample, if the samples are read in order.
     """
 
     def __init__(self, loader: DataLoader[Any], first: int = 0) -> None:
@@ -147,13 +145,13 @@ class EndlessBatches(Batches):
     """The endless batches of one process.
 
     Args:
-        samples: what the mapper takes, one a sample.
+        samples: inputs of the mapper.
         mapper: sample -> item; its random draws must come from the global NumPy or Python generator.
         collate: list of items -> batch.
-        order: which samples, when.
+        order: the samples of each batch.
         seed: the run's seed.
-        workers: loader processes; 0 reads in this process. The batches are the same for any number.
-        replaces: let the next image stand in for one that cannot be read.
+        workers: number of loader processes; 0 reads in this process. The batches do not depend on it.
+        replaces: replace an unreadable image by the next one.
     """
 
     def __init__(
@@ -168,12 +166,12 @@ class EndlessBatches(Batches):
     ) -> None:
         self._samples, self._order = samples, order
         dataset = _Mapped(samples, mapper, seed, replaces)
-        # A loader draws a seed when it starts: from its own generator, lest the first iteration's draws shift.
-        own = torch_generator(seed, "loader")
-        super().__init__(_loader(dataset, order, collate, workers, generator=own))
+        # A loader draws a seed when it starts, which must not advance the global generator.
+        generator = torch_generator(seed, "loader")
+        super().__init__(_loader(dataset, order, collate, workers, generator=generator))
 
     def names(self, iteration: int) -> list[Any]:
-        """Return what names the images of an iteration: the file, for a record the image's id too."""
+        """Return names of the images of an iteration, for messages: the file, and for a record the image's id."""
         samples = [self._samples[index] for _, index in self._order.keys(iteration)]
         return [{k: s[k] for k in ("file_name", "image_id")} if isinstance(s, dict) else str(s) for s in samples]
 
@@ -192,7 +190,7 @@ def _loader(
 
 
 def _start_worker(number: int) -> None:
-    """Die with the parent, but not before it: Ctrl-C and Slurm's SIGTERM reach every process of a run."""
+    """Ignore Ctrl-C and Slurm's SIGTERM, which reach every process of a run; end when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _prctl_pr_set_pdeathsig(signal.SIGKILL)
@@ -200,7 +198,7 @@ def _start_worker(number: int) -> None:
 
 @atexit.register
 def _close() -> None:
-    """Let the workers go before Python, at its end, waits for them after a SIGTERM that they ignore."""
+    """Stop the workers before Python exits and waits for them, since they ignore SIGTERM."""
     for batches in list(_open):
         batches.close()
 
@@ -215,9 +213,9 @@ def ordered_batches(
     world: int = 1,
     replaces: bool = False,
 ) -> Batches:
-    """Return one process's share of the samples in their order, each sample in exactly one process.
+    """Return one process's part of the samples in order; each sample is in exactly one process's part.
 
-    With ``replaces`` the next image stands in for one that cannot be read.
+    With ``replaces`` an unreadable image is replaced by the next one.
     """
     share = np.array_split(np.arange(len(samples)), world)[rank].tolist()
     batches = [share[i : i + batch] for i in range(0, len(share), batch)]

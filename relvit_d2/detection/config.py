@@ -42,13 +42,11 @@ def add_relvit_config(cfg: CfgNode) -> None:
     # simple: simple feature pyramid on the encoder's last map; fpn: FPN on its maps of several strides; multitap: FPN
     # on the maps of several of its blocks; auto: fpn if it has maps of several strides, else simple
     cfg.MODEL.PYRAMID.NAME = "auto"
-    # Pixels per cell of each level, powers of two; empty: the strides of an encoder with several maps, else from a
-    # quarter of the encoder's stride (at least 4) to twice its stride
-    cfg.MODEL.PYRAMID.STRIDES = []
+    # Pixels per cell of each level, powers of two; [0]: the strides of an encoder with several maps, else from a quarter
+    # of the encoder's stride (at least 4) to twice its stride
+    cfg.MODEL.PYRAMID.STRIDES = [0]
     cfg.MODEL.PYRAMID.TOP_BLOCK = True  # a further level: every second row and column of the last one (p6)
     cfg.MODEL.PYRAMID.OUT_CHANNELS = 256  # channels of every level
-    cfg.MODEL.RPN.IN_FEATURES = []  # levels by name (p2: stride 4, p3: stride 8); empty: all levels
-    cfg.MODEL.ROI_HEADS.IN_FEATURES = []  # levels by name; empty: all but the top block's
     cfg.MODEL.PYRAMID.NORM = "LN"  # LN, GN, FrozenBN, or "" for none
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 0  # 0: the number of classes of the data set
     cfg.MODEL.RELVIT.GRID = [7, 7]  # joint training: rows and columns of the position grid for any image size
@@ -57,19 +55,25 @@ def add_relvit_config(cfg: CfgNode) -> None:
 
 
 def derive_levels(cfg: CfgNode) -> None:
-    """Fill in the levels that are left empty: the pyramid's from the encoder, the heads' from the pyramid, in place."""
+    """Derive the levels that a config does not choose, in place.
+
+    The strides of the pyramid follow from the encoder if ``MODEL.PYRAMID.STRIDES`` is [0]. The RPN reads all levels and
+    the region heads all but the top block's, if their ``IN_FEATURES`` are Detectron2's default, [res4].
+    """
     if cfg.MODEL.BACKBONE.NAME != BACKBONE:
         return
     keys = cfg.MODEL.PYRAMID
-    if not keys.STRIDES:
+    if keys.STRIDES == [0]:
         strides = map_strides(cfg.MODEL)
         last = strides[-1]
         around = [stride for stride in (last // 4, last // 2, last, 2 * last) if stride >= min(4, last)]
         keys.STRIDES = strides if len(strides) > 1 else around
     levels = [f"p{stride.bit_length() - 1}" for stride in keys.STRIDES]
-    top = [f"p{keys.STRIDES[-1].bit_length()}"] if keys.TOP_BLOCK else []
-    cfg.MODEL.RPN.IN_FEATURES = cfg.MODEL.RPN.IN_FEATURES or levels + top
-    cfg.MODEL.ROI_HEADS.IN_FEATURES = cfg.MODEL.ROI_HEADS.IN_FEATURES or levels
+    top = [f"p{keys.STRIDES[-1].bit_length()}"] if keys.TOP_BLOCK and keys.STRIDES else []
+    if cfg.MODEL.RPN.IN_FEATURES == ["res4"]:
+        cfg.MODEL.RPN.IN_FEATURES = levels + top
+    if cfg.MODEL.ROI_HEADS.IN_FEATURES == ["res4"]:
+        cfg.MODEL.ROI_HEADS.IN_FEATURES = levels
 
 
 def finish_config(cfg: CfgNode) -> None:

@@ -8,7 +8,7 @@ from fvcore.common.config import CfgNode
 
 from relvit_d2.analysis.model_cost import Stages, Subject, assumption
 from relvit_d2.data.detection import catalog
-from relvit_d2.data.detection.custom import register_own
+from relvit_d2.data.detection.custom import register_custom
 from relvit_d2.detection.model import build_detector
 from relvit_d2.detection.run import resolve_config, training_records
 from relvit_d2.utils.errors import UserError
@@ -19,7 +19,7 @@ OBJECTS = 8  # per random image
 
 def detector_subject(cfg: CfgNode) -> Subject:
     """Return the detector of a config to measure; without data, its classes are assumed."""
-    register_own(cfg.DATASETS)
+    register_custom(cfg.DATASETS)
     assumed = ""
     try:
         records = training_records(cfg)

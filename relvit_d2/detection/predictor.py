@@ -58,7 +58,7 @@ class Detector:
         arrays = [self.read(image) for image in images]
         if not arrays:
             return []
-        inputs = [{"image": self._mapper.fed(a), "height": a.shape[0], "width": a.shape[1]} for a in arrays]
+        inputs = [{"image": self._mapper.network_input(a), "height": a.shape[0], "width": a.shape[1]} for a in arrays]
         with self._precision.autocast():
             outputs = self._model(inputs)
         return [output["instances"].to("cpu") for output in outputs]

@@ -25,8 +25,8 @@ from torch import nn
 
 from relvit_d2.analysis.data_checks import before_training
 from relvit_d2.data.detection import catalog
-from relvit_d2.data.detection.catalog import get_metadata, keep_splits
-from relvit_d2.data.detection.custom import register_own
+from relvit_d2.data.detection.catalog import get_metadata, save_splits
+from relvit_d2.data.detection.custom import register_custom
 from relvit_d2.data.detection.mapper import DetectionMapper
 from relvit_d2.data.loader import EndlessBatches, EndlessOrder, ordered_batches
 from relvit_d2.detection.model import build_detector
@@ -267,12 +267,12 @@ def run_process(requested: CfgNode, args: argparse.Namespace, end: Callable[[Pat
         end: called in the first process after training, with ``OUTPUT_DIR`` and the next command to run.
     """
     start_run(requested, args)
-    register_own(requested.DATASETS)
+    register_custom(requested.DATASETS)
     tests = evaluation_sets(requested)
     if args.eval_only and not tests:
         raise UserError("DATASETS.TEST is empty; name a data set, such as ('voc_2007_test',)")
     records = evaluated_records(tests) if args.eval_only else training_records(requested)
-    keep_splits(tests if args.eval_only else (*requested.DATASETS.TRAIN, *tests), Path(requested.OUTPUT_DIR))
+    save_splits(tests if args.eval_only else (*requested.DATASETS.TRAIN, *tests), Path(requested.OUTPUT_DIR))
     cfg = resolve_config(requested, records)
     for note in mask_notes(requested, cfg, records, tests):
         logger.info(note)

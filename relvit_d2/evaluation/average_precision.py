@@ -1,4 +1,4 @@
-"""COCO's average precision of a list of detections, and why there is none."""
+"""COCO's average precision of a list of detections, and the reason for an AP of 0 or NaN."""
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
@@ -8,7 +8,7 @@ import faster_coco_eval
 from pycocotools.coco import COCO
 
 COCO_LIMIT = 100
-"""Detections of an image and a class that COCO's own AP counts."""
+"""Detections per image and class that COCO's AP evaluates."""
 
 logger = logging.getLogger(__name__)
 
@@ -18,21 +18,21 @@ def coco_evaluation(
     detections: Sequence[dict[str, Any]],
     iou_type: str,
     limit: int = COCO_LIMIT,
-    tell: Callable[[str], object] = logger.info,
+    print_line: Callable[[str], object] = logger.info,
 ) -> faster_coco_eval.COCOeval_faster:
     """Return the finished COCO evaluation: ``stats`` and ``eval["precision"]`` are those of pycocotools.
 
-    faster-coco-eval computes them, many times faster. It wants whole numbers for image ids and counts an object of id
-    0 as never found, so that images, in the order of their ids, and objects are numbered anew.
+    They are computed by faster-coco-eval, which is many times faster. It requires integer image ids and never matches
+    an object with the id 0; therefore images (in the order of their ids) and objects are renumbered.
 
     Args:
-        truth: the ground truth; its image ids are all text or all whole numbers.
+        truth: the ground truth; its image ids are all text or all integers.
         detections: dicts in COCO's result format (``image_id``, ``category_id``, ``score``, ``bbox`` in XYWH pixels,
-            for masks ``segmentation`` in compressed RLE). One of an image that ``truth`` does not have is left out with
-            a word in the log.
+            for masks ``segmentation`` in compressed RLE). Detections of an image that ``truth`` lacks are left out with
+            a warning.
         iou_type: ``"bbox"`` or ``"segm"``.
-        limit: detections of an image and a class that count, those of the highest scores.
-        tell: takes the lines of its table.
+        limit: number of detections per image and class to evaluate, in order of score.
+        print_line: called with each line of the table.
     """
     number = {image_id: index for index, image_id in enumerate(sorted(truth.imgs), start=1)}
     annotations = [a for a in truth.dataset["annotations"] if a["image_id"] in number]
@@ -45,7 +45,7 @@ def coco_evaluation(
             ],
         }
     )
-    # The area of a detection with a box is the box's, which decides small, medium and large.
+    # If a detection has a box, its area (small, medium or large) is that of the box.
     left_out = "bbox" if iou_type == "segm" else "segmentation"
     found = [
         {key: value for key, value in d.items() if key != left_out} | {"image_id": number[d["image_id"]]}
@@ -53,46 +53,48 @@ def coco_evaluation(
         if d["image_id"] in number
     ]
     if len(found) < len(detections):
-        strangers = {d["image_id"] for d in detections} - number.keys()
+        unknown = {d["image_id"] for d in detections} - number.keys()
         logger.warning(
             f"{len(detections) - len(found)} of {len(detections)} detections are left out: the ground truth has no "
-            f"image {_few(strangers)}"
+            f"image {_few(unknown)}"
         )
-    evaluation = faster_coco_eval.COCOeval_faster(numbered, numbered.loadRes(found), iou_type, print_function=tell)
+    evaluation = faster_coco_eval.COCOeval_faster(
+        numbered, numbered.loadRes(found), iou_type, print_function=print_line
+    )
     evaluation.params.maxDets = [1, 10, limit]
     evaluation.run()
     return evaluation
 
 
-def why_no_precision(
+def explain_zero_ap(
     objects: Sequence[tuple[Hashable, Hashable]],
     detections: Sequence[tuple[Hashable, Hashable]],
-    least_iou: str = "0.5",
+    min_iou: str = "0.5",
 ) -> str:
     """Return the reason for an AP of 0 or NaN.
 
     Args:
-        objects: image id and class of every object that counts.
+        objects: image id and class of every evaluated object.
         detections: image id and class of every detection.
-        least_iou: what a detection has to reach.
+        min_iou: the IoU that a match requires.
     """
     if not objects:
-        return "there is no ground truth, not one object that counts"
+        return "there is no ground truth: no object is evaluated"
     if not detections:
-        return "there are no detections at all"
+        return "there are no detections"
     for position, what in enumerate(("an image", "a class")):
-        wanted, found = ({pair[position] for pair in pairs} for pairs in (objects, detections))
-        if not wanted & found:
+        expected, found = ({pair[position] for pair in pairs} for pairs in (objects, detections))
+        if not expected & found:
             return (
-                f"no detection is of {what} that has objects; the ids do not match "
-                f"(of detections {_few(found)}, of objects {_few(wanted)})"
+                f"no detection is of {what} with objects: the ids do not match "
+                f"(detections {_few(found)}; objects {_few(expected)})"
             )
     if not set(objects) & set(detections):
-        return "no detection is of a class that its image holds"
-    return f"none of the {len(detections)} detections overlaps an object of its class enough (IoU {least_iou})"
+        return "no detection is of a class that its image contains"
+    return f"none of the {len(detections)} detections overlaps an object of its class enough (IoU {min_iou})"
 
 
 def _few(ids: set[Any]) -> str:
-    """Return the first three of ``ids`` in words."""
+    """Return the first three of ``ids``, separated by commas."""
     names = sorted(map(repr, ids))
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,5 +1,6 @@
-"""What evaluators that judge boxes themselves share: the detections of all images, from all processes."""
+"""Base class of evaluators: collects the detections of all images from all processes."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -8,11 +9,11 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
 
-class Found(NamedTuple):
+class ImageDetections(NamedTuple):
     """The detections of one image.
 
     Attributes:
-        image: place of the image's id among all ids, sorted as text.
+        image: index of the image's id in all ids, sorted as text.
         box: (D, 4) XYXY, pixels of the original image.
         score: (D,).
         label: (D,) int64 class ids.
@@ -37,28 +38,28 @@ class GatheringEvaluator(DatasetEvaluator):
         self.reset()
 
     def reset(self) -> None:
-        """Forget the detections seen so far."""
-        self._detections: list[Found] = []
+        """Remove the detections collected so far."""
+        self._detections: list[ImageDetections] = []
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
-        """Take in the ``"instances"`` of Detectron2 outputs, boxes in pixels of the original image.
+        """Collect the ``"instances"`` of Detectron2 outputs, boxes in pixels of the original image.
 
         Raises:
             KeyError: an input's ``image_id`` is not among the records'.
         """
         for image, output in zip(inputs, outputs, strict=True):
-            found = output["instances"].to("cpu")
+            instances = output["instances"].to("cpu")
             self._detections.append(
-                Found(
+                ImageDetections(
                     self._image_index[image["image_id"]],
-                    found.pred_boxes.tensor.numpy().astype(np.float64),
-                    found.scores.numpy().astype(np.float64),
-                    found.pred_classes.numpy().astype(np.int64),
+                    instances.pred_boxes.tensor.numpy().astype(np.float64),
+                    instances.scores.numpy().astype(np.float64),
+                    instances.pred_classes.numpy().astype(np.int64),
                 )
             )
 
-    def gather(self) -> list[Found] | None:
-        """Return the detections of all processes, on the main one; all of them have to call it."""
+    def gather(self) -> list[ImageDetections] | None:
+        """Return the detections of all processes on the main one, else None; all processes must call it."""
         comm.synchronize()
         gathered = comm.gather(self._detections, dst=0)
-        return [found for part in gathered for found in part] if comm.is_main_process() else None
+        return list(itertools.chain.from_iterable(gathered)) if comm.is_main_process() else None

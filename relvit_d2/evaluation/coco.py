@@ -1,4 +1,4 @@
-"""COCO-style average precision for any data set that is given as Detectron2 records."""
+"""COCO-style average precision for any data set of Detectron2 records."""
 
 import itertools
 import json
@@ -16,27 +16,27 @@ from detectron2.structures import BoxMode, PolygonMasks
 from detectron2.utils import comm
 from pycocotools import mask as mask_util
 
-from relvit_d2.evaluation.average_precision import COCO_LIMIT, coco_evaluation, why_no_precision
+from relvit_d2.evaluation.average_precision import COCO_LIMIT, coco_evaluation, explain_zero_ap
 from relvit_d2.utils.files import write_text
 
 logger = logging.getLogger(__name__)
 
 
 class CocoStyleEvaluator(COCOEvaluator):
-    """Detectron2's ``COCOEvaluator`` with the ground truth taken from the records it is given.
+    """Detectron2's ``COCOEvaluator`` with the ground truth taken from records.
 
     Results, tables and ``coco_instances_results.json`` are Detectron2's: AP, AP50, AP75, APs, APm, APl
     and ``AP-<class>`` in percent under ``"bbox"`` and, where masks are predicted, ``"segm"``. The numbers are
     those of pycocotools (see :func:`relvit_d2.evaluation.average_precision.coco_evaluation`).
-    These points differ from Detectron2:
+    Differences from Detectron2:
 
-    * the ground truth is written anew to ``<output_dir>/<dataset_name>_ground_truth.json`` by every
-      evaluator, so an earlier run's file is never read, and the data set's metadata is left as it was;
-    * no detection at all gives AP 0, not NaN (NaN is kept for "there was nothing to find");
-    * an AP of 0 or NaN comes with a line in the log that gives the reason; a data set without images has AP NaN;
-    * masks are evaluated where every object has one; a crowd without a mask is ignored in its whole box;
-    * as many detections of an image count as the detector returns, and the log names that limit;
-    * detections of images that the ground truth lacks are left out with a line in the log.
+    * every evaluator writes the ground truth to ``<output_dir>/<dataset_name>_ground_truth.json``: no file of an
+      earlier run is read, and the data set's metadata do not change;
+    * AP is 0, not NaN, without any detection; it is NaN only without objects or images;
+    * a warning gives the reason for an AP of 0 or NaN;
+    * masks are evaluated if every object has one; a crowd without a mask is ignored in its whole box;
+    * the limit of detections per image is that of the detector, and it is logged;
+    * detections of images that the ground truth lacks are left out with a warning.
     """
 
     def __init__(
@@ -51,13 +51,13 @@ class CocoStyleEvaluator(COCOEvaluator):
         """Write the ground truth and load it.
 
         Args:
-            dataset_name: the data set's name; characters that do not suit a file name become ``_`` in it.
-            records: Detectron2 dicts (see :func:`coco_ground_truth`), whose image ids the model's inputs
-                carry; None takes the ``json_file`` of the data set's own metadata, as ``coco_2017_val`` has.
+            dataset_name: the data set's name; characters that are not valid in the file name are replaced by ``_``.
+            records: Detectron2 dicts (see :func:`coco_ground_truth`) with the image ids of the model's inputs; None
+                uses the ``json_file`` of the data set's metadata, as ``coco_2017_val`` has.
             class_names: names of the contiguous class ids 0..K-1; unused when ``records`` is None.
-            output_dir: folder of all files; made when missing.
+            output_dir: folder of all files; created if missing.
             ignore_difficult: see :func:`coco_ground_truth`; unused when ``records`` is None.
-            limit: detections of an image that count, ``TEST.DETECTIONS_PER_IMAGE``.
+            limit: detections per image to evaluate, ``TEST.DETECTIONS_PER_IMAGE``.
 
         Raises:
             ValueError: ``records`` is None and the data set's metadata has no ``json_file``.
@@ -68,7 +68,7 @@ class CocoStyleEvaluator(COCOEvaluator):
         options: dict[str, Any] = {"output_dir": str(output_dir), "use_fast_impl": False, "max_dets_per_image": limit}
         if records is None:
             if MetadataCatalog.get(dataset_name).get("json_file") is None:
-                raise ValueError(f"data set '{dataset_name}' has no json_file of its own: give its records")
+                raise ValueError(f"data set '{dataset_name}' has no json_file in its metadata: pass its records")
             super().__init__(dataset_name, **options)
             if self._do_evaluation and not all(a.get("segmentation") for a in self._coco_api.dataset["annotations"]):
                 self._tasks = ("bbox",)
@@ -76,8 +76,7 @@ class CocoStyleEvaluator(COCOEvaluator):
 
         json_file = ground_truth_file(output_dir, dataset_name)
         write_text(json_file, json.dumps(coco_ground_truth(records, class_names, ignore_difficult)))
-        # Detectron2 reads the path from the global catalog, where it cannot be set twice: an entry of this
-        # evaluator's own stands in while the base class starts, and is taken out again.
+        # Detectron2 reads the path from the global catalog, where it cannot be set twice: use a temporary entry.
         entry = f"{dataset_name} as written to {json_file}"
         MetadataCatalog.get(entry).set(json_file=str(json_file), thing_classes=list(class_names))
         try:
@@ -86,7 +85,7 @@ class CocoStyleEvaluator(COCOEvaluator):
             MetadataCatalog.remove(entry)
 
     def evaluate(self, img_ids: list[Any] | None = None) -> dict[str, dict[str, float]]:
-        """Return the results of all processes' detections on the main process, elsewhere ``{}``."""
+        """Return the results of all processes' detections on the main process, ``{}`` on the others."""
         if not self._do_evaluation or self._coco_api.imgs:
             return super().evaluate(img_ids)
         if not comm.is_main_process():
@@ -99,55 +98,56 @@ class CocoStyleEvaluator(COCOEvaluator):
         detections = list(itertools.chain.from_iterable(prediction["instances"] for prediction in predictions))
         tasks = sorted(self._tasks or self._tasks_from_predictions(detections))
         if not self._do_evaluation or "keypoints" in tasks or img_ids is not None:
-            super()._eval_predictions(predictions, img_ids)  # pycocotools, or the file alone
+            super()._eval_predictions(predictions, img_ids)  # pycocotools, or only the file
             return
         dataset_ids = self._metadata.get("thing_dataset_id_to_contiguous_id")
         if dataset_ids:
-            back = {index: dataset_id for dataset_id, index in dataset_ids.items()}
+            dataset_id_of = {index: dataset_id for dataset_id, index in dataset_ids.items()}
             for detection in detections:
-                detection["category_id"] = back[detection["category_id"]]
+                detection["category_id"] = dataset_id_of[detection["category_id"]]
         write_text(Path(self._output_dir) / "coco_instances_results.json", json.dumps(detections))
         limit = self._max_dets_per_image[-1]
         for task in tasks:
-            logger.info("COCO-style %s AP of %s, at most %d detections an image:", task, self._name, limit)
+            logger.info("COCO-style %s AP of %s, at most %d detections per image:", task, self._name, limit)
             evaluation = coco_evaluation(self._coco_api, detections, task, limit)
             results = self._derive_coco_results(evaluation, task, self._metadata.get("thing_classes"))
             if results["AP"] == 0 or math.isnan(results["AP"]):
-                counted = [a for a in self._coco_api.dataset["annotations"] if not a.get("iscrowd", 0)]
-                wanted, found = ([(x["image_id"], x["category_id"]) for x in items] for items in (counted, detections))
-                logger.warning("COCO-style %s AP is %s: %s.", task, results["AP"], why_no_precision(wanted, found))
+                objects = [a for a in self._coco_api.dataset["annotations"] if not a.get("iscrowd", 0)]
+                expected, found = (
+                    [(x["image_id"], x["category_id"]) for x in items] for items in (objects, detections)
+                )
+                logger.warning("COCO-style %s AP is %s: %s.", task, results["AP"], explain_zero_ap(expected, found))
             self._results[task] = results
 
 
 def ground_truth_file(folder: Path, dataset_name: str) -> Path:
-    """Return where :class:`CocoStyleEvaluator` writes the ground truth of a data set in its ``output_dir``."""
+    """Return the file in ``output_dir`` to which :class:`CocoStyleEvaluator` writes the ground truth."""
     stem = re.sub(r"[^\w.-]+", "_", dataset_name)
     return folder / f"{stem}_ground_truth.json"
 
 
 def without_mask(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the objects of some records that have no mask; crowds do not count."""
-    objects = (thing for record in records for thing in record.get("annotations", []) if not thing.get("iscrowd"))
-    return [thing for thing in objects if "segmentation" not in thing]
+    """Return the objects of ``records`` without a mask, crowds excluded."""
+    objects = (a for record in records for a in record.get("annotations", []) if not a.get("iscrowd"))
+    return [a for a in objects if "segmentation" not in a]
 
 
 def coco_ground_truth(
     records: Sequence[dict[str, Any]], class_names: Sequence[str], ignore_difficult: bool
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return the COCO annotation format's dict for Detectron2 records.
+    """Return Detectron2 records in COCO's annotation format.
 
-    Category ids are the contiguous class ids. Areas, which decide small, medium and large, are those of
-    the segmentation where there is one and of the box elsewhere. An ignored region without a mask gets its box as mask.
+    Category ids are the contiguous class ids. Areas (small, medium or large) are those of the segmentation if there is
+    one, else those of the box. An ignored region without a mask gets its box as mask.
 
     Args:
         records: dicts with ``file_name``, ``image_id`` (str or int), ``height``, ``width`` and
             ``annotations``, each with ``bbox``, ``bbox_mode``, ``category_id`` and, where known,
             ``iscrowd``, ``difficult`` (1 for an object marked so) and ``segmentation`` (polygons or RLE).
         class_names: names of the classes 0..K-1.
-        ignore_difficult: make difficult objects ``iscrowd`` regions, COCO's only way to ignore an object:
-            a miss of one costs nothing, and any number of detections of its class may fall on it, matched
-            by intersection over the detection's own area (COCOeval.evaluateImg, maskApi.c:bbIou). False
-            keeps them as ordinary objects.
+        ignore_difficult: convert difficult objects to ``iscrowd`` regions, COCO's only way to ignore an object: it is
+            not counted as missed, and any number of detections of its class may match it, by intersection over the
+            detection's area (COCOeval.evaluateImg, maskApi.c:bbIou). False keeps them as ordinary objects.
 
     Returns:
         ``{"images": [...], "categories": [...], "annotations": [...]}``, ready for ``json.dumps``.
@@ -186,7 +186,7 @@ def coco_ground_truth(
 
 
 def _segmentation_and_area(segmentation: list[list[float]] | dict[str, Any]) -> tuple[Any, float]:
-    """Return polygons or compressed RLE as JSON can hold them, and their area in square pixels."""
+    """Return polygons or a compressed RLE for JSON, and their area in square pixels."""
     if isinstance(segmentation, list):
         return segmentation, float(PolygonMasks([segmentation]).area()[0])
     counts = segmentation["counts"]

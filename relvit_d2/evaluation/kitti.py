@@ -1,4 +1,4 @@
-"""KITTI's average precision: easy, moderate and hard, over 40 recall points and, as it was until 2019, over 11."""
+"""KITTI's average precision: easy, moderate and hard, over 40 recall points and over 11 (until 2019)."""
 
 import logging
 import math
@@ -8,22 +8,22 @@ from typing import Any, NamedTuple
 import numpy as np
 from detectron2.structures import BoxMode
 
-from relvit_d2.evaluation.average_precision import why_no_precision
-from relvit_d2.evaluation.base import Found, GatheringEvaluator
+from relvit_d2.evaluation.average_precision import explain_zero_ap
+from relvit_d2.evaluation.base import GatheringEvaluator, ImageDetections
 
 MIN_IOU = {"Car": 0.7, "Pedestrian": 0.5, "Cyclist": 0.5}
 POINTS = 41
 MEASURES = {"AP40": slice(1, None), "AP11": slice(None, None, 4)}
-"""The points whose precisions are averaged: recalls 1/40 to 1, and 0, 0.1, ..., 1."""
+"""The recall points to average over: 1/40 to 1, and 0, 0.1, ..., 1."""
 
 logger = logging.getLogger(__name__)
 
 
 class Level(NamedTuple):
-    """What an object must be like to count; others are ignored."""
+    """Conditions for an object to be evaluated; other objects are ignored."""
 
     min_height: int
-    """In pixels; a lower detection is ignored too."""
+    """In pixels; smaller detections are ignored too."""
     max_occluded: int
     max_truncated: float
 
@@ -31,25 +31,25 @@ class Level(NamedTuple):
 LEVELS = {"easy": Level(40, 0, 0.15), "moderate": Level(25, 1, 0.30), "hard": Level(25, 2, 0.50)}
 
 
-class _View(NamedTuple):
-    """One image, as a class sees it: G objects of the class or of what resembles it, D detections of any class."""
+class _ClassView(NamedTuple):
+    """An image for one class: G objects of the class or a class that resembles it, D detections of any class."""
 
-    rivals: list[dict[str, Any]]  # the objects
+    objects: list[dict[str, Any]]
     box: np.ndarray  # (G, 4)
     overlap: np.ndarray  # (G, D) IoU
-    found: Found
-    of_class: np.ndarray  # (D,) whether a detection is of the class
-    excused: np.ndarray  # (D,) whether it lies in a DontCare region
+    found: ImageDetections
+    of_class: np.ndarray  # (D,) bool, whether a detection is of the class
+    in_dont_care: np.ndarray  # (D,) bool, whether it is in a DontCare region
 
 
 class _Case(NamedTuple):
-    """One image, as a class and a level see it: D detections of the class, and low ones that could be matched."""
+    """An image for one class and level: D detections of the class, and small ones that may be matched."""
 
     overlap: np.ndarray  # (G, D) IoU
-    counted: np.ndarray  # (G,) whether an object counts, rather than being ignored
-    low: np.ndarray  # (D,) whether a detection is too low to count
+    counted: np.ndarray  # (G,) bool, whether an object is evaluated, not ignored
+    low: np.ndarray  # (D,) bool, whether a detection is below the minimum height
     score: np.ndarray  # (D,)
-    excused: np.ndarray  # (D,)
+    in_dont_care: np.ndarray  # (D,)
 
 
 class KittiEvaluator(GatheringEvaluator):
@@ -58,30 +58,27 @@ class KittiEvaluator(GatheringEvaluator):
     It follows the official ``evaluate_object.cpp`` (a public copy: xingyizhou/CenterNet at b1b6991,
     ``src/tools/kitti_eval/evaluate_object_3d_offline.cpp``: cleanData, computeStatistics, getThresholds, eval_class):
 
-    * An object of the class counts if its height, occlusion and truncation are within the level (``LEVELS``). Others of
-      the class, and those of the class that resembles it (Van for Car, Person_sitting for Pedestrian), are ignored:
-      what is matched to one is neither hit nor miss.
-    * Detections below the level's least height are ignored; they can be matched, whatever their class. An object that
-      no other detection takes is then neither found nor missed.
-    * Objects choose in the order of the file, with an IoU above ``MIN_IOU``: the best score, to find the scores at
-      which recall is nearest to 0, 1/40, ..., 1; then, for each of those scores and the detections that reach it, the
-      greatest overlap. Detections that are left over are false, unless more than ``MIN_IOU`` of their area lies in one
-      DontCare region.
-    * The precision at each of the 41 points is the greatest from there on; points that are not reached have 0. So n
-      perfect detections of n objects score (n - 1) / 40 in AP40, and 1 from 41 objects on.
+    * An object of the class is evaluated if its height, occlusion and truncation are within the level (``LEVELS``).
+      Other objects of the class, and those of a class that resembles it (Van for Car, Person_sitting for Pedestrian),
+      are ignored: a detection matched to one is neither a true nor a false positive.
+    * Detections below the level's minimum height are ignored, but may be matched, whatever their class. An object that
+      is matched only to one of them is neither found nor missed.
+    * Objects are matched in the order of the file to detections with an IoU above ``MIN_IOU``. A first pass matches
+      the highest score, which gives the scores at which recall is nearest to 0, 1/40, ..., 1. A second pass, for each
+      of these scores and the detections that reach it, matches the largest IoU. Unmatched detections are false
+      positives unless more than ``MIN_IOU`` of their area is in one DontCare region.
+    * The precision at each of the 41 points is the maximum at that recall or above, and 0 for points that are not
+      reached. So n perfect detections of n objects have an AP40 of (n - 1) / 40, and of 1 from 41 objects on.
 
-    AP40 is the benchmark's figure since October 2019 ("Disentangling Monocular 3D Object Detection", Simonelli et
-    al., ICCV 2019), AP11 the one before. Where the official program skips a class that is never detected, its AP is 0
-    here; a precision of 0 hits of 0 is 0; a class without objects that count is left out of the means.
+    AP40 is the benchmark's metric since October 2019 ("Disentangling Monocular 3D Object Detection", Simonelli et
+    al., ICCV 2019), AP11 the one before. A class without any detection has AP 0 (the official program skips it); the
+    precision of 0 hits of 0 detections is 0; a class without evaluated objects is left out of the means.
     """
 
     def __init__(self, dataset_name: str, records: Sequence[dict[str, Any]], class_names: Sequence[str]) -> None:
-        """Take the ground truth from records.
+        """Store the ground truth: records of :func:`relvit_d2.data.detection.kitti.load_kitti`, crowds included.
 
-        Args:
-            dataset_name: named in the log.
-            records: of :func:`relvit_d2.data.detection.kitti.load_kitti`, crowds included.
-            class_names: names of the classes; those in ``MIN_IOU`` are evaluated.
+        Of ``class_names``, those in ``MIN_IOU`` are evaluated.
         """
         super().__init__(records)
         self._dataset_name = dataset_name
@@ -89,23 +86,23 @@ class KittiEvaluator(GatheringEvaluator):
         self._objects = [record["annotations"] for record in sorted(records, key=lambda r: str(r["image_id"]))]
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """Compute the metric of all processes' detections; all of them have to call it.
+        """Compute the metric of all processes' detections; all processes must call it.
 
         Returns:
             On the main process ``{"kitti": {"AP40_easy": mean of the classes, ..., "AP40_easy-Car": ...}}`` in percent,
-            for ``AP40`` and ``AP11`` and each level; NaN where no object counts. Elsewhere ``{}``.
+            for ``AP40`` and ``AP11`` and each level; NaN without evaluated objects. ``{}`` on other processes.
         """
         gathered = self.gather()
         if gathered is None:
             return {}
-        nothing = Found(-1, np.empty((0, 4)), np.empty(0), np.empty(0, np.int64))
+        nothing = ImageDetections(-1, np.empty((0, 4)), np.empty(0), np.empty(0, np.int64))
         detections = {found.image: found for found in gathered}
         names = [name for name in MIN_IOU if name in self._class_names]
         means: dict[str, float] = {}
         per_class: dict[str, float] = {}
         counts: dict[tuple[str, str], int] = {}
-        most_hits = 0  # moderate objects of a class that are found
-        wanted: list[tuple[int, str]] = []  # image and class of the moderate objects
+        most_hits = 0  # maximum over the classes of the number of moderate objects found
+        expected: list[tuple[int, str]] = []  # image and class of the moderate objects
         for name in names:
             views = [self._view(name, index, detections.get(index, nothing)) for index in range(len(self._objects))]
             for level, bounds in LEVELS.items():
@@ -114,7 +111,7 @@ class KittiEvaluator(GatheringEvaluator):
                 precision, hits = precisions(cases, MIN_IOU[name], objects)
                 if level == "moderate":
                     most_hits = max(most_hits, hits)
-                    wanted += [
+                    expected += [
                         (image, name) for image, case in enumerate(cases) for _ in range(int(case.counted.sum()))
                     ]
                 counts[name, level] = objects
@@ -129,23 +126,23 @@ class KittiEvaluator(GatheringEvaluator):
         if not means["AP40_moderate"] > 0:
             labels = {self._class_names.index(name): name for name in names}
             found = [(d.image, labels[label]) for d in gathered for label in d.label.tolist() if label in labels]
-            reason = why_no_precision(wanted, found, ", ".join(f"{iou} for {name}" for name, iou in MIN_IOU.items()))
+            reason = explain_zero_ap(expected, found, ", ".join(f"{iou} for {name}" for name, iou in MIN_IOU.items()))
             if most_hits:
-                reason = "of no class are two objects found, and AP40 leaves out the first of the 41 points"
+                reason = "no class has two objects found, and AP40 excludes the first of the 41 points"
             logger.warning("KITTI's moderate AP40 is %s: %s.", means["AP40_moderate"], reason)
         return {"kitti": means | per_class}
 
-    def _view(self, name: str, index: int, found: Found) -> _View:
-        objects = self._objects[index]
-        rivals = [a for a in objects if name in (a["type"], a.get("resembles"))]
-        box = _corners(rivals)
-        common, area, own_area = _intersections(box, found.box)
-        union = area[:, None] + own_area - common
+    def _view(self, name: str, index: int, found: ImageDetections) -> _ClassView:
+        annotations = self._objects[index]
+        objects = [a for a in annotations if name in (a["type"], a.get("resembles"))]
+        box = _corners(objects)
+        common, area, detection_area = _intersections(box, found.box)
+        union = area[:, None] + detection_area - common
         overlap = np.divide(common, union, out=np.zeros_like(common), where=common > 0)
-        inside, _, _ = _intersections(_corners([a for a in objects if a["type"] == "DontCare"]), found.box)
-        excused: np.ndarray = np.any(inside > MIN_IOU[name] * own_area, axis=0)
+        inside, _, _ = _intersections(_corners([a for a in annotations if a["type"] == "DontCare"]), found.box)
+        in_dont_care: np.ndarray = np.any(inside > MIN_IOU[name] * detection_area, axis=0)
         of_class = found.label == self._class_names.index(name)
-        return _View(rivals, box, overlap, found, of_class, excused)
+        return _ClassView(objects, box, overlap, found, of_class, in_dont_care)
 
     def _report(
         self,
@@ -155,7 +152,7 @@ class KittiEvaluator(GatheringEvaluator):
         counts: dict[tuple[str, str], int],
     ) -> None:
         head = "".join(f"{f'{measure} {level}':>16}" for measure in MEASURES for level in LEVELS)
-        lines = [f"{'class':12}{head}   objects that count"]
+        lines = [f"{'class':12}{head}   evaluated objects"]
         for name in [*names, "mean"]:
             source, end = (means, "") if name == "mean" else (per_class, f"-{name}")
             aps = "".join(f"{source[f'{measure}_{level}{end}']:16.2f}" for measure in MEASURES for level in LEVELS)
@@ -165,18 +162,15 @@ class KittiEvaluator(GatheringEvaluator):
 
 
 def precisions(cases: Sequence[_Case], min_iou: float, objects: int) -> tuple[np.ndarray, int]:
-    """Return the precision, (41,) in [0, 1], at each recall point, and how many objects any detection finds.
+    """Return the precision, (41,) in [0, 1], at each recall point, and the number of objects found.
 
-    Args:
-        cases: the images.
-        min_iou: an overlap must be above it.
-        objects: how many count, in all images.
+    ``objects`` is the number of evaluated objects in all images; a match must exceed ``min_iou``.
     """
-    scores = [score for case in cases for score in _hit_scores(case, min_iou)]
+    scores = [score for case in cases for score in _match_highest_score(case, min_iou)]
     thresholds = np.array(recall_thresholds(scores, objects))
     hit, false = np.zeros(len(thresholds)), np.zeros(len(thresholds))
     for case in cases:
-        case_hit, case_false = _judge(case, min_iou, thresholds)
+        case_hit, case_false = _match_largest_iou(case, min_iou, thresholds)
         hit += case_hit
         false += case_false
     precision = np.zeros(POINTS)
@@ -185,40 +179,38 @@ def precisions(cases: Sequence[_Case], min_iou: float, objects: int) -> tuple[np
 
 
 def recall_thresholds(scores: Sequence[float], objects: int) -> list[float]:
-    """Return the scores, falling, 41 at most, at which recall comes nearest to 0, 1/40, 2/40, ...
+    """Return the scores, decreasing, at most 41, at which recall is nearest to 0, 1/40, 2/40, ...
 
-    Args:
-        scores: of the detections that find an object.
-        objects: how many there are to find.
+    ``scores`` are those of the detections matched to one of the ``objects`` evaluated objects.
     """
     ordered = sorted(scores, reverse=True)
     thresholds: list[float] = []
-    wanted = 0.0
+    target = 0.0
     for index, score in enumerate(ordered):
         last = index == len(ordered) - 1
-        here, after = (index + 1) / objects, (index + 2) / objects
-        if last or after - wanted >= wanted - here:
+        recall, next_recall = (index + 1) / objects, (index + 2) / objects
+        if last or next_recall - target >= target - recall:
             thresholds.append(score)
-            wanted += 1 / (POINTS - 1)
+            target += 1 / (POINTS - 1)
     return thresholds
 
 
-def _case(view: _View, name: str, level: Level) -> _Case:
+def _case(view: _ClassView, name: str, level: Level) -> _Case:
     counted = [
         a["type"] == name and a["occluded"] <= level.max_occluded and a["truncated"] <= level.max_truncated
-        for a in view.rivals
+        for a in view.objects
     ]
     high = view.box[:, 3] - view.box[:, 1] >= level.min_height
     box, score = view.found.box, view.found.score
     low = box[:, 3] - box[:, 1] < level.min_height
     kept = np.flatnonzero(np.where(low, (view.overlap > MIN_IOU[name]).any(axis=0), view.of_class))
     return _Case(
-        view.overlap[:, kept], np.array(counted, dtype=bool) & high, low[kept], score[kept], view.excused[kept]
+        view.overlap[:, kept], np.array(counted, dtype=bool) & high, low[kept], score[kept], view.in_dont_care[kept]
     )
 
 
-def _hit_scores(case: _Case, min_iou: float) -> list[float]:
-    """Return the scores of the detections that find an object that counts, if each object takes the best score."""
+def _match_highest_score(case: _Case, min_iou: float) -> list[float]:
+    """Return the scores of the detections matched to evaluated objects, if each object takes the highest score."""
     scores = []
     free = np.ones(len(case.score), dtype=bool)
     for overlap, counted in zip(case.overlap, case.counted, strict=True):
@@ -231,8 +223,8 @@ def _hit_scores(case: _Case, min_iou: float) -> list[float]:
     return scores
 
 
-def _judge(case: _Case, min_iou: float, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the number of hits and of false detections, (T,) each, among those that reach each of T scores."""
+def _match_largest_iou(case: _Case, min_iou: float, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the number of true and false positives, (T,) each, for each of T score thresholds."""
     free = case.score >= thresholds[:, None]
     hit = np.zeros(len(thresholds))
     for overlap, counted in zip(case.overlap, case.counted, strict=True):
@@ -242,11 +234,11 @@ def _judge(case: _Case, min_iou: float, thresholds: np.ndarray) -> tuple[np.ndar
             continue
         full = near[rows] & ~case.low
         found = full.any(axis=1)
-        # The greatest overlap; a low detection, the first, only where there is no other.
+        # The largest IoU; a small detection, the first one, only if there is no other.
         choice = np.where(found, np.where(full, overlap, -1).argmax(axis=1), near[rows].argmax(axis=1))
         free[rows, choice] = False
         hit[rows] += found & counted
-    return hit, (free & ~case.low & ~case.excused).sum(axis=1)
+    return hit, (free & ~case.low & ~case.in_dont_care).sum(axis=1)
 
 
 def _corners(annotations: list[dict[str, Any]]) -> np.ndarray:
@@ -256,7 +248,7 @@ def _corners(annotations: list[dict[str, Any]]) -> np.ndarray:
 
 
 def _intersections(boxes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the areas that each pair has in common, (G, D), and the areas of either, (G,) and (D,)."""
+    """Return the intersection areas of all pairs, (G, D), and the areas of the boxes, (G,) and (D,)."""
     low = np.maximum(boxes[:, None, :2], others[:, :2])
     high = np.minimum(boxes[:, None, 2:], others[:, 2:])
     common = (high - low).clip(min=0).prod(axis=2)

@@ -148,9 +148,9 @@ def _scaled_keys(cfg: CfgNode, scale: float, labels: float) -> list[str]:
                 found[key] = max(round(cfg[section][name] * scale), 1)
         if "Step" in cfg.SOLVER.LR_SCHEDULER_NAME:
             found["SOLVER.STEPS"] = tuple(max(round(step * scale), 1) for step in cfg.SOLVER.STEPS)
-        found["DATASETS.TEST"] = tuple(catalog.part_of(name, scale) for name in cfg.DATASETS.TEST)
+        found["DATASETS.TEST"] = tuple(catalog.subset_name(name, scale) for name in cfg.DATASETS.TEST)
     if scale * labels < 1:
-        found["DATASETS.TRAIN"] = tuple(catalog.part_of(name, scale * labels) for name in cfg.DATASETS.TRAIN)
+        found["DATASETS.TRAIN"] = tuple(catalog.subset_name(name, scale * labels) for name in cfg.DATASETS.TRAIN)
     return [str(part) for pair in found.items() for part in pair]
 
 

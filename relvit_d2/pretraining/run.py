@@ -16,10 +16,10 @@ from fvcore.common.config import CfgNode
 
 from relvit_d2.data.classification.datasets import get_class_set, get_class_sets, is_class_set
 from relvit_d2.data.detection import catalog
-from relvit_d2.data.detection.catalog import keep_splits
-from relvit_d2.data.detection.custom import register_own
+from relvit_d2.data.detection.catalog import save_splits
+from relvit_d2.data.detection.custom import register_custom
 from relvit_d2.data.images.batches import Images, TrainingBatches, fixed_batches, joined
-from relvit_d2.data.images.folder import is_source, readable
+from relvit_d2.data.images.folder import is_image_source, readable
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.run_setup import keep_config, start_run
 from relvit_d2.engine.trainer import Trainer
@@ -75,7 +75,7 @@ def image_files(
 
 def _has_classes(name: str) -> bool:
     """Whether a name is that of a classification set, which an archive of classes is too."""
-    return is_class_set(name) and not is_source(catalog.subset(name)[0])
+    return is_class_set(name) and not is_image_source(catalog.subset(name)[0])
 
 
 def next_command(config_file: str, data: str | None, cfg: CfgNode, encoder: Path) -> str:
@@ -187,13 +187,13 @@ def run_process(cfg: CfgNode, args: argparse.Namespace, end: Callable[[Path, str
     """
     cfg.freeze()
     start_run(cfg, args)
-    register_own(cfg.DATASETS, labels=False)
+    register_custom(cfg.DATASETS, labels=False)
     wanted = args.eval_only or cfg.DATASETS.TEST
     data = cfg.DATASETS
     how = (data.SKIP_MISSING, data.DOWNLOAD, data.SYNSETS)
     tests = image_files("DATASETS.TEST", data.TEST, *how) if wanted else []
     files = [] if args.eval_only else image_files("DATASETS.TRAIN", data.TRAIN, *how)
-    keep_splits(data.TEST if args.eval_only else (*data.TRAIN, *data.TEST), Path(cfg.OUTPUT_DIR))
+    save_splits(data.TEST if args.eval_only else (*data.TRAIN, *data.TEST), Path(cfg.OUTPUT_DIR))
     model = build_pretraining_model(cfg)
     weights = cfg.MODEL.WEIGHTS
     if args.eval_only:

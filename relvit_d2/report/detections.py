@@ -147,7 +147,7 @@ def _boxes(entries: list[dict[str, Any]]) -> np.ndarray:
 
 
 def _precision(truth: COCO, detections: list[dict[str, Any]], limit: int) -> np.ndarray:
-    evaluation = coco_evaluation(truth, detections, "bbox", limit, tell=lambda _: None)
+    evaluation = coco_evaluation(truth, detections, "bbox", limit, print_line=lambda _: None)
     at = np.isclose(evaluation.params.iouThrs, MIN_IOU).argmax()
     precision = evaluation.eval["precision"][at, :, :, 0, -1].T  # of all areas, with the most detections an image
     return np.where((precision < 0).all(1, keepdims=True), np.nan, precision)

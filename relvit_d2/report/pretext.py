@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
-from relvit_d2.data.detection.custom import register_own
+from relvit_d2.data.detection.custom import register_custom
 from relvit_d2.data.detection.mapper import ImageReader, pad_images
 from relvit_d2.data.images.batches import Images
 from relvit_d2.engine.weights import load_trained, run_config
@@ -99,7 +99,7 @@ def sheet_of_run(folder: Path, count: int = 4) -> Image.Image:
     cfg = run_config(folder, "", [], PRETRAINING)
     model = build_pretraining_model(cfg)
     load_trained(cfg, model, folder)
-    register_own(cfg.DATASETS, labels=False)
+    register_custom(cfg.DATASETS, labels=False)
     part = "TEST" if cfg.DATASETS.TEST else "TRAIN"
     how = {"skip_missing": cfg.DATASETS.SKIP_MISSING, "synset_file": cfg.DATASETS.SYNSETS}
     files = image_files(f"DATASETS.{part}", cfg.DATASETS[part], **how)

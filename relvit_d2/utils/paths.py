@@ -1,10 +1,11 @@
-"""Where data lie, and files that are links to somewhere else."""
+"""Paths of data sets: the data root, spelling on the disk, and links that lead out of a data set."""
 
 import os
 import unicodedata
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from relvit_d2.utils.errors import UserError
 
@@ -15,17 +16,17 @@ def dataset_root() -> Path:
 
 
 def normal_form(name: str) -> str:
-    """Return a name in Unicode's composed form, in which ``é`` is one character.
+    """Return a name in Unicode's composed form (NFC), in which ``é`` is one character.
 
-    macOS decomposes names of files that annotation files hold composed, so both forms are the same name.
+    macOS stores file names decomposed while annotation files contain them composed.
     """
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def names_on_disk(paths: Iterable[Path], root: Path) -> list[Path]:
-    """Return ``paths``, which lie below ``root``, spelled as the files on the disk are.
+    """Return ``paths``, which lie below ``root``, in the Unicode form of the files on the disk.
 
-    A name that a folder lacks is replaced by one with the same :func:`normal_form`; an absent file keeps its path.
+    The path of a missing file is returned unchanged.
     """
 
     @cache
@@ -37,18 +38,19 @@ def names_on_disk(paths: Iterable[Path], root: Path) -> list[Path]:
         return {normal_form(name): name for name in names} | {name: name for name in names}
 
     @cache
-    def spelled(folder: Path) -> Path:
-        return folder if folder == root else entry(folder)
+    def folder_on_disk(folder: Path) -> Path:
+        return folder if folder == root else on_disk(folder)
 
-    def entry(path: Path) -> Path:
-        parent, names = spelled(path.parent), listing(spelled(path.parent))
+    def on_disk(path: Path) -> Path:
+        parent = folder_on_disk(path.parent)
+        names = listing(parent)
         return parent / (names.get(path.name) or names.get(normal_form(path.name)) or path.name)
 
-    return [path if str(path.relative_to(root)).isascii() else entry(path) for path in paths]
+    return [path if str(path.relative_to(root)).isascii() else on_disk(path) for path in paths]
 
 
-def child(folder: Path, *names: str) -> Path:
-    """Return ``folder / names[0] / ...``, each with the capitals that it has on the disk, if it is there."""
+def match_case(folder: Path, *names: str) -> Path:
+    """Return ``folder / names[0] / ...``, each name in the case that it has on the disk, if it exists."""
     for name in names:
         if not (folder / name).exists():
             try:
@@ -60,36 +62,67 @@ def child(folder: Path, *names: str) -> Path:
     return folder
 
 
-def refuse_links_out(paths: Iterable[Path], root: Path | None = None) -> None:
-    """Refuse files that are links out of the data: what came with a data set must not make a run read other files.
+class DataRoot:
+    """The folder that all files of a data set must lie in: a downloaded data set must not make a run read other files.
+
+    Make one for each reading: it lists every folder once.
 
     Args:
-        paths: the files.
-        root: a folder that nothing may lead out of, through a folder that is a link neither. None, for the sets of the
-            catalog: a folder may be a link, to another disk say, and a file in it one to elsewhere in that folder or
-            in the data root.
-
-    Raises:
-        UserError: one is such a link; it names the first.
+        folder: nothing below it may lead out of it. None, for data sets of the catalog: a folder may be a link (to
+            another disk), and a file may be a link to elsewhere in its folder or in :func:`dataset_root`.
     """
 
-    def check(path: Path, *homes: Path) -> None:
-        target = os.path.realpath(path)
-        if not any(os.path.commonpath([home, target]) == home for home in map(os.path.realpath, homes)):
-            what = "folder" if Path(target).is_dir() else "file"
-            raise UserError(f"'{path}' leads out of the data, to '{target}': put the {what} itself there")
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._links = cache(self._list_links)
 
-    names: dict[Path, list[str]] = {}
-    for path in paths:
-        names.setdefault(path.parent, []).append(path.name)
-    for folder, inside in names.items():
-        if root:
-            check(folder, root)
-        try:  # one listing: asking for each of 100,000 files takes minutes on a network disk
+    def resolve(self, name: Any, where: str, base: Path | None = None) -> Path:
+        """Return the path that a file of the data set names, below ``base`` or else the root; sub-folders are allowed.
+
+        Raises:
+            UserError: it is not text, is absolute, or contains ``..`` or unprintable characters.
+        """
+        base = base or self._folder or dataset_root()
+        text = name.replace("\\", "/") if isinstance(name, str) else ""
+        parts = [part for part in text.split("/") if part != "."]
+        if not (text and parts) or not text.isprintable() or ":" in parts[0] or {"", ".."} & set(parts):
+            raise UserError(f"{where} names {name!r}, which is not a path inside '{base}': correct it")
+        return base.joinpath(*parts)
+
+    def check_links(self, paths: Iterable[Path]) -> None:
+        """Raise a ``UserError`` for the first of ``paths`` that leads out of the data set."""
+        for path in paths:
+            links = self._links(path.parent)
+            if path.is_symlink() if links is None else path.name in links:
+                _check_target(path, *([self._folder] if self._folder else [path.parent, dataset_root()]))
+
+    def read_text(self, path: Path, encoding: str = "utf-8-sig") -> str:
+        """Return the text of a file.
+
+        Raises:
+            UserError: it leads out of the data set, is missing, or is not in the encoding.
+        """
+        self.check_links([path])
+        try:
+            return path.read_text(encoding=encoding)
+        except FileNotFoundError as error:
+            raise UserError(f"{path} is missing: restore it") from error
+        except (OSError, UnicodeDecodeError) as error:
+            kind = encoding.removesuffix("-sig").upper()
+            raise UserError(f"{path} cannot be read ({type(error).__name__}): replace it by {kind} text") from error
+
+    def _list_links(self, folder: Path) -> set[str] | None:
+        if self._folder:
+            _check_target(folder, self._folder)
+        try:  # one listing: a query for each of 100,000 files takes minutes on a network disk
             with os.scandir(folder) as entries:
-                links = {entry.name for entry in entries if entry.is_symlink()}
+                return {entry.name for entry in entries if entry.is_symlink()}
         except OSError:
-            links = {name for name in inside if (folder / name).is_symlink()}
-        for name in inside:
-            if name in links:
-                check(folder / name, *([root] if root else [folder, dataset_root()]))
+            return None
+
+
+def _check_target(path: Path, *allowed: Path) -> None:
+    target = os.path.realpath(path)
+    if not any(os.path.commonpath([folder, target]) == folder for folder in map(os.path.realpath, allowed)):
+        what = "folder" if Path(target).is_dir() else "file"
+        raise UserError(f"'{path}' leads out of the data set, to '{target}': put the {what} itself there")

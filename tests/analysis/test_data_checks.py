@@ -18,7 +18,7 @@ from relvit_d2.analysis.anchors import Anchors, fit_report, proposal, training_b
 from relvit_d2.analysis.data_checks import before_training, check_images, check_labels
 from relvit_d2.analysis.pixel_statistics import pixel_statistics
 from relvit_d2.data.detection.catalog import get_images
-from relvit_d2.data.detection.custom import config_words
+from relvit_d2.data.detection.custom import config_pairs_of_inputs
 from relvit_d2.data.detection.mapper import DetectionMapper
 from relvit_d2.data.images.decode import PixelFormat
 from relvit_d2.report.samples import Sample, draw_samples
@@ -332,7 +332,7 @@ def test_check_data_of_a_folder_with_labels_and_of_a_config_for_it(tmp_path: Pat
     assert report["sets"]["gray"]["classes"] == {"RBC": 1, "WBC": 1} and len(report["mean"]) == 1
     (tmp_path / "cells/classes.txt").write_text("RBC\n")
     done = run(tmp_path, "relvit-d2", "check-data", "--output", tmp_path / "out", tmp_path / "cells", status=1)
-    assert "is of the class 1" in done.stderr
+    assert "has the class 1" in done.stderr
 
 
 def test_folders_whose_data_sets_have_the_same_name_are_rejected(tmp_path: Path) -> None:
@@ -342,9 +342,9 @@ def test_folders_whose_data_sets_have_the_same_name_are_rejected(tmp_path: Path)
         noise(folder / "1.png", 0)
         (folder / "1.txt").write_text("0 0.5 0.5 0.5 0.5\n")
     a, b = str(tmp_path / "a/cells"), str(tmp_path / "b/cells")
-    assert "cells_train" in config_words([a])[1]
-    with pytest.raises(UserError, match=r"a/cells' and '.*b/cells' both hold the set cells_train"):
-        config_words([a, b])
+    assert "cells_train" in config_pairs_of_inputs([a])[1]
+    with pytest.raises(UserError, match=r"a/cells' and '.*b/cells' both contain the set cells_train"):
+        config_pairs_of_inputs([a, b])
 
 
 def test_training_logs_the_checks_and_rejects_invalid_labels(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,6 +1,6 @@
-"""Bad input, as a user gives it from the shell: one sentence that names the thing and the mend, status 1, no traceback.
+"""Invalid input from the command line: one sentence with file, key or class and the correction, status 1, no traceback.
 
-``CASES`` is the table: what is given, to which script, and words of the sentence.
+``CASES`` is the table: input, scripts, and part of the message.
 """
 
 import json
@@ -26,15 +26,15 @@ SIZE = "<size><width>64</width><height>48</height><depth>3</depth></size>"
 
 
 def write_voc(root: Path, size: str = SIZE, name: str = "dog") -> Path:
-    """Write VOC-2007 with the images a, b, c, d; the keywords are b's annotation. Return the folder of images."""
+    """Write VOC 2007 with the images a, b, c, d; size and name are those of b. Return the folder of images."""
     folder = root / "VOC2007"
     for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (folder / part).mkdir(parents=True)
     (folder / "ImageSets/Main/train.txt").write_text("a\nb\nc\nd\n")
     for stem in "abcd":
         Image.effect_noise((64, 48), 60).convert("RGB").save(folder / f"JPEGImages/{stem}.jpg")
-        own = (size, name) if stem == "b" else (SIZE, "dog")
-        xml = f"<annotation>{own[0]}{OBJECT.format(name=own[1])}</annotation>"
+        values = (size, name) if stem == "b" else (SIZE, "dog")
+        xml = f"<annotation>{values[0]}{OBJECT.format(name=values[1])}</annotation>"
         (folder / f"Annotations/{stem}.xml").write_text(xml)
     return folder / "JPEGImages"
 
@@ -53,15 +53,15 @@ class Case:
     """One row.
 
     Attributes:
-        words: part of the sentence.
-        more: overrides; ``{here}`` is a folder of the test's own, others are names of its files.
-        scripts: which of the two get it.
-        flags: before the overrides.
-        make: fills the data root; None leaves the usual one.
-        files: texts of further files in ``{here}``.
+        message: part of the error message.
+        more: overrides; ``{here}`` is a temporary folder.
+        scripts: the scripts to run.
+        flags: arguments before the overrides.
+        make: fills the data root; None: the default one.
+        files: text files to write into ``{here}``.
     """
 
-    words: str
+    message: str
     more: tuple[object, ...] = ()
     scripts: tuple[str, ...] = (DETECT,)
     flags: tuple[object, ...] = ()
@@ -132,22 +132,22 @@ CASES = {
     "data root is absent": Case("make demo", VOC, make=lambda root: root.rmdir()),
     "data root is empty": Case("PASCAL VOC 2007 is missing", VOC, (SSL,), make=lambda root: None),
     "folder without images": Case(
-        "holds no image", ("DATASETS.TRAIN", "('{here}/',)"), (SSL,), files={"notes.txt": "no image"}
+        "contains no image", ("DATASETS.TRAIN", "('{here}/',)"), (SSL,), files={"notes.txt": "no image"}
     ),
     "image is absent": Case(
         "b.jpg is missing but listed in", VOC, make=lambda root: (write_voc(root) / "b.jpg").unlink()
     ),
-    "image is cut short": Case("b.jpg' is damaged or cut short", VOC, make=cut),
+    "image is cut short": Case("b.jpg' is damaged or truncated", VOC, make=cut),
     "image is cut short, with workers": Case(
-        "b.jpg' is damaged or cut short", (*VOC, "DATALOADER.NUM_WORKERS", 2), make=cut
+        "b.jpg' is damaged or truncated", (*VOC, "DATALOADER.NUM_WORKERS", 2), make=cut
     ),
-    "image of 100,000 x 100,000": Case("b.jpg' is larger than any photograph", VOC, make=huge),
+    "image of 100,000 x 100,000": Case("b.jpg' has too many pixels", VOC, make=huge),
     "channels without statistics": Case(
         "MODEL.PIXEL_MEAN has 3 values, but images have 1 channels", ("INPUT.CHANNELS", 1)
     ),
     "own folder is absent": Case("'no/folder' does not exist", flags=("--data", "no/folder")),
     "own folder without labels": Case(
-        "holds no labels that can be read", flags=("--data", "{here}"), files={"notes.txt": "nothing"}
+        "contains no labels that can be read", flags=("--data", "{here}"), files={"notes.txt": "nothing"}
     ),
     "own set with an unknown key": Case(
         "DATASETS.CUSTOM.cells has the key 'ROOOT'; known are ROOT, FORMAT, SPLIT, CLASSES, JSON, IMAGES; did you mean",
@@ -155,7 +155,7 @@ CASES = {
     ),
     "annotation without a size": Case("b.xml has no <size/width>", VOC, make=lambda root: write_voc(root, size="")),
     "annotation of an unknown class": Case(
-        "b.xml, object 1 is of the class 'dgo'", VOC, make=lambda root: write_voc(root, name="dgo")
+        "b.xml, object 1 has the class 'dgo'", VOC, make=lambda root: write_voc(root, name="dgo")
     ),
     "class count": Case("NUM_CLASSES 7 contradicts data set 'svhn_train'", ("MODEL.ROI_HEADS.NUM_CLASSES", 7)),
     "weights are absent": Case("no/encoder.safetensors' does not exist", ("MODEL.WEIGHTS", "no/encoder.safetensors")),
@@ -189,7 +189,7 @@ CASES = {
     "pixels of another scale": Case("INPUT.FORMAT RGB, not BGR", ("MODEL.WEIGHTS", "{encoder}", "INPUT.FORMAT", "BGR")),
     "detector of another size": Case("fits only", ("MODEL.WEIGHTS", "{detector}", "MODEL.PYRAMID.OUT_CHANNELS", 32)),
 }
-# Their sentences come from where those of other rows come from.
+# Messages of the same code as those of other rows.
 LIKE_OTHERS = {
     "key twice in a base",
     "config of the detector",
@@ -228,7 +228,7 @@ def detector(root: Path) -> Path:
 
 
 @pytest.mark.parametrize(("name", "script"), ROWS)
-def test_bad_input_is_one_sentence(
+def test_invalid_input_is_reported_in_one_sentence(
     name: str, script: str, root: Path, encoder: Path, detector: Path, tmp_path: Path
 ) -> None:
     case = CASES[name]
@@ -245,11 +245,11 @@ def test_bad_input_is_one_sentence(
     )
     output = tmp_path / "out"
     sentence = fails(data if case.make else root, *command(script, output, *more, flags=tuple(flags)))
-    assert case.words in sentence
+    assert case.message in sentence
     assert not [path for path in output.rglob("*") if path.suffix in (".part", ".safetensors")]
 
 
-def test_pretraining_leaves_out_what_it_cannot_read(tmp_path: Path) -> None:
+def test_pretraining_skips_unreadable_images(tmp_path: Path) -> None:
     data = tmp_path / "data"
     images = write_voc(data)
     (images / "b.jpg").write_bytes((images / "b.jpg").read_bytes()[:1000])  # more than its header
@@ -257,13 +257,13 @@ def test_pretraining_leaves_out_what_it_cannot_read(tmp_path: Path) -> None:
     done = run(data, *command(SSL, tmp_path / "out", *VOC, "SOLVER.MAX_ITER", 2))
     assert "1 of 4 images cannot be read and are left out: " in done.stdout
     assert f"{images}/c.jpg ('{images}/c.jpg' is not an image" in done.stdout
-    assert "b.jpg' is damaged or cut short" in done.stdout
-    assert "the next image stands in for it (1 such here so far)" in done.stdout
+    assert "b.jpg' is damaged or truncated" in done.stdout
+    assert "the next image replaces it (1 replaced so far in this process)" in done.stdout
     assert "3 training images" in done.stdout
 
 
 @pytest.mark.parametrize("script", BOTH)
-def test_absent_images_are_left_out_when_that_is_asked_for(script: str, tmp_path: Path) -> None:
+def test_missing_images_are_skipped_on_request(script: str, tmp_path: Path) -> None:
     data = tmp_path / "data"
     (write_voc(data) / "b.jpg").unlink()
     skip = ("DATASETS.SKIP_MISSING", "True", "SOLVER.MAX_ITER", 1)
@@ -274,7 +274,7 @@ def test_absent_images_are_left_out_when_that_is_asked_for(script: str, tmp_path
     assert "3 training images" in done.stdout
 
 
-def test_pickles_load_when_that_is_asked_for(root: Path, detector: Path, tmp_path: Path) -> None:
+def test_pickles_are_loaded_on_request(root: Path, detector: Path, tmp_path: Path) -> None:
     model = torch.load(detector, weights_only=True)["model"]
     arrays = {name: value.numpy() for name, value in model.items()}
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "somebody"}))
@@ -293,7 +293,7 @@ STREETS = ("--config-file", "configs/demo/streets.yaml")
 
 
 @pytest.mark.parametrize(
-    ("tool", "words"),
+    ("tool", "message"),
     [
         (("overfit-check", "--config-file", "no.yaml"), "no.yaml' does not exist"),
         (("overfit-check", *STREETS, "--images", 0), "give at least 1"),
@@ -305,13 +305,13 @@ STREETS = ("--config-file", "configs/demo/streets.yaml")
         (("analyze", *STREETS, "DATASETS.TRAIN", "()"), "DATASETS.TRAIN is empty"),
     ],
 )
-def test_commands_report_it_in_one_sentence_too(
-    tool: tuple[object, ...], words: str, root: Path, tmp_path: Path
+def test_other_commands_report_invalid_input_in_one_sentence(
+    tool: tuple[object, ...], message: str, root: Path, tmp_path: Path
 ) -> None:
-    assert words in fails(root, "relvit-d2", *tool)
+    assert message in fails(root, "relvit-d2", *tool)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(root: Path, tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_last_checkpoint(root: Path, tmp_path: Path) -> None:
     run(root, *command(SSL, tmp_path, "SOLVER.MAX_ITER", 4))
     before = digests(tmp_path, "*.pth")
     more = command(SSL, tmp_path, "SOLVER.MAX_ITER", 8, flags=("--resume", "--allow-changes"))

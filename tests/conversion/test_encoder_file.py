@@ -1,4 +1,4 @@
-"""Encoder files: what is written is what arrives, and what does not fit is refused."""
+"""Encoder files: writing and loading, and rejection of files that do not match."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def small(**arguments: object) -> Encoder:
 
 
 @pytest.mark.parametrize("name", list(ENCODERS))
-def test_every_encoder_survives_the_file(name: str, tmp_path: Path) -> None:
+def test_every_encoder_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
     source, target = build_encoder(name, img_size=32), build_encoder(name, img_size=32)
     save_encoder(source, tmp_path / "encoder.safetensors", {"iteration": 7})
     report = load_encoder(target, tmp_path / "encoder.safetensors")
@@ -29,7 +29,7 @@ def test_every_encoder_survives_the_file(name: str, tmp_path: Path) -> None:
     assert read_encoder(tmp_path / "encoder.safetensors")[1]["iteration"] == 7
 
 
-def test_a_position_embedding_that_pretraining_lacked_is_fresh_not_missing(tmp_path: Path) -> None:
+def test_a_position_embedding_absent_in_pretraining_is_fresh_not_missing(tmp_path: Path) -> None:
     path = tmp_path / "encoder.safetensors"
     save_encoder(small(pos_embed=False), path, {})
     target = small(pos_embed=True)
@@ -42,7 +42,7 @@ def test_a_position_embedding_that_pretraining_lacked_is_fresh_not_missing(tmp_p
 
 
 @pytest.mark.parametrize("name", ["vit_nano", "t2t_vit_14"])
-def test_positions_that_an_encoder_leaves_out_are_left_out_of_the_proof(name: str, tmp_path: Path) -> None:
+def test_positions_that_an_encoder_does_not_use_are_not_compared(name: str, tmp_path: Path) -> None:
     path = tmp_path / "encoder.safetensors"
     save_encoder(build_encoder(name, img_size=32), path, {})
     target = build_encoder(name, img_size=32, pos_embed=False)
@@ -51,7 +51,7 @@ def test_positions_that_an_encoder_leaves_out_are_left_out_of_the_proof(name: st
     assert feature_difference(target, path) < 1e-6
 
 
-def test_a_position_embedding_of_another_grid_is_resized_and_proved(tmp_path: Path) -> None:
+def test_a_position_embedding_of_another_grid_is_resized(tmp_path: Path) -> None:
     path = tmp_path / "encoder.safetensors"
     save_encoder(small(img_size=32), path, {})
     target = small(img_size=48)
@@ -60,7 +60,7 @@ def test_a_position_embedding_of_another_grid_is_resized_and_proved(tmp_path: Pa
     assert feature_difference(target, path) < 1e-6
 
 
-def test_a_wrong_tensor_shows_in_the_features(tmp_path: Path) -> None:
+def test_a_wrong_tensor_changes_the_features(tmp_path: Path) -> None:
     path = tmp_path / "encoder.safetensors"
     target = small()
     save_encoder(target, path, {})
@@ -69,7 +69,7 @@ def test_a_wrong_tensor_shows_in_the_features(tmp_path: Path) -> None:
     assert feature_difference(target, path) > 1e-3
 
 
-def test_weights_that_do_not_fit_are_refused_and_change_nothing(tmp_path: Path) -> None:
+def test_weights_that_do_not_match_are_rejected_and_change_nothing(tmp_path: Path) -> None:
     path = tmp_path / "encoder.safetensors"
     save_encoder(small(), path, {})
     with pytest.raises(UserError, match=r"vit_nano.*vit_tiny.*MODEL.ENCODER.NAME"):
@@ -89,20 +89,20 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(tmp_path: Path) 
     assert all(torch.equal(kept[name], value) for name, value in poor.state_dict().items())
 
 
-def test_files_that_are_no_encoder_are_named(tmp_path: Path) -> None:
+def test_other_files_are_reported(tmp_path: Path) -> None:
     text, bare = tmp_path / "text.safetensors", tmp_path / "bare.safetensors"
     text.write_text("these are no weights")
     save_file({"x": torch.zeros(1)}, str(bare))
-    for path, words in (
+    for path, message in (
         (text, "not a readable safetensors"),
         (bare, "no description"),
         (tmp_path / "no.safetensors", "does not exist"),
     ):
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             load_encoder(small(), path)
 
 
-def test_a_file_that_is_cut_off_is_called_so(tmp_path: Path) -> None:
+def test_a_truncated_file_is_reported_as_damaged(tmp_path: Path) -> None:
     path = tmp_path / "encoder.safetensors"
     save_encoder(small(), path, {})
     whole = path.read_bytes()

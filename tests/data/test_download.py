@@ -1,4 +1,4 @@
-"""Downloads from a server that misbehaves in every way, archives that want out, and the script that prepares."""
+"""Downloads from an unreliable server, unsafe archives, and the command prepare-data."""
 
 import hashlib
 import io
@@ -28,7 +28,7 @@ SHA = f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"
 
 
 class Server(ThreadingHTTPServer):
-    """Serves ``CONTENT``; ``cut`` ends the next answers after so many bytes, ``ranges`` says whether it can go on."""
+    """Serves ``CONTENT``; ``cut`` truncates the next responses, ``ranges`` is whether ranges are supported."""
 
     cut: list[int] = []
     ranges = True
@@ -73,7 +73,7 @@ def archive(server: Server, size: int = len(CONTENT), checksum: str = SHA) -> Ar
 
 
 @pytest.mark.parametrize("checksum", [SHA, f"md5:{hashlib.md5(CONTENT).hexdigest()}", ""])
-def test_a_file_arrives_whole(server: Server, tmp_path: Path, checksum: str) -> None:
+def test_download(server: Server, tmp_path: Path, checksum: str) -> None:
     seen: list[int] = []
     path = fetch(archive(server, checksum=checksum), tmp_path / "new", seen.append)
     assert path.read_bytes() == CONTENT and sum(seen) == len(CONTENT)
@@ -82,7 +82,7 @@ def test_a_file_arrives_whole(server: Server, tmp_path: Path, checksum: str) -> 
     assert len(server.asked) == 1, "what is there is not asked for again"
 
 
-def test_a_connection_that_breaks_is_taken_up_where_it_broke(server: Server, tmp_path: Path) -> None:
+def test_interrupted_connection_is_resumed(server: Server, tmp_path: Path) -> None:
     server.cut = [1000, 5000]
     seen: list[int] = []
     assert fetch(archive(server), tmp_path, seen.append).read_bytes() == CONTENT
@@ -90,9 +90,9 @@ def test_a_connection_that_breaks_is_taken_up_where_it_broke(server: Server, tmp
     assert sum(seen) == len(CONTENT)
 
 
-def test_a_later_call_goes_on(server: Server, tmp_path: Path) -> None:
+def test_later_call_resumes(server: Server, tmp_path: Path) -> None:
     server.cut = [7000, *[0] * download.ATTEMPTS]
-    with pytest.raises(UserError, match="run it again to go on"):
+    with pytest.raises(UserError, match="run it again to resume"):
         fetch(archive(server), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["set.tar.part"]
     server.cut, server.asked = [], []
@@ -100,18 +100,18 @@ def test_a_later_call_goes_on(server: Server, tmp_path: Path) -> None:
     assert server.asked == ["bytes=7000-"]
 
 
-def test_a_server_that_cannot_go_on_starts_anew(server: Server, tmp_path: Path) -> None:
+def test_server_without_range_support_restarts(server: Server, tmp_path: Path) -> None:
     server.cut, server.ranges = [1000], False
     seen: list[int] = []
     assert fetch(archive(server), tmp_path, seen.append).read_bytes() == CONTENT
     assert sum(seen) == len(CONTENT)
 
 
-def test_another_content_is_removed_and_named(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"with the sha256 .* not 00"):
+def test_wrong_checksum_removes_the_file(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has the sha256 .* not 00"):
         fetch(archive(server, checksum="sha256:00"), tmp_path)
     assert list(tmp_path.iterdir()) == []
-    # Nor does a wrong beginning of an earlier call stay.
+    # A partial file of an earlier call with wrong content is removed too.
     (tmp_path / "set.tar.part").write_bytes(b"x" * 100)
     with pytest.raises(UserError, match="sha256"):
         fetch(archive(server), tmp_path)
@@ -119,23 +119,23 @@ def test_another_content_is_removed_and_named(server: Server, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("size", [len(CONTENT) - 1, len(CONTENT) + 1])
-def test_another_size_is_refused_before_it_is_downloaded(server: Server, tmp_path: Path, size: int) -> None:
+def test_wrong_size_is_refused_before_the_download(server: Server, tmp_path: Path, size: int) -> None:
     with pytest.raises(UserError, match=f"has {len(CONTENT)} bytes, not the {size}"):
         fetch(archive(server, size=size), tmp_path)
     assert (tmp_path / "set.tar.part").stat().st_size == 0
 
 
 @pytest.mark.parametrize(("status", "tries"), [(404, 1), (503, download.ATTEMPTS)])
-def test_a_refusal_is_one_sentence(server: Server, tmp_path: Path, status: int, tries: int) -> None:
+def test_http_errors(server: Server, tmp_path: Path, status: int, tries: int) -> None:
     server.status = status
     with pytest.raises(UserError, match=str(status)):
         fetch(archive(server), tmp_path)
     assert len(server.asked) == tries
 
 
-def test_a_server_that_is_not_there_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download.time, "sleep", lambda _: None)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be downloaded"):
         fetch(Archive("http://127.0.0.1:9/set.tar", 5), tmp_path)
 
 
@@ -152,9 +152,7 @@ def test_a_second_process_does_not_write_into_the_same_file(server: Server, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["set.tar"]
 
 
-def test_a_full_disk_is_one_sentence_and_what_came_stays(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_keeps_the_partial_file(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(file: Any, chunk: bytes) -> None:
         file.write(chunk[:500])
         file.flush()
@@ -191,7 +189,7 @@ WRITERS = [write_tar, write_zip]
 
 
 @pytest.mark.parametrize("write", WRITERS)
-def test_an_archive_is_merged_into_its_folder(write: Callable[..., Path], tmp_path: Path) -> None:
+def test_archive_is_merged_into_its_folder(write: Callable[..., Path], tmp_path: Path) -> None:
     folder = tmp_path / "set"
     (folder / "a").mkdir(parents=True)
     (folder / "a/kept").write_bytes(b"kept")
@@ -204,10 +202,10 @@ def test_an_archive_is_merged_into_its_folder(write: Callable[..., Path], tmp_pa
 
 @pytest.mark.parametrize("write", WRITERS)
 @pytest.mark.parametrize("name", ["../out", "/out", "a/../../out", "..", "a\\..\\out", "C:/out", "a\nb"])
-def test_a_member_that_leads_out_is_refused(write: Callable[..., Path], name: str, tmp_path: Path) -> None:
+def test_members_outside_the_folder_are_refused(write: Callable[..., Path], name: str, tmp_path: Path) -> None:
     (tmp_path / "inner").mkdir()
     path = write(tmp_path / "x", ("good", b"good"), (name, b"bad"))
-    with pytest.raises(UserError, match="leads elsewhere"):
+    with pytest.raises(UserError, match="leads out of the folder"):
         unpack(path, tmp_path / "inner/set")
     assert {path.name for path in tmp_path.rglob("*")} == {"inner", "x"}
 
@@ -249,7 +247,7 @@ def test_a_damaged_archive_changes_nothing(write: Callable[..., Path], tmp_path:
         except UserError as error:
             assert "\n" not in str(error)
             assert not (tmp_path / "set").exists()
-        else:  # a byte that nothing depends on
+        else:  # an unused byte
             assert (tmp_path / "set/a/b").stat().st_size == 2000
             for name in ("b", "c"):
                 (tmp_path / f"set/a/{name}").unlink(missing_ok=True)
@@ -257,7 +255,7 @@ def test_a_damaged_archive_changes_nothing(write: Callable[..., Path], tmp_path:
             (tmp_path / "set").rmdir()
 
 
-def test_every_source_belongs_to_sets_of_the_catalog_and_its_archives_to_parts() -> None:
+def test_every_source_has_catalog_entries_and_every_archive_has_parts() -> None:
     for name, source in SOURCES.items():
         assert name == "kitti" or any(entry.startswith(f"{name}_") for entry in DATASETS)
         held = [part for _, holds in source.archives for part in source.parts if part.pattern.startswith(holds)]
@@ -268,9 +266,9 @@ def test_every_source_belongs_to_sets_of_the_catalog_and_its_archives_to_parts()
             assert file.name == "extra.tar.gz" or kind
 
 
-def test_the_script_reads_what_is_there_and_draws_what_is_missing(root: Path, tmp_path: Path) -> None:
+def test_prepare_data_command(root: Path, tmp_path: Path) -> None:
     done = run(root, "relvit-d2", "prepare-data", "svhn")
-    assert "svhn_train: 12 images" in done.stdout and "12 images to train on of the official 33,402" in done.stdout
+    assert "svhn_train: 12 images" in done.stdout and "12 training images of the official 33,402" in done.stdout
     sentence = fails(root, "relvit-d2", "prepare-data", "coco_2017", "--root", tmp_path / "none")
     assert "coco/annotations/instances_train2017.json" in sentence and "--download" in sentence
     assert not (tmp_path / "none").exists()

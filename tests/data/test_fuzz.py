@@ -1,6 +1,6 @@
-"""Every reader on sets that were spoilt at random: sound records or one sentence, never anything else.
+"""Every reader on randomly damaged data sets: valid records or a one-sentence error.
 
-``make fuzz`` runs 1,100 spoilt sets for each reader; the ordinary tests a few of them.
+``make fuzz`` runs 1,100 damaged sets for each reader, the ordinary tests a few.
 """
 
 import os
@@ -22,36 +22,40 @@ from relvit_d2.utils.errors import UserError
 from tests.support.fuzzing import READERS, outcome
 from tests.support.mutations import spoil
 
-MEMORY = Path("/dev/shm")  # a file system in memory: most of a spoilt set's time is its files' otherwise
+Folders = tuple[Path, Path, Path, Path]
+MEMORY = Path("/dev/shm")  # in memory: otherwise most of the time is file access
 
 
 @pytest.fixture
-def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, Path, Path, Path]]:
-    """A sound set's place, a data root, a folder beside it that nobody may read, and the user's cache."""
-    with tempfile.TemporaryDirectory(dir=MEMORY if os.access(MEMORY, os.W_OK) else tmp_path) as place:
-        sound, root, outside, cache = (Path(place, name) for name in ("sound", "root", "outside", "cache"))
-        for folder in (sound, root, outside, cache):
-            folder.mkdir()
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Folders]:
+    """Folders for the original set, the data root, files that must not be read, and the user's cache."""
+    with tempfile.TemporaryDirectory(dir=MEMORY if os.access(MEMORY, os.W_OK) else tmp_path) as parent:
+        original, root, outside, cache = (Path(parent, name) for name in ("original", "root", "outside", "cache"))
+        for path in (original, root, outside, cache):
+            path.mkdir()
         monkeypatch.setenv("DETECTRON2_DATASETS", str(root))
         monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-        yield sound, root, outside, cache
+        yield original, root, outside, cache
 
 
-def start(sound: Path, root: Path, outside: Path) -> None:
+def start(original: Path, root: Path, outside: Path) -> None:
     for folder in (root, outside):
         shutil.rmtree(folder, ignore_errors=True)
     outside.mkdir()
-    shutil.copytree(sound, root)
+    shutil.copytree(original, root)
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_spoilt_sets(
-    name: str, places: tuple[Path, Path, Path, Path], request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+def test_damaged_data_sets(
+    name: str,
+    folders: Folders,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     reader = READERS[name]
-    sound, root, outside, cache = places
-    reader.make(sound)
-    start(sound, root, outside)
+    original, root, outside, cache = folders
+    reader.make(original)
+    start(original, root, outside)
     whole = outcome(reader, root, cache)
     assert not isinstance(whole, UserError) and whole, whole
     amount = request.config.getoption("--fuzz")
@@ -67,36 +71,34 @@ def test_spoilt_sets(
     )
     @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=3))
     def try_one(seeds: list[int]) -> None:
-        start(sound, root, outside)
-        done = [spoil(root, outside, seed, sound, not name.startswith("own_")) for seed in seeds]
+        start(original, root, outside)
+        done = [spoil(root, outside, seed, original, not name.startswith("custom_")) for seed in seeds]
         try:
-            answer = outcome(reader, root, cache)
+            result = outcome(reader, root, cache)
         except BaseException as error:
             error.add_note(f"after {', then '.join(done)}") if hasattr(error, "add_note") else None
             raise
         assert not list(cache.rglob("*.part")), "a half-written cache"
-        seen["refused" if isinstance(answer, UserError) else "read"] += 1
+        seen["refused" if isinstance(result, UserError) else "read"] += 1
 
     begin = time.monotonic()
     try_one()
     with capsys.disabled():
         if amount >= 1000:
-            print(f"\n{name}: {seen.total()} spoilt sets in {time.monotonic() - begin:.0f} s, {dict(seen)}", end="")
-    # Images are refused one by one.
+            print(f"\n{name}: {seen.total()} damaged sets in {time.monotonic() - begin:.0f} s, {dict(seen)}", end="")
+    # Damaged images are errors only one by one.
     assert seen["read"] > 0 and (seen["refused"] > 0.2 * amount or not reader.classes)
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_a_reader_writes_nothing_into_the_data_and_bears_a_full_disk(
-    name: str, places: tuple[Path, Path, Path, Path]
-) -> None:
+def test_readers_write_no_data_and_tolerate_a_full_disk(name: str, folders: Folders) -> None:
     reader = READERS[name]
-    sound, root, outside, cache = places
-    reader.make(sound)
-    start(sound, root, outside)
+    original, root, outside, cache = folders
+    reader.make(original)
+    start(original, root, outside)
     before = {path: path.stat() for path in root.rglob("*")}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))  # bytes a file may have
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))  # maximum file size in bytes
     try:
         full = outcome(reader, root, cache)
     finally:
@@ -111,19 +113,19 @@ def test_a_reader_writes_nothing_into_the_data_and_bears_a_full_disk(
     }
 
 
-def test_no_reader_is_missing_here() -> None:
+def test_every_reader_is_fuzzed() -> None:
     families = {name.partition("_")[0] for name in DATASETS}
-    # Streets are drawn here and read by SVHN's reader.
+    # Streets are read by SVHN's reader.
     assert families - {"streets"} <= set(READERS)
-    assert {f"own_{form}" for form in custom.READERS} <= set(READERS)
+    assert {f"custom_{form}" for form in custom.FORMATS} <= set(READERS)
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_links_inside_the_data_are_followed(kind: str, places: tuple[Path, Path, Path, Path]) -> None:
-    """A folder may lie on another disk, and a file elsewhere in the data root."""
-    sound, root, outside, _ = places
-    READERS["voc"].make(sound)
-    start(sound, root, outside)
+def test_links_inside_the_data_are_followed(kind: str, folders: Folders) -> None:
+    """A folder may be a link to another disk, and a file a link to elsewhere in the data root."""
+    original, root, outside, _ = folders
+    READERS["voc"].make(original)
+    start(original, root, outside)
     folder = root / "VOC2007/JPEGImages"
     if kind == "folder":
         folder.rename(outside / "images")

@@ -1,4 +1,4 @@
-"""The order of the samples: a pure function of the seed and the iteration."""
+"""The order of samples as a pure function of the seed and the iteration."""
 
 import itertools
 import random
@@ -25,19 +25,19 @@ def take(order: EndlessOrder, count: int) -> list[list[tuple[int, int]]]:
 
 
 @given(count=st.integers(1, 30), batch=st.integers(1, 12), start=st.integers(0, 20))
-def test_starting_late_gives_what_the_straight_run_gives(count: int, batch: int, start: int) -> None:
+def test_later_start_gives_the_same_batches(count: int, batch: int, start: int) -> None:
     straight = take(EndlessOrder(count, batch, 3, 0), start + 5)
     assert take(EndlessOrder(count, batch, 3, start), 5) == straight[start:]
 
 
 @given(count=st.integers(1, 30), share=st.integers(1, 5), world=st.integers(1, 4))
-def test_processes_together_read_the_batches_of_one(count: int, share: int, world: int) -> None:
+def test_processes_together_read_the_batches_of_one_process(count: int, share: int, world: int) -> None:
     one = take(EndlessOrder(count, share * world, 5, 2), 4)
     ranks = [take(EndlessOrder(count, share * world, 5, 2, rank, world), 4) for rank in range(world)]
     assert [list(itertools.chain(*parts)) for parts in zip(*ranks, strict=True)] == one
 
 
-def test_an_epoch_holds_every_sample_once_and_epochs_differ() -> None:
+def test_each_epoch_is_another_permutation() -> None:
     keys = list(itertools.chain(*take(EndlessOrder(10, 4, 0, 0), 5)))
     assert Counter(index for epoch, index in keys if epoch == 0) == Counter(range(10))
     assert [i for e, i in keys if e == 0] != [i for e, i in keys if e == 1]
@@ -47,7 +47,7 @@ def draw(sample: int) -> tuple[int, float, float]:
     return sample, float(np.random.rand()), random.random()
 
 
-def test_the_draws_of_a_sample_do_not_depend_on_the_workers() -> None:
+def test_random_draws_do_not_depend_on_the_number_of_workers() -> None:
     def batches(workers: int) -> list[list[tuple[int, float, float]]]:
         loader = EndlessBatches(range(7), draw, list, EndlessOrder(7, 3, 1, 4), 1, workers)
         return list(itertools.islice(iter(loader), 6))
@@ -57,7 +57,7 @@ def test_the_draws_of_a_sample_do_not_depend_on_the_workers() -> None:
     assert len({item[1] for batch in alone for item in batch}) == 18
 
 
-def test_workers_that_ignore_signals_let_a_script_end_that_leaves_them_open() -> None:
+def test_open_workers_do_not_keep_a_script_from_ending() -> None:
     script = """
 from relvit_d2.data.loader import ordered_batches
 batches = iter(ordered_batches(range(100), abs, list, 2, 1))
@@ -76,18 +76,18 @@ def refuse(sample: int) -> int:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_workers_user_error_arrives_as_it_was_raised(workers: int) -> None:
+def test_user_errors_of_workers_are_raised_in_the_main_process(workers: int) -> None:
     with pytest.raises(UserError, match=r"^sample 3 is damaged; replace it$"):
         list(ordered_batches(range(5), refuse, list, 2, workers))
 
 
 @pytest.mark.parametrize(("count", "world"), [(7, 3), (2, 3), (6, 2)])
-def test_evaluation_reads_every_sample_in_exactly_one_process(count: int, world: int) -> None:
+def test_ordered_batches_read_each_sample_in_exactly_one_process(count: int, world: int) -> None:
     shares = [ordered_batches(range(count), int, list, 2, 0, rank, world) for rank in range(world)]
     assert [i for share in shares for batch in share for i in batch] == list(range(count))
 
 
-def test_padding_keeps_the_pixels_and_says_the_sizes() -> None:
+def test_padding_keeps_pixels_and_sizes() -> None:
     images = [torch.full((3, 5, 2), 7, dtype=torch.uint8), torch.full((3, 3, 4), 9, dtype=torch.uint8)]
     batch = pad_images(images)
     assert batch["images"].shape == (2, 3, 5, 4)
@@ -102,7 +102,7 @@ def test_large_images_are_reduced_when_read(tmp_path: Path) -> None:
     assert read_rgb(tmp_path / "wide.jpg", longest=400).shape == (100, 300, 3)
 
 
-def test_bad_images_are_named(tmp_path: Path) -> None:
+def test_unreadable_images_are_errors(tmp_path: Path) -> None:
     Image.effect_noise((64, 64), 50).convert("RGB").save(tmp_path / "whole.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:900])
     (tmp_path / "empty.jpg").write_bytes(b"")

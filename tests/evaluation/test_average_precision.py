@@ -8,7 +8,7 @@ from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from relvit_d2.evaluation.average_precision import coco_evaluation, why_no_precision
+from relvit_d2.evaluation.average_precision import coco_evaluation, explain_zero_ap
 
 
 def random_case(seed: int, images: int, crowd: float, ids: str) -> tuple[COCO, list[dict[str, Any]]]:
@@ -77,11 +77,11 @@ CASES = {
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])
 @pytest.mark.parametrize("found", ["some", "none", "more than count"])
 @pytest.mark.parametrize("case", CASES)
-def test_fast_evaluation_is_pycocotools(case: str, found: str, iou_type: str) -> None:
+def test_fast_evaluation_equals_pycocotools(case: str, found: str, iou_type: str) -> None:
     truth, detections = random_case(*CASES[case])
     if found == "none":
         detections = []
-    if found == "more than count":  # 100 an image and class
+    if found == "more than count":  # 100 per image and class
         detections = [{**d, "image_id": detections[0]["image_id"], "category_id": 5} for d in detections]
     expected = official(truth, detections, iou_type)
     ours = coco_evaluation(truth, detections, iou_type)
@@ -91,7 +91,7 @@ def test_fast_evaluation_is_pycocotools(case: str, found: str, iou_type: str) ->
 
 
 @pytest.mark.parametrize("limit", [1, 7, 20, 100, 300])
-def test_the_limit_of_detections_is_pycocotools(limit: int) -> None:
+def test_detection_limit_equals_pycocotools(limit: int) -> None:
     truth, detections = random_case(6, 8, 0.2, "numbers")
     detections = [{**d, "category_id": 5} for d in detections for _ in range(4)]  # up to 240 of an image
     expected = official(truth, detections, "bbox", limit)
@@ -102,7 +102,7 @@ def test_the_limit_of_detections_is_pycocotools(limit: int) -> None:
     assert ours.stats[0] == pytest.approx(precision[precision > -1].mean())
 
 
-def test_an_object_of_id_0_can_be_found() -> None:
+def test_object_with_id_0_can_be_matched() -> None:
     truth, _ = random_case(5, 1, 0.0, "numbers")
     box = {"image_id": 0, "category_id": 2, "bbox": [10.0, 10.0, 50.0, 50.0]}
     truth.dataset["annotations"] = [{**box, "id": 0, "area": 2500.0, "iscrowd": 0}]
@@ -110,16 +110,16 @@ def test_an_object_of_id_0_can_be_found() -> None:
     assert coco_evaluation(truth, [{**box, "score": 0.5}], "bbox").stats[0] == pytest.approx(1)
 
 
-def test_why_there_is_no_precision() -> None:
+def test_reasons_for_an_ap_of_0() -> None:
     objects = [("a", 0), ("b", 1)]
     reasons: dict[str, tuple[list[tuple[Any, int]], list[tuple[Any, int]]]] = {
         "there is no ground truth": ([], objects),
         "there are no detections": (objects, []),
-        "no detection is of an image that has objects": (objects, [(1, 0), (2, 1)]),
-        "(of detections 1, of objects 'a', 'b')": (objects, [(1, 0)]),
-        "no detection is of a class that has objects": (objects, [("a", 5)]),
-        "no detection is of a class that its image holds": (objects, [("a", 1)]),
+        "no detection is of an image with objects": (objects, [(1, 0), (2, 1)]),
+        "(detections 1; objects 'a', 'b')": (objects, [(1, 0)]),
+        "no detection is of a class with objects": (objects, [("a", 5)]),
+        "no detection is of a class that its image contains": (objects, [("a", 1)]),
         "none of the 1 detections overlaps": (objects, [("a", 0)]),
     }
     for words, pairs in reasons.items():
-        assert words in why_no_precision(*pairs)
+        assert words in explain_zero_ap(*pairs)

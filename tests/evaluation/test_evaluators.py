@@ -1,4 +1,4 @@
-"""Both evaluators on the same detections, and the COCO-style one against pycocotools set up by hand."""
+"""Both evaluators on the same detections; the COCO-style one against pycocotools."""
 
 import json
 import math
@@ -147,7 +147,7 @@ def test_perfect_detections_of_other_samples_score_100(samples: Path, tmp_path: 
         assert run(Voc07Evaluator(name, records, classes, True), found)["voc07"]["AP50"] == pytest.approx(100)
 
 
-def test_difficult_objects_that_are_missed_cost_only_when_they_count(samples: Path, tmp_path: Path) -> None:
+def test_missed_difficult_objects_lower_ap_only_if_they_are_not_ignored(samples: Path, tmp_path: Path) -> None:
     records = voc_records(samples)
     easy_only = truth_as_found(records, difficult_too=False)
     coco = CocoStyleEvaluator("counted", records, VOC_CLASSES, tmp_path, False)
@@ -159,10 +159,10 @@ def test_difficult_objects_that_are_missed_cost_only_when_they_count(samples: Pa
     assert run(voc, everything)["voc07"]["AP50"] == pytest.approx(100)
 
 
-def test_order_of_images_changes_nothing(samples: Path, tmp_path: Path) -> None:
+def test_results_do_not_depend_on_the_order_of_images(samples: Path, tmp_path: Path) -> None:
     records = voc_records(samples)
     found = noisy_detections(records, seed=4)
-    # One decimal makes many equal scores, the case in which order could tell.
+    # Rounding gives many equal scores, for which the order could matter.
     found = {image_id: [(b, c, round(s, 1)) for b, c, s in boxes] for image_id, boxes in found.items()}
     order = np.random.default_rng(0).permutation(len(records))
     shuffled = [records[i] for i in order]
@@ -185,7 +185,7 @@ def test_image_ids_may_be_text_or_numbers(tmp_path: Path) -> None:
     assert results[0]["bbox"]["AP50"] > 0 and results[0]["voc07"]["AP50"] > 0
 
 
-def test_an_image_that_is_not_in_the_records_is_refused() -> None:
+def test_image_without_record_is_an_error() -> None:
     records, found = two_classes(("a", "b", "c"))
     with pytest.raises(KeyError, match="z"):
         run(Voc07Evaluator("ids", records, ["x", "y"], True), {"z": found["a"]})
@@ -198,7 +198,7 @@ def test_no_detections_give_0_and_the_reason(tmp_path: Path, log_lines: list[str
     voc = run(Voc07Evaluator("nothing", records, ["x", "y"], True), nothing)["voc07"]
     assert coco["AP"] == coco["AP50"] == coco["AP-x"] == coco["AP-y"] == voc["AP50"] == voc["AP50-x"] == 0
     assert coco["APs"] == 0  # the object of 15 x 20 is small
-    assert sum("no detections at all" in line for line in log_lines) == 2
+    assert sum("no detections" in line for line in log_lines) == 2
 
 
 def test_no_ground_truth_gives_nan_and_the_reason(tmp_path: Path, log_lines: list[str]) -> None:
@@ -211,7 +211,7 @@ def test_no_ground_truth_gives_nan_and_the_reason(tmp_path: Path, log_lines: lis
     assert sum("no ground truth" in line for line in log_lines) == 2
 
 
-def test_detections_of_nothing_give_0_and_the_reason(tmp_path: Path, log_lines: list[str]) -> None:
+def test_detections_without_overlap_give_0_and_the_reason(tmp_path: Path, log_lines: list[str]) -> None:
     records, _ = two_classes(("a", "b", "c"))
     wrong: Found = {"a": [([150, 0, 199, 40], 0, 0.9)], "b": [], "c": [([100, 0, 140, 40], 1, 0.9)]}
     coco = run(CocoStyleEvaluator("wrong", records, ["x", "y"], tmp_path, True), wrong)["bbox"]
@@ -220,7 +220,7 @@ def test_detections_of_nothing_give_0_and_the_reason(tmp_path: Path, log_lines: 
     assert sum("none of the 2 detections" in line for line in log_lines) == 2
 
 
-def test_voc07_leaves_classes_without_objects_out_and_says_so(log_lines: list[str]) -> None:
+def test_voc07_mean_excludes_classes_without_objects(log_lines: list[str]) -> None:
     records, _ = two_classes(("a", "b", "c"))
     names = ["x", "y", "absent"]
     found = truth_as_found(records, difficult_too=False)
@@ -231,7 +231,7 @@ def test_voc07_leaves_classes_without_objects_out_and_says_so(log_lines: list[st
     assert any("1 of 3 have no object" in line for line in log_lines)
 
 
-def test_two_evaluators_of_one_name_keep_apart(tmp_path: Path) -> None:
+def test_evaluators_with_the_same_name_are_independent(tmp_path: Path) -> None:
     records, _ = two_classes(("a", "b", "c"))
     moved = [
         {**item, "annotations": [{**a, "bbox": [v / 2 for v in a["bbox"]]} for a in item["annotations"]]}
@@ -244,19 +244,19 @@ def test_two_evaluators_of_one_name_keep_apart(tmp_path: Path) -> None:
     perfect = truth_as_found(records, difficult_too=False)
     assert run(second, perfect)["bbox"]["AP50"] < 1
     assert run(first, perfect)["bbox"]["AP50"] == pytest.approx(100)
-    # The same folder again with other records: an earlier run's ground truth is not believed.
+    # The same folder with other records: an earlier run's ground truth is not used.
     again = CocoStyleEvaluator("same_name", moved, ["x", "y"], tmp_path / "first", True)
     assert run(again, perfect)["bbox"]["AP50"] < 1
     assert run(again, truth_as_found(moved, difficult_too=False))["bbox"]["AP50"] == pytest.approx(100)
 
 
-def test_records_are_asked_for_where_the_data_set_has_no_json(tmp_path: Path) -> None:
+def test_records_are_required_without_a_json_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unheard_of"):
         CocoStyleEvaluator("unheard_of", None, ["x"], tmp_path, True)
     MetadataCatalog.remove("unheard_of")
 
 
-def test_masks_are_evaluated_where_they_are_predicted(tmp_path: Path) -> None:
+def test_predicted_masks_are_evaluated(tmp_path: Path) -> None:
     mask = np.zeros((200, 200), np.uint8)
     mask[20:60, 30:90] = 1
     rle = mask_util.encode(np.asfortranarray(mask))
@@ -274,7 +274,7 @@ def test_masks_are_evaluated_where_they_are_predicted(tmp_path: Path) -> None:
         results = evaluator.evaluate()
         assert results["segm"]["AP"] == pytest.approx(100)
         assert results["bbox"]["AP"] == pytest.approx(100)
-    assert isinstance(rle["counts"], bytes)  # the records stay as they were
+    assert isinstance(rle["counts"], bytes)  # the records do not change
 
 
 def masked(evaluator: CocoStyleEvaluator, image_ids: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -289,7 +289,7 @@ def masked(evaluator: CocoStyleEvaluator, image_ids: Sequence[str]) -> dict[str,
     return evaluator.evaluate()
 
 
-def test_masks_are_evaluated_only_where_every_object_has_one(tmp_path: Path) -> None:
+def test_masks_are_evaluated_only_if_every_object_has_one(tmp_path: Path) -> None:
     item = {"bbox": [30, 20, 90, 60], "category_id": 0}
     whole = item | {"segmentation": [[30, 20, 90, 20, 90, 60, 30, 60]]}
     crowd = {"bbox": [100, 100, 150, 150], "category_id": 0, "iscrowd": 1}
@@ -299,7 +299,7 @@ def test_masks_are_evaluated_only_where_every_object_has_one(tmp_path: Path) -> 
     crowded = [record("a", [whole, crowd]), record("b", [whole])]
     results = masked(CocoStyleEvaluator("crowd", crowded, ["x"], tmp_path / "crowd", True), "ab")
     assert results["bbox"]["AP"] == results["segm"]["AP"] == pytest.approx(100)
-    # A COCO file of the data set's own, as Detectron2 registers it.
+    # A COCO file in the data set's metadata, as registered by Detectron2.
     name = "test_evaluation_mixed"
     file = tmp_path / "mixed.json"
     file.write_text(json.dumps(coco_ground_truth(mixed, ["x"], True)))
@@ -325,14 +325,14 @@ def test_sets_without_objects_or_images_have_no_ap_and_the_reason(
     assert sum("no ground truth" in line for line in log_lines) == 6
 
 
-def test_as_many_detections_count_as_the_detector_returns(tmp_path: Path, log_lines: list[str]) -> None:
+def test_detection_limit_is_that_of_the_detector(tmp_path: Path, log_lines: list[str]) -> None:
     boxes = [[x, y, x + 9.0, y + 9.0] for x in range(0, 200, 10) for y in range(0, 80, 10)]
     records = [record("a", [{"bbox": box, "category_id": 0} for box in boxes])]
     found: Found = {"a": [(box, 0, 1 - index / 1000) for index, box in enumerate(boxes)]}
     for limit, ap in ((len(boxes), 100), (1000, 100), (100, 63)):  # 100 of 160 objects: recalls 0 to 0.62 of 101
         results = run(CocoStyleEvaluator("many", records, ["x"], tmp_path, True, limit), found)
         assert results["bbox"]["AP"] == pytest.approx(100 * ap / (100 if ap == 100 else 101))
-        assert f"COCO-style bbox AP of many, at most {limit} detections an image:" in log_lines
+        assert f"COCO-style bbox AP of many, at most {limit} detections per image:" in log_lines
 
 
 def test_ids_that_do_not_match_give_0_and_the_reason(tmp_path: Path, log_lines: list[str]) -> None:
@@ -341,11 +341,11 @@ def test_ids_that_do_not_match_give_0_and_the_reason(tmp_path: Path, log_lines: 
     coco = run(CocoStyleEvaluator("strangers", records, ["x", "y"], tmp_path, True), strangers)["bbox"]
     assert coco["AP"] == 0
     assert any("6 of 6 detections are left out" in line and "'12'" in line for line in log_lines)
-    assert any("the ids do not match" in line and "'12'" in line and "of objects 12" in line for line in log_lines)
+    assert any("the ids do not match" in line and "'12'" in line and "objects 12" in line for line in log_lines)
 
 
 @pytest.mark.parametrize(("moved", "ap", "ap07"), [(0, 100, 100), (10, 70, 100), (20, 30, 100), (30, 10, 0)])
-def test_shifted_boxes_score_what_a_hand_computes(tmp_path: Path, moved: int, ap: float, ap07: float) -> None:
+def test_shifted_boxes_have_the_ap_computed_by_hand(tmp_path: Path, moved: int, ap: float, ap07: float) -> None:
     # A box of 90 x 60 moved by m has IoU (90 - m) / (90 + m): 0.8, 0.636 and 0.5 after 10, 20 and 30, so that it is
     # found at 7, 3 and 1 of the thresholds 0.5, 0.55, ..., 0.95. Exactly 0.5 counts in COCO and not in VOC.
     box, label = [20.0, 20.0, 110.0, 80.0], 0
@@ -358,7 +358,7 @@ def test_shifted_boxes_score_what_a_hand_computes(tmp_path: Path, moved: int, ap
 
 
 def _evaluate_share(rank: int, folder: str) -> None:
-    """One of two processes: evaluates every other image and leaves what it got in a file."""
+    """One of two processes: evaluates every other image and writes its results to a file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     records, found = two_classes(("a", "b", "c"))

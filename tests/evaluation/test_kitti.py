@@ -1,4 +1,4 @@
-"""KITTI's metric: every rule by hand, and all of them against the official program's loops on random scenes."""
+"""KITTI's metric: each rule by hand, and all against the official program's loops on random scenes."""
 
 import math
 from pathlib import Path
@@ -18,7 +18,7 @@ WALKER = CLASSES.index("Pedestrian")
 BOX = [100.0, 100.0, 200.0, 150.0]
 
 
-def thing(kind: str, box: list[float], occluded: int = 0, truncated: float = 0.0) -> dict[str, Any]:
+def annotation(kind: str, box: list[float], occluded: int = 0, truncated: float = 0.0) -> dict[str, Any]:
     return {
         "bbox": box,
         "bbox_mode": BoxMode.XYXY_ABS,
@@ -32,7 +32,7 @@ def thing(kind: str, box: list[float], occluded: int = 0, truncated: float = 0.0
 
 
 def scene(*images: list[dict[str, Any]]) -> Records:
-    return [{"image_id": f"{index:06d}", "annotations": things} for index, things in enumerate(images)]
+    return [{"image_id": f"{index:06d}", "annotations": annotations} for index, annotations in enumerate(images)]
 
 
 def evaluate(records: Records, *images: list[tuple[list[float], int, float]]) -> dict[str, float]:
@@ -41,13 +41,13 @@ def evaluate(records: Records, *images: list[tuple[list[float], int, float]]) ->
 
 
 def place(index: int, height: float = 50.0) -> list[float]:
-    """Boxes that do not meet."""
+    """Boxes that do not overlap."""
     return [150.0 * index, 0.0, 150.0 * index + 100, height]
 
 
 @pytest.mark.parametrize("count", [1, 2, 10, 40, 41, 60])
-def test_perfect_detections_score_what_the_official_program_gives(count: int) -> None:
-    records = scene([thing("Car", place(index)) for index in range(count)])
+def test_perfect_detections_have_the_official_ap(count: int) -> None:
+    records = scene([annotation("Car", place(index)) for index in range(count)])
     result = evaluate(records, [(place(index), CAR, 1 - index / 100) for index in range(count)])
     reached = min(count, 41)  # points of recall, the first of which is 0
     for level in LEVELS:
@@ -56,9 +56,9 @@ def test_perfect_detections_score_what_the_official_program_gives(count: int) ->
         assert math.isnan(result[f"AP40_{level}-Cyclist"])
 
 
-def test_a_false_detection_costs_precision_from_its_score_on() -> None:
+def test_false_positive_lowers_precision_below_its_score() -> None:
     # Four cars, scores .9 .8 .7 .6, and a false one at .75: precisions 1, 1, 3/4, 4/5, monotone 1, 1, 4/5, 4/5.
-    records = scene([thing("Car", place(index)) for index in range(4)])
+    records = scene([annotation("Car", place(index)) for index in range(4)])
     found = [(place(index), CAR, 0.9 - index / 10) for index in range(4)]
     result = evaluate(records, [*found, (place(9), CAR, 0.75)])
     assert result["AP40_easy-Car"] == pytest.approx(100 * (1 + 0.8 + 0.8) / 40)
@@ -70,8 +70,8 @@ def excess(extra_things: list[dict[str, Any]], extra: list[tuple[list[float], in
 
     Values by class, of easy, moderate and hard, as numbers of false detections that would explain them.
     """
-    things = [thing("Car", place(0)), thing("Car", place(1)), *extra_things]
-    result = evaluate(scene(things), [*extra, (place(0), CAR, 0.5), (place(1), CAR, 0.4)])
+    annotations = [annotation("Car", place(0)), annotation("Car", place(1)), *extra_things]
+    result = evaluate(scene(annotations), [*extra, (place(0), CAR, 0.5), (place(1), CAR, 0.4)])
     falses = {}
     for name in CLASSES:
         aps = [result[f"AP40_{level}-{name}"] for level in LEVELS]
@@ -85,26 +85,31 @@ def excess(extra_things: list[dict[str, Any]], extra: list[tuple[list[float], in
         pytest.param([], [], [0, 0, 0], id="nothing else"),
         pytest.param([], [(place(5), CAR, 0.9)], [1, 1, 1], id="a false detection"),
         pytest.param([], [(place(0), CAR, 0.9)], [1, 1, 1], id="a second detection of one car"),
-        pytest.param([thing("Van", place(5))], [(place(5), CAR, 0.9)], [0, 0, 0], id="a van is neutral"),
-        pytest.param([thing("Van", place(5))], [], [0, 0, 0], id="a van need not be found"),
-        pytest.param([thing("Truck", place(5))], [(place(5), CAR, 0.9)], [1, 1, 1], id="a truck is no car"),
-        pytest.param([thing("Misc", place(5))], [(place(5), CAR, 0.9)], [1, 1, 1], id="nor is anything else"),
+        pytest.param([annotation("Van", place(5))], [(place(5), CAR, 0.9)], [0, 0, 0], id="a van is neutral"),
+        pytest.param([annotation("Van", place(5))], [], [0, 0, 0], id="a van need not be found"),
+        pytest.param([annotation("Truck", place(5))], [(place(5), CAR, 0.9)], [1, 1, 1], id="a truck is no car"),
+        pytest.param([annotation("Misc", place(5))], [(place(5), CAR, 0.9)], [1, 1, 1], id="nor is anything else"),
         pytest.param(
-            [thing("Van", place(5))], [(place(5), CAR, 0.9)] * 2, [1, 1, 1], id="a van is neutral to one detection"
+            [annotation("Van", place(5))], [(place(5), CAR, 0.9)] * 2, [1, 1, 1], id="a van is neutral to one detection"
         ),
         pytest.param(
-            [thing("DontCare", place(5))], [(place(5), CAR, 0.9)] * 3, [0, 0, 0], id="a region excuses any number"
+            [annotation("DontCare", place(5))], [(place(5), CAR, 0.9)] * 3, [0, 0, 0], id="a region excuses any number"
         ),
         pytest.param(
-            [thing("DontCare", [750, 0, 820, 50])], [(place(5), CAR, 0.9)], [1, 1, 1], id="70 % inside is not enough"
+            [annotation("DontCare", [750, 0, 820, 50])],
+            [(place(5), CAR, 0.9)],
+            [1, 1, 1],
+            id="70 % inside is not enough",
         ),
-        pytest.param([thing("DontCare", [750, 0, 821, 50])], [(place(5), CAR, 0.9)], [0, 0, 0], id="71 % inside is"),
+        pytest.param(
+            [annotation("DontCare", [750, 0, 821, 50])], [(place(5), CAR, 0.9)], [0, 0, 0], id="71 % inside is"
+        ),
         pytest.param([], [(place(5, 39), CAR, 0.9)], [0, 1, 1], id="too low to count where 40 pixels are asked"),
         pytest.param([], [(place(5, 24.9), CAR, 0.9)], [0, 0, 0], id="too low to count anywhere"),
         pytest.param([], [(place(5, 25), CAR, 0.9)], [0, 1, 1], id="25 pixels count"),
     ],
 )
-def test_what_counts_as_false(
+def test_false_positives(
     extra_things: list[dict[str, Any]], extra: list[tuple[list[float], int, float]], falses: list[float]
 ) -> None:
     assert excess(extra_things, extra)["Car"] == pytest.approx(falses)
@@ -113,35 +118,40 @@ def test_what_counts_as_false(
 @pytest.mark.parametrize(
     ("car", "counts"),
     [
-        pytest.param(thing("Car", place(5)), [1, 1, 1], id="plain"),
-        pytest.param(thing("Car", place(5), occluded=1), [0, 1, 1], id="partly occluded"),
-        pytest.param(thing("Car", place(5), occluded=2), [0, 0, 1], id="largely occluded"),
-        pytest.param(thing("Car", place(5), occluded=3), [0, 0, 0], id="occluded, not known how"),
-        pytest.param(thing("Car", place(5), truncated=0.15), [1, 1, 1], id="truncated by 0.15"),
-        pytest.param(thing("Car", place(5), truncated=0.3), [0, 1, 1], id="by 0.3"),
-        pytest.param(thing("Car", place(5), truncated=0.5), [0, 0, 1], id="by 0.5"),
-        pytest.param(thing("Car", place(5), truncated=0.51), [0, 0, 0], id="by more"),
-        pytest.param(thing("Car", place(5, 40)), [1, 1, 1], id="40 pixels high"),
-        pytest.param(thing("Car", place(5, 39.9)), [0, 1, 1], id="lower"),
-        pytest.param(thing("Car", place(5, 24.9)), [0, 0, 0], id="too low"),
-        pytest.param(thing("Van", place(5)), [0, 0, 0], id="a van"),
+        pytest.param(annotation("Car", place(5)), [1, 1, 1], id="plain"),
+        pytest.param(annotation("Car", place(5), occluded=1), [0, 1, 1], id="partly occluded"),
+        pytest.param(annotation("Car", place(5), occluded=2), [0, 0, 1], id="largely occluded"),
+        pytest.param(annotation("Car", place(5), occluded=3), [0, 0, 0], id="occluded, not known how"),
+        pytest.param(annotation("Car", place(5), truncated=0.15), [1, 1, 1], id="truncated by 0.15"),
+        pytest.param(annotation("Car", place(5), truncated=0.3), [0, 1, 1], id="by 0.3"),
+        pytest.param(annotation("Car", place(5), truncated=0.5), [0, 0, 1], id="by 0.5"),
+        pytest.param(annotation("Car", place(5), truncated=0.51), [0, 0, 0], id="by more"),
+        pytest.param(annotation("Car", place(5, 40)), [1, 1, 1], id="40 pixels high"),
+        pytest.param(annotation("Car", place(5, 39.9)), [0, 1, 1], id="lower"),
+        pytest.param(annotation("Car", place(5, 24.9)), [0, 0, 0], id="too low"),
+        pytest.param(annotation("Van", place(5)), [0, 0, 0], id="a van"),
     ],
 )
-def test_which_cars_must_be_found(car: dict[str, Any], counts: list[int]) -> None:
+def test_evaluated_cars(car: dict[str, Any], counts: list[int]) -> None:
     # Of five cars four are found, and then the fifth too.
-    cars = [thing("Car", place(index)) for index in range(4)]
+    cars = [annotation("Car", place(index)) for index in range(4)]
     found = [(place(index), CAR, 0.9 - index / 10) for index in range(4)]
     missed = evaluate(scene([*cars, car]), found)
-    # What is matched to it is never false, and a hit if it counts.
+    # A detection matched to it is never a false positive, and a hit if the object is evaluated.
     hit = evaluate(scene([*cars, car]), [(car["bbox"], CAR, 0.95), *found])
     for level, counted in zip(LEVELS, counts, strict=True):
         assert missed[f"AP40_{level}-Car"] == pytest.approx(100 * 3 / 40)
         assert hit[f"AP40_{level}-Car"] == pytest.approx(100 * (3 + counted) / 40)
 
 
-def test_the_least_overlap_is_that_of_the_class_and_must_be_passed() -> None:
+def test_minimum_overlap_of_each_class_must_be_exceeded() -> None:
     records = scene(
-        [thing("Car", place(0)), thing("Car", place(1)), thing("Pedestrian", place(2)), thing("Pedestrian", place(3))]
+        [
+            annotation("Car", place(0)),
+            annotation("Car", place(1)),
+            annotation("Pedestrian", place(2)),
+            annotation("Pedestrian", place(3)),
+        ]
     )
 
     def shifted(index: int, part: float) -> list[float]:
@@ -156,17 +166,17 @@ def test_the_least_overlap_is_that_of_the_class_and_must_be_passed() -> None:
         assert result["AP40_hard-Pedestrian"] == pytest.approx(walker * 100 / 40)
 
 
-def test_a_low_detection_that_hides_an_object_makes_it_neither_found_nor_missed() -> None:
+def test_object_matched_to_a_small_detection_is_neither_found_nor_missed() -> None:
     # 41 pixels high; the detection has 39, so that it is too low where 40 are asked, and of another class.
-    records = scene([thing("Car", place(0, 41)), thing("Car", place(1, 41))])
+    records = scene([annotation("Car", place(0, 41)), annotation("Car", place(1, 41))])
     result = evaluate(records, [(place(0, 39), WALKER, 0.9), (place(1, 41), CAR, 0.8)])
     assert result["AP40_easy-Car"] == 0  # one found of two: the first point alone
     assert result["AP11_easy-Car"] == pytest.approx(100 / 11)
-    assert result["AP11_easy-Pedestrian"] != 0  # NaN: there is none
+    assert result["AP11_easy-Pedestrian"] != 0  # NaN: no object
 
 
 @pytest.mark.parametrize("count", [1, 3, 39, 40, 41, 100, 1000])
-def test_thresholds_are_41_at_most_and_among_the_scores(count: int) -> None:
+def test_at_most_41_thresholds_are_chosen_from_the_scores(count: int) -> None:
     scores = np.random.default_rng(count).random(count).tolist()
     for objects in (count, 2 * count, count + 7):
         thresholds = recall_thresholds(scores, objects)
@@ -188,18 +198,18 @@ def overlap(a: list[float], b: list[float], own: bool = False) -> float:
 
 
 def statistics(
-    things: list[dict[str, Any]],
+    annotations: list[dict[str, Any]],
     found: list[tuple[list[float], int, float]],
     ignored_thing: list[int],
     ignored_found: list[int],
     least: float,
     threshold: float | None,
 ) -> tuple[list[float], int, int]:
-    """Scores of hits, number of hits, number of false ones; without a threshold, objects take the best score."""
+    """Scores of hits, number of hits and of false positives; without a threshold, match the highest score."""
     assigned = [False] * len(found)
     below = [threshold is not None and score < threshold for _, _, score in found]
     scores = []
-    for i, item in enumerate(things):
+    for i, item in enumerate(annotations):
         if ignored_thing[i] == -1:
             continue
         chosen, best_score, best_overlap, by_low = -1, -1e7, 0.0, False
@@ -224,7 +234,7 @@ def statistics(
     for j, (box, _, _) in enumerate(found):
         if assigned[j] or ignored_found[j] != 0 or below[j]:
             continue
-        regions = [item["bbox"] for item in things if item["type"] == "DontCare"]
+        regions = [item["bbox"] for item in annotations if item["type"] == "DontCare"]
         false += not any(overlap(box, region, own=True) > least for region in regions)
     return scores, len(scores), false
 
@@ -292,15 +302,17 @@ def random_scene(seed: int) -> tuple[Records, Found]:
     kinds = ["Car", "Car", "Car", "Van", "Pedestrian", "Pedestrian", "Person_sitting", "Cyclist", "Truck", "DontCare"]
     images, found = [], {}
     for index in range(int(rng.integers(2, 60 if seed % 8 == 0 else 14))):
-        things = []
+        annotations = []
         for _ in range(int(rng.integers(0, 8))):
             corner, side = rng.integers(0, 60, 2), rng.choice([20, 25, 30, 39, 40, 45, 60], 2)
             box = [*corner.astype(float), *(corner + side).astype(float)]
-            things.append(
-                thing(str(rng.choice(kinds)), box, int(rng.integers(0, 4)) // 2, float(rng.choice([0, 0, 0.2, 0.4])))
+            annotations.append(
+                annotation(
+                    str(rng.choice(kinds)), box, int(rng.integers(0, 4)) // 2, float(rng.choice([0, 0, 0.2, 0.4]))
+                )
             )
         boxes: list[tuple[list[float], int, float]] = []
-        for item in [*things, *things]:
+        for item in [*annotations, *annotations]:
             for _ in range(int(rng.integers(0, 3))):
                 moved = np.array(item["bbox"]) + rng.normal(0, rng.choice([0.3, 2, 6]), 4)
                 moved[2:] = np.maximum(moved[2:], moved[:2] + 1)
@@ -308,7 +320,7 @@ def random_scene(seed: int) -> tuple[Records, Found]:
                 own = CLASSES.index(item["type"]) if item["type"] in CLASSES and rng.random() < 0.7 else rng.integers(3)
                 boxes.append((box, int(own), float(np.float32(rng.integers(1, 20) / 20))))
         order = rng.permutation(len(boxes))
-        images.append(things)
+        images.append(annotations)
         found[f"{index:06d}"] = [boxes[i] for i in order]
     return scene(*images), found
 
@@ -328,7 +340,7 @@ def test_random_scenes_equal_the_official_loops(seed: int) -> None:
             assert ap11 == pytest.approx(100 * sum(precision[::4]) / 11, abs=1e-9)
 
 
-def test_random_scenes_show_something() -> None:
+def test_random_scenes_cover_all_cases() -> None:
     results = []
     for seed in range(0, 40, 2):
         records, found = random_scene(seed)
@@ -352,20 +364,20 @@ def test_perfect_detections_of_the_samples(samples: Path, count: int, log_lines:
     assert (result["AP11_moderate-Pedestrian"], result["AP11_moderate-Car"]) == pytest.approx((100 / 11, 100 / 11))
     assert result["AP40_moderate"] == 0
     assert math.isnan(result["AP40_hard-Cyclist"]) and math.isnan(result["AP40_easy-Car"])
-    assert any("leaves out the first of the 41 points" in line for line in log_lines)
+    assert any("excludes the first of the 41 points" in line for line in log_lines)
     assert any(line.startswith("KITTI's AP of sample") and "Cyclist" in line for line in log_lines)
 
 
 def test_an_ap_of_0_or_nan_comes_with_the_reason(log_lines: list[str]) -> None:
-    assert evaluate(scene([thing("Car", place(0))]), [])["AP40_moderate"] == 0
-    assert "no detections at all" in log_lines[-1]
-    assert evaluate(scene([thing("Car", place(0))]), [(place(1), CAR, 0.9)])["AP40_moderate"] == 0
+    assert evaluate(scene([annotation("Car", place(0))]), [])["AP40_moderate"] == 0
+    assert "no detections" in log_lines[-1]
+    assert evaluate(scene([annotation("Car", place(0))]), [(place(1), CAR, 0.9)])["AP40_moderate"] == 0
     assert "none of the 1 detections overlaps" in log_lines[-1] and "0.7 for Car" in log_lines[-1]
-    assert math.isnan(evaluate(scene([thing("Van", place(0))]), [(place(0), CAR, 0.9)])["AP40_moderate"])
+    assert math.isnan(evaluate(scene([annotation("Van", place(0))]), [(place(0), CAR, 0.9)])["AP40_moderate"])
     assert "no ground truth" in log_lines[-1]
 
 
-def test_order_of_images_changes_nothing() -> None:
+def test_results_do_not_depend_on_the_order_of_images() -> None:
     records, found = random_scene(8)
     straight = run(KittiEvaluator("order", records, CLASSES), found)
     turned = run(KittiEvaluator("order", records[::-1], CLASSES), dict(reversed(found.items())))

@@ -1,4 +1,4 @@
-"""VOC 2007's metric against Detectron2's voc_eval, all pairs of boxes, and arithmetic by hand."""
+"""VOC 2007's metric against Detectron2's voc_eval, all pairs of boxes, and results computed by hand."""
 
 from pathlib import Path
 
@@ -39,11 +39,11 @@ def test_voc07_equals_voc_eval_of_detectron2(samples: Path, tmp_path: Path, seed
     for name in VOC_CLASSES:
         assert results[f"AP50-{name}"] == pytest.approx(100 * expected[name], abs=1e-6)
     assert results["AP50"] == pytest.approx(100 * np.mean(list(expected.values())), abs=1e-6)
-    assert 20 < results["AP50"] < 95  # neither end of the scale would show much
+    assert 20 < results["AP50"] < 95  # far from both ends of the scale
 
 
 def test_voc07_by_hand() -> None:
-    # Four objects; by falling score: hit, miss, hit, the first object again (miss), hit.
+    # Four objects; by decreasing score: hit, miss, hit, the first object again (miss), hit.
     # Recall .25 .25 .50 .50 .75, precision 1 1/2 2/3 2/4 3/5. Greatest precision from a recall on:
     # 1 at 0 .1 .2, 2/3 at .3 .4 .5, 3/5 at .6 .7, 0 at .8 .9 1: (3 + 2 + 6/5) / 11 = 6.2 / 11.
     corners: list[list[float]] = [[0, 0, 50, 50], [100, 100, 150, 150], [0, 100, 50, 150], [100, 0, 150, 50]]
@@ -57,20 +57,20 @@ def test_voc07_by_hand() -> None:
             (corners[2], 0, 0.5),
         ]
     }
-    results = run(Voc07Evaluator("by_hand", records, ["thing"], True), found)["voc07"]
+    results = run(Voc07Evaluator("by_hand", records, ["annotation"], True), found)["voc07"]
     assert results["AP50"] == pytest.approx(100 * 6.2 / 11, abs=1e-9)
 
 
-def test_interpolated_ap_of_a_perfect_and_of_no_ranking() -> None:
+def test_interpolated_ap_of_a_perfect_and_an_empty_ranking() -> None:
     assert interpolated_ap(np.arange(1, 6) / 5, np.ones(5)) == 1
     assert interpolated_ap(np.zeros(0), np.zeros(0)) == 0
 
 
-def test_iou_of_exactly_one_half_is_a_miss() -> None:
+def test_iou_of_exactly_one_half_is_not_a_match() -> None:
     records = [record(1, [{"bbox": [0, 0, 10, 10], "category_id": 0}])]
     half: Found = {1: [([0, 0, 10, 5], 0, 0.9)]}
     more: Found = {1: [([0, 0, 10, 5.1], 0, 0.9)]}
-    evaluator = Voc07Evaluator("half", records, ["thing"], True)
+    evaluator = Voc07Evaluator("half", records, ["annotation"], True)
     assert run(evaluator, half)["voc07"]["AP50"] == 0
     assert run(evaluator, more)["voc07"]["AP50"] == pytest.approx(100)
 

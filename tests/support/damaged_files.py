@@ -1,4 +1,4 @@
-"""Files that no library writes: a PNG with a huge header, MATLAB structures as SVHN's."""
+"""Files that no library writes: a PNG with a huge size in its header, MATLAB structures like SVHN's."""
 
 import struct
 import zlib
@@ -12,7 +12,7 @@ from relvit_d2.data.detection.svhn import FIELDS
 
 
 def huge_png() -> bytes:
-    """A PNG of a few bytes whose header promises ten thousand million pixels."""
+    """Return a PNG of a few bytes whose header declares ten billion pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -22,7 +22,7 @@ def huge_png() -> bytes:
 
 
 def write_mat(path: Path, rows: Sequence[tuple[str, Sequence[tuple[float, ...]]]]) -> None:
-    """Write ``(name, [(left, top, width, height, label), ...])`` in MATLAB's structure."""
+    """Write rows ``(name, [(left, top, width, height, label), ...])`` in SVHN's MATLAB structure."""
     with h5py.File(path, "w") as file:
         names, boxes = [], []
         for index, (name, digits) in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Ground truth and detections that the tests of the evaluators share."""
+"""Ground truth and detections for the tests of the evaluators."""
 
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def instances(found: Sequence[tuple[list[float], int, float]], side: int = 200) 
 
 
 def run(evaluator: Any, found: Found) -> dict[str, dict[str, float]]:
-    """Results of an evaluator that sees the images in the order of ``found``, two at a time."""
+    """Return an evaluator's results for the images in the order of ``found``, two per batch."""
     evaluator.reset()
     ids = list(found)
     for start in range(0, len(ids), 2):
@@ -66,7 +66,7 @@ def voc_records(samples: Path) -> Records:
 
 
 def voc_style_records(folder: Path, classes: Sequence[str]) -> Records:
-    """What the folder ``Annotations`` holds, read apart from the package's own reader; boxes without area left out."""
+    """Read the folder ``Annotations`` independently of the package; boxes without area are left out."""
     records = []
     for path in sorted((folder / "Annotations").glob("*.xml")):
         root = ET.parse(path).getroot()

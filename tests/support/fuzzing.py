@@ -1,7 +1,7 @@
-"""Mutated data sets for every reader: what is sound, and what a reader may answer.
+"""Small valid data sets for every reader, and the checks of a reader's result on damaged ones.
 
-``READERS`` is the table. A reader that joins the project is one more line: what it is called, how a small sound set is
-written into a data root, and how it is read. ``mutations`` spoils it, each file by its ending.
+Add a line to ``READERS`` for every new reader: its name, the function that writes a small valid data set into a data
+root, and the function that reads it. ``mutations`` damages it by file extension.
 """
 
 import json
@@ -21,11 +21,11 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from relvit_d2.data.classification.datasets import get_class_set
-from relvit_d2.data.detection import custom
 from relvit_d2.data.detection.catalog import DATASETS, get_images, get_records
 from relvit_d2.data.images.archive import Member
 from relvit_d2.data.images.decode import image_size, read_rgb
 from relvit_d2.utils.errors import UserError
+from tests.support.custom_data import read_all
 from tests.support.damaged_files import write_mat
 
 
@@ -37,7 +37,7 @@ def noise(path: Path, seed: int, size: tuple[int, int] = (40, 30), mode: str = "
 
 
 def make_voc(root: Path) -> None:
-    """Write VOC's train list with three images."""
+    """Write VOC's train split with three images."""
     folder = root / "VOC2007"
     for part in ("Annotations", "ImageSets/Main"):
         (folder / part).mkdir(parents=True)
@@ -66,7 +66,7 @@ def make_coco(root: Path) -> None:
     from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 
     ids = [category["id"] for category in COCO_CATEGORIES if category["isthing"]]
-    images, things = [], []
+    images, annotations = [], []
     for number in range(1, 4):
         name = f"00000000000{number}.jpg"
         noise(root / "coco/val2017" / name, number)
@@ -75,13 +75,13 @@ def make_coco(root: Path) -> None:
         runs = {"size": [30, 40], "counts": [100, 50, 1050]}
         for key, shape, crowd in ((1, polygon, 0), (2, runs, 1), (3, [[20, 5, 30, 5, 30, 25]], 0)):
             box = [2, 2, 10, 10] if key == 1 else [20, 5, 10, 20]
-            things.append(
+            annotations.append(
                 {"id": 10 * number + key, "image_id": number, "category_id": ids[key * number], "bbox": box}
                 | {"area": 100, "iscrowd": crowd, "segmentation": shape}
             )
     categories = [{"id": key, "name": name} for key, name in zip(ids, classes, strict=True)]
     (root / "coco/annotations").mkdir()
-    document = {"images": images, "annotations": things, "categories": categories}
+    document = {"images": images, "annotations": annotations, "categories": categories}
     (root / "coco/annotations/instances_val2017.json").write_text(json.dumps(document))
 
 
@@ -121,7 +121,7 @@ def make_images(root: Path) -> None:
 
 
 def make_yolo(root: Path) -> None:
-    """Write images, boxes, a polygon and the names of the classes as Ultralytics lays them out."""
+    """Write images, boxes, a polygon and class names in Ultralytics' layout."""
     for number in range(1, 4):
         noise(root / f"images/train/{number}.jpg", number)
     (root / "labels/train").mkdir(parents=True)
@@ -131,19 +131,19 @@ def make_yolo(root: Path) -> None:
 
 
 def make_archives(root: Path) -> None:
-    """Write a tar and a zip with the images of :func:`make_images`, the zip's packed in three ways."""
+    """Write a tar and a zip with the images of :func:`make_images`; the zip uses three compression methods."""
     make_images(root)
     files = sorted(path for path in (root / "images").rglob("*") if path.is_file())
     with tarfile.open(root / "photos.tar", "w") as tar, zipfile.ZipFile(root / "photos.zip", "w") as packed:
-        for place, path in enumerate(files):
+        for index, path in enumerate(files):
             name = path.relative_to(root).as_posix()
             tar.add(path, name)
-            packed.write(path, name, (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA)[place % 3])
+            packed.write(path, name, (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA)[index % 3])
     shutil.rmtree(root / "images")
 
 
 def make_classes(root: Path) -> None:
-    """Write a zip and a tar with two folders of images each, one a class."""
+    """Write a zip and a tar with a folder of images for each of two classes."""
     for name in ("cat", "dog"):
         for number in range(2):
             noise(root / f"{name}/{number}.png", number)
@@ -156,7 +156,7 @@ def make_classes(root: Path) -> None:
 
 
 def read_classes(archive: Path) -> list[dict[str, Any]]:
-    """Read images with a class each, as records without objects."""
+    """Read a classification data set as records without objects."""
     found = get_class_set(str(archive))
     assert len(found.classes) > 1 and len(found.labels) == len(found)
     return [
@@ -167,7 +167,7 @@ def read_classes(archive: Path) -> list[dict[str, Any]]:
 
 
 def read_images(*sources: Path) -> list[dict[str, Any]]:
-    """List sources of images and decode all that can be decoded, as pre-training does."""
+    """List images and decode those that are readable, as pre-training does."""
     records = []
     for path in [image for source in sources for image in get_images(str(source))]:
         with suppress(UserError):
@@ -180,7 +180,7 @@ def read_images(*sources: Path) -> list[dict[str, Any]]:
     return records
 
 
-MANY = 120  # classes at most that a spoilt set of at most 80 can have
+MANY = 120  # upper limit of classes in a damaged data set of at most 80
 
 
 @dataclass(frozen=True)
@@ -188,10 +188,10 @@ class Reader:
     """One reader.
 
     Attributes:
-        make: writes a small sound set into a data root.
+        make: writes a small valid data set into a data root.
         read: reads it; ``DETECTRON2_DATASETS`` is the data root.
-        classes: how many it knows.
-        links: whether it follows links, since the user alone says what it reads.
+        classes: number of classes.
+        links: whether it follows links, since all paths are given by the user.
     """
 
     make: Callable[[Path], None]
@@ -201,7 +201,7 @@ class Reader:
 
 
 def of_catalog(make: Callable[[Path], None], name: str) -> Reader:
-    """A reader behind a name of the catalog."""
+    """Return the reader of a data set of the catalog."""
     return Reader(make, lambda _: get_records(name), len(DATASETS[name].classes))
 
 
@@ -210,11 +210,11 @@ READERS = {
     "svhn": of_catalog(make_svhn, "svhn_test"),
     "coco": of_catalog(make_coco, "coco_2017_val"),
     "kitti": of_catalog(make_kitti, "kitti_train"),
-    # What a user brings along has the classes that it says it has.
-    "own_coco": Reader(make_coco, custom.READERS["coco"], MANY),
-    "own_voc": Reader(make_voc, custom.READERS["voc"], MANY),
-    "own_xml": Reader(make_xml, custom.READERS["voc"], MANY),
-    "own_yolo": Reader(make_yolo, custom.READERS["yolo"], MANY),
+    # The classes of custom data sets are those in their files.
+    "custom_coco": Reader(make_coco, lambda root: read_all(root, "coco"), MANY),
+    "custom_voc": Reader(make_voc, lambda root: read_all(root, "voc"), MANY),
+    "custom_xml": Reader(make_xml, lambda root: read_all(root, "voc"), MANY),
+    "custom_yolo": Reader(make_yolo, lambda root: read_all(root, "yolo"), MANY),
     "images": Reader(make_images, lambda root: read_images(root / "images"), links=True),
     "zip": Reader(make_archives, lambda root: read_images(root / "photos.zip")),
     "tar": Reader(make_archives, lambda root: read_images(root / "photos.tar")),
@@ -224,7 +224,7 @@ READERS = {
 
 
 def check_records(records: list[dict[str, Any]], root: Path, classes: int) -> None:
-    """What a reader promises of what it returns."""
+    """Assert that records are valid."""
     real = os.path.realpath(root)
     ids = [record["image_id"] for record in records]
     assert len(set(ids)) == len(ids)
@@ -232,11 +232,11 @@ def check_records(records: list[dict[str, Any]], root: Path, classes: int) -> No
         assert os.path.realpath(record["file_name"]).startswith(real + os.sep), record["file_name"]
         width, height = record["width"], record["height"]
         assert type(width) is int and type(height) is int and width > 0 and height > 0
-        for thing in record.get("annotations", []):
-            assert type(thing["category_id"]) is int and 0 <= thing["category_id"] < classes
-            assert thing["iscrowd"] in (0, 1)
-            x0, y0, x1, y1 = BoxMode.convert(thing["bbox"], thing["bbox_mode"], BoxMode.XYXY_ABS)
-            assert 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height, thing["bbox"]
+        for annotation in record.get("annotations", []):
+            assert type(annotation["category_id"]) is int and 0 <= annotation["category_id"] < classes
+            assert annotation["iscrowd"] in (0, 1)
+            x0, y0, x1, y1 = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
+            assert 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height, annotation["bbox"]
 
 
 _watched: list[str] | None = None
@@ -252,26 +252,26 @@ sys.addaudithook(_watch)
 
 @contextmanager
 def nothing_else_is_opened(*allowed: Path) -> Iterator[None]:
-    """Fail if a file is opened that lies in none of ``allowed`` and is not Python's custom.
+    """Fail if a file outside ``allowed`` and Python's own folders is opened.
 
-    Python's audit sees what Python opens; HDF5's library opens its files by itself.
+    Python's audit hook reports only files that Python opens, not those of the HDF5 library.
     """
     global _watched
     _watched = []
     try:
         yield
-        python = [Path(place) for place in (sys.prefix, sys.base_prefix, "/proc", "/dev/null")]
-        roots = {os.path.realpath(place) for place in (*python, Path(__file__).parents[2], *allowed)}
-        strays = [
+        python = [Path(path) for path in (sys.prefix, sys.base_prefix, "/proc", "/dev/null")]
+        roots = {os.path.realpath(path) for path in (*python, Path(__file__).parents[2], *allowed)}
+        outside = [
             path for path in _watched if not any(path == root or path.startswith(root + os.sep) for root in roots)
         ]
-        assert not strays, f"read outside the data root: {strays}"
+        assert not outside, f"read outside the data root: {outside}"
     finally:
         _watched = None
 
 
 def outcome(reader: Reader, root: Path, *allowed: Path) -> list[dict[str, Any]] | UserError:
-    """Read a spoilt set: sound records or one sentence, and nothing read that lies elsewhere."""
+    """Return valid records or a one-sentence error of a damaged set; assert that no other file is read."""
     with nothing_else_is_opened(root.parent if reader.links else root, *allowed):
         try:
             records = reader.read(root)

@@ -1,7 +1,7 @@
-"""The classification sets by name: where they lie and how they are read.
+"""Classification data sets by name: their location and their reader.
 
-``torchvision`` downloads what it knows (``DATASETS.DOWNLOAD``) and checks its files; the rest lies in folders, one a
-class.
+``torchvision`` downloads the sets that it supports (``DATASETS.DOWNLOAD``) and checks their files; the others are
+folders with a folder for each class.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from detectron2.utils import comm
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN, Flowers102
 
-from relvit_d2.data.classification.image_folder import LabelledImages, archive_of, read_tree, together
+from relvit_d2.data.classification.image_folder import LabelledImages, archive_of, concatenate, read_tree
 from relvit_d2.data.classification.imagenet100 import synsets
 from relvit_d2.data.detection.catalog import dataset_root, subset
 from relvit_d2.data.images.batches import ImageStack
@@ -23,25 +23,25 @@ from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.registry import Registry
 
 Reader = Callable[[bool, str], LabelledImages]
-"""Reads a set: whether it may be downloaded, and ``DATASETS.SYNSETS``."""
+"""Reads a data set; arguments: whether it may be downloaded, and ``DATASETS.SYNSETS``."""
 
 CLASS_SETS: Registry[Reader] = Registry("classification set")
 
 _JPEG_NOTE = (
-    "JPEG copies of CIFAR-10's images, 5.9 grey levels from the official pixels in the mean (of 600 images compared)"
+    "JPEG copies of CIFAR-10's images, which differ from the official pixels by 5.9 gray levels on average (600 images)"
 )
 
 
 def is_class_set(name: str) -> bool:
-    """Whether ``name``, or what it is a subset of, is a classification set or lies in an archive."""
+    """Whether ``name``, which may be a subset, is a classification set or a path into an archive."""
     base, _ = subset(name)
     return base in CLASS_SETS or archive_of(Path(base).expanduser()) is not None
 
 
 def get_class_set(name: str, download: bool = False, synset_file: str = "") -> LabelledImages:
-    """Return a set of ``CLASS_SETS``, or a tree of classes by its path, which may lead into an archive.
+    """Return a set of ``CLASS_SETS``, or a folder of class folders, which may be inside an archive.
 
-    ``NAME[:500]`` and ``NAME[:10%]`` take that many of its images, and of the classes in turn.
+    ``NAME[:500]`` and ``NAME[:10%]`` are subsets with equally many images of each class, up to one.
 
     Args:
         name: the name or the path.
@@ -49,13 +49,13 @@ def get_class_set(name: str, download: bool = False, synset_file: str = "") -> L
         synset_file: see :func:`relvit_d2.data.classification.imagenet100.synsets`.
 
     Raises:
-        UserError: for an unknown name, or missing or damaged data.
+        UserError: the name is unknown, or the data are missing or damaged.
     """
     return _listed(name, download, synset_file).decoded()
 
 
 def _listed(name: str, download: bool, synset_file: str) -> LabelledImages:
-    base, some = subset(name)
+    base, select = subset(name)
     if base in CLASS_SETS:
         whole = CLASS_SETS[base](download, synset_file)
     elif "/" in base or Path(base).exists():
@@ -63,35 +63,37 @@ def _listed(name: str, download: bool, synset_file: str) -> LabelledImages:
         whole = read_tree(path, note=_JPEG_NOTE if _is_jpeg_cifar(path) else "")
     else:
         whole = CLASS_SETS[base](download, synset_file)  # raises, with the nearest name
-    order = whole.in_turn()
-    chosen = some(order.tolist())
+    order = whole.class_interleaved()
+    chosen = select(order.tolist())
     return whole if len(chosen) == len(whole) else whole.take(torch.tensor(chosen))
 
 
 def list_class_sets(key: str, names: Sequence[str], download: bool = False, synset_file: str = "") -> LabelledImages:
-    """Return the images of several sets together, those in files not decoded; of several processes one downloads.
+    """Return the concatenated images of several sets, files not decoded; only the main process downloads.
 
     Args:
-        key: the config key that names them, for the message.
+        key: the config key with the names, for the message.
         names, download, synset_file: see :func:`get_class_set`.
 
     Raises:
-        UserError: if there are none, or as :func:`get_class_set`.
+        UserError: ``names`` is empty, or as :func:`get_class_set`.
     """
     if not names:
-        raise UserError(f"{key} is empty; name a set, such as ('cifar10_train',), or a folder with a folder a class")
+        raise UserError(
+            f"{key} is empty: set it to a data set, such as ('cifar10_train',), or a folder with a folder per class"
+        )
     if download and not comm.is_main_process():
         comm.synchronize()
     sets = [_listed(name, download, synset_file) for name in names]
     if download and comm.is_main_process():
         comm.synchronize()
     if len({isinstance(part.images, ImageStack) for part in sets}) > 1:
-        sets = [part.decoded() for part in sets]  # pixels and files do not make one sequence
-    return together(sets)
+        sets = [part.decoded() for part in sets]  # pixels and files cannot be concatenated
+    return concatenate(sets)
 
 
 def get_class_sets(key: str, names: Sequence[str], download: bool = False, synset_file: str = "") -> LabelledImages:
-    """Return the images of several sets together, decoded if they are small; arguments as :func:`list_class_sets`."""
+    """Return :func:`list_class_sets`, decoded if they are small."""
     return list_class_sets(key, names, download, synset_file).decoded()
 
 
@@ -111,7 +113,7 @@ def _checked(what: str, place: Path, download: bool, make: Callable[[], Any]) ->
 
 
 def _stack(name: str, pixels: np.ndarray, labels: Any, classes: Sequence[str]) -> LabelledImages:
-    """Make a set of ``(n, 3, h, w)`` pixels."""
+    """Create a data set from ``(n, 3, h, w)`` pixels."""
     return LabelledImages(
         name, ImageStack(torch.from_numpy(np.ascontiguousarray(pixels)), name), _labels(labels), tuple(classes)
     )
@@ -170,9 +172,9 @@ def _imagenet(split: str, hundred: bool, download: bool, synset_file: str) -> La
     return read_tree(root / split, synsets(synset_file) if hundred else None, name)
 
 
-def _extracted(what: str, place: str) -> Path:
-    """Return a folder under the data root that nothing here downloads."""
-    root = dataset_root() / place
+def _extracted(what: str, name: str) -> Path:
+    """Return a folder under the data root that cannot be downloaded automatically."""
+    root = dataset_root() / name
     if not root.is_dir():
         raise UserError(f"{what} is missing: put it, extracted, at {root} (DETECTRON2_DATASETS)")
     return root

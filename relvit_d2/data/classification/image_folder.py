@@ -1,4 +1,4 @@
-"""Labelled images as a folder, or a zip or tar of a folder, with a folder of images for each class."""
+"""Classification data sets as a folder, zip or tar with a folder of images for each class."""
 
 import io
 import tarfile
@@ -23,17 +23,17 @@ IN_MEMORY = 2**31  # bytes of decoded pixels up to which images of one size are 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """A set of images with a class each.
+    """Images with a class each.
 
     Attributes:
         name: for messages.
-        images: a stack, or what :class:`relvit_d2.data.detection.mapper.ImageReader` reads.
+        images: a stack, or files for :class:`relvit_d2.data.detection.mapper.ImageReader`.
         labels: ``(n,)`` int64, indices into ``classes``.
         classes: their names.
-        note: what has to be said beside a figure of it, or nothing.
+        note: remark to print beside its results, or "".
 
     Raises:
-        UserError: if there is no image, or a label is out of range.
+        UserError: there is no image, or a label is out of range.
     """
 
     name: str
@@ -44,27 +44,29 @@ class LabelledImages:
 
     def __post_init__(self) -> None:
         if not len(self.labels) or len(self.labels) != len(self.images):
-            raise UserError(f"data set '{self.name}' has {len(self.images)} images and {len(self.labels)} labels")
+            raise UserError(
+                f"data set '{self.name}' has {len(self.images)} images and {len(self.labels)} labels: correct it"
+            )
         wrong = ((self.labels < 0) | (self.labels >= len(self.classes))).nonzero()
         if len(wrong):
-            at = int(wrong[0])
+            index = int(wrong[0])
             raise UserError(
-                f"image {at} of data set '{self.name}' has the label {int(self.labels[at])}, out of range for its "
-                f"{len(self.classes)} classes: correct the label"
+                f"image {index} of data set '{self.name}' has the label {int(self.labels[index])}, out of range for "
+                f"its {len(self.classes)} classes: correct the label"
             )
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, index: Tensor) -> "LabelledImages":
-        """Return the images whose numbers stand in ``index``, ``(n,)`` int64."""
+        """Return the images with the indices ``index``, ``(n,)`` int64."""
         return LabelledImages(self.name, take(self.images, index), self.labels[index], self.classes, self.note)
 
     def decoded(self) -> "LabelledImages":
-        """Return the images as a stack if they are of one size and take at most ``IN_MEMORY`` bytes, else as they are.
+        """Return the images as a stack if they have one size and at most ``IN_MEMORY`` bytes, else unchanged.
 
         Raises:
-            UserError: if an image is damaged.
+            UserError: an image is damaged.
         """
         files = self.images
         if isinstance(files, ImageStack):
@@ -73,31 +75,31 @@ class LabelledImages:
         if 3 * height * width * len(files) > IN_MEMORY:
             return self
         read, stack = ImageReader(0), torch.empty(len(files), 3, height, width, dtype=torch.uint8)
-        for place, file in zip(stack, files, strict=True):
+        for target, file in zip(stack, files, strict=True):
             pixels = read(file)
-            if pixels.shape != place.shape:
+            if pixels.shape != target.shape:
                 return self
-            place.copy_(pixels)
+            target.copy_(pixels)
         return LabelledImages(self.name, ImageStack(stack, self.name), self.labels, self.classes, self.note)
 
-    def in_turn(self) -> Tensor:
-        """Return the images' numbers, ``(n,)`` int64: the first of each class, then the second of each, and so on."""
-        return (places(self.labels) * len(self.classes) + self.labels).argsort()
+    def class_interleaved(self) -> Tensor:
+        """Return image indices, ``(n,)`` int64: the first of each class, then the second of each, and so on."""
+        return (rank_in_class(self.labels) * len(self.classes) + self.labels).argsort()
 
 
-def places(labels: Tensor) -> Tensor:
-    """Return how many images of its own class come before each image; ``(n,)`` int64 both."""
+def rank_in_class(labels: Tensor) -> Tensor:
+    """Return the number of images of the same class before each image; ``(n,)`` int64 both."""
     order, counts = labels.argsort(stable=True), labels.bincount()
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order)) - (counts.cumsum(0) - counts)[labels[order]]
-    return place
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order)) - (counts.cumsum(0) - counts)[labels[order]]
+    return rank
 
 
-def together(parts: Sequence[LabelledImages]) -> LabelledImages:
-    """Return the images of all parts in a row.
+def concatenate(parts: Sequence[LabelledImages]) -> LabelledImages:
+    """Concatenate data sets.
 
     Raises:
-        UserError: if their classes differ.
+        UserError: their classes differ.
     """
     first = parts[0]
     for part in parts[1:]:
@@ -110,31 +112,27 @@ def together(parts: Sequence[LabelledImages]) -> LabelledImages:
 
 
 def check_same_classes(one: LabelledImages, other: LabelledImages) -> None:
-    """Refuse two sets of different classes, naming one that only one of them has.
-
-    Raises:
-        UserError: if their classes differ.
-    """
+    """Raise a ``UserError`` if the classes of two data sets differ."""
     if one.classes == other.classes:
         return
-    odd = sorted(set(one.classes) ^ set(other.classes))
-    which = f", '{odd[0]}' is in one of them only" if odd else " in another order"
+    unmatched = sorted(set(one.classes) ^ set(other.classes))
+    which = f", '{unmatched[0]}' is only in one of them" if unmatched else " in another order"
     raise UserError(f"data sets '{one.name}' and '{other.name}' have different classes{which}: make them agree")
 
 
 @dataclass(frozen=True)
 class UnpackedImage(Member):
-    """An image of an archive, read already: a compressed one is read from end to end, once."""
+    """An image of a tar with its content: a compressed tar can only be read sequentially, once."""
 
     content: bytes = field(repr=False)
 
     def open(self, limit: int = -1) -> io.BytesIO:
-        """See :class:`Member`."""
+        """Return the bytes, or the first ``limit`` if that is not negative."""
         return io.BytesIO(self.content if limit < 0 else self.content[:limit])
 
 
 def archive_of(path: Path) -> tuple[Path, PurePosixPath] | None:
-    """Split a path that leads into an archive, ``a/b.tar.gz/train``, into the archive and what follows; else None."""
+    """Split a path into an archive, ``a/b.tar.gz/train``, into the archive and the path inside; None for others."""
     for archive in (path, *path.parents):
         if archive.is_file():
             return archive, PurePosixPath(path.relative_to(archive).as_posix())
@@ -142,25 +140,25 @@ def archive_of(path: Path) -> tuple[Path, PurePosixPath] | None:
 
 
 def read_tree(path: Path, classes: Sequence[str] | None = None, name: str = "", note: str = "") -> LabelledImages:
-    """Read a class-per-folder tree, or one in a zip or a tar archive (compressed or not).
+    """Read a folder, zip or tar (compressed or not) with a folder of images for each class.
 
     Args:
-        path: the folder of the folders, which may lie in an archive: ``cifar.tar.gz/train``.
-        classes: the folders that count, in the order of their labels; None for all, in order of name.
-        name: for messages; the path if it is empty.
+        path: the parent of the class folders, which may be inside an archive: ``cifar.tar.gz/train``.
+        classes: the class folders to read, in the order of their labels; None for all, in order of name.
+        name: for messages; default: the path.
         note: see :class:`LabelledImages`.
 
     Raises:
-        UserError: if there are no two classes, a class has no image, or the archive is damaged.
+        UserError: there are fewer than two classes, a class has no image, or the archive is damaged.
     """
     archive = archive_of(path)
     files = _read_archive(*archive) if archive else _list_folder(path, classes)
     if len(files) < 2:
-        raise UserError(f"'{path}' holds no classes: give a folder with a folder of images for each class")
+        raise UserError(f"'{path}' contains no class folders: use a folder with a folder of images for each class")
     known = tuple(classes or sorted(files))
     for folder in known:
         if not files.get(folder):
-            raise UserError(f"'{path}' has no image of the class '{folder}': put some there, or take the folder away")
+            raise UserError(f"'{path}' has no image of the class '{folder}': add some, or remove the folder")
     images = [file for folder in known for file in files[folder]]
     labels = torch.repeat_interleave(torch.arange(len(known)), torch.tensor([len(files[folder]) for folder in known]))
     return LabelledImages(name or str(path), images, labels, known, note)
@@ -168,7 +166,7 @@ def read_tree(path: Path, classes: Sequence[str] | None = None, name: str = "", 
 
 def _list_folder(path: Path, classes: Sequence[str] | None) -> dict[str, list[Any]]:
     if not path.is_dir():
-        raise UserError(f"the folder '{path}' does not exist: give a folder with a folder of images for each class")
+        raise UserError(f"the folder '{path}' does not exist: use a folder with a folder of images for each class")
     folders = [path / name for name in classes] if classes else sorted(p for p in path.iterdir() if p.is_dir())
     return {folder.name: list(list_images(folder)) for folder in folders if not folder.name.startswith(".")}
 
@@ -177,14 +175,17 @@ def _read_archive(archive: Path, inside: PurePosixPath) -> dict[str, list[Any]]:
     return (_read_zip if archive.suffix.lower() == ".zip" else _read_tar)(archive, inside)
 
 
+def _parts_below(name: str, folder: PurePosixPath) -> tuple[str, ...]:
+    """Return the parts of a member's name below ``folder``, () if it is elsewhere."""
+    path = PurePosixPath(name)
+    return path.relative_to(folder).parts if path.is_relative_to(folder) else ()
+
+
 def _read_zip(archive: Path, inside: PurePosixPath) -> dict[str, list[Any]]:
-    """Return the images of each class; they are unpacked when they are read, since a zip gives access to each."""
+    """Return the images of each class, unread: a zip allows random access."""
     files: defaultdict[str, list[Any]] = defaultdict(list)
     for member in list_members(archive, sorted(EXTENSIONS), folders=True):
-        place = PurePosixPath(member.name)
-        if not place.is_relative_to(inside):
-            continue
-        parts = place.relative_to(inside).parts
+        parts = _parts_below(member.name, inside)
         if parts and member.name.endswith("/"):
             files[parts[0]] += []
         elif len(parts) > 1:
@@ -197,19 +198,16 @@ def _read_tar(archive: Path, inside: PurePosixPath) -> dict[str, list[Any]]:
     try:
         with tarfile.open(archive) as tar:
             for member in each_member(tar):
-                place = PurePosixPath(member.name)
-                if not place.is_relative_to(inside):
-                    continue
-                parts = place.relative_to(inside).parts
+                parts = _parts_below(member.name, inside)
                 if not parts or any(part.startswith(".") for part in parts):
                     continue
                 if member.isdir():
                     files[parts[0]] += []
-                elif len(parts) > 1 and member.isfile() and place.suffix.lower() in EXTENSIONS:
+                elif len(parts) > 1 and member.isfile() and Path(member.name).suffix.lower() in EXTENSIONS:
                     content = tar.extractfile(member)
                     assert content is not None
                     image = UnpackedImage(archive, member.name, 0, member.size, content.read())
                     files[parts[0]].append(image)
     except (OSError, *ARCHIVE_DAMAGE) as error:
-        raise UserError(f"archive '{archive}' is damaged or no tar archive ({error}); get it anew") from error
+        raise UserError(f"archive '{archive}' is damaged or not a tar archive ({error}): download it again") from error
     return {name: sorted(images, key=str) for name, images in files.items()}

@@ -1,9 +1,9 @@
 """The hundred classes of ImageNet-100.
 
-Those of "Contrastive Multiview Coding" (Tian, Krishnan and Isola, 2020), ``imagenet100.txt`` of the authors' code
-(github.com/HobbitLong/CMC, bc687a2). RelViT's authors read another ImageNet-100, the Kaggle set ambityga/imagenet100,
-whose classes are the keys of its ``Labels.json`` (guglielmocamporese/relvit, c8be678,
-``datasets/dataset_option/imagenet100.py``): write them into a file, one a line, and give that as ``DATASETS.SYNSETS``.
+The default is the list of "Contrastive Multiview Coding" (Tian, Krishnan and Isola, 2020), ``imagenet100.txt`` of the
+authors' code (github.com/HobbitLong/CMC, bc687a2). RelViT's authors use another ImageNet-100, the Kaggle data set
+ambityga/imagenet100, whose classes are the keys of its ``Labels.json`` (guglielmocamporese/relvit, c8be678,
+``datasets/dataset_option/imagenet100.py``): write them to a file, one per line, and set ``DATASETS.SYNSETS`` to it.
 """
 
 from pathlib import Path
@@ -25,17 +25,21 @@ n04229816 n02100583 n03642806 n04336792 n03259280 n02116738 n02108089 n03424325 
 
 
 def synsets(file: str) -> list[str]:
-    """Return the names of ImageNet's folders that stand in ``file``, one a line, or CMC's hundred if it is empty.
+    """Return the class folders listed in ``file``, or CMC's if ``file`` is "".
 
     Raises:
-        UserError: if the file cannot be read or holds other words.
+        UserError: the file cannot be read or contains something else than synsets.
     """
     if not file:
         return CMC_SYNSETS.split()
     try:
         names = Path(file).read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"DATASETS.SYNSETS '{file}' cannot be read: give a text file with a synset a line") from error
-    if odd := next((name for name in names if not (name[:1] == "n" and name[1:].isdecimal())), None):
-        raise UserError(f"DATASETS.SYNSETS '{file}' holds '{odd}', which is no synset such as n02869837: correct it")
+        raise UserError(
+            f"DATASETS.SYNSETS '{file}' cannot be read: use a text file with one synset per line"
+        ) from error
+    if invalid := next((name for name in names if not (name[:1] == "n" and name[1:].isdecimal())), None):
+        raise UserError(
+            f"DATASETS.SYNSETS '{file}' contains '{invalid}', which is not a synset such as n02869837: correct it"
+        )
     return names

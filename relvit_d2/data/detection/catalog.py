@@ -1,6 +1,6 @@
-"""The data sets by name: where they lie, how they are read, and their place in Detectron2's catalogs.
+"""Data sets by name: their location, their reader, and their registration in Detectron2's catalogs.
 
-A name of Detectron2's own catalog that is not in ``DATASETS`` (a user's registration) is accepted everywhere too.
+Names that a user registered in Detectron2's catalog are accepted everywhere too.
 """
 
 import os
@@ -22,16 +22,16 @@ from detectron2.utils import comm
 from relvit_d2.data.cache import cache_root
 from relvit_d2.data.detection.coco import coco_images, load_coco
 from relvit_d2.data.detection.kitti import CLASS_SETS, kitti_ids, kitti_images, load_kitti, random_split, sequence_split
-from relvit_d2.data.detection.records import Record, existing
+from relvit_d2.data.detection.records import Record, existing_images
 from relvit_d2.data.detection.streets import ensure_streets
 from relvit_d2.data.detection.svhn import CLASS_NAMES as DIGITS
 from relvit_d2.data.detection.svhn import load_svhn, svhn_images
 from relvit_d2.data.detection.voc import load_voc, voc_images
 from relvit_d2.data.images.archive import ImageFile
-from relvit_d2.data.images.folder import is_source, list_images, unlabelled_images
+from relvit_d2.data.images.folder import is_image_source, list_images, unlabelled_images
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import write_text
-from relvit_d2.utils.paths import dataset_root, refuse_links_out
+from relvit_d2.utils.paths import DataRoot, dataset_root
 from relvit_d2.utils.registry import Registry
 
 _SUBSET = re.compile(r"(?P<base>.+)\[:(?P<amount>\d+(?:\.\d+)?)(?P<percent>%?)\]")
@@ -43,12 +43,12 @@ class DatasetEntry:
 
     Attributes:
         classes: names in the order of the category ids.
-        records: reads the labelled images (see :mod:`relvit_d2.data.detection.records`); takes whether to leave out
-            images that are listed but absent.
-        images: lists the images in the records' order without reading a label; takes the same.
-        metrics: how it is evaluated: ``"coco"``, ``"voc07"``, ``"kitti"``.
-        metadata: what Detectron2's evaluators want to know beside ``thing_classes``.
-        own_split: whether this project decides which images it holds (see :func:`keep_splits`).
+        records: reads the labelled images (see :mod:`relvit_d2.data.detection.records`); its argument is whether to
+            leave out images that are listed but missing.
+        images: lists the images in the records' order without reading a label; same argument.
+        metrics: the evaluators: ``"coco"``, ``"voc07"``, ``"kitti"``.
+        metadata: for Detectron2's evaluators, beside ``thing_classes``.
+        project_split: whether this project defines the split (see :func:`save_splits`).
     """
 
     classes: tuple[str, ...]
@@ -56,38 +56,38 @@ class DatasetEntry:
     images: Callable[[bool], list[Path]]
     metrics: tuple[str, ...] = ("coco",)
     metadata: Callable[[], dict[str, Any]] = lambda: {"evaluator_type": "coco"}
-    own_split: bool = False
+    project_split: bool = False
 
 
 DATASETS: Registry[DatasetEntry] = Registry("data set")
 
-_own: dict[str, DatasetEntry] = {}  # of the user, by name
+_custom: dict[str, DatasetEntry] = {}
 
 
 def register_all() -> None:
-    """Put every entry of ``DATASETS`` into Detectron2's catalogs, in place of what has its name there.
+    """Register every entry of ``DATASETS`` in Detectron2's catalogs, replacing entries of the same name.
 
-    Call it again after ``DETECTRON2_DATASETS`` changed.
+    Call it again after a change of ``DETECTRON2_DATASETS``.
     """
     for name in DATASETS:
-        _publish(name, DATASETS[name])
+        _register(name, DATASETS[name])
 
 
-def register_own(name: str, entry: DatasetEntry) -> None:
-    """Make a data set of the user known for this process, in place of an earlier one of the user's of that name.
+def register_custom(name: str, entry: DatasetEntry) -> None:
+    """Register a custom data set for this process, replacing an earlier custom one of the same name.
 
     Raises:
-        UserError: the name is that of a set of the package, or cannot be told from a subset or a path.
+        UserError: the name is that of another data set, or is not valid.
     """
-    if name in DATASETS or (name in DatasetCatalog and name not in _own):
-        raise UserError(f"'{name}' is a data set already: give yours another name under DATASETS.CUSTOM")
+    if name in DATASETS or (name in DatasetCatalog and name not in _custom):
+        raise UserError(f"'{name}' is a data set already: use another name under DATASETS.CUSTOM")
     if not re.fullmatch(r"[\w-]+", name):
-        raise UserError(f"'{name}' is no name for a data set: give letters, digits, _ and - under DATASETS.CUSTOM")
-    _own[name] = entry
-    _publish(name, entry)
+        raise UserError(f"'{name}' is not a valid data set name: use letters, digits, _ and - under DATASETS.CUSTOM")
+    _custom[name] = entry
+    _register(name, entry)
 
 
-def _publish(name: str, entry: DatasetEntry) -> None:
+def _register(name: str, entry: DatasetEntry) -> None:
     for catalog in (DatasetCatalog, MetadataCatalog):
         if name in catalog:
             catalog.remove(name)
@@ -96,17 +96,17 @@ def _publish(name: str, entry: DatasetEntry) -> None:
 
 
 def _entry(name: str) -> DatasetEntry | None:
-    return DATASETS[name] if name in DATASETS else _own.get(name)
+    return DATASETS[name] if name in DATASETS else _custom.get(name)
 
 
 def resolve(name: str) -> str:
-    """Return ``name`` once Detectron2's catalogs know it.
+    """Return ``name`` after registering it in Detectron2's catalogs if necessary.
 
-    ``NAME[:8]`` is the first 8 records of NAME in the reader's order, ``NAME[:10%]`` the first tenth (rounded down, one
-    at least); such a set is registered under its full name when it is asked for.
+    ``NAME[:8]`` is the first 8 records of NAME in the reader's order, ``NAME[:10%]`` the first tenth (rounded down, at
+    least one); such a subset is registered under its full name on request.
 
     Raises:
-        UserError: an unknown name, or a subset of nothing or of more than 100 percent.
+        UserError: the name is unknown, or the subset is empty or more than 100 percent.
     """
     _register_once()
     if name in DatasetCatalog:
@@ -115,7 +115,7 @@ def resolve(name: str) -> str:
     if base not in DatasetCatalog:
         DATASETS[base]  # raises, with the nearest name
     DatasetCatalog.register(name, lambda: take(DatasetCatalog.get(base)))
-    # Without json_file, dirname and the like: an evaluator would take the whole set for the truth.
+    # Without json_file, dirname and the like: an evaluator would use the ground truth of the whole set.
     keep = ("thing_classes", "thing_dataset_id_to_contiguous_id", "thing_colors", "metrics")
     known = MetadataCatalog.get(base).as_dict()
     MetadataCatalog.get(name).set(evaluator_type="coco", **{key: known[key] for key in keep if key in known})
@@ -123,14 +123,12 @@ def resolve(name: str) -> str:
 
 
 def get_records(name: str, skip_missing: bool = False) -> list[Record]:
-    """Return the records of a data set or subset, freshly read (see ``relvit_d2.data.detection.records``).
+    """Return the records of a data set or subset, newly read (see ``relvit_d2.data.detection.records``).
 
-    Args:
-        name: of the data set.
-        skip_missing: leave out images that are listed but absent, with a word in the log.
+    With ``skip_missing``, images that are listed but missing are left out with a warning.
 
     Raises:
-        UserError: an unknown name, or missing or damaged data.
+        UserError: the name is unknown, or the data are missing or damaged.
     """
     resolve(name)
     base, take = subset(name)
@@ -143,17 +141,19 @@ def get_records(name: str, skip_missing: bool = False) -> list[Record]:
             f"data set '{name}' cannot be read: '{error.filename}' {(error.strerror or 'is missing').lower()}; "
             f"put it there (DETECTRON2_DATASETS is '{dataset_root()}')"
         ) from error
-    return take(_existing_records(records, f"data set '{base}'", skip_missing))
+    paths = [Path(record["file_name"]) for record in records]
+    found = set(existing_images(paths, f"data set '{base}'", skip_missing, DataRoot()))
+    return take([record for record, path in zip(records, paths, strict=True) if path in found])
 
 
 def get_images(name: str, skip_missing: bool = False) -> list[ImageFile]:
-    """Return the images of a data set, or of what :func:`relvit_d2.data.images.folder.unlabelled_images` takes.
+    """Return the images of a data set, or of a source for :func:`relvit_d2.data.images.folder.unlabelled_images`.
 
-    No label is needed. The name of a data set goes before a folder of that name; ``./name`` is always a folder.
-    ``[:8]`` and the like take a part of either. Arguments are those of :func:`get_records`.
+    No label is needed. The name of a data set takes precedence over a folder of that name; ``./name`` is always a
+    folder. ``[:8]`` and the like select a subset of either. Arguments are those of :func:`get_records`.
 
     Raises:
-        UserError: an unknown name, or missing data.
+        UserError: the name is unknown, or the data are missing.
     """
     base, take = subset(name)
     if is_folder(name):
@@ -165,65 +165,62 @@ def get_images(name: str, skip_missing: bool = False) -> list[ImageFile]:
 
 
 def is_folder(name: str) -> bool:
-    """Whether :func:`get_images` takes ``name`` for a folder, or what else images come from, not for a data set."""
+    """Whether :func:`get_images` reads ``name`` as a folder or another source of images, not as a data set."""
     base, _ = subset(name)
-    known = base in DATASETS or base in _own or base in DatasetCatalog
-    return (Path(name).is_dir() and (os.sep in name or not known)) or os.sep in base or (not known and is_source(base))
-
-
-def _existing_records(records: list[Record], where: str, skip_missing: bool) -> list[Record]:
-    found = set(existing([Path(record["file_name"]) for record in records], where, skip_missing))
-    return [record for record in records if Path(record["file_name"]) in found]
+    known = base in DATASETS or base in _custom or base in DatasetCatalog
+    return (
+        (Path(name).is_dir() and (os.sep in name or not known))
+        or os.sep in base
+        or (not known and is_image_source(base))
+    )
 
 
 def get_metadata(name: str) -> Metadata:
     """Return Detectron2's metadata of a data set or subset: ``thing_classes``, ``metrics`` and more.
 
     Raises:
-        UserError: an unknown name.
+        UserError: the name is unknown.
     """
     return MetadataCatalog.get(resolve(name))
 
 
-def keep_splits(names: Iterable[str], output: Path) -> None:
-    """Write which images make up those of the data sets whose split is this project's.
+def save_splits(names: Iterable[str], output: Path) -> None:
+    """Write the image ids of those data sets whose split this project defines.
 
-    One id a line goes into ``splits/<name>.txt`` in ``output`` and, where that can be written, in the user's cache.
-
-    Args:
-        names: data sets and subsets (of which the whole set is told); others, and folders, are passed over.
-        output: the run's folder.
+    They are written to ``splits/<name>.txt`` in ``output``, one per line, and in the user's cache if possible.
+    For a subset, the ids of the whole set are written; folders are ignored.
 
     Raises:
-        UserError: if the data are missing or ``output`` cannot be written.
+        UserError: the data are missing or ``output`` cannot be written.
     """
-    bases = {base for name in names for base in [subset(name)[0]] if base in DATASETS and DATASETS[base].own_split}
+    bases = {base for name in names for base in [subset(name)[0]] if base in DATASETS and DATASETS[base].project_split}
     for base in sorted(bases) if comm.is_main_process() else ():
         ids = "".join(f"{Path(str(path)).stem}\n" for path in get_images(base))
-        (output / "splits").mkdir(parents=True, exist_ok=True)
-        write_text(output / "splits" / f"{base}.txt", ids)
+        _write_ids(output, base, ids)
         with suppress(OSError, UserError):
-            (cache_root() / "splits").mkdir(parents=True, exist_ok=True)
-            write_text(cache_root() / "splits" / f"{base}.txt", ids)
+            _write_ids(cache_root(), base, ids)
 
 
-@cache
-def _register_once() -> None:
-    register_all()
+def _write_ids(folder: Path, name: str, ids: str) -> None:
+    (folder / "splits").mkdir(parents=True, exist_ok=True)
+    write_text(folder / "splits" / f"{name}.txt", ids)
+
+
+_register_once = cache(register_all)
 
 
 def subset(name: str) -> tuple[str, Callable[[list], list]]:
-    """Return the name without its ``[:...]`` and the function that takes that many from a list.
+    """Return the name without its ``[:...]`` and a function that selects that subset of a list.
 
-    A path that exists is a name as it is, brackets or not.
+    An existing path with brackets is not a subset.
     """
     match = _SUBSET.fullmatch(name)
-    if not match or os.path.exists(os.path.expanduser(name)):  # noqa: PTH110,PTH111  (False for what is not a path)
+    if not match or os.path.exists(os.path.expanduser(name)):  # noqa: PTH110,PTH111  (False for an invalid path)
         return name, list
     amount, percent = float(match["amount"]), bool(match["percent"])
     if amount == 0 or (percent and amount > 100) or not (percent or amount.is_integer()):
         raise UserError(
-            f"'{name}' is no subset: write {match['base']}[:8] for the first 8 images, "
+            f"'{name}' is not a valid subset: write {match['base']}[:8] for the first 8 images, "
             f"{match['base']}[:10%] for the first 10 percent"
         )
     if percent:
@@ -231,42 +228,38 @@ def subset(name: str) -> tuple[str, Callable[[list], list]]:
     return match["base"], lambda items: items[: int(amount)]
 
 
-def part_of(name: str, share: float) -> str:
-    """Return the name of the first ``share``, 0..1, of a data set or subset, one image at least."""
+def subset_name(name: str, fraction: float) -> str:
+    """Return the name of the first ``fraction``, 0..1, of a data set or subset, at least one image."""
     match = _SUBSET.fullmatch(name)
     if match and not match["percent"]:
-        return f"{match['base']}[:{max(int(float(match['amount']) * share), 1)}]"
+        return f"{match['base']}[:{max(int(float(match['amount']) * fraction), 1)}]"
     base, percent = (match["base"], float(match["amount"])) if match else (name, 100.0)
-    return f"{base}[:{f'{percent * share:.6f}'.rstrip('0').rstrip('.')}%]"
+    return f"{base}[:{f'{percent * fraction:.6f}'.rstrip('0').rstrip('.')}%]"
 
 
-def _find(what: str, *places: str) -> Path:
-    """Return the first of ``places`` under the data root that exists."""
+def _find(what: str, *locations: str) -> Path:
+    """Return the first of ``locations`` under the data root that exists."""
     root = dataset_root()
-    for place in places:
-        if (root / place).exists():
-            if (root / place).is_file():
-                refuse_links_out([root / place])
-            return root / place
+    for path in (root / location for location in locations):
+        if path.exists():
+            if path.is_file():
+                DataRoot().check_links([path])
+            return path
     value = os.environ.get("DETECTRON2_DATASETS")
-    state = f"is '{value}'" if value else f"is not set, so it stands for {root.absolute()}"
+    state = f"is '{value}'" if value else f"is not set and defaults to {root.absolute()}"
     raise UserError(
-        f"{what} is missing: put it at {' or '.join(f'$DETECTRON2_DATASETS/{place}' for place in places)} "
-        f"(DETECTRON2_DATASETS {state}), or run 'make demo' to try everything without any data"
+        f"{what} is missing: put it at {' or '.join(f'$DETECTRON2_DATASETS/{x}' for x in locations)} "
+        f"(DETECTRON2_DATASETS {state}), or run 'make demo' for an example without any download"
     )
 
 
-_VOC_PLACES = ("VOC2007", "VOCdevkit/VOC2007")
-
-
-def _voc_folder() -> Path:
-    return _find("PASCAL VOC 2007", *_VOC_PLACES)
+_VOC_FOLDERS = ("VOC2007", "VOCdevkit/VOC2007")
 
 
 def _voc_metadata(split: str) -> dict[str, Any]:
-    # Detectron2's own VOC evaluator opens the annotations itself.
+    # Detectron2's VOC evaluator opens the annotations itself.
     root = dataset_root()
-    folder = next((root / place for place in _VOC_PLACES if (root / place).is_dir()), root / _VOC_PLACES[0])
+    folder = next((root / x for x in _VOC_FOLDERS if (root / x).is_dir()), root / _VOC_FOLDERS[0])
     return {"evaluator_type": "pascal_voc", "dirname": str(folder), "year": 2007, "split": split}
 
 
@@ -279,7 +272,7 @@ def _streets_folder(split: str) -> Path:
 
 
 def streets_root() -> Path:
-    """Return the folder that holds ``streets`` or will: the data root, or the user's cache if that is not writable."""
+    """Return the folder for ``streets``: the data root, or the user's cache if the data root is not writable."""
     root = dataset_root()
     if (root / "streets").is_dir() or (
         os.environ.get("DETECTRON2_DATASETS") and root.is_dir() and os.access(root, os.W_OK)
@@ -297,10 +290,10 @@ def _kitti_split(split: str, by_sequence: bool) -> list[str]:
     ids = kitti_ids(folder)
     if not by_sequence:
         return random_split(ids)[split]
-    place = folder.parent.relative_to(dataset_root())
+    parent = folder.parent.relative_to(dataset_root())
     mapping = _find(
         "the official mapping of KITTI's images to drives (devkit_object.zip: train_mapping.txt and train_rand.txt)",
-        *(f"{place}/{kit}mapping" for kit in ("", "devkit/", "devkit_object/")),
+        *(f"{parent}/{kit}mapping" for kit in ("", "devkit/", "devkit_object/")),
     )
     return sequence_split(ids, mapping)[split]
 
@@ -316,8 +309,7 @@ def _coco_metadata(split: str) -> dict[str, Any]:
 
 
 def _coco_records(split: str, skip_missing: bool) -> list[Record]:
-    place = f"coco/annotations/instances_{split}2017.json"
-    json_file = _find(f"COCO 2017's {Path(place).name}", place)
+    json_file = _find(f"COCO 2017's instances_{split}2017.json", f"coco/annotations/instances_{split}2017.json")
     return load_coco(json_file, dataset_root() / f"coco/{split}2017", skip_missing)
 
 
@@ -330,8 +322,10 @@ def _coco_images(split: str, skip_missing: bool) -> list[Path]:
 def _voc_entry(split: str) -> DatasetEntry:
     return DatasetEntry(
         classes=tuple(VOC_CLASSES),
-        records=lambda skip_missing: load_voc(_voc_folder(), split, VOC_CLASSES, skip_missing),
-        images=lambda skip_missing: voc_images(_voc_folder(), split, skip_missing),
+        records=lambda skip_missing: load_voc(
+            _find("PASCAL VOC 2007", *_VOC_FOLDERS), split, VOC_CLASSES, skip_missing
+        ),
+        images=lambda skip_missing: voc_images(_find("PASCAL VOC 2007", *_VOC_FOLDERS), split, skip_missing),
         metrics=("coco", "voc07"),
         metadata=partial(_voc_metadata, split),
     )
@@ -360,7 +354,7 @@ def _kitti_entry(split: str, by_sequence: bool, classes: int) -> DatasetEntry:
         records=lambda _: load_kitti(_kitti_folder(), _kitti_split(split, by_sequence), CLASS_SETS[classes]),
         images=lambda _: kitti_images(_kitti_folder(), _kitti_split(split, by_sequence)),
         metrics=("coco", "kitti"),
-        own_split=True,
+        project_split=True,
     )
 
 

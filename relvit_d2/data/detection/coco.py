@@ -1,4 +1,4 @@
-"""COCO annotation files: one json of images, annotations and categories, beside folders of images."""
+"""COCO annotation files: JSON with images, annotations and categories, and the folders of the images."""
 
 import json
 import logging
@@ -10,26 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detectron2.structures import BoxMode
 from pycocotools import mask as mask_util
 
 from relvit_d2.data.detection.records import (
     BoxValidator,
     Record,
     check_unique,
-    checked_path,
-    existing,
+    existing_images,
     files_with,
     folders_below,
+    make_annotation,
+    make_record,
     parse_flag,
-    parse_whole_number,
+    parse_integer,
 )
-from relvit_d2.data.detection.splits import one_or_split, split_of, splits_of_folders
+from relvit_d2.data.detection.splits import merge_single_split, split_of, splits_of_folders
 from relvit_d2.utils.errors import UserError
-from relvit_d2.utils.paths import names_on_disk, refuse_links_out
+from relvit_d2.utils.paths import DataRoot, names_on_disk
 
-KEYS = (b'"images"', b'"annotations"', b'"categories"')
-TRIED = 20  # images that are searched for to find their folder
+KEYS = ("images", "annotations", "categories")
+PROBED = 20  # images that are searched for to find their folder
 
 logger = logging.getLogger(__name__)
 
@@ -43,19 +43,19 @@ def load_coco(
 ) -> list[Record]:
     """Read one annotation file, images in order of their ids.
 
-    Category ids may be any whole numbers; ``category_id`` is their place in ascending order. Polygons become
-    ``segmentation``, and so does an RLE; an annotation whose ``segmentation`` is empty or covers nothing has a box
-    only. Boxes are ``[x, y, width, height]`` from the image's edge. :class:`BoxValidator` handles invalid ones.
+    Category ids may be any integers; ``category_id`` is their index in ascending order. Polygons and RLEs become
+    ``segmentation``; an annotation whose ``segmentation`` is empty or has no area gets a box only. Boxes are
+    ``[x, y, width, height]`` from the image's edge. :class:`BoxValidator` handles invalid boxes.
 
     Args:
         json_file: the annotation file.
-        folder: what its file names start from.
-        skip_missing: see :func:`relvit_d2.data.detection.records.existing`.
-        classes: names that the file's categories must have, in the order of their ids; None takes any.
-        root: of a user's own data; see :func:`relvit_d2.utils.paths.refuse_links_out`.
+        folder: its file names are relative to this folder.
+        skip_missing: see :func:`relvit_d2.data.detection.records.existing_images`.
+        classes: the names that the file's categories must have, in the order of their ids; None accepts any.
+        root: of a custom data set; see :class:`relvit_d2.utils.paths.DataRoot`.
 
     Returns:
-        One record an image (see ``relvit_d2.data.detection.records``); ``image_id`` is the file's.
+        One record per image (see ``relvit_d2.data.detection.records``); ``image_id`` is that of the file.
 
     Raises:
         UserError: the file is missing or damaged, or an image is missing; the message names it.
@@ -64,31 +64,24 @@ def load_coco(
     names, numbers = _categories(document, json_file)
     if classes is not None and names != list(classes):
         raise UserError(
-            f"{json_file} has the categories {', '.join(names)}, not {', '.join(classes)}: give files with "
-            "one list of categories, or DATASETS.CUSTOM's CLASSES in the order of the ids"
+            f"{json_file} has the categories {', '.join(names)}, not {', '.join(classes)}: use the same "
+            "categories in all files, or set DATASETS.CUSTOM's CLASSES in the order of the ids"
         )
     images = _images(document, json_file, folder)
-    paths = existing(list(images.values()), str(json_file), skip_missing, root)
-    present = set(paths)
+    present = set(existing_images(list(images.values()), str(json_file), skip_missing, DataRoot(root)))
     entries = {_image_id(entry.get("id")): entry for entry in document["images"]}
     records: dict[int | str, Record] = {
-        key: {
-            "file_name": str(path),
-            "image_id": key,
-            "height": _side(entries[key], "height", json_file),
-            "width": _side(entries[key], "width", json_file),
-            "annotations": [],
-        }
+        key: make_record(path, key, _size(entries[key], json_file), [])
         for key, path in images.items()
         if path in present
     }
     validator = BoxValidator(str(json_file))
     seen: set[int] = set()
     for annotation in document["annotations"]:
-        number = _whole(annotation, "id", f"an annotation of {json_file}")
+        number = _integer(annotation, "id", f"an annotation of {json_file}")
         where = f"{json_file}, annotation {number}"
         if number in seen:
-            raise UserError(f"{json_file} has two annotations with the id {number}: give each its own")
+            raise UserError(f"{json_file} has two annotations with the id {number}: give each a unique id")
         seen.add(number)
         image = _image_id(annotation.get("image_id"))
         if image is None or image not in images:
@@ -96,10 +89,11 @@ def load_coco(
             raise UserError(f"{where} is of the image {given!r}, which the file does not list: correct or remove it")
         if image in records:
             record = records[image]
-            if thing := _thing(annotation, record, numbers, validator, f"{where} ({Path(record['file_name']).name})"):
-                record["annotations"].append(thing)
-    for note in validator.notes():
-        logger.warning(note)
+            where = f"{where} ({Path(record['file_name']).name})"
+            if valid := _read_annotation(annotation, record, numbers, validator, where):
+                record["annotations"].append(valid)
+    for warning in validator.warnings():
+        logger.warning(warning)
     return list(records.values())
 
 
@@ -115,12 +109,12 @@ def coco_classes(json_file: Path) -> tuple[str, ...]:
 def coco_images(json_file: Path, folder: Path, skip_missing: bool = False, root: Path | None = None) -> list[Path]:
     """Return the images that an annotation file lists, in order of their ids; see :func:`load_coco`."""
     images = _images(_read(json_file), json_file, folder)
-    return existing(list(images.values()), str(json_file), skip_missing, root)
+    return existing_images(list(images.values()), str(json_file), skip_missing, DataRoot(root))
 
 
 @dataclass(frozen=True)
 class CocoFolder:
-    """A folder with annotation files: ``DATASETS.CUSTOM``'s and ``--data``'s.
+    """A custom data set with COCO annotation files (``DATASETS.CUSTOM``, ``--data``).
 
     Attributes:
         root: the folder.
@@ -133,24 +127,22 @@ class CocoFolder:
 
     @classmethod
     def find(cls, root: Path, json_file: str = "", images: str = "") -> "CocoFolder | None":
-        """Return what lies in ``root``, or None if no file there is an annotation file.
+        """Return the data set in ``root``, or None if it contains no annotation file.
 
-        Files are searched for in ``root`` and two folders below; the split is that in the name of the file, or else in
-        the names of its folders. Images are searched for where their names lead to files.
+        Files are searched for in ``root`` and up to two folders below. The split is taken from the name of the file, or
+        else from the names of its folders. The image folder is the one in which most of the file names exist.
 
         Args:
             root: the folder.
-            json_file: the one annotation file, relative to ``root``; "" looks for it.
-            images: the folder that file names start from, relative to ``root``; "" looks for it.
+            json_file: the only annotation file, relative to ``root``; "" searches for it.
+            images: the folder that file names are relative to, itself relative to ``root``; "" searches for it.
         """
-        if json_file:
-            files = [checked_path(json_file, root, "JSON")]
-            refuse_links_out(files, root)
-        else:
-            files = _json_files(root)
-            refuse_links_out(files, root)
+        data_root = DataRoot(root)
+        files = [data_root.resolve(json_file, "JSON")] if json_file else _json_files(root)
+        data_root.check_links(files)
+        if not json_file:
             files = [path for path in files if _has_keys(path, KEYS)]
-            # COCO's own come with captions and keypoints of the same images beside them.
+            # COCO's captions and keypoints of the same images are in files beside the instances.
             files = [path for path in files if path.name.startswith("instances_")] or files
         if not files:
             return None
@@ -161,13 +153,12 @@ class CocoFolder:
             if split in sets:
                 raise UserError(
                     f"'{sets[split]}' and '{path}' are both annotation files of one split: name one under JSON in "
-                    "DATASETS.CUSTOM, or take one away"
+                    "DATASETS.CUSTOM, or remove one"
                 )
             sets[split] = path
-        given = checked_path(images, root, "IMAGES") if images else None
-        return cls(
-            root, one_or_split({split: (path, given or _image_folder(root, path)) for split, path in sets.items()})
-        )
+        folder = data_root.resolve(images, "IMAGES") if images else None
+        located = {split: (path, folder or _image_folder(root, path)) for split, path in sets.items()}
+        return cls(root, merge_single_split(located))
 
     def classes(self) -> tuple[str, ...]:
         """Return the categories of the first file in the order of their ids."""
@@ -183,7 +174,7 @@ class CocoFolder:
 
 
 def without_categories(root: Path) -> list[Path]:
-    """Return the annotation files that :meth:`CocoFolder.find` passes over since they have no categories."""
+    """Return the annotation files that :meth:`CocoFolder.find` ignores because they have no categories."""
     files = [path for path in _json_files(root) if not path.is_symlink()]
     return [path for path in files if _has_keys(path, KEYS[:2]) and not _has_keys(path, KEYS[2:])]
 
@@ -192,39 +183,37 @@ def _json_files(root: Path) -> list[Path]:
     return [path for folder in folders_below(root) for path in files_with(folder, ".json")]
 
 
-def _has_keys(path: Path, keys: Sequence[bytes]) -> bool:
-    """Whether a json holds the keys; it is searched, not parsed, since it may be of hundreds of megabytes."""
+def _has_keys(path: Path, keys: Sequence[str]) -> bool:
+    """Whether a JSON file contains the keys; it is searched, not parsed, since it may have hundreds of megabytes."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return all(content.find(key) >= 0 for key in keys)
-    except (OSError, ValueError):  # an empty file has no map
+            return all(content.find(f'"{key}"'.encode()) >= 0 for key in keys)
+    except (OSError, ValueError):  # an empty file cannot be mapped
         return False
 
 
 def _image_folder(root: Path, json_file: Path) -> Path:
-    """Return the folder in which most of the first images of an annotation file lie."""
+    """Return the folder that contains most of the first images of an annotation file."""
     try:
-        names = [entry["file_name"] for entry in _read(json_file)["images"][:TRIED]]
+        names = [entry["file_name"] for entry in _read(json_file)["images"][:PROBED]]
     except (KeyError, TypeError) as error:
         raise _damaged(json_file, error) from error
-    own = split_of(json_file.stem) or split_of(json_file.parent.name)
+    split = split_of(json_file.stem) or split_of(json_file.parent.name)
 
-    def found(folder: Path) -> tuple[int, bool, bool]:
-        paths = [checked_path(name, folder, str(json_file)) for name in names]
-        hits = sum(path.is_file() for path in names_on_disk(paths, folder))
-        return hits, split_of(folder.name) == own, folder == json_file.parent
+    def matches(folder: Path) -> tuple[int, bool, bool]:
+        paths = [DataRoot(root).resolve(name, str(json_file), folder) for name in names]
+        count = sum(path.is_file() for path in names_on_disk(paths, folder))
+        return count, split_of(folder.name) == split, folder == json_file.parent
 
-    return max(folders_below(root), key=found)
+    return max(folders_below(root), key=matches)
 
 
 def _read(json_file: Path) -> dict[str, Any]:
     try:
         document = json.loads(json_file.read_bytes())
-        if not all(isinstance(document[key], list) for key in ("images", "annotations", "categories")):
-            raise TypeError("images, annotations and categories must be lists")
-        for key in ("images", "annotations", "categories"):
-            if not all(isinstance(entry, dict) for entry in document[key]):
-                raise TypeError(f"{key} holds what is no object")
+        for key in KEYS:
+            if not isinstance(document[key], list) or not all(isinstance(entry, dict) for entry in document[key]):
+                raise TypeError(f"{key} must be a list of objects")
     except FileNotFoundError as error:
         raise UserError(f"the annotation file {json_file} is missing: put it there") from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError, MemoryError) as error:
@@ -234,34 +223,34 @@ def _read(json_file: Path) -> dict[str, Any]:
 
 def _damaged(json_file: Path, error: Exception) -> UserError:
     reason = f"no '{error.args[0]}'" if isinstance(error, KeyError) else str(error) or type(error).__name__
-    return UserError(f"{json_file} is damaged or no COCO annotation file ({reason}): restore it")
+    return UserError(f"{json_file} is damaged or not a COCO annotation file ({reason}): restore it")
 
 
 def _categories(document: dict[str, Any], json_file: Path) -> tuple[list[str], dict[int, int]]:
-    """Return the names of the classes in ascending order of the categories' ids, and the class of each id.
+    """Return the class names in ascending order of the categories' ids, and the class index of each id.
 
-    Some programs add a root category that the others have as ``supercategory`` and that may have the name of one of
-    them; the two are one class.
+    Some programs add a root category that is the ``supercategory`` of the others; where it has the name of one of them,
+    both are one class.
     """
     names: dict[int, str] = {}
     parents: dict[int, Any] = {}
     for category in document["categories"]:
-        number, name = _whole(category, "id", f"a category of {json_file}"), category.get("name")
+        number, name = _integer(category, "id", f"a category of {json_file}"), category.get("name")
         if number in names:
-            raise UserError(f"{json_file} has two categories with the id {number}: give each its own")
+            raise UserError(f"{json_file} has two categories with the id {number}: give each a unique id")
         if not isinstance(name, str) or not name.strip() or not name.isprintable():
-            raise UserError(f"{json_file} has a category {number} with the name {name!r}: give it one in letters")
+            raise UserError(f"{json_file} has a category {number} with the name {name!r}: give it a printable name")
         names[number], parents[number] = name, category.get("supercategory")
     roots = {number for number, name in names.items() if parents[number] != name and name in map(str, parents.values())}
-    twice = {name for name, count in Counter(names.values()).items() if count > 1}
-    kept = {number: name for number, name in sorted(names.items()) if not (number in roots and name in twice)}
-    often = Counter(kept.values())
-    if several := [name for name in names.values() if often[name] != 1]:
-        raise UserError(f"{json_file} has two categories with the name '{several[0]}': give each its own")
+    counts = Counter(names.values())
+    kept = {number: name for number, name in sorted(names.items()) if not (number in roots and counts[name] > 1)}
+    kept_counts = Counter(kept.values())
+    if repeated := [name for name in names.values() if kept_counts[name] != 1]:
+        raise UserError(f"{json_file} has two categories with the name '{repeated[0]}': give each a unique name")
     if not names:
-        raise UserError(f"{json_file} has no categories: list what the objects can be")
-    places = {name: place for place, name in enumerate(kept.values())}
-    return list(places), {number: places[name] for number, name in names.items()}
+        raise UserError(f"{json_file} has no categories: list id and name of each class")
+    indices = {name: index for index, name in enumerate(kept.values())}
+    return list(indices), {number: indices[name] for number, name in names.items()}
 
 
 def _images(document: dict[str, Any], json_file: Path, folder: Path) -> dict[int | str, Path]:
@@ -270,34 +259,34 @@ def _images(document: dict[str, Any], json_file: Path, folder: Path) -> dict[int
     for entry in document["images"]:
         key = _image_id(entry.get("id"))
         if key is None:
-            raise UserError(f"{json_file} has an image with the id {entry.get('id')!r}: give it a whole number or text")
+            raise UserError(f"{json_file} has an image with the id {entry.get('id')!r}: give it an integer or text")
         if key in images:
-            raise UserError(f"{json_file} has two images with the id {key!r}: give each its own")
-        images[key] = checked_path(entry.get("file_name"), folder, f"{json_file}, image {key!r},")
+            raise UserError(f"{json_file} has two images with the id {key!r}: give each a unique id")
+        images[key] = DataRoot().resolve(entry.get("file_name"), f"{json_file}, image {key!r},", folder)
     if not images:
-        raise UserError(f"{json_file} lists no images")
+        raise UserError(f"{json_file} lists no images: add them, or use another file")
     images = dict(zip(images, names_on_disk(images.values(), folder), strict=True))
     check_unique([str(path) for path in images.values()], str(json_file))
     if len({type(key) for key in images}) > 1:
-        raise UserError(f"{json_file} has images with numbers for ids and images with texts: give all the same kind")
+        raise UserError(f"{json_file} has image ids that are numbers and image ids that are text: use one kind")
     return dict(sorted(images.items()))
 
 
 def _image_id(value: Any) -> int | str | None:
-    return value if isinstance(value, str) else parse_whole_number(value)
+    return value if isinstance(value, str) else parse_integer(value)
 
 
-def _thing(
+def _read_annotation(
     annotation: dict[str, Any], record: Record, numbers: dict[int, int], validator: BoxValidator, where: str
 ) -> dict[str, Any] | None:
-    category, crowd = parse_whole_number(annotation.get("category_id")), parse_flag(annotation.get("iscrowd"))
+    category, crowd = parse_integer(annotation.get("category_id")), parse_flag(annotation.get("iscrowd"))
     if category is None or category not in numbers:
         raise UserError(
             f"{where} has the category {annotation.get('category_id')!r}, which is not in the file's categories: "
             "correct it"
         )
     if crowd is None:
-        raise UserError(f"{where} has iscrowd {annotation['iscrowd']!r}: it must be 0 or 1")
+        raise UserError(f"{where} has iscrowd {annotation['iscrowd']!r}: set it to 0 or 1")
     x, y, width, height = _finite(annotation.get("bbox"), where, 4)
     if width < 0 or height < 0:
         raise UserError(f"{where} has the box {annotation['bbox']}, of negative width or height: correct or remove it")
@@ -305,23 +294,23 @@ def _thing(
     box = validator([x, y, x + width, y + height], *size, where)
     if box is None:
         return None
-    thing = {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": numbers[category], "iscrowd": crowd}
+    result = make_annotation(box, numbers[category], crowd)
     if annotation.get("segmentation"):
         if mask := _segmentation(annotation["segmentation"], *size, where):
-            thing["segmentation"] = mask
+            result["segmentation"] = mask
         else:
-            validator.without_mask(where)
-    return thing
+            validator.count_empty_mask(where)
+    return result
 
 
 def _segmentation(given: Any, width: int, height: int, where: str) -> list[list[float]] | dict[str, Any] | None:
-    """Return the polygons that have an area, or an RLE of the image's size; None or [] if nothing is covered."""
+    """Return the polygons that have an area, or an RLE of the image's size; None or [] for an empty mask."""
     if isinstance(given, list):
         polygons = [_finite(polygon, where) for polygon in given]
         limit = max(width, height)
         if any(not -limit <= value <= 2 * limit for polygon in polygons for value in polygon):
             raise UserError(f"{where} has a polygon far outside its image of {width} x {height} pixels: correct it")
-        # Detectron2 drops those of fewer than three points too (data/datasets/coco.py, load_coco_json).
+        # Detectron2 drops polygons of fewer than three points too (data/datasets/coco.py, load_coco_json).
         return [
             polygon
             for polygon in polygons
@@ -338,28 +327,29 @@ def _segmentation(given: Any, width: int, height: int, where: str) -> list[list[
                 return None
             return mask_util.frPyObjects(given, height, width) | {"size": [height, width]}
         if not isinstance(counts, str) or not counts.isascii():
-            raise ValueError("its counts are neither numbers nor text")
+            raise ValueError("its counts are neither a list of numbers nor text")
         runs = _runs(counts)
         if sum(runs) != width * height:
             raise ValueError("its runs do not fill the image")
         return None if not sum(runs[1::2]) else {"size": [height, width], "counts": counts}
     except (TypeError, KeyError, ValueError, OverflowError) as error:
-        raise UserError(f"{where} has a mask that is no RLE of its image's size ({error}): correct it") from error
+        raise UserError(f"{where} has a mask that is not an RLE of its image's size ({error}): correct it") from error
 
 
 def _runs(counts: str) -> list[int]:
-    """Return the runs of a compressed RLE: pixels off, on, off, ...
+    """Return the run lengths of a compressed RLE: pixels off, on, off, ...
 
-    pycocotools trusts the text and writes beyond its memory where it lies. A run is a number in groups of five bits,
-    low ones first, with a sixth bit where more follow and the sign in the last group's fifth; from the third on it is
-    the difference from the run two before (maskApi.c, rleFrString).
+    pycocotools does not validate the text, and invalid text makes it write outside its buffer. A number is stored in
+    groups of five bits, low bits first; the sixth bit of a group is set where more groups follow, and the fifth bit of
+    the last group is the sign. From the fourth run on, the number is the difference from the run two before (maskApi.c,
+    rleFrString).
     """
     runs: list[int] = []
     value = shift = 0
     for letter in counts:
         bits = ord(letter) - 48
         if not 0 <= bits < 64 or shift > 60:
-            raise ValueError("a letter that no RLE has")
+            raise ValueError("a character that is not valid in an RLE")
         value |= (bits & 0x1F) << shift
         shift += 5
         if bits & 0x20:
@@ -381,18 +371,20 @@ def _finite(given: Any, where: str, count: int | None = None) -> list[float]:
             return values
     except (TypeError, ValueError, OverflowError):
         pass
-    raise UserError(f"{where} has {str(given)[:60]} where {count or 'a list of'} finite numbers belong: correct it")
+    raise UserError(f"{where} has {str(given)[:60]} instead of {count or 'a list of'} finite numbers: correct it")
 
 
-def _whole(entry: dict[str, Any], key: str, where: str) -> int:
-    value = parse_whole_number(entry.get(key))
+def _integer(entry: dict[str, Any], key: str, where: str) -> int:
+    value = parse_integer(entry.get(key))
     if value is None:
-        raise UserError(f"{where} has the {key} {entry.get(key)!r}: give it a whole number")
+        raise UserError(f"{where} has the {key} {entry.get(key)!r}: give it an integer")
     return value
 
 
-def _side(entry: dict[str, Any], key: str, json_file: Path) -> int:
-    value = _whole(entry, key, f"the image {entry['id']!r} of {json_file}")
-    if not 1 <= value < 2**31:
-        raise UserError(f"the image {entry['id']!r} of {json_file} has the {key} {value}: give its size in pixels")
-    return value
+def _size(entry: dict[str, Any], json_file: Path) -> tuple[int, int]:
+    where = f"the image {entry['id']!r} of {json_file}"
+    sizes = {key: _integer(entry, key, where) for key in ("height", "width")}
+    for key, value in sizes.items():
+        if not 1 <= value < 2**31:
+            raise UserError(f"{where} has the {key} {value}: set it to the size in pixels")
+    return sizes["width"], sizes["height"]

@@ -1,4 +1,4 @@
-"""A user's own data without code: what lies in a folder is told by looking, its sets become data sets by name."""
+"""Custom data sets: the format of a folder is detected, and its splits are registered as data sets by name."""
 
 import logging
 import re
@@ -9,25 +9,25 @@ from typing import Any, Protocol
 from relvit_d2.data.detection import catalog
 from relvit_d2.data.detection.coco import CocoFolder, without_categories
 from relvit_d2.data.detection.records import Record, first_few
-from relvit_d2.data.detection.splits import ALL, HELD_OUT, divide, offered
+from relvit_d2.data.detection.splits import ALL, HELD_OUT, available_splits, divide
 from relvit_d2.data.detection.voc import VocFolder
 from relvit_d2.data.detection.yolo import YoloFolder
-from relvit_d2.data.images.folder import is_source, linked_folders
+from relvit_d2.data.images.folder import is_image_source, linked_folders
 from relvit_d2.data.images.similarity import fingerprints
 from relvit_d2.utils.errors import UserError, nearest
-from relvit_d2.utils.paths import refuse_links_out
+from relvit_d2.utils.paths import DataRoot
 
-TRAINED_ON = ("train", "trainval")
+TRAINING_SPLITS = ("train", "trainval")
 KEYS = ("ROOT", "FORMAT", "SPLIT", "CLASSES", "JSON", "IMAGES")
 
 logger = logging.getLogger(__name__)
 
 
 class LabelledFolder(Protocol):
-    """What a format makes of a folder; see its members in ``coco.py``, ``voc.py`` and ``yolo.py``.
+    """A folder in one of ``FORMATS``, implemented in ``coco.py``, ``voc.py`` and ``yolo.py``.
 
-    ``metrics`` is how its sets are evaluated; ``sets`` are by the name of the split, one called all where a folder is
-    not divided.
+    ``metrics`` are the evaluators of its sets; ``sets`` are by split, a single one named ``all`` if the folder is not
+    divided.
     """
 
     @property
@@ -48,42 +48,41 @@ FORMATS: dict[str, Callable[[Path], LabelledFolder | None]] = {
     "voc": VocFolder.find,
     "yolo": YoloFolder.find,
 }
-"""How a folder is looked at, in the order in which that is tried."""
+"""Detects and opens a folder in each format, in the order in which they are tried."""
 
 
-def find(root: Path, form: str = "") -> tuple[str, LabelledFolder] | None:
-    """Return the format of a folder, and the folder in it, or None if nothing in it is labelled.
+def detect_format(root: Path, form: str = "") -> tuple[str, LabelledFolder] | None:
+    """Return the format of a folder and the opened folder, or None if it contains no labels.
 
-    Args:
-        root: the folder.
-        form: a name in ``FORMATS``; "" tries them all.
+    ``form`` is a name in ``FORMATS``; "" tries all.
 
     Raises:
-        UserError: the folder is missing, a folder in it is a link to elsewhere, or labels in it are damaged.
+        UserError: the folder is missing, a folder in it is a link out of it, or its labels are damaged.
     """
-    if not root.is_dir():
-        raise UserError(f"the data folder '{root}' does not exist: correct the path")
+    _check_exists(root)
     if form and form not in FORMATS:
-        raise UserError(f"FORMAT '{form}' is unknown; give {', '.join(FORMATS)}, or '' to look")
+        raise UserError(f"FORMAT '{form}' is unknown: use {', '.join(FORMATS)}, or '' to detect it")
     try:
-        refuse_links_out(linked_folders(root), root)
+        DataRoot(root).check_links(linked_folders(root))
         for name in [form] if form else FORMATS:
             if found := FORMATS[name](root):
                 return name, found
     except OSError as error:
-        raise UserError(f"'{error.filename or root}' cannot be read ({error.strerror}): see who may read it") from error
+        raise UserError(
+            f"'{error.filename or root}' cannot be read ({error.strerror}): check its permissions"
+        ) from error
     return None
 
 
-def look(root: Path, form: str = "") -> tuple[str, LabelledFolder]:
-    """Return what :func:`find` does.
+def open_folder(root: Path, form: str = "") -> tuple[str, LabelledFolder]:
+    """Return the result of :func:`detect_format`.
 
     Raises:
-        UserError: the folder is missing, or nothing in it is in that format, or in any.
+        UserError: the folder is missing, or contains no labels in that format or in any.
     """
-    if found := find(root, form):
+    if found := detect_format(root, form):
         return found
-    signs = {"coco": "COCO .json", "voc": "VOC's .xml files", "yolo": "YOLO's .txt labels of images"}
+    signs = {"coco": "COCO .json", "voc": "VOC .xml files", "yolo": "YOLO .txt labels of images"}
     missing = signs[form] if form else ", ".join(signs.values())
     near = "".join(f"; {reason}" for reason in near_misses(root))
     raise UserError(
@@ -92,67 +91,52 @@ def look(root: Path, form: str = "") -> tuple[str, LabelledFolder]:
 
 
 def near_misses(root: Path) -> list[str]:
-    """Return what may be the labels of a folder in which :func:`find` finds none, and why they are not read."""
+    """Return what may be the labels of a folder without readable labels, and why they are ignored."""
     reasons = []
     if files := without_categories(root):
         reasons.append(
             f"{first_few(files)} has images and annotations but no categories: list id and name of each class"
         )
     if links := linked_folders(root):
-        reasons.append(
-            f"links to folders are not followed, such as {first_few(links)}: put the folders themselves there"
-        )
+        reasons.append(f"links to folders are not followed ({first_few(links)}): put the folders themselves there")
     return reasons
 
 
-def _whole(form: str) -> Callable[[Path], list[Record]]:
-    def read(root: Path) -> list[Record]:
-        folder = look(root, form)[1]
-        classes = folder.classes()
-        return [record for split in folder.sets for record in folder.records(split, classes, False)]
-
-    return read
-
-
-READERS: dict[str, Callable[[Path], list[Record]]] = {form: _whole(form) for form in FORMATS}
-"""Every set of a folder, one after the other, by format."""
-
-
 def named_sets(data: str, form: str, folder: LabelledFolder) -> dict[str, dict[str, str]]:
-    """Return what ``DATASETS.CUSTOM`` says of the sets of a folder, by the names that they get; see :func:`find`."""
-    stem = re.sub(r"\W+", "_", Path(data).expanduser().resolve().name).lower().strip("_") or "own"
-    splits = [split for split in offered(folder.sets) if split != ALL]
+    """Return the entries of ``DATASETS.CUSTOM`` for the sets of a folder, by name; see :func:`detect_format`."""
+    stem = re.sub(r"\W+", "_", Path(data).expanduser().resolve().name).lower().strip("_") or "custom"
+    splits = [split for split in available_splits(folder.sets) if split != ALL]
     if any(f"{stem}_{split}" in catalog.DATASETS for split in splits):
-        stem = f"own_{stem}"
+        stem = f"custom_{stem}"
     return {f"{stem}_{split}": {"ROOT": data, "FORMAT": form, "SPLIT": split} for split in splits}
 
 
 def config_pairs(data: str | None, task: str) -> list[Any]:
-    """Return the config's keys and values, in turn, that ``--data`` stands for.
+    """Return the config's keys and values, alternating, for the option ``--data``.
 
-    A folder with labels becomes the sets NAME_train and so on under ``DATASETS.CUSTOM``, NAME being its own. Training
-    takes ``train``, evaluation ``val``, or ``test`` where there is no ``val``. For the task ``pretrain`` anything else
-    that holds images is allowed too.
+    A folder NAME with labels becomes the sets NAME_train, NAME_val, ... under ``DATASETS.CUSTOM``. Training uses
+    ``train``, evaluation ``val``, or ``test`` if there is no ``val``. The task ``pretrain`` accepts any other source of
+    images too.
 
     Raises:
-        UserError: there is nothing that can be read.
+        UserError: no labels (or images) can be read.
     """
     if not data:
         return []
     root = Path(data).expanduser()
     try:
-        form, folder = look(root)
+        form, folder = open_folder(root)
     except UserError:
-        if task != "pretrain" or not is_source(data):
+        if task != "pretrain" or not is_image_source(data):
             raise
         return ["DATASETS.TRAIN", (f"{root}/" if root.is_dir() else data,), "DATASETS.TEST", ()]
     custom = named_sets(data, form, folder)
     splits = {keys["SPLIT"]: name for name, keys in custom.items()}
-    train = next((splits[split] for split in TRAINED_ON if split in splits), None)
+    train = next((splits[split] for split in TRAINING_SPLITS if split in splits), None)
     if not train:
         raise UserError(
-            f"'{root}' has the sets {', '.join(splits)}, of which none is for training: name one train, or say which "
-            "under DATASETS.CUSTOM"
+            f"'{root}' has the sets {', '.join(splits)}, of which none is for training: rename one to train, or select "
+            "one under DATASETS.CUSTOM"
         )
     test = next((splits[split] for split in ("val", "test") if split in splits), None)
     return [
@@ -162,98 +146,103 @@ def config_pairs(data: str | None, task: str) -> list[Any]:
     ]
 
 
-def config_words(words: list[str]) -> list[Any]:
-    """Return the config's keys and values, in turn, for names and folders; a folder with labels becomes its sets.
+def config_pairs_of_inputs(inputs: list[str]) -> list[Any]:
+    """Return the config's keys and values, alternating, for data set names and folders; see :func:`config_pairs`.
 
     Raises:
-        UserError: if two folders' sets would have one name.
+        UserError: the sets of two folders have the same name.
     """
     custom: dict[str, dict[str, str]] = {}
     train: list[str] = []
     test: list[str] = []
-    for word in words:
-        root = Path(word).expanduser()
-        found = find(root) if root.is_dir() and catalog.is_folder(word) else None
-        sets = named_sets(word, *found) if found else {}
-        if twice := custom.keys() & sets.keys():
-            first = custom[min(twice)]["ROOT"]
-            raise UserError(f"'{first}' and '{word}' both hold the set {min(twice)}: check them one by one")
+    for name in inputs:
+        root = Path(name).expanduser()
+        found = detect_format(root) if root.is_dir() and catalog.is_folder(name) else None
+        sets = named_sets(name, *found) if found else {}
+        if common := custom.keys() & sets.keys():
+            first = custom[min(common)]["ROOT"]
+            raise UserError(f"'{first}' and '{name}' both contain the set {min(common)}: check them one by one")
         custom |= sets
-        train += [name for name, keys in sets.items() if keys["SPLIT"] in TRAINED_ON] if found else [word]
-        test += [name for name, keys in sets.items() if keys["SPLIT"] not in TRAINED_ON]
+        train += [split for split, keys in sets.items() if keys["SPLIT"] in TRAINING_SPLITS] if found else [name]
+        test += [split for split, keys in sets.items() if keys["SPLIT"] not in TRAINING_SPLITS]
     return ["DATASETS.CUSTOM", custom, "DATASETS.TRAIN", tuple(train), "DATASETS.TEST", tuple(test)]
 
 
-def register_own(keys: Mapping[str, Any], labels: bool = True) -> None:
-    """Make the sets of ``CUSTOM`` that ``TRAIN`` or ``TEST`` names known by their names.
+def register_custom(keys: Mapping[str, Any], labels: bool = True) -> None:
+    """Register the sets of ``CUSTOM`` that ``TRAIN`` or ``TEST`` contains.
 
     Args:
-        keys: the config node ``DATASETS``; ``CUSTOM`` holds for each name ``ROOT``, and where wanted ``FORMAT``,
+        keys: the config node ``DATASETS``; ``CUSTOM`` contains for each name ``ROOT``, and optionally ``FORMAT``,
             ``SPLIT``, ``CLASSES``, and for COCO ``JSON`` and ``IMAGES``.
-        labels: whether the classes are wanted, which takes reading the labels.
+        labels: whether the classes are needed, which requires reading the labels.
 
     Raises:
-        UserError: a key is unknown or missing, or there is nothing that can be read.
+        UserError: a key is unknown or missing, or the labels cannot be read.
     """
-    wanted = [*keys["TRAIN"], *keys["TEST"]]
-    for name, own in keys["CUSTOM"].items():
+    used = {catalog.subset(name)[0] for name in (*keys["TRAIN"], *keys["TEST"])}
+    for name, entry in keys["CUSTOM"].items():
         where = f"DATASETS.CUSTOM.{name}"
-        if not isinstance(own, Mapping):
-            raise UserError(f"{where} is {own!r}: give ROOT: path/to/folder, and where wanted {', '.join(KEYS[1:])}")
-        for key, value in own.items():
+        if not isinstance(entry, Mapping):
+            raise UserError(f"{where} is {entry!r}: set ROOT: path/to/folder, and optionally {', '.join(KEYS[1:])}")
+        for key, value in entry.items():
             if key not in KEYS:
-                raise UserError(f"{where} has the key '{key}'; known are {', '.join(KEYS)}{nearest(key, KEYS)}")
+                raise UserError(f"{where} has the unknown key '{key}': use {', '.join(KEYS)}{nearest(key, KEYS)}")
             if not isinstance(value, list | tuple if key == "CLASSES" else str):
-                raise UserError(f"{where}.{key} is {value!r}: give {'a list' if key == 'CLASSES' else 'text'}")
-        if not own.get("ROOT"):
-            raise UserError(f"{where} has no ROOT: give the folder of the data set")
-        if any(name == catalog.subset(full)[0] for full in wanted):
-            _register(name, where, own, labels)
+                raise UserError(f"{where}.{key} is {value!r}: set it to {'a list' if key == 'CLASSES' else 'text'}")
+        if not entry.get("ROOT"):
+            raise UserError(f"{where} has no ROOT: set it to the folder of the data set")
+        if name in used:
+            _register(name, where, entry, labels)
 
 
 def _register(name: str, where: str, keys: Mapping[str, Any], labels: bool) -> None:
     root = Path(keys["ROOT"]).expanduser()
     form, folder = _folder(root, where, keys)
     split = keys.get("SPLIT") or ALL
-    if split not in offered(folder.sets):
-        raise UserError(
-            f"{where}.SPLIT '{split}' is not in '{root}', which has {', '.join(offered(folder.sets))}: give one of them"
-        )
-    whole = split not in folder.sets
-    stored = ALL if whole else split
+    splits = available_splits(folder.sets)
+    if split not in splits:
+        raise UserError(f"{where}.SPLIT '{split}' is not in '{root}', which has {', '.join(splits)}: use one of them")
+    divided = split not in folder.sets
+    stored = ALL if divided else split
     given = tuple(map(str, keys.get("CLASSES", ())))
     classes = given or (folder.classes() if labels else ())
     if labels and not classes:
-        raise UserError(f"'{root}' has no objects, so no classes: label some, or name them under {where}.CLASSES")
+        raise UserError(f"'{root}' has no objects, so no classes: label some, or set {where}.CLASSES")
 
-    def part(items: list[Any], file: Callable[[Any], Path]) -> list[Any]:
-        if not whole:
-            return items
-        return divide(items, split, fingerprints([file(item) for item in items], root), f"'{root}'")
+    def part(items: list[Any], files: list[Path]) -> list[Any]:
+        return divide(items, split, fingerprints(files, root), f"'{root}'") if divided else items
 
     def records(skip_missing: bool) -> list[Record]:
-        return part(folder.records(stored, classes, skip_missing), lambda record: Path(record["file_name"]))
+        stored_records = folder.records(stored, classes, skip_missing)
+        return part(stored_records, [Path(record["file_name"]) for record in stored_records])
 
     def images(skip_missing: bool) -> list[Path]:
-        return part(folder.images(stored, skip_missing), Path)
+        files = folder.images(stored, skip_missing)
+        return part(files, files)
 
     logger.info(
         f"data set '{name}': split {split} of '{root}', format {form}"
-        + (f", divided by the digests of the images' pixels, one in {HELD_OUT} held out" if whole else "")
+        + (f", divided by the digests of the images' pixels, one in {HELD_OUT} held out" if divided else "")
         + (f", classes {', '.join(classes)}" if labels else "")
     )
-    catalog.register_own(name, catalog.DatasetEntry(classes, records, images, folder.metrics))
+    catalog.register_custom(name, catalog.DatasetEntry(classes, records, images, folder.metrics))
 
 
 def _folder(root: Path, where: str, keys: Mapping[str, Any]) -> tuple[str, LabelledFolder]:
     json_file, images = keys.get("JSON", ""), keys.get("IMAGES", "")
     if not json_file and not images:
-        return look(root, keys.get("FORMAT", ""))
+        return open_folder(root, keys.get("FORMAT", ""))
     if keys.get("FORMAT", "coco") not in ("", "coco"):
-        raise UserError(f"{where} has JSON or IMAGES, which are COCO's, and FORMAT {keys['FORMAT']}: leave one out")
-    if not root.is_dir():
-        raise UserError(f"the data folder '{root}' does not exist: correct the path")
+        raise UserError(
+            f"{where} has JSON or IMAGES, which require FORMAT coco, and FORMAT {keys['FORMAT']}: remove one"
+        )
+    _check_exists(root)
     folder = CocoFolder.find(root, json_file, images)
     if not folder:
-        raise UserError(f"'{root}' holds no COCO .json: name it under {where}.JSON")
+        raise UserError(f"'{root}' contains no COCO .json: set {where}.JSON")
     return "coco", folder
+
+
+def _check_exists(root: Path) -> None:
+    if not root.is_dir():
+        raise UserError(f"the data folder '{root}' does not exist: correct the path")

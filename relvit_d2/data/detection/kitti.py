@@ -1,8 +1,8 @@
-"""KITTI's object detection set: ``image_2/*.png`` and ``label_2/*.txt``, and its two splits.
+"""KITTI's object detection data set: ``image_2/*.png`` and ``label_2/*.txt``, and its two train/val splits.
 
-A label's line has 15 columns: type, truncated (0 to 1), occluded (0 visible, 1 partly, 2 largely, 3 unknown), alpha,
-left, top, right, bottom (pixels counted from 0), and seven of three dimensions (readme.txt of the official
-development kit). ``DontCare`` marks a region whose objects were not labelled.
+A line of a label file has 15 columns: type, truncated (0 to 1), occluded (0 visible, 1 partly, 2 largely, 3 unknown),
+alpha, left, top, right, bottom (pixels counted from 0), and seven 3D values (readme.txt of the official development
+kit). ``DontCare`` marks a region whose objects were not labelled.
 """
 
 import hashlib
@@ -15,18 +15,23 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
-from detectron2.structures import BoxMode
-
-from relvit_d2.data.detection.records import Record, checked_box, checked_name
+from relvit_d2.data.detection.records import (
+    Record,
+    checked_box,
+    checked_name,
+    clip_box,
+    make_annotation,
+    make_record,
+)
 from relvit_d2.data.images.decode import image_size
 from relvit_d2.utils.errors import UserError, nearest
-from relvit_d2.utils.paths import refuse_links_out
+from relvit_d2.utils.paths import DataRoot
 
 TYPES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc")
-"""What is labelled, beside ``DontCare``."""
+"""All object types beside ``DontCare``."""
 
 CLASS_SETS = {3: ("Car", "Pedestrian", "Cyclist"), 7: TYPES[:-1], 8: TYPES}
-"""The classes that are evaluated; all but what is like nothing else; all."""
+"""The evaluated classes; all types but ``Misc``; all types."""
 
 NEIGHBOURS = {"Van": "Car", "Person_sitting": "Pedestrian"}
 """A type that resembles an evaluated class, and that class (evaluate_object.cpp, cleanData)."""
@@ -41,31 +46,31 @@ logger = logging.getLogger(__name__)
 def load_kitti(folder: Path, ids: Sequence[str], class_names: Sequence[str]) -> list[Record]:
     """Read labelled images.
 
-    Regions that are neither object nor background are crowds, ``"iscrowd": 1``: ``DontCare`` and ``Misc``, where it is
-    no class, of every class; ``Van`` and ``Person_sitting``, where they are none, of the class they resemble. Of a
-    region, only the part inside the image counts. Other types that are no class are left out.
+    Ignored regions become crowds (``"iscrowd": 1``), clipped to the image: ``DontCare``, and ``Misc`` where it is not a
+    class, of every class; ``Van`` and ``Person_sitting``, where they are not classes, of the class that they resemble.
+    Other types that are not classes are left out.
 
     Args:
-        folder: holds ``image_2`` and ``label_2``.
-        ids: names of the images without their ending.
-        class_names: some of ``TYPES``, in the order of the category ids.
+        folder: contains ``image_2`` and ``label_2``.
+        ids: names of the images without extension.
+        class_names: a subset of ``TYPES``, in the order of the category ids.
 
     Returns:
-        One record an image (see ``relvit_d2.data.detection.records``); ``image_id`` is the id. Each annotation says its
-        ``"type"`` (str), ``"truncated"`` (0..1) and ``"occluded"`` (0..3; both -1 for ``DontCare``), and in
-        ``"resembles"`` the evaluated class that it resembles, if any.
+        One record per image (see ``relvit_d2.data.detection.records``); ``image_id`` is the id. Each annotation has
+        ``"type"`` (str), ``"truncated"`` (0..1), ``"occluded"`` (0..3; both -1 for ``DontCare``), and ``"resembles"``,
+        the evaluated class that it resembles, or None.
 
     Raises:
-        UserError: a file is missing or damaged, a type is unknown or the box of an object wrong; the file is named.
+        UserError: a file is missing or damaged, a type is unknown or the box of an object is invalid.
     """
-    images = kitti_images(folder, ids)
+    root = DataRoot()
     labels = [folder / "label_2" / f"{image_id}.txt" for image_id in ids]
-    refuse_links_out(labels)
-    return [_read_record(*pair, class_names) for pair in zip(images, labels, strict=True)]
+    pairs = zip(kitti_images(folder, ids), labels, strict=True)
+    return [_read_record(image, label, root.read_text(label, "ascii"), class_names) for image, label in pairs]
 
 
 def kitti_ids(folder: Path) -> tuple[str, ...]:
-    """Return the names of the images in ``folder/image_2`` without their ending, sorted.
+    """Return the names of the images in ``folder/image_2`` without extension, sorted.
 
     Raises:
         UserError: there is none, or one has a name that cannot be printed.
@@ -73,7 +78,7 @@ def kitti_ids(folder: Path) -> tuple[str, ...]:
     images = folder / "image_2"
     ids = tuple(sorted(checked_name(path.stem, str(images)) for path in images.glob("*.png")))
     if not ids:
-        raise UserError(f"{images} does not exist or holds no PNG: unpack data_object_image_2.zip there")
+        raise UserError(f"{images} does not exist or contains no PNG: unpack data_object_image_2.zip there")
     return ids
 
 
@@ -81,25 +86,19 @@ def kitti_images(folder: Path, ids: Sequence[str]) -> list[Path]:
     """Return the images with these ids; no label is read.
 
     Raises:
-        UserError: one is a link that leads out of the data.
+        UserError: one is a link that leads out of the data set.
     """
     images = [folder / "image_2" / f"{image_id}.png" for image_id in ids]
-    refuse_links_out(images)
+    DataRoot().check_links(images)
     return images
 
 
-@cache  # so that what it logs is told once
+@cache  # so that the warning is logged once
 def random_split(ids: tuple[str, ...]) -> dict[str, list[str]]:
-    """Return the random split, three quarters to train on and one to test on.
+    """Return the random split: three quarters for training and one quarter for validation.
 
-    The lists of all 7,481 official ids come with the package. For other ids the rule that made those lists is
-    applied anew: the last quarter of the shuffled ids (:func:`shuffled`), one at least, is ``val``.
-
-    Args:
-        ids: of all images, sorted.
-
-    Returns:
-        Sorted ids under ``"train"`` and ``"val"``.
+    The lists of all 7,481 official ids are files of this package. For other ids the rule that made those lists is
+    applied: the last quarter of the shuffled ids (:func:`shuffled`), at least one, is ``val``. The ids are sorted.
     """
     lists = {
         split: resources.files(__package__).joinpath(f"kitti_{split}.txt").read_text(encoding="utf-8").split()
@@ -109,8 +108,8 @@ def random_split(ids: tuple[str, ...]) -> dict[str, list[str]]:
     if ids == tuple(official):
         return lists
     logger.warning(
-        f"{len(ids)} KITTI images are here, not the official {len(official)}: the rule of the random split is applied "
-        "to their ids, so the split is not the one that comes with the package"
+        f"{len(ids)} KITTI images were found instead of the official {len(official)}: the rule of the random split is "
+        "applied to their ids, so the split differs from the published one"
     )
     order = shuffled(ids)
     cut = len(ids) - _quarter(len(ids))
@@ -118,16 +117,16 @@ def random_split(ids: tuple[str, ...]) -> dict[str, list[str]]:
 
 
 def sequence_split(ids: Sequence[str], mapping: Path) -> dict[str, list[str]]:
-    """Return a split in which no drive has images on both sides.
+    """Return a split in which all images of a drive are in the same part.
 
-    The drives are shuffled (:func:`shuffled`); each goes to ``val`` as long as that holds a quarter of the images at
-    most, and to ``train`` otherwise.
+    The drives are shuffled (:func:`shuffled`); each goes to ``val`` if that then has at most a quarter of the images,
+    otherwise to ``train``.
 
     Args:
         ids: of all images, sorted.
-        mapping: the development kit's folder with ``train_rand.txt``, one line of numbers with commas between them, of
-            which the i-th, counted from 0, is the line for image i in ``train_mapping.txt``, counted from 1; such a
-            line is a date, a drive and a frame (readme.txt, "Mapping to Raw Data").
+        mapping: the development kit's folder with ``train_rand.txt``, one line of numbers separated by commas. Its i-th
+            number, counted from 0, is the line of image i in ``train_mapping.txt``, counted from 1; such a line is a
+            date, a drive and a frame (readme.txt, "Mapping to Raw Data").
 
     Returns:
         Sorted ids under ``"train"`` and ``"val"``.
@@ -139,22 +138,22 @@ def sequence_split(ids: Sequence[str], mapping: Path) -> dict[str, list[str]]:
     try:
         drive_of = {image_id: drives[int(image_id)] for image_id in ids}
     except (ValueError, IndexError) as error:
-        raise UserError(f"{mapping} has {len(drives)} images, not all that are here ({error}): restore it") from error
+        raise UserError(f"{mapping} has {len(drives)} images, not all those found ({error}): restore it") from error
     sizes = Counter(drive_of.values())
     if len(sizes) < 2:
         raise UserError(
-            f"all KITTI images here are of the drive {next(iter(sizes))}: use the random split, kitti_train"
+            f"all KITTI images found are of the drive {next(iter(sizes))}: use the random split, kitti_train"
         )
-    room = _quarter(len(ids))
-    held: set[str] = set()
+    remaining = _quarter(len(ids))
+    val: set[str] = set()
     for drive in shuffled(sorted(sizes)):
-        if sizes[drive] <= room:
-            held.add(drive)
-            room -= sizes[drive]
-    held = held or {min(sorted(sizes), key=sizes.__getitem__)}
+        if sizes[drive] <= remaining:
+            val.add(drive)
+            remaining -= sizes[drive]
+    val = val or {min(sorted(sizes), key=sizes.__getitem__)}
     return {
-        "train": [image_id for image_id in ids if drive_of[image_id] not in held],
-        "val": [image_id for image_id in ids if drive_of[image_id] in held],
+        "train": [image_id for image_id in ids if drive_of[image_id] not in val],
+        "val": [image_id for image_id in ids if drive_of[image_id] in val],
     }
 
 
@@ -164,17 +163,16 @@ def read_drives(mapping: Path) -> list[str]:
     Raises:
         UserError: a file is missing or damaged.
     """
-    files = mapping / "train_mapping.txt", mapping / "train_rand.txt"
-    refuse_links_out(files)
-    lines = _read_text(files[0]).splitlines()
-    numbers = re.split(r"[\s,]+", _read_text(files[1]).strip(" \r\n,"))
+    root, rand_file = DataRoot(), mapping / "train_rand.txt"
+    lines = root.read_text(mapping / "train_mapping.txt", "ascii").splitlines()
+    numbers = re.split(r"[\s,]+", root.read_text(rand_file, "ascii").strip(" \r\n,"))
     drives = []
     for number in numbers:
-        whole = number.isdecimal() and len(number) < 10  # Python refuses to read numbers of thousands of digits
+        whole = number.isdecimal() and len(number) < 10  # Python refuses to parse numbers of thousands of digits
         row = lines[int(number) - 1].split() if whole and 0 < int(number) <= len(lines) else []
         if len(row) != 3:
             raise UserError(
-                f"{files[1]} has the entry {number[:20]!r}, which is no line of train_mapping.txt "
+                f"{rand_file} has the entry {number[:20]!r}, which is not the number of a line of train_mapping.txt "
                 "with a date, a drive and a frame: restore both from the development kit"
             )
         drives.append(row[1])
@@ -182,9 +180,9 @@ def read_drives(mapping: Path) -> list[str]:
 
 
 def shuffled(names: Sequence[str]) -> list[str]:
-    """Return the names in an order that looks random and is the same everywhere: by the SHA-256 of seed and name.
+    """Return the names in a pseudorandom order that is the same everywhere: by the SHA-256 of seed and name.
 
-    Generators of NumPy and Python may change what they draw from one version to the next.
+    The generators of NumPy and Python may draw other numbers in another version.
     """
     return sorted(names, key=lambda name: hashlib.sha256(f"{SEED} {name}".encode()).digest())
 
@@ -193,31 +191,17 @@ def _quarter(count: int) -> int:
     return max(1, round(count / 4))
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="ascii")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({type(error).__name__})"
-        raise UserError(f"{path} {reason}: restore it") from error
-
-
-def _read_record(image: Path, label: Path, class_names: Sequence[str]) -> Record:
-    width, height = image_size(image)
+def _read_record(image: Path, label: Path, text: str, class_names: Sequence[str]) -> Record:
+    size = image_size(image)
     annotations: list[Record] = []
-    for number, line in enumerate(_read_text(label).splitlines(), start=1):
+    for number, line in enumerate(text.splitlines(), start=1):
         if line.strip():
-            annotations += _read_line(line.split(), width, height, f"{label}, line {number}", class_names)
-    return {
-        "file_name": str(image),
-        "image_id": image.stem,
-        "height": height,
-        "width": width,
-        "annotations": annotations,
-    }
+            annotations += _read_line(line.split(), *size, f"{label}, line {number}", class_names)
+    return make_record(image, image.stem, size, annotations)
 
 
 def _read_line(columns: list[str], width: int, height: int, where: str, class_names: Sequence[str]) -> list[Record]:
-    """Return the annotations that a line stands for: one of an object, one for each class that ignores a region."""
+    """Return the annotations of a line: one for an object, one for each class that ignores a region."""
     if len(columns) != COLUMNS:
         raise UserError(f"{where} has {len(columns)} columns, not {COLUMNS}: restore it")
     kind = columns[0]
@@ -226,37 +210,16 @@ def _read_line(columns: list[str], width: int, height: int, where: str, class_na
     try:
         numbers = [float(text) for text in columns[1:8]]
     except ValueError as error:
-        raise UserError(f"{where} has a column that is no number ({error}): correct it") from error
+        raise UserError(f"{where} has a column that is not a number ({error}): correct it") from error
     truncated, occluded, _, *corners = numbers
     if not all(map(math.isfinite, numbers)) or not occluded.is_integer():
-        raise UserError(f"{where} has columns that are not finite, or part of an occlusion step: correct it")
-    where = f"{where} ({kind})"
-    box = checked_box(corners, width, height, where) if kind in class_names else _inside(corners, width, height)
-    if box is None:
-        return []
+        raise UserError(f"{where} has a column that is not finite, or a fractional occlusion level: correct it")
     if kind in class_names:
-        names = [kind]
-    elif kind in ("DontCare", "Misc"):
-        names = list(class_names)
+        names, box = [kind], checked_box(corners, width, height, f"{where} ({kind})")
+    elif (region := clip_box(corners, width, height)) is None:
+        return []
     else:
-        names = [name for name in class_names if NEIGHBOURS.get(kind) == name]
-    return [
-        {
-            "bbox": box,
-            "bbox_mode": BoxMode.XYXY_ABS,
-            "category_id": class_names.index(name),
-            "iscrowd": int(name != kind),
-            "type": kind,
-            "truncated": truncated,
-            "occluded": int(occluded),
-            "resembles": NEIGHBOURS.get(kind),
-        }
-        for name in names
-    ]
-
-
-def _inside(corners: Sequence[float], width: int, height: int) -> list[float] | None:
-    """Return the part of a region inside its image, ``None`` if there is none."""
-    x0, y0, x1, y1 = corners
-    inside = [max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))]
-    return inside if inside[0] < inside[2] and inside[1] < inside[3] else None
+        ignores_all = kind in ("DontCare", "Misc")
+        names, box = [name for name in class_names if ignores_all or NEIGHBOURS.get(kind) == name], region
+    values = {"type": kind, "truncated": truncated, "occluded": int(occluded), "resembles": NEIGHBOURS.get(kind)}
+    return [make_annotation(box, class_names.index(name), int(name != kind), **values) for name in names]

@@ -1,4 +1,4 @@
-"""One record to what a detector takes, one image to what pre-training takes."""
+"""Data set mappers: a record to the input of a detector, an image file to the input of pre-training."""
 
 import copy
 from typing import Any
@@ -22,12 +22,12 @@ from relvit_d2.utils.errors import UserError
 
 
 class DetectionMapper(DatasetMapper):
-    """Detectron2's mapper, faster, with large-scale jitter, images of any channels, and faults in one sentence.
+    """A faster version of Detectron2's mapper with large-scale jitter and images of any number of channels.
 
-    Draws, boxes, classes and masks are those of Detectron2's mapper with the same augmentations and the same state of
-    NumPy's global generator, to the bit; pixels differ by at most one grey level, where resizing rounds the other way.
-    ``image`` is a ``(C, H, W)`` view of ``(H, W, C)`` memory. The one exception: boxes of whole numbers are transformed
-    as numbers, not cut to whole ones again.
+    With the same augmentations and the same state of NumPy's global generator, random draws, boxes, classes and masks
+    are bitwise identical to those of Detectron2's mapper; pixels differ by at most one gray level due to rounding.
+    Exception: Detectron2 truncates transformed boxes to integers where all coordinates were integers; this mapper does
+    not. ``image`` is a ``(C, H, W)`` view of ``(H, W, C)`` memory.
     """
 
     @configurable
@@ -37,16 +37,16 @@ class DetectionMapper(DatasetMapper):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
-        """See Detectron2's class.
+        """Return the arguments of the constructor.
 
         With ``INPUT.LSJ.SIZE`` images are resized and cropped as in "Simple Copy-Paste is a Strong Data Augmentation"
-        (Ghiasi et al., 2021), instead of by ``INPUT.MIN_SIZE_TRAIN`` and ``INPUT.CROP``. Smaller ones are padded where
-        batches are made, so that padding is known to be padding.
+        (Ghiasi et al., 2021), instead of by ``INPUT.MIN_SIZE_TRAIN`` and ``INPUT.CROP``. Smaller ones are padded when
+        the batch is made, so that the padding can be masked.
         """
         if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
-            raise UserError(f"INPUT.FORMAT '{cfg.INPUT.FORMAT}' is not supported; give RGB or BGR, or INPUT.CHANNELS 1")
+            raise UserError(f"INPUT.FORMAT '{cfg.INPUT.FORMAT}' is not supported: use RGB or BGR, or INPUT.CHANNELS 1")
         parts = super().from_config(cfg, is_train)
-        parts["augmentations"] = [_quick(a) for a in parts["augmentations"]]
+        parts["augmentations"] = [_faster(a) for a in parts["augmentations"]]
         size = cfg.INPUT.LSJ.SIZE
         if is_train and size:
             flips = [a for a in parts["augmentations"] if isinstance(a, T.RandomFlip)]
@@ -59,10 +59,10 @@ class DetectionMapper(DatasetMapper):
         return parts | {"pixels": PixelFormat.of(cfg)}
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        """Map one record; arguments and result as Detectron2's.
+        """Map one record; arguments and result as in Detectron2.
 
         Raises:
-            UserError: if the image is missing, damaged or not of the size that the record says.
+            UserError: the image is missing or damaged, or its size differs from the record's.
         """
         if self.proposal_topk is not None or "sem_seg_file_name" in dataset_dict:
             return super().__call__(dataset_dict)
@@ -78,35 +78,35 @@ class DetectionMapper(DatasetMapper):
             height, width = image.shape[:2]
             raise UserError(
                 f"image '{record['file_name']}' has {width} x {height} pixels, but {record['width']} x "
-                f"{record['height']} were recorded for it: correct the size in its label, or start again if the label "
-                "has none, because the image has changed since its size was read"
+                f"{record['height']} were recorded for it: correct the size in its label, or restart if the label has "
+                "none, because the image has changed since its size was read"
             ) from error
         pixels, steps = self._augmented(image)
-        record["image"] = pixels.contiguous().permute(2, 0, 1)  # a copy of crops alone
+        record["image"] = pixels.contiguous().permute(2, 0, 1)  # copies crops only
         if self.is_train and "annotations" in dataset_dict:
             shape = (pixels.shape[0], pixels.shape[1])
-            # Where there is no object, Detectron2 looks for its mask all the same.
+            # Without objects Detectron2 would still read their masks.
             objects = any(not a.get("iscrowd", 0) for a in dataset_dict["annotations"])
             if objects and (self.use_instance_mask or self.use_keypoint):
                 record["annotations"] = copy.deepcopy(dataset_dict["annotations"])  # changed in place
                 self._transform_annotations(record, T.TransformList(steps), shape)
             else:
                 record["instances"] = _boxes_as_instances(dataset_dict["annotations"], steps, shape)
-            # Detectron2 drops crowds, and learns that there is background.
+            # Detectron2 drops crowds, so that their regions would be learned as background.
             if crowds := [a for a in dataset_dict["annotations"] if a.get("iscrowd")]:
                 regions = ignored_regions(crowds, T.TransformList(steps), shape)
                 record["instances"] = InstancesWithIgnoreRegions(record["instances"], regions)
         return record
 
-    def fed(self, image: np.ndarray) -> Tensor:
-        """Return what a detector is fed of an image ``(H, W, channels)``, uint8, RGB: ``(channels, h, w)`` uint8."""
+    def network_input(self, image: np.ndarray) -> Tensor:
+        """Return a detector's input ``(channels, h, w)``, uint8, for an RGB image ``(H, W, channels)``, uint8."""
         return self._augmented(image)[0].contiguous().permute(2, 0, 1)
 
     def _augmented(self, image: np.ndarray) -> tuple[Tensor, list[T.Transform]]:
         if self.image_format == "BGR" and self._pixels.channels == 3:
             image = image[:, :, ::-1]
-        # Python's part of the work is cold after every decoding, five times slower than in a loop of its own: no
-        # AugmentationList, no arrays for a handful of boxes.
+        # No AugmentationList and no arrays for a few boxes: Python code runs five times slower with caches that the
+        # decoding has just replaced.
         pixels, steps = torch.from_numpy(np.ascontiguousarray(image)), []
         for augmentation in self.augmentations.augs:
             drawn = augmentation.get_transform(pixels)
@@ -119,8 +119,8 @@ class DetectionMapper(DatasetMapper):
 def _transformed(image: Tensor, step: T.Transform) -> Tensor:
     """Apply one of Detectron2's transforms to an image ``(H, W, C)``.
 
-    uint8 stays uint8: torch's antialiased bilinear resampling is Pillow's up to one grey level, vectorised. Crops are
-    views, so that those before a resize spare its work; flips are vectorised copies of rows.
+    uint8 stays uint8: torch's antialiased bilinear resampling is a vectorized version of Pillow's, within
+    one gray level. Crops are views.
     """
     if isinstance(step, T.NoOpTransform):
         return image
@@ -129,7 +129,7 @@ def _transformed(image: Tensor, step: T.Transform) -> Tensor:
     if isinstance(step, T.HFlipTransform | T.VFlipTransform):
         return image.flip(1 if isinstance(step, T.HFlipTransform) else 0)
     if isinstance(step, T.ResizeTransform) and image.dtype == torch.uint8 and step.interp == Image.Resampling.BILINEAR:
-        # torch resamples rows first; where there will be fewer rows, columns first is less work.
+        # torch resamples the width first; when the height shrinks, resampling the height first is cheaper.
         if step.new_h < step.h:
             image = _resampled(image, step.new_h, step.w)
         return _resampled(image, step.new_h, step.new_w)
@@ -139,15 +139,14 @@ def _transformed(image: Tensor, step: T.Transform) -> Tensor:
 def _resampled(image: Tensor, height: int, width: int) -> Tensor:
     """Resize uint8 ``(H, W, C)``."""
     rows, columns, channels = image.shape
-    # A batch of one whose stride is that of a batch of many counts as channels last: its pixels are not repacked.
+    # The stride of a larger batch makes torch treat it as channels last, which avoids a copy.
     strides = (rows * columns * channels, 1, columns * channels, channels)
     batch = image.contiguous().as_strided((1, channels, rows, columns), strides)
     return F.interpolate(batch, (height, width), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
 
 
-def _quick(augmentation: T.Augmentation) -> T.Augmentation:
-    """Return what draws the same in less time, if there is such a thing."""
-    a = augmentation
+def _faster(a: T.Augmentation) -> T.Augmentation:
+    """Return a faster augmentation with the same random draws, if there is one."""
     if isinstance(a, T.ResizeShortestEdge):
         return ShortestEdge(a.short_edge_length, a.max_size, "range" if a.is_range else "choice", a.interp)
     if isinstance(a, T.RandomFlip):
@@ -156,9 +155,9 @@ def _quick(augmentation: T.Augmentation) -> T.Augmentation:
 
 
 class ShortestEdge(T.ResizeShortestEdge):
-    """Detectron2's resize with its draws, but a choice costs a third of ``np.random.choice``, which makes arrays.
+    """Detectron2's resize with the same draws, without the slow ``np.random.choice``.
 
-    The shorter side of a very flat image keeps at least one pixel.
+    The shorter side of an image with an extreme aspect ratio keeps at least one pixel.
     """
 
     @staticmethod
@@ -172,7 +171,7 @@ class ShortestEdge(T.ResizeShortestEdge):
         sizes, (height, width) = self.short_edge_length, image.shape[:2]
         if self.is_range:
             size = np.random.randint(sizes[0], sizes[1] + 1)
-        else:  # NumPy's generator stays where it is for a choice out of one
+        else:  # a choice from one value does not advance NumPy's generator
             size = sizes[np.random.randint(len(sizes)) if len(sizes) > 1 else 0]
         if size == 0:
             return T.NoOpTransform()
@@ -180,7 +179,7 @@ class ShortestEdge(T.ResizeShortestEdge):
 
 
 class _Scale(T.ResizeScale):
-    """Detectron2's resize, but the shorter side of a very flat image keeps at least one pixel."""
+    """Detectron2's resize, but the shorter side keeps at least one pixel."""
 
     def _get_resize(self, image: Tensor, scale: float) -> T.Transform:
         step = super()._get_resize(image, scale)
@@ -188,7 +187,7 @@ class _Scale(T.ResizeScale):
 
 
 class _Flip(T.RandomFlip):
-    """Detectron2's flip with its draws, which are numbers here, not arrays."""
+    """Detectron2's flip with the same draws, as numbers instead of arrays."""
 
     def get_transform(self, image: Tensor) -> T.Transform:
         if np.random.random_sample() >= self.prob:
@@ -199,13 +198,7 @@ class _Flip(T.RandomFlip):
 def _boxes_as_instances(
     annotations: list[dict[str, Any]], steps: list[T.Transform], shape: tuple[int, int]
 ) -> Instances:
-    """Return boxes and classes of the objects that are no crowd and still have an area, as Detectron2 does.
-
-    Args:
-        annotations: of one image.
-        steps: the transforms of the image.
-        shape: height and width of the transformed image, pixels.
-    """
+    """Return boxes and classes of the objects that are not crowds and still have an area, as Detectron2 does."""
     objects = [a for a in annotations if not a.get("iscrowd", 0)]
     exact = BoxMode.XYXY_ABS
     boxes = [
@@ -231,19 +224,19 @@ def _boxes_as_instances(
     ]
     classes = [int(a["category_id"]) for a in objects]
     instances = Instances(shape)
-    # Setting a field changes the state of Python's warnings, which takes longer than all of this function.
+    # Instances.set changes the state of Python's warnings, which takes longer than this whole function.
     instances.get_fields().update(
         gt_boxes=Boxes(torch.from_numpy(np.array(boxes, dtype=np.float32).reshape(-1, 4))),
         gt_classes=torch.from_numpy(np.array(classes, dtype=np.int64)),
     )
-    # Boxes far above the threshold of Detectron2's filter, 1e-5 pixels, need no filter, even in float32.
+    # Boxes far above the threshold of Detectron2's filter (1e-5 pixels) need no filter.
     if all(x1 - x0 > 1e-3 and y1 - y0 > 1e-3 for x0, y0, x1, y1 in boxes):
         return instances
     return utils.filter_empty_instances(instances)
 
 
 class ImageReader:
-    """Image file -> uint8 image ``(C, H, W)``.
+    """Reads image files as uint8 tensors ``(C, H, W)``.
 
     Args:
         longest: see :meth:`relvit_d2.data.images.decode.PixelFormat.read`.
@@ -255,7 +248,7 @@ class ImageReader:
 
     @classmethod
     def of(cls, cfg: CfgNode) -> "ImageReader":
-        """Return the reader of ``INPUT.LOAD_SIZE``, ``INPUT.CHANNELS`` and ``INPUT.MAX_VALUE``."""
+        """Return a reader with ``INPUT.LOAD_SIZE``, ``INPUT.CHANNELS`` and ``INPUT.MAX_VALUE``."""
         return cls(cfg.INPUT.LOAD_SIZE, PixelFormat.of(cfg))
 
     def __call__(self, path: Any) -> Tensor:
@@ -264,14 +257,11 @@ class ImageReader:
 
 
 def pad_images(images: list[Tensor]) -> dict[str, Tensor]:
-    """Stack images of any size.
-
-    Args:
-        images: uint8, ``(C, H, W)`` each.
+    """Stack uint8 images ``(C, H, W)`` of any size.
 
     Returns:
         ``images``: uint8 ``(B, C, max H, max W)``, padded with zeros right and below;
-        ``sizes``: int64 ``(B, 2)``, the true height and width of each.
+        ``sizes``: int64 ``(B, 2)``, height and width of each without padding.
     """
     sizes = torch.tensor([image.shape[1:] for image in images])
     height, width = sizes.max(dim=0).values.tolist()

@@ -1,4 +1,4 @@
-"""Download of a public data set's missing parts, and a summary of what is there."""
+"""Downloads the missing parts of a public data set and summarizes a data set."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +10,8 @@ from relvit_d2.data.download import fetch, unpack
 from relvit_d2.data.download_urls import Source
 from relvit_d2.utils.errors import UserError
 
-OPTIONAL = ("svhn_extra", "_sequences")  # sets that need what the others do not
-DOWNLOADS = ".downloads"  # under the data root; an archive stays until it is unpacked
+OPTIONAL = ("svhn_extra", "_sequences")  # data sets that need additional files
+DOWNLOADS = ".downloads"  # under the data root; an archive is kept until it is unpacked
 
 
 def download_missing(source: Source, root: Path, report: Callable[[str], None]) -> None:
@@ -20,15 +20,14 @@ def download_missing(source: Source, root: Path, report: Callable[[str], None]) 
     Args:
         source: the data set.
         root: the data root.
-        report: called with each line for the user.
+        report: called with each line of progress.
     """
-    for archive, holds in source.archives:
-        place = root / DOWNLOADS / archive.name
-        parts = [part for part in source.laid(root) if part.pattern.startswith(holds)]
-        if not place.exists() and parts and all(part.found(root) for part in parts):
+    for archive, prefixes in source.archives:
+        parts = [part for part in source.located(root) if part.pattern.startswith(prefixes)]
+        if not (root / DOWNLOADS / archive.name).exists() and parts and all(part.count_files(root) for part in parts):
             continue
         if not archive.checksum:
-            report(f"{archive.name}: no checksum is known, only its size is compared")
+            report(f"{archive.name}: no checksum is known, only the size is checked")
         with tqdm(total=archive.size, unit="B", unit_scale=True, desc=archive.name) as bar:
             path = fetch(archive, root / DOWNLOADS, bar.update)
         report(f"{archive.name}: unpacking")
@@ -37,16 +36,16 @@ def download_missing(source: Source, root: Path, report: Callable[[str], None]) 
 
 
 def describe(name: str) -> str:
-    """Read one set as training does, which fills the reader's cache; return a line on its size.
+    """Read a data set, which fills the reader's cache, and return a line with its size.
 
     Raises:
-        UserError: it is missing or damaged, and not one of :data:`OPTIONAL`.
+        UserError: it is missing or damaged, and not in :data:`OPTIONAL`.
     """
     try:
         records = catalog.get_records(name)
     except UserError as error:
-        if not any(word in name for word in OPTIONAL):
+        if not any(part in name for part in OPTIONAL):
             raise
         return f"{name}: not usable ({error})"
-    objects = sum(not thing["iscrowd"] for record in records for thing in record["annotations"])
+    objects = sum(not a["iscrowd"] for record in records for a in record["annotations"])
     return f"{name}: {len(records):,} images, {objects:,} objects"

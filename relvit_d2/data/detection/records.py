@@ -1,9 +1,9 @@
-"""What every reader shares: the record, and the checks a file has to pass before it becomes one.
+"""Records of labelled images, and the checks that every reader applies to a label file.
 
 A record is Detectron2's standard data set dict: ``file_name`` (str), ``image_id`` (str or int), ``height`` and
 ``width`` (int, pixels), ``annotations``: a list of ``{"bbox", "bbox_mode": BoxMode.XYXY_ABS, "category_id",
 "iscrowd": 0 | 1}``, for VOC with ``"difficult": 0 | 1`` too. A crowd is a region that is neither object nor background:
-in training for all classes, in evaluation for its own. Boxes are ``[x0, y0, x1, y1]`` floats in continuous pixel
+in training for all classes, in evaluation for its own class. Boxes are ``[x0, y0, x1, y1]`` floats in continuous pixel
 coordinates: the image spans ``[0, width] x [0, height]``.
 """
 
@@ -17,18 +17,44 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from detectron2.structures import BoxMode
+
 from relvit_d2.utils.errors import UserError, nearest
-from relvit_d2.utils.paths import refuse_links_out
+from relvit_d2.utils.paths import DataRoot
 
 Record = dict[str, Any]
 
 logger = logging.getLogger(__name__)
 
 BORDER_SLACK = 1.0
-"""Pixels a box may stick out of its image before it counts as wrong; such a box is clipped.
+"""Pixels that a box may exceed its image by before it counts as an error; such a box is clipped.
 
 One pixel is the difference between counting from 0 and from 1, and more than any rounding of rescaled boxes.
 """
+
+
+def make_record(image: Path, image_id: str | int, size: tuple[int, int], annotations: list[Record]) -> Record:
+    """Return the record of an image of ``size`` (width, height) in pixels."""
+    width, height = size
+    return {
+        "file_name": str(image),
+        "image_id": image_id,
+        "height": height,
+        "width": width,
+        "annotations": annotations,
+    }
+
+
+def make_annotation(box: list[float], category_id: int, crowd: int = 0, **extra: Any) -> Record:
+    """Return the annotation of an object with an XYXY box in pixels."""
+    return {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": category_id, "iscrowd": crowd, **extra}
+
+
+def clip_box(corners: Sequence[float], width: int, height: int) -> list[float] | None:
+    """Return the part of an XYXY box inside an image of ``width`` x ``height`` pixels, or None if there is none."""
+    x0, y0, x1, y1 = corners
+    inside = [max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))]
+    return inside if inside[0] < inside[2] and inside[1] < inside[3] else None
 
 
 def checked_box(
@@ -42,32 +68,31 @@ def checked_box(
     """Return ``corners`` as a box inside the image.
 
     Args:
-        corners: ``xmin, ymin, xmax, ymax`` as the file has them.
+        corners: ``xmin, ymin, xmax, ymax`` as in the file.
         width: of the image, pixels.
         height: of the image, pixels.
         where: the file and the object, for the error message.
-        first_pixel: the number the file gives to the first pixel. With 1 (PASCAL VOC: inclusive, counted from
-            one) only the minima are shifted, so that ``xmin=1, xmax=W`` covers the image (Detectron2,
+        first_pixel: index of the first pixel in the file. With 1 (PASCAL VOC: inclusive, counted from one) only the
+            minima are shifted, so that ``xmin=1, xmax=W`` covers the image (Detectron2,
             data/datasets/pascal_voc.py:63-69).
-        slack: pixels that the box may stick out of its image; what sticks out is cut off.
+        slack: pixels that the box may exceed the image by; it is clipped.
 
     Returns:
         ``[x0, y0, x1, y1]`` with ``0 <= x0 < x1 <= width`` and ``0 <= y0 < y1 <= height``.
 
     Raises:
-        UserError: a corner is not finite, a minimum is not below its maximum, or the box leaves the image by more
+        UserError: a corner is not finite, a minimum is not below its maximum, or the box exceeds the image by more
             than ``slack``.
     """
     xmin, ymin, xmax, ymax = corners
     given = f"(xmin {xmin:g}, ymin {ymin:g}, xmax {xmax:g}, ymax {ymax:g})"
     if not all(math.isfinite(value) for value in corners):
-        raise UserError(f"{where} has a box that is not made of finite numbers {given}: correct or remove it")
+        raise UserError(f"{where} has a box with coordinates that are not finite {given}: correct or remove it")
     if xmin >= xmax or ymin >= ymax:
         raise UserError(f"{where} has a box without area {given}: correct or remove it")
-    x0, y0 = xmin - first_pixel, ymin - first_pixel
-    inside = [max(x0, 0.0), max(y0, 0.0), min(xmax, float(width)), min(ymax, float(height))]
-    outside_by = max(abs(edge - kept) for edge, kept in zip((x0, y0, xmax, ymax), inside, strict=True))
-    if outside_by > slack or inside[0] >= inside[2] or inside[1] >= inside[3]:
+    shifted = xmin - first_pixel, ymin - first_pixel, xmax, ymax
+    inside = clip_box(shifted, width, height)
+    if inside is None or max(abs(a - b) for a, b in zip(shifted, inside, strict=True)) > slack:
         raise UserError(
             f"{where} has a box outside its image of {width} x {height} pixels {given}: correct or remove it"
         )
@@ -76,26 +101,26 @@ def checked_box(
 
 @dataclass
 class BoxValidator:
-    """Judges the boxes of a data set that a user brings along, and says in the end what it did to them.
+    """Validates the boxes of a custom data set and counts those that it drops or clips.
 
-    A box without area is left out and one that sticks out of its image is cut at the border, both counted and named;
-    what can only be a mistake (see :func:`checked_box`), or sticks out by more than the image is large, stops the run.
+    A box without area is dropped and one that exceeds its image is clipped. A box that can only be an error (see
+    :func:`checked_box`), or exceeds its image by more than the image's longer side, is an error.
 
     Attributes:
-        where: the data set, for the messages.
+        where: the data set, for messages.
     """
 
     where: str
-    _judged: int = 0
+    _count: int = 0
     _empty: list[str] = field(default_factory=list)
-    _cut: list[str] = field(default_factory=list)
-    _maskless: list[str] = field(default_factory=list)
+    _clipped: list[str] = field(default_factory=list)
+    _without_mask: list[str] = field(default_factory=list)
 
     def __call__(
         self, corners: Sequence[float], width: int, height: int, where: str, first_pixel: int = 0
     ) -> list[float] | None:
         """Return the box inside the image, or None for one without area; arguments as for :func:`checked_box`."""
-        self._judged += 1
+        self._count += 1
         xmin, ymin, xmax, ymax = corners
         if (xmin == xmax and ymin <= ymax) or (ymin == ymax and xmin <= xmax):
             self._empty.append(where)
@@ -103,38 +128,38 @@ class BoxValidator:
         box = checked_box(corners, width, height, where, first_pixel, slack=max(width, height))
         shifted = [xmin - first_pixel, ymin - first_pixel, xmax, ymax]
         if max(abs(a - b) for a, b in zip(shifted, box, strict=True)) > BORDER_SLACK:
-            self._cut.append(where)
+            self._clipped.append(where)
         return box
 
-    def without_mask(self, where: str) -> None:
+    def count_empty_mask(self, where: str) -> None:
         """Count an object whose box is kept although its mask has no area."""
-        self._maskless.append(where)
+        self._without_mask.append(where)
 
-    def notes(self) -> list[str]:
-        """Return what was left out or changed, as sentences for the log.
+    def warnings(self) -> list[str]:
+        """Return one warning for each kind of change.
 
         Raises:
-            UserError: if more than half of the boxes stick out: they are those of images of another size.
+            UserError: more than half of the boxes exceed their images, so they belong to images of another size.
         """
-        if 2 * len(self._cut) > self._judged:
+        if 2 * len(self._clipped) > self._count:
             raise UserError(
-                f"{len(self._cut)} of the {self._judged} boxes of {self.where} stick out of their images, the first in "
-                f"{self._cut[0]}: they belong to images of another size, or are in another format"
+                f"{len(self._clipped)} of the {self._count} boxes of {self.where} exceed their images, the first in "
+                f"{self._clipped[0]}: they belong to images of another size, or are in another format"
             )
-        done = (
+        changes = (
             (self._empty, "have no area and are left out"),
-            (self._cut, "stick out and are cut at the border"),
-            (self._maskless, "have a mask without area and are kept as boxes without a mask"),
+            (self._clipped, "exceed their images and are clipped"),
+            (self._without_mask, "have a mask without area and are kept as boxes without a mask"),
         )
         return [
-            f"{len(boxes)} of the {self._judged} boxes of {self.where} {what}: {first_few(boxes)}"
-            for boxes, what in done
+            f"{len(boxes)} of the {self._count} boxes of {self.where} {change}: {first_few(boxes)}"
+            for boxes, change in changes
             if boxes
         ]
 
 
-def parse_whole_number(value: Any) -> int | None:
-    """Return the whole number that ``value`` writes in any decimal notation, or None if it writes none.
+def parse_integer(value: Any) -> int | None:
+    """Return the integer that ``value`` represents in any decimal notation, or None if it represents none.
 
     Programs write the same class as ``3``, ``3.0``, ``"3"`` or ``3.000000e+00``.
     """
@@ -152,33 +177,20 @@ def parse_whole_number(value: Any) -> int | None:
 def parse_flag(value: Any) -> int | None:
     """Return 0 or 1 for a flag such as ``iscrowd`` or ``difficult``, or None if ``value`` is not a flag.
 
-    What is empty or ``Unspecified`` (PASCAL's word in its annotation files) counts as 0.
+    An empty value and ``Unspecified`` (in PASCAL's annotation files) count as 0.
     """
     text = str(value).strip().lower()
     if value is None or text in ("", "unspecified", "none", "null", "false", "no"):
         return 0
     if text in ("true", "yes"):
         return 1
-    number = parse_whole_number(value)
+    number = parse_integer(value)
     return number if number in (0, 1) else None
 
 
 def first_few(names: Sequence[Any]) -> str:
-    """Return the first five of ``names`` in words."""
+    """Return the first five of ``names``, separated by commas."""
     return ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
-
-
-def checked_path(name: Any, folder: Path, where: str) -> Path:
-    """Return the path that a file of a data set names, below ``folder``; sub-folders are allowed.
-
-    Raises:
-        UserError: it is no text or leads elsewhere: an absolute path, one with ``..`` or unprintable characters.
-    """
-    text = name.replace("\\", "/") if isinstance(name, str) else ""
-    parts = [part for part in text.split("/") if part != "."]
-    if not (text and parts) or not text.isprintable() or ":" in parts[0] or {"", ".."} & set(parts):
-        raise UserError(f"{where} names {name!r}, which is no path inside '{folder}': correct it")
-    return folder.joinpath(*parts)
 
 
 def folders_below(root: Path, depth: int = 2) -> Iterator[Path]:
@@ -195,7 +207,7 @@ def folders_below(root: Path, depth: int = 2) -> Iterator[Path]:
 
 
 def files_with(folder: Path, extension: str) -> list[Path]:
-    """Return the files right in ``folder`` with an extension (small letters, with its dot) in any case, sorted.
+    """Return the files directly in ``folder`` with an extension (such as ``.xml``, in any case), sorted.
 
     Hidden files are left out.
 
@@ -210,10 +222,10 @@ def files_with(folder: Path, extension: str) -> list[Path]:
 
 
 def checked_name(name: str, where: str) -> str:
-    """Return ``name`` if it is a plain file name, so that no list can point out of its own folder.
+    """Return ``name`` if it is a plain file name.
 
     Raises:
-        UserError: it is empty, ``.`` or ``..``, or holds a path separator or an unprintable character.
+        UserError: it is empty, ``.`` or ``..``, or contains a path separator or an unprintable character.
     """
     if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
         raise UserError(f"{where} names {name!r}, which is not a plain file name: correct it")
@@ -221,7 +233,7 @@ def checked_name(name: str, where: str) -> str:
 
 
 def check_printable(paths: Iterable[str | Path]) -> None:
-    """Raise a ``UserError`` for the first of ``paths`` that no log could hold."""
+    """Raise a ``UserError`` for the first of ``paths`` with characters that cannot be printed."""
     for path in paths:
         if not str(path).isprintable():
             locale = "" if sys.getfilesystemencoding() == "utf-8" else ", or set the environment variable PYTHONUTF8=1"
@@ -229,7 +241,7 @@ def check_printable(paths: Iterable[str | Path]) -> None:
 
 
 def check_unique(names: Sequence[str], where: str) -> None:
-    """Raise a ``UserError`` naming the first of ``names`` that comes twice: its detections would count twice."""
+    """Raise a ``UserError`` for the first of ``names`` that occurs twice: its detections would count twice."""
     seen: set[str] = set()
     for name in names:
         if name in seen:
@@ -237,50 +249,46 @@ def check_unique(names: Sequence[str], where: str) -> None:
         seen.add(name)
 
 
-def existing(images: Sequence[Path], where: str, skip_missing: bool, root: Path | None = None) -> list[Path]:
-    """Return those of ``images`` that exist, in their order.
-
-    Args:
-        images: what a data set lists.
-        where: what lists them, for the messages.
-        skip_missing: leave out the absent ones and name the first few in the log.
-        root: see :func:`relvit_d2.utils.paths.refuse_links_out`.
+def existing_images(images: Sequence[Path], where: str, skip_missing: bool, root: DataRoot) -> list[Path]:
+    """Return those of ``images``, which the file ``where`` lists, that exist; with ``skip_missing`` warn of the others.
 
     Raises:
-        UserError: an image is absent and ``skip_missing`` is not set, none exists, or one is a link to elsewhere.
+        UserError: an image is missing and ``skip_missing`` is not set, none exists, or one leads out of the data set.
     """
-    # One listing a folder: asking for each of 100,000 files takes minutes on a network disk.
+    # One listing a folder: a query for each of 100,000 files takes minutes on a network disk.
     folders = {image.parent for image in images}
     names = {folder: set(os.listdir(folder)) if folder.is_dir() else set() for folder in folders}  # noqa: PTH208
     found = [image for image in images if image.name in names[image.parent]]
-    refuse_links_out(found, root)
+    root.check_links(found)
     if len(found) == len(images):
         return found
     missing = [image for image in images if image.name not in names[image.parent]]
     if not skip_missing or not found:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        mend = "" if skip_missing else ", or set DATASETS.SKIP_MISSING True to go on without"
-        raise UserError(f"the image {missing[0]}{more} is missing but listed in {where}: restore it{mend}")
+        skip = "" if skip_missing else ", or set DATASETS.SKIP_MISSING True to leave out missing images"
+        raise UserError(f"the image {missing[0]}{more} is missing but listed in {where}: restore it{skip}")
     absent = first_few([image.name for image in missing])
     logger.warning(f"{len(missing)} of the {len(images)} images listed in {where} are missing and left out: {absent}")
     return found
 
 
-def renumbered(records: Sequence[Record], names: Sequence[str], classes: Sequence[str], where: str) -> list[Record]:
-    """Return records whose category ids count in ``names``, with ids that count in ``classes``.
+def renumber_classes(
+    records: Sequence[Record], names: Sequence[str], classes: Sequence[str], where: str
+) -> list[Record]:
+    """Return records whose category ids are indices into ``names`` with indices into ``classes``.
 
     Raises:
-        UserError: an object is of a class that is not among ``classes``.
+        UserError: an object is of a class that is not in ``classes``.
     """
-    numbers = {name: number for number, name in enumerate(classes)}
+    indices = {name: index for index, name in enumerate(classes)}
 
-    def renumber(thing: Record) -> Record:
-        name = names[thing["category_id"]]
-        if name not in numbers:
+    def renumber(annotation: Record) -> Record:
+        name = names[annotation["category_id"]]
+        if name not in indices:
             raise UserError(
                 f"'{where}' has objects of the class '{name}', which is not one of {', '.join(classes)}"
                 f"{nearest(name, list(classes))}"
             )
-        return thing | {"category_id": numbers[name]}
+        return annotation | {"category_id": indices[name]}
 
-    return [record | {"annotations": [renumber(thing) for thing in record["annotations"]]} for record in records]
+    return [record | {"annotations": [renumber(a) for a in record["annotations"]]} for record in records]

@@ -1,4 +1,4 @@
-"""A training image's objects beside the regions that count as neither object nor background."""
+"""Instances of a training image with ignore regions, which count as neither object nor background."""
 
 from typing import Any
 
@@ -11,13 +11,11 @@ from relvit_d2.data.detection.records import Record
 
 
 class InstancesWithIgnoreRegions(Instances):
-    """Detectron2's instances of an image, and regions to be ignored.
-
-    Heads that do not read ``regions`` use them as plain instances.
+    """Detectron2's instances of an image, and the regions to ignore; other heads use it as plain instances.
 
     Args:
-        objects: of the image.
-        regions: boxes of the regions, pixels of the image as it is fed.
+        objects: the instances.
+        regions: boxes of the regions, pixels of the network's input.
     """
 
     def __init__(self, objects: Instances, regions: Boxes) -> None:
@@ -26,21 +24,21 @@ class InstancesWithIgnoreRegions(Instances):
 
     @property
     def regions(self) -> Boxes:
-        """The regions to be ignored."""
+        """The regions to ignore."""
         return self._regions
 
     def to(self, *args: Any, **kwargs: Any) -> "InstancesWithIgnoreRegions":
-        """See Detectron2's class."""
+        """Return the instances and regions on another device."""
         return InstancesWithIgnoreRegions(super().to(*args, **kwargs), self._regions.to(*args, **kwargs))
 
 
 def ignored_regions(crowds: list[Record], transforms: T.Transform, image_size: tuple[int, int]) -> Boxes:
-    """Return the boxes of the crowds among an image's annotations as the image is changed, each box once.
+    """Return the transformed boxes of crowd annotations, without duplicates.
 
     Args:
         crowds: annotations with ``bbox`` and ``bbox_mode``.
-        transforms: what the image went through.
-        image_size: height and width after that, pixels; boxes are clipped to it and dropped where nothing is left.
+        transforms: the transforms of the image.
+        image_size: height and width of the transformed image, pixels; boxes are clipped to it, empty ones dropped.
     """
     corners = [BoxMode.convert(crowd["bbox"], crowd["bbox_mode"], BoxMode.XYXY_ABS) for crowd in crowds]
     boxes = Boxes(torch.as_tensor(transforms.apply_box(np.unique(corners, axis=0)), dtype=torch.float32))

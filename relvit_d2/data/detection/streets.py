@@ -1,7 +1,6 @@
-"""`streets`: synthetic street numbers, drawn here, stored in SVHN's format 1 and read by SVHN's reader.
+"""The data set ``streets``: synthetic house numbers in SVHN's format 1, so that everything runs without a download.
 
-They let everything run without a download. Image ``i`` of a seed is a pure function of ``(seed, i)``: more images, or
-another order of drawing, change none that is there.
+Image ``i`` is a pure function of ``(seed, i)``, independent of the number of images and the order of drawing.
 """
 
 import itertools
@@ -26,7 +25,7 @@ from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.randomness import generator
 
 VERSION = 1
-"""Of the drawings: a stored set with another number is drawn anew."""
+"""Version of the drawings: a stored data set of another version is drawn again."""
 
 SIDE = 64
 """Width and height of an image, pixels."""
@@ -46,30 +45,30 @@ FONTS = (
     "cmss10",
     "cmtt10",
 )
-"""Files that matplotlib ships (mpl-data/fonts/ttf)."""
+"""Font files that come with matplotlib (mpl-data/fonts/ttf)."""
 
-LENGTH_ODDS = (0.2, 0.3, 0.25, 0.15, 0.1)
-"""Of numbers with 1, 2, 3, 4 and 5 digits."""
+LENGTH_PROBABILITIES = (0.2, 0.3, 0.25, 0.15, 0.1)
+"""Probabilities of numbers with 1, 2, 3, 4 and 5 digits."""
 
 HEIGHTS = (10.5, 29.0)
-"""Range of a number's height before it is turned, pixels. What does not fit into the image is drawn smaller."""
+"""Range of a number's height before rotation, pixels. It is reduced where the number would exceed the image."""
 
 MIN_CONTRAST = 0.3
-"""Between the luma of the number and that of anything behind it, of 1; before blur and noise."""
+"""Minimum difference of luma (0 to 1) between the number and everything behind it, before blur and noise."""
 
-_FINE = 4  # glyphs are drawn this much larger and averaged down: smooth edges, boxes to a quarter of a pixel
-_GLYPH_SIZE = 160  # font size of the glyphs that are warped into place, finer pixels
-_MARGIN = 1.5  # pixels kept free between the number and the image's border
-_INK = 0.5  # coverage from which a finer pixel belongs to a digit
+_FINE = 4  # supersampling factor: smooth edges, boxes to a quarter of a pixel
+_GLYPH_SIZE = 160  # font size of the glyphs before the affine transform, supersampled pixels
+_MARGIN = 1.5  # pixels between the number and the image's border
+_INK = 0.5  # coverage from which a supersampled pixel belongs to a digit
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
-_SHAPES = "AEHKMNRTVWXY#&+="  # signs that are no digit and cannot be taken for one
+_DISTRACTORS = "AEHKMNRTVWXY#&+="  # characters that do not resemble a digit
 
 
 class Number(NamedTuple):
-    """A number in its place.
+    """A number and its position in the image.
 
-    ``digits`` (K,) int 0..9; ``coverage`` (K, SIDE, SIDE) float 0..1, the ink of each digit; ``boxes`` (K, 4) float
-    ``left, top, width, height`` in pixels, tight around the ink.
+    ``digits`` (K,) int 0..9; ``coverage`` (K, SIDE, SIDE) float 0..1, the alpha mask of each digit; ``boxes`` (K, 4)
+    float ``left, top, width, height`` in pixels, tight around the mask.
     """
 
     digits: np.ndarray
@@ -80,31 +79,23 @@ class Number(NamedTuple):
 def generate(folder: Path, count: int, seed: int, progress: Callable[[int], None] | None = None) -> None:
     """Draw images 0 to ``count - 1`` of ``seed`` into ``folder``: ``1.png`` .. and ``digitStruct.mat``.
 
-    The folder appears whole or not at all. One that is there by then stays as it is: of two processes at work at
-    once the first wins, and both end with the same files.
+    The folder is created atomically. An existing one is kept: of two concurrent processes, the first one's is used.
 
-    Args:
-        folder: to make; its parents are made too.
-        count: number of images.
-        seed: non-negative.
-        progress: called after each image with the number of images drawn so far.
-
-    Raises:
-        OSError: the folder cannot be written.
+    ``progress`` is called after each image with the number of images drawn so far.
     """
-    with _appears_whole(folder, folder.is_dir) as workplace:
+    with _atomic_folder(folder, folder.is_dir) as temporary:
         numbers = []
         for index in range(count):
             image, number = draw_image(seed, index)
-            image.save(workplace / f"{index + 1}.png", compress_level=1)
+            image.save(temporary / f"{index + 1}.png", compress_level=1)
             numbers.append(number)
             if progress:
                 progress(index + 1)
-        _write_labels(workplace / LABELS_FILE, numbers)
+        _write_labels(temporary / LABELS_FILE, numbers)
 
 
 def ensure_streets(root: Path) -> Path:
-    """Return ``root/streets`` with the splits ``train`` and ``test`` in it, drawn first where they are missing.
+    """Return ``root/streets`` with the splits ``train`` and ``test``; draw it if it is missing or outdated.
 
     Raises:
         UserError: the folder cannot be written.
@@ -113,18 +104,18 @@ def ensure_streets(root: Path) -> Path:
     if _stored_version(folder) == VERSION:
         return folder
     try:
-        with _appears_whole(folder, lambda: _stored_version(folder) == VERSION) as workplace:
+        with _atomic_folder(folder, lambda: _stored_version(folder) == VERSION) as temporary:
             total = sum(count for _, count in SPLITS.values())
             with tqdm(total=total, desc="drawing streets", unit="image", mininterval=0.5) as bar:
                 for split, (seed, count) in SPLITS.items():
-                    generate(workplace / split, count, seed, lambda _: bar.update())
-            (workplace / "streets.json").write_text(
+                    generate(temporary / split, count, seed, lambda _: bar.update())
+            (temporary / "streets.json").write_text(
                 json.dumps({"version": VERSION, "splits": SPLITS}) + "\n", encoding="utf-8"
             )
     except OSError as error:
         raise UserError(
-            f"the data set streets cannot be written to {folder} ({error}): free some space there, or set "
-            "DETECTRON2_DATASETS to a folder that can be written"
+            f"the data set streets cannot be written to {folder} ({error}): free space there, or set "
+            "DETECTRON2_DATASETS to a writable folder"
         ) from error
     return folder
 
@@ -140,7 +131,7 @@ def draw_image(seed: int, index: int) -> tuple[Image.Image, Number]:
     canvas = _gradient(rng, behind)
     canvas = _with_clutter(rng, canvas, behind, number)
     coverage = number.coverage.max(axis=0)[:, :, None]
-    canvas += coverage * (_colour(rng, ink) - canvas)
+    canvas += coverage * (_color(rng, ink) - canvas)
 
     image = Image.fromarray(np.uint8(np.rint(255 * canvas)))
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.0, 0.8)))
@@ -149,8 +140,8 @@ def draw_image(seed: int, index: int) -> tuple[Image.Image, Number]:
 
 
 def place_number(rng: np.random.Generator) -> Number:
-    """Draw a number's digits, font, size, slant and place."""
-    digits = rng.integers(0, 10, rng.choice(len(LENGTH_ODDS), p=LENGTH_ODDS) + 1)
+    """Draw a number's digits, font, size, rotation, shear and position at random."""
+    digits = rng.integers(0, 10, rng.choice(len(LENGTH_PROBABILITIES), p=LENGTH_PROBABILITIES) + 1)
     font = _font(FONTS[rng.integers(len(FONTS))], _GLYPH_SIZE)
     spacing = rng.uniform(0.0, 0.08) * _GLYPH_SIZE
     glyphs, corners = _line_of_glyphs(font, digits, spacing)
@@ -160,10 +151,10 @@ def place_number(rng: np.random.Generator) -> Number:
     warp = turn @ np.array([[1.0, shear], [0.0, 1.0]])
     outline = corners.reshape(-1, 2) @ warp.T
     low, high = outline.min(axis=0), outline.max(axis=0)
-    room = SIDE - 2 * _MARGIN
-    scale = min(rng.uniform(*HEIGHTS) / min(mask.height for mask in glyphs), room / (high - low).max())
+    available = SIDE - 2 * _MARGIN
+    scale = min(rng.uniform(*HEIGHTS) / min(mask.height for mask in glyphs), available / (high - low).max())
     warp, low, high = scale * warp, scale * low, scale * high
-    shift = _MARGIN - low + rng.random(2) * (room - (high - low))
+    shift = _MARGIN - low + rng.random(2) * (available - (high - low))
 
     coverage = np.empty((len(digits), SIDE, SIDE))
     boxes = np.empty((len(digits), 4))
@@ -179,14 +170,14 @@ def place_number(rng: np.random.Generator) -> Number:
 @cache
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
-    # The basic layout is the same whether or not Pillow was built with Raqm.
+    # The basic layout does not depend on whether Pillow was built with Raqm.
     return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
 
 
 def _line_of_glyphs(
     font: ImageFont.FreeTypeFont, digits: Sequence[int] | np.ndarray, spacing: float
 ) -> tuple[list[Image.Image], np.ndarray]:
-    """Return each digit's ink as a tight mask, and the (K, 4, 2) corners of the masks set on one line."""
+    """Return a tight mask of each digit, and the (K, 4, 2) corners of the masks when set on one line."""
     masks, corners = [], []
     pen = 0.0
     for digit in digits:
@@ -201,7 +192,7 @@ def _line_of_glyphs(
 
 def _warped(mask: Image.Image, warp: np.ndarray, origin: np.ndarray) -> np.ndarray:
     """Return ``mask`` with its corner at ``origin`` (pixels), warped: (SIDE * _FINE, SIDE * _FINE) float 0..1."""
-    # Pillow wants, for each finer pixel of the result, the place in the mask: the inverse map.
+    # Pillow requires the inverse map, from output to input pixels.
     inverse = np.linalg.inv(warp * _FINE)
     offset = -inverse @ (origin * _FINE)
     rows = np.column_stack([inverse, offset]).ravel()
@@ -209,35 +200,35 @@ def _warped(mask: Image.Image, warp: np.ndarray, origin: np.ndarray) -> np.ndarr
     return np.asarray(mask.transform(fine, Image.Transform.AFFINE, tuple(rows), Image.Resampling.BILINEAR)) / 255.0
 
 
-def _colour(rng: np.random.Generator, luma_range: tuple[float, float]) -> np.ndarray:
-    """Return a random RGB colour, (3,) of 0..1, whose luma lies in ``luma_range``."""
+def _color(rng: np.random.Generator, luma_range: tuple[float, float]) -> np.ndarray:
+    """Return a random RGB color, (3,) of 0..1, with a luma in ``luma_range``."""
     luma = rng.uniform(*luma_range)
-    colour = rng.random(3)
-    given = colour @ _LUMA
-    if given >= luma:
-        return colour * (luma / given)
-    return colour + (1 - colour) * ((luma - given) / (1 - given))
+    color = rng.random(3)
+    current = color @ _LUMA
+    if current >= luma:
+        return color * (luma / current)
+    return color + (1 - color) * ((luma - current) / (1 - current))
 
 
 def _gradient(rng: np.random.Generator, luma_range: tuple[float, float]) -> np.ndarray:
-    """Return (SIDE, SIDE, 3): one colour turning into another, the lighter one above.
+    """Return a gradient of two colors (SIDE, SIDE, 3), the lighter one at the top, as in photographs.
 
-    Streets are lit from the sky. It gives the images what photographs have and pre-training lives on: places differ.
+    Positions in the image can be distinguished by it, which position pretext tasks require.
     """
     angle = rng.normal(np.pi / 2, 0.35)
     ramp = np.linspace(-1, 1, SIDE)
     along = np.cos(angle) * ramp[None, :] + np.sin(angle) * ramp[:, None]
-    share = ((along - along.min()) / np.ptp(along))[:, :, None]
-    below, above = sorted((_colour(rng, luma_range), _colour(rng, luma_range)), key=_LUMA.dot)
-    return (1 - share) * above + share * below
+    weight = ((along - along.min()) / np.ptp(along))[:, :, None]
+    below, above = sorted((_color(rng, luma_range), _color(rng, luma_range)), key=_LUMA.dot)
+    return (1 - weight) * above + weight * below
 
 
 def _with_clutter(
     rng: np.random.Generator, canvas: np.ndarray, luma_range: tuple[float, float], number: Number
 ) -> np.ndarray:
-    """Draw lines, rectangles and signs on ``canvas``; all stay on the background's side of the contrast.
+    """Draw lines, rectangles and letters with a luma in ``luma_range``.
 
-    Signs keep clear of the number, the rest runs behind it.
+    Lines and rectangles may be behind the number; letters do not overlap it.
     """
     for _ in range(rng.integers(0, 6)):
         layer = Image.new("L", (SIDE, SIDE))
@@ -251,16 +242,16 @@ def _with_clutter(
             draw.rectangle((x0, y0, x1, y1), fill=255 if rng.random() < 0.5 else 0, outline=255)
         else:
             font = _font(FONTS[rng.integers(len(FONTS))], int(rng.integers(10, 22)))
-            draw.text((x0, y0), _SHAPES[rng.integers(len(_SHAPES))], font=font, fill=255)
+            draw.text((x0, y0), _DISTRACTORS[rng.integers(len(_DISTRACTORS))], font=font, fill=255)
             if _touches(layer.getbbox(), number.boxes):
                 continue
         alpha = np.asarray(layer)[:, :, None] / 255 * rng.uniform(0.3, 0.9)
-        canvas = canvas + alpha * (_colour(rng, luma_range) - canvas)
+        canvas = canvas + alpha * (_color(rng, luma_range) - canvas)
     return canvas
 
 
 def _touches(box: tuple[int, int, int, int] | None, boxes: np.ndarray) -> bool:
-    """Whether ``box`` (corners) comes within two pixels of any of ``boxes`` (left, top, width, height)."""
+    """Whether ``box`` (corners) is within two pixels of any of ``boxes`` (left, top, width, height)."""
     if box is None:
         return False
     low, high = boxes[:, :2] - 2, boxes[:, :2] + boxes[:, 2:] + 2
@@ -302,27 +293,27 @@ def _stored_version(folder: Path) -> int | None:
 
 
 @contextmanager
-def _appears_whole(folder: Path, is_done: Callable[[], bool]) -> Iterator[Path]:
-    """Give a fresh folder beside ``folder`` to fill, and rename it to ``folder`` when the block ends without fault.
+def _atomic_folder(folder: Path, is_done: Callable[[], bool]) -> Iterator[Path]:
+    """Yield a temporary folder, and rename it to ``folder`` when the block ends without an exception.
 
-    If another process did the job meanwhile (``is_done``), its folder stays; any other ``folder`` makes way.
+    If another process created ``folder`` meanwhile (``is_done``), that one is kept; any other ``folder`` is replaced.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    parent = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        workplace = temporary / "new"
-        workplace.mkdir()
-        yield workplace
+        temporary = parent / "new"
+        temporary.mkdir()
+        yield temporary
         if not is_done():
             if folder.exists():
-                _rename(folder, temporary / "old")
-            _rename(workplace, folder)
+                _rename(folder, parent / "old")
+            _rename(temporary, folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(parent, ignore_errors=True)
 
 
 def _rename(source: Path, target: Path) -> None:
-    """Rename a folder; that another process was faster (target there, or source gone) is no fault."""
+    """Rename a folder unless another process was faster: then the target exists or the source does not."""
     try:
         os.rename(source, target)  # noqa: PTH104
     except FileNotFoundError:

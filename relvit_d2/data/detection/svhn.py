@@ -1,25 +1,32 @@
 """SVHN format 1: whole photographs and ``digitStruct.mat``, a MATLAB 7.3 file, which is HDF5.
 
-``/digitStruct/name`` and ``/digitStruct/bbox`` are columns of references, one an image. A name is a column of UTF-16
-codes. A bbox is a group of five columns, ``left top width height label``, one row a digit; MATLAB stores the number
-itself where there is one digit and references to numbers where there are more. Label 10 is the digit 0.
+``/digitStruct/name`` and ``/digitStruct/bbox`` are columns of references, one per image. A name is a column of UTF-16
+codes. A bbox is a group of five columns, ``left top width height label``, with a row per digit; MATLAB stores the
+number itself for one digit and references to numbers for several. Label 10 is the digit 0.
 """
 
 import math
 import os
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
-from detectron2.structures import BoxMode
 from h5py import h5d, h5g, h5l, h5o, h5r, h5s, h5t
 
 from relvit_d2.data.cache import Labels, cached
-from relvit_d2.data.detection.records import Record, check_unique, checked_name, existing
+from relvit_d2.data.detection.records import (
+    Record,
+    check_unique,
+    checked_name,
+    existing_images,
+    make_annotation,
+    make_record,
+)
 from relvit_d2.data.images.decode import image_size
 from relvit_d2.utils.errors import UserError
-from relvit_d2.utils.paths import refuse_links_out
+from relvit_d2.utils.paths import DataRoot
 
 CLASS_NAMES = tuple("0123456789")
 LABELS_FILE = "digitStruct.mat"
@@ -27,10 +34,10 @@ FIELDS = ("left", "top", "width", "height", "label")
 LABELS = frozenset(range(1, 11))
 
 LONGEST_COLUMN = 255
-"""Most characters in a name, most digits in an image: a damaged file must not ask for gigabytes of memory."""
+"""Limit of characters in a name and digits in an image: a damaged file must not allocate gigabytes of memory."""
 
 MOST_IMAGES = 10_000_000
-"""In one file, for the same reason; SVHN's largest split has 202,353."""
+"""Limit of images in a file, for the same reason; SVHN's largest split has 202,353."""
 
 _FIELDS = tuple(field.encode() for field in FIELDS)
 _REFERENCE = h5t.py_create(h5py.ref_dtype)
@@ -39,16 +46,16 @@ _REFERENCE = h5t.py_create(h5py.ref_dtype)
 def load_svhn(folder: Path, skip_missing: bool = False) -> list[Record]:
     """Read one split, in the order of its ``digitStruct.mat``.
 
-    ``left`` and ``top`` are taken as distances from the image's edge in pixels. SVHN's boxes are known to leave
-    their images: they are clipped, and a box of which nothing is left is dropped and counted in the log.
+    ``left`` and ``top`` are distances from the image's edge in pixels. Some of SVHN's boxes exceed their images: they
+    are clipped, and a box completely outside is left out and counted in the log.
 
     Args:
-        folder: holds ``digitStruct.mat`` and the images it names.
-        skip_missing: see :func:`relvit_d2.data.detection.records.existing`.
+        folder: contains ``digitStruct.mat`` and the images that it names.
+        skip_missing: see :func:`relvit_d2.data.detection.records.existing_images`.
 
     Returns:
-        One record an image (see :mod:`relvit_d2.data.detection.records`): ``category_id`` is the digit 0..9,
-        ``image_id`` the image's name without its suffix.
+        One record per image (see :mod:`relvit_d2.data.detection.records`): ``category_id`` is the digit 0..9,
+        ``image_id`` the image's name without extension.
 
     Raises:
         UserError: the file is missing or damaged, or an image is missing or unreadable.
@@ -57,7 +64,7 @@ def load_svhn(folder: Path, skip_missing: bool = False) -> list[Record]:
     try:
         images = [entry.name for entry in os.scandir(folder) if entry.name.endswith(".png")]
     except OSError as error:
-        raise UserError(f"the label file {path} is missing: unpack SVHN's format 1 archive there") from error
+        raise UserError(f"the label file {path} is missing: unpack the archive of SVHN's format 1 there") from error
     sources = [path, *(folder / name for name in sorted(images))]
     return cached(f"SVHN, {skip_missing=}", folder, sources, lambda: _read(folder, path, skip_missing))[1]
 
@@ -65,36 +72,19 @@ def load_svhn(folder: Path, skip_missing: bool = False) -> list[Record]:
 def _read(folder: Path, path: Path, skip_missing: bool) -> Labels:
     rows = _read_rows(path)
     check_unique([name for name, _ in rows], str(path))
-    found = set(existing([folder / name for name, _ in rows], str(path), skip_missing))
+    found = set(existing_images([folder / name for name, _ in rows], str(path), skip_missing, DataRoot()))
     present = [(folder / name, digits) for name, digits in rows if folder / name in found]
     sizes = [image_size(image) for image, _ in present]
     boxes, kept = _clip([digits for _, digits in present], sizes)
     dropped = int((~kept).sum())
     notes = [f"{dropped} boxes of {path} lie outside their images and are left out"] if dropped else []
 
+    clipped = iter(zip(boxes.tolist(), kept, strict=True))
     records = []
-    start = 0
-    for (image, digits), (width, height) in zip(present, sizes, strict=True):
-        rows_of_image = range(start, start + len(digits))
-        start += len(digits)
-        records.append(
-            {
-                "file_name": str(image),
-                "image_id": image.stem,
-                "height": height,
-                "width": width,
-                "annotations": [
-                    {
-                        "bbox": boxes[row].tolist(),
-                        "bbox_mode": BoxMode.XYXY_ABS,
-                        "category_id": int(digit[4]) % 10,
-                        "iscrowd": 0,
-                    }
-                    for row, digit in zip(rows_of_image, digits, strict=True)
-                    if kept[row]
-                ],
-            }
-        )
+    for (image, digits), size in zip(present, sizes, strict=True):
+        rows_of_image = zip(digits, islice(clipped, len(digits)), strict=True)
+        annotations = [make_annotation(box, int(digit[4]) % 10) for digit, (box, keep) in rows_of_image if keep]
+        records.append(make_record(image, image.stem, size, annotations))
     return list(CLASS_NAMES), records, notes
 
 
@@ -102,17 +92,17 @@ def svhn_images(folder: Path) -> list[Path]:
     """Return the images of one split, ``2.png`` before ``10.png``; no label is read.
 
     Raises:
-        UserError: the folder is missing or holds no PNG, or one is a link that leads out of the data.
+        UserError: the folder is missing or contains no PNG, or one is a link that leads out of the data set.
     """
     images = sorted(folder.glob("*.png"), key=lambda path: (len(path.stem), path.stem))
     if not images:
-        raise UserError(f"the folder {folder} does not exist or holds no PNG: unpack the archive there")
-    refuse_links_out(images)
+        raise UserError(f"the folder {folder} does not exist or contains no PNG: unpack the archive there")
+    DataRoot().check_links(images)
     return images
 
 
 def _clip(digits: list[list[tuple[float, ...]]], sizes: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the boxes of all digits of all images, clipped, as (K, 4) corners, and (K,) which have an area."""
+    """Return the boxes of all digits of all images, clipped, as (K, 4) corners, and (K,) whether each has an area."""
     flat = np.array([digit for image in digits for digit in image], dtype=np.float64).reshape(-1, len(FIELDS))
     limit = np.repeat(np.array(sizes, dtype=np.float64), [len(image) for image in digits], axis=0)
     low = np.maximum(flat[:, :2], 0)
@@ -121,25 +111,25 @@ def _clip(digits: list[list[tuple[float, ...]]], sizes: list[tuple[int, int]]) -
 
 
 def _read_rows(path: Path) -> list[tuple[str, list[tuple[float, ...]]]]:
-    """Return for every image its name and its digits, each ``FIELDS`` as floats."""
+    """Return the name of each image and its digits, each a tuple of the floats ``FIELDS``."""
     if not path.is_file():
-        raise UserError(f"the label file {path} is missing: unpack SVHN's format 1 archive there")
-    refuse_links_out([path])
+        raise UserError(f"the label file {path} is missing: unpack the archive of SVHN's format 1 there")
+    DataRoot().check_links([path])
     try:
         with h5py.File(path, "r") as file:
             struct = _member(file.id, b"digitStruct")
             names, boxes = (_references(_member(struct, column)) for column in (b"name", b"bbox"))
             pairs = zip(names, boxes, strict=True)
             return [_read_row(file, *pair, f"{path}, row {row}") for row, pair in enumerate(pairs, start=1)]
-    # What h5py raises on a damaged file depends on where the damage is.
+    # h5py raises various exceptions for a damaged file.
     except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, MemoryError) as error:
-        raise UserError(f"{path} is damaged or no SVHN label file ({error}): unpack the archive again") from error
+        raise UserError(f"{path} is damaged or not an SVHN label file ({error}): unpack the archive again") from error
 
 
 def _read_row(
     file: h5py.File, name: h5py.Reference, bbox: h5py.Reference, where: str
 ) -> tuple[str, list[tuple[float, ...]]]:
-    # h5py's low-level calls: one image takes some thirty of them, and full SVHN has 33,402 to 202,353 images.
+    # The low-level interface of h5py, for speed: an image takes about thirty calls, and SVHN has up to 202,353 images.
     codes = _column(h5r.dereference(name, file.id), np.dtype(np.uint16), h5t.NATIVE_UINT16)
     text = checked_name(codes.tobytes().decode("utf-16"), where)
     group = h5r.dereference(bbox, file.id)
@@ -149,17 +139,17 @@ def _read_row(
         if digit[4] not in LABELS or not all(map(math.isfinite, digit)):
             raise UserError(
                 f"{where} ({text}) has a digit with {dict(zip(FIELDS, digit, strict=True))}: "
-                "its box must be finite and its label 1 to 10"
+                "correct it to a finite box and a label from 1 to 10"
             )
     return text, digits
 
 
 def _numbers(file: h5py.File, column: h5d.DatasetID) -> list[float]:
-    """Return one field's numbers: stored as such, or each behind a reference."""
+    """Return the numbers of a field, which are stored directly or as references."""
     if column.get_type().get_class() != h5t.REFERENCE:
         return _column(column, np.dtype(np.float64), h5t.NATIVE_DOUBLE).tolist()
     references = _column(column, h5py.ref_dtype, _REFERENCE)
-    # A reference that leads to anything but one number (itself included) fails in the read.
+    # The read fails for a reference to anything but one number.
     value, one = np.empty(1), h5s.create_simple((1,))
     numbers = []
     for reference in references:
@@ -169,14 +159,14 @@ def _numbers(file: h5py.File, column: h5d.DatasetID) -> list[float]:
 
 
 def _member(group: h5g.GroupID, name: bytes) -> Any:
-    """Return what a group holds under a name; links by path, which may lead to another file, are refused."""
+    """Return the member of a group; links by path, which may lead to another file, are refused."""
     if group.links.get_info(name).type != h5l.TYPE_HARD:
         raise ValueError(f"'{name.decode()}' is a link")
     return h5o.open(group, name)
 
 
 def _in_file(dataset: h5d.DatasetID) -> h5d.DatasetID:
-    """Return a dataset whose numbers lie in its own file, not in another one that it names."""
+    """Return ``dataset`` if its numbers are stored in its own file, not in another one."""
     storage = dataset.get_create_plist()
     if storage.get_layout() == h5d.VIRTUAL or storage.get_external_count():
         raise ValueError("a column that is stored in another file")

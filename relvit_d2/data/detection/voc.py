@@ -1,4 +1,4 @@
-"""PASCAL VOC's XML: VOC itself, and folders of users that are annotated in its format."""
+"""Annotations in PASCAL VOC's XML format: VOC itself and custom data sets."""
 
 import logging
 import os
@@ -10,7 +10,6 @@ from pathlib import Path
 from xml.etree.ElementTree import Element, ParseError
 
 from defusedxml import ElementTree
-from detectron2.structures import BoxMode
 
 from relvit_d2.data.cache import Labels, cached
 from relvit_d2.data.detection.records import (
@@ -19,26 +18,28 @@ from relvit_d2.data.detection.records import (
     check_unique,
     checked_box,
     checked_name,
-    existing,
+    existing_images,
     files_with,
     first_few,
     folders_below,
+    make_annotation,
+    make_record,
     parse_flag,
-    renumbered,
+    renumber_classes,
 )
-from relvit_d2.data.detection.splits import ALL, one_or_split, splits_of_folders
+from relvit_d2.data.detection.splits import ALL, merge_single_split, splits_of_folders
 from relvit_d2.data.images.decode import image_size
 from relvit_d2.data.images.folder import EXTENSIONS, list_images
 from relvit_d2.utils.errors import UserError, nearest
-from relvit_d2.utils.paths import child, normal_form, refuse_links_out
+from relvit_d2.utils.paths import DataRoot, match_case, normal_form
 
 SUPERSETS = {"gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc-kr": "cp949"}
-"""Encodings that files are in which declare the first one (WHATWG, Encoding Standard, names and labels)."""
+"""The actual encoding of files that declare the first one (WHATWG, Encoding Standard, names and labels)."""
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 LISTS = ("train", "val", "trainval", "test")
 
-Judge = Callable[..., list[float] | None]
+BoxCheck = Callable[..., list[float] | None]
 
 logger = logging.getLogger(__name__)
 
@@ -46,65 +47,70 @@ logger = logging.getLogger(__name__)
 def load_voc(root: Path, split: str, class_names: Sequence[str], skip_missing: bool = False) -> list[Record]:
     """Read one split, in the order of its list.
 
-    Boxes follow Detectron2: the file counts pixels from 1 and includes both ends, so 1 is taken from the minima
+    Boxes follow Detectron2: the file counts pixels from 1 and includes both ends, so 1 is subtracted from the minima
     and the maxima stay. Objects marked difficult are kept, with ``"difficult": 1``. Only an ``<object>`` that is a
-    direct child of the root counts, and only its own ``<bndbox>``: ``<part>`` has boxes of its own.
+    direct child of the root counts, with its own ``<bndbox>``: a ``<part>`` has another.
 
     Args:
-        root: the folder that holds ``Annotations``, ``ImageSets`` and ``JPEGImages``.
+        root: the folder that contains ``Annotations``, ``ImageSets`` and ``JPEGImages``.
         split: name of a list in ``ImageSets/Main``, without ``.txt``.
         class_names: in the order of the category ids.
-        skip_missing: see :func:`relvit_d2.data.detection.records.existing`.
+        skip_missing: see :func:`relvit_d2.data.detection.records.existing_images`.
 
     Returns:
-        One record an image (see ``relvit_d2.data.detection.records``); ``image_id`` is the name without its ending.
+        One record per image (see ``relvit_d2.data.detection.records``); ``image_id`` is the name without extension.
 
     Raises:
-        UserError: a file is missing or damaged, a class is unknown, a box is wrong; the message names the file.
+        UserError: a file is missing or damaged, a class is unknown, or a box is invalid.
     """
     images = voc_images(root, split, skip_missing)
     annotations = [root / "Annotations" / f"{image.stem}.xml" for image in images]
-    refuse_links_out(annotations)
+    DataRoot().check_links(annotations)
 
     def read() -> Labels:
         category_ids = {name: index for index, name in enumerate(class_names)}
 
-        def number(name: str, where: str) -> int:
+        def category_id(name: str, where: str) -> int:
             if name not in category_ids:
                 known = list(category_ids)
                 raise UserError(
-                    f"{where} is of the class '{name}', which is not one of {', '.join(known)}{nearest(name, known)}"
+                    f"{where} has the class '{name}', which is not one of {', '.join(known)}{nearest(name, known)}"
                 )
             return category_ids[name]
 
         pairs = zip(annotations, images, strict=True)
-        return list(class_names), [_read_annotation(*pair, pair[1].stem, number, checked_box) for pair in pairs], []
+        return (
+            list(class_names),
+            [_read_annotation(*pair, pair[1].stem, category_id, checked_box) for pair in pairs],
+            [],
+        )
 
     return cached(f"VOC {split} of {' '.join(class_names)}", root, [*annotations, *images], read)[1]
 
 
 def voc_images(root: Path, split: str, skip_missing: bool = False) -> list[Path]:
-    """Return the images of one split in the order of its list; no annotation is touched.
+    """Return the images of one split in the order of its list; no annotation is read.
 
-    A line of the list is an id, or an id and a flag as in the lists of single classes. An id may have the extension of
-    an image or ``.xml``; blank lines are skipped and Windows line ends are accepted.
+    A line of the list is an id, or an id and a flag (VOC's lists of single classes). An id may have the extension of an
+    image or ``.xml``; blank lines are skipped and Windows line endings are accepted.
 
     Raises:
-        UserError: the list is missing, empty, holds an id twice or none that is a file name, or an image is missing.
+        UserError: the list is missing or empty, an id occurs twice or is not a file name, or an image is missing.
     """
     path = root / "ImageSets" / "Main" / f"{split}.txt"
     ids = _ids(path)
-    return existing([root / "JPEGImages" / f"{image_id}.jpg" for image_id in ids], str(path), skip_missing)
+    images = [root / "JPEGImages" / f"{image_id}.jpg" for image_id in ids]
+    return existing_images(images, str(path), skip_missing, DataRoot())
 
 
 @dataclass(frozen=True)
 class VocFolder:
-    """A folder with an XML file for each image: ``DATASETS.CUSTOM``'s and ``--data``'s.
+    """A custom data set with an XML file for each image (``DATASETS.CUSTOM``, ``--data``).
 
     Attributes:
         root: the folder.
         sets: annotation files of each split.
-        listed: whether the splits are lists, as VOC's are.
+        listed: whether the splits are given by lists, as in VOC.
     """
 
     root: Path
@@ -114,35 +120,37 @@ class VocFolder:
 
     @classmethod
     def find(cls, root: Path) -> "VocFolder | None":
-        """Return what lies in ``root``, or None if there are no annotations in VOC's format.
+        """Return the data set in ``root``, or None if it contains no annotations in VOC's format.
 
-        Either ``Annotations``, ``JPEGImages`` and the lists of ``ImageSets/Main``, in ``root`` or in one folder at most
-        two below, or XML files in any folders, whose names give the split. Names may have any capitals.
+        Its layout is either that of VOC (``Annotations``, ``JPEGImages`` and the lists of ``ImageSets/Main``), in
+        ``root`` or in one folder at most two below, or XML files in any folders, whose names give the split. Case does
+        not matter.
 
         Raises:
-            UserError: lists lie in several folders, or labels are damaged.
+            UserError: several folders have VOC's layout, or labels are damaged.
         """
         listed = {folder: lists for folder in folders_below(root) if (lists := _lists(folder))}
         if len(listed) > 1 and root not in listed:
             first, second, *_ = listed
-            raise UserError(f"'{first}' and '{second}' are both data sets in VOC's layout: give one of them")
+            raise UserError(f"'{first}' and '{second}' are both data sets in VOC's layout: use one of them as ROOT")
         if listed:
             folder, lists = next(iter(listed.items()))
-            annotations = child(folder, "Annotations")
+            annotations = match_case(folder, "Annotations")
             known = {normal_form(path.stem): path for path in files_with(annotations, ".xml")}
             sets = {
                 name: [known.get(i, annotations / f"{i}.xml") for i in _ids(path, root, known)]
                 for name, path in lists.items()
             }
-            return cls(folder, one_or_split(sets), listed=True)
+            return cls(folder, merge_single_split(sets), listed=True)
         found: dict[str, list[Path]] = {}
+        data_root = DataRoot(root)
         folders = {folder: files for folder in folders_below(root) if (files := files_with(folder, ".xml"))}
         splits = splits_of_folders([folder.relative_to(root).parts for folder in folders])
         for split, files in zip(splits, folders.values(), strict=True):
-            refuse_links_out(files, root)
+            data_root.check_links(files)
             if any(map(_is_voc, files)):
                 found.setdefault(split or ALL, []).extend(files)
-        return cls(root, one_or_split(found), listed=False) if found else None
+        return cls(root, merge_single_split(found), listed=False) if found else None
 
     def classes(self) -> tuple[str, ...]:
         """Return the classes of all objects of all splits, in alphabetical order."""
@@ -153,7 +161,7 @@ class VocFolder:
         images = self.images(split, skip_missing)
         names, records, _ = self._labels
         by_image = {record["file_name"]: record for record in records}
-        return renumbered([by_image[str(image)] for image in images], names, classes, str(self.root))
+        return renumber_classes([by_image[str(image)] for image in images], names, classes, str(self.root))
 
     def images(self, split: str, skip_missing: bool) -> list[Path]:
         """List the images of one of ``sets``; no annotation is opened."""
@@ -162,7 +170,7 @@ class VocFolder:
             more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
             raise UserError(
                 f"there is no image for the annotation {absent[0]}{more}: put it there, or set DATASETS.SKIP_MISSING "
-                "True to go on without"
+                "True to leave out annotations without an image"
             )
         if absent:
             logger.warning(f"{len(absent)} annotations of '{self.root}' have no image: {first_few(absent)}")
@@ -179,12 +187,12 @@ class VocFolder:
             names: dict[str, int] = {}
             validator = BoxValidator(str(self.root))
 
-            def number(name: str, where: str) -> int:
+            def category_id(name: str, where: str) -> int:
                 return names.setdefault(name, len(names))
 
-            records = [_read_annotation(*pair, self._image_id(pair[1]), number, validator) for pair in pairs]
+            records = [_read_annotation(*pair, self._image_id(pair[1]), category_id, validator) for pair in pairs]
             ordered = sorted(names)
-            return ordered, renumbered(records, list(names), ordered, str(self.root)), validator.notes()
+            return ordered, renumber_classes(records, list(names), ordered, str(self.root)), validator.warnings()
 
         return cached("VOC annotations", self.root, [path for pair in pairs for path in pair], read)
 
@@ -194,53 +202,43 @@ class VocFolder:
     @cached_property
     def _images_by_stem(self) -> dict[str, list[Path]]:
         images: dict[str, list[Path]] = {}
-        folder = child(self.root, "JPEGImages")
+        folder = match_case(self.root, "JPEGImages")
         for image in list_images(folder if self.listed and folder.is_dir() else self.root):
             images.setdefault(normal_form(image.stem), []).append(image)
         return images
 
     def _pairs(self, annotations: Sequence[Path]) -> tuple[list[tuple[Path, Path]], list[Path]]:
-        """Return the annotations with their images, which have their names, and the annotations without an image."""
+        """Return the annotations with the images of the same name, and the annotations without an image."""
         pairs, absent = [], []
         for path in annotations:
             found = self._images_by_stem.get(normal_form(path.stem), [])
-            if len(found) > 1:  # of one name in several folders that which lies nearest
+            if len(found) > 1:  # of images with one name in several folders, take the nearest
                 shared = [len(os.path.commonpath([path, image])) for image in found]
                 found = [image for image, length in zip(found, shared, strict=True) if length == max(shared)]
             if len(found) > 1:
-                raise UserError(f"'{found[0]}' and '{found[1]}' may both be the image of {path}: take one away")
+                raise UserError(f"'{found[0]}' and '{found[1]}' may both be the image of {path}: remove one")
             if found:
                 pairs.append((path, found[0]))
             else:
                 absent.append(path)
-        refuse_links_out([path for pair in pairs for path in pair], self.root)
+        DataRoot(self.root).check_links(path for pair in pairs for path in pair)
         check_unique([str(image) for _, image in pairs], f"'{self.root}'")
         return pairs, absent
 
 
 def _lists(folder: Path) -> dict[str, Path]:
-    """Return the lists of images that a folder in VOC's layout has, by the name of the split."""
-    lists = {name: child(folder, "ImageSets", "Main", f"{name}.txt") for name in LISTS}
-    return {name: path for name, path in lists.items() if path.is_file() and child(folder, "Annotations").is_dir()}
+    """Return the lists of images of a folder in VOC's layout, by the name of the split."""
+    lists = {name: match_case(folder, "ImageSets", "Main", f"{name}.txt") for name in LISTS}
+    return {name: path for name, path in lists.items() if path.is_file() and match_case(folder, "Annotations").is_dir()}
 
 
 def _is_voc(path: Path) -> bool:
-    return b"<annotation" in path.read_bytes().replace(b"\0", b"")  # UTF-16 has them between ASCII's letters
+    return b"<annotation" in path.read_bytes().replace(b"\0", b"")  # UTF-16 has them between ASCII characters
 
 
 def _ids(path: Path, root: Path | None = None, known: Collection[str] = ()) -> list[str]:
-    """Return the ids of one list of ``ImageSets/Main``: see :func:`voc_images`.
-
-    Args:
-        path: the list.
-        root: see :func:`relvit_d2.utils.paths.refuse_links_out`.
-        known: ids that have an annotation, in their normal form: they may have spaces and end like a file name.
-    """
-    refuse_links_out([path], root)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the image list {path} cannot be read ({type(error).__name__}): restore it") from error
+    """Return the ids of one list of ``ImageSets/Main``; those in ``known`` may contain spaces and a file extension."""
+    lines = DataRoot(root).read_text(path).splitlines()
     ids = [checked_name(_id(line.strip(), known), f"the image list {path}") for line in lines if line.strip()]
     if not ids:
         raise UserError(f"the image list {path} is empty: restore it")
@@ -263,7 +261,7 @@ def _without_extension(name: str) -> str:
 def _parse(path: Path) -> Element:
     """Return the root element of an XML file in the encoding that it declares.
 
-    expat knows few encodings and none of several bytes a character, so others are decoded here.
+    expat supports only a few encodings, none of them multi-byte; others are decoded here.
     """
     data = path.read_bytes()
     declared = re.match(rb"(?:\xef\xbb\xbf)?<\?xml[^>]*?encoding\s*=\s*[\"']([\w.-]+)[\"']", data)
@@ -274,54 +272,40 @@ def _parse(path: Path) -> Element:
 
 
 def _read_annotation(
-    path: Path, image: Path, image_id: str, number: Callable[[str, str], int], validator: Judge
+    path: Path, image: Path, image_id: str, category_id: Callable[[str, str], int], validator: BoxCheck
 ) -> Record:
     try:
         tree = _parse(path)
     except FileNotFoundError as error:
         raise UserError(f"the annotation {path} is missing: restore it") from error
-    # defusedxml's refusals and bytes that are not in the encoding are ValueErrors, an unknown encoding a LookupError.
+    # defusedxml and undecodable bytes raise ValueErrors, an unknown encoding a LookupError.
     except (ParseError, OSError, ValueError, LookupError) as error:
-        raise UserError(f"the annotation {path} is not sound XML ({error}): restore it") from error
+        raise UserError(f"the annotation {path} is not valid XML ({error}): restore it") from error
     if isinstance(validator, BoxValidator) and tree.findtext("size/width", "0").strip() in ("0", ""):
-        width, height = image_size(image)  # as some annotation programs leave it
+        size = image_size(image)  # some annotation programs write no size
     else:
-        width, height = (_size(tree, side, path) for side in ("width", "height"))
-    things = [
-        _read_object(element, (width, height), f"{path}, object {place}", number, validator)
-        for place, element in enumerate(tree.findall("object"), start=1)
+        size = _side(tree, "width", path), _side(tree, "height", path)
+    objects = [
+        _read_object(element, size, f"{path}, object {number}", category_id, validator)
+        for number, element in enumerate(tree.findall("object"), start=1)
     ]
-    return {
-        "file_name": str(image),
-        "image_id": image_id,
-        "height": height,
-        "width": width,
-        "annotations": [thing for thing in things if thing],
-    }
+    return make_record(image, image_id, size, [annotation for annotation in objects if annotation])
 
 
 def _read_object(
-    element: Element, size: tuple[int, int], where: str, number: Callable[[str, str], int], validator: Judge
+    element: Element, size: tuple[int, int], where: str, category_id: Callable[[str, str], int], validator: BoxCheck
 ) -> Record | None:
     name = _text(element, "name", where)
-    category = number(name, where)
+    category = category_id(name, where)
     box = element.find("bndbox")
     if box is None:
         raise UserError(f"{where} has no <bndbox>: add it or remove the object")
     where = f"{where} ({name})"
     difficult = parse_flag(element.findtext("difficult"))
     if difficult is None:
-        raise UserError(f"{where} has <difficult> {element.findtext('difficult')!r}: it must be 0 or 1")
+        raise UserError(f"{where} has <difficult> {element.findtext('difficult')!r}: set it to 0 or 1")
     corners = validator([_number(box, corner, where) for corner in CORNERS], *size, where, first_pixel=1)
-    if corners is None:
-        return None
-    return {
-        "bbox": corners,
-        "bbox_mode": BoxMode.XYXY_ABS,
-        "category_id": category,
-        "iscrowd": 0,
-        "difficult": difficult,
-    }
+    return None if corners is None else make_annotation(corners, category, difficult=difficult)
 
 
 def _text(element: Element, tag: str, where: str) -> str:
@@ -341,8 +325,8 @@ def _number(element: Element, tag: str, where: str) -> float:
         raise UserError(f"{where} has <{tag}> {text!r}, which is not a number: correct it") from error
 
 
-def _size(tree: Element, side: str, path: Path) -> int:
+def _side(tree: Element, side: str, path: Path) -> int:
     value = _number(tree, f"size/{side}", str(path))
     if not (value >= 1 and value.is_integer()):
-        raise UserError(f"{path} has <size/{side}> {value:g}: it must be a whole number of pixels")
+        raise UserError(f"{path} has <size/{side}> {value:g}: set it to an integer, in pixels")
     return int(value)

@@ -1,4 +1,4 @@
-"""Batches of images without records: from memory or from files, for training and in order."""
+"""Batches of images without records, from memory or files: shuffled for training, ordered for evaluation."""
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
@@ -17,15 +17,15 @@ from relvit_d2.utils.batch_source import BatchSource
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.randomness import image_keys
 
-Images = Sequence[Any]  # an ImageStack, or what ImageReader reads
+Images = Sequence[Any]  # an ImageStack, or image files for ImageReader
 
 
 class ImageStack(Sequence[Tensor]):
-    """Images of one size, decoded.
+    """Decoded images of one size.
 
     Args:
         pixels: ``(n, 3, h, w)`` uint8 RGB, on any device.
-        name: what they are of, for messages.
+        name: of the data set, for messages.
     """
 
     def __init__(self, pixels: Tensor, name: str) -> None:
@@ -48,14 +48,14 @@ class ImageStack(Sequence[Tensor]):
 
 
 def take(images: Images, index: Tensor) -> Images:
-    """Return the images whose numbers stand in ``index``, ``(n,)`` int64."""
+    """Return the images with the indices ``index``, ``(n,)`` int64."""
     if isinstance(images, ImageStack):
         return ImageStack(images.pixels[index], images.name)
     return [images[i] for i in index.tolist()]
 
 
 def joined(parts: Sequence[Images]) -> Images:
-    """Return the images of all parts in a row, as one stack if all are stacks of one size."""
+    """Concatenate images; the result is a stack if all parts are stacks of one image size."""
     stacks = [part for part in parts if isinstance(part, ImageStack)]
     if len(parts) == 1:
         return parts[0]
@@ -66,7 +66,7 @@ def joined(parts: Sequence[Images]) -> Images:
 
 
 class StackBatches:
-    """The endless batches of one process from a stack, picked where the stack lies, without processes of a loader."""
+    """The endless batches of one process from a stack, indexed on its device, without loader processes."""
 
     def __init__(self, stack: ImageStack, order: EndlessOrder) -> None:
         self._stack, self._order = stack, order
@@ -78,22 +78,22 @@ class StackBatches:
             yield {"images": pixels[index], "sizes": _sizes(pixels, len(keys))}
 
     def names(self, iteration: int) -> list[Any]:
-        """Return what names the images of an iteration."""
+        """Return names of the images of an iteration, for messages."""
         return [f"image {index} of {self._stack.name}" for _, index in self._order.keys(iteration)]
 
 
 class TrainingBatches:
-    """Endless batches of images, each image with the key of its random view.
+    """Endless batches of images, each image with a random key for its view.
 
-    To each batch of :func:`relvit_d2.data.detection.mapper.pad_images` come ``keys``, ``(B,)`` int64, each a function
-    of the seed, the epoch and the image (see :meth:`relvit_d2.pretext.views.Views.train`) and, where there are any,
-    ``labels``, ``(B,)`` int64. So an image's view is the same in whatever process and part of a batch it is read.
+    A batch is that of :func:`relvit_d2.data.detection.mapper.pad_images` with ``keys``, ``(B,)`` int64, each a function
+    of the seed, the epoch and the image (see :meth:`relvit_d2.pretext.views.Views.train`) and ``labels``, ``(B,)``
+    int64, if given. An image's view therefore does not depend on the number of processes or accumulation steps.
 
     Args:
         cfg: the run's config.
-        images: a stack, picked from on its device, or what the loader's processes read.
+        images: a stack, or files that the loader's processes read.
         start: the first iteration.
-        labels: ``(n,)`` int64, one an image.
+        labels: ``(n,)`` int64, one per image.
     """
 
     def __init__(self, cfg: CfgNode, images: Images, start: int, labels: Tensor | None = None) -> None:
@@ -107,9 +107,9 @@ class TrainingBatches:
             _check_channels(cfg, images)
             self._batches = StackBatches(images.to(cfg.MODEL.DEVICE), self._order)
         else:
-            how = ImageReader.of(cfg), pad_images, self._order, cfg.SEED, cfg.DATALOADER.NUM_WORKERS
-            # Another image in place of one that cannot be read would have another label.
-            self._batches = EndlessBatches(images, *how, replaces=labels is None)
+            options = ImageReader.of(cfg), pad_images, self._order, cfg.SEED, cfg.DATALOADER.NUM_WORKERS
+            # A replacement for an unreadable image would have another label.
+            self._batches = EndlessBatches(images, *options, replaces=labels is None)
 
     def __iter__(self) -> Generator[dict[str, Any], None, None]:
         with closing(iter(self._batches)) as batches:
@@ -119,15 +119,15 @@ class TrainingBatches:
                 yield batch | {"keys": image_keys(self._seed, "views", epochs, index)} | labels
 
     def names(self, iteration: int) -> list[Any]:
-        """Return what names the images of an iteration."""
+        """Return names of the images of an iteration, for messages."""
         return self._batches.names(iteration)
 
 
 def fixed_batches(cfg: CfgNode, images: Images, size: int, replaces: bool = False) -> Iterator[dict[str, Tensor]]:
-    """Give this process's share of the images in order, in batches of at most ``size``.
+    """Yield this process's share of the images in order, in batches of at most ``size``.
 
-    Each batch is that of :func:`relvit_d2.data.detection.mapper.pad_images` with ``keys``, the images' numbers,
-    ``(B,)`` int64. With ``replaces`` the next image stands in for one that cannot be read.
+    Each batch is that of :func:`relvit_d2.data.detection.mapper.pad_images` with ``keys``, the images' indices,
+    ``(B,)`` int64. With ``replaces`` an unreadable image is replaced by the next one.
     """
     rank, world = comm.get_rank(), comm.get_world_size()
     if isinstance(images, ImageStack):
@@ -138,8 +138,8 @@ def fixed_batches(cfg: CfgNode, images: Images, size: int, replaces: bool = Fals
             pixels = images.pixels[int(keys[0]) : int(keys[-1]) + 1]
             yield {"images": pixels, "sizes": _sizes(pixels, len(keys)), "keys": keys}
         return
-    how = ImageReader.of(cfg), pad_images, size, cfg.DATALOADER.NUM_WORKERS, rank, world
-    batches = ordered_batches(images, *how, replaces=replaces)
+    options = ImageReader.of(cfg), pad_images, size, cfg.DATALOADER.NUM_WORKERS, rank, world
+    batches = ordered_batches(images, *options, replaces=replaces)
     first = batches.first
     for batch in batches:
         end = first + len(batch["sizes"])

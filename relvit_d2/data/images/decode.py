@@ -1,4 +1,4 @@
-"""Image files to pixels, faults to one sentence."""
+"""Decodes image files of any format, bit depth and number of channels to 8 bits."""
 
 import struct
 import zlib
@@ -18,10 +18,10 @@ from relvit_d2.data.images.orientation import SWAPPED, orientation, upright
 from relvit_d2.utils.errors import UserError
 
 DEEP_MODES = ("I", "F")  # Pillow's modes of more than eight bits, beside those that begin with I;16
-HEADER = 2**18  # bytes of an archive's member that are read first to find its header
-WHITE_16 = 65535  # the brightest value of 16 bits
+HEADER = 2**18  # bytes of an archive's member that are read to find the header
+MAX_16 = 65535  # the maximum of 16 bits
 
-# What Pillow and NumPy raise on a damaged file depends on where the damage is.
+# Exceptions of Pillow and NumPy for damaged files.
 DAMAGE = (
     OSError,
     SyntaxError,
@@ -39,34 +39,34 @@ DAMAGE = (
 
 
 class UnreadableImageError(UserError):
-    """A fault of one image file, which says nothing about the others."""
+    """An image file cannot be read; other images may be readable."""
 
 
 @contextmanager
 def reading(path: ImageFile | str) -> Iterator[None]:
-    """Turn whatever goes wrong while the image ``path`` is read into an :class:`UnreadableImageError` that names it."""
+    """Raise an :class:`UnreadableImageError` with ``path`` in place of any exception for a damaged image."""
     try:
         yield
     except FileNotFoundError as error:
         raise UnreadableImageError(
-            f"image '{path}' does not exist; the data set lists it, so put it there or take it off the list"
+            f"image '{path}' does not exist: restore it, or remove it from the data set's list"
         ) from error
     except UnidentifiedImageError as error:
-        raise UnreadableImageError(f"'{path}' is not an image that can be read; replace it") from error
+        raise UnreadableImageError(f"'{path}' is not an image that can be read: replace it") from error
     except Image.DecompressionBombError as error:
-        raise UnreadableImageError(f"image '{path}' is larger than any photograph ({error}); scale it down") from error
+        raise UnreadableImageError(f"image '{path}' has too many pixels ({error}): reduce it") from error
     except DAMAGE as error:
-        raise UnreadableImageError(f"image '{path}' is damaged or cut short ({error}); replace it") from error
+        raise UnreadableImageError(f"image '{path}' is damaged or truncated ({error}): replace it") from error
 
 
 @dataclass(frozen=True)
 class PixelFormat:
-    """What images are turned into.
+    """The format of decoded images.
 
     Attributes:
-        channels: 3 for RGB, 1 for gray; any other number is that of an image's own bands, of the pages of a TIFF with
-            one band each, or of the last axis of a ``.npy`` array.
-        max_value: the value of more than eight bits that becomes 255; 0 for 65535, the brightest of 16 bits.
+        channels: 3 for RGB, 1 for grayscale; any other number must be the number of an image's bands, of the pages of
+            a TIFF with one band each, or of the last axis of a ``.npy`` array.
+        max_value: the value that becomes 255 for images of more than 8 bits; 0 for 65535, the maximum of 16 bits.
     """
 
     channels: int = 3
@@ -78,19 +78,19 @@ class PixelFormat:
         return cls(cfg.INPUT.get("CHANNELS", 3), cfg.INPUT.get("MAX_VALUE", 0))
 
     def read(self, path: ImageFile | str, longest: int = 0) -> np.ndarray:
-        """Read an image, uint8, ``(H, W, channels)``, turned upright as its EXIF orientation says.
+        """Read an image, uint8, ``(H, W, channels)``, upright according to its EXIF orientation.
 
-        The pixels of an RGB image are Pillow's, and so Detectron2's ``read_image``'s, to the bit. Gray images get
-        three equal channels, and an alpha channel is dropped, where RGB is wanted.
+        The pixels of an RGB image are bitwise identical to those of Pillow and of Detectron2's ``read_image``. For RGB,
+        grayscale images get three equal channels, and an alpha channel is dropped.
 
         Args:
             path: the file.
-            longest: if above 0, an image whose longer side has more pixels is reduced to it (antialiased; a JPEG is
-                already decoded at a reduced size that is at least twice as large).
+            longest: if above 0, the maximum of the longer side in pixels; larger images are reduced with antialiasing
+                (a JPEG is decoded at a reduced size of at least twice the result).
 
         Raises:
-            UnreadableImageError: if the file is missing, damaged or no image.
-            UserError: if it has other channels, or values whose range is unknown.
+            UnreadableImageError: the file is missing, damaged or not an image.
+            UserError: it has another number of channels, or values of unknown range.
         """
         with reading(path):
             if self.channels == 3 and (plain := read_plain_jpeg(path, longest)) is not None:
@@ -101,12 +101,7 @@ class PixelFormat:
                 return self._of(image, path, longest)
 
     def convert(self, image: Image.Image) -> np.ndarray:
-        """Return an image of Pillow as :meth:`read` returns its file.
-
-        Raises:
-            UnreadableImageError: if its file is damaged.
-            UserError: if it has other channels, or values whose range is unknown.
-        """
+        """Return an opened Pillow image as :meth:`read` returns its file; errors as there."""
         name = str(getattr(image, "filename", "")) or "Pillow image"
         with reading(name):
             return self._of(image, name)
@@ -125,11 +120,11 @@ class PixelFormat:
         return pixels.reshape(*pixels.shape[:2], self.channels)
 
     def _fitted(self, pixels: np.ndarray, path: ImageFile | str, longest: int) -> np.ndarray:
-        """Bring ``(H, W)`` or ``(H, W, C)`` of any type to the channels and the range wanted."""
+        """Convert pixels ``(H, W)`` or ``(H, W, C)`` of any type to this format."""
         if pixels.ndim == 2:
             pixels = np.repeat(pixels[..., None], self.channels if self.channels in (1, 3) else 1, axis=2)
         if pixels.ndim != 3 or not pixels.size:
-            raise ValueError(f"an array of shape {pixels.shape} is no image")
+            raise ValueError(f"an array of shape {pixels.shape} is not an image")
         if pixels.shape[2] != self.channels:
             raise UserError(
                 f"image '{path}' has {pixels.shape[2]} channels, but INPUT.CHANNELS is {self.channels}: set it to "
@@ -148,14 +143,14 @@ class PixelFormat:
         if pixels.dtype == np.uint8:
             return pixels
         if pixels.dtype.kind not in "uif":
-            raise ValueError(f"an array of {pixels.dtype} is no image")
-        white = self.max_value or (WHITE_16 if pixels.dtype.itemsize == 2 and pixels.dtype.kind == "u" else 0)
-        if not white:
+            raise ValueError(f"an array of {pixels.dtype} is not an image")
+        max_value = self.max_value or (MAX_16 if pixels.dtype.itemsize == 2 and pixels.dtype.kind == "u" else 0)
+        if not max_value:
             raise UserError(
-                f"image '{path}' holds {pixels.dtype} numbers, whose range is unknown: set INPUT.MAX_VALUE to the "
-                "value that counts as white, or convert the image to 8 bits"
+                f"image '{path}' contains {pixels.dtype} numbers, whose range is unknown: set INPUT.MAX_VALUE to "
+                "the value of white, or convert the image to 8 bits"
             )
-        scaled = pixels.astype(np.float32) * (255 / white)
+        scaled = pixels.astype(np.float32) * (255 / max_value)
         if not np.isfinite(scaled).all():
             raise ValueError("values that are not finite")
         return scaled.clip(0, 255).round().astype(np.uint8)
@@ -170,7 +165,7 @@ def image_size(path: ImageFile | str) -> tuple[int, int]:
     """Return ``(width, height)`` in pixels from the file's header, upright; no pixel is decoded.
 
     Raises:
-        UnreadableImageError: the file is missing or no image.
+        UnreadableImageError: the file is missing or not an image.
     """
     with reading(path):
         if str(path).lower().endswith(".npy"):
@@ -181,29 +176,29 @@ def image_size(path: ImageFile | str) -> tuple[int, int]:
 
 
 def check_header(path: ImageFile | str) -> None:
-    """Read an image's header, of a member of an archive only its first bytes where they suffice.
+    """Read an image's header; of a member of an archive, only its first bytes if they suffice.
 
     Raises:
-        UnreadableImageError: the file is missing or no image.
+        UnreadableImageError: the file is missing or not an image.
     """
     with reading(path):
         if str(path).lower().endswith(".npy"):
             _load_array(path)
             return
         if isinstance(path, Member) and path.size > HEADER:
-            with suppress(*DAMAGE), Image.open(path.open(HEADER)):  # metadata may fill more than that
+            with suppress(*DAMAGE), Image.open(path.open(HEADER)):  # metadata may be longer
                 return
         with _opened(path) as file, Image.open(file):
             pass
 
 
-def channels_and_white(path: ImageFile | str) -> tuple[int, float]:
-    """Return the channels of an image and its largest value, 0 for one of eight bits.
+def channels_and_max_value(path: ImageFile | str) -> tuple[int, float]:
+    """Return the number of channels of an image and its largest value, 0 for an image of 8 bits.
 
-    Colours of any kind count as RGB's three, with or without alpha; pages of a TIFF with a band each count as channels.
+    Color images of any mode count as RGB, with or without alpha; pages of a TIFF with one band each count as channels.
 
     Raises:
-        UnreadableImageError: the file is missing, damaged or no image.
+        UnreadableImageError: the file is missing, damaged or not an image.
     """
     with reading(path):
         if str(path).lower().endswith(".npy"):
@@ -219,17 +214,17 @@ def _largest(values: np.ndarray) -> float:
 
 
 def _opened(path: ImageFile | str) -> IO[bytes]:
-    """Open a file for Pillow, which given a path would map it: that garbles TIFF files that are not stored upright."""
+    """Open a file; given a path, Pillow maps it, which gives wrong pixels for TIFF files with an orientation."""
     return path.open() if isinstance(path, Member) else Path(path).open("rb")
 
 
 def _load_array(path: ImageFile | str) -> np.ndarray:
     if isinstance(path, Member):
         return np.load(path.open(), allow_pickle=False)
-    # A map of the file cannot be larger than the file, whatever its header says.
+    # Unlike an array in memory, a mapping cannot be larger than the file, whatever the header declares.
     pixels = np.load(path, mmap_mode="r", allow_pickle=False)
     if not isinstance(pixels, np.ndarray) or pixels.ndim not in (2, 3):
-        raise ValueError("no array of height, width and channels")
+        raise ValueError("not an array of height, width and channels")
     return pixels
 
 
@@ -238,7 +233,7 @@ def _is_deep(image: Image.Image) -> bool:
 
 
 def _bands(image: Image.Image, channels: int, stored: int) -> np.ndarray:
-    """Return the bands of an image, or of the pages of a TIFF that has a band a page, upright."""
+    """Return the bands of an image, or of the pages of a TIFF with one band each, upright."""
     pages = _pages(image)
     if pages == channels > 1 and len(image.getbands()) == 1:
         first, planes = image.tell(), []
@@ -251,12 +246,12 @@ def _bands(image: Image.Image, channels: int, stored: int) -> np.ndarray:
 
 
 def _pages(image: Image.Image) -> int:
-    """Return the number of pages; the frames of an animation are none."""
+    """Return the number of pages; 1 for an animation."""
     return getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
 
 
 def _reduced(size: tuple[int, int], longest: int) -> tuple[int, int]:
-    """Return the width and height of an image whose longer side may have ``longest`` pixels; 0: any number."""
+    """Return width and height, reduced so that the longer side has at most ``longest`` pixels; 0: no limit."""
     if not longest or max(size) <= longest:
         return size
     scale = longest / max(size)

@@ -1,4 +1,4 @@
-"""Images without labels: folders, patterns, lists, archives."""
+"""Images without labels from folders, glob patterns, text lists and archives."""
 
 import glob
 import logging
@@ -14,27 +14,27 @@ from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.paths import names_on_disk
 
 EXTENSIONS = frozenset({".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".npy", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-"""Suffixes of files that count as images, in small letters; of an animation the first frame does."""
+"""Extensions of image files, in lower case; of an animation the first frame is used."""
 LIST = ".txt"
-THREADS = 8  # that look at headers: most of the time goes by until a disk answers
+THREADS = 8  # that read headers, which mostly wait for the disk
 
 logger = logging.getLogger(__name__)
 
 
-def is_source(name: str) -> bool:
-    """Whether ``name`` is that of images without labels that are there: see :func:`unlabelled_images`."""
+def is_image_source(name: str) -> bool:
+    """Whether ``name`` is an existing source for :func:`unlabelled_images`."""
     path = Path(name).expanduser()
     return path.is_dir() or _is_pattern(name) or (path.is_file() and (path.suffix.lower() == LIST or is_archive(path)))
 
 
 def unlabelled_images(name: str) -> list[ImageFile]:
-    """Return the images of a folder, of a pattern with ``*``, of a text list (one path a line) or of a zip or tar.
+    """Return the images of a folder, a pattern with ``*``, a text list (one path per line), a zip or a tar.
 
-    Folders and patterns are sorted by path; a list keeps its order, and its relative paths start where it lies. A part
-    of a pattern that exists as it is written, such as a folder with ``[`` in its name, is not taken as a pattern.
+    Folders and patterns are sorted by path; a list keeps its order, and its paths are relative to its folder. Existing
+    parts of a pattern, such as a folder with ``[`` in its name, are taken literally.
 
     Raises:
-        UserError: the source is missing, damaged or holds no image.
+        UserError: the source is missing, damaged or contains no image.
     """
     path = Path(name).expanduser()
     if _is_pattern(name) and not path.exists():
@@ -46,18 +46,18 @@ def unlabelled_images(name: str) -> list[ImageFile]:
     else:
         return list(list_images(path))
     if not found:
-        raise UserError(f"'{name}' holds no image with one of {', '.join(sorted(EXTENSIONS))}")
+        raise UserError(f"'{name}' contains no image ({', '.join(sorted(EXTENSIONS))}): correct the path")
     return found
 
 
 def list_images(folder: Path, extensions: Collection[str] = EXTENSIONS) -> list[Path]:
-    """Return the images under ``folder``, or other files by their suffixes, sub-folders included, sorted by path.
+    """Return the images, or files with other extensions, in ``folder`` and its sub-folders, sorted by path.
 
-    Hidden files and folders are left out (``._photo.jpg`` of macOS archives is no image). Links to folders are not
-    followed; the log names them.
+    Hidden files and folders are left out (``._photo.jpg`` of macOS archives is not an image). Links to folders are not
+    followed, with a warning.
 
     Raises:
-        UserError: the folder is missing or holds no image.
+        UserError: the folder is missing or contains no image.
     """
     if not folder.is_dir():
         raise UserError(f"the image folder {folder} does not exist: correct the path")
@@ -66,14 +66,14 @@ def list_images(folder: Path, extensions: Collection[str] = EXTENSIONS) -> list[
         images = _images(files_below(str(folder), found), extensions)
     except OSError as error:
         raise UserError(
-            f"the folder '{error.filename}' cannot be read ({error.strerror}): see who may read it"
+            f"the folder '{error.filename}' cannot be read ({error.strerror}): check its permissions"
         ) from error
     check_printable(found)
     links = sorted(map(Path, found))
     not_followed = f"links to folders are not followed: {first_few(links)}" if links else ""
     if not images:
         raise UserError(
-            f"the folder {folder} holds no image with one of {', '.join(sorted(extensions))}"
+            f"the folder {folder} contains no image ({', '.join(sorted(extensions))}): correct the path"
             + (f"; {not_followed}" if links else "")
         )
     if links:
@@ -82,11 +82,11 @@ def list_images(folder: Path, extensions: Collection[str] = EXTENSIONS) -> list[
 
 
 def matching_files(pattern: Path, extensions: Collection[str] = EXTENSIONS) -> list[Path]:
-    """Return the images, or other files by their suffixes, that a pattern names, sorted by path.
+    """Return the images, or files with other extensions, that match a pattern, sorted by path.
 
-    A part of it that exists as it is written, such as a folder with ``[`` in its name, stands for itself.
+    Existing parts of the pattern, such as a folder with ``[`` in its name, are taken literally.
     """
-    found = glob.glob(_literal_where_it_exists(pattern), recursive=True)  # noqa: PTH207  (takes absolute patterns)
+    found = glob.glob(_escape_existing_parts(pattern), recursive=True)  # noqa: PTH207  (takes absolute patterns)
     return _images(filter(os.path.isfile, found), extensions)
 
 
@@ -100,13 +100,13 @@ def linked_folders(folder: Path) -> list[Path]:
 
 
 def readable(images: Sequence[ImageFile]) -> list[ImageFile]:
-    """Return the images whose headers can be read, in their order; the others are counted and named in the log.
+    """Return the images whose headers can be read, in their order; a warning names the others.
 
     Raises:
-        UserError: not one can be read.
+        UserError: none can be read.
     """
 
-    def fault(image: ImageFile) -> UnreadableImageError | None:
+    def header_error(image: ImageFile) -> UnreadableImageError | None:
         try:
             check_header(image)
         except UnreadableImageError as error:
@@ -114,28 +114,28 @@ def readable(images: Sequence[ImageFile]) -> list[ImageFile]:
         return None
 
     with ThreadPoolExecutor(THREADS) as pool:
-        faults = list(pool.map(fault, images))
-    bad = [image for image, error in zip(images, faults, strict=True) if error]
+        errors = list(pool.map(header_error, images))
+    bad = [image for image, error in zip(images, errors, strict=True) if error]
     if bad:
-        reason = next(error for error in faults if error)
+        reason = next(filter(None, errors))
         if len(bad) == len(images):
-            raise UserError(f"not one of the {len(images)} images can be read: {reason}")
+            raise UserError(f"none of the {len(images)} images can be read: {reason}")
         logger.warning(
             f"{len(bad)} of {len(images)} images cannot be read and are left out: {first_few(bad)} ({reason})"
         )
-    return [image for image, error in zip(images, faults, strict=True) if not error]
+    return [image for image, error in zip(images, errors, strict=True) if not error]
 
 
 def _is_pattern(name: str) -> bool:
     return "*" in name or "?" in name
 
 
-def _literal_where_it_exists(pattern: Path) -> str:
-    """Return a pattern for :func:`glob.glob` in which those first parts that exist stand for themselves."""
+def _escape_existing_parts(pattern: Path) -> str:
+    """Return a pattern for :func:`glob.glob` with its leading existing parts escaped."""
     start = Path(pattern.anchor)
     parts = pattern.relative_to(start).parts
     count = 0
-    while count < len(parts) and os.path.exists(start / parts[count]):  # noqa: PTH110  (False where it may not look)
+    while count < len(parts) and os.path.exists(start / parts[count]):  # noqa: PTH110  (False without permission)
         start /= parts[count]
         count += 1
     return os.path.join(glob.escape(str(start)), *parts[count:])  # noqa: PTH118
@@ -144,7 +144,7 @@ def _literal_where_it_exists(pattern: Path) -> str:
 def files_below(folder: str, links: list[str]) -> Iterator[str]:
     """Yield the files below a folder, without hidden ones.
 
-    Links to folders are not followed, since they may lead back; they are appended to ``links``.
+    Links to folders are not followed, since they may form a cycle; they are appended to ``links``.
     """
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -159,7 +159,7 @@ def files_below(folder: str, links: list[str]) -> Iterator[str]:
 
 
 def _images(paths: Iterable[str], extensions: Collection[str] = EXTENSIONS) -> list[Path]:
-    """Return the images among paths of files, sorted as paths are: folder by folder."""
+    """Return the images among paths of files, sorted by path."""
     images = [path for path in paths if os.path.splitext(path)[1].lower() in extensions]  # noqa: PTH122
     check_printable(images)
     return sorted(map(Path, images))
@@ -169,18 +169,20 @@ def _listed(path: Path) -> list[Path]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the image list '{path}' cannot be read ({type(error).__name__}): give UTF-8 text") from error
+        raise UserError(
+            f"the image list '{path}' cannot be read ({type(error).__name__}): replace it by UTF-8 text"
+        ) from error
     images = [path.parent / Path(line.strip()).expanduser() for line in lines if line.strip()]
     if not images:
-        raise UserError(f"the image list '{path}' is empty: write one path a line")
+        raise UserError(f"the image list '{path}' is empty: write one path per line")
     for image in images:
         if not str(image).isprintable() or image.suffix.lower() not in EXTENSIONS:
             raise UserError(
-                f"the image list '{path}' names {str(image)!r}, which is no image with one of "
-                f"{', '.join(sorted(EXTENSIONS))}"
+                f"the image list '{path}' names {str(image)!r}, which is not an image "
+                f"({', '.join(sorted(EXTENSIONS))}): correct it"
             )
-    spelled: dict[Path, Path] = {}
+    on_disk: dict[Path, Path] = {}
     for anchor in {image.anchor for image in images}:
-        of_one_root = [image for image in images if image.anchor == anchor]
-        spelled |= zip(of_one_root, names_on_disk(of_one_root, Path(anchor)), strict=True)
-    return [spelled[image] for image in images]
+        same_root = [image for image in images if image.anchor == anchor]
+        on_disk |= zip(same_root, names_on_disk(same_root, Path(anchor)), strict=True)
+    return [on_disk[image] for image in images]

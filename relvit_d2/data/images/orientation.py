@@ -1,4 +1,4 @@
-"""The orientation in which an image is stored: one decision for its size and for its pixels."""
+"""EXIF orientation of images, for their size and for their pixels."""
 
 import io
 import struct
@@ -16,7 +16,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What turns an image upright, by the value of EXIF 2.3's tag 0x0112."""
+"""The transpose that makes an image upright, by the value of EXIF 2.3's tag 0x0112."""
 
 SWAPPED = (5, 6, 7, 8)
 """Orientations that exchange width and height."""
@@ -26,13 +26,10 @@ _METADATA = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")  # chunks that may hold EXIF or
 
 
 def orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation that the pixels of an image still have, 1 to 8; no pixel is decoded.
+    """Return the EXIF orientation of an opened image's pixels, 1 to 8, without decoding or changing it.
 
-    Detectron2's ``read_image`` finds the same, except in TIFF files, which Pillow turns upright itself. Metadata that
-    cannot be read count as none, as there.
-
-    Args:
-        image: opened, whether loaded or not; it is left as it is.
+    It is that of Detectron2's ``read_image``, except for TIFF files, which Pillow makes upright itself. Damaged
+    metadata are ignored.
     """
     if image.format == "TIFF":
         return 1
@@ -40,24 +37,24 @@ def orientation(image: Image.Image) -> int:
         source = image
         if isinstance(image, PngImageFile) and "exif" not in image.info:
             source = _without_pixels(image) or image
-        # PngImageFile.getexif would decode the pixels in search of chunks behind them.
+        # PngImageFile.getexif would decode the pixels to find chunks after them.
         found = Image.Image.getexif(source).get(ExifTags.Base.Orientation)
-    except Exception:  # Pillow raises whatever the damage leads to
+    except Exception:  # Pillow raises various exceptions for a damaged file
         return 1
     return found if found in TURNS else 1
 
 
 def upright(image: Image.Image, stored: int) -> Image.Image:
-    """Return an image that has the :func:`orientation` ``stored``, or a reduced copy of it, upright."""
+    """Return an image (or a reduced copy) with the :func:`orientation` ``stored`` upright."""
     return image.transpose(TURNS[stored]) if stored in TURNS else image
 
 
 def _without_pixels(image: PngImageFile) -> Image.Image | None:
-    """Return a PNG with the metadata of a PNG file, from before and behind its pixels; None if it has none."""
+    """Return an empty PNG with the metadata before and after the pixels of a PNG file; None if it has none."""
     file = image.fp
     if file is None:  # loaded, so that Pillow has read all chunks
         return None
-    place = file.tell()
+    position = file.tell()
     chunks: list[tuple[bytes, bytes]] = []
     try:
         file.seek(len(_SIGNATURE))
@@ -71,7 +68,7 @@ def _without_pixels(image: PngImageFile) -> Image.Image | None:
             if kind == b"IEND":
                 break
     finally:
-        file.seek(place)
+        file.seek(position)
     if len(chunks) < 2:
         return None
     data = [

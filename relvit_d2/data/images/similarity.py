@@ -1,7 +1,7 @@
-"""Fingerprints of images, by which equal and nearly equal ones are found whatever their names and formats.
+"""Fingerprints of images, to find equal and nearly equal ones independent of their names and formats.
 
-Two images are equal if their pixels are. They are nearly equal, such as a photo that was saved again in another size or
-quality, or successive frames of a video, if their difference hashes differ in at most ``NEAR`` of 128 bits.
+Two images are equal if their pixels are. They are nearly equal if their difference hashes differ in at most ``NEAR`` of
+128 bits, such as a photo saved in another size or quality, or successive frames of a video.
 """
 
 import hashlib
@@ -19,35 +19,35 @@ from PIL import Image
 
 from relvit_d2.data.cache import cache_root
 from relvit_d2.data.images.archive import ImageFile, Member
-from relvit_d2.data.images.decode import PixelFormat, channels_and_white
+from relvit_d2.data.images.decode import PixelFormat, channels_and_max_value
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import write_text
 from relvit_d2.utils.hardware import cores
 
-VERSION = 1  # of the fingerprints: another one makes those of the cache stale
+VERSION = 1  # of the fingerprints; cached ones of another version are not used
 
 LONGEST = 512
-"""Pixels of the longer side to which larger images are reduced before they are digested: a JPEG of more than twice that
-is decoded at a reduced size, several times as fast."""
+"""Maximum of the longer side in pixels; larger images are reduced first. A JPEG of more than twice that is decoded at a
+reduced size, which is several times as fast."""
 
 NEAR = 7
-"""Bits in which hashes of nearly equal images may differ. Of copies of 80 photos of VOC in another quality or half the
-size, 99 % differ in at most 7; no two of the photos differ in fewer than 37."""
+"""Maximum number of different bits in hashes of nearly equal images. Of copies of 80 VOC photos in another quality or
+half the size, 99 % differ in at most 7 bits; any two of the photos differ in at least 37."""
 
-GRID = 8  # cells of the hash a side
-FEWEST = 4  # bits of either value that a hash needs to distinguish images
-BLOCK = 2**20  # pairs of hashes that are compared at a time
+GRID = 8  # rows and columns of the hash
+MIN_BITS = 4  # minimum number of zeros and of ones in a hash that distinguishes images
+BLOCK = 2**20  # pairs of hashes that are compared at once
 
 logger = logging.getLogger(__name__)
 
 
 class Fingerprint(NamedTuple):
-    """What identifies an image.
+    """Fingerprint of an image.
 
     Attributes:
-        exact: 16 bytes, the digest of the pixels; of images with a side above ``LONGEST``, of the reduced ones.
-        near: the difference hash of 128 bits, or None for an image that has none: a constant one, one with a side below
-            9 pixels, or one with hardly an edge. Such an image is equal to others only, never nearly equal.
+        exact: 16 bytes, the digest of the pixels, after reduction to ``LONGEST``.
+        near: the difference hash of 128 bits, or None for a constant image, one with a side below 9 pixels, or one with
+            hardly any edges; such an image can be equal to others, but not nearly equal.
     """
 
     exact: bytes
@@ -62,14 +62,11 @@ def pixel_digest(pixels: np.ndarray) -> bytes:
 
 
 def difference_hash(pixels: np.ndarray) -> int | None:
-    """Return the difference hash of an image, 128 bits, or None where it would not distinguish images.
+    """Return the difference hash of an image, 128 bits, or None if it would not distinguish images.
 
-    The image is averaged to 8 rows of 9 gray values; a bit is 1 where a value exceeds that on its left. 64 more bits
-    compare 9 rows of 8 values with those above (N. Krawetz, "Kind of Like That", 2013; both directions as in B.
-    Hoyt's dhash).
-
-    Args:
-        pixels: ``(H, W, C)`` uint8.
+    The image is averaged to 8 rows of 9 gray values; a bit is 1 where a value exceeds its left neighbor. 64 more bits
+    compare 9 rows of 8 values with the row above (N. Krawetz, "Kind of Like That", 2013; both directions as in B.
+    Hoyt's dhash). ``pixels`` are ``(H, W, C)`` uint8.
     """
     if min(pixels.shape[:2]) <= GRID:
         return None
@@ -80,25 +77,25 @@ def difference_hash(pixels: np.ndarray) -> int | None:
     rows = np.asarray(gray.resize((GRID + 1, GRID), Image.Resampling.BOX))
     columns = np.asarray(gray.resize((GRID, GRID + 1), Image.Resampling.BOX))
     bits = np.concatenate([(rows[:, 1:] > rows[:, :-1]).ravel(), (columns[1:] > columns[:-1]).ravel()])
-    if not FEWEST <= int(bits.sum()) <= bits.size - FEWEST:
+    if not MIN_BITS <= int(bits.sum()) <= bits.size - MIN_BITS:
         return None
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
 def fingerprint(pixels: np.ndarray) -> Fingerprint:
-    """Return the fingerprint of decoded pixels, ``(H, W, C)`` uint8, that need no reduction."""
+    """Return the fingerprint of decoded pixels, ``(H, W, C)`` uint8, not larger than ``LONGEST``."""
     return Fingerprint(pixel_digest(pixels), difference_hash(pixels))
 
 
 def fingerprint_file(image: ImageFile | str) -> Fingerprint:
     """Return the fingerprint of an image file.
 
-    Gray images count as RGB with equal channels, and values of more than eight bits as parts of the largest one. A file
-    that cannot be decoded is only equal to files with the same bytes.
+    Grayscale images are treated as RGB with equal channels, and images of more than 8 bits are scaled by their maximum.
+    A file that cannot be decoded is only equal to files with the same bytes.
     """
     try:
-        channels, white = channels_and_white(image)
-        return fingerprint(PixelFormat(3 if channels in (1, 3) else channels, white).read(image, LONGEST))
+        channels, max_value = channels_and_max_value(image)
+        return fingerprint(PixelFormat(3 if channels in (1, 3) else channels, max_value).read(image, LONGEST))
     except UserError:
         try:
             content = image.open().read() if isinstance(image, Member) else Path(image).read_bytes()
@@ -108,35 +105,32 @@ def fingerprint_file(image: ImageFile | str) -> Fingerprint:
 
 
 def fingerprints(images: Sequence[ImageFile], root: Path) -> list[Fingerprint]:
-    """Return the fingerprints of image files, decoding only what has changed since the last call.
+    """Return the fingerprints of image files, decoding only those that have changed since the last call.
 
-    They are kept in the user's cache; where that cannot be written, every image is decoded each time.
-
-    Args:
-        images: files; the cache holds those that lie below ``root``.
-        root: the folder of the data set, or the archive.
+    They are stored in the user's cache, in one file for each ``root``: the folder or archive of the images. If that is
+    not writable, every image is decoded each time.
     """
     real = os.path.realpath(root)
     path = cache_root() / "fingerprints" / f"{hashlib.blake2b(os.fsencode(real), digest_size=8).hexdigest()}.json"
     known = _load(path)
     states = [file_state(image) for image in images]
-    new = [place for place, state in enumerate(states) if state not in known]
+    new = [index for index, state in enumerate(states) if state not in known]
     if new:
-        logger.info(f"{len(new)} images of '{root}' are decoded once, to find equal ones")
+        logger.info(f"{len(new)} images of '{root}' are decoded once to find equal ones")
         with ThreadPoolExecutor(cores()) as pool:
-            found = pool.map(fingerprint_file, [images[place] for place in new])
-            known |= {states[place]: one for place, one in zip(new, found, strict=True)}
+            found = pool.map(fingerprint_file, [images[index] for index in new])
+            known |= {states[index]: one for index, one in zip(new, found, strict=True)}
         entries = {state: [known[state].exact.hex(), known[state].near] for state in states}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps({"version": VERSION, "root": real, "images": entries}))
         except (OSError, UserError, ValueError) as error:
-            logger.info(f"fingerprints of '{root}' are made anew at every start: the cache cannot be written ({error})")
+            logger.info(f"fingerprints of '{root}' are computed at every start: the cache cannot be written ({error})")
     return [known[state] for state in states]
 
 
 def file_state(image: ImageFile) -> str:
-    """Return text that changes when a file does: path, size and times, of an archive those of the archive."""
+    """Return path, size and times of a file as text; for a member of an archive, those of the archive."""
     file = image.archive if isinstance(image, Member) else image
     try:
         state = file.stat()
@@ -153,34 +147,34 @@ def _load(path: Path) -> dict[str, Fingerprint]:
                 state: Fingerprint(bytes.fromhex(exact), near) for state, (exact, near) in document["images"].items()
             }
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        pass  # absent, or cut short
+        pass  # missing or damaged
     return {}
 
 
 def groups_of(prints: Sequence[Fingerprint], near: bool = True) -> list[list[int]]:
-    """Return the places of equal images together, and with ``near`` those of nearly equal ones, each in one group.
+    """Return the indices of all images in groups of equal images, with ``near`` of nearly equal ones too.
 
-    Two images are in one group if a chain of equal or nearly equal ones leads from one to the other. Hashes within
-    ``NEAR`` bits agree in one of ``NEAR + 1`` bands of 16 bits, so only those that share a band are compared.
+    Groups are the connected components of the relation. Hashes that differ in at most ``NEAR`` bits agree in at least
+    one of their ``NEAR + 1`` bands of 16 bits, so only hashes with a common band are compared.
     """
     parents = list(range(len(prints)))
 
-    def top(place: int) -> int:
-        while parents[place] != place:
-            parents[place] = parents[parents[place]]
-            place = parents[place]
-        return place
+    def root(index: int) -> int:
+        while parents[index] != index:
+            parents[index] = parents[parents[index]]
+            index = parents[index]
+        return index
 
     def join(first: int, second: int) -> None:
-        first, second = sorted((top(first), top(second)))
+        first, second = sorted((root(first), root(second)))
         parents[second] = first
 
     firsts: dict[bytes | int, int] = {}
-    for place, one in enumerate(prints):
-        join(firsts.setdefault(one.exact, place), place)
+    for index, one in enumerate(prints):
+        join(firsts.setdefault(one.exact, index), index)
         if near and one.near is not None:
-            join(firsts.setdefault(one.near, place), place)
-    distinct = [(key, place) for key, place in firsts.items() if isinstance(key, int)]
+            join(firsts.setdefault(one.near, index), index)
+    distinct = [(key, index) for key, index in firsts.items() if isinstance(key, int)]
     hashes = np.frombuffer(b"".join(key.to_bytes(16, "big") for key, _ in distinct), np.uint64).reshape(-1, 2)
     for band in hashes.view(np.uint16).T:
         order = band.argsort(kind="stable")
@@ -188,19 +182,19 @@ def groups_of(prints: Sequence[Fingerprint], near: bool = True) -> list[list[int
             if len(rows) < 2:
                 continue
             left, right = hashes[rows].T
-            labels = np.array([top(distinct[row][1]) for row in rows])
+            labels = np.array([root(distinct[row][1]) for row in rows])
             step = max(1, BLOCK // len(rows))
             for start in range(0, len(rows), step):
                 if (labels == labels[0]).all():
                     break
                 part = slice(start, start + step)
                 differ = np.bitwise_count(left[part, None] ^ left) + np.bitwise_count(right[part, None] ^ right)
-                news = (differ <= NEAR) & (labels[part, None] != labels)
-                for first, second in np.argwhere(news) + (start, 0):
+                joins = (differ <= NEAR) & (labels[part, None] != labels)
+                for first, second in np.argwhere(joins) + (start, 0):
                     if labels[first] != labels[second]:
                         join(labels[first], labels[second])
                         labels[labels == labels[second]] = labels[first]
     groups: defaultdict[int, list[int]] = defaultdict(list)
-    for place in range(len(prints)):
-        groups[top(place)].append(place)
+    for index in range(len(prints)):
+        groups[root(index)].append(index)
     return list(groups.values())

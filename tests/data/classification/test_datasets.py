@@ -1,4 +1,4 @@
-"""The classification sets: what is read, in which order, and what is said of what cannot be read."""
+"""Classification data sets: images, order, errors."""
 
 import io
 import pickle
@@ -49,7 +49,7 @@ def matlab5(arrays: dict[str, np.ndarray], compress: bool) -> bytes:
 
 
 def write_cifar(root: Path, kind: type[CIFAR10], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten images a file, whose checksums become the expected ones."""
+    """Ten images per file; their checksums replace the expected ones."""
     folder, key = root / kind.base_folder, "labels" if kind is CIFAR10 else "fine_labels"
     folder.mkdir(parents=True, exist_ok=True)
     for lists in ("train_list", "test_list"):
@@ -151,24 +151,22 @@ def data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("name", list(CLASS_SETS))
-def test_every_set_is_read_where_its_publisher_puts_it(
-    name: str, data_root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_set_is_read_in_its_official_layout(name: str, data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     WRITERS[name.rpartition("_")[0]](data_root, monkeypatch)
     found = get_class_set(name)
     count, classes, labels = EXPECTED[name]
     assert (len(found), len(found.classes), found.labels[:3].tolist()) == (count, classes, labels)
-    assert isinstance(found.images, ImageStack) == (not name.startswith("flower"))  # whose images are of many sizes
+    assert isinstance(found.images, ImageStack) == (not name.startswith("flower"))  # its images have several sizes
 
 
 @pytest.mark.parametrize("name", list(CLASS_SETS))
-def test_a_set_that_is_missing_is_told_with_its_place(name: str, data_root: Path) -> None:
+def test_missing_set_error_contains_the_path(name: str, data_root: Path) -> None:
     with pytest.raises(UserError, match=rf"missing: put it.* at {data_root}/.*DETECTRON2_DATASETS"):
         get_class_set(name)
 
 
 @pytest.mark.parametrize("name", ["cifar10_train", "cifar100_test", "svhn_digits_train", "flower102_test"])
-def test_a_wrong_checksum_is_told(name: str, data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_checksum_is_an_error(name: str, data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     WRITERS[name.rpartition("_")[0]](data_root, monkeypatch)
     for file in data_root.rglob("*"):
         if file.is_file() and file.suffix != ".jpg":
@@ -179,7 +177,7 @@ def test_a_wrong_checksum_is_told(name: str, data_root: Path, monkeypatch: pytes
         get_class_set(name)
 
 
-def test_pixels_and_digits_of_svhn_are_those_of_its_file(data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_svhn_pixels_and_digits(data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_svhn(data_root, monkeypatch)
     found = get_class_set("svhn_digits_test")
     pixels = loadmat(data_root / "svhn/test_32x32.mat")["X"]
@@ -194,7 +192,7 @@ def zipped(root: Path, archive: Path) -> Path:
     return archive
 
 
-def test_a_tree_and_a_zip_of_it_are_the_same_set(tmp_path: Path) -> None:
+def test_folder_and_zip_are_equal(tmp_path: Path) -> None:
     root = tree(tmp_path / "tree", {"b": 3, "a": 2})
     picture(root / "a/.hidden.png")
     archive = zipped(root, tmp_path / "t.zip")
@@ -215,13 +213,13 @@ def test_a_tree_and_a_zip_of_it_are_the_same_set(tmp_path: Path) -> None:
         get_class_set(f"{archive}/set")
 
 
-def test_brackets_in_a_path_that_exists_are_its_name(tmp_path: Path) -> None:
+def test_existing_path_with_brackets_is_not_a_subset(tmp_path: Path) -> None:
     root = tree(tmp_path / "set [:3]", {"a [x]": 2, "b": 2})
     assert len(get_class_set(str(root))) == 4
     assert len(get_class_set(f"{root}[:3]")) == 3
 
 
-def test_a_tree_and_a_tar_of_it_are_the_same_set(tmp_path: Path) -> None:
+def test_folder_and_tar_are_equal(tmp_path: Path) -> None:
     root = tree(tmp_path / "tree", {"b": 3, "a": 2})
     picture(root / "a/.hidden.png")
     (root / "readme.txt").write_text("no class")
@@ -232,7 +230,7 @@ def test_a_tree_and_a_tar_of_it_are_the_same_set(tmp_path: Path) -> None:
     assert torch.equal(one.images.pixels, other.images.pixels)
 
 
-def test_images_of_many_sizes_stay_files(tmp_path: Path) -> None:
+def test_images_of_several_sizes_are_not_decoded(tmp_path: Path) -> None:
     root = tree(tmp_path / "tree", {"a": 2, "b": 2})
     picture(root / "b/0000.png", (20, 30))
     archive = packed(root, tmp_path / "t.tar.gz")
@@ -241,39 +239,39 @@ def test_images_of_many_sizes_stay_files(tmp_path: Path) -> None:
     assert str(found.images[2]) == f"{archive}:set/b/0000.png"
 
 
-def test_a_subset_takes_the_classes_in_turn(tmp_path: Path) -> None:
+def test_subset_is_balanced_over_classes(tmp_path: Path) -> None:
     root = tree(tmp_path / "tree", {"a": 4, "b": 2, "c": 4})
     assert get_class_set(f"{root}[:4]").labels.tolist() == [0, 1, 2, 0]
     assert get_class_set(f"{root}[:70%]").labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
     whole = get_class_set(str(root))
-    assert sorted(whole.in_turn().tolist()) == list(range(10))
+    assert sorted(whole.class_interleaved().tolist()) == list(range(10))
 
 
 def damage(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def test_faults_of_trees_are_one_sentence(tmp_path: Path) -> None:
+def test_invalid_class_folders_are_errors(tmp_path: Path) -> None:
     root = tree(tmp_path / "tree", {"a": 2, "b": 40})
     archive = packed(root, tmp_path / "t.tar.gz")
     damage(archive)
     with pytest.raises(UserError, match=r"archive '.*t\.tar\.gz' is damaged"):
         get_class_set(f"{archive}/set")
-    (tmp_path / "text.tar").write_text("no archive")
-    with pytest.raises(UserError, match=r"text\.tar' is damaged or no tar archive"):
+    (tmp_path / "text.tar").write_text("not an archive")
+    with pytest.raises(UserError, match=r"text\.tar' is damaged or not a tar archive"):
         get_class_set(str(tmp_path / "text.tar"))
-    with pytest.raises(UserError, match="holds no classes"):
+    with pytest.raises(UserError, match="contains no class folders"):
         get_class_set(f"{packed(root, archive)}/set/a")
     (root / "empty").mkdir()
     with pytest.raises(UserError, match=r"no image of the class 'empty'"):
         get_class_set(f"{packed(root, archive)}/set")
-    with pytest.raises(UserError, match=r"tree/empty holds no image"):
+    with pytest.raises(UserError, match=r"tree/empty contains no image"):
         get_class_set(str(root))
     (root / "empty").rmdir()
     damage(root / "b/0003.png")
-    with pytest.raises(UserError, match=r"0003\.png' is damaged or cut short"):
+    with pytest.raises(UserError, match=r"0003\.png' is damaged or truncated"):
         get_class_set(str(root))
-    with pytest.raises(UserError, match=r"0003\.png' is damaged or cut short"):
+    with pytest.raises(UserError, match=r"0003\.png' is damaged or truncated"):
         get_class_set(f"{packed(root, archive)}/set")
     with pytest.raises(UserError, match="did you mean 'cifar10_train'"):
         get_class_set("cifar10_trian")
@@ -281,18 +279,18 @@ def test_faults_of_trees_are_one_sentence(tmp_path: Path) -> None:
         get_class_sets("DATASETS.TRAIN", [])
 
 
-def test_labels_out_of_range_and_classes_that_differ(tmp_path: Path) -> None:
+def test_labels_out_of_range_and_different_classes(tmp_path: Path) -> None:
     images = ImageStack(torch.zeros(3, 3, 4, 4, dtype=torch.uint8), "x")
     with pytest.raises(UserError, match=r"image 1 of data set 'x' has the label 2, out of range for its 2 classes"):
         LabelledImages("x", images, torch.tensor([0, 2, 1]), ("a", "b"))
     one, other = tree(tmp_path / "one", {"a": 1, "b": 1}), tree(tmp_path / "other", {"a": 1, "c": 1})
-    with pytest.raises(UserError, match=r"different classes, 'b' is in one of them only"):
+    with pytest.raises(UserError, match=r"different classes, 'b' is only in one of them"):
         get_class_sets("DATASETS.TRAIN", [str(one), str(other)])
     both = get_class_sets("DATASETS.TRAIN", [str(one), f"{one}[:1]"])
     assert both.labels.tolist() == [0, 1, 0] and isinstance(both.images, ImageStack)
 
 
-def test_a_list_of_synsets_is_taken_in_its_order(
+def test_synset_list_gives_the_order_of_classes(
     tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert len(set(synsets(""))) == 100 == len(synsets(""))
@@ -300,15 +298,15 @@ def test_a_list_of_synsets_is_taken_in_its_order(
     (tmp_path / "two.txt").write_text("n09999999\nn02869837\n")
     assert get_class_set("imagenet100_val", synset_file=str(tmp_path / "two.txt")).classes == ("n09999999", "n02869837")
     (tmp_path / "bad.txt").write_text("tench\n")
-    for file, words in (("bad.txt", "holds 'tench', which is no synset"), ("absent.txt", "cannot be read")):
+    for file, words in (("bad.txt", "contains 'tench', which is not a synset"), ("absent.txt", "cannot be read")):
         with pytest.raises(UserError, match=words):
             synsets(str(tmp_path / file))
 
 
-def test_the_jpeg_copies_of_cifar10_are_named_as_such(samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jpeg_copies_of_cifar10_have_a_note(samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DETECTRON2_DATASETS", str(samples))
     found = get_class_set("cifar10_test[:20]")
-    assert "5.9 grey levels" in found.note and len(found) == 20
+    assert "5.9 gray levels" in found.note and len(found) == 20
     assert found.classes == ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
     assert found.labels.bincount().tolist() == [2] * 10
     with tarfile.open(samples / "cifar10_jpg.tar.gz") as tar:
@@ -318,6 +316,6 @@ def test_the_jpeg_copies_of_cifar10_are_named_as_such(samples: Path, monkeypatch
     assert np.array_equal(found.images[0].permute(1, 2, 0).numpy(), np.asarray(first))
 
 
-def test_classes_of_a_tree_can_be_given(tmp_path: Path) -> None:
+def test_class_folders_can_be_given(tmp_path: Path) -> None:
     root = tree(tmp_path / "tree", {"a": 1, "b": 2, "c": 1})
     assert read_tree(root, ["c", "b"]).labels.tolist() == [0, 1, 1]

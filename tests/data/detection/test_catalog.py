@@ -1,4 +1,4 @@
-"""Data sets by name: Detectron2's catalogs, subsets, images without labels, and what a missing one says."""
+"""Data sets by name: Detectron2's catalogs, subsets, images without labels, missing data."""
 
 import shutil
 from pathlib import Path
@@ -38,7 +38,7 @@ def real(samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
         shutil.copytree(samples / name, tmp_path / name)
     for folder in tmp_path.rglob("*/"):
         folder.chmod(0o755)
-    # Which drives the three images are of is not in the samples: two of one, one of another.
+    # The samples have no mapping to drives: use two images of one drive and one of another.
     (tmp_path / "kitti" / "mapping").mkdir()
     drives = "".join(f"2011_09_26 2011_09_26_drive_000{drive}_sync 0000000000\n" for drive in (1, 1, 2))
     (tmp_path / "kitti" / "mapping" / "train_mapping.txt").write_text(drives)
@@ -49,8 +49,8 @@ def real(samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 def check_contract(name: str) -> None:
-    """What every entry of the registry promises."""
-    # Of SVHN's samples most rows have no image.
+    """Assert the properties of every entry of the registry."""
+    # Most rows of SVHN's samples have no image.
     records = get_records(name, skip_missing=name.startswith("svhn"))
     assert name.startswith("svhn") or records == DatasetCatalog.get(name)
     classes = get_metadata(name).thing_classes
@@ -60,23 +60,23 @@ def check_contract(name: str) -> None:
     assert [Path(record["file_name"]) for record in records] == get_images(name)
     for record in records:
         assert Path(record["file_name"]).is_file()
-        for thing in record["annotations"]:
-            assert 0 <= thing["category_id"] < len(classes)
-            assert thing["iscrowd"] in (0, 1)
-            assert thing["bbox_mode"] in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
-            x0, y0, x1, y1 = BoxMode.convert(thing["bbox"], thing["bbox_mode"], BoxMode.XYXY_ABS)
+        for annotation in record["annotations"]:
+            assert 0 <= annotation["category_id"] < len(classes)
+            assert annotation["iscrowd"] in (0, 1)
+            assert annotation["bbox_mode"] in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
+            x0, y0, x1, y1 = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
             assert 0 <= x0 < x1 <= record["width"] + 0.01
             assert 0 <= y0 < y1 <= record["height"] + 0.01
 
 
 @pytest.mark.parametrize("name", [name for name in DATASETS if name.startswith("streets")])
-def test_drawn_entries_keep_the_contract(root: Path, name: str) -> None:
+def test_entries_of_drawn_sets(root: Path, name: str) -> None:
     check_contract(name)
     assert (root / "streets" / "streets.json").is_file()
 
 
 @pytest.mark.parametrize("name", [name for name in DATASETS if not name.startswith("streets")])
-def test_real_entries_keep_the_contract(real: Path, name: str) -> None:
+def test_entries_of_real_sets(real: Path, name: str) -> None:
     check_contract(name)
 
 
@@ -84,7 +84,7 @@ def test_registration_is_idempotent_and_replaces_detectron2s_voc(real: Path) -> 
     register_all()
     register_all()
     record = DatasetCatalog.get("voc_2007_test")[0]
-    assert all("difficult" in thing for thing in record["annotations"])
+    assert all("difficult" in annotation for annotation in record["annotations"])
     metadata = MetadataCatalog.get("voc_2007_test")
     assert (metadata.year, metadata.split, metadata.evaluator_type) == (2007, "test", "pascal_voc")
     assert Path(metadata.dirname, "Annotations").is_dir()
@@ -116,7 +116,7 @@ def test_subset_by_percent(root: Path, percent: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("base", ["voc_2007_test", "coco_2017_val", "svhn_test"])
-def test_subset_metadata_names_no_truth_of_the_whole_set(real: Path, base: str) -> None:
+def test_subset_metadata_have_no_ground_truth_file(real: Path, base: str) -> None:
     metadata = get_metadata(f"{base}[:2]")
     assert metadata.thing_classes == get_metadata(base).thing_classes
     assert metadata.metrics == get_metadata(base).metrics
@@ -127,14 +127,14 @@ def test_subset_metadata_names_no_truth_of_the_whole_set(real: Path, base: str) 
 @pytest.mark.parametrize(
     "name", ["streets_train[:0]", "streets_train[:0%]", "streets_train[:101%]", "streets_train[:1.5]"]
 )
-def test_a_subset_of_nothing_is_refused(root: Path, name: str) -> None:
-    with pytest.raises(UserError, match="is no subset"):
+def test_invalid_subsets_are_errors(root: Path, name: str) -> None:
+    with pytest.raises(UserError, match="is not a valid subset"):
         resolve(name)
 
 
 @pytest.mark.parametrize("name", ["streets_trian", "streets_trian[:8]", "streets_train[8]", "streets_train[:4][:2]"])
 @pytest.mark.parametrize("ask", [resolve, get_records, get_images, get_metadata])
-def test_an_unknown_name_names_the_nearest(root: Path, name: str, ask: object) -> None:
+def test_unknown_name_suggests_the_nearest(root: Path, name: str, ask: object) -> None:
     assert callable(ask)
     with pytest.raises(UserError, match="did you mean 'streets_train'"):
         ask(name)
@@ -158,7 +158,7 @@ def test_a_users_own_registration_is_accepted(root: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["voc_2007_test", "coco_2017_val"])
-def test_an_absent_image_is_an_error_or_left_out(real: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_images_are_errors_or_left_out(real: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
     whole = get_records(name)
     for index in (1, 3):
         Path(whole[index]["file_name"]).unlink()
@@ -193,7 +193,7 @@ def test_images_need_no_labels(real: Path) -> None:
         get_records("coco_2017_val")
 
 
-def test_damaged_coco_annotations_name_the_file(real: Path) -> None:
+def test_damaged_coco_annotations_are_errors(real: Path) -> None:
     path = real / "coco" / "annotations" / "instances_val2017.json"
     text = path.read_text()
     path.unlink()
@@ -206,7 +206,7 @@ def test_damaged_coco_annotations_name_the_file(real: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name in DATASETS if not name.startswith("streets")])
 @pytest.mark.parametrize("ask", [get_records, get_images])
-def test_missing_data_say_where_to_put_them(root: Path, name: str, ask: object) -> None:
+def test_missing_data_error_contains_the_path(root: Path, name: str, ask: object) -> None:
     assert callable(ask)
     with pytest.raises(UserError) as caught:
         ask(name)
@@ -227,7 +227,9 @@ def test_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("state", ["unset", "absent"])
-def test_streets_falls_back_to_the_users_cache(root: Path, monkeypatch: pytest.MonkeyPatch, state: str) -> None:
+def test_streets_are_drawn_in_the_cache_if_the_root_is_not_writable(
+    root: Path, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
     cache = root / "cache"
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     if state == "unset":
@@ -248,5 +250,5 @@ def test_a_folder_of_images(root: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         get_images(str(root / "nowhere"))
     (root / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no image"):
+    with pytest.raises(UserError, match="contains no image"):
         get_images(str(root / "empty"))

@@ -1,4 +1,4 @@
-"""The reader of COCO's annotation files, beside Detectron2's, and on damaged ones."""
+"""The COCO reader against Detectron2's, and on damaged files."""
 
 import json
 import unicodedata
@@ -13,8 +13,8 @@ from PIL import Image
 from pycocotools import mask as mask_util
 
 from relvit_d2.data.detection.coco import CocoFolder, coco_classes, coco_images, load_coco
-from relvit_d2.data.detection.custom import READERS
 from relvit_d2.utils.errors import UserError
+from tests.support.custom_data import read_all
 
 TRIANGLE = [4.0, 5.0, 20.0, 5.0, 4.0, 25.0]
 
@@ -55,7 +55,7 @@ def test_real_sample_equals_detectron2s_own_reader(samples: Path, split: str) ->
         assert len(mine["annotations"]) == len(other["annotations"])
         for a, b in zip(mine["annotations"], other["annotations"], strict=True):
             assert (a["category_id"], a["iscrowd"]) == (b["category_id"], b["iscrowd"])
-            # Some of COCO's boxes leave their image by parts of a pixel.
+            # Some of COCO's boxes exceed their image by less than a pixel.
             np.testing.assert_allclose(a["bbox"], BoxMode.convert(b["bbox"], b["bbox_mode"], a["bbox_mode"]), atol=0.02)
             assert a["segmentation"] == b["segmentation"]
 
@@ -73,7 +73,7 @@ def test_ids_with_gaps_and_sub_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compressed", [True, False])
-def test_masks_of_runs(tmp_path: Path, compressed: bool) -> None:
+def test_rle_masks(tmp_path: Path, compressed: bool) -> None:
     mask = np.zeros((30, 40), np.uint8, order="F")
     mask[5:25, 4:20] = np.random.default_rng(0).random((20, 16)) < 0.5
     runs: Any = mask_util.encode(mask)
@@ -85,8 +85,8 @@ def test_masks_of_runs(tmp_path: Path, compressed: bool) -> None:
         runs["counts"] = np.diff([0, *ends, flat.size]).tolist()
     document = content()
     document["annotations"][0]["segmentation"] = runs
-    thing = load_coco(write(tmp_path, document), tmp_path)[1]["annotations"][0]
-    assert (mask_util.decode(thing["segmentation"]) == mask).all()
+    annotation = load_coco(write(tmp_path, document), tmp_path)[1]["annotations"][0]
+    assert (mask_util.decode(annotation["segmentation"]) == mask).all()
 
 
 def changed(where: tuple[Any, ...], value: Any) -> dict[str, Any]:
@@ -108,22 +108,22 @@ SIZE = [30, 40]
     [
         (("images", 0, "id"), 3, "two images with the id 3"),
         (("images", 0, "id"), None, "an image with the id None"),
-        (("images", 0, "id"), "a", "with numbers for ids and images with texts"),
-        (("images", 0, "file_name"), "../b.png", "no path inside"),
-        (("images", 0, "file_name"), "/etc/passwd", "no path inside"),
-        (("images", 0, "file_name"), "./", "no path inside"),
-        (("images", 0, "file_name"), "C:\\b.png", "no path inside"),
-        (("images", 0, "file_name"), "sub/../../b.png", "no path inside"),
-        (("images", 0, "file_name"), "b\ud800.png", "no path inside"),
-        (("images", 0, "file_name"), ["b.png"], "no path inside"),
+        (("images", 0, "id"), "a", "that are numbers and image ids that are text"),
+        (("images", 0, "file_name"), "../b.png", "not a path inside"),
+        (("images", 0, "file_name"), "/etc/passwd", "not a path inside"),
+        (("images", 0, "file_name"), "./", "not a path inside"),
+        (("images", 0, "file_name"), "C:\\b.png", "not a path inside"),
+        (("images", 0, "file_name"), "sub/../../b.png", "not a path inside"),
+        (("images", 0, "file_name"), "b\ud800.png", "not a path inside"),
+        (("images", 0, "file_name"), ["b.png"], "not a path inside"),
         (("images", 0, "file_name"), "sub/a.png", "more than once"),
         (("images", 0, "file_name"), "c.png", "is missing"),
         (("images", 0, "width"), 0, "has the width 0"),
         (("images", 0, "height"), "high", "the height 'high'"),
         (("images", 0, "height"), 30.5, "the height 30.5"),
-        (("images",), {}, "must be lists"),
+        (("images",), {}, "must be a list of objects"),
         (("images",), [], "lists no images"),
-        (("images",), [3], "holds what is no object"),
+        (("images",), [3], "must be a list of objects"),
         (("categories", 0, "id"), 0, "two categories with the id 0"),
         (("categories", 0, "name"), "early", "two categories with the name 'early'"),
         (("categories", 0, "name"), "", "has a category 90"),
@@ -143,31 +143,31 @@ SIZE = [30, 40]
         ((*FIRST, "bbox"), "here", "4 finite numbers"),
         (MASK, [[1, 2, "x", 3, 4, 5]], "finite numbers"),
         (MASK, [[1e9] * 6], "far outside"),
-        (MASK, {"size": SIZE}, "no RLE"),
+        (MASK, {"size": SIZE}, "not an RLE"),
         (MASK, {"size": [40, 30], "counts": [1200]}, "its size is"),
         (MASK, {"size": SIZE, "counts": [1201]}, "do not fill"),
         (MASK, {"size": SIZE, "counts": [-5, 1205]}, "do not fill"),
-        (MASK, {"size": SIZE, "counts": "~~~"}, "no RLE has"),
+        (MASK, {"size": SIZE, "counts": "~~~"}, "not valid in an RLE"),
         (MASK, {"size": SIZE, "counts": "ooo"}, "cut short"),
         (MASK, {"size": SIZE, "counts": "1" * 99}, "do not fill"),
-        (MASK, {"size": SIZE, "counts": "é"}, "neither numbers nor text"),
+        (MASK, {"size": SIZE, "counts": "é"}, "neither a list of numbers nor text"),
     ],
 )
-def test_bad_annotation_is_one_sentence(tmp_path: Path, where: tuple[Any, ...], value: Any, says: str) -> None:
+def test_invalid_annotation_is_an_error(tmp_path: Path, where: tuple[Any, ...], value: Any, message: str) -> None:
     path = write(tmp_path, changed(where, value))
     with pytest.raises(UserError) as caught:
         load_coco(path, tmp_path)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
     assert "instances.json" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", "{", '{"images": 3}', "[" * 100_000, "\udcff", '{"a": 1' + "0" * 9999])
-def test_damaged_file_is_one_sentence(tmp_path: Path, text: str) -> None:
+def test_damaged_file_is_an_error(tmp_path: Path, text: str) -> None:
     path = write(tmp_path, "")
     path.write_bytes(text.encode(errors="surrogateescape"))
     for read in (coco_classes, lambda path: load_coco(path, tmp_path), lambda path: coco_images(path, tmp_path)):
-        with pytest.raises(UserError, match=r"instances\.json is damaged or no COCO annotation file"):
+        with pytest.raises(UserError, match=r"instances\.json is damaged or not a COCO annotation file"):
             read(path)
 
 
@@ -184,9 +184,7 @@ def test_damaged_file_is_one_sentence(tmp_path: Path, text: str) -> None:
         mask_util.encode(np.zeros((30, 40), np.uint8, order="F")) | {"size": [30, 40]},
     ],
 )
-def test_a_mask_that_covers_nothing_leaves_the_box(
-    tmp_path: Path, empty: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_empty_mask_keeps_the_box(tmp_path: Path, empty: Any, caplog: pytest.LogCaptureFixture) -> None:
     document = content()
     if isinstance(empty, dict) and isinstance(empty["counts"], bytes):
         empty = empty | {"counts": empty["counts"].decode()}
@@ -194,13 +192,13 @@ def test_a_mask_that_covers_nothing_leaves_the_box(
     document["annotations"].append({"id": 9, "image_id": 3, "category_id": 0, "bbox": [1, 1, 5, 0]})
     records = load_coco(write(tmp_path, document), tmp_path)
     assert [len(record["annotations"]) for record in records] == [0, 2]
-    thing = records[1]["annotations"][0]
-    assert thing["bbox"] == [4, 5, 20, 25] and "segmentation" not in thing
+    annotation = records[1]["annotations"][0]
+    assert annotation["bbox"] == [4, 5, 20, 25] and "segmentation" not in annotation
     assert "1 of the 3 boxes" in caplog.text and "have a mask without area and are kept" in caplog.text
     assert "annotation 8 (b.png)" in caplog.text
     document["annotations"][0]["segmentation"] = [[1, 1], TRIANGLE]
-    thing = load_coco(write(tmp_path, document), tmp_path)[1]["annotations"][0]
-    assert thing["segmentation"] == [TRIANGLE]
+    annotation = load_coco(write(tmp_path, document), tmp_path)[1]["annotations"][0]
+    assert annotation["segmentation"] == [TRIANGLE]
 
 
 def test_numbers_and_flags_in_any_notation(tmp_path: Path) -> None:
@@ -208,15 +206,19 @@ def test_numbers_and_flags_in_any_notation(tmp_path: Path) -> None:
     document = content()
     for image in document["images"]:
         image |= {"id": float(image["id"]), "width": str(image["width"]), "height": 3.0e1}
-    for thing in document["annotations"]:
-        thing |= {"id": float(thing["id"]), "category_id": f"{thing['category_id']:.3e}", "iscrowd": None}
+    for annotation in document["annotations"]:
+        annotation |= {
+            "id": float(annotation["id"]),
+            "category_id": f"{annotation['category_id']:.3e}",
+            "iscrowd": None,
+        }
     for category in document["categories"]:
         category["id"] = str(category["id"])
     assert load_coco(write(tmp_path, document), tmp_path) == plain
 
 
-def test_a_root_category_is_the_class_of_its_name(tmp_path: Path) -> None:
-    """As Roboflow exports: a parent of all categories, which may be called like one of them."""
+def test_root_category_with_the_name_of_a_class(tmp_path: Path) -> None:
+    """As exported by Roboflow: a parent of all categories, which may have the name of one of them."""
     document = content()
     document["categories"] = [
         {"id": 0, "name": "early", "supercategory": "none"},
@@ -225,7 +227,7 @@ def test_a_root_category_is_the_class_of_its_name(tmp_path: Path) -> None:
     ]
     path = write(tmp_path, document)
     assert coco_classes(path) == ("early", "late")
-    assert [thing["category_id"] for thing in load_coco(path, tmp_path)[1]["annotations"]] == [1, 0]
+    assert [annotation["category_id"] for annotation in load_coco(path, tmp_path)[1]["annotations"]] == [1, 0]
     for wrong in ("animal", None):
         for category in document["categories"]:
             category["supercategory"] = wrong
@@ -243,19 +245,19 @@ def test_names_match_in_any_normal_form(tmp_path: Path, listed: Any, stored: Any
     (tmp_path / "b.png").rename(image)
     assert load_coco(path, tmp_path)[1]["file_name"] == str(image)
     assert coco_images(path, tmp_path)[1] == image
-    assert CocoFolder.find(tmp_path) and READERS["coco"](tmp_path)[1]["file_name"] == str(image)
+    assert CocoFolder.find(tmp_path) and read_all(tmp_path, "coco")[1]["file_name"] == str(image)
 
 
-def test_boxes_that_stick_out_are_cut_unless_most_do(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_boxes_are_clipped_unless_most_exceed_their_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     document = changed((*FIRST, "bbox"), [-6, 5, 26, 30])
     assert load_coco(write(tmp_path, document), tmp_path)[1]["annotations"][0]["bbox"] == [0, 5, 20, 30]
     assert "1 of the 2 boxes" in caplog.text
     document["annotations"][1]["bbox"] = [0, 0, 60, 45]
-    with pytest.raises(UserError, match=r"2 of the 2 boxes .* stick out of their images"):
+    with pytest.raises(UserError, match=r"2 of the 2 boxes .* exceed their images"):
         load_coco(write(tmp_path, document), tmp_path)
 
 
-def test_no_link_leads_out_of_the_root(tmp_path: Path) -> None:
+def test_links_out_of_the_root_are_refused(tmp_path: Path) -> None:
     root = tmp_path / "root"
     root.mkdir()
     path = write(root, content())

@@ -1,4 +1,4 @@
-"""KITTI's reader, its splits, and what a detector learns where nothing is labelled."""
+"""KITTI's reader, splits and ignored regions."""
 
 import json
 import random
@@ -82,9 +82,7 @@ def test_the_samples(samples: Path) -> None:
         ),
     ],
 )
-def test_what_each_class_set_makes_of_each_type(
-    tmp_path: Path, count: int, objects: list[str], crowds: dict[str, list[str]]
-) -> None:
+def test_types_in_each_class_set(tmp_path: Path, count: int, objects: list[str], crowds: dict[str, list[str]]) -> None:
     names = CLASS_SETS[count]
     write(tmp_path, "\n".join([line(kind) for kind in TYPES] + [line("DontCare", truncated=-1, occluded=-1)]) + "\n\n")
     (record,) = load_kitti(tmp_path, ["000000"], names)
@@ -100,9 +98,7 @@ def test_what_each_class_set_makes_of_each_type(
 
 
 @pytest.mark.parametrize("count", CLASS_SETS)
-def test_what_is_found_in_ignored_regions_costs_nothing_in_coco_style(
-    samples: Path, tmp_path: Path, count: int
-) -> None:
+def test_detections_in_ignored_regions_do_not_lower_coco_ap(samples: Path, tmp_path: Path, count: int) -> None:
     folder, names = samples / "kitti" / "training", CLASS_SETS[count]
     records = load_kitti(folder, kitti_ids(folder), names)
     perfect: Found = {}
@@ -122,16 +118,16 @@ def test_what_is_found_in_ignored_regions_costs_nothing_in_coco_style(
         ("Car 0 0 -1 1 2 3 4", "line 1 has 8 columns, not 15"),
         (line("Car") + "\n" + line("Auto"), "line 2 is of the type 'Auto'"),
         (line("Cart"), "did you mean 'Car'"),
-        (line("Car", truncated="no"), "no number"),
+        (line("Car", truncated="no"), "not a number"),
         (line("Car", box="1 2 nan 4"), "not finite"),
         (line("DontCare", box="1 2 inf 4"), "not finite"),
-        (line("Car", occluded="0.5"), "occlusion step"),
+        (line("Car", occluded="0.5"), "occlusion level"),
         (line("Car", box="30 20 10 60"), r"line 1 \(Car\) has a box without area"),
         (line("Car", box="10 20 400 60"), "outside its image of 120 x 80"),
         ("\u00e9" + line("Car"), "cannot be read"),
     ],
 )
-def test_damaged_labels_are_named(tmp_path: Path, text: str, words: str) -> None:
+def test_damaged_labels_are_errors(tmp_path: Path, text: str, words: str) -> None:
     write(tmp_path, text)
     with pytest.raises(UserError, match=rf"000000\.txt.*{words}"):
         load_kitti(tmp_path, ["000000"], CLASS_SETS[7])
@@ -139,7 +135,7 @@ def test_damaged_labels_are_named(tmp_path: Path, text: str, words: str) -> None
 
 @settings(max_examples=60, deadline=None)
 @given(st.binary(max_size=120) | st.text("Car DontCare\n-10.5eEnaif", max_size=120).map(str.encode))
-def test_any_label_is_read_or_refused_in_one_sentence(content: bytes) -> None:
+def test_any_label_is_read_or_a_user_error(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder), "")
         Path(folder, "label_2", "000000.txt").write_bytes(content)
@@ -149,7 +145,7 @@ def test_any_label_is_read_or_refused_in_one_sentence(content: bytes) -> None:
             assert "000000.txt" in str(error)
 
 
-def test_regions_are_clipped_and_those_outside_are_no_fault(tmp_path: Path) -> None:
+def test_ignored_regions_are_clipped_or_left_out(tmp_path: Path) -> None:
     write(
         tmp_path, "\n".join(line("DontCare", box, -1, -1) for box in ("-5 -5 20 20", "110 70 500 500", "200 1 300 9"))
     )
@@ -157,8 +153,8 @@ def test_regions_are_clipped_and_those_outside_are_no_fault(tmp_path: Path) -> N
     assert [a["bbox"] for a in record["annotations"]] == [[0, 0, 20, 20], [110, 70, 120, 80]]
 
 
-def test_missing_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"image_2 does not exist or holds no PNG"):
+def test_missing_files_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"image_2 does not exist or contains no PNG"):
         kitti_ids(tmp_path)
     write(tmp_path, "")
     (tmp_path / "label_2" / "000000.txt").unlink()
@@ -185,25 +181,25 @@ def test_palette_images_are_read(samples: Path) -> None:
         assert np.array_equal(pixels, colours)
 
 
-def test_the_lists_that_come_with_the_package_are_what_the_rule_gives() -> None:
+def test_published_split_equals_the_rule() -> None:
     split = random_split(OFFICIAL)
     assert tuple(sorted(split["train"] + split["val"])) == OFFICIAL
     assert (len(split["train"]), len(split["val"])) == (5611, 1870)
     order = shuffled(OFFICIAL)
     assert split == {"train": sorted(order[:5611]), "val": sorted(order[5611:])}
-    # It looks random: neighbours in the file are not kept together.
+    # Neighbors in the file are not kept together.
     held = set(split["val"])
     together = sum(a in held and b in held for a, b in pairwise(OFFICIAL))
     assert 350 < together < 600  # 1870 / 4 = 467 are expected
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 100, 7480])
-def test_fewer_images_are_split_by_the_same_rule(count: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_image_counts_are_split_by_the_same_rule(count: int, caplog: pytest.LogCaptureFixture) -> None:
     ids = tuple(sorted(random.Random(count).sample(OFFICIAL, count)))
     split = random_split(ids)
     assert tuple(sorted(split["train"] + split["val"])) == ids
     assert len(split["val"]) == max(1, round(count / 4))
-    assert f"{count} KITTI images are here, not the official 7481" in caplog.text
+    assert f"{count} KITTI images were found instead of the official 7481" in caplog.text
 
 
 def mapping(folder: Path, lines: list[str], numbers: list[int]) -> Path:
@@ -213,7 +209,7 @@ def mapping(folder: Path, lines: list[str], numbers: list[int]) -> Path:
     return folder
 
 
-def test_the_mapping_is_read_as_the_development_kit_says(tmp_path: Path) -> None:
+def test_mapping_is_read_as_documented_in_the_development_kit(tmp_path: Path) -> None:
     """Image 0 is of drive 106: its number, 7282, is the line, counted from 1 (readme.txt)."""
     lines = [f"2011_09_26 2011_09_26_drive_{index // 50:04d}_sync {index % 50:010d}" for index in range(7481)]
     lines[7281] = "2011_09_28 2011_09_28_drive_0106_sync 0000000048"
@@ -224,7 +220,7 @@ def test_the_mapping_is_read_as_the_development_kit_says(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_no_drive_is_on_both_sides(tmp_path: Path, seed: int) -> None:
+def test_no_drive_is_in_both_parts(tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
     lines = [f"2011_09_26 2011_09_26_drive_{rng.randrange(30) ** 2 // 20:04d}_sync {i:010d}" for i in range(600)]
     folder = mapping(tmp_path / "mapping", lines, rng.sample(range(1, 601), 600))
@@ -237,7 +233,7 @@ def test_no_drive_is_on_both_sides(tmp_path: Path, seed: int) -> None:
     assert 120 <= len(split["val"]) <= 150
 
 
-def test_faults_of_the_mapping(tmp_path: Path) -> None:
+def test_invalid_mapping(tmp_path: Path) -> None:
     line_of = "2011_09_26 2011_09_26_drive_0001_sync 0000000000"
     with pytest.raises(UserError, match=r"train_mapping\.txt is missing"):
         read_drives(tmp_path)
@@ -247,35 +243,35 @@ def test_faults_of_the_mapping(tmp_path: Path) -> None:
     (tmp_path / "e" / "train_rand.txt").write_text("1" * 5000)
     with pytest.raises(UserError, match="has the entry '1111"):
         read_drives(tmp_path / "e")
-    with pytest.raises(UserError, match=r"which is no line of train_mapping\.txt with a date"):
+    with pytest.raises(UserError, match=r"which is not the number of a line of train_mapping\.txt with a date"):
         read_drives(mapping(tmp_path / "b", ["2011"], [1]))
-    with pytest.raises(UserError, match="has 1 images, not all that are here"):
+    with pytest.raises(UserError, match="has 1 images, not all those found"):
         sequence_split(["000000", "000001"], mapping(tmp_path / "c", [line_of], [1]))
-    with pytest.raises(UserError, match=r"all KITTI images here are of the drive 2011_09_26_drive_0001_sync"):
+    with pytest.raises(UserError, match=r"all KITTI images found are of the drive 2011_09_26_drive_0001_sync"):
         sequence_split(["000000", "000001"], mapping(tmp_path / "d", [line_of] * 2, [1, 2]))
 
 
-def test_the_ids_are_kept_in_the_run_and_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_split_is_saved_in_the_run_and_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = tmp_path / "data"
     write(data / "kitti" / "training", *[line("Car")] * 8)
     before = sorted(data.rglob("*"))
     monkeypatch.setenv("DETECTRON2_DATASETS", str(data))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    catalog.keep_splits(["kitti_train[:2]", "kitti_val_3", "streets_train", str(tmp_path)], tmp_path / "run")
+    catalog.save_splits(["kitti_train[:2]", "kitti_val_3", "streets_train", str(tmp_path)], tmp_path / "run")
     for folder in (tmp_path / "run", tmp_path / "cache" / "relvit_d2"):
         assert sorted(path.name for path in (folder / "splits").iterdir()) == ["kitti_train.txt", "kitti_val_3.txt"]
         kept = [(folder / "splits" / f"{name}.txt").read_text().split() for name in ("kitti_train", "kitti_val_3")]
         assert tuple(sorted(kept[0] + kept[1])) == OFFICIAL[:8]
         assert kept[1] == [r["image_id"] for r in catalog.get_records("kitti_val_3")]
     assert sorted(data.rglob("*")) == before
-    # A cache that cannot be written is no fault.
+    # A cache that cannot be written is not an error.
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    catalog.keep_splits(["kitti_train"], tmp_path / "second")
+    catalog.save_splits(["kitti_train"], tmp_path / "second")
     assert (tmp_path / "second" / "splits" / "kitti_train.txt").is_file()
 
 
-def test_sequences_without_the_mapping_say_what_to_put_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_mapping_error_contains_the_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "kitti" / "training", *[line("Car")] * 4)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     words = r"devkit_object\.zip.*train_mapping\.txt.*\$DETECTRON2_DATASETS/kitti/mapping or .*kitti/devkit/mapping"
@@ -284,7 +280,7 @@ def test_sequences_without_the_mapping_say_what_to_put_where(tmp_path: Path, mon
 
 
 def test_a_short_training_on_the_samples(samples: Path, tmp_path: Path) -> None:
-    """As a user would, on data that cannot be written."""
+    """Train from the command line on read-only data."""
     (tmp_path / "kitti").mkdir()
     (tmp_path / "kitti" / "training").symlink_to(samples / "kitti" / "training")
     sizes = ("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MAX_SIZE_TRAIN", 224, "INPUT.MIN_SIZE_TEST", 64)
@@ -294,6 +290,6 @@ def test_a_short_training_on_the_samples(samples: Path, tmp_path: Path) -> None:
     results = json.loads((tmp_path / "run/inference/results.json").read_text())["kitti_val_3"]
     assert {"bbox", "kitti"} <= results.keys()
     assert "AP40_moderate-Pedestrian" in results["kitti"]
-    # Said once: by both sets and by what is kept of them.
-    assert (done.stdout + done.stderr).count("3 KITTI images are here") == 1
+    # Logged once, although both splits are read and saved.
+    assert (done.stdout + done.stderr).count("3 KITTI images were found") == 1
     assert len((tmp_path / "run/splits/kitti_train_3.txt").read_text().split()) == 2

@@ -1,4 +1,4 @@
-"""The detection mapper against Detectron2's: draws, boxes and masks to the bit, pixels up to one grey level."""
+"""The detection mapper against Detectron2's: draws, boxes and masks bitwise, pixels within one gray level."""
 
 import copy
 import io
@@ -82,7 +82,7 @@ def assert_same(ours: Record, expected: Record) -> None:
 
 
 def compare(cfg: CfgNode, records: list[Record]) -> None:
-    """Both mappers start from one state of the generator and leave it in one; the records stay as they were."""
+    """Both mappers change the generator's state equally and do not change the records."""
     mappers = DetectionMapper(cfg), theirs(cfg)
     before = copy.deepcopy(records)
     found = 0
@@ -105,7 +105,7 @@ def voc(samples: Path) -> list[Record]:
     return load_voc(samples / "VOC2007", "trainval", VOC_CLASSES, False)
 
 
-def test_augmentations_of_a_users_own(voc: list[Record]) -> None:
+def test_custom_augmentations(voc: list[Record]) -> None:
     own = [T.RandomExtent((0.8, 1.2), (0.2, 0.2)), T.RandomFlip()]
     cfg = config()
     for seed, record in enumerate(voc[:4]):
@@ -134,7 +134,7 @@ def test_coco_as_detectron2(name: str, coco: list[Record]) -> None:
 
 @pytest.mark.parametrize("mask_format", ["polygon", "bitmask"])
 def test_masks_as_detectron2(mask_format: str, coco: list[Record]) -> None:
-    # Arrays are what Detectron2 transforms in place; the crowd's RLE has to be left out, another one kept.
+    # Detectron2 transforms arrays in place; the crowd's RLE must be dropped, another one kept.
     records = copy.deepcopy(coco[:6])
     for record in records:
         for annotation in record["annotations"]:
@@ -164,7 +164,7 @@ def odd_record(path: Path, size: tuple[int, int]) -> Record:
     return {"file_name": str(path), "image_id": 7, "width": size[0], "height": size[1], "annotations": objects}
 
 
-def test_odd_boxes_and_none_at_all(tmp_path: Path) -> None:
+def test_extreme_boxes_and_no_boxes(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     noise(40, 30).save(path)
     record = odd_record(path, (40, 30))
@@ -175,7 +175,7 @@ def test_odd_boxes_and_none_at_all(tmp_path: Path) -> None:
         assert instances.gt_boxes.tensor.shape == (0, 4) and instances.gt_classes.dtype == torch.int64
 
 
-def test_whole_numbers_are_not_cut_to_whole_numbers(tmp_path: Path) -> None:
+def test_integer_boxes_are_not_truncated(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     noise(40, 30).save(path)
     box = {"bbox": [3, 5, 20, 21], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
@@ -191,7 +191,7 @@ def noise(width: int, height: int) -> Image.Image:
 
 @pytest.mark.parametrize("orientation", range(10))
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
-def test_images_are_upright_as_detectron2_has_them(tmp_path: Path, form: str, orientation: int) -> None:
+def test_orientation_equals_detectron2(tmp_path: Path, form: str, orientation: int) -> None:
     path = tmp_path / "turned"
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -212,14 +212,14 @@ JPEGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("kind", JPEGS)
-def test_every_kind_of_jpeg_has_detectron2s_pixels(tmp_path: Path, kind: str) -> None:
+def test_jpeg_pixels_equal_detectron2(tmp_path: Path, kind: str) -> None:
     mode, options = JPEGS[kind]
     path = tmp_path / "a.jpg"
     noise(45, 31).convert(mode).save(path, **options)
     assert np.array_equal(read_rgb(path), read_image(str(path), "RGB"))
 
 
-def test_a_jpeg_cut_anywhere_is_read_or_refused_as_pillow_does(tmp_path: Path) -> None:
+def test_truncated_jpeg_equals_pillow(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     noise(64, 48).save(buffer, "JPEG")
     whole, path = buffer.getvalue(), tmp_path / "cut.jpg"
@@ -238,7 +238,7 @@ def test_a_jpeg_cut_anywhere_is_read_or_refused_as_pillow_does(tmp_path: Path) -
     assert outcomes == {"refused", "read"}
 
 
-def test_faults_are_one_sentence(tmp_path: Path) -> None:
+def test_invalid_images_are_errors(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     noise(40, 30).save(path)
     mapper = DetectionMapper(config())
@@ -251,7 +251,7 @@ def test_faults_are_one_sentence(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["reduced", "range", "jitter"])
 @pytest.mark.parametrize("size", [(2000, 4), (4, 2000), (3000, 1), (1, 1)])
-def test_flat_images_keep_a_pixel_on_each_side(name: str, size: tuple[int, int], tmp_path: Path) -> None:
+def test_extreme_aspect_ratios_keep_a_pixel_per_side(name: str, size: tuple[int, int], tmp_path: Path) -> None:
     noise(*size).save(tmp_path / "a.png")
     width, height = size
     record = odd_record(tmp_path / "a.png", size)
@@ -268,12 +268,14 @@ def test_flat_images_keep_a_pixel_on_each_side(name: str, size: tuple[int, int],
 
 
 @given(st.tuples(*[st.integers(1, 4000)] * 2), st.integers(1, 900), st.integers(1, 1400))
-def test_resizing_is_detectron2s_unless_a_side_would_vanish(size: tuple[int, int], short: int, longest: int) -> None:
+def test_resizing_equals_detectron2_unless_a_side_would_be_empty(
+    size: tuple[int, int], short: int, longest: int
+) -> None:
     expected = T.ResizeShortestEdge.get_output_shape(*size, short, longest)
     assert ShortestEdge.get_output_shape(*size, short, longest) == (max(expected[0], 1), max(expected[1], 1))
 
 
-def test_semantic_labels_go_along(tmp_path: Path) -> None:
+def test_semantic_segmentation_labels_are_mapped(tmp_path: Path) -> None:
     noise(40, 30).save(tmp_path / "a.png")
     noise(40, 30).convert("L").save(tmp_path / "labels.png")
     record = odd_record(tmp_path / "a.png", (40, 30)) | {"sem_seg_file_name": str(tmp_path / "labels.png")}

@@ -1,4 +1,4 @@
-"""The drawn data set: determinism, tight boxes, legibility, and folders that appear whole."""
+"""The data set streets: determinism, tight boxes, legibility, and atomic creation."""
 
 import signal
 import subprocess
@@ -42,7 +42,7 @@ def test_same_seed_same_bytes(tmp_path: Path) -> None:
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-def test_an_image_does_not_depend_on_the_count_or_the_order(tmp_path: Path, drawn: Path) -> None:
+def test_images_do_not_depend_on_count_and_order(tmp_path: Path, drawn: Path) -> None:
     generate(tmp_path / "few", 4, seed=5)
     few, many = load_svhn(tmp_path / "few"), load_svhn(drawn)
     for a, b in zip(few, many, strict=False):
@@ -53,21 +53,21 @@ def test_an_image_does_not_depend_on_the_count_or_the_order(tmp_path: Path, draw
         assert np.array_equal(np.asarray(image), np.asarray(stored))
 
 
-def test_no_image_twice_within_or_between_splits() -> None:
+def test_all_images_are_different() -> None:
     seeds = [seed for seed, _ in SPLITS.values()]
     images = [draw_image(seed, index)[0].tobytes() for seed in seeds for index in range(50)]
     assert len(set(images)) == len(images)
     assert SPLITS["test"][1] >= 200
 
 
-def test_svhns_reader_reads_back_what_was_drawn(drawn: Path) -> None:
+def test_svhn_reader_returns_the_drawn_labels(drawn: Path) -> None:
     records = load_svhn(drawn)
     assert [record["image_id"] for record in records] == [str(index) for index in range(1, 151)]
     for index, record in enumerate(records):
         _, number = draw_image(5, index)
         assert (record["width"], record["height"]) == (SIDE, SIDE)
-        assert [thing["category_id"] for thing in record["annotations"]] == number.digits.tolist()
-        corners = np.array([thing["bbox"] for thing in record["annotations"]])
+        assert [annotation["category_id"] for annotation in record["annotations"]] == number.digits.tolist()
+        corners = np.array([annotation["bbox"] for annotation in record["annotations"]])
         assert np.array_equal(corners[:, 2:] - corners[:, :2], number.boxes[:, 2:])
         assert np.array_equal(corners[:, :2], number.boxes[:, :2])
 
@@ -75,20 +75,20 @@ def test_svhns_reader_reads_back_what_was_drawn(drawn: Path) -> None:
 def test_variety(drawn: Path) -> None:
     records = load_svhn(drawn)
     assert set(Counter(len(record["annotations"]) for record in records)) == {1, 2, 3, 4, 5}
-    things = [thing for record in records for thing in record["annotations"]]
-    assert {thing["category_id"] for thing in things} == set(range(10))
-    heights = np.array([thing["bbox"][3] - thing["bbox"][1] for thing in things])
+    annotations = [annotation for record in records for annotation in record["annotations"]]
+    assert {annotation["category_id"] for annotation in annotations} == set(range(10))
+    heights = np.array([annotation["bbox"][3] - annotation["bbox"][1] for annotation in annotations])
     assert heights.min() >= 10
     assert (heights < 13).mean() > 0.1
     assert (heights > 22).mean() > 0.1
 
 
-def test_boxes_are_tight_around_the_ink() -> None:
+def test_boxes_are_tight() -> None:
     edges = np.arange(SIDE + 1)
     for index in range(100):
         _, number = draw_image(8, index)
         for ink, (left, top, width, height) in zip(number.coverage, number.boxes, strict=True):
-            # Ink per column and row of whole pixels; the share of each that the box covers.
+            # Coverage per column and row of whole pixels; the fraction of each inside the box.
             for profile, low, length in ((ink.sum(0), left, width), (ink.sum(1), top, height)):
                 covered = np.clip(np.minimum(edges[1:], low + length) - np.maximum(edges[:-1], low), 0, 1)
                 assert profile[covered == 0].sum() <= 0.01 * ink.sum()
@@ -114,23 +114,23 @@ def standardised(patch: np.ndarray) -> np.ndarray:
     return (patch - patch.mean()).ravel() / (np.linalg.norm(patch - patch.mean()) + 1e-9)
 
 
-def test_the_stored_pixels_show_the_labelled_digit_in_its_box(drawn: Path) -> None:
-    """Template matching knows nothing of how an image is made: labels, boxes and contrast must all be right."""
+def test_template_matching_finds_the_labelled_digits(drawn: Path) -> None:
+    """Template matching is independent of the drawing and requires correct labels, boxes and contrast."""
     right = total = 0
     for record in load_svhn(drawn):
         with Image.open(record["file_name"]) as image:
             luma = np.asarray(image.convert("L"), float)
-        for thing in record["annotations"]:
-            left, top, right_edge, bottom = np.rint(thing["bbox"]).astype(int)
+        for annotation in record["annotations"]:
+            left, top, right_edge, bottom = np.rint(annotation["bbox"]).astype(int)
             patch = standardised(luma[top:bottom, left:right_edge])
-            # The ink may be lighter or darker than what is behind it.
+            # Digits may be lighter or darker than the background.
             scores = np.abs(templates(right_edge - left, bottom - top) @ patch).max(axis=1)
-            right += int(scores.argmax() == thing["category_id"])
+            right += int(scores.argmax() == annotation["category_id"])
             total += 1
     assert right / total > 0.9
 
 
-def test_every_digit_stands_out_from_what_is_around_it(drawn: Path) -> None:
+def test_every_digit_has_contrast(drawn: Path) -> None:
     for index in range(150):
         _, number = draw_image(5, index)
         with Image.open(drawn / f"{index + 1}.png") as image:
@@ -139,12 +139,12 @@ def test_every_digit_stands_out_from_what_is_around_it(drawn: Path) -> None:
         for ink, (left, top, width, height) in zip(number.coverage, number.boxes.astype(int), strict=True):
             around = np.zeros_like(free)
             around[top - 1 : top + height + 2, left - 1 : left + width + 2] = True
-            # Blur takes a little of the contrast that the drawing guarantees.
+            # Blur reduces the contrast slightly.
             contrast = abs(luma[ink > 0.9].mean() - luma[around & free].mean())
             assert contrast > streets.MIN_CONTRAST - 0.05
 
 
-def test_an_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
+def test_interrupted_drawing_leaves_no_files(tmp_path: Path) -> None:
     def interrupt(done: int) -> None:
         if done == 3:
             raise KeyboardInterrupt
@@ -154,7 +154,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_run_does_no_harm(tmp_path: Path) -> None:
+def test_killed_process_does_not_affect_the_next(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from relvit_d2.data.detection.streets import generate;"
         "generate(Path(sys.argv[1]), 10**6, 1, lambda done: print(done, flush=True))"
@@ -174,7 +174,7 @@ def test_a_killed_run_does_no_harm(tmp_path: Path) -> None:
     assert len(load_svhn(tmp_path / "set")) == 3
 
 
-def test_a_folder_that_is_there_stays(tmp_path: Path) -> None:
+def test_existing_folder_is_kept(tmp_path: Path) -> None:
     generate(tmp_path / "set", 3, seed=1)
     before = contents(tmp_path / "set")
     generate(tmp_path / "set", 4, seed=2)
@@ -182,7 +182,7 @@ def test_a_folder_that_is_there_stays(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "set"]
 
 
-def test_several_at_once_end_with_one_whole_folder(tmp_path: Path, small: None) -> None:
+def test_concurrent_processes_create_one_folder(tmp_path: Path, small: None) -> None:
     with ThreadPoolExecutor(4) as pool:
         folders = list(pool.map(lambda _: ensure_streets(tmp_path), range(4)))
     assert set(folders) == {tmp_path / "streets"}
@@ -190,9 +190,7 @@ def test_several_at_once_end_with_one_whole_folder(tmp_path: Path, small: None) 
     assert [len(load_svhn(folders[0] / split)) for split in ("train", "test")] == [6, 3]
 
 
-def test_drawn_once_and_again_when_the_version_changes(
-    tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_drawn_again_only_after_a_version_change(tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = ensure_streets(tmp_path)
     before = folder.stat().st_ino
     assert ensure_streets(tmp_path).stat().st_ino == before
@@ -204,13 +202,13 @@ def test_drawn_once_and_again_when_the_version_changes(
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"version": 0}'])
-def test_a_set_without_a_sound_version_is_drawn_anew(tmp_path: Path, small: None, text: str) -> None:
+def test_set_without_a_valid_version_is_drawn_again(tmp_path: Path, small: None, text: str) -> None:
     (tmp_path / "streets").mkdir()
     (tmp_path / "streets" / "streets.json").write_text(text)
     assert len(load_svhn(ensure_streets(tmp_path) / "test")) == 3
 
 
-def test_a_root_that_is_no_folder_is_a_user_error(tmp_path: Path) -> None:
+def test_root_that_is_not_a_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="DETECTRON2_DATASETS"):
         ensure_streets(tmp_path / "file")

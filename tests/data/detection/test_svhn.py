@@ -1,4 +1,4 @@
-"""The SVHN reader, on MATLAB's real files and on damaged ones."""
+"""The SVHN reader on real and damaged files."""
 
 import logging
 import shutil
@@ -22,7 +22,7 @@ def make_svhn(folder: Path, digits: list[tuple[float, ...]], name: str = "1.png"
 
 
 def slow_rows(path: Path) -> list[tuple[str, list[tuple[float, ...]]]]:
-    """The obvious reader, with h5py's high-level calls."""
+    """A simple reader with h5py's high-level interface."""
     rows = []
     with h5py.File(path) as file:
         for name, bbox in zip(file["digitStruct/name"][:, 0], file["digitStruct/bbox"][:, 0], strict=True):
@@ -34,7 +34,7 @@ def slow_rows(path: Path) -> list[tuple[str, list[tuple[float, ...]]]]:
     return rows
 
 
-def test_real_files_equal_the_obvious_reader(samples: Path) -> None:
+def test_real_files_equal_a_simple_reader(samples: Path) -> None:
     counts = {}
     for split in ("train", "test", "extra"):
         rows = _read_rows(samples / "svhn" / split / "digitStruct.mat")
@@ -47,7 +47,7 @@ def test_real_images_with_their_digits(samples: Path, caplog: pytest.LogCaptureF
     with caplog.at_level(logging.WARNING):
         records = load_svhn(samples / "svhn" / "test", skip_missing=True)
     assert "37 of the 40 images" in caplog.text
-    # The house numbers as they can be read off the images.
+    # The house numbers, read from the images by eye.
     numbers = ["".join(str(digit["category_id"]) for digit in record["annotations"]) for record in records]
     assert numbers == ["5", "210", "6"]
     for record in records:
@@ -67,16 +67,16 @@ def test_real_images_with_their_digits(samples: Path, caplog: pytest.LogCaptureF
 )
 def test_boxes_are_clipped(tmp_path: Path, digit: tuple[float, ...], box: list[float]) -> None:
     (record,) = load_svhn(make_svhn(tmp_path, [digit]))
-    (thing,) = record["annotations"]
-    assert thing["bbox"] == box
-    assert thing["category_id"] == digit[4] % 10
+    (annotation,) = record["annotations"]
+    assert annotation["bbox"] == box
+    assert annotation["category_id"] == digit[4] % 10
 
 
-def test_what_lies_outside_is_dropped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_boxes_outside_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     good = (1, 1, 5, 5, 3)
     with caplog.at_level(logging.WARNING):
         (record,) = load_svhn(make_svhn(tmp_path, [(50, 5, 9, 9, 1), good, (5, -9, 9, 9, 2), (5, 5, -3, 9, 4)]))
-    assert [thing["category_id"] for thing in record["annotations"]] == [3]
+    assert [annotation["category_id"] for annotation in record["annotations"]] == [3]
     assert "3 boxes" in caplog.text
 
 
@@ -90,18 +90,18 @@ def test_what_lies_outside_is_dropped_and_counted(tmp_path: Path, caplog: pytest
         [(1, float("inf"), 5, 5, 1)],
     ],
 )
-def test_bad_digit_names_file_and_row(tmp_path: Path, digits: list[tuple[float, ...]]) -> None:
+def test_invalid_digit_error_contains_file_and_row(tmp_path: Path, digits: list[tuple[float, ...]]) -> None:
     with pytest.raises(UserError, match=r"digitStruct\.mat, row 1 \(1\.png\)"):
         load_svhn(make_svhn(tmp_path, digits))
 
 
 @pytest.mark.parametrize("name", ["../1.png", "a/1.png", "a\\1.png", "/1.png", "..", "1.png\0"])
-def test_names_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
+def test_names_outside_the_folder_are_errors(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=r"digitStruct\.mat, row 1"):
         load_svhn(make_svhn(tmp_path, [(1, 1, 5, 5, 1)], name), skip_missing=True)
 
 
-def test_a_name_twice_is_refused(tmp_path: Path) -> None:
+def test_duplicate_names_are_errors(tmp_path: Path) -> None:
     make_svhn(tmp_path, [(1, 1, 5, 5, 1)])
     write_mat(tmp_path / "digitStruct.mat", [("1.png", [(1, 1, 5, 5, 1)])] * 2)
     with pytest.raises(UserError, match="more than once"):
@@ -153,7 +153,7 @@ def endless_name(file: h5py.File) -> None:
 
 
 def one_number(file: h5py.File, **storage: Any) -> None:
-    """Put a sound number with another storage in the place of a digit's top."""
+    """Replace a digit's top by a valid number with another storage."""
     cell = file.create_dataset("#refs#/cell", (1, 1), np.float64, **storage)
     file["#refs#/b0/top"][...] = np.array([[cell.ref]] * 2, h5py.ref_dtype)
 
@@ -223,7 +223,7 @@ def endless_rows(file: h5py.File) -> None:
         endless_name,
     ],
 )
-def test_damaged_structure_names_the_file(tmp_path: Path, damage: Any) -> None:
+def test_damaged_structure_is_an_error(tmp_path: Path, damage: Any) -> None:
     make_svhn(tmp_path, [(1, 1, 5, 5, 1), (7, 1, 5, 5, 2)])
     with h5py.File(tmp_path / "digitStruct.mat", "r+") as file:
         damage(file)
@@ -232,7 +232,7 @@ def test_damaged_structure_names_the_file(tmp_path: Path, damage: Any) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_truncated_files_name_the_file(tmp_path: Path) -> None:
+def test_truncated_files_are_errors(tmp_path: Path) -> None:
     path = make_svhn(tmp_path, [(1, 1, 5, 5, 1), (7, 1, 5, 5, 2)]) / "digitStruct.mat"
     whole = path.read_bytes()
     for length in np.linspace(0, len(whole) - 1, 60).astype(int):
@@ -241,13 +241,13 @@ def test_truncated_files_name_the_file(tmp_path: Path) -> None:
             load_svhn(tmp_path)
 
 
-def test_missing_and_broken_images_are_named(tmp_path: Path) -> None:
+def test_missing_and_damaged_images_are_errors(tmp_path: Path) -> None:
     make_svhn(tmp_path, [(1, 1, 5, 5, 1)])
     (tmp_path / "1.png").write_bytes(b"\x89PNG\r\n")
     with pytest.raises(UserError, match=r"1\.png' is not an image that can be read"):
         load_svhn(tmp_path)
     (tmp_path / "1.png").unlink()
-    # With not one image there, leaving out the rows without one would leave nothing.
+    # Without any image, skipping missing images would leave no record.
     with pytest.raises(UserError, match=r"1\.png is missing"):
         load_svhn(tmp_path, skip_missing=True)
     with pytest.raises(UserError, match="no PNG"):

@@ -1,4 +1,4 @@
-"""The VOC reader, on small files made here and on real ones."""
+"""The VOC reader on generated and real files."""
 
 import shutil
 import unicodedata
@@ -8,9 +8,10 @@ import pytest
 from detectron2.data.datasets.pascal_voc import CLASS_NAMES, load_voc_instances
 from PIL import Image
 
-from relvit_d2.data.detection.custom import READERS, look
+from relvit_d2.data.detection.custom import open_folder
 from relvit_d2.data.detection.voc import VocFolder, load_voc, voc_images
 from relvit_d2.utils.errors import UserError
+from tests.support.custom_data import read_all
 
 OBJECT = (
     "<object><name>dog</name><difficult>1</difficult><bndbox><xmin>2</xmin><ymin>3</ymin><xmax>20</xmax>"
@@ -33,10 +34,10 @@ def make_voc(root: Path, annotation: str | bytes = ANNOTATION, split: bytes = b"
 def test_the_box_and_the_flags(tmp_path: Path) -> None:
     (record,) = load_voc(make_voc(tmp_path), "train", CLASS_NAMES)
     assert (record["image_id"], record["width"], record["height"]) == ("000001", 40, 30)
-    (thing,) = record["annotations"]
-    assert thing["bbox"] == [1, 2, 20, 30]
-    assert CLASS_NAMES[thing["category_id"]] == "dog"
-    assert (thing["difficult"], thing["iscrowd"]) == (1, 0)
+    (annotation,) = record["annotations"]
+    assert annotation["bbox"] == [1, 2, 20, 30]
+    assert CLASS_NAMES[annotation["category_id"]] == "dog"
+    assert (annotation["difficult"], annotation["iscrowd"]) == (1, 0)
 
 
 def test_real_sample_equals_detectron2s_own_reader(samples: Path) -> None:
@@ -51,18 +52,22 @@ def test_real_sample_equals_detectron2s_own_reader(samples: Path) -> None:
             for a, b in zip(mine["annotations"], other["annotations"], strict=True):
                 assert all(a[key] == b[key] for key in b)
         records += ours
-    things = [thing for record in records for thing in record["annotations"]]
-    # The counts stand in the README of the samples; 15 nested <part> boxes are not among them.
-    assert (len(records), len(things), sum(thing["difficult"] for thing in things)) == (80, 333, 112)
-    assert {thing["category_id"] for thing in things} == set(range(20))
+    annotations = [annotation for record in records for annotation in record["annotations"]]
+    # The counts are those in the README of the samples, without the 15 nested <part> boxes.
+    assert (len(records), len(annotations), sum(annotation["difficult"] for annotation in annotations)) == (
+        80,
+        333,
+        112,
+    )
+    assert {annotation["category_id"] for annotation in annotations} == set(range(20))
 
 
-def test_parts_are_no_objects(tmp_path: Path) -> None:
+def test_parts_are_not_objects(tmp_path: Path) -> None:
     part = "<part><name>head</name><bndbox><xmin>5</xmin><ymin>5</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></part>"
-    # The part stands before the object's own box: a search through all descendants would take its corners.
+    # The part precedes the object's own box: a search through all descendants would return its corners.
     nested = ANNOTATION.replace("<difficult>1", f"{part}<difficult>1")
     (record,) = load_voc(make_voc(tmp_path, nested), "train", CLASS_NAMES)
-    assert [thing["bbox"] for thing in record["annotations"]] == [[1, 2, 20, 30]]
+    assert [annotation["bbox"] for annotation in record["annotations"]] == [[1, 2, 20, 30]]
 
 
 @pytest.mark.parametrize(
@@ -85,25 +90,25 @@ def test_parts_are_no_objects(tmp_path: Path) -> None:
         ("<width>40</width>", "", "<size/width>"),
         ("<height>30<", "<height>0<", "<size/height>"),
         ("<height>30<", "<height>inf<", "<size/height>"),
-        ("<bndbox>", "<box>", "not sound XML"),
-        ("</annotation>", "", "not sound XML"),
-        (ANNOTATION, "", "not sound XML"),
-        ("<annotation>", '<?xml version="1.0" encoding="no-such"?><annotation>', "not sound XML"),
+        ("<bndbox>", "<box>", "not valid XML"),
+        ("</annotation>", "", "not valid XML"),
+        (ANNOTATION, "", "not valid XML"),
+        ("<annotation>", '<?xml version="1.0" encoding="no-such"?><annotation>', "not valid XML"),
         (
             "<annotation>",
             '<!DOCTYPE a [<!ENTITY b "x"><!ENTITY c "&b;&b;&b;">]><annotation>',
-            "not sound XML",
+            "not valid XML",
         ),
     ],
 )
-def test_bad_annotation_is_one_sentence_that_names_the_file(tmp_path: Path, old: str, new: str, says: str) -> None:
+def test_invalid_annotation_error_contains_the_file(tmp_path: Path, old: str, new: str, message: str) -> None:
     assert old in ANNOTATION
     root = make_voc(tmp_path, ANNOTATION.replace(old, new))
     with pytest.raises(UserError) as caught:
         load_voc(root, "train", CLASS_NAMES)
     message = str(caught.value)
     assert "000001.xml" in message
-    assert says in message
+    assert message in message
     assert "\n" not in message
 
 
@@ -145,21 +150,21 @@ def test_flags_in_any_notation(tmp_path: Path, text: str, flag: int) -> None:
 @pytest.mark.parametrize(
     "encoding", ["utf-8", "utf-16", "gb2312", "gbk", "gb18030", "big5", "shift_jis", "euc-kr", "windows-1251"]
 )
-def test_annotations_in_the_encoding_that_they_declare(tmp_path: Path, encoding: str) -> None:
+def test_declared_encodings(tmp_path: Path, encoding: str) -> None:
     name = {"shift_jis": "犬①", "euc-kr": "개", "windows-1251": "пёс"}.get(encoding, "狗")
-    if encoding == "gb2312":  # is declared by files that hold more than it has
+    if encoding == "gb2312":  # is declared by files with other characters
         name = "狗镕"
     text = f'<?xml version="1.0" encoding="{encoding}"?><!--{"x" * 9000}-->' + ANNOTATION.replace("dog", name)
     actual = {"gb2312": "gbk", "shift_jis": "cp932"}.get(encoding, encoding)
     root = make_voc(tmp_path, text.encode(actual))
-    shutil.rmtree(root / "ImageSets")  # then the content alone shows that the files are VOC's
+    shutil.rmtree(root / "ImageSets")  # then VOC's format is detected by the content
     folder = VocFolder.find(root)
     assert folder and folder.classes() == (name,)
     for path in (root / "Annotations").iterdir():
         path.write_bytes(path.read_bytes().replace(encoding.encode(actual), b"ascii", 1))
     if encoding not in ("utf-16", "utf-8"):
-        with pytest.raises(UserError, match="not sound XML"):
-            look(root)[1].classes()
+        with pytest.raises(UserError, match="not valid XML"):
+            open_folder(root)[1].classes()
 
 
 @pytest.mark.parametrize(
@@ -172,13 +177,13 @@ def test_annotations_in_the_encoding_that_they_declare(tmp_path: Path, encoding:
         (b"\n000001 -1\n\n000002  1\n", ["000001", "000002"]),
     ],
 )
-def test_forms_of_the_list(tmp_path: Path, split: bytes, ids: list[str]) -> None:
+def test_formats_of_the_image_list(tmp_path: Path, split: bytes, ids: list[str]) -> None:
     root = make_voc(tmp_path, split=split)
     assert [path.stem for path in voc_images(root, "train")] == ids
     assert [record["image_id"] for record in load_voc(root, "train", CLASS_NAMES)] == ids
 
 
-def test_ids_of_a_folder_may_have_spaces_and_look_like_files(tmp_path: Path) -> None:
+def test_ids_with_spaces_and_extensions(tmp_path: Path) -> None:
     names = [unicodedata.normalize("NFC", "é"), unicodedata.normalize("NFD", "é")]
     root = make_voc(tmp_path, split=f"a b.jpg\nc.png 1\n{names[0]}.jpg\n".encode())
     for old, new in (("000001", "a b"), ("000002", "c.png")):
@@ -192,7 +197,7 @@ def test_ids_of_a_folder_may_have_spaces_and_look_like_files(tmp_path: Path) -> 
         ("ImageSets/Main", "ImageSets/MAIN"),
     ):
         (root / old).rename(root / new)
-    records = READERS["voc"](root)
+    records = read_all(root, "voc")
     assert [record["image_id"] for record in records] == ["a b", "c.png", names[0]]
     assert all(len(record["annotations"]) == 1 for record in records)
 
@@ -209,12 +214,12 @@ def test_official_lists_with_windows_line_ends(samples: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("split", [b"", b"\n\n", b"../000001\n", b"000001\n000001\n", b"000003\n", b"\xff\n"])
-def test_bad_list_names_a_file(tmp_path: Path, split: bytes) -> None:
+def test_invalid_list_is_an_error(tmp_path: Path, split: bytes) -> None:
     with pytest.raises(UserError, match=r"train\.txt"):
         voc_images(make_voc(tmp_path, split=split), "train")
 
 
-def test_missing_files_are_named(tmp_path: Path) -> None:
+def test_missing_files_are_errors(tmp_path: Path) -> None:
     root = make_voc(tmp_path)
     with pytest.raises(UserError, match=r"val\.txt"):
         load_voc(root, "val", CLASS_NAMES)

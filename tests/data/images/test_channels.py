@@ -1,4 +1,4 @@
-"""Gray, deep and many-channelled images, from the file to the loss."""
+"""Grayscale, 16-bit and multi-channel images, from the file to the loss."""
 
 import io
 import zipfile
@@ -17,7 +17,7 @@ from PIL import Image
 from relvit_d2.analysis.pixel_statistics import pixel_format, pixel_statistics
 from relvit_d2.data.detection.catalog import get_images
 from relvit_d2.data.detection.mapper import DetectionMapper, ImageReader
-from relvit_d2.data.images.decode import PixelFormat, channels_and_white, image_size, read_rgb
+from relvit_d2.data.images.decode import PixelFormat, channels_and_max_value, image_size, read_rgb
 from relvit_d2.detection.model import build_detector
 from relvit_d2.pretext.views import ViewConfig, Views
 from relvit_d2.pretraining.model import build_pretraining_model
@@ -57,9 +57,11 @@ def test_more_than_eight_bits(tmp_path: Path, name: str, channels: int) -> None:
     assert pixel_format([path]) == PixelFormat(1, int(DEEP.max()))
 
 
-def test_numbers_of_no_known_range(tmp_path: Path) -> None:
+def test_values_of_unknown_range(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", FIVE.astype(np.float32) / 255)
-    with pytest.raises(UserError, match=r"a\.npy' holds float32 numbers, whose range is unknown: set INPUT.MAX_VALUE"):
+    with pytest.raises(
+        UserError, match=r"a\.npy' contains float32 numbers, whose range is unknown: set INPUT.MAX_VALUE"
+    ):
         PixelFormat(5).read(tmp_path / "a.npy")
     assert (PixelFormat(5, 1).read(tmp_path / "a.npy") == FIVE).all()
     np.save(tmp_path / "b.npy", np.full((4, 4), np.nan, np.float32))
@@ -81,9 +83,9 @@ def test_bands_of_arrays_and_pages(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY", "shape", "pickle", "text"])
-def test_bad_arrays_are_one_sentence(tmp_path: Path, content: Any) -> None:
+def test_invalid_arrays_are_errors(tmp_path: Path, content: Any) -> None:
     path = tmp_path / "a.npy"
-    if content == "shape":  # a header that promises more than there is
+    if content == "shape":  # a header that declares more data than the file has
         np.save(path, np.zeros((4, 4, 3), np.uint8))
         path.write_bytes(path.read_bytes().replace(b"(4, 4, 3)", b"(99999, 99999, 3)"))
     elif content == "pickle":
@@ -97,7 +99,7 @@ def test_bad_arrays_are_one_sentence(tmp_path: Path, content: Any) -> None:
 
 
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Turn stored pixels as EXIF 2.3 defines its tag 0x0112."""
+    """Apply the EXIF 2.3 tag 0x0112 to stored pixels."""
     turned = pixels.swapaxes(0, 1) if orientation > 4 else pixels
     if orientation in (2, 3, 6, 7):
         turned = turned[:, ::-1]
@@ -111,14 +113,14 @@ def exif_of(orientation: int) -> Image.Exif:
 
 
 def add_chunk(file: Path, kind: bytes, body: bytes) -> None:
-    """Put a chunk behind the pixels of a PNG file."""
+    """Insert a chunk after the pixels of a PNG file."""
     data = file.read_bytes()
     chunk = len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
     file.write_bytes(data[:-12] + chunk + data[-12:])
 
 
 def chunk_of(kind: str, orientation: int) -> tuple[bytes, bytes]:
-    """Return a chunk that holds an orientation: EXIF, EXIF as ImageMagick writes it into text, or XMP."""
+    """Return a PNG chunk with an orientation: EXIF, EXIF as text (ImageMagick), or XMP."""
     exif = exif_of(orientation).tobytes()
     profile = f"\nexif\n{len(exif):8d}\n{exif.hex()}\n".encode()
     return {
@@ -164,7 +166,7 @@ def test_pixels_and_sizes_are_upright_wherever_the_orientation_is_stored(
             assert max(image_size(path)) == 30 and PixelFormat(channels).read(path, 15).shape[1::-1] == (
                 (15, 10) if expected.shape[1] == 30 else (10, 15)
             )
-        if isinstance(path, Path) and pixels is not DEEP and path.suffix != ".tif":  # which Detectron2 turns twice
+        if isinstance(path, Path) and pixels is not DEEP and path.suffix != ".tif":  # Detectron2 transposes TIFF twice
             assert (read_image(str(path), "RGB") == read_rgb(path)).all(), path
 
 
@@ -176,17 +178,17 @@ def test_damaged_metadata_do_not_make_an_image_unreadable(tmp_path: Path) -> Non
         assert image_size(path) == (30, 20) and (read_rgb(path) == FIVE[..., :3]).all()
 
 
-def test_an_animation_is_its_first_frame_and_has_no_pages(tmp_path: Path) -> None:
+def test_animations_are_read_as_their_first_frame(tmp_path: Path) -> None:
     frames = [Image.fromarray(GRAY + np.uint8(40 * i)) for i in range(4)]
     for name in ("a.gif", "a.png", "a.webp"):
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
         assert (PixelFormat(1).read(tmp_path / name)[..., 0] == GRAY).all()
-        assert channels_and_white(tmp_path / name)[0] in (1, 3)
+        assert channels_and_max_value(tmp_path / name)[0] in (1, 3)
         with pytest.raises(UserError, match=r"set it to [13]"):
             PixelFormat(4).read(tmp_path / name)
 
 
-def test_statistics_are_those_of_all_pixels(tmp_path: Path) -> None:
+def test_pixel_statistics_equal_those_of_all_pixels(tmp_path: Path) -> None:
     images = [rng.integers(0, 256, (10 + i, 20, 3), np.uint8) for i in range(5)]
     files = [tmp_path / f"{i}.png" for i in range(5)]
     for file, image in zip(files, images, strict=True):
@@ -208,12 +210,12 @@ def keys(channels: int, size: int = 32) -> list[str]:
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 5])
-def test_the_mapper_and_the_detector_take_any_channels(tmp_path: Path, channels: int) -> None:
+def test_mapper_and_detector_with_any_number_of_channels(tmp_path: Path, channels: int) -> None:
     cfg = load_config("configs/demo/streets.yaml", [*keys(channels), "INPUT.RANDOM_FLIP", "horizontal"])
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
     np.save(tmp_path / "a.npy", FIVE[..., :channels])
-    thing = {"bbox": [2, 3, 20, 15], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 1}
-    record = {"file_name": str(tmp_path / "a.npy"), "height": 20, "width": 30, "annotations": [thing]}
+    annotation = {"bbox": [2, 3, 20, 15], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 1}
+    record = {"file_name": str(tmp_path / "a.npy"), "height": 20, "width": 30, "annotations": [annotation]}
     np.random.seed(0)
     mapped = DetectionMapper(cfg, is_train=True)(record)
     for band in range(channels):
@@ -257,7 +259,7 @@ def test_views_change_brightness_and_contrast_of_any_channels(channels: int) -> 
     torch.testing.assert_close(rgb, gray.expand(-1, 3, -1, -1), atol=1e-3, rtol=0)
 
 
-def test_pretraining_takes_its_channels_from_the_config() -> None:
+def test_pretraining_uses_the_configured_channels() -> None:
     cfg = load_config("configs/demo/ssl_streets.yaml", keys(5))
     model = build_pretraining_model(cfg).train()
     images = torch.randint(0, 256, (2, 5, 40, 48), dtype=torch.uint8)
@@ -266,7 +268,7 @@ def test_pretraining_takes_its_channels_from_the_config() -> None:
     assert model.encoder.arguments["in_chans"] == 5
 
 
-def test_the_estimate_is_a_config_that_runs(tmp_path: Path) -> None:
+def test_estimated_pixel_statistics_are_a_valid_config(tmp_path: Path) -> None:
     root = tmp_path / "scans"
     root.mkdir()
     for number in range(4):

@@ -42,7 +42,7 @@ def photo(seed: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
 
 
 def some_prints(seed: int, count: int) -> list[Fingerprint]:
-    """Random fingerprints of which many are copies, a few bits away, constant, or in a chain."""
+    """Random fingerprints, many of them copies, a few bits away, constant, or in a chain."""
     draw = random.Random(seed)
     prints: list[Fingerprint] = []
     for number in range(count):
@@ -57,7 +57,7 @@ def some_prints(seed: int, count: int) -> list[Fingerprint]:
 
 
 def slow_groups(prints: Sequence[Fingerprint], near: bool) -> set[frozenset[int]]:
-    """Every pair compared, and joined sets merged until nothing changes."""
+    """Compare all pairs and merge sets until nothing changes."""
     groups = [{place} for place in range(len(prints))]
     for first, one in enumerate(prints):
         for second, other in enumerate(prints[:first]):
@@ -70,7 +70,7 @@ def slow_groups(prints: Sequence[Fingerprint], near: bool) -> set[frozenset[int]
 
 @settings(max_examples=30, deadline=None)
 @given(SEEDS, st.booleans(), st.sampled_from([3, 2**20]))
-def test_groups_are_those_of_every_pair_compared(seed: int, near: bool, block: int) -> None:
+def test_groups_equal_comparison_of_all_pairs(seed: int, near: bool, block: int) -> None:
     prints = some_prints(seed, 40)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(similarity, "BLOCK", block)
@@ -78,8 +78,8 @@ def test_groups_are_those_of_every_pair_compared(seed: int, near: bool, block: i
     assert groups_of([]) == []
 
 
-def test_the_hash_compares_neighbouring_means() -> None:
-    """An oracle without Pillow: the means of the cells of an image whose size is a multiple of the grid."""
+def test_hash_compares_neighboring_means() -> None:
+    """Oracle without Pillow: cell means of an image whose size is a multiple of the grid."""
     pixels = np.random.default_rng(0).integers(0, 256, (72, 72, 1), dtype=np.uint8)
     steps = []
     for rows, columns in ((8, 9), (9, 8)):
@@ -93,7 +93,7 @@ def test_the_hash_compares_neighbouring_means() -> None:
     assert clear.sum() > 100 and (bits[clear] == (step[clear] > 0)).all()
 
 
-def test_copies_are_near_and_others_are_not(samples: Path) -> None:
+def test_copies_are_nearly_equal_and_others_are_not(samples: Path) -> None:
     originals = [Image.open(path).convert("RGB") for path in list_images(samples / "coco")]
     hashes = [difference_hash(np.asarray(image)) for image in originals]
     for image, first in zip(originals, hashes, strict=True):
@@ -105,8 +105,8 @@ def test_copies_are_near_and_others_are_not(samples: Path) -> None:
     assert len(groups_of([fingerprint(np.asarray(image)) for image in originals])) == len(originals)
 
 
-def test_images_without_a_hash_are_only_equal(tmp_path: Path) -> None:
-    """Constant, tiny and unreadable ones do not become one large group."""
+def test_images_without_a_hash_are_never_nearly_equal(tmp_path: Path) -> None:
+    """Constant, tiny and unreadable images are not grouped."""
     for shade in range(4):
         for copy in ("a", "b"):
             Image.new("RGB", (64, 48), (shade, 0, 0)).save(tmp_path / f"constant {shade} {copy}.png")
@@ -120,7 +120,7 @@ def test_images_without_a_hash_are_only_equal(tmp_path: Path) -> None:
     assert sorted(map(len, groups_of(prints))) == [1] + [2] * 12 and all(len(group) == 1 for group in groups)
 
 
-def test_a_format_without_loss_a_depth_and_an_orientation_change_nothing(tmp_path: Path) -> None:
+def test_fingerprint_is_independent_of_lossless_format_depth_and_orientation(tmp_path: Path) -> None:
     image = photo(1)
     image.save(tmp_path / "a.png")
     image.save(tmp_path / "b.bmp")
@@ -138,7 +138,7 @@ def test_a_format_without_loss_a_depth_and_an_orientation_change_nothing(tmp_pat
     assert all(x is not None and bin(x ^ (one.near or 0)).count("1") <= NEAR for x in near)
 
 
-def test_the_cache_notices_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_is_updated_after_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "images"
     folder.mkdir()
@@ -165,7 +165,7 @@ def test_the_cache_notices_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @settings(max_examples=40, deadline=None)
 @given(SEEDS, st.integers(0, 60))
-def test_a_division_depends_on_the_pixels_alone_and_keeps_groups_together(seed: int, count: int) -> None:
+def test_division_depends_only_on_pixels_and_keeps_groups_together(seed: int, count: int) -> None:
     prints = some_prints(seed, count)
     places = list(range(count))
     val = set(divide(places, "val", prints, "x"))
@@ -176,14 +176,14 @@ def test_a_division_depends_on_the_pixels_alone_and_keeps_groups_together(seed: 
         assert group <= val or not group & val
     wanted = max(1, count // 5) if count > 1 else 0
     largest = max(map(len, groups_of(prints)), default=0)
-    if largest <= wanted:  # then nothing keeps the share from what is wanted
+    if largest <= wanted:  # then the exact count is possible
         assert wanted / 2 <= len(val) <= 2 * wanted
         assert all(group <= val or not group & val for group in slow_groups(prints, near=True))
 
 
 @settings(max_examples=30, deadline=None)
 @given(SEEDS, st.integers(100, 200))
-def test_small_groups_are_kept_together_at_the_exact_share(seed: int, groups: int) -> None:
+def test_small_groups_are_kept_together_at_the_exact_fraction(seed: int, groups: int) -> None:
     """Of groups of one to three nearly equal images, one image in five is held out, at most two fewer."""
     draw = random.Random(seed)
     prints: list[Fingerprint] = []
@@ -208,7 +208,7 @@ def test_an_added_image_moves_few_others() -> None:
 
 
 def test_frames_of_one_video_are_divided_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    splits.warn.cache_clear()
+    splits.warn_once.cache_clear()
     prints = [Fingerprint(number.to_bytes(16, "big"), 2**70 + 2**number) for number in range(50)]
     assert len(divide(prints, "val", prints, "'film'")) == 10
     assert "50 of the 50 images of 'film' are nearly equal" in caplog.text
@@ -217,7 +217,7 @@ def test_frames_of_one_video_are_divided_with_a_warning(caplog: pytest.LogCaptur
     assert "3 of the 3 images of 'still' are equal: 0 images are held out instead of 1" in caplog.text
 
 
-def test_classes_are_split_with_copies_together() -> None:
+def test_class_split_keeps_copies_together() -> None:
     labels = torch.arange(100) % 4
     pixels = np.stack([np.asarray(photo(number // 2, (16, 16))) for number in range(100)])
     pixels[1::2] ^= 1  # nearly equal to the one before
@@ -244,7 +244,7 @@ def pictures(data: LabelledImages) -> list[object]:
 
 
 @pytest.mark.parametrize("decoded", [False, True])
-def test_equal_images_alone_cannot_be_split(tmp_path: Path, decoded: bool) -> None:
+def test_only_equal_images_cannot_be_split(tmp_path: Path, decoded: bool) -> None:
     data = tree(tmp_path / "same", [0] * 20)
     with pytest.raises(
         UserError, match=r"VALIDATION 10\.000% holds out 0 of the 20 images .*, since equal images stay"
@@ -253,11 +253,11 @@ def test_equal_images_alone_cannot_be_split(tmp_path: Path, decoded: bool) -> No
 
 
 @pytest.mark.parametrize("decoded", [False, True])
-def test_a_split_is_remembered_until_something_that_decides_it_changes(
+def test_split_is_cached_until_its_inputs_change(
     tmp_path: Path, decoded: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    splits.warn.cache_clear()
+    splits.warn_once.cache_clear()
     made = 0
 
     def counted(*args: Any) -> tuple[set[int], str]:
@@ -284,7 +284,7 @@ def test_a_split_is_remembered_until_something_that_decides_it_changes(
         assert parts(()) == first and made == 5 + number
     parts([7] * 39 + [8])
     assert made == 10 and "are equal: 1 images are held out instead of 8" in caplog.text
-    splits.warn.cache_clear()
+    splits.warn_once.cache_clear()
     caplog.clear()
     parts(())
     assert made == 10 and "are equal: 1 images" in caplog.text  # at every start

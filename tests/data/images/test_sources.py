@@ -1,4 +1,4 @@
-"""What pre-training reads: folders, patterns, lists, archives; and what of it cannot be read."""
+"""Image sources of pre-training: folders, patterns, lists, archives, and unreadable ones."""
 
 import io
 import os
@@ -33,7 +33,7 @@ def encoded(shade: int, form: str = "PNG") -> bytes:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three images, in sub-folders too, and what is none."""
+    """Three images, also in sub-folders, and other files."""
     root = tmp_path / "photos"
     for shade, name in enumerate(NAMES):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(params=["zip stored", "zip deflated", "tar"])
 def archive(request: pytest.FixtureRequest, folder: Path) -> Path:
-    """The folder as an archive, with members that no honest archive has."""
+    """The folder as an archive, with unsafe members."""
     kind = str(request.param)
     path = folder.parent / ("photos.tar" if kind == "tar" else "photos.zip")
     files = [p for p in folder.rglob("*") if p.is_file()]
@@ -71,7 +71,7 @@ def archive(request: pytest.FixtureRequest, folder: Path) -> Path:
     return path
 
 
-def test_folder_pattern_and_list_name_the_same_images(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_pattern_and_list_give_the_same_images(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = sorted(folder / name for name in NAMES)
     assert get_images(str(folder)) == get_images(f"{folder}/") == list_images(folder) == expected
     assert get_images(f"{folder}/**/*") == expected
@@ -92,7 +92,7 @@ def test_a_link_to_a_folder_is_not_followed(folder: Path) -> None:
     assert list_images(folder) == before
 
 
-def test_archives_are_read_where_they_are(archive: Path, folder: Path) -> None:
+def test_archives_are_read_without_unpacking(archive: Path, folder: Path) -> None:
     before = sorted(path for path in folder.parent.rglob("*"))
     members = get_images(str(archive))
     assert [member.name for member in members if isinstance(member, Member)] == sorted(NAMES)
@@ -110,7 +110,7 @@ def test_archives_are_read_where_they_are(archive: Path, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["photos [2020]", "a*b", "what?", "[a", "plain"])
-def test_a_path_that_exists_is_no_pattern(folder: Path, name: str) -> None:
+def test_existing_paths_are_not_patterns(folder: Path, name: str) -> None:
     root = folder.rename(folder.parent / name)
     assert get_images(str(root)) == list_images(root)
     assert get_images(f"{root}/**/*.png") == [root / "3.png", root / "a/1.png"]
@@ -121,7 +121,7 @@ def test_a_path_that_exists_is_no_pattern(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("kinds", [("NFC", "NFD"), ("NFD", "NFC")])
-def test_a_list_names_files_in_either_normal_form(folder: Path, kinds: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lists_in_either_unicode_normal_form(folder: Path, kinds: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     on_disk, written = (unicodedata.normalize(kind, "fénêtre") for kind in kinds)
     shutil.copytree(folder / "a", folder / on_disk)
     (folder / on_disk / "1.png").rename(folder / on_disk / f"{on_disk}.png")
@@ -133,10 +133,10 @@ def test_a_list_names_files_in_either_normal_form(folder: Path, kinds: Any, monk
     assert get_images("../list.txt") == [Path("..") / expected, Path("../3.png"), folder / expected]
 
 
-def test_links_to_folders_are_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_links_to_folders_are_logged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "more").symlink_to(folder / "a")
     assert len(get_images(str(folder))) == 3 and f"links to folders are not followed: {folder / 'more'}" in caplog.text
-    for read in (list_images, lambda path: read_tree(path.parent)):  # whoever lists a folder
+    for read in (list_images, lambda path: read_tree(path.parent)):  # every function that lists a folder
         (folder.parent / "other").mkdir(exist_ok=True)
         (folder.parent / "other/1.png").write_bytes(encoded(1))
         caplog.clear()
@@ -144,15 +144,15 @@ def test_links_to_folders_are_named(folder: Path, caplog: pytest.LogCaptureFixtu
         assert f"links to folders are not followed: {folder / 'more'}" in caplog.text
     (folder.parent / "links").mkdir()
     (folder.parent / "links/photos").symlink_to(folder)
-    with pytest.raises(UserError, match=r"holds no image .*links to folders are not followed: .*links/photos"):
+    with pytest.raises(UserError, match=r"contains no image .*links to folders are not followed: .*links/photos"):
         list_images(folder.parent / "links")
 
 
 def test_headers_of_large_members(tmp_path: Path) -> None:
-    """The header of a member is read from its first bytes, or from all of it where they do not suffice."""
+    """The header is read from a member's first bytes, or from all if they do not suffice."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 500, 3), np.uint8))
     buffer = io.BytesIO()
-    noise.save(buffer, "TIFF")  # its directory lies at the end
+    noise.save(buffer, "TIFF")  # its directory is at the end
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
         file.writestr("a.tiff", buffer.getvalue())
     (member,) = list_members(tmp_path / "a.zip", [".tiff"])
@@ -164,7 +164,7 @@ def test_headers_of_large_members(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["a.tar.gz", "a.tgz", "a.zip", "a.tar", "empty.zip", "b.zip", "list.txt", "odd.txt", "*.gif"]
 )
-def test_bad_sources_are_one_sentence(tmp_path: Path, name: str) -> None:
+def test_invalid_sources_are_errors(tmp_path: Path, name: str) -> None:
     (tmp_path / "a.tar.gz").write_bytes(b"packed")
     (tmp_path / "a.tgz").write_bytes(b"packed")
     (tmp_path / "a.zip").write_bytes(b"PK no zip")
@@ -191,41 +191,41 @@ def test_every_truncation_of_an_archive(archive: Path) -> None:
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_every_byte_of_a_zip_spoilt(tmp_path: Path, method: int) -> None:
-    with zipfile.ZipFile(tmp_path / "sound.zip", "w", method) as file:
+def test_every_byte_of_a_zip_damaged(tmp_path: Path, method: int) -> None:
+    with zipfile.ZipFile(tmp_path / "original.zip", "w", method) as file:
         file.writestr("1.png", encoded(1))
-    sound = (tmp_path / "sound.zip").read_bytes()
+    original = (tmp_path / "original.zip").read_bytes()
     refused = 0
-    for place in range(len(sound)):
-        spoilt = tmp_path / f"{place}.zip"  # an open one is kept by its name
-        spoilt.write_bytes(sound[:place] + bytes([sound[place] ^ 0xFF]) + sound[place + 1 :])
+    for position in range(len(original)):
+        damaged = tmp_path / f"{position}.zip"  # open archives are cached by name
+        damaged.write_bytes(original[:position] + bytes([original[position] ^ 0xFF]) + original[position + 1 :])
         try:
-            for member in list_members(spoilt, [".png"]):
+            for member in list_members(damaged, [".png"]):
                 read_rgb(member)
         except UserError as error:
-            assert str(spoilt) in str(error)
+            assert str(damaged) in str(error)
             refused += 1
-    assert len(sound) / 4 < refused < len(sound)
+    assert len(original) / 4 < refused < len(original)
 
 
-def test_a_name_that_is_no_utf8_is_one_sentence(folder: Path) -> None:
+def test_names_that_are_not_utf8_are_errors(folder: Path) -> None:
     Path(os.fsdecode(os.fsencode(folder) + b"/\xff.png")).write_bytes(encoded(1))
     with pytest.raises(UserError, match=r"\\xff\.png' cannot be printed: rename it"):
         list_images(folder)
 
 
-def test_what_cannot_be_read_is_counted_and_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unreadable_images_are_counted_and_logged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     images = list_images(folder)
     (folder / "a/1.png").write_bytes(b"")
     assert readable(images) == [folder / "3.png", folder / "a/b/2.JPG"]
     assert "1 of 3 images cannot be read and are left out" in caplog.text
     assert "a/1.png" in caplog.text
-    with pytest.raises(UserError, match="not one of the 1 images can be read"):
+    with pytest.raises(UserError, match="none of the 1 images can be read"):
         readable([folder / "a/1.png"])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_next_image_stands_in_for_a_damaged_one(
+def test_damaged_images_are_replaced_by_the_next(
     tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     files = [tmp_path / f"{number}.png" for number in range(6)]
@@ -246,8 +246,8 @@ def test_the_next_image_stands_in_for_a_damaged_one(
     assert straight == expected
     assert widths(4, 5) == straight[4:]
     if not workers:
-        assert "2.png' is damaged or cut short" in caplog.text
-        assert "(2 such here so far)" in caplog.text
+        assert "2.png' is damaged or truncated" in caplog.text
+        assert "(2 replaced so far in this process)" in caplog.text
     for file in files:
         file.write_bytes(b"\x89PNG")
     with pytest.raises(UserError, match="not an image"):
