@@ -1,7 +1,7 @@
 """Data loading on one core, compared with Detectron2's mapper and image reader on the same images.
 
-``mapper_224`` and ``mapper_512`` are the mappers with the configs
-``configs/paper/voc_vit_s_224.yaml`` and ``configs/voc_vit_s.yaml``: decoding, resizing, flipping, boxes. ``loader_S`` is the detection data loader with batches
+``mapper_224`` and ``mapper_512`` are the mappers with the configs ``configs/paper/voc_vit_s_224.yaml`` and
+``configs/voc_vit_s.yaml``: decoding, resizing, flipping, boxes. ``loader_S`` is the detection data loader with batches
 of 16 and no worker processes. ``reader`` is the image reader of pre-training, compared with Detectron2's
 ``read_image``. The images are the VOC samples under ``$RELVIT_SAMPLES``, or else JPEGs of smoothed noise with three
 boxes each. The ratio is the speed-up in CPU time, of the fastest round of each side.
