@@ -42,8 +42,8 @@ def add_relvit_config(cfg: CfgNode) -> None:
     # simple: simple feature pyramid on the encoder's last map; fpn: FPN on its maps of several strides; multitap: FPN
     # on the maps of several of its blocks; auto: fpn if it has maps of several strides, else simple
     cfg.MODEL.PYRAMID.NAME = "auto"
-    # Pixels per cell of each level, powers of two; [0]: the strides of an encoder with several maps, else from a quarter
-    # of the encoder's stride (at least 4) to twice its stride
+    # Pixels per cell of each level, powers of two; [0]: the strides of an encoder with several maps, else a quarter of
+    # the encoder's stride (at least 4) to twice its stride
     cfg.MODEL.PYRAMID.STRIDES = [0]
     cfg.MODEL.PYRAMID.TOP_BLOCK = True  # a further level: every second row and column of the last one (p6)
     cfg.MODEL.PYRAMID.OUT_CHANNELS = 256  # channels of every level

@@ -92,7 +92,7 @@ def test_what_detectron2_refuses_while_building_is_one_sentence() -> None:
         ("build_retinanet_resnet_fpn_backbone", r"cannot build MODEL.BACKBONE.NAME '.*' \(KeyError: 'res5'\)"),
         (
             "build_resnet_backbone MODEL.RELVIT.JOINT True",
-            "JOINT trains an encoder, and .* has none: set build_encoder_",
+            "JOINT needs an encoder, which .* does not have: set build_encoder_",
         ),
     ],
 )
