@@ -32,22 +32,22 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--batch {args.batch}: give at least 1")
     find_config(args.config_file)
     from relvit_d2.analysis.model_cost import cost_table
-    from relvit_d2.engine.run_setup import silence
+    from relvit_d2.engine.run_setup import silence_warnings
 
-    silence()
+    silence_warnings()
     print(cost_table(_subject(args.config_file, args.opts), args.batch))
 
 
 def _subject(config_file: str, opts: list[str]) -> Any:
     """Return the ``Subject`` of a config."""
     from relvit_d2.classification.cost import classifier_subject
-    from relvit_d2.config.config_file import use_here
+    from relvit_d2.config.config_file import adapt_to_machine
     from relvit_d2.detection.cost import detector_subject
     from relvit_d2.pretraining.cost import pretraining_subject
     from relvit_d2.tasks import load_config
 
     cfg = load_config(config_file, opts)
-    use_here(cfg)
+    adapt_to_machine(cfg)
     subjects = {
         "detection": detector_subject,
         "pretrain": pretraining_subject,

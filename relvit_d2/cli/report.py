@@ -28,10 +28,10 @@ def run(args: argparse.Namespace) -> None:
     """
     if not args.output.parent.is_dir():
         raise UserError(f"--output '{args.output}': the folder '{args.output.parent}' does not exist; make it first")
-    from relvit_d2.engine.run_setup import silence
+    from relvit_d2.engine.run_setup import silence_warnings
     from relvit_d2.report.page import write_report
 
-    silence()
+    silence_warnings()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     write_report(args.runs, args.output)
     print(f"written: {args.output}")

@@ -144,7 +144,7 @@ def _without_effect(key: str, instead: str) -> str:
     return f"key {key} has no effect here; leave it out and set {instead}"
 
 
-def use_here(cfg: CfgNode) -> None:
+def adapt_to_machine(cfg: CfgNode) -> None:
     """Let the config of a run use its model on this machine: without a GPU where there is none, uncompiled."""
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"

@@ -21,9 +21,9 @@ from relvit_d2.data.detection.custom import register_own
 from relvit_d2.data.images.batches import Images, TrainingBatches, fixed_batches, joined
 from relvit_d2.data.images.folder import is_source, readable
 from relvit_d2.engine.precision import choose_precision
-from relvit_d2.engine.run_setup import keep_config, start_run
+from relvit_d2.engine.run_setup import save_config, start_run
 from relvit_d2.engine.trainer import Trainer
-from relvit_d2.engine.weights import holds_encoder, load_proved, load_trained
+from relvit_d2.engine.weights import holds_encoder, load_trained, load_verified
 from relvit_d2.pretext.monitor import knn_accuracy
 from relvit_d2.pretraining.model import (
     PretrainingModel,
@@ -197,7 +197,7 @@ def run_process(cfg: CfgNode, args: argparse.Namespace, end: Callable[[Path, str
     model = build_pretraining_model(cfg)
     weights = cfg.MODEL.WEIGHTS
     if args.eval_only:
-        keep_config(cfg)
+        save_config(cfg)
         load_trained(cfg, model, cfg.OUTPUT_DIR if args.resume else weights)
         evaluate(cfg, model, tests)
         return
@@ -209,7 +209,7 @@ def run_process(cfg: CfgNode, args: argparse.Namespace, end: Callable[[Path, str
                 f"MODEL.WEIGHTS '{weights}' is no encoder.safetensors and no timm:NAME; pre-training starts from one "
                 "or from scratch"
             )
-        load_proved(cfg, model.encoder, weights, "RGB")
+        load_verified(cfg, model.encoder, weights, "RGB")
     trainer.train()
     if comm.is_main_process():
         path = export_encoder(cfg, model, trainer.iter + 1, trainer.results)

@@ -107,7 +107,7 @@ CASES = {
     "mixed precision in float32": Case("set SOLVER.PRECISION auto", ("SOLVER.AMP.ENABLED", "True")),
     "batch of nothing": Case("give 1 or more", ("SOLVER.IMS_PER_BATCH", 0)),
     "batch below the processes": Case(
-        "SOLVER.IMS_PER_BATCH 1 is no multiple of 2 processes", ("SOLVER.IMS_PER_BATCH", 1), flags=("--num-gpus", 2)
+        "SOLVER.IMS_PER_BATCH 1 is not a multiple of 2 processes", ("SOLVER.IMS_PER_BATCH", 1), flags=("--num-gpus", 2)
     ),
     "batch that parts do not divide": Case(
         "no multiple of 1 processes times SOLVER.GRAD_ACCUM_STEPS 3", ("SOLVER.GRAD_ACCUM_STEPS", 3)
@@ -159,7 +159,7 @@ CASES = {
     ),
     "class count": Case("NUM_CLASSES 7 contradicts data set 'svhn_train'", ("MODEL.ROI_HEADS.NUM_CLASSES", 7)),
     "weights are absent": Case("no/encoder.safetensors' does not exist", ("MODEL.WEIGHTS", "no/encoder.safetensors")),
-    "weights are a folder": Case("is no file that exists", ("MODEL.WEIGHTS", "{here}")),
+    "weights are a folder": Case("does not exist", ("MODEL.WEIGHTS", "{here}")),
     "weights are text": Case(
         "not a readable safetensors file",
         ("MODEL.WEIGHTS", "{here}/a.safetensors"),
@@ -179,7 +179,7 @@ CASES = {
     ),
     "keys that Detectron2 refuses": Case("Detectron2 cannot build this detector", ("MODEL.ROI_BOX_HEAD.NUM_FC", 0)),
     "weights are a pickle": Case(
-        "can run any code in it: if you trust where it comes from, set MODEL.ALLOW_PICKLE True",
+        "can run arbitrary code: if you trust the source, set MODEL.ALLOW_PICKLE True",
         ("MODEL.WEIGHTS", "{here}/a.pkl"),
         files={"a.pkl": "anything"},
     ),
@@ -317,7 +317,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(root: Path, tmp_path: Path) -> N
     more = command(SSL, tmp_path, "SOLVER.MAX_ITER", 8, flags=("--resume", "--allow-changes"))
     sentence = fails(root, *more, fault="full:1000000")
     assert "model_0000005.pth' could not be written" in sentence
-    assert sentence.endswith("then go on with --resume")
+    assert sentence.endswith("then continue with --resume")
     assert "the previous one is untouched" in sentence or "what was there is untouched" in sentence
     assert before == digests(tmp_path, "*.pth")
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"

@@ -116,7 +116,7 @@ def test_bad_input_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_the_script_tells_a_missing_file(root: Path) -> None:
     where = ("--config-file", CONFIG, "--to", "onnx", "--output", root / "x.onnx")
-    assert "'absent.pth' is no file" in fails(root, "relvit-d2", "export-model", "--weights", "absent.pth", *where)
+    assert "'absent.pth' does not exist" in fails(root, "relvit-d2", "export-model", "--weights", "absent.pth", *where)
 
 
 def test_the_last_level_is_every_second_cell_of_the_one_before() -> None:
