@@ -75,7 +75,7 @@ CASES = {
     "wrong type": Case("SOLVER.MAX_ITER takes a value of type int", ("SOLVER.MAX_ITER", "soon")),
     "flag after the overrides": Case("flags go before", ("--resume", "--eval-only")),
     "key twice in a file": Case(
-        "bad.yaml' has the key 'MAX_ITER' twice in one place, the second time in line 4",
+        "bad.yaml' has the key 'MAX_ITER' twice, the second time in line 4",
         flags=("--config-file", "{here}/bad.yaml"),
         files={"bad.yaml": "VERSION: 2\nSOLVER:\n  MAX_ITER: 3\n  MAX_ITER: 4\n"},
     ),
@@ -86,11 +86,11 @@ CASES = {
         files={"bad.yaml": "_BASE_: base.yaml\n", "base.yaml": "SEED: 3\nSEED: 4\n"},
     ),
     "base that builds on itself": Case(
-        "builds on itself",
+        "is its own base",
         flags=("--config-file", "{here}/bad.yaml"),
         files={"bad.yaml": "_BASE_: other.yaml\n", "other.yaml": "_BASE_: bad.yaml\n"},
     ),
-    "empty file": Case("holds no keys", flags=("--config-file", "{here}/bad.yaml"), files={"bad.yaml": ""}),
+    "empty file": Case("has no keys", flags=("--config-file", "{here}/bad.yaml"), files={"bad.yaml": ""}),
     "config of the other script": Case(
         "is of the task pretrain, not detection: start relvit-d2 pretrain with it",
         flags=("--config-file", "configs/ssl/voc_vit_s.yaml"),
@@ -318,7 +318,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(root: Path, tmp_path: Path) -> N
     sentence = fails(root, *more, fault="full:1000000")
     assert "model_0000005.pth' could not be written" in sentence
     assert sentence.endswith("then continue with --resume")
-    assert "the previous one is untouched" in sentence or "what was there is untouched" in sentence
+    assert "the previous one is unchanged" in sentence or "an existing file is unchanged" in sentence
     assert before == digests(tmp_path, "*.pth")
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
     assert not list(tmp_path.rglob("*.part"))

@@ -124,7 +124,7 @@ def test_the_tools_write_what_others_load(root: Path, tmp_path: Path) -> None:
     error = fails(
         root, "relvit-d2", "export-weights", tmp_path / "first.safetensors", "--to", "timm", tmp_path / "x.bin"
     )
-    assert "is written as .safetensors" in error
+    assert "does not end in .safetensors" in error
     error = fails(root, "relvit-d2", "convert", tmp_path / "no.pth", "--to", tmp_path / "x.safetensors")
     assert "does not exist" in error
 
