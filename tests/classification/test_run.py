@@ -51,7 +51,7 @@ def test_real_images_from_their_archive_through_both_stages(few: Path, tmp_path:
     for words in (
         "100.0% of the encoder's values matched",
         "fresh         1: vit.pos_embed",
-        "and of this one agree to 0.0e+00",
+        "and the loaded encoder agree to 0.0e+00",
     ):
         assert words in done.stdout, words
     results = read(tmp_path / "cls/inference/results.json")["cifar10_test[:20]"]

@@ -73,7 +73,7 @@ BOTH = (SSL, DETECT)
 CASES = {
     "misspelt key": Case("did you mean 'SOLVER.MAX_ITER'", ("SOLVER.MAX_ITTER", 3)),
     "wrong type": Case("SOLVER.MAX_ITER takes a value of type int", ("SOLVER.MAX_ITER", "soon")),
-    "flag after the overrides": Case("flags go before", ("--resume", "--eval-only")),
+    "flag after the overrides": Case("put flags before", ("--resume", "--eval-only")),
     "key twice in a file": Case(
         "bad.yaml' has the key 'MAX_ITER' twice, the second time in line 4",
         flags=("--config-file", "{here}/bad.yaml"),
@@ -110,7 +110,7 @@ CASES = {
         "SOLVER.IMS_PER_BATCH 1 is not a multiple of 2 processes", ("SOLVER.IMS_PER_BATCH", 1), flags=("--num-gpus", 2)
     ),
     "batch that parts do not divide": Case(
-        "no multiple of 1 processes times SOLVER.GRAD_ACCUM_STEPS 3", ("SOLVER.GRAD_ACCUM_STEPS", 3)
+        "not a multiple of 1 processes times SOLVER.GRAD_ACCUM_STEPS 3", ("SOLVER.GRAD_ACCUM_STEPS", 3)
     ),
     "parts of nothing": Case("SOLVER.GRAD_ACCUM_STEPS 0 is too small: give 1 or more", ("SOLVER.GRAD_ACCUM_STEPS", 0)),
     "seed below nothing": Case("SEED -1 is too small: give 0 or more", ("SEED", -1), (SSL,)),
