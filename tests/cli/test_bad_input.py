@@ -120,7 +120,7 @@ CASES = {
     ),
     "patience below nothing": Case("TEST.PATIENCE -1 is too small", ("TEST.PATIENCE", -1), (SSL,)),
     "less than no workers": Case("DATALOADER.NUM_WORKERS -1 is too small", ("DATALOADER.NUM_WORKERS", -1), (SSL,)),
-    "patience without a metric": Case("needs a TEST.BEST_METRIC", ("TEST.PATIENCE", 2, "TEST.EVAL_PERIOD", 1)),
+    "patience without a metric": Case("needs TEST.BEST_METRIC", ("TEST.PATIENCE", 2, "TEST.EVAL_PERIOD", 1)),
     "metric that is none": Case(
         "did you mean 'bbox/AP50'", ("TEST.BEST_METRIC", "box/AP50", "TEST.EVAL_PERIOD", 1, "SOLVER.MAX_ITER", 2)
     ),
