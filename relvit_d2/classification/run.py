@@ -27,7 +27,7 @@ from relvit_d2.data.images.batches import ImageStack, TrainingBatches, fixed_bat
 from relvit_d2.data.images.decode import image_size
 from relvit_d2.data.images.similarity import NEAR, VERSION, file_state, fingerprint, fingerprints
 from relvit_d2.engine.precision import choose_precision
-from relvit_d2.engine.run_setup import keep_config, start_run
+from relvit_d2.engine.run_setup import save_config, start_run
 from relvit_d2.engine.trainer import Trainer
 from relvit_d2.engine.weights import export_encoder, holds_encoder, load_trained, load_weights
 from relvit_d2.pretext.monitor import knn_accuracy
@@ -319,7 +319,7 @@ def run_process(requested: CfgNode, args: argparse.Namespace, end: Callable[[Pat
     if args.eval_only:
         if data.test is None:
             raise UserError("DATASETS.TEST is empty; name a data set, such as ('cifar10_test',)")
-        keep_config(cfg)
+        save_config(cfg)
         if args.eval and not args.resume and holds_encoder(cfg.MODEL.WEIGHTS):
             load_weights(cfg, model, encoder, "RGB")
             model.restart_average()

@@ -28,14 +28,14 @@ def run(args: argparse.Namespace) -> None:
     find_config(args.config_file)
     from relvit_d2.analysis.model_cost import cost_table
     from relvit_d2.classification.cost import classifier_subject
-    from relvit_d2.config.config_file import use_here
+    from relvit_d2.config.config_file import adapt_to_machine
     from relvit_d2.detection.cost import detector_subject
-    from relvit_d2.engine.run_setup import silence
+    from relvit_d2.engine.run_setup import silence_warnings
     from relvit_d2.pretraining.cost import pretraining_subject
     from relvit_d2.tasks import load_config
 
-    silence()
+    silence_warnings()
     cfg = load_config(args.config_file, args.opts)
-    use_here(cfg)
+    adapt_to_machine(cfg)
     subjects = {"detection": detector_subject, "pretrain": pretraining_subject, "classification": classifier_subject}
     print(cost_table(subjects[cfg.TASK](cfg), args.batch))

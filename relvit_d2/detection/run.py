@@ -31,7 +31,7 @@ from relvit_d2.data.detection.mapper import DetectionMapper
 from relvit_d2.data.loader import EndlessBatches, EndlessOrder, ordered_batches
 from relvit_d2.detection.model import build_detector
 from relvit_d2.engine.precision import choose_precision
-from relvit_d2.engine.run_setup import keep_config, start_run
+from relvit_d2.engine.run_setup import save_config, start_run
 from relvit_d2.engine.trainer import Trainer
 from relvit_d2.engine.weights import load_trained, load_weights
 from relvit_d2.evaluation.coco import CocoStyleEvaluator, without_mask
@@ -280,7 +280,7 @@ def run_process(requested: CfgNode, args: argparse.Namespace, end: Callable[[Pat
         before_training(cfg, records, tests, get_metadata(cfg.DATASETS.TRAIN[0]).thing_classes)
     model = build_detector(cfg)
     if args.eval_only:
-        keep_config(cfg)
+        save_config(cfg)
         load_trained(cfg, model, cfg.OUTPUT_DIR if args.resume else cfg.MODEL.WEIGHTS)
         results = evaluate(cfg, model, tests)
         check_expected_results(cfg, evaluate_with_tta(cfg, model, tests, results))

@@ -1,4 +1,4 @@
-"""How several processes start and end: Detectron2's ``launch``, or ``torchrun``."""
+"""Start and end of the processes of a run, by Detectron2's ``launch`` or ``torchrun``."""
 
 import argparse
 import logging
@@ -29,26 +29,26 @@ from relvit_d2.utils.hardware import cores
 
 Main = Callable[[argparse.Namespace], None]
 
-# Seconds that a process which failed stays, for others that fail too to learn that the user was told.
-_REACH = 0.5
+# Seconds that a failed process waits, so that other failing processes see that the error was printed.
+_EXIT_DELAY = 0.5
 
 
 def run(main: Main, args: argparse.Namespace) -> int:
-    """Run ``main`` in as many processes as the command line or ``torchrun`` asks for; return the exit status.
+    """Run ``main`` in the number of processes of the command line or ``torchrun``; return the exit status.
 
     Args:
-        main: what each process does with ``args``; importable by name, since processes are spawned.
-        args: Detectron2's arguments; ``--dist-url auto`` chooses a free port of this machine.
+        main: called with ``args`` in each process; a function that can be pickled.
+        args: Detectron2's arguments; ``--dist-url auto`` selects a free port of this machine.
 
     Raises:
-        UserError: for numbers of processes or machines that cannot be.
+        UserError: a number of processes or machines is invalid.
     """
     if distributed.is_torchelastic_launched():
         if args.num_gpus > 1 or args.num_machines > 1:
-            raise UserError("torchrun starts the processes: leave --num-gpus and --num-machines to it")
+            raise UserError("torchrun starts the processes: leave out --num-gpus and --num-machines")
         _process(main, args)
         return 0
-    url = _meeting_point(args)
+    url = _check_distributed_arguments(args)
     if args.num_gpus * args.num_machines > 1:
         return _spawn(main, args, url)
     signals.install(patient=False)
@@ -57,13 +57,13 @@ def run(main: Main, args: argparse.Namespace) -> int:
 
 
 def _join_torchrun() -> None:
-    """Join the processes of ``torchrun`` as Detectron2's ``launch`` joins its own."""
+    """Create the process groups of ``torchrun``, like Detectron2's ``launch``."""
     local_rank, local_world = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     on_gpu = torch.cuda.is_available()
     if on_gpu and local_world > torch.cuda.device_count():
         raise UserError(
             f"torchrun started {local_world} processes on a machine with {torch.cuda.device_count()} GPUs: "
-            "give --nproc-per-node that many at most"
+            "give that many to --nproc-per-node at most"
         )
     distributed.init_process_group("nccl" if on_gpu else "gloo")
     comm.create_local_process_group(local_world)
@@ -72,14 +72,13 @@ def _join_torchrun() -> None:
     comm.synchronize()
 
 
-def _meeting_point(args: argparse.Namespace) -> str:
-    """Check the numbers of processes and machines and return where the processes meet."""
+def _check_distributed_arguments(args: argparse.Namespace) -> str:
+    """Check the numbers of processes and machines; return the URL of the rendezvous."""
     if args.num_machines < 1 or args.num_gpus < (1 if args.num_machines > 1 else 0):
         raise UserError(f"--num-gpus {args.num_gpus} --num-machines {args.num_machines}: give 1 or more of both")
     if not 0 <= args.machine_rank < args.num_machines:
         raise UserError(
-            f"--machine-rank {args.machine_rank} of {args.num_machines} machines: they count from 0 to "
-            f"{args.num_machines - 1}"
+            f"--machine-rank {args.machine_rank} of {args.num_machines} machines: give 0 to {args.num_machines - 1}"
         )
     if torch.cuda.is_available() and args.num_gpus > torch.cuda.device_count():
         raise UserError(f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()} GPUs")
@@ -89,7 +88,7 @@ def _meeting_point(args: argparse.Namespace) -> str:
             if address.scheme == "tcp":
                 socket.getaddrinfo(address.hostname, address.port)
         except (OSError, ValueError) as error:
-            raise UserError(f"--dist-url '{args.dist_url}' is no address: give tcp://FIRST_MACHINE:PORT") from error
+            raise UserError(f"--dist-url '{args.dist_url}' is not an address: give tcp://FIRST_MACHINE:PORT") from error
         return args.dist_url
     if args.num_machines > 1:
         raise UserError("--num-machines needs --dist-url tcp://FIRST_MACHINE:PORT, the same on every machine")
@@ -99,64 +98,65 @@ def _meeting_point(args: argparse.Namespace) -> str:
 def _spawn(main: Main, args: argparse.Namespace, url: str) -> int:
     """Run ``main`` in processes of Detectron2's ``launch``.
 
-    The first SIGINT or SIGTERM is passed on to them, a second one kills them.
+    The first SIGINT or SIGTERM is forwarded to them, a second one kills them.
 
     Raises:
-        Interrupted: after a signal that came before any of them had started.
+        Interrupted: a signal arrived before a process had started.
     """
-    asked: list[int] = []
+    signals_received: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
+        signals_received.append(number)
         children = multiprocessing.active_children()
         for child in children:
             if child.pid:
-                os.kill(child.pid, number if len(asked) == 1 else signal.SIGKILL)
+                os.kill(child.pid, number if len(signals_received) == 1 else signal.SIGKILL)
         if not children:
             raise signals.Interrupted(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, forward)
-    # Of a failure the user gets one sentence, not how each process lost the others.
+    # Silence torch's reports of lost connections after the error of the first failing process.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
-    if not torch.cuda.is_available():  # else each process starts a thread for every core
+    if not torch.cuda.is_available():  # else each process starts one thread per core
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // args.num_gpus)))
     try:
         launch(_process, args.num_gpus, args.num_machines, args.machine_rank, url, args=(main, args))
     except ProcessExitedException as error:
-        if asked:
-            return 128 + asked[0]
+        if signals_received:
+            return 128 + signals_received[0]
         if not error.signal_name:
-            return error.exit_code  # that process said its sentence
+            return error.exit_code  # that process printed its error
         print_error(
             UserError(
-                f"process {error.error_index} was killed ({error.signal_name}), which the system does where memory "
-                "runs out: lower SOLVER.IMS_PER_BATCH or raise SOLVER.GRAD_ACCUM_STEPS, then go on with --resume"
+                f"process {error.error_index} was killed ({error.signal_name}), probably for lack of memory: "
+                "lower SOLVER.IMS_PER_BATCH or raise SOLVER.GRAD_ACCUM_STEPS, then continue with --resume"
             )
         )
         return 1
-    except ProcessRaisedException as error:  # before main: the processes did not meet
+    except ProcessRaisedException as error:  # before main: no rendezvous
         reason = str(error).strip().splitlines()[-1]
         print_error(
             UserError(
-                f"the processes could not meet at '{url}' ({reason}): give --dist-url tcp://FIRST_MACHINE:PORT with a "
-                "free port that every machine reaches"
+                f"the processes could not connect at '{url}' ({reason}): give --dist-url tcp://FIRST_MACHINE:PORT with "
+                "a free port that every machine can reach"
             )
         )
         return 1
-    return 128 + asked[0] if asked else 0  # a process that is asked before it handles signals may end with 0
+    # A process that gets the signal before it handles signals may exit with 0.
+    return 128 + signals_received[0] if signals_received else 0
 
 
 def _process(main: Main, args: argparse.Namespace) -> None:
-    """Run one of several processes; it ends here if it fails."""
-    # Without who started it, it would still write to a folder where another run may have begun.
+    """Run ``main`` in one of several processes; exit if it fails."""
+    # An orphan could still write to a folder that another run uses.
     _prctl_pr_set_pdeathsig(signal.SIGKILL)
     signals.install(patient=True)
     status = guard(lambda: _work(main, args), resumes=True)
     if status:
-        time.sleep(_REACH)
-        # No tidy end: threads of the process group may wait for a process that is gone.
+        time.sleep(_EXIT_DELAY)
+        # Skip the cleanup, in which threads of the process group may wait for a process that has ended.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -167,9 +167,9 @@ def _work(main: Main, args: argparse.Namespace) -> None:
         if not distributed.is_initialized():
             _join_torchrun()
         main(args)
-        # A process that leaves while another still talks to it takes that one down.
+        # A process that leaves early would break the communication of the others.
         comm.synchronize()
         distributed.destroy_process_group()
     except Exception:
-        signals.uninstall()  # who started the processes ends this one if it knows the reason
+        signals.uninstall()  # so that the parent process can end this one
         raise

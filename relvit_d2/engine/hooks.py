@@ -1,4 +1,4 @@
-"""What happens after an iteration: checkpoints, evaluation, the choice of the best model."""
+"""Hooks of the trainer: checkpoints, evaluation, selection of the best model, early stopping."""
 
 import logging
 import math
@@ -24,8 +24,8 @@ class CheckpointHook(HookBase):
     """Writes a checkpoint every ``period`` iterations, before every evaluation, on a signal and at the end.
 
     Args:
-        period: iterations; 0 for none in between.
-        keep: how many numbered checkpoints stay, the newest; 0 for all.
+        period: iterations; 0: no periodic checkpoints.
+        keep: number of the newest numbered checkpoints to keep; 0: all.
     """
 
     trainer: "Trainer"
@@ -34,9 +34,8 @@ class CheckpointHook(HookBase):
         self._period, self._keep = period, keep
 
     def after_step(self) -> None:
-        """See the class."""
         trainer, done = self.trainer, self.trainer.iter + 1
-        if trainer.iter < trainer.start_iter:  # this very checkpoint was read
+        if trainer.iter < trainer.start_iter:  # the run resumed from this checkpoint
             return
         if done == trainer.max_iter:
             trainer.save("model_final")
@@ -49,24 +48,25 @@ class CheckpointHook(HookBase):
                     file.unlink()
         else:
             return
-        comm.synchronize()  # a process that does not write must not end the run of the one that does
+        comm.synchronize()  # no process may exit while the first one writes
 
 
 class EvaluationHook(HookBase):
-    """Evaluates when :meth:`Trainer.evaluates_after` says so, keeps the best model, and may end the run.
+    """Evaluates when :meth:`Trainer.evaluates_after` is true, keeps the best model and stops early.
 
     Args:
         evaluate: returns Detectron2's nested dict of results; empty in all processes but the first.
-        tests: the names of what it evaluates on; a best value on others does not count.
-        metric: the flattened name, such as ``bbox/AP``, whose best value decides ``model_best.pth``: the least of a
-            loss or an error, else the greatest (:func:`relvit_d2.utils.metrics.less_is_better`). Empty for none.
-        patience: evaluations in a row without a better value that end the run; 0 for no end.
+        tests: names of the test sets; a best value of other test sets is discarded on resumption.
+        metric: flattened name, such as ``bbox/AP``, of the metric that selects ``model_best.pth``; losses and errors
+            are minimised (:func:`relvit_d2.utils.metrics.less_is_better`). Empty: none.
+        patience: number of evaluations without improvement after which the run ends; 0: no early stopping.
 
     Attributes:
-        best: the best value so far, None before the first.
-        best_iteration: the iteration that it came after.
-        stale: evaluations since.
-        counted: the iteration of the last evaluation in them; done once more on resumption, it does not count again.
+        best: best value so far; None before the first.
+        best_iteration: iteration of the best value.
+        stale: evaluations since the best value.
+        counted: iteration of the last evaluation in ``stale``, which is not counted again if it is repeated on
+            resumption.
     """
 
     trainer: "Trainer"
@@ -79,23 +79,22 @@ class EvaluationHook(HookBase):
         self.best_iteration, self.stale, self.counted = 0, 0, -1
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run has to know, plain values."""
+        """Return the state for resumption, plain values."""
         counts = {"best_iteration": self.best_iteration, "stale": self.stale, "counted": self.counted}
         return {"tests": self._tests, "metric": self._metric, "best": self.best} | counts
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned, unless it was another metric or other test sets."""
+        """Restore the state, unless the metric or the test sets have changed."""
         if (state["metric"], state["tests"]) == (self._metric, self._tests):
             self.best, self.best_iteration = state["best"], state["best_iteration"]
             self.stale, self.counted = state["stale"], state["counted"]
         elif self._metric and state["metric"]:
             logger.info(
-                f"the best value so far is forgotten: it was {state['metric']} on {', '.join(state['tests'])}, now it "
-                f"is {self._metric} on {', '.join(self._tests)}"
+                f"the best value so far is discarded: TEST.BEST_METRIC was {state['metric']} on "
+                f"{', '.join(state['tests'])}, now it is {self._metric} on {', '.join(self._tests)}"
             )
 
     def after_step(self) -> None:
-        """See the class."""
         trainer = self.trainer
         if trainer.interrupt or not trainer.evaluates_after(trainer.iter + 1):
             return
@@ -104,16 +103,16 @@ class EvaluationHook(HookBase):
         scalars = {name: float(value) for name, value in flatten_results_dict(trainer.results).items()}
         trainer.storage.put_scalars(**scalars, smoothing_hint=False)
         if self._metric:
-            # Only the first process has results, and all of them stop or none.
-            trainer.stopped = comm.all_gather(comm.is_main_process() and self._is_enough(scalars))[0]
+            # Only the first process has the results.
+            trainer.stopped = comm.all_gather(comm.is_main_process() and self._update_best(scalars))[0]
         comm.synchronize()
 
-    def _is_enough(self, scalars: dict[str, float]) -> bool:
-        """Compare with the best value so far; return whether patience is at its end."""
+    def _update_best(self, scalars: dict[str, float]) -> bool:
+        """Update the best value and save the model; return whether the run ends."""
         if self._metric not in scalars:
             known = sorted(scalars)
             raise UserError(
-                f"TEST.BEST_METRIC '{self._metric}' is none of {', '.join(known)}{nearest(self._metric, known)}"
+                f"TEST.BEST_METRIC '{self._metric}' is not one of {', '.join(known)}{nearest(self._metric, known)}"
             )
         value, trainer = scalars[self._metric], self.trainer
         sign = -1 if less_is_better(self._metric) else 1
@@ -125,9 +124,9 @@ class EvaluationHook(HookBase):
                 trainer.checkpointer.save_best(iteration=trainer.iter, metric=self._metric, value=value)
         if not self._patience or self.stale < self._patience:
             return False
-        best = "no value yet" if self.best is None else f"{self.best:.4g} after iteration {self.best_iteration}"
+        best = "none" if self.best is None else f"{self.best:.4g} after iteration {self.best_iteration}"
         logger.info(
-            f"{self._metric} was not better for {self.stale} evaluations (TEST.PATIENCE): the run ends after iteration "
-            f"{trainer.iter}; best was {best}"
+            f"{self._metric} did not improve in {self.stale} evaluations (TEST.PATIENCE): the run ends after iteration "
+            f"{trainer.iter}; best value: {best}"
         )
         return True

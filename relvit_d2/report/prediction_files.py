@@ -11,7 +11,7 @@ from tqdm import tqdm
 from relvit_d2.data.images.decode import UnreadableImageError
 from relvit_d2.data.images.folder import EXTENSIONS, list_images, matching_files
 from relvit_d2.detection.predictor import load_detector
-from relvit_d2.engine.run_setup import silence
+from relvit_d2.engine.run_setup import silence_warnings
 from relvit_d2.report.predictions import coco_results, draw_instances
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import appearing, make_folder, write_text
@@ -38,7 +38,7 @@ def predict(
     Raises:
         UserError: for an input that does not exist, or weights that hold no detector.
     """
-    silence()
+    silence_warnings()
     files = list(dict.fromkeys(file for word in inputs for file in found(word)))
     detector = load_detector(weights, config_file, opts)
     if any(file.suffix.lower() in VIDEOS for file in files):

@@ -1,12 +1,12 @@
-"""The one exception class for faults that a user can mend."""
+"""Exceptions for errors that the user can correct."""
 
 
 class UserError(Exception):
-    """A fault in what the user gave: a file, a key, a class, an argument.
+    """Error in the input of the user: a file, a key, a class, an argument.
 
-    The message is one sentence that names the thing and the mend. The scripts catch it once,
-    print it and end with exit status 1; ``RELVIT_DEBUG=1`` shows the traceback instead. Line breaks, which names of
-    files and classes may hold, become blanks, and what cannot be printed its escape: ``\\x1b``.
+    The message is one sentence that names the cause and the correction. Commands print it and exit with status 1, or
+    with ``RELVIT_DEBUG=1`` print the traceback. Line breaks, as in names of files and classes, are replaced by spaces
+    and unprintable characters by escapes, such as ``\\x1b``.
     """
 
     def __init__(self, message: object) -> None:
@@ -15,11 +15,11 @@ class UserError(Exception):
 
 
 class NotWrittenError(UserError):
-    """A file that could not be written; a script that can resume its run adds how."""
+    """A file could not be written; commands with ``--resume`` add how to continue."""
 
 
 def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
-    """Return ``"; did you mean 'X'?"`` for the entry of ``known`` most like ``word``, else ``""``."""
+    """Return ``"; did you mean 'X'?"`` for the entry of ``known`` most similar to ``word``, or ``""``."""
     from difflib import get_close_matches
 
     close = get_close_matches(word, list(known), n=1, cutoff=0.5)

@@ -51,7 +51,7 @@ def test_pretraining_and_fine_tuning_on_images_in_an_archive(few: Path, tmp_path
     for line in (
         "100.0% of the encoder's values matched",
         "fresh         1: vit.pos_embed",
-        "and of this one agree to 0.0e+00",
+        "and the loaded encoder agree to 0.0e+00",
     ):
         assert line in done.stdout, line
     results = read(tmp_path / "cls/inference/results.json")["cifar10_test[:20]"]

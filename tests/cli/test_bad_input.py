@@ -73,9 +73,9 @@ BOTH = (SSL, DETECT)
 CASES = {
     "misspelt key": Case("did you mean 'SOLVER.MAX_ITER'", ("SOLVER.MAX_ITTER", 3)),
     "wrong type": Case("SOLVER.MAX_ITER takes a value of type int", ("SOLVER.MAX_ITER", "soon")),
-    "flag after the overrides": Case("flags go before", ("--resume", "--eval-only")),
+    "flag after the overrides": Case("put flags before", ("--resume", "--eval-only")),
     "key twice in a file": Case(
-        "bad.yaml' has the key 'MAX_ITER' twice in one place, the second time in line 4",
+        "bad.yaml' has the key 'MAX_ITER' twice, the second time in line 4",
         flags=("--config-file", "{here}/bad.yaml"),
         files={"bad.yaml": "VERSION: 2\nSOLVER:\n  MAX_ITER: 3\n  MAX_ITER: 4\n"},
     ),
@@ -86,11 +86,11 @@ CASES = {
         files={"bad.yaml": "_BASE_: base.yaml\n", "base.yaml": "SEED: 3\nSEED: 4\n"},
     ),
     "base that builds on itself": Case(
-        "builds on itself",
+        "is its own base",
         flags=("--config-file", "{here}/bad.yaml"),
         files={"bad.yaml": "_BASE_: other.yaml\n", "other.yaml": "_BASE_: bad.yaml\n"},
     ),
-    "empty file": Case("holds no keys", flags=("--config-file", "{here}/bad.yaml"), files={"bad.yaml": ""}),
+    "empty file": Case("has no keys", flags=("--config-file", "{here}/bad.yaml"), files={"bad.yaml": ""}),
     "config of the other script": Case(
         "is of the task pretrain, not detection: start relvit-d2 pretrain with it",
         flags=("--config-file", "configs/ssl/voc_vit_s.yaml"),
@@ -107,10 +107,10 @@ CASES = {
     "mixed precision in float32": Case("set SOLVER.PRECISION auto", ("SOLVER.AMP.ENABLED", "True")),
     "batch of nothing": Case("give 1 or more", ("SOLVER.IMS_PER_BATCH", 0)),
     "batch below the processes": Case(
-        "SOLVER.IMS_PER_BATCH 1 is no multiple of 2 processes", ("SOLVER.IMS_PER_BATCH", 1), flags=("--num-gpus", 2)
+        "SOLVER.IMS_PER_BATCH 1 is not a multiple of 2 processes", ("SOLVER.IMS_PER_BATCH", 1), flags=("--num-gpus", 2)
     ),
     "batch that parts do not divide": Case(
-        "no multiple of 1 processes times SOLVER.GRAD_ACCUM_STEPS 3", ("SOLVER.GRAD_ACCUM_STEPS", 3)
+        "not a multiple of 1 processes times SOLVER.GRAD_ACCUM_STEPS 3", ("SOLVER.GRAD_ACCUM_STEPS", 3)
     ),
     "parts of nothing": Case("SOLVER.GRAD_ACCUM_STEPS 0 is too small: give 1 or more", ("SOLVER.GRAD_ACCUM_STEPS", 0)),
     "seed below nothing": Case("SEED -1 is too small: give 0 or more", ("SEED", -1), (SSL,)),
@@ -120,7 +120,7 @@ CASES = {
     ),
     "patience below nothing": Case("TEST.PATIENCE -1 is too small", ("TEST.PATIENCE", -1), (SSL,)),
     "less than no workers": Case("DATALOADER.NUM_WORKERS -1 is too small", ("DATALOADER.NUM_WORKERS", -1), (SSL,)),
-    "patience without a metric": Case("needs a TEST.BEST_METRIC", ("TEST.PATIENCE", 2, "TEST.EVAL_PERIOD", 1)),
+    "patience without a metric": Case("needs TEST.BEST_METRIC", ("TEST.PATIENCE", 2, "TEST.EVAL_PERIOD", 1)),
     "metric that is none": Case(
         "did you mean 'bbox/AP50'", ("TEST.BEST_METRIC", "box/AP50", "TEST.EVAL_PERIOD", 1, "SOLVER.MAX_ITER", 2)
     ),
@@ -159,7 +159,7 @@ CASES = {
     ),
     "class count": Case("NUM_CLASSES 7 contradicts data set 'svhn_train'", ("MODEL.ROI_HEADS.NUM_CLASSES", 7)),
     "weights are absent": Case("no/encoder.safetensors' does not exist", ("MODEL.WEIGHTS", "no/encoder.safetensors")),
-    "weights are a folder": Case("is no file that exists", ("MODEL.WEIGHTS", "{here}")),
+    "weights are a folder": Case("does not exist", ("MODEL.WEIGHTS", "{here}")),
     "weights are text": Case(
         "not a readable safetensors file",
         ("MODEL.WEIGHTS", "{here}/a.safetensors"),
@@ -179,7 +179,7 @@ CASES = {
     ),
     "keys that Detectron2 refuses": Case("Detectron2 cannot build this detector", ("MODEL.ROI_BOX_HEAD.NUM_FC", 0)),
     "weights are a pickle": Case(
-        "can run any code in it: if you trust where it comes from, set MODEL.ALLOW_PICKLE True",
+        "can run arbitrary code: if you trust the source, set MODEL.ALLOW_PICKLE True",
         ("MODEL.WEIGHTS", "{here}/a.pkl"),
         files={"a.pkl": "anything"},
     ),
@@ -317,8 +317,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(root: Path, tmp_path: Path) -> No
     more = command(SSL, tmp_path, "SOLVER.MAX_ITER", 8, flags=("--resume", "--allow-changes"))
     sentence = fails(root, *more, fault="full:1000000")
     assert "model_0000005.pth' could not be written" in sentence
-    assert sentence.endswith("then go on with --resume")
-    assert "the previous one is untouched" in sentence or "what was there is untouched" in sentence
+    assert sentence.endswith("then continue with --resume")
+    assert "the previous one is unchanged" in sentence or "an existing file is unchanged" in sentence
     assert before == digests(tmp_path, "*.pth")
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
     assert not list(tmp_path.rglob("*.part"))

@@ -380,7 +380,7 @@ def test_invalid_input_is_reported_in_one_sentence(failing: Failing, images: lis
     clip.write_bytes(b"no video at all" * 20)
     assert "clip.mp4" in failing("--input", clip, *output)
     assert not [*tmp_path.glob("out/*")]
-    assert "cut.png' cannot be made" in failing("--input", images[0], "--output", cut)
+    assert "cut.png' cannot be created" in failing("--input", images[0], "--output", cut)
 
 
 def video(

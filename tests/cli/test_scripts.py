@@ -75,7 +75,7 @@ def test_detection_from_the_encoder_then_evaluation_again(root: Path, encoder: P
         "100.0% of the encoder's values matched",
         "loaded",
         "fresh         1: vit.pos_embed",
-        "features of the pre-trained encoder and of this one agree",
+        "features of the pre-trained and the loaded encoder agree",
     ):
         assert line in done.stdout, line
     first = json.loads((tmp_path / "inference/results.json").read_text())["svhn_test"]["bbox"]

@@ -142,7 +142,7 @@ def test_a_renamed_key_names_the_new_one(old: str, new: str, task: str, tmp_path
         return
     group, name = old.split(".")
     (tmp_path / "old.yaml").write_text(f"{group}:\n  {name}: 1\n")
-    with pytest.raises(UserError, match=rf"old.yaml': key {old} is named {new} now: rename it"):
+    with pytest.raises(UserError, match=rf"old.yaml': key {old} was renamed to {new}: rename it"):
         load_config(str(tmp_path / "old.yaml"), [], task)
     assert get_key(load_config(f"configs/base/{BASES[task]}.yaml", [new, "1"]), new) == 1
 

@@ -116,7 +116,7 @@ def test_bad_input_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_missing_weights_are_reported(root: Path) -> None:
     where = ("--config-file", CONFIG, "--to", "onnx", "--output", root / "x.onnx")
-    assert "'absent.pth' is no file" in fails(root, "relvit-d2", "export-model", "--weights", "absent.pth", *where)
+    assert "'absent.pth' does not exist" in fails(root, "relvit-d2", "export-model", "--weights", "absent.pth", *where)
 
 
 def test_the_subsampled_level_equals_max_pooling_with_stride_2() -> None:
