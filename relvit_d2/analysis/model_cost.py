@@ -55,16 +55,8 @@ def cost_table(subject: Subject, batch: int) -> str:
     """Measure a model with batches of ``batch`` images; return a table and the batch size that fits, as text."""
     cfg, model = subject.cfg, subject.model
     precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE))
-    model.train()
     meter = Meter(subject.stages)
-
-    def loss() -> Tensor:
-        torch.manual_seed(0)
-        with precision.autocast(), EventStorage():
-            outputs = model(subject.batches(batch))
-        return torch.stack([v.float() for name, v in outputs.items() if name.startswith("loss")]).sum()
-
-    loss().backward()  # warm-up
+    loss = _warm_loss(subject, batch)
     memory, flops = meter.memory(loss), meter.flops(loss)
     counts, seconds = meter.parameters(model), meter.seconds(loss, cfg.MODEL.DEVICE)
     for values in (counts, flops, memory):
@@ -90,6 +82,28 @@ def cost_table(subject: Subject, batch: int) -> str:
         f"{'' if fits else '; set MODEL.ACTIVATION_CHECKPOINT True or smaller images'}. "
         "For larger batches set SOLVER.GRAD_ACCUM_STEPS."
     )
+
+
+def step_cost(subject: Subject, batch: int) -> tuple[float, float]:
+    """Return the seconds of a forward and backward pass, and the bytes that it keeps, both per image."""
+    meter, loss = Meter(subject.stages), _warm_loss(subject, batch)
+    seconds = meter.seconds(loss, subject.cfg.MODEL.DEVICE)[ALL]
+    return seconds / batch, sum(meter.memory(loss).values()) / batch
+
+
+def _warm_loss(subject: Subject, batch: int) -> Callable[[], Tensor]:
+    """Return the forward pass of a batch in training, which was run once with its backward pass."""
+    precision = choose_precision(subject.cfg.SOLVER.PRECISION, torch.device(subject.cfg.MODEL.DEVICE))
+    subject.model.train()
+
+    def loss() -> Tensor:
+        torch.manual_seed(0)
+        with precision.autocast(), EventStorage():
+            outputs = subject.model(subject.batches(batch))
+        return torch.stack([v.float() for name, v in outputs.items() if name.startswith("loss")]).sum()
+
+    loss().backward()
+    return loss
 
 
 class Meter:
