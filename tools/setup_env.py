@@ -130,6 +130,7 @@ def set_up(torch_build: str) -> None:
     status, output = run(str(PYTHON), "-m", "relvit_d2", "doctor", "--install-detectron2")
     if status:
         raise SetupError(output.splitlines()[-1].replace("error: ", "", 1))
+    print(output)
     status, output = run(str(PYTHON), "-m", "pip", "check", "--disable-pip-version-check")
     if status:
         conflicts = "; ".join(line.rstrip(".") for line in output.splitlines())
