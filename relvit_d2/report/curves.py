@@ -77,7 +77,7 @@ def chart(title: str, lines: Sequence[Line], x_name: str = "iteration", percent:
     drawn = [line for line in lines if len(line.x)]
     with rc_context(_STYLE):
         figure = Figure(figsize=(4.2, 2.3))
-        axes = figure.add_axes((0.13, 0.17, 0.83, 0.78))
+        axes = figure.add_axes((0.16, 0.17, 0.8, 0.78))
         for line in drawn:
             single = len(line.x) == 1  # drawn as a line without length, whose round ends are a point
             x, y = (np.repeat(values, 2) if single else thinned(values) for values in (line.x, line.y))
