@@ -20,7 +20,7 @@ from relvit_d2.report.predictions import (
     STRIP,
     TITLE_HEIGHT,
     class_color,
-    draw_boxes,
+    draw_panel,
     escaped,
     fit,
     font,
@@ -81,13 +81,9 @@ def draw_samples(samples: Sequence[Sample], path: str | Path, title: str) -> Non
         top = BORDER + TITLE_HEIGHT + sum(heights[:line])
         bottom = top + heights[line] - NAME_HEIGHT
         corner = (left + (cell_width - panel.width) // 2, top + (bottom - top - panel.height) // 2)
-        sheet.paste(panel, corner)
-        scale = np.array([panel.width / sample.image.shape[1], panel.height / sample.image.shape[0]] * 2)
-        limit = np.array([panel.width - 1, panel.height - 1] * 2)
-        scaled = np.clip(np.asarray(sample.boxes, dtype=np.float64).reshape(-1, 4) * scale, 0, limit)
-        placed = [tuple(box) for box in (scaled + np.array(corner * 2)).tolist()]
         colors = [class_color(int(index)) for index in sample.classes]
-        draw_boxes(draw, placed, colors, _labels(sample), (left, top, left + cell_width, bottom))
+        cell = (left, top, left + cell_width, bottom)
+        draw_panel(sheet, panel, corner, sample.boxes, sample.image.shape, colors, _labels(sample), cell)
         name = escaped(sample.name)
         draw.text((left + cell_width / 2, bottom + 2), name, INK, font(NAME_SIZE, name), anchor="mt")
     with appearing(Path(path)) as part:

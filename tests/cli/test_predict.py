@@ -138,7 +138,7 @@ def test_paths_arrays_pictures_and_batches_give_the_same(detector: Detector, ima
             for image in (path, str(path), picture, np.array(picture.convert("RGB"))):
                 same(detector(image), expected)
     for bad in (np.zeros((8, 8, 3)), np.zeros((8, 8), np.uint8), np.zeros((0, 8, 3), np.uint8)):
-        with pytest.raises(UserError, match="is not an existing image"):
+        with pytest.raises(UserError, match="is no image"):
             detector(bad)
 
 
