@@ -14,7 +14,6 @@ from pathlib import Path
 
 from detectron2.structures import BoxMode
 
-from relvit_d2.data.cache import Labels, cached
 from relvit_d2.data.detection.data_yaml import Description, describe
 from relvit_d2.data.detection.records import (
     BoxValidator,
@@ -109,24 +108,20 @@ class YoloFolder:
                 f"not one image of the split '{split}' of '{self.root}' has a file of labels: put them there"
             )
         keypoints = self.description.keypoints
-
-        def read() -> Labels:
-            names = self.description.names or self._numbers()
-            if not self.description.names and list(names.values()) != list(classes):
-                names = dict(enumerate(classes))
-            places = {number: place for place, number in enumerate(names)}
-            validator = BoxValidator(str(self.root))
-            read_one = [
-                _record(image, label, self.root, places, keypoints, validator)
-                for image, label in zip(images, labels, strict=True)
-            ]
-            notes = [f"key points of '{self.root}' are not used, only the boxes"] if keypoints else []
-            return list(names.values()), read_one, validator.notes() + notes
-
-        sources = [*images, *labels, *self.description.sources]
-        name = f"YOLO labels, {split}, {keypoints} numbers of key points, {' '.join(classes)}"
-        names, records, _ = cached(name, self.root, sources, read)
-        return renumbered(records, names, classes, str(self.root))
+        names = self.description.names or self._numbers()
+        if not self.description.names and list(names.values()) != list(classes):
+            names = dict(enumerate(classes))
+        places = {number: place for place, number in enumerate(names)}
+        validator = BoxValidator(str(self.root))
+        records = [
+            _record(image, label, self.root, places, keypoints, validator)
+            for image, label in zip(images, labels, strict=True)
+        ]
+        for note in validator.notes():
+            logger.warning(note)
+        if keypoints:
+            logger.warning(f"key points of '{self.root}' are not used, only the boxes")
+        return renumbered(records, list(names.values()), classes, str(self.root))
 
     def images(self, split: str, skip_missing: bool) -> list[Path]:
         """List the images of one of ``sets``; no label is read."""

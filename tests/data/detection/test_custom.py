@@ -684,7 +684,7 @@ def test_the_cache_is_coco_and_notices_a_change(tmp_path: Path) -> None:
 
 
 def test_without_a_cache_the_records_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = write_yolo(tmp_path / "own")
+    root = write_voc(tmp_path / "own")
     first = look(root)[1].records("train", ("cat", "dog"), False)
     (tmp_path / "file").write_text("a file where the cache should be")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
