@@ -20,6 +20,8 @@ def opens_text(call: ast.Call) -> bool:
     """Whether a call reads or writes text, judged by its arguments; ``path.open()`` of an archive is omitted."""
     function, keys = call.func, {keyword.arg: keyword.value for keyword in call.keywords}
     name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    if name == "read_text" and call.args:  # an encoding, or a file of importlib.metadata, which is UTF-8
+        return False
     if {"text", "universal_newlines"} & keys.keys() or name in ("read_text", "write_text"):
         return True
     if name not in ("open", "fdopen"):
