@@ -25,7 +25,7 @@ from relvit_d2.engine.run_setup import silence_warnings
 from relvit_d2.evaluation.coco import without_mask
 from relvit_d2.experiments import recipe
 from relvit_d2.experiments.commands import run_command
-from relvit_d2.experiments.recipe import Choices, Data, Encoder, Machine, Timing
+from relvit_d2.experiments.recipe import Choices, Data, Machine, Timing
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.config_keys import get_key
 from relvit_d2.utils.config_paths import find_config
@@ -89,7 +89,7 @@ def train_custom(request: Request, dry_run: bool) -> None:
     seconds = request.seconds or (3600.0 if cfg.MODEL.DEVICE.startswith("cuda") else 1800.0)
     machine = measure_machine(cfg, pairs)
     encoder, choices = recipe.choose_model(data, machine, seconds, request.given)
-    files = Files(request, pairs, output, encoder)
+    files = Files(request, pairs, output, recipe.pretraining_choices(encoder, machine))
     choices |= anchor_choices(data, files.detector(choices | ONE_ANCHOR))
     timing = files.measure(choices, data)
     try:
@@ -195,13 +195,13 @@ class Files:
         request: of the user.
         pairs: keys of the data set.
         output: folder of all runs.
-        encoder: the chosen one.
+        model: keys of the pre-training but for its schedule.
     """
 
     request: Request
     pairs: list[str]
     output: Path
-    encoder: Encoder
+    model: Choices
 
     @property
     def pretrains(self) -> bool:
@@ -222,15 +222,9 @@ class Files:
 
     def pretraining(self, choices: Choices) -> CfgNode:
         """Return the config of the pre-training, which has the data, encoder and device of the training."""
-        encoder, given = self.encoder, self.request.given
-        keys: dict[str, Any] = {
-            "MODEL.ENCODER.NAME": encoder.name,
-            "MODEL.ENCODER.PATCH_SIZE": encoder.patch,
-            "MODEL.ENCODER.IMG_SIZE": encoder.view,
-            "PRETEXT.IMAGE_SIZE": encoder.view,
-            "DATASETS.TEST": "()",
-        }
-        keys |= {key: choice.value for key, choice in choices.items()}
+        given = self.request.given
+        keys: dict[str, Any] = {"DATASETS.TEST": "()"}
+        keys |= {key: choice.value for key, choice in {**self.model, **choices}.items()}
         keys |= {key: given[key] for key in ("MODEL.DEVICE", "SEED", "DATALOADER.NUM_WORKERS") if key in given}
         pairs = [str(part) for part in config_pairs(self.request.data, "pretrain")]
         return load_config(PRETRAINING_CONFIG, [*pairs, *_words(keys), *self._place("pretraining")])
@@ -238,7 +232,7 @@ class Files:
     def measure(self, choices: Choices, data: Data) -> Timing:
         """Run a few iterations of each command in the folder ``trial`` and return their times."""
         short = {"SOLVER.MAX_ITER": TRIAL, "SOLVER.WARMUP_ITERS": 0, "SOLVER.CHECKPOINT_PERIOD": 0}
-        trial = Files(self.request, self.pairs, self.output / "trial", self.encoder)
+        trial = Files(self.request, self.pairs, self.output / "trial", self.model)
         seconds = [0.0, 0.0]
         start = 0.0
         shorts = {key: recipe.Choice(value, "") for key, value in short.items()}
@@ -269,9 +263,7 @@ class Files:
         detector = {"MODEL.WEIGHTS": recipe.Choice(None, "start of the training"), **shared, **given}
         write_text(self.output / "recipe.yaml", recipe_yaml(CONFIG, self.detector(choices), detector))
         if self.pretrains:
-            keys = ("MODEL.ENCODER.NAME", "MODEL.ENCODER.PATCH_SIZE", "MODEL.ENCODER.IMG_SIZE", "PRETEXT.IMAGE_SIZE")
-            model = {key: recipe.Choice(None, "as the detector's encoder needs") for key in keys}
-            text = recipe_yaml(PRETRAINING_CONFIG, self.pretraining(before), {**shared, **model, **before})
+            text = recipe_yaml(PRETRAINING_CONFIG, self.pretraining(before), {**shared, **self.model, **before})
             write_text(self.output / "pretraining.yaml", text)
 
     def describe(self, choices: Choices, before: Choices, data: Data, machine: Machine, seconds: float) -> str:

@@ -13,8 +13,8 @@ import numpy as np
 SIDES = (128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 """Longer sides of training images to choose from, pixels."""
 
-SMALL_OBJECT = 24  # pixels that the smallest tenth of the objects get, if the time allows it
-TINY_OBJECT = 12  # pixels that it gets at least: an object of 1.5 cells of 8 pixels
+PATCHES = 2  # patches along an object that the smallest tenth of the objects gets at least
+SMALL_OBJECT = 32  # pixels beyond which smaller objects need no larger images
 EPOCHS = 20  # of the training images, as few as a model is chosen for
 MIN_IMAGES, MAX_IMAGES = 4_000, 40_000  # limits of the number of images that EPOCHS stands for
 UPDATES = 800  # iterations that the batch is chosen for
@@ -31,20 +31,14 @@ class Encoder(NamedTuple):
         name: a registered encoder.
         patch: side of a patch, pixels.
         rate: learning rate of AdamW for a batch of 16 images; smaller encoders train with larger rates.
-        view: side of the views in pre-training, pixels: 8 x 8 or 14 x 14 patches.
     """
 
     name: str
     patch: int
     rate: float
-    view: int
 
 
-ENCODERS = (
-    Encoder("vit_small", 16, 2e-4, 224),
-    Encoder("vit_tiny", 16, 5e-4, 224),
-    Encoder("vit_nano", 8, 1e-3, 64),
-)
+ENCODERS = (Encoder("vit_small", 16, 2e-4), Encoder("vit_tiny", 16, 5e-4), Encoder("vit_nano", 8, 1e-3))
 """The strongest first."""
 
 
@@ -155,7 +149,9 @@ def choose_model(data: Data, machine: Machine, seconds: float, given: Mapping[st
         "INPUT.MIN_SIZE_TEST": Choice(shorter, "as in training"),
         "INPUT.MAX_SIZE_TEST": Choice(side, "as in training"),
         "INPUT.RANDOM_FLIP": Choice(flip, why_flip),
-        "MODEL.MASK_ON": Choice(data.masks, "every object has a mask" if data.masks else "not every object has a mask"),
+        "MODEL.MASK_ON": Choice(
+            data.masks, "every object has a mask" if data.masks else "there are objects without a mask"
+        ),
         "MODEL.PYRAMID.STRIDES": Choice(strides, f"from {finest} px, half of a small object, to twice the patch"),
         "SOLVER.IMS_PER_BATCH": Choice(batch, f"about {UPDATES} iterations in the time, 4 to 16 images"),
         "SOLVER.REFERENCE_BATCH": Choice(16, "batch of the learning rate"),
@@ -178,18 +174,16 @@ def _seconds(machine: Machine, encoder: Encoder, side: int) -> float:
 def _encoder_and_side(
     data: Data, machine: Machine, seconds: float, given: Mapping[str, Any]
 ) -> tuple[Encoder, int, str]:
-    """Return the largest images, and for them the strongest encoder, that take at most ``seconds`` per image."""
+    """Return the strongest encoder that resolves small objects in at most ``seconds`` per image, and the image side."""
     sides = [side for side in SIDES if side <= max(data.longer, SIDES[0])]
-    enough = [side for side in sides if data.small_object(side) >= SMALL_OBJECT]
-    wanted = enough[0] if enough else sides[-1]
-    least = next((side for side in sides if data.small_object(side) >= TINY_OBJECT), sides[-1])
     encoders = [e for e in ENCODERS if given.get("MODEL.ENCODER.NAME", e.name) == e.name] or list(ENCODERS)
-    for side in reversed([side for side in sides if least <= side <= wanted]):
-        for encoder in encoders:
-            if _seconds(machine, encoder, side) <= seconds:
-                reason = f"the strongest of {len(ENCODERS)} that sees {EPOCHS} epochs of {side} px in the time"
-                return encoder, side, reason
-    return encoders[-1], least, f"the fastest; the time is short for {EPOCHS} epochs of {least} px"
+    for encoder in encoders:
+        resolved = [side for side in sides if data.small_object(side) >= PATCHES * encoder.patch] or sides[-1:]
+        affordable = [side for side in resolved if _seconds(machine, encoder, side) <= seconds]
+        if affordable:
+            side = next((side for side in affordable if data.small_object(side) >= SMALL_OBJECT), affordable[-1])
+            return encoder, side, f"the strongest of {len(ENCODERS)} that sees {EPOCHS} epochs of {side} px in the time"
+    return encoder, resolved[0], f"the fastest; the time is short for {EPOCHS} epochs of {resolved[0]} px"
 
 
 def _flip(classes: tuple[str, ...]) -> tuple[str, str]:
@@ -267,3 +261,19 @@ def choose_schedules(data: Data, timing: Timing, seconds: float, least: int = 20
 def with_given(choices: Choices, given: Mapping[str, Any]) -> Choices:
     """Return the choices with the user's values, whose reason is "given"."""
     return choices | {key: Choice(value, "given") for key, value in given.items()}
+
+
+def pretraining_choices(encoder: Encoder, machine: Machine) -> Choices:
+    """Choose views and batch of the pre-training."""
+    on_gpu = machine.device.startswith("cuda")
+    side = encoder.patch * (14 if on_gpu else 8)
+    batch = 256 if on_gpu else 64
+    return {
+        "MODEL.ENCODER.NAME": Choice(encoder.name, "the detector's"),
+        "MODEL.ENCODER.PATCH_SIZE": Choice(encoder.patch, "the detector's"),
+        "MODEL.ENCODER.IMG_SIZE": Choice(side, "grid of the position embedding"),
+        "PRETEXT.IMAGE_SIZE": Choice(side, f"{side // encoder.patch} x {side // encoder.patch} patches"),
+        "SOLVER.IMS_PER_BATCH": Choice(batch, "256 on a GPU, 64 on a CPU"),
+        "SOLVER.REFERENCE_BATCH": Choice(64, "batch of the learning rate"),
+        "SOLVER.BASE_LR": Choice(encoder.rate, f"of {encoder.name}"),
+    }
