@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -79,10 +80,10 @@ def train_custom(request: Request, dry_run: bool) -> None:
     cfg = load_config(CONFIG, [*pairs, *request.opts], "detection")
     name = Path(request.data).expanduser().resolve().name
     output = Path(cfg.OUTPUT_DIR) if "OUTPUT_DIR" in request.given else Path("output") / name
-    if (output / "recipe.yaml").exists():
+    if used := next((path for path in (output / "pretraining", output / "detector") if path.exists()), None):
         raise UserError(
-            f"'{output}' holds a run: continue it with relvit-d2 train --config-file {output / 'recipe.yaml'} "
-            "--resume, or choose another OUTPUT_DIR"
+            f"'{used}' holds a run: continue it with relvit-d2 train --config-file {output / 'recipe.yaml'} --resume, "
+            "delete it, or choose another OUTPUT_DIR"
         )
     make_folder(output)
     data = check_data(cfg, output)
@@ -250,6 +251,7 @@ class Files:
             times = [row["time"] for row in rows if "time" in row]
             seconds[command == "train"] = float(np.median(times[TRIAL // 2 :]))
             start = max(start, wall - sum(times))
+        shutil.rmtree(trial.output)
         batch = runs["train"].SOLVER.IMS_PER_BATCH
         return Timing(seconds[0], seconds[1], start, seconds[1] / batch / 2)
 
