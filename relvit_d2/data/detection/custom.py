@@ -86,7 +86,7 @@ def open_folder(root: Path, form: str = "") -> tuple[str, LabelledFolder]:
     missing = signs[form] if form else ", ".join(signs.values())
     near = "".join(f"; {reason}" for reason in near_misses(root))
     raise UserError(
-        f"'{root}' holds no labels that can be read ({missing}): correct the path, see docs/custom_data.md{near}"
+        f"'{root}' contains no labels that can be read ({missing}): correct the path, see docs/custom_data.md{near}"
     )
 
 

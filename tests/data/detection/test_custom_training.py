@@ -77,7 +77,7 @@ def test_partial_masks_and_sets_without_objects(tmp_path: Path) -> None:
     masks = ("MODEL.MASK_ON", "True", "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead")
     output = tmp_path / "out"
     done = run(tmp_path, "train_net.py", *flags, "--data", root, *TINY, *masks, "OUTPUT_DIR", output)
-    sentence = "only box AP is computed on cells_val: there is 1 object without a mask"
+    sentence = "only box AP is computed on cells_val (objects without a mask: 1)"
     assert done.stdout.count(sentence) == 1 and "loss_mask" in done.stdout.partition(sentence)[2]
     results = json.loads((output / "inference/results.json").read_text())["cells_val"]
     assert results.keys() == {"bbox"} and results["bbox"]["AP"] is not None
