@@ -1,7 +1,6 @@
 """A classifier's data, training and evaluation, from a config."""
 
 import argparse
-import hashlib
 import logging
 import re
 import shlex
@@ -11,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.utils import comm
@@ -19,13 +17,12 @@ from fvcore.common.config import CfgNode
 
 from relvit_d2.classification.model import ClassificationModel, build_classifier
 from relvit_d2.classification.probes import features, linear_probe
-from relvit_d2.data.cache import remembered
 from relvit_d2.data.classification.datasets import list_class_sets
-from relvit_d2.data.classification.image_folder import LabelledImages, check_same_classes, places
-from relvit_d2.data.detection.splits import hold_out, warn
+from relvit_d2.data.classification.division import split
+from relvit_d2.data.classification.image_folder import LabelledImages, check_same_classes
 from relvit_d2.data.images.batches import ImageStack, TrainingBatches, fixed_batches
 from relvit_d2.data.images.decode import image_size
-from relvit_d2.data.images.similarity import NEAR, VERSION, file_state, fingerprint, fingerprints
+from relvit_d2.data.images.seen import SEEN, SeenImages, count_seen, seen_entries, trained_on
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.run_setup import keep_config, start_run
 from relvit_d2.engine.trainer import Trainer
@@ -33,10 +30,8 @@ from relvit_d2.engine.weights import export_encoder, holds_encoder, load_trained
 from relvit_d2.pretext.monitor import knn_accuracy
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import write_json
-from relvit_d2.utils.randomness import generator
 
 WATCHED = "watched_test"  # the test set's name where it chooses the model
-COMPARED = 200_000  # images at most that are decoded to find equal ones, which takes minutes
 
 logger = logging.getLogger(__name__)
 
@@ -112,70 +107,6 @@ def _check_sizes(data: LabelledImages, size: int) -> None:
             f"'{odd}' is {width}x{height} pixels, but INPUT.VIEW.CROP pad wants all images at INPUT.VIEW.SIZE {size}: "
             "set the size to that of all images, or INPUT.VIEW.CROP resized"
         )
-
-
-def split(data: LabelledImages, share: float, seed: int) -> tuple[LabelledImages, LabelledImages]:
-    """Return what stays for training and what is held out: ``share``, 0..1, of all images, and so of each class.
-
-    Equal and nearly equal images stay together, see :func:`relvit_d2.data.detection.splits.hold_out`; where there are
-    none, or with more than ``COMPARED`` images, which are not compared, the shares are exact. In a run of several
-    processes the first one compares the images, and the others read the result from the user's cache.
-
-    Raises:
-        UserError: if nothing would be held out, or nothing stay.
-    """
-    order = torch.from_numpy(generator(seed, "validation").permutation(len(data)))
-    shuffled = data.labels[order]
-    quantile = (places(shuffled) + 0.5) / shuffled.bincount()[shuffled]
-    order, count = order[quantile.argsort(stable=True)], round(share * len(data))
-    chosen: list[int] = []
-    if 0 < count < len(data):
-        chosen = order[:count].tolist() if len(data) > COMPARED else _hold_out_groups(data, order, count)
-        if len(data) > COMPARED:
-            logger.info(
-                f"data set '{data.name}' has more than {COMPARED} images, which are not compared: equal ones may be "
-                "both trained on and held out"
-            )
-    if not chosen:
-        why = ", since equal images stay together" if 0 < count < len(data) else ""
-        raise UserError(
-            f"DATASETS.VALIDATION {share:.3%} holds out {count if not why else 0} of the {len(data)} images of "
-            f"'{data.name}'{why}: give another share, or '' for none"
-        )
-    held = torch.zeros(len(data), dtype=torch.bool)
-    held[chosen] = True
-    return data.take((~held).nonzero()[:, 0]), data.take(held.nonzero()[:, 0])
-
-
-def _hold_out_groups(data: LabelledImages, order: torch.Tensor, count: int) -> list[int]:
-    """Return the numbers of about ``count`` images to hold out, the first of ``order``, copies all or none."""
-    images = data.images
-    total = hashlib.blake2b(f"{VERSION} {NEAR} {count}\0".encode(), digest_size=16)
-    total.update(order.numpy().tobytes())
-    if isinstance(images, ImageStack):
-        pixels = images.pixels.cpu().numpy()
-        total.update(f"{pixels.shape}".encode())
-        total.update(np.ascontiguousarray(pixels).data.cast("B"))
-    else:
-        total.update("\n".join(map(file_state, images)).encode(errors="surrogateescape"))
-
-    def make() -> tuple[list[int], str]:
-        if isinstance(images, ImageStack):
-            prints = [fingerprint(image.permute(1, 2, 0).contiguous().cpu().numpy()) for image in images]
-        else:
-            prints = fingerprints(images, Path(data.name))
-        ranks = order.argsort().tolist()
-        held, warning = hold_out(prints, count, lambda group: min(ranks[i] for i in group), f"'{data.name}'")
-        return sorted(held), warning
-
-    if not comm.is_main_process():
-        comm.synchronize()  # until the first process has filled the cache
-    held, warning = remembered("held_out", total.hexdigest(), make)
-    if comm.is_main_process():
-        comm.synchronize()
-    if warning:
-        warn(warning)
-    return held
 
 
 def resolve_config(cfg: CfgNode, data: ClassificationData) -> CfgNode:
@@ -255,22 +186,27 @@ def finish(cfg: CfgNode, model: ClassificationModel, trainer: Trainer, data: Cla
     name = "best_on_test" if cfg.TEST.BEST_ON_TEST else "test"
     figures = evaluate(cfg, model, data.test) if data.test else {}
     if comm.is_main_process():
+        assert data.train is not None
         results = trainer.results | {name: figures}
-        export_encoder(cfg, model.encoder, cfg.INPUT.VIEW.SIZE, trainer.iter + 1, results)
-    log_results(cfg, {name: figures} if data.test else {}, data.test, trainer.results | {"model": chosen})
+        seen = trained_on({data.train.name: data.train.images}, SeenImages.of_metadata(trainer.kept))
+        export_encoder(cfg, model.encoder, cfg.INPUT.VIEW.SIZE, trainer.iter + 1, results, **seen)
+    tested = {name: figures} if data.test else {}
+    log_results(cfg, tested, data.test, trainer.kept, trainer.results | {"model": chosen})
 
 
 def log_results(
     cfg: CfgNode,
     figures: dict[str, Any],
     test: LabelledImages | None,
+    entries: dict[str, Any],
     more: dict[str, Any] | None = None,
     file: str = "results.json",
 ) -> None:
     """Log the figures on the test set and write them into a ``file`` of ``inference``, in the first process.
 
     It holds under the name of the test set the ``figures``, the number of ``images`` and the ``note`` that has to be
-    said beside a figure of it, if there is one; and ``more``.
+    said beside a figure of it, if there is one, and how many the weights were trained on, if that is known from the
+    ``entries`` that came with them; and ``more``.
     """
     if not comm.is_main_process():
         return
@@ -278,8 +214,11 @@ def log_results(
     if test:
         for name, values in figures.items():
             logger.info(f"{name.replace('_', ' ')}: {_words(values)}; {len(test)} images of {test.name}")
+        name = ", ".join(cfg.DATASETS.TEST)
         note = {"note": test.note} if test.note else {}
-        results[", ".join(cfg.DATASETS.TEST)] = {**figures, "images": len(test), **note}
+        counts = count_seen(entries, {name: test.images})
+        seen = {SEEN: counts[name]._asdict()} if counts else {}
+        results[name] = {**figures, "images": len(test), **note, **seen}
     write_json(Path(cfg.OUTPUT_DIR) / "inference" / file, results)
 
 
@@ -341,18 +280,18 @@ def run_process(asked: CfgNode, args: argparse.Namespace, end: Callable[[Path, s
             raise UserError("DATASETS.TEST is empty; name a set to evaluate on, such as ('cifar10_test',)")
         keep_config(cfg)
         if args.eval and not args.resume and holds_encoder(cfg.MODEL.WEIGHTS):
-            load_weights(cfg, model, encoder, "RGB")
+            entries = load_weights(cfg, model, encoder, "RGB")
             model.restart_average()
         else:
-            load_trained(cfg, model, cfg.OUTPUT_DIR if args.resume else cfg.MODEL.WEIGHTS)
+            entries = load_trained(cfg, model, cfg.OUTPUT_DIR if args.resume else cfg.MODEL.WEIGHTS).get("kept", {})
         if args.eval:
-            log_results(cfg, probe(cfg, model, data, args.eval), data.test, file=f"{args.eval}.json")
+            log_results(cfg, probe(cfg, model, data, args.eval), data.test, entries, file=f"{args.eval}.json")
         else:
-            log_results(cfg, {"test": evaluate(cfg, model, data.test)}, data.test)
+            log_results(cfg, {"test": evaluate(cfg, model, data.test)}, data.test, entries)
         return
     trainer = build_trainer(cfg, model, data)
     if not (args.resume and trainer.resume(args.allow_changes)):
-        load_weights(cfg, model, encoder, "RGB")
+        trainer.kept = seen_entries(load_weights(cfg, model, encoder, "RGB"))
         model.restart_average()
     trainer.train()
     finish(cfg, model, trainer, data)

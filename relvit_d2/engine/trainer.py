@@ -59,6 +59,7 @@ class Trainer(TrainerBase):
         interrupt: number of the signal that asked the run to end, 0 for none; the same in all processes.
         stopped: whether patience ended the run.
         first_row: the first iteration that this run writes to ``metrics.json``.
+        kept: entry ``kept`` of every checkpoint, plain values; a resumed run has that of its checkpoint.
 
     Raises:
         UserError: for keys that contradict each other.
@@ -86,6 +87,7 @@ class Trainer(TrainerBase):
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, optimizer=self.optimizer)
         self.results: dict[str, Any] = {}
         self.interrupt, self.stopped = 0, False
+        self.kept: dict[str, Any] = {}
         self._scalars: dict[str, tuple[float, bool]] = {}
         self._batches: BatchSource
         self._parts: Generator[Any, None, None]
@@ -141,6 +143,7 @@ class Trainer(TrainerBase):
             config=self.cfg.dump(),
             samples=self.samples,
             processes=comm.get_world_size(),
+            kept=self.kept,
         )
 
     def resume(self, allow_changes: bool = False) -> bool:
@@ -165,6 +168,7 @@ class Trainer(TrainerBase):
         self.checkpointer.accept = partial(check_same_run, self.cfg, self.samples, allow_changes)
         extra = self.checkpointer.load(self.checkpointer.get_checkpoint_file())
         self.start_iter, self._scalars = extra["iteration"] + 1, extra["scalars"]
+        self.kept = extra.get("kept", {})
         logger.info(f"resumed at iteration {self.start_iter}")
         if extra["processes"] != comm.get_world_size():
             logger.warning(

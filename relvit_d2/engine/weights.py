@@ -24,7 +24,7 @@ def holds_encoder(weights: str) -> bool:
     return weights.endswith(".safetensors") or is_published(weights)
 
 
-def load_weights(cfg: CfgNode, model: nn.Module, encoder: Encoder, input_format: str) -> None:
+def load_weights(cfg: CfgNode, model: nn.Module, encoder: Encoder, input_format: str) -> dict[str, Any]:
     """Load ``MODEL.WEIGHTS``: what :func:`holds_encoder`, a checkpoint of the whole model, or nothing.
 
     Args:
@@ -33,17 +33,20 @@ def load_weights(cfg: CfgNode, model: nn.Module, encoder: Encoder, input_format:
         encoder: the part of it that takes an encoder's weights.
         input_format: see :func:`load_proved`.
 
+    Returns:
+        The metadata of an encoder's file, or the entry ``kept`` of a checkpoint.
+
     Raises:
         UserError: if the file is missing, is of something else, or features differ (:func:`load_proved`).
     """
     weights = cfg.MODEL.WEIGHTS
     if not weights:
         logger.info("MODEL.WEIGHTS is empty: training from scratch")
-    elif holds_encoder(weights):
-        load_proved(cfg, encoder, weights, input_format)
-    else:
-        checkpointer = Checkpointer(model, enough=ENOUGH, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
-        checkpointer.load(weights, checkpointables=[])
+        return {}
+    if holds_encoder(weights):
+        return load_proved(cfg, encoder, weights, input_format)
+    checkpointer = Checkpointer(model, enough=ENOUGH, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
+    return checkpointer.load(weights, checkpointables=[]).get("kept", {})
 
 
 def run_config(weights: str | Path, config_file: str | Path, overrides: Sequence[Any], task: Task) -> CfgNode:
@@ -120,8 +123,8 @@ def export_encoder(
     return path
 
 
-def load_proved(cfg: CfgNode, encoder: Encoder, weights: str, input_format: str) -> None:
-    """Load ``weights`` into ``encoder``, log what matched, and run both encoders on one image.
+def load_proved(cfg: CfgNode, encoder: Encoder, weights: str, input_format: str) -> dict[str, Any]:
+    """Load ``weights`` into ``encoder``, log what matched, run both encoders on one image, return the metadata.
 
     Args:
         cfg: the script's config; its pixel statistics must be those of the weights.
@@ -146,6 +149,7 @@ def load_proved(cfg: CfgNode, encoder: Encoder, weights: str, input_format: str)
         logger.warning(f"left out here: {', '.join(left_out)} of '{weights}' (MODEL.ENCODER.POS_EMBED False)")
     note = f" (without the fresh {', '.join(report.fresh)})" if report.fresh else ""
     logger.info(f"features of the pre-trained encoder and of this one agree to {difference:.1e}{note}")
+    return report.metadata
 
 
 def _check_pixels(cfg: CfgNode, report: MatchReport, input_format: str) -> None:

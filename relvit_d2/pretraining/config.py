@@ -23,6 +23,7 @@ def add_pretraining_config(cfg: CfgNode) -> None:
     add_load_size_config(cfg)
     add_custom_data_config(cfg)
     add_class_set_config(cfg)
+    cfg.DATASETS.EXCLUDE = ()  # as TRAIN; images equal or nearly equal to these are left out of TRAIN
     cfg.PRETEXT.KNN = ""  # a folder with a folder of images for each class: k-NN accuracy of the features is logged too
 
 

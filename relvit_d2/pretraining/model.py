@@ -165,7 +165,9 @@ def image_features(model: PretrainingModel, batches: Iterable[dict[str, Any]]) -
     return torch.cat(features)
 
 
-def export_encoder(cfg: CfgNode, model: PretrainingModel, iterations: int, results: dict[str, Any]) -> Path:
+def export_encoder(
+    cfg: CfgNode, model: PretrainingModel, iterations: int, results: dict[str, Any], **more: Any
+) -> Path:
     """Write the model's encoder: see :func:`relvit_d2.engine.weights.export_encoder`."""
     size = cfg.PRETEXT.IMAGE_SIZE
-    return weights.export_encoder(cfg, model.encoder, size, iterations, results, pretext=cfg.PRETEXT)
+    return weights.export_encoder(cfg, model.encoder, size, iterations, results, pretext=cfg.PRETEXT, **more)

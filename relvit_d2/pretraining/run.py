@@ -18,8 +18,9 @@ from relvit_d2.data.classification.datasets import get_class_set, get_class_sets
 from relvit_d2.data.detection import catalog
 from relvit_d2.data.detection.catalog import keep_splits
 from relvit_d2.data.detection.custom import register_own
-from relvit_d2.data.images.batches import Images, TrainingBatches, fixed_batches, joined
+from relvit_d2.data.images.batches import Images, TrainingBatches, fixed_batches, joined, take
 from relvit_d2.data.images.folder import is_source, readable
+from relvit_d2.data.images.seen import SeenImages, fingerprints_of, seen_entries, trained_on
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.run_setup import keep_config, start_run
 from relvit_d2.engine.trainer import Trainer
@@ -76,6 +77,33 @@ def image_files(
 def _has_classes(name: str) -> bool:
     """Whether a name is that of a classification set, which an archive of classes is too."""
     return is_class_set(name) and not is_source(catalog.subset(name)[0])
+
+
+def without(files: Images, name: str, excluded: Images, others: str) -> Images:
+    """Return the training images that are neither equal nor nearly equal to an excluded one; the log counts the rest.
+
+    Args:
+        files: training images.
+        name: of their sets.
+        excluded: images that training must not see.
+        others: names of their sets.
+
+    Raises:
+        UserError: if none is left.
+    """
+    found = None
+    if comm.is_main_process():
+        seen = SeenImages.of(fingerprints_of(excluded, others))
+        found = seen.places(fingerprints_of(files, name))
+    cut = torch.tensor(comm.all_gather(found)[0], dtype=torch.int64)
+    kept = torch.ones(len(files), dtype=torch.bool)
+    kept[cut] = False
+    logger.info(
+        f"{len(cut)} of {len(files)} images of {name} are left out: they are, or nearly equal, images of {others}"
+    )
+    if not kept.any():
+        raise UserError(f"DATASETS.EXCLUDE: every image of {name} is, or nearly equals, one of {others}: give others")
+    return take(files, kept.nonzero()[:, 0])
 
 
 def next_command(config_file: str, data: str | None, cfg: CfgNode, encoder: Path) -> str:
@@ -193,6 +221,9 @@ def run_process(cfg: CfgNode, args: argparse.Namespace, end: Callable[[Path, str
     how = (data.SKIP_MISSING, data.DOWNLOAD, data.SYNSETS)
     tests = image_files("DATASETS.TEST", data.TEST, *how) if wanted else []
     files = [] if args.eval_only else image_files("DATASETS.TRAIN", data.TRAIN, *how)
+    name = ", ".join(data.TRAIN)
+    if data.EXCLUDE and not args.eval_only:
+        files = without(files, name, image_files("DATASETS.EXCLUDE", data.EXCLUDE, *how), ", ".join(data.EXCLUDE))
     keep_splits(data.TEST if args.eval_only else (*data.TRAIN, *data.TEST), Path(cfg.OUTPUT_DIR))
     model = build_pretraining_model(cfg)
     weights = cfg.MODEL.WEIGHTS
@@ -209,8 +240,9 @@ def run_process(cfg: CfgNode, args: argparse.Namespace, end: Callable[[Path, str
                 f"MODEL.WEIGHTS '{weights}' is no encoder.safetensors and no timm:NAME; pre-training starts from one "
                 "or from scratch"
             )
-        load_proved(cfg, model.encoder, weights, "RGB")
+        trainer.kept = seen_entries(load_proved(cfg, model.encoder, weights, "RGB"))
     trainer.train()
     if comm.is_main_process():
-        path = export_encoder(cfg, model, trainer.iter + 1, trainer.results)
+        seen = trained_on({name: files}, SeenImages.of_metadata(trainer.kept))
+        path = export_encoder(cfg, model, trainer.iter + 1, trainer.results, **seen)
         end(path.parent, next_command(args.config_file, args.data, cfg, path))

@@ -185,7 +185,7 @@ def config_words(words: list[str]) -> list[Any]:
 
 
 def register_own(keys: Mapping[str, Any], labels: bool = True) -> None:
-    """Make the sets of ``CUSTOM`` that ``TRAIN`` or ``TEST`` names known by their names.
+    """Make the sets of ``CUSTOM`` that ``TRAIN``, ``TEST`` or ``EXCLUDE`` names known by their names.
 
     Args:
         keys: the config node ``DATASETS``; ``CUSTOM`` holds for each name ``ROOT``, and where wanted ``FORMAT``,
@@ -195,7 +195,7 @@ def register_own(keys: Mapping[str, Any], labels: bool = True) -> None:
     Raises:
         UserError: a key is unknown or missing, or there is nothing that can be read.
     """
-    wanted = [*keys["TRAIN"], *keys["TEST"]]
+    wanted = [*keys["TRAIN"], *keys["TEST"], *keys.get("EXCLUDE", ())]
     for name, own in keys["CUSTOM"].items():
         where = f"DATASETS.CUSTOM.{name}"
         if not isinstance(own, Mapping):

@@ -34,6 +34,9 @@ NEAR = 7
 """Bits in which hashes of nearly equal images may differ. Of copies of 80 photos of VOC in another quality or half the
 size, 99 % differ in at most 7; no two of the photos differ in fewer than 37."""
 
+LIMIT = 200_000
+"""Images at most that are decoded to be compared, which takes minutes."""
+
 GRID = 8  # cells of the hash a side
 FEWEST = 4  # bits of either value that a hash needs to distinguish images
 BLOCK = 2**20  # pairs of hashes that are compared at a time
