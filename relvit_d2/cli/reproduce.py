@@ -9,7 +9,7 @@ explains it.
 import argparse
 from pathlib import Path
 
-from relvit_d2.experiments.published import row_names
+from relvit_d2.experiments.table_rows import row_names
 from relvit_d2.utils.errors import UserError, nearest
 
 EXAMPLE = "relvit-d2 reproduce table2 --row vit_s --seeds 3\nrows:\n" + "\n".join(
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     if not 0 < args.scale <= 1:
         raise UserError(f"--scale {args.scale}: give more than 0, at most 1")
     from relvit_d2.engine.provenance import command_line
-    from relvit_d2.experiments.reproduction import reproduce
+    from relvit_d2.experiments.reproduce import reproduce
 
     results = reproduce(
         args.table, name, args.seeds, args.scale, args.output, args.data_note, args.opts, command_line()

@@ -15,7 +15,7 @@ from detectron2.engine import default_argument_parser
 from relvit_d2.cli import COMMANDS, main, module_of, parser_of
 from relvit_d2.conversion import KINDS
 from relvit_d2.conversion.convert import CONVERTERS
-from relvit_d2.experiments.published import row_names, tables
+from relvit_d2.experiments.table_rows import row_names, tables
 from relvit_d2.utils.config_paths import ROOT as CONFIG_ROOT
 from relvit_d2.utils.config_paths import find_config
 from relvit_d2.utils.errors import UserError

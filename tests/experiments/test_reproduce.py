@@ -12,9 +12,10 @@ import torch
 from relvit_d2.classification.run import load_data
 from relvit_d2.config.config_file import COMMANDS
 from relvit_d2.data.detection import catalog
-from relvit_d2.experiments.comparison import _T, Runs, difference
-from relvit_d2.experiments.published import Row, tables
-from relvit_d2.experiments.reproduce import ImageCounts, Run, collect, count_images, page, plan, why_no_verdict
+from relvit_d2.experiments.results import collect, page, why_no_verdict
+from relvit_d2.experiments.runs import ImageCounts, Run, count_images, plan_runs
+from relvit_d2.experiments.statistics import _T, RunStatistics, difference
+from relvit_d2.experiments.table_rows import Row, tables
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
 from tests.support.scripts import fails, run, started, wait_for
@@ -105,7 +106,7 @@ def test_published_figures_are_those_of_the_paper() -> None:
     for table, name in ROWS:
         for arm in TABLES[table][name].arms:
             ours = {
-                metric: (f"{found.runs.mean:.2f}", "-" if found.runs.spread is None else f"{found.runs.spread:.2f}")
+                metric: (f"{found.runs.mean:.2f}", "-" if found.runs.std is None else f"{found.runs.std:.2f}")
                 for metric, found in arm.published.items()
             }
             theirs = figures.get((table, plain(name), arm.name.removesuffix("_multitap")), {})
@@ -187,23 +188,28 @@ def test_quantiles_are_students() -> None:
 
 
 def test_a_difference_is_judged_by_the_spread_of_runs() -> None:
-    ours, theirs = Runs.of([10.0, 11, 12]), Runs.of([13.0, 13.5, 14])
-    assert (ours.mean, ours.spread, ours.count) == (11, 1, 3)
+    ours, theirs = RunStatistics.of([10.0, 11, 12]), RunStatistics.of([13.0, 13.5, 14])
+    assert (ours.mean, ours.std, ours.count) == (11, 1, 3)
     # By hand: variances of the means 1/3 and 1/12, degrees of freedom (5/12)^2 / (1/18 + 1/288) = 2.94, rounded down.
     found = difference(ours, theirs)
     assert found.value == -2.5 and found.margin == pytest.approx(4.303 * math.sqrt(5 / 12))
     assert found.within_noise
     # Against one published run: it is taken to spread as ours do.
-    single = difference(ours, Runs(20.0))
+    single = difference(ours, RunStatistics(20.0))
     assert single.margin == pytest.approx(4.303 * math.sqrt(1 / 3 + 1)) and single.within_noise is False
-    assert difference(Runs(3.0), Runs(9.0)) == (-6.0, None)
-    assert difference(Runs(3.0), Runs(9.0)).within_noise is None
+    assert difference(RunStatistics(3.0), RunStatistics(9.0)) == (-6.0, None)
+    assert difference(RunStatistics(3.0), RunStatistics(9.0)).within_noise is None
 
 
 def test_runs_that_differ_by_chance_are_within_noise_in_95_of_100_cases() -> None:
     draws = torch.randn(2000, 2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
-    within = [difference(Runs.of(a), Runs.of(b)).within_noise for a, b in draws]
+    within = [difference(RunStatistics.of(a), RunStatistics.of(b)).within_noise for a, b in draws]
     assert 0.94 < sum(map(bool, within)) / len(within) < 0.98  # a little wider, for degrees are rounded down
+
+
+def plan(row: Row, seed: int, scale: float, output: Path, opts: list[str]) -> dict[str, Run]:
+    """The runs of all arms of a row."""
+    return plan_runs([step for arm in row.arms for step in arm.steps], seed, scale, output, opts)
 
 
 def written(row: Row, figures: dict[str, Any], scale: float, folder: Path, *opts: str, **counts: Any) -> str:
@@ -392,10 +398,10 @@ def test_a_classifiers_sets_have_one_figure(tmp_path: Path) -> None:
     opts = ["DATASETS.TEST", "('cifar10_test[:5]','cifar10_test[:9]')"]
     run = plan(TABLES["table1"]["cifar10"], 0, 1.0, tmp_path, opts)["supervised"]
     write_results(run, {"test": {"top1": 7.0}})
-    assert run.figure(("top1",)) == 7.0
+    assert run.metric(("top1",)) == 7.0
     run = plan(TABLES["table1"]["cifar10_authors"], 0, 1.0, tmp_path / "authors", [])["supervised"]
     write_results(run, {"best_on_test": {"top1": 8.0}})
-    assert run.figure(("top1",)) == 8.0
+    assert run.metric(("top1",)) == 8.0
 
 
 def test_a_finished_run_without_a_figure_is_not_given_as_to_be_run(tmp_path: Path) -> None:

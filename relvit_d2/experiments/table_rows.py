@@ -4,29 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from relvit_d2.experiments.comparison import Runs
 from relvit_d2.experiments.paper_tables import DETECTION_METRICS, REMARKS, SLIPS, TABLE1, TABLE2, TABLE3
-
-Overrides = tuple[tuple[str, object], ...]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One run of a training command.
-
-    Attributes:
-        name: of its folder below that of the seed; steps of one name are one run.
-        config: its config file, from the repository's root.
-        encoder: name of the step whose ``encoder.safetensors`` it starts from; empty for none.
-        labels: share of the training images that it sees, 0..1, the first ones.
-        overrides: further keys of the config and their values.
-    """
-
-    name: str
-    config: str
-    encoder: str = ""
-    labels: float = 1.0
-    overrides: Overrides = ()
+from relvit_d2.experiments.statistics import RunStatistics
+from relvit_d2.experiments.steps import Overrides, Step
 
 
 class Published(NamedTuple):
@@ -38,7 +18,7 @@ class Published(NamedTuple):
         slip: whether it is probably a printing error.
     """
 
-    runs: Runs
+    runs: RunStatistics
     slip: bool = False
 
 
@@ -245,7 +225,7 @@ def _classifier(name: str, title: str, config: str, paper: PaperData, authors: b
 
     pretrain = Step("pretrain", f"configs/ssl/{config}.yaml")
     published = {
-        arm: {"top-1 accuracy": Published(Runs(mean, spread, 2 if spread else 1))}
+        arm: {"top-1 accuracy": Published(RunStatistics(mean, spread, 2 if spread else 1))}
         for arm, (mean, spread) in TABLE1[name].items()
     }
     arms = [
@@ -279,7 +259,7 @@ def _detectors(table: str, name: str, title: str, config: str, pretraining: str,
         encoder = before[0].name if before else ""
         step = Step(arm, f"configs/{config}{ending}.yaml", encoder)
         published = {
-            f"box {metric}": Published(Runs(value), (table, name, arm, metric) in SLIPS)
+            f"box {metric}": Published(RunStatistics(value), (table, name, arm, metric) in SLIPS)
             for metric, value in zip(DETECTION_METRICS, figures.get(arm, ()), strict=False)
         }
         arms.append(Arm(arm, (*before, step), "" if arm == "supervised" else "supervised", published))

@@ -1,0 +1,75 @@
+"""Means over seeds, and whether a difference of two means exceeds the variation between runs."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+# Two-sided 95 % quantiles of Student's t distribution for 1, 2, ... degrees of freedom.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+_T_BEYOND = 2.131  # for more degrees of freedom: at most 9 % too wide
+
+
+@dataclass(frozen=True)
+class RunStatistics:
+    """Mean of a metric over runs that differ in their seed only.
+
+    Attributes:
+        mean: mean of the values.
+        std: sample standard deviation (n - 1); None for a single run.
+        count: number of runs.
+    """
+
+    mean: float
+    std: float | None = None
+    count: int = 1
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "RunStatistics":
+        """Return the statistics of at least one value."""
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+
+class Difference(NamedTuple):
+    """Difference of two means.
+
+    Attributes:
+        value: the first mean minus the second.
+        margin: half the width of the 95 % confidence interval; None where no standard deviation is known.
+    """
+
+    value: float
+    margin: float | None
+
+    @property
+    def within_noise(self) -> bool | None:
+        """Whether the interval contains zero; None where no standard deviation is known."""
+        return None if self.margin is None else abs(self.value) <= self.margin
+
+
+def difference(first: RunStatistics, second: RunStatistics) -> Difference:
+    """Compare two means by Welch's t interval at 95 %.
+
+    Source: B. L. Welch, "The generalization of Student's problem when several different population variances are
+    involved", 1947. If only one standard deviation is known, as against a single published run, it is used for both.
+    """
+    value = first.mean - second.mean
+    known = [(runs.std, runs.count) for runs in (first, second) if runs.std is not None]
+    if not known:
+        return Difference(value, None)
+    if len(known) == 1:
+        ((std, count),) = known
+        return Difference(value, _t_quantile(count - 1) * std * math.sqrt(1 / first.count + 1 / second.count))
+    parts = [(std**2 / count, count - 1) for std, count in known]
+    variance = sum(part for part, _ in parts)
+    if variance == 0:
+        return Difference(value, 0.0)
+    freedom = variance**2 / sum(part**2 / free for part, free in parts)  # Welch-Satterthwaite
+    return Difference(value, _t_quantile(freedom) * math.sqrt(variance))
+
+
+def _t_quantile(freedom: float) -> float:
+    """Return the quantile for the degrees of freedom, rounded down to a whole number of at least 1."""
+    index = max(int(freedom), 1) - 1
+    return _T[index] if index < len(_T) else _T_BEYOND
