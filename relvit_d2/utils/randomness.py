@@ -30,6 +30,11 @@ def generator(seed: int, purpose: str, *place: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(sequence(seed, purpose, *place)))
 
 
+def subset_order(seed: int, count: int) -> np.ndarray:
+    """Return the numbers 0 to ``count - 1`` in the order in which ``seed`` draws them into a subset, ``(count,)``."""
+    return generator(seed, "subset").permutation(count)
+
+
 def torch_generator(seed: int, purpose: str, *place: int) -> torch.Generator:
     """Return a CPU torch generator of its own for a draw; arguments as for :func:`sequence`."""
     state = int(sequence(seed, purpose, *place).generate_state(1, np.uint64)[0] >> np.uint64(1))

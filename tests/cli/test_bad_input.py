@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.support.damaged_files import huge_png
 
+from tests.support.damaged_files import huge_png
 from tests.support.scripts import command, digests, fails, run
 
 SSL, DETECT = "pretrain_ssl.py", "train_net.py"

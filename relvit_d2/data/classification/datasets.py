@@ -4,6 +4,7 @@
 class.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -16,10 +17,12 @@ from detectron2.utils import comm
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN, Flowers102
 
+from relvit_d2.data.classification.division import split
 from relvit_d2.data.classification.image_folder import LabelledImages, archive_of, read_tree, together
 from relvit_d2.data.classification.imagenet100 import synsets
 from relvit_d2.data.classification.matlab5 import read_matlab5
-from relvit_d2.data.detection.catalog import dataset_root, subset
+from relvit_d2.data.detection.catalog import dataset_root, subset, without_seed
+from relvit_d2.data.detection.splits import HELD_OUT, SEED
 from relvit_d2.data.images.batches import ImageStack
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.registry import Registry
@@ -37,13 +40,15 @@ _JPEG_NOTE = (
 def is_class_set(name: str) -> bool:
     """Whether ``name``, or what it is a subset of, is a classification set or lies in an archive."""
     base, _ = subset(name)
-    return base in CLASS_SETS or archive_of(Path(base).expanduser()) is not None
+    return base in CLASS_SETS or bool(_part(base)[1]) or archive_of(Path(base).expanduser()) is not None
 
 
 def get_class_set(name: str, download: bool = False, synset_file: str = "") -> LabelledImages:
     """Return a set of ``CLASS_SETS``, or a tree of classes by its path, which may lead into an archive.
 
-    ``NAME[:500]`` and ``NAME[:10%]`` take that many of its images, and of the classes in turn.
+    ``NAME[:500]`` and ``NAME[:10%]`` take that many of its images, and of the classes in turn; ``NAME[:10%@3]`` takes
+    those of each class in an order that the seed 3 draws. ``PATH[train]`` and ``PATH[val]`` are the parts of a tree that
+    is not divided: one image in five is in the second, equal and nearly equal ones on one side.
 
     Args:
         name: the name or the path.
@@ -57,17 +62,27 @@ def get_class_set(name: str, download: bool = False, synset_file: str = "") -> L
 
 
 def _listed(name: str, download: bool, synset_file: str) -> LabelledImages:
-    base, some = subset(name)
+    plain, seed = without_seed(name)
+    base, some = subset(plain)
+    place, part = _part(base)
     if base in CLASS_SETS:
         whole = CLASS_SETS[base](download, synset_file)
-    elif "/" in base or Path(base).exists():
-        path = Path(base).expanduser()
-        whole = read_tree(path, note=_JPEG_NOTE if _is_jpeg_cifar(path) else "")
+    elif "/" in place or Path(place).exists():
+        path = Path(place).expanduser()
+        whole = read_tree(path, name=base if part else "", note=_JPEG_NOTE if _is_jpeg_cifar(path) else "")
+        if part:
+            whole = split(whole, 1 / HELD_OUT, SEED)[part == "val"]
     else:
         whole = CLASS_SETS[base](download, synset_file)  # raises, with the nearest name
-    order = whole.in_turn()
+    order = whole.in_turn(seed)
     chosen = some(order.tolist())
     return whole if len(chosen) == len(whole) else whole.take(torch.tensor(chosen))
+
+
+def _part(base: str) -> tuple[str, str]:
+    """Return a path and ``train`` or ``val`` for ``PATH[train]`` or ``PATH[val]``, else ``base`` and ""."""
+    match = re.fullmatch(r"(.+)\[(train|val)\]", base)
+    return (match[1], match[2]) if match and not Path(base).exists() else (base, "")
 
 
 def list_class_sets(key: str, names: Sequence[str], download: bool = False, synset_file: str = "") -> LabelledImages:

@@ -17,6 +17,7 @@ from relvit_d2.data.images.batches import Images, ImageStack, joined, take
 from relvit_d2.data.images.decode import image_size
 from relvit_d2.data.images.folder import EXTENSIONS, list_images
 from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.randomness import subset_order
 
 IN_MEMORY = 2**31  # bytes of decoded pixels up to which images of one size are kept decoded
 
@@ -80,9 +81,15 @@ class LabelledImages:
             place.copy_(pixels)
         return LabelledImages(self.name, ImageStack(stack, self.name), self.labels, self.classes, self.note)
 
-    def in_turn(self) -> Tensor:
-        """Return the images' numbers, ``(n,)`` int64: the first of each class, then the second of each, and so on."""
-        return (places(self.labels) * len(self.classes) + self.labels).argsort()
+    def in_turn(self, seed: int | None = None) -> Tensor:
+        """Return the images' numbers, ``(n,)`` int64: the first of each class, then the second of each, and so on.
+
+        Args:
+            seed: draws the order of the images of a class; None: theirs.
+        """
+        order = torch.arange(len(self)) if seed is None else torch.from_numpy(subset_order(seed, len(self)))
+        labels = self.labels[order]
+        return order[(places(labels) * len(self.classes) + labels).argsort()]
 
 
 def places(labels: Tensor) -> Tensor:

@@ -32,9 +32,10 @@ from relvit_d2.data.images.folder import is_source, list_images, unlabelled_imag
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import write_text
 from relvit_d2.utils.paths import dataset_root, refuse_links_out
+from relvit_d2.utils.randomness import subset_order
 from relvit_d2.utils.registry import Registry
 
-_SUBSET = re.compile(r"(?P<base>.+)\[:(?P<amount>\d+(?:\.\d+)?)(?P<percent>%?)\]")
+_SUBSET = re.compile(r"(?P<base>.+)\[:(?P<amount>\d+(?:\.\d+)?)(?P<percent>%?)(?:@(?P<seed>\d+))?\]")
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ def resolve(name: str) -> str:
     """Return ``name`` once Detectron2's catalogs know it.
 
     ``NAME[:8]`` is the first 8 records of NAME in the reader's order, ``NAME[:10%]`` the first tenth (rounded down, one
-    at least); such a set is registered under its full name when it is asked for.
+    at least), and ``NAME[:10%@3]`` a tenth that the seed 3 draws (:func:`drawn`); such a set is registered under its
+    full name when it is asked for.
 
     Raises:
         UserError: an unknown name, or a subset of nothing or of more than 100 percent.
@@ -159,7 +161,7 @@ def get_images(name: str, skip_missing: bool = False) -> list[ImageFile]:
     if is_folder(name):
         return take(unlabelled_images(base))
     resolve(name)
-    if entry := _entry(base):
+    if (entry := _entry(base)) and without_seed(name)[1] is None:  # a drawn subset depends on the labels
         return take(entry.images(skip_missing))
     return [Path(record["file_name"]) for record in get_records(name, skip_missing)]
 
@@ -226,18 +228,59 @@ def subset(name: str) -> tuple[str, Callable[[list], list]]:
             f"'{name}' is no subset: write {match['base']}[:8] for the first 8 images, "
             f"{match['base']}[:10%] for the first 10 percent"
         )
-    if percent:
-        return match["base"], lambda items: items[: max(1, int(len(items) * amount / 100))]
-    return match["base"], lambda items: items[: int(amount)]
+
+    def take(items: list) -> list:
+        count = max(1, int(len(items) * amount / 100)) if percent else int(amount)
+        return items[:count] if match["seed"] is None else drawn(items, count, int(match["seed"]))
+
+    return match["base"], take
+
+
+def without_seed(name: str) -> tuple[str, int | None]:
+    """Return ``NAME[:10%]`` and 3 for ``NAME[:10%@3]``, and any other name with None."""
+    match = _SUBSET.fullmatch(name)
+    if not match or match["seed"] is None:
+        return name, None
+    return f"{match['base']}[:{match['amount']}{match['percent']}]", int(match["seed"])
+
+
+def drawn(items: list, count: int, seed: int) -> list:
+    """Return ``count`` of the items, which ``seed`` draws, in their order.
+
+    A larger count adds to those of a smaller one. Of records the first ones drawn are images of each class, of that
+    with the fewest images first, so that every class has an image if the count allows.
+
+    Args:
+        items: records, or anything else.
+        count: how many.
+        seed: at least 0.
+    """
+    order = subset_order(seed, len(items)).tolist()
+    holders: dict[int, list[int]] = {}  # by class, in the drawn order
+    for index in order:
+        for label in classes_of(items[index]):
+            holders.setdefault(label, []).append(index)
+    first: dict[int, None] = {}
+    for label in sorted(holders, key=lambda label: (len(holders[label]), label)):
+        if not first.keys() & set(holders[label]):
+            first[holders[label][0]] = None
+    return [items[index] for index in sorted([*first, *(index for index in order if index not in first)][:count])]
+
+
+def classes_of(item: Any) -> set[int]:
+    """Return the classes of a record's objects, crowds and difficult objects not counted; none of anything else."""
+    things = item.get("annotations", []) if isinstance(item, dict) else []
+    return {thing["category_id"] for thing in things if not (thing.get("iscrowd") or thing.get("difficult"))}
 
 
 def part_of(name: str, share: float) -> str:
     """Return the name of the first ``share``, 0..1, of a data set or subset, one image at least."""
     match = _SUBSET.fullmatch(name)
+    seed = f"@{match['seed']}" if match and match["seed"] is not None else ""
     if match and not match["percent"]:
-        return f"{match['base']}[:{max(int(float(match['amount']) * share), 1)}]"
+        return f"{match['base']}[:{max(int(float(match['amount']) * share), 1)}{seed}]"
     base, percent = (match["base"], float(match["amount"])) if match else (name, 100.0)
-    return f"{base}[:{f'{percent * share:.6f}'.rstrip('0').rstrip('.')}%]"
+    return f"{base}[:{f'{percent * share:.6f}'.rstrip('0').rstrip('.')}%{seed}]"
 
 
 def _find(what: str, *places: str) -> Path:

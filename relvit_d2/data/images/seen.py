@@ -104,7 +104,8 @@ class SeenImages:
         ours = _hashes([near for _, near in rest])
         for own, theirs in zip(ours.view(np.uint16).T, self.near.view(np.uint16).T, strict=True):
             order = theirs.argsort(kind="stable")
-            firsts, ends = (np.searchsorted(theirs, own, side, sorter=order) for side in ("left", "right"))
+            firsts = np.searchsorted(theirs, own, "left", sorter=order)
+            ends = np.searchsorted(theirs, own, "right", sorter=order)
             for row in np.flatnonzero(firsts < ends):
                 others = self.near[order[firsts[row] : ends[row]]]
                 if (np.bitwise_count(others ^ ours[row]).sum(1) <= NEAR).any():
