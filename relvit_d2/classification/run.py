@@ -185,13 +185,13 @@ def finish(cfg: CfgNode, model: ClassificationModel, trainer: Trainer, data: Cla
         chosen = f"the best by {metric} ({extra['value']:.2f}), after iteration {extra['iteration']}"
     name = "best_on_test" if cfg.TEST.BEST_ON_TEST else "test"
     figures = evaluate(cfg, model, data.test) if data.test else {}
+    tested = {name: figures} if data.test else {}
+    log_results(cfg, tested, data.test, trainer.kept, trainer.results | {"model": chosen})
     if comm.is_main_process():
         assert data.train is not None
         results = trainer.results | {name: figures}
         seen = trained_on({data.train.name: data.train.images}, SeenImages.of_metadata(trainer.kept))
         export_encoder(cfg, model.encoder, cfg.INPUT.VIEW.SIZE, trainer.iter + 1, results, **seen)
-    tested = {name: figures} if data.test else {}
-    log_results(cfg, tested, data.test, trainer.kept, trainer.results | {"model": chosen})
 
 
 def log_results(

@@ -10,6 +10,9 @@ from typing import NamedTuple
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 _T_BEYOND = 2.131  # for more degrees of freedom: at most 9 % too wide
 
+POWER = 0.8
+MOST_PAIRS = 1000  # more seeds than anybody runs
+
 
 @dataclass(frozen=True)
 class RunStatistics:
@@ -67,6 +70,35 @@ def difference(first: RunStatistics, second: RunStatistics) -> Difference:
         return Difference(value, 0.0)
     freedom = variance**2 / sum(part**2 / free for part, free in parts)  # Welch-Satterthwaite
     return Difference(value, _t_quantile(freedom) * math.sqrt(variance))
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> Difference:
+    """Compare runs that agree in pairs in all but one setting by a paired t interval at 95 %.
+
+    One pair has no margin.
+    """
+    pairs = RunStatistics.of([a - b for a, b in zip(first, second, strict=True)])
+    if pairs.std is None:
+        return Difference(pairs.mean, None)
+    return Difference(pairs.mean, _t_quantile(pairs.count - 1) * pairs.std / math.sqrt(pairs.count))
+
+
+def pairs_needed(difference: float, std: float) -> int | None:
+    """Return how many pairs a two-sided paired t test at 5 % needs to find a difference with probability 0.8.
+
+    The power is that of the noncentral t distribution. None for more than ``MOST_PAIRS`` pairs.
+
+    Args:
+        difference: mean of the differences of pairs.
+        std: their standard deviation.
+    """
+    from scipy.stats import nct, t  # takes a second
+
+    for count in range(2, MOST_PAIRS + 1):
+        limit, shift = t.ppf(0.975, count - 1), abs(difference) * math.sqrt(count) / std if std else math.inf
+        if math.isinf(shift) or nct.sf(limit, count - 1, shift) + nct.cdf(-limit, count - 1, shift) >= POWER:
+            return count
+    return None
 
 
 def _t_quantile(freedom: float) -> float:

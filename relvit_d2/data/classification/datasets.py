@@ -47,8 +47,8 @@ def get_class_set(name: str, download: bool = False, synset_file: str = "") -> L
     """Return a set of ``CLASS_SETS``, or a tree of classes by its path, which may lead into an archive.
 
     ``NAME[:500]`` and ``NAME[:10%]`` take that many of its images, and of the classes in turn; ``NAME[:10%@3]`` takes
-    those of each class in an order that the seed 3 draws. ``PATH[train]`` and ``PATH[val]`` are the parts of a tree that
-    is not divided: one image in five is in the second, equal and nearly equal ones on one side.
+    those of each class in an order that the seed 3 draws. ``PATH[train]`` and ``PATH[val]`` are the parts of a tree
+    that is not divided: one image in five is in the second, equal and nearly equal ones on one side.
 
     Args:
         name: the name or the path.
