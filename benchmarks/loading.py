@@ -1,6 +1,6 @@
 """Images to what a model takes, on one core, against Detectron2's default mapper and reader on the same images.
 
-``mapper_224`` and ``mapper_512`` are the mappers with the settings of ``configs/voc_vit_s_224.yaml`` and
+``mapper_224`` and ``mapper_512`` are the mappers with the settings of ``configs/paper/voc_vit_s_224.yaml`` and
 ``configs/voc_vit_s.yaml``: decoding, resizing, flipping, boxes. ``loader_S`` is the detection loader, batches of 16
 without worker processes, against Detectron2's. ``reader`` is what pre-training reads against Detectron2's
 ``read_image``. Images are the VOC samples under ``$RELVIT_SAMPLES``, or without them JPEGs of smoothed noise with three
@@ -34,7 +34,7 @@ from relvit_d2.detection.run import training_batches
 from relvit_d2.tasks import load_config
 
 SIZE = (500, 375)  # width and height of most of VOC's images
-CONFIGS = {"224": "configs/voc_vit_s_224.yaml", "512": "configs/voc_vit_s.yaml"}
+CONFIGS = {"224": "configs/paper/voc_vit_s_224.yaml", "512": "configs/voc_vit_s.yaml"}
 BATCH = 16
 
 

@@ -10,7 +10,7 @@ import argparse
 from relvit_d2.utils.config_paths import find_config
 from relvit_d2.utils.errors import UserError
 
-EXAMPLE = "relvit-d2 overfit-check --config-file configs/voc_vit_s_224.yaml --images 8"
+EXAMPLE = "relvit-d2 overfit-check --config-file configs/paper/voc_vit_s_224.yaml --images 8"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

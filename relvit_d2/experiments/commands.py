@@ -1,4 +1,4 @@
-"""Commands of relvit-d2 in processes of their own, with a progress bar."""
+"""Execution of relvit-d2 commands in subprocesses, with a progress bar."""
 
 import signal
 import subprocess
@@ -14,18 +14,18 @@ from relvit_d2.utils.files import make_folder
 
 
 def run_command(title: str, command: list[str], output: Path, total: int) -> None:
-    """Run ``command``, whose ``OUTPUT_DIR`` is ``output``; what it prints goes to ``output/console.txt``.
+    """Run a command and write its output to ``output/console.txt``.
 
-    The bar counts the iterations up to ``total`` in ``output/metrics.json`` and shows the phase before and after.
+    The progress bar counts the iterations in ``output/metrics.json``.
 
     Args:
-        title: the phase, shown beside the bar.
-        command: name of a command of relvit-d2 and its arguments.
-        output: the command's output folder; made if missing.
-        total: iteration at which the command stops; 0 for one that does not train.
+        title: text beside the bar.
+        command: name of a relvit-d2 command and its arguments.
+        output: ``OUTPUT_DIR`` of the command; created if missing.
+        total: last iteration of the command; 0 if it does not train.
 
     Raises:
-        UserError: if the command fails, with its own sentence, or ``output`` cannot be made.
+        UserError: if the command fails, with its error message, or ``output`` cannot be created.
     """
     make_folder(output)
     console, metrics = output / "console.txt", output / "metrics.json"
@@ -33,8 +33,8 @@ def run_command(title: str, command: list[str], output: Path, total: int) -> Non
     with console.open("w", encoding="utf-8") as log, tqdm(desc=title, total=total, unit="it", mininterval=pause) as bar:
         full = [sys.executable, "-m", "relvit_d2", *command]
         before = _iterations(metrics, total)
-        # Ctrl-C reaches this process alone, which passes on one signal: a second one would end the command at once.
-        # If it is killed, the command ends too: it would else write to a folder where another run may begin.
+        # A session of its own: Ctrl-C reaches this process only, which sends one signal; a second one would stop the
+        # command without a checkpoint. If this process is killed, the command ends too: another run may use its folder.
         process = subprocess.Popen(
             full, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_die_with_parent
         )

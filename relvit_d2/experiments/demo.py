@@ -1,4 +1,4 @@
-"""The demo: pre-training and detection on drawn street numbers."""
+"""The demo: pre-training and detection on synthetic street numbers."""
 
 import json
 import platform
@@ -27,11 +27,11 @@ SHOWN, SCORE = 12, 0.5
 
 
 def demo(opts: list[str]) -> None:
-    """Run all phases, each in a process of its own; write into ``output/demo`` of the current folder."""
+    """Run all phases in subprocesses and write the results to ``output/demo`` in the current folder."""
     output = Path("output/demo")
     shutil.rmtree(output, ignore_errors=True)
     started = time.monotonic()
-    print("1/4 street numbers: drawing, once", flush=True)
+    print("1/4 generating street numbers", flush=True)
     records = catalog.get_records("streets_test")
     encoder = output / "pretrain" / "encoder.safetensors"
     arms = {"finetune": ["MODEL.WEIGHTS", str(encoder)], "supervised": []}
@@ -50,11 +50,11 @@ def demo(opts: list[str]) -> None:
     draw(records, output)
     write_report([output / arm for arm in (*arms, "pretrain")], output / "report.html")
     written = f"written: {output}/results.json, {output}/results.md, {output}/predictions.png"
-    print(f"\n{text}\n{written}\nlook at:  {output}/report.html")
+    print(f"\n{text}\n{written}\nreport: {output}/report.html")
 
 
 def run(title: str, command: str, config: str, output: Path, opts: list[str]) -> float:
-    """Run the command of one phase, with a progress bar; return its wall-clock seconds."""
+    """Run one phase and return its wall-clock time in seconds."""
     start = time.monotonic()
     words = [command, "--config-file", config, "OUTPUT_DIR", str(output), *opts]
     run_command(title, words, output, load_config(config, opts).SOLVER.MAX_ITER)
@@ -62,13 +62,13 @@ def run(title: str, command: str, config: str, output: Path, opts: list[str]) ->
 
 
 def scores(folder: Path) -> dict[str, float]:
-    """Read the box AP of the test set that a phase evaluated."""
+    """Return the box AP, AP50 and AP75 of a phase on its test set, in percent."""
     box = next(iter(json.loads((folder / "inference/results.json").read_text(encoding="utf-8")).values()))["bbox"]
     return {name: round(box[name], 2) for name in ("AP", "AP50", "AP75")}
 
 
 def machine(opts: list[str]) -> dict[str, Any]:
-    """Return the machine and the versions that the numbers were measured on."""
+    """Return device, precision, versions and seed of the measurement."""
     cfg = load_config(DETECT, opts)
     precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE)).name
     return {
@@ -81,7 +81,7 @@ def machine(opts: list[str]) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any], images: int, seconds: float) -> str:
-    """Return the results as a page of Markdown."""
+    """Return the results as Markdown."""
     machine_, pre = results["machine"], results["pretrain"]
     lines = [
         f"Box AP on {images} test images of `streets` (synthetic street numbers), in percent.",
@@ -105,23 +105,23 @@ def table(results: dict[str, Any], images: int, seconds: float) -> str:
             "Pre-training on held-out images: "
             + ", ".join(f"{t} accuracy {pre[t + '_accuracy']:.1%} (chance {pre[t + '_chance']:.1%})" for t in TASKS)
             + ".",
-            "One seed proves nothing: another seed may change the difference by a few points either way.",
+            "One seed proves nothing: with another seed the difference may change by a few points in either direction.",
             f"Measured on {machine_['device']}, {machine_['precision']}, torch {machine_['torch']}, Python "
-            f"{machine_['python']}, seed {machine_['seed']}; {seconds / 60:.1f} minutes in all. Seconds are wall "
-            "clock, start-up and evaluation included.",
+            f"{machine_['python']}, seed {machine_['seed']}; {seconds / 60:.1f} minutes in total. Seconds are "
+            "wall-clock time including start-up and evaluation.",
             "",
         ]
     )
 
 
 def draw(records: list[dict[str, Any]], output: Path) -> None:
-    """Draw the first test images, truth beside the fine-tuned detector's boxes."""
+    """Draw the first test images: ground truth beside the boxes of the fine-tuned detector."""
     found = json.loads((output / "finetune/inference/coco_instances_results.json").read_text(encoding="utf-8"))
     rows = []
     for record in records[:SHOWN]:
         mine = [d for d in found if d["image_id"] == record["image_id"] and d["score"] >= SCORE]
         corners = np.array([d["bbox"] for d in mine]).reshape(-1, 4)
-        corners[:, 2:] += corners[:, :2]  # COCO's results hold left, top, width, height
+        corners[:, 2:] += corners[:, :2]  # COCO results contain left, top, width, height
         rows.append(
             DetectionRow(
                 read_rgb(record["file_name"]),
@@ -133,4 +133,4 @@ def draw(records: list[dict[str, Any]], output: Path) -> None:
             )
         )
     classes = catalog.get_metadata("streets_test").thing_classes
-    draw_detections(rows, classes, output / "predictions.png", title="street numbers: truth beside detections")
+    draw_detections(rows, classes, output / "predictions.png", title="street numbers: ground truth and detections")

@@ -1,4 +1,4 @@
-"""Training of a detector on a few images until it finds their objects."""
+"""Check that a detector can overfit a few images."""
 
 import json
 import time
@@ -9,15 +9,20 @@ from relvit_d2.experiments.commands import run_command
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
 
-PASS = 95.0
+PASS = 95.0  # percent
 FIRST_ROUND, ROUND, LAST = 200, 100, 1000  # iterations
 
 
 def overfit_check(config_file: str, images: int, opts: list[str]) -> None:
-    """Train in rounds until AP50 passes.
+    """Train in rounds until box AP50 on the training images exceeds ``PASS`` percent.
+
+    Args:
+        config_file: a detection config; its first training set is used.
+        images: number of training images.
+        opts: keys and values that override the config.
 
     Raises:
-        UserError: if it does not pass.
+        UserError: if AP50 is too low after ``LAST`` iterations.
     """
     cfg = load_config(config_file, opts, "detection")
     register_own(cfg.DATASETS)
@@ -41,7 +46,7 @@ def overfit_check(config_file: str, images: int, opts: list[str]) -> None:
         "SOLVER.BASE_LR": 2e-4,
         "SOLVER.REFERENCE_BATCH": 0,
         "SOLVER.WARMUP_ITERS": 50,
-        # A rate that does not depend on the end, so that a later round goes on where the earlier one stopped.
+        # A constant learning rate does not depend on MAX_ITER, so that a later round can resume the earlier one.
         "SOLVER.LR_SCHEDULER_NAME": "WarmupMultiStepLR",
         "SOLVER.STEPS": (),
         "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": 5.0,

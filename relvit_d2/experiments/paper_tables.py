@@ -1,8 +1,8 @@
 """Every figure of the paper's three tables, in percent, as printed.
 
-Table 1 is classification (top-1 accuracy, mean and spread over runs where the paper gives one). Tables 2 and 3 are
-detection (COCO-style AP, AP50 and AP75, one run each). ``supervised`` is the baseline without pretext tasks, ``joint``
-learns them together with detection, ``upstream`` is pre-trained on them, ``mega`` is pre-trained on mega-patches.
+Table 1: classification, top-1 accuracy, mean and the number after ± where the paper gives one. Tables 2 and 3:
+detection, COCO-style AP, AP50 and AP75 of one run each. Arms: ``supervised`` is the baseline without pretext tasks,
+``joint`` trains them together with detection, ``upstream`` pre-trains on them, ``mega`` pre-trains on mega-patches.
 """
 
 TABLE1: dict[str, dict[str, tuple[float, float | None]]] = {
@@ -58,30 +58,31 @@ TABLE3: dict[str, dict[str, tuple[float, float, float]]] = {
     },
 }
 
-# Cells that are probably printing errors: table, row, arm and metric.
-SLIPS = {("table2", "vit_s", "joint", "AP75")}
+# Cells that are probably misprints: table, row, arm and metric.
+MISPRINTS = {("table2", "vit_s", "joint", "AP75")}
 
-# What is odd about a row's print, by table and row.
+_NOT_ALWAYS = 'The paper states "always outperforms the supervised baselines", but its AP of {}.'
+# Remarks on a row, by table and row.
 REMARKS: dict[tuple[str, str], tuple[str, ...]] = {
-    ("table1", "cifar100"): ("The paper prints the gain +5.85, a slip: its two figures differ by 5.80.",),
+    ("table1", "cifar10"): ("The paper has no joint row in Table 1.",),
+    ("table1", "cifar100"): ("The paper prints the gain +5.85, a misprint: its two figures differ by 5.80.",),
     ("table1", "imagenet"): ("The paper trained on one GPU with batch 256, in a single run.",),
     ("table2", "vit_s"): (
-        "The paper's AP75 of joint, 15.16, is probably a slip: it is the AP of the next row, upstream.",
+        "The paper's AP75 of joint, 15.16, is probably a misprint: it is the AP of the next row, upstream.",
+        "The paper has no permuted row for ViT-S: without position embedding a permutation changes nothing. Here the "
+        "encoders of perm and mega_perm are pre-trained with one.",
     ),
-    ("table2", "swin_t"): (
-        'The paper writes "always outperforms the supervised baselines", but its AP of joint, 12.98, is below 15.43.',
-    ),
+    ("table2", "swin_t"): (_NOT_ALWAYS.format("joint, 12.98, is below 15.43"),),
     ("table3", "coco"): (
         "The paper has no joint row for COCO.",
-        "Its COCO mini-val is taken for the 5,000-image minival that later became val2017 (from memory).",
+        "Its COCO mini-val is assumed to be the 5,000-image minival that later became val2017 (from memory).",
     ),
     ("table3", "svhn"): (
         "The paper's AP gain of mega is illegible; 1.81 is the difference of its figures.",
-        'The paper writes "always outperforms the supervised baselines", but its AP of upstream, 32.30, is below '
-        "32.55.",
+        _NOT_ALWAYS.format("upstream, 32.30, is below 32.55"),
     ),
     ("table3", "kitti"): (
-        "The paper prints the AP50 gain +7.99 of upstream, a slip: its two figures differ by 7.79.",
-        'The paper writes "always outperforms the supervised baselines", but its AP of joint, 29.82, is below 32.17.',
+        "The paper prints the AP50 gain +7.99 of upstream, a misprint: its two figures differ by 7.79.",
+        _NOT_ALWAYS.format("joint, 29.82, is below 32.17"),
     ),
 }

@@ -1,7 +1,9 @@
-"""The runs of a row of a table, one after the other, and their results."""
+"""The runs of a table row, one after the other, and their results."""
 
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -9,62 +11,96 @@ from relvit_d2 import __version__
 from relvit_d2.engine import signals
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.experiments.results import collect, page
-from relvit_d2.experiments.runs import count_images_of_runs, plan_runs, run_unfinished
-from relvit_d2.experiments.table_rows import tables
+from relvit_d2.experiments.runs import Run, count_images_of_runs, plan_runs, run_unfinished
+from relvit_d2.experiments.table_rows import Row, tables
+from relvit_d2.utils.errors import UserError, nearest
 from relvit_d2.utils.files import write_json, write_text
 from relvit_d2.utils.hardware import device_name
 
 
-def reproduce(
-    table: str, name: str, seeds: int, scale: float, output: Path | None, note: str, opts: list[str], command: str
-) -> str:
-    """Run the runs of a row that are not finished yet, and write the results after each.
+class RowPlan(NamedTuple):
+    """The runs of a row.
+
+    Attributes:
+        row: the row.
+        folder: output folder of all runs.
+        seeds: the runs of all arms by the name of their step, of each seed.
+        selected: those of the selected arms.
+    """
+
+    row: Row
+    folder: Path
+    seeds: list[dict[str, Run]]
+    selected: list[dict[str, Run]]
+
+
+def plan_row(
+    table: str, name: str, arms: Sequence[str], seeds: int, scale: float, output: Path | None, opts: list[str]
+) -> RowPlan:
+    """Return the runs of a row.
 
     Args:
-        table, name: of the row.
-        seeds: runs of every arm.
+        table, name: table and name of the row.
+        arms: names of the arms to run; empty for all.
+        seeds: number of runs of every arm.
         scale: share of the schedule and of the images, 0..1.
         output: folder of all runs; None: ``output/TABLE_ROW``, ``output/TABLE_ROW_SCALE`` if scaled.
-        note: on the data, for readers of the results.
-        opts: keys and values over every config.
-        command: the command line, for the results.
-
-    Returns:
-        The results as Markdown, and where they were written.
+        opts: keys and values for every config.
 
     Raises:
-        UserError: if an argument is out of range, a config or data are missing, or a run fails.
+        UserError: for an unknown arm, a config that cannot be read, or a key that the runs set themselves.
+    """
+    row = tables()[table][name]
+    known = [arm.name for arm in row.arms]
+    if wrong := next((arm for arm in arms if arm not in known), None):
+        raise UserError(f"--arm '{wrong}' is not in {table} --row {name}: {', '.join(known)}{nearest(wrong, known)}")
+    folder = (output or Path(f"output/{table}_{name}{f'_{scale:g}' if scale < 1 else ''}")).absolute()
+    planned = [plan_runs(row.steps(), seed, scale, folder, opts) for seed in range(seeds)]
+    names = {step.name for arm in row.arms if not arms or arm.name in arms for step in arm.steps}
+    return RowPlan(row, folder, planned, [{n: run for n, run in runs.items() if n in names} for runs in planned])
+
+
+def command_lines(plan: RowPlan) -> list[str]:
+    """Return the selected runs as shell commands, in the order of execution."""
+    return [shlex.join(["relvit-d2", *run.command]) for runs in plan.selected for run in runs.values()]
+
+
+def reproduce(plan: RowPlan, about: dict[str, Any]) -> str:
+    """Execute the selected runs that are not finished, and write the results of the row after each.
+
+    Args:
+        plan: the runs.
+        about: ``table``, ``row``, ``note`` on the data, ``command`` line and ``scale``, stored with the results.
+
+    Returns:
+        The results as Markdown, and the paths of the files.
+
+    Raises:
+        UserError: if data are missing or a run fails.
     """
     signals.install(patient=False)
-    row = tables()[table][name]
-    ending = f"_{scale:g}" if scale < 1 else ""
-    folder = (output or Path(f"output/{table}_{name}{ending}")).absolute()
-    steps = [step for arm in row.arms for step in arm.steps]
-    planned = [plan_runs(steps, seed, scale, folder, opts) for seed in range(seeds)]
-    images = count_images_of_runs(planned[0])
-    arms = {arm.name: images[arm.steps[-1].name] for arm in row.arms}
-    notes = dict.fromkeys(count.note for count in arms.values() if count.note)
-    cfg = planned[0][row.arms[0].steps[-1].name].config
-    about: dict[str, Any] = {
-        "table": table,
-        "row": name,
-        "seeds": seeds,
-        "note": note or "; ".join(notes),
+    row = plan.row
+    images = count_images_of_runs(plan.seeds[0])
+    counts = {arm.name: images[arm.steps[-1].name] for arm in row.arms}
+    notes = dict.fromkeys(count.note for count in counts.values() if count.note)
+    cfg = plan.seeds[0][row.arms[0].steps[-1].name].config
+    about = about | {
+        "seeds": len(plan.seeds),
+        "note": about["note"] or "; ".join(notes),
         "machine": {
             "device": device_name(cfg.MODEL.DEVICE),
             "precision": choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE)).name,
             "torch": torch.__version__,
             "version": __version__,
         },
-        "command": command,
     }
 
     def write() -> str:
-        results = about | collect(row, planned, arms, scale)
+        results = about | collect(row, plan.seeds, counts, about["scale"])
         text = page(results)
-        write_json(folder / "results.json", results)
-        write_text(folder / "results.md", text)
+        write_json(plan.folder / "results.json", results)
+        write_text(plan.folder / "results.md", text)
         return text
 
-    run_unfinished(planned, write)
-    return f"{write()}\nwritten: {folder}/results.json, {folder}/results.md"
+    run_unfinished(plan.selected, write)
+    return f"{write()}\nwritten: {plan.folder}/results.json, {plan.folder}/results.md"

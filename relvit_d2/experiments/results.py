@@ -25,8 +25,8 @@ def why_no_verdict(paper: PaperData, run: Run, images: ImageCounts, scale: float
 
     Args:
         paper: the paper's data and protocol.
-        run: the one that is measured.
-        images: those that it uses.
+        run: the evaluated run.
+        images: its numbers of images.
         scale: share of the schedule and of the images, 0..1.
     """
     cfg = run.config
@@ -40,15 +40,15 @@ def why_no_verdict(paper: PaperData, run: Run, images: ImageCounts, scale: float
         return f"the paper's figure is on the images of {paper.test}, ours on those of {test}"
     if train != paper.train:
         return f"the paper trains on {paper.train}, here it is {train}"
-    if count != paper.images[0]:
-        out = f", because {images.held_out:,} are held out to choose the model" if images.held_out else ""
-        return f"the paper trains on {paper.images[0]:,} images, here it is on {count:,}{out}"
-    if images.test != paper.images[1]:
-        return f"the paper tests on {paper.images[1]:,} images, here it is on {images.test:,}"
+    if count != paper.train_images:
+        out = f", because {images.held_out:,} are held out to select the model" if images.held_out else ""
+        return f"the paper trains on {paper.train_images:,} images, here it is on {count:,}{out}"
+    if images.test != paper.test_images:
+        return f"the paper tests on {paper.test_images:,} images, here it is on {images.test:,}"
     if images.note:
         return f"the images are {images.note}"
     if paper.best_on_test and not cfg.TEST.BEST_ON_TEST:
-        return "the paper reports the best model on the test images, here the test images do not choose the model"
+        return "the paper reports the best model on the test images, here the test images do not select the model"
     if keys := [key for key in run.keys if key not in _MACHINE_KEYS]:
         return f"{', '.join(keys)} {'was' if len(keys) == 1 else 'were'} changed"
     return ""
@@ -60,9 +60,9 @@ def collect(
     """Return the results so far, as plain values for ``results.json``.
 
     Args:
-        row: what is run.
-        seeds: the runs of each seed.
-        images: those of each arm's last run.
+        row: the row.
+        seeds: the runs of each seed by the name of their step.
+        images: numbers of images of each arm's last run.
         scale: share of the schedule and of the images, 0..1.
     """
     arms: dict[str, Any] = {}
@@ -80,48 +80,44 @@ def collect(
     for metric, path in row.metrics.items():
         values = {arm.name: [seed[arm.steps[-1].name].metric(path) for seed in seeds] for arm in row.arms}
         done = {name: [x for x in found if x is not None] for name, found in values.items()}
-        sums = {name: RunStatistics.of(found) for name, found in done.items() if found}
+        stats = {name: RunStatistics.of(found) for name, found in done.items() if found}
         published = {arm.name: arm.published.get(metric) for arm in row.arms}
         metrics[metric] = {}
         for arm in row.arms:
-            ours, theirs = sums.get(arm.name), published[arm.name]
-            judge = not arms[arm.name]["no_verdict"] and len(done[arm.name]) > 1
+            ours, theirs = stats.get(arm.name), published[arm.name]
+            verdict = not arms[arm.name]["no_verdict"] and len(done[arm.name]) > 1
             metrics[metric][arm.name] = {
                 "values": values[arm.name],
                 "mean": ours and ours.mean,
                 "spread": ours and ours.std,
-                "gain": _compared(ours, sums.get(arm.baseline), scale == 1),
+                "gain": _comparison(ours, stats.get(arm.baseline), scale == 1),
                 "published": theirs and theirs.runs.mean,
                 "published_spread": theirs and theirs.runs.std,
-                "published_slip": bool(theirs and theirs.slip),
+                "published_misprint": bool(theirs and theirs.misprint),
                 "published_gain": _gain(theirs, published.get(arm.baseline)),
-                "against_published": _compared(ours, theirs.runs if theirs and not theirs.slip else None, judge),
+                "against_published": _comparison(
+                    ours, theirs.runs if theirs and not theirs.misprint else None, verdict
+                ),
             }
     return {"title": row.title, "scale": scale, "arms": arms, "metrics": metrics, "remarks": row.remarks}
 
 
-def _gain(of: Published | None, over: Published | None) -> float | None:
-    """Return the difference of two published figures; None where one is missing or a printing error."""
-    return of.runs.mean - over.runs.mean if of and over and not (of.slip or over.slip) else None
+def _gain(arm: Published | None, baseline: Published | None) -> float | None:
+    """Return the difference of two published figures; None if one is missing or a misprint."""
+    return arm.runs.mean - baseline.runs.mean if arm and baseline and not (arm.misprint or baseline.misprint) else None
 
 
-def _compared(ours: RunStatistics | None, other: RunStatistics | None, judge: bool) -> dict[str, Any] | None:
-    """Return a difference, its margin of noise, and whether it is within that; None where there is nothing to compare.
-
-    Args:
-        ours, other: the means.
-        judge: whether margin and verdict are given.
-    """
-    if not ours or not other:
+def _comparison(first: RunStatistics | None, second: RunStatistics | None, verdict: bool) -> dict[str, Any] | None:
+    """Return the difference of two means, with margin and ``within_noise`` if ``verdict``; None if one is missing."""
+    if not first or not second:
         return None
-    found = difference(ours, other)
-    if not judge:
-        return {"difference": found.value, "margin": None, "within_noise": None}
-    return {"difference": found.value, "margin": found.margin, "within_noise": found.within_noise}
+    found = difference(first, second)
+    margin, within = (found.margin, found.within_noise) if verdict else (None, None)
+    return {"difference": found.value, "margin": margin, "within_noise": within}
 
 
 def page(results: dict[str, Any]) -> str:
-    """Return ``results``, with what the tool adds to :func:`collect`'s, as a page of Markdown."""
+    """Return the content of ``results.json`` as a Markdown page."""
     mark = "*" if results["scale"] < 1 else ""
     arms = results["arms"]
     lines = [f"# {results['title']}", ""]
@@ -129,42 +125,42 @@ def page(results: dict[str, Any]) -> str:
         lines += [
             f"## {metric}, percent",
             "",
-            "| arm | ours | over its baseline | published | over its baseline | ours less the published |",
+            "| arm | ours | over its baseline | published | over its baseline | ours - published |",
             "|---|---:|---:|---:|---:|---:|",
         ]
         for name, arm in rows.items():
             gain, against = _difference(arm["gain"], mark), _difference(arm["against_published"], mark, published=True)
             published = _number(arm["published"]) + _spread(arm["published_spread"])
-            published += " (probably a slip)" if arm["published_slip"] else ""
+            published += " (probably a misprint)" if arm["published_misprint"] else ""
             lines.append(
                 f"| {name} | {_mean(arm, arms[name]['finished'], mark)} | {gain} | {published} | "
                 f"{_number(arm['published_gain'], '+')} | {against} |"
             )
         lines.append("")
-    for names, words in _by_arms({name: _data(arm["data"]) for name, arm in arms.items()}):
-        lines += [f"{names}{words}", ""]
+    for names, text in _by_arms({name: _data(arm["data"]) for name, arm in arms.items()}):
+        lines += [f"{names}{text}", ""]
     if results["note"]:
         lines += [f"{results['note'].rstrip('.')}.", ""]
     if not any(arm["published"] is not None for rows in results["metrics"].values() for arm in rows.values()):
         lines += ["The paper has no figures of these arms.", ""]
-    for names, words in _by_arms({name: arm["no_verdict"] for name, arm in arms.items() if arm["no_verdict"]}):
-        lines += [f"{names}No verdict against the paper: {words}.", ""]
+    for names, text in _by_arms({name: arm["no_verdict"] for name, arm in arms.items() if arm["no_verdict"]}):
+        lines += [f"{names}No verdict against the paper: {text}.", ""]
     if results["remarks"]:
         lines += [" ".join(results["remarks"]), ""]
     seeds = results["seeds"]
     if mark:
         lines += [
-            f"\\* A rehearsal: schedule and images cut to {results['scale']:.4g} of the config's. No number marked "
-            "so measures the method.",
+            f"\\* A rehearsal: schedule and images cut to {results['scale']:.4g} of the config's. Marked numbers do "
+            "not measure the method.",
             "",
         ]
     if seeds == 1:
-        lines.append("One seed: the result of another one is not known, so no difference is called real or none.")
+        lines.append("One seed: the variation between seeds is unknown, so no difference gets a verdict.")
     else:
         lines.append(
-            f"Means and standard deviations over {seeds} seeds. A difference is within noise if seeds alone would make "
-            "one as large in more than 5 of 100 cases (Welch's t interval); a published figure of one run is taken to "
-            "spread as ours do, a published spread to be of two runs."
+            f"Means and standard deviations over {seeds} seeds. A difference is within noise if Welch's t interval at "
+            "95 % contains zero. A published figure of one run is assumed to have our standard deviation; a published "
+            "standard deviation is assumed to be of two runs."
         )
     machine = results["machine"]
     lines += [
@@ -176,10 +172,10 @@ def page(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _by_arms(words: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Return each of the different ``words`` of the arms, after the names of its arms unless all arms share it."""
+def _by_arms(sentences: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Return each distinct sentence with the names of its arms as a prefix; no prefix if all arms share it."""
     found: dict[str, list[str]] = {}
-    for name, text in words.items():
+    for name, text in sentences.items():
         found.setdefault(text, []).append(name)
     return [("" if len(found) == 1 else f"{', '.join(names)}: ", text) for text, names in found.items()]
 
@@ -187,7 +183,7 @@ def _by_arms(words: Mapping[str, str]) -> list[tuple[str, str]]:
 def _data(data: dict[str, Any]) -> str:
     """Return the sentence about an arm's images."""
     images = data["images"]
-    more = f", {images['held_out']:,} held out to choose the model" if images["held_out"] else ""
+    more = f", {images['held_out']:,} held out to select the model" if images["held_out"] else ""
     more += f", {images['empty']:,} left out without an object" if images["empty"] else ""
     return (
         f"Training images: {images['train']:,} of {data['train']}{more}; "
@@ -212,13 +208,7 @@ def _mean(arm: dict[str, Any], finished: int, mark: str) -> str:
 
 
 def _difference(found: dict[str, Any] | None, mark: str, published: bool = False) -> str:
-    """Return a difference in words.
-
-    Args:
-        found: of :func:`_compared`.
-        mark: of a rehearsal's numbers.
-        published: whether it is one from the paper's figure.
-    """
+    """Return the text of a :func:`_comparison`; ``published``: with a figure of the paper."""
     if not found:
         return ""
     value = f"{found['difference']:+.2f}{mark}"

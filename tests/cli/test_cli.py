@@ -136,6 +136,12 @@ def test_a_table_with_several_rows_needs_a_row(capsys: pytest.CaptureFixture[str
     assert "--row is missing; those of table2 are: vit_s, " in capsys.readouterr().err
 
 
+def test_an_unknown_arm_names_those_of_the_row(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "table2", "--row", "swin_t", "--arm", "jont", "--print"]) == 1
+    message = "--arm 'jont' is not in table2 --row swin_t: supervised, joint, upstream, mega; did you mean 'joint'"
+    assert message in capsys.readouterr().err
+
+
 def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for package, words in (
         ("detectron2", "run relvit-d2 doctor --install-detectron2"),

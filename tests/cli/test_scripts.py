@@ -154,7 +154,7 @@ def test_evaluation_of_pretraining_needs_its_heads(root: Path, encoder: Path, tm
 
 @pytest.mark.slow
 def test_the_detector_learns_eight_real_images_by_heart(samples: Path) -> None:
-    config = ("--config-file", "configs/voc_vit_s_224.yaml", "--images", 8)
+    config = ("--config-file", "configs/paper/voc_vit_s_224.yaml", "--images", 8)
     assert "passed" in run(samples, "relvit-d2", "overfit-check", *config).stdout
 
 

@@ -15,6 +15,7 @@ from relvit_d2.detection.backbone import PYRAMIDS, build_encoder_pyramid_backbon
 from relvit_d2.detection.config import add_relvit_config
 from relvit_d2.encoders import ENCODERS, build_encoder
 from relvit_d2.engine.optimizer import build_optimizer
+from relvit_d2.experiments.table_rows import tables
 from relvit_d2.pretraining.model import build_pretraining_model
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
@@ -102,9 +103,8 @@ def test_first_blocks_are_frozen_and_deeper_ones_learn_faster(name: str) -> None
 
 
 def test_what_starts_from_scratch_has_one_rate_and_learns_whole() -> None:
-    scratch = [cfg for path in Path("configs").glob("*.yaml") if not (cfg := load_config(str(path), [])).MODEL.WEIGHTS]
-    assert len(scratch) >= 12
-    for cfg in scratch:
+    for path in Path("configs").glob("*.yaml"):
+        cfg = load_config(str(path), ["MODEL.WEIGHTS", ""])
         assert (cfg.SOLVER.LAYER_DECAY, cfg.MODEL.BACKBONE.FREEZE_AT) == (1.0, 0), cfg.OUTPUT_DIR
 
 
@@ -116,7 +116,8 @@ def drop_rates(model: nn.Module) -> list[float]:
 @pytest.mark.parametrize("row", ["vit_s", "swin_t", "t2t_vit_14"])
 def test_drop_path_of_each_mode_is_that_of_its_config(row: str, more: list[str]) -> None:
     pretraining = load_config(f"configs/ssl/voc_{row}.yaml", [*more, "MODEL.DEVICE", "meta"])
-    detectors = [load_config(f"configs/voc_{row}_224{mode}.yaml", more) for mode in ("", "_supervised", "_joint")]
+    modes: tuple[list[str], ...] = ([], ["MODEL.WEIGHTS", ""], ["MODEL.WEIGHTS", "", "MODEL.RELVIT.JOINT", "True"])
+    detectors = [load_config(f"configs/paper/voc_{row}_224.yaml", mode + more) for mode in modes]
     with torch.device("meta"):
         models = [build_pretraining_model(pretraining)]
         models += [build_encoder_pyramid_backbone(cfg, None) for cfg in detectors]
@@ -127,7 +128,7 @@ def test_drop_path_of_each_mode_is_that_of_its_config(row: str, more: list[str])
 
 def test_only_the_rows_of_t2t_are_without_drop_path() -> None:
     """The authors' T2T has none, whatever their flag says; the other encoders have 0.1."""
-    for path in Path("configs").glob("*.yaml"):
+    for path in [*Path("configs").glob("*.yaml"), *Path("configs/paper").glob("*.yaml")]:
         expected = 0.0 if "t2t" in path.name else 0.1
         assert expected == load_config(str(path), []).MODEL.ENCODER.DROP_PATH, path
 
@@ -153,8 +154,9 @@ def test_positions_of_another_grid_are_resized_and_absent_ones_fresh(
 @pytest.mark.parametrize("row", ["swin_t", "t2t_vit_14"])
 def test_encoders_with_positions_pretrain_on_seven_by_seven_permuted_pieces(row: str, mega: bool) -> None:
     """Views keep their 224 pixels; every one of the 49 tokens knows which piece it sees."""
-    path = f"configs/ssl/voc_{row}{'_mega' if mega else ''}.yaml"
-    model = build_pretraining_model(load_config(path, ["MODEL.DEVICE", "cpu"]))
+    arm = next(arm for arm in tables()["table2"][row].arms if arm.name == ("mega" if mega else "upstream"))
+    keys = [str(part) for pair in arm.steps[0].overrides for part in pair]
+    model = build_pretraining_model(load_config(arm.steps[0].config, [*keys, "MODEL.DEVICE", "cpu"]))
     images = torch.randint(0, 256, (1, 3, 230, 240), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     batch = {"images": images, "sizes": torch.tensor([[230, 240]]), "keys": torch.tensor([1])}
     pixels, layout = model.look(batch)

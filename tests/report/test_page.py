@@ -272,13 +272,13 @@ def overlap(a: np.ndarray, b: np.ndarray) -> float:
 
 def test_a_model_of_any_script_is_analysed(root: Path) -> None:
     cases = {
-        "demo/streets": ("encoder", "pyramid", "proposals", "heads"),
-        "demo/ssl_streets": ("views",),
-        "cls/cifar10_vit_s4_joint": ("augmentation", "encoder", "head", "pretext"),
+        "demo/streets.yaml": ("encoder", "pyramid", "proposals", "heads"),
+        "demo/ssl_streets.yaml": ("views",),
+        "cls/cifar10_vit_s4.yaml MODEL.RELVIT.JOINT True": ("augmentation", "encoder", "head", "pretext"),
     }
     small = ("MODEL.ENCODER.NAME", "vit_nano")
     for config, stages in cases.items():
-        done = run(root, "relvit-d2", "analyze", "--config-file", f"configs/{config}.yaml", *small)
+        done = run(root, "relvit-d2", "analyze", "--config-file", *f"configs/{config}".split(), *small)
         rows = {row.split()[0]: row.split()[-4:] for row in done.stdout.splitlines() if len(row.split()) >= 5}
         assert all(stage in rows for stage in stages)
         parameters = {name: float(row[0]) for name, row in rows.items() if re.fullmatch(r"[\d.]+", row[0])}
