@@ -1,6 +1,5 @@
 """Files from the net that arrive whole and unchanged, and archives that cannot write outside their folder."""
 
-import fcntl
 import hashlib
 import http.client
 import os
@@ -16,6 +15,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
+
+from filelock import FileLock, Timeout
 
 from relvit_d2.data.images.archive import ARCHIVE_DAMAGE, each_member
 from relvit_d2.utils.errors import UserError
@@ -73,7 +74,7 @@ def fetch(archive: Archive, folder: Path, progress: Progress | None = None) -> P
         folder.mkdir(parents=True, exist_ok=True)
         if path.is_file() and path.stat().st_size == archive.size:
             return path
-        with part.open("ab") as file, _alone(file, part):
+        with _locked(part), part.open("ab") as file:
             _download(archive, file, progress or (lambda _: None))
             file.flush()
             os.fsync(file.fileno())
@@ -132,12 +133,17 @@ def _write(file: IO[bytes], chunk: bytes) -> None:
 
 
 @contextmanager
-def _alone(file: IO[bytes], part: Path) -> Iterator[None]:
+def _locked(part: Path) -> Iterator[None]:
+    """Hold a lock file beside ``part``, which is removed afterwards."""
+    path = part.with_name(f".{part.name}.lock")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        with FileLock(path, timeout=0):
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+    except Timeout as error:
         raise UserError(f"another process is downloading '{part}': wait for it or end it") from error
-    yield
 
 
 def _compare(archive: Archive, part: Path) -> None:

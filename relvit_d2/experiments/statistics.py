@@ -6,10 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# Two-sided 95 % quantiles of Student's t distribution for 1, 2, ... degrees of freedom.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-_T_BEYOND = 2.131  # for more degrees of freedom: at most 9 % too wide
-
 POWER = 0.8
 MOST_PAIRS = 1000  # more seeds than anybody runs
 
@@ -102,6 +98,7 @@ def pairs_needed(difference: float, std: float) -> int | None:
 
 
 def _t_quantile(freedom: float) -> float:
-    """Return the quantile for the degrees of freedom, rounded down to a whole number of at least 1."""
-    index = max(int(freedom), 1) - 1
-    return _T[index] if index < len(_T) else _T_BEYOND
+    """Return the two-sided 95 % quantile of Student's t distribution."""
+    from scipy.special import stdtrit  # here, since --help imports this module
+
+    return float(stdtrit(freedom, 0.975))

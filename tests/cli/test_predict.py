@@ -17,7 +17,7 @@ from PIL import Image
 from relvit_d2 import load_detector
 from relvit_d2.cli import main
 from relvit_d2.detection.predictor import Detector
-from relvit_d2.report.prediction_files import found
+from relvit_d2.report.prediction_files import input_files
 from relvit_d2.report.prediction_videos import annotate_video, timed, upright
 from relvit_d2.utils.errors import UserError
 from tests.support.scripts import command, fails, run
@@ -138,7 +138,7 @@ def test_paths_arrays_pictures_and_batches_give_the_same(detector: Detector, ima
             for image in (path, str(path), picture, np.array(picture.convert("RGB"))):
                 same(detector(image), expected)
     for bad in (np.zeros((8, 8, 3)), np.zeros((8, 8), np.uint8), np.zeros((0, 8, 3), np.uint8)):
-        with pytest.raises(UserError, match="is no image"):
+        with pytest.raises(UserError, match="is not an existing image"):
             detector(bad)
 
 
@@ -274,13 +274,13 @@ def test_an_input_is_a_pattern_only_where_it_does_not_exist(tmp_path: Path, name
     folder.mkdir()
     for file in ("1.png", "2.mp4", "[3].jpg", "4.txt"):
         (folder / file).touch()
-    assert found(f"{folder}/*.png") == [folder / "1.png"]
-    assert found(f"{folder}/*") == sorted(folder / file for file in ("1.png", "2.mp4", "[3].jpg"))
-    assert found(f"{folder}/[12].*") == [folder / "1.png", folder / "2.mp4"]
-    assert found(f"{folder}/[3].jpg") == [folder / "[3].jpg"]
+    assert input_files(f"{folder}/*.png") == [folder / "1.png"]
+    assert input_files(f"{folder}/*") == sorted(folder / file for file in ("1.png", "2.mp4", "[3].jpg"))
+    assert input_files(f"{folder}/[12].*") == [folder / "1.png", folder / "2.mp4"]
+    assert input_files(f"{folder}/[3].jpg") == [folder / "[3].jpg"]
     for nothing in ("*.webp", "4.txt"):
         with pytest.raises(UserError, match="--input"):
-            found(f"{folder}/{nothing}")
+            input_files(f"{folder}/{nothing}")
 
 
 def test_everything_in_a_folder_is_done_or_named(root: Path, trained: Path, images: list[Path], tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ import hashlib
 import io
 import os
 import stat
+import subprocess
+import sys
 import tarfile
 import threading
 import zipfile
@@ -138,10 +140,16 @@ def test_a_server_that_is_not_there_is_one_sentence(tmp_path: Path, monkeypatch:
 
 
 def test_a_second_process_does_not_write_into_the_same_file(server: Server, tmp_path: Path) -> None:
-    with (tmp_path / "set.tar.part").open("ab") as file:
-        download.fcntl.flock(file, download.fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process"):
-            fetch(archive(server), tmp_path)
+    lock = tmp_path / ".set.tar.part.lock"
+    code = f"import filelock; held = filelock.FileLock({str(lock)!r}).acquire(); print('locked', flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout and other.stdout.readline() == "locked\n"
+    with pytest.raises(UserError, match=r"another process is downloading '.*set\.tar\.part'"):
+        fetch(archive(server), tmp_path)
+    other.kill()  # as in a crash: the lock file stays, the lock does not
+    other.communicate()
+    assert lock.exists() and fetch(archive(server), tmp_path).read_bytes() == CONTENT
+    assert [path.name for path in tmp_path.iterdir()] == ["set.tar"]
 
 
 def test_a_full_disk_is_one_sentence_and_what_came_stays(

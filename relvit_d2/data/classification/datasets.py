@@ -6,7 +6,6 @@ class.
 
 import re
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from torchvision.datasets import CIFAR10, CIFAR100, SVHN, Flowers102
 from relvit_d2.data.classification.division import split
 from relvit_d2.data.classification.image_folder import LabelledImages, archive_of, read_tree, together
 from relvit_d2.data.classification.imagenet100 import synsets
-from relvit_d2.data.classification.matlab5 import read_matlab5
 from relvit_d2.data.detection.catalog import dataset_root, subset, without_seed
 from relvit_d2.data.detection.splits import HELD_OUT, SEED
 from relvit_d2.data.images.batches import ImageStack
@@ -113,23 +111,18 @@ def get_class_sets(key: str, names: Sequence[str], download: bool = False, synse
 
 
 def _checked(what: str, place: Path, download: bool, make: Callable[[], Any]) -> Any:
-    """Make one of torchvision's data sets, faults as one sentence.
-
-    Those that want SciPy to read MATLAB's files have downloaded and checked them by then: None is returned.
-    """
+    """Make one of torchvision's data sets, which compares checksums before it reads; errors as one sentence."""
     if not (place.exists() or download):
         raise UserError(f"{what} is missing: put it at {place} (DETECTRON2_DATASETS), or set DATASETS.DOWNLOAD True")
-    with suppress(ModuleNotFoundError):
-        try:
-            return make()
-        except RuntimeError as error:
-            raise UserError(
-                f"{what} at '{place}' is damaged, a file is missing or its checksum is wrong: delete it and set "
-                "DATASETS.DOWNLOAD True"
-            ) from error
-        except OSError as error:
-            raise UserError(f"{what} could not be downloaded to '{place}' ({error}): put it there yourself") from error
-    return None
+    try:
+        return make()
+    except RuntimeError as error:
+        raise UserError(
+            f"{what} at '{place}' is damaged, a file is missing or its checksum is wrong: delete it and set "
+            "DATASETS.DOWNLOAD True"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{what} could not be downloaded to '{place}' ({error}): put it there yourself") from error
 
 
 def _stack(name: str, pixels: np.ndarray, labels: Any, classes: Sequence[str]) -> LabelledImages:
@@ -160,22 +153,15 @@ def _cifar(kind: type[CIFAR10], split: str, download: bool, _: str) -> LabelledI
 def _svhn(split: str, download: bool, _: str) -> LabelledImages:
     root = dataset_root() / "svhn"
     place = root / f"{split}_32x32.mat"
-    _checked("SVHN's cropped digits", place, download, lambda: SVHN(str(root), split, download=download))
-    arrays = read_matlab5(place)
-    labels = arrays["y"].astype(np.int64)
-    labels[labels == 10] = 0  # how it writes the digit 0
-    return _stack(f"svhn_digits_{split}", arrays["X"].transpose(3, 2, 0, 1), labels, [str(i) for i in range(10)])
+    found = _checked("SVHN's cropped digits", place, download, lambda: SVHN(str(root), split, download=download))
+    return _stack(f"svhn_digits_{split}", found.data, found.labels, [str(i) for i in range(10)])
 
 
 def _flowers(split: str, download: bool, _: str) -> LabelledImages:
     root, name = dataset_root(), f"flower102_{split}"
     place = root / "flowers-102"
-    _checked("Flower-102", place, download, lambda: Flowers102(str(root), split, download=download))
-    split_key = {"train": "trnid", "val": "valid", "test": "tstid"}[split]
-    numbers = read_matlab5(place / "setid.mat")[split_key].astype(np.int64).reshape(-1)
-    labels = _labels(read_matlab5(place / "imagelabels.mat")["labels"])
-    images = [place / f"jpg/image_{number:05}.jpg" for number in numbers]
-    return LabelledImages(name, images, labels[numbers - 1] - 1, tuple(str(i) for i in range(1, 103)))
+    found = _checked("Flower-102", place, download, lambda: Flowers102(str(root), split, download=download))
+    return LabelledImages(name, found._image_files, _labels(found._labels), tuple(str(i) for i in range(1, 103)))
 
 
 def _tiny(split: str, download: bool, _: str) -> LabelledImages:

@@ -2,10 +2,8 @@
 
 import io
 import pickle
-import struct
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable
 from hashlib import md5
 from pathlib import Path
@@ -14,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.io import loadmat, savemat
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN, Flowers102
 
 from relvit_d2.data.classification.datasets import CLASS_SETS, get_class_set, get_class_sets
 from relvit_d2.data.classification.image_folder import LabelledImages, read_tree
 from relvit_d2.data.classification.imagenet100 import synsets
-from relvit_d2.data.classification.matlab5 import read_matlab5
 from relvit_d2.data.images.batches import ImageStack
 from relvit_d2.utils.errors import UserError
 
@@ -45,23 +43,9 @@ def packed(root: Path, archive: Path) -> Path:
 
 
 def matlab5(arrays: dict[str, np.ndarray], compress: bool) -> bytes:
-    """A file as "MAT-File Format" (The MathWorks) describes it; names of up to four letters in the short form."""
-    kinds = {"u1": 2, "u2": 4, "i4": 5, "f8": 9}
-
-    def element(kind: int, data: bytes) -> bytes:
-        if len(data) <= 4:
-            return struct.pack("<HH", kind, len(data)) + data.ljust(4, b"\0")
-        return struct.pack("<II", kind, len(data)) + data + b"\0" * (-len(data) % 8)
-
-    out = b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack("<H2s", 0x0100, b"IM")
-    for name, array in arrays.items():
-        matrix = element(6, struct.pack("<II", 9, 0)) + element(5, struct.pack(f"<{array.ndim}i", *array.shape))
-        matrix += element(1, name.encode()) + element(kinds[array.dtype.str[1:]], array.tobytes(order="F"))
-        whole = struct.pack("<II", 14, len(matrix)) + matrix
-        if compress:
-            whole = (lambda data: struct.pack("<II", 15, len(data)) + data)(zlib.compress(whole))
-        out += whole
-    return out
+    buffer = io.BytesIO()
+    savemat(buffer, arrays, do_compression=compress)
+    return buffer.getvalue()
 
 
 def write_cifar(root: Path, kind: type[CIFAR10], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,27 +181,10 @@ def test_a_wrong_checksum_is_told(name: str, data_root: Path, monkeypatch: pytes
 
 def test_pixels_and_digits_of_svhn_are_those_of_its_file(data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_svhn(data_root, monkeypatch)
-    found, stored = get_class_set("svhn_digits_test"), read_matlab5(data_root / "svhn/test_32x32.mat")
+    found = get_class_set("svhn_digits_test")
+    pixels = loadmat(data_root / "svhn/test_32x32.mat")["X"]
     assert found.labels.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
-    assert np.array_equal(found.images[3].permute(1, 2, 0).numpy(), stored["X"][..., 3])
-
-
-@pytest.mark.parametrize("compress", [False, True])
-def test_matlab_files_come_back(compress: bool, tmp_path: Path) -> None:
-    arrays: dict[str, np.ndarray] = {
-        "longer_name": RANDOM.integers(0, 9, (3, 4, 2)).astype(np.uint8),
-        "f": RANDOM.standard_normal((2, 5)),
-        "one": np.array([[7]], dtype=np.uint8),
-    }
-    (tmp_path / "a.mat").write_bytes(matlab5(arrays, compress))
-    found = read_matlab5(tmp_path / "a.mat")
-    assert found.keys() == arrays.keys()
-    assert all(np.array_equal(found[name], arrays[name]) for name in arrays)
-    content = (tmp_path / "a.mat").read_bytes()
-    for bad in (content[:-30], content[:100], b"", content[:126] + b"XX" + content[128:]):
-        (tmp_path / "b.mat").write_bytes(bad)
-        with pytest.raises(UserError, match=r"b\.mat' is no MATLAB file"):
-            read_matlab5(tmp_path / "b.mat")
+    assert np.array_equal(found.images[3].permute(1, 2, 0).numpy(), pixels[..., 3])
 
 
 def zipped(root: Path, archive: Path) -> Path:
