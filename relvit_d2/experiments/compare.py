@@ -23,7 +23,7 @@ from relvit_d2.experiments.compare_budget import (
     table,
 )
 from relvit_d2.experiments.compare_data import check_labels, find_data
-from relvit_d2.experiments.compare_results import collect, page
+from relvit_d2.experiments.compare_results import collect, page, write_page
 from relvit_d2.experiments.runs import run_unfinished
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import make_folder, write_json, write_text
@@ -121,10 +121,11 @@ def compare(
         text = page(results)
         write_json(folder / "results.json", results)
         write_text(folder / "results.md", text)
+        write_page(results, folder / "report.html")
         return text
 
     run_unfinished(planned, write)
-    return f"{write()}\nwritten: {folder}/results.json, {folder}/results.md"
+    return f"{write()}\nwritten: {folder}/results.json, {folder}/results.md\nlook at: {folder}/report.html"
 
 
 def _read_plan(folder: Path, about: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from relvit_d2.data.images.seen import SEEN, SeenCount, seen_sentence
@@ -11,6 +12,7 @@ from relvit_d2.experiments.compare_arms import ComparedArm, Comparison
 from relvit_d2.experiments.compare_budget import iteration_seconds
 from relvit_d2.experiments.runs import Run
 from relvit_d2.experiments.statistics import RunStatistics, paired_difference, pairs_needed
+from relvit_d2.report.comparison import Point, Table, write_comparison
 
 METRICS: dict[str, dict[str, tuple[str, ...]]] = {
     "detection": {"AP": ("bbox", "AP"), "AP50": ("bbox", "AP50")},
@@ -151,8 +153,11 @@ def _seconds(comparison: Comparison, seeds: Sequence[dict[str, Run]], arm: Compa
 
 
 def verdict(rows: Mapping[str, Any], metric: str, comparison: Comparison, seeds: int) -> list[str]:
-    """Return sentences on the differences of each arm to the first one, and of pre-trained arms to the longer one."""
-    sentences = []
+    """Return a sentence on whether pre-training pays, and sentences on the differences of the arms.
+
+    Each arm is compared with the first one, and one with pre-training or weights with the longer one too.
+    """
+    sentences = [_headline(arm, rows, comparison) for arm in comparison.arms[1:] if arm.pretraining]
     for arm in comparison.arms[1:]:
         for other in _others(comparison, arm):
             if other == comparison.arms[0] or arm.pretraining or arm.weights:
@@ -160,6 +165,19 @@ def verdict(rows: Mapping[str, Any], metric: str, comparison: Comparison, seeds:
     if seeds == 1 and sentences:
         sentences.append("One seed has no interval: another one may turn every difference around.")
     return sentences
+
+
+def _headline(arm: ComparedArm, rows: Mapping[str, Any], comparison: Comparison) -> str:
+    """Return whether an arm beats all that it is compared with, beyond noise, and with which shares of the labels."""
+    others = [other.name for other in _others(comparison, arm)]
+    won = [share for share, cell in rows[arm.name].items() if all(_beats(cell["against"][name]) for name in others)]
+    if won:
+        return f"{arm.name} pays with {', '.join(won)} % of the labels: it beats {' and '.join(others)} beyond noise."
+    return f"It is not shown that {arm.name} pays: with no share of the labels it beats {' and '.join(others)}."
+
+
+def _beats(found: Mapping[str, Any] | None) -> bool:
+    return bool(found and found["margin"] is not None and found["value"] > found["margin"])
 
 
 def _sentences(arm: str, other: str, row: Mapping[str, Any], metric: str) -> list[str]:
@@ -172,12 +190,11 @@ def _sentences(arm: str, other: str, row: Mapping[str, Any], metric: str) -> lis
         text = f"{value:+.2f}" + (f" ± {margin:.2f}" if margin is not None else "") + f" with {share} % of the labels"
         if margin is None:
             kind = f"{arm} differs from {other} in {metric} by"
-        elif abs(value) > margin:
+        elif abs(value) > margin:  # the interval excludes zero
             kind = f"{arm} {'beats' if value > 0 else 'is worse than'} {other} in {metric}, by"
         else:
             kind = f"no difference of {arm} to {other} in {metric} is shown:"
-            more = f"about {found['needed']} seeds" if found["needed"] else "more seeds than anybody runs"
-            text += f" ({more} would show one of that size)"
+            text += f" (about {found['needed']} seeds would show one of that size)" if found["needed"] else ""
         groups.setdefault(kind, []).append(text)
     return [f"{kind[0].upper()}{kind[1:]} {'; '.join(texts)}." for kind, texts in groups.items()]
 
@@ -197,50 +214,97 @@ def saved_sentences(results: Mapping[str, Any], first: str) -> list[str]:
     return sentences
 
 
-def page(results: Mapping[str, Any]) -> str:
-    """Return the results as Markdown."""
-    data, (first, *_) = results["data"], results["seconds"]
-    lines = [f"# {' against '.join(results['seconds'])}", ""]
-    lines += [f"**{sentence}**" for sentence in results["verdict"]] + saved_sentences(results, first)
-    lines += seen_sentences(results) + [""]
-    for metric, rows in results["metrics"].items():
-        lines += [f"## {metric} on {data['test']}, percent", ""]
-        heads = ["labels", "arm", "mean", "std", "seeds", *(f"less {other}" for other in _compared_with(rows))]
-        lines += [f"| {' | '.join(heads)} |", f"|{'---|' * 2}{'---:|' * (len(heads) - 2)}"]
-        lines += [f"| {' | '.join(cells)} |" for cells in cells_of(rows, results["shares"])]
-        lines.append("")
-    lines += ["| arm | seconds of pre-training | seconds of training |", "|---|---:|---:|"]
-    for arm, seconds in results["seconds"].items():
-        lines.append(f"| {arm} | {' | '.join('' if x is None else f'{x:.0f}' for x in seconds.values())} |")
+def write_page(results: Mapping[str, Any], path: Path) -> None:
+    """Write the results as an HTML page with a curve over the share of the labels."""
+    curves = {
+        metric: {
+            arm: [
+                Point(share, cell["mean"], mean_margin(cell["values"]))
+                for share in results["shares"]
+                if (cell := row[f"{share:g}"])["mean"] is not None
+            ]
+            for arm, row in rows.items()
+        }
+        for metric, rows in results["metrics"].items()
+    }
+    test = results["data"]["test"]
+    tables: list[Table] = [
+        (f"{metric} on {test}, percent", heads_of(rows), cells_of(rows, results["shares"]))
+        for metric, rows in results["metrics"].items()
+    ]
+    tables.append(("Seconds of a run", SECONDS, seconds_rows(results)))
+    title = f"{' against '.join(results['seconds'])} on {results['data']['train']}"
+    write_comparison(title, sentences(results), curves, tables, notes(results), path)
+
+
+def mean_margin(values: Sequence[float | None]) -> float | None:
+    """Return half the 95 % interval of the mean of the values that are there; None of fewer than two."""
+    done = [value for value in values if value is not None]
+    return paired_difference(done, [0.0] * len(done)).margin if done else None
+
+
+def sentences(results: Mapping[str, Any]) -> list[str]:
+    """Return the verdict, the labels that are saved, and the test images that were seen."""
+    first = next(iter(results["seconds"]))
+    return [*results["verdict"], *saved_sentences(results, first), *seen_sentences(results)]
+
+
+SECONDS = ["arm", "pre-training", "training"]
+
+
+def seconds_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """Return the rows of the table with the columns :data:`SECONDS`."""
+    return [
+        [arm, *("" if value is None else f"{value:.0f}" for value in found.values())]
+        for arm, found in results["seconds"].items()
+    ]
+
+
+def notes(results: Mapping[str, Any]) -> list[str]:
+    """Return paragraphs on data, protocol, machine and command."""
+    data, machine = results["data"], results["machine"]
     chosen = f"The checkpoint is chosen on {data['validation']}" if data["validation"] else "The last model is tested"
-    lines += [
-        "",
+    return [
         f"Trained on {data['train']}; pre-training sees all its images, without labels. {chosen}. Differences are "
         "means over seeds of runs with the same labelled images, ± half a 95 % interval (paired t). Seconds are those "
         "of the iterations, a mean over the runs.",
-        "",
+        f"All schedules are {results['scale']:.3g} of the configs'; the longer one is {results['longer']:.3g} times "
+        "the training's, so that it takes the seconds of pre-training and training together.",
+        f"Measured on {machine['device']}, {machine['precision']}, torch {machine['torch']}, relvit_d2 "
+        f"{machine['version']}: {results['command']}",
     ]
-    if "command" in results:
-        machine = results["machine"]
-        lines += [
-            f"Measured on {machine['device']}, {machine['precision']}, torch {machine['torch']}, relvit_d2 "
-            f"{machine['version']}: `{results['command']}`",
-            f"All schedules are {results['scale']:.3g} of the configs'; the longer one is {results['longer']:.3g} "
-            "times the training's.",
-            "",
-        ]
-    return "\n".join(lines)
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """Return the results as Markdown."""
+    lines = [f"# {' against '.join(results['seconds'])}", "", *(f"- {text}" for text in sentences(results)), ""]
+    for metric, rows in results["metrics"].items():
+        lines += [f"## {metric} on {results['data']['test']}, percent", ""]
+        lines += [*_markdown(heads_of(rows), cells_of(rows, results["shares"])), ""]
+    lines += ["## Seconds of a run", "", *_markdown(SECONDS, seconds_rows(results))]
+    return "\n".join([*lines, *(f"\n{note}" for note in notes(results)), ""])
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    rule = f"|{'---|'}{'---:|' * (len(heads) - 1)}"
+    return [f"| {' | '.join(heads)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def seen_sentences(results: Mapping[str, Any]) -> list[str]:
-    """Return a sentence for each arm whose weights were trained on test images."""
+    """Return a sentence for each arm of which it is known how many test images its weights were trained on."""
     test = results["data"]["test"]
     counts = {arm: SeenCount(**count) for arm, count in results["seen"].items()}
-    return [f"{arm}: {seen_sentence(test, *count)}." for arm, count in counts.items() if count.seen]
+    return [f"{arm}: {seen_sentence(test, *count)}." for arm, count in counts.items()]
 
 
 def _compared_with(rows: Mapping[str, Any]) -> list[str]:
-    return list(dict.fromkeys(other for row in rows.values() for cell in row.values() for other in cell["against"]))
+    others = {other for row in rows.values() for cell in row.values() for other in cell["against"]}
+    return [arm for arm in rows if arm in others]
+
+
+def heads_of(rows: Mapping[str, Any]) -> list[str]:
+    """Return the heads of the columns of :func:`cells_of`."""
+    return ["labels", "arm", "mean", "std", "seeds", *(f"less {other}" for other in _compared_with(rows))]
 
 
 def cells_of(rows: Mapping[str, Any], shares: Sequence[float]) -> list[list[str]]:
