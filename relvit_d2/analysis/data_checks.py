@@ -19,11 +19,13 @@ from fvcore.common.config import CfgNode
 
 from relvit_d2.analysis.anchors import fit_report
 from relvit_d2.analysis.pixel_statistics import PixelStatistics, histogram
+from relvit_d2.conversion.encoder_file import read_encoder
 from relvit_d2.data.detection import catalog
 from relvit_d2.data.detection.custom import near_misses
 from relvit_d2.data.detection.records import BORDER_SLACK, Record
 from relvit_d2.data.images.archive import ImageFile
 from relvit_d2.data.images.decode import PixelFormat
+from relvit_d2.data.images.seen import SeenImages, fingerprints_of
 from relvit_d2.data.images.similarity import pixel_digest
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.hardware import cores
@@ -325,6 +327,36 @@ def check_images(
     report["duplicates"] = _duplicates(files, facts, warnings)
     report |= _statistics(readable, cfg)
     return report
+
+
+def check_seen(sets: Mapping[str, Sequence[Record | ImageFile]], weights: Path) -> Report:
+    """Find the images that an encoder was trained on, or on nearly equal ones.
+
+    Args:
+        sets: records, or image files, by the name of their set.
+        weights: its ``encoder.safetensors``.
+
+    Returns:
+        ``seen``: the files by the name of their set; ``warnings``: a sentence for each set that has some.
+
+    Raises:
+        UserError: if the file cannot be read or has no fingerprints of its training images.
+    """
+    seen = SeenImages.of_metadata(read_encoder(weights)[1])
+    if seen is None:
+        raise UserError(
+            f"'{weights}' has no fingerprints of the images it was trained on, which an encoder.safetensors that "
+            "relvit-d2 pretrain or classify writes has: give another"
+        )
+    found: Report = {"seen": {}, "warnings": []}
+    for name, items in sets.items():
+        files = [Path(file) if isinstance(file := file_of(item), str) else file for item in items]
+        shared = [str(files[place]) for place in seen.places(fingerprints_of(files, name))]
+        found["seen"][name] = shared
+        if shared:
+            what = f"images that '{weights}' was trained on, or on nearly equal ones"
+            found["warnings"].append(_line(name, what, shared))
+    return found
 
 
 def _duplicates(

@@ -16,7 +16,7 @@ class Point(NamedTuple):
 
     Attributes:
         share: of the labels, percent.
-        mean: of the metric.
+        mean: of the metric, percent.
         margin: half its 95 % interval; None of one seed.
     """
 
@@ -55,7 +55,7 @@ def write_comparison(
     for metric, by_arm in curves.items():
         lines = [_line(arm, by_arm[arm], color, color - (len(arms) - 1) / 2) for color, arm in enumerate(arms)]
         if any(len(line.x) for line in lines):
-            charts.append(chart(metric, lines, "labelled images, percent", x_ticks=shares))
+            charts.append(chart(metric, lines, "labelled images, percent", x_ticks=shares, bounds=(0, 100)))
     page = environment().get_template("comparison.html")
     shown = {"title": title, "sentences": sentences, "arms": arms, "charts": charts, "tables": tables, "notes": notes}
     write_text(path, page.render(shown))

@@ -72,6 +72,7 @@ def chart(
     x_name: str = "iteration",
     percent: bool = False,
     x_ticks: Sequence[float] = (),
+    bounds: tuple[float, float] = (-np.inf, np.inf),
 ) -> Chart:
     """Draw lines, in their order; of more than :data:`MAX_POINTS` points, means over equal intervals.
 
@@ -81,6 +82,7 @@ def chart(
         x_name: label of the horizontal axis.
         percent: whether the values are fractions, shown in percent.
         x_ticks: values named on the horizontal axis, which is logarithmic then; empty: a linear axis.
+        bounds: of the vertical lines, which are cut there.
     """
     drawn = [line for line in lines if len(line.x)]
     with rc_context(_STYLE):
@@ -94,7 +96,8 @@ def chart(
             axes.plot(x, y, style, color=color, linewidth=width, solid_capstyle="round", clip_on=False)
             for x, y, margin in zip(line.x, line.y, () if line.margin is None else line.margin, strict=False):
                 if np.isfinite(margin):
-                    axes.plot([x, x], [y - margin, y + margin], color=color, linewidth=1.2, clip_on=False)
+                    ends = np.clip([y - margin, y + margin], *bounds)
+                    axes.plot([x, x], ends, color=color, linewidth=1.2, clip_on=False)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
             axis.set_major_formatter(StrMethodFormatter("{x:g}"))
