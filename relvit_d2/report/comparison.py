@@ -53,7 +53,7 @@ def write_comparison(
     shares = sorted({point.share for arm in curves.values() for points in arm.values() for point in points})
     charts = []
     for metric, by_arm in curves.items():
-        lines = [_line(arm, by_arm[arm], color, color - (len(arms) - 1) / 2) for color, arm in enumerate(arms)]
+        lines = [_line(arm, by_arm.get(arm, ()), color, color - (len(arms) - 1) / 2) for color, arm in enumerate(arms)]
         if any(len(line.x) for line in lines):
             charts.append(chart(metric, lines, "labelled images, percent", x_ticks=shares, bounds=(0, 100)))
     page = environment().get_template("comparison.html")
