@@ -1,20 +1,26 @@
 """Data sets by name: Detectron2's catalogs, subsets, images without labels, and what a missing one says."""
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from relvit_d2.data.detection import streets
 from relvit_d2.data.detection.catalog import (
     DATASETS,
+    classes_of,
     dataset_root,
+    drawn,
     get_images,
     get_metadata,
     get_records,
+    part_of,
     register_all,
     resolve,
 )
@@ -46,6 +52,29 @@ def real(samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     register_all()
     return tmp_path
+
+
+@given(st.lists(st.frozensets(st.integers(0, 5), max_size=3), min_size=1, max_size=30), st.integers(0, 9))
+def test_a_drawn_subset_has_an_image_of_each_class_first(labels: list[frozenset[int]], seed: int) -> None:
+    records = [{"n": n, "annotations": [{"category_id": c} for c in sorted(x)]} for n, x in enumerate(labels)]
+    found = [drawn(records, count, seed) for count in range(len(records) + 1)]
+    for fewer, more in pairwise(found):
+        places = [record["n"] for record in more]
+        assert places == sorted(places) and {r["n"] for r in fewer} < set(places)
+    assert found[-1] == records
+    classes = set().union(*labels)
+    assert set().union(*map(classes_of, found[min(len(classes), len(records))])) == classes
+    assert drawn(records, 1, seed) == found[1]
+
+
+def test_seeds_draw_different_subsets_and_images_are_those_of_the_records(root: Path) -> None:
+    drawn_sets = [get_records(f"streets_train[:50%@{seed}]") for seed in range(6)]
+    assert {len(records) for records in drawn_sets} == {6}
+    assert len({tuple(record["image_id"] for record in records) for records in drawn_sets}) > 1
+    for seed, records in enumerate(drawn_sets):
+        name = f"streets_train[:50%@{seed}]"
+        assert [Path(record["file_name"]) for record in records] == get_images(name)
+        assert part_of(name, 0.5) == f"streets_train[:25%@{seed}]"
 
 
 def check_contract(name: str) -> None:
