@@ -1,7 +1,6 @@
 """Data, training and evaluation of a classifier."""
 
 import argparse
-import hashlib
 import logging
 import re
 import shlex
@@ -11,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.utils import comm
@@ -19,13 +17,12 @@ from fvcore.common.config import CfgNode
 
 from relvit_d2.classification.model import ClassificationModel, build_classifier
 from relvit_d2.classification.probes import features, linear_probe
-from relvit_d2.data.cache import remembered
 from relvit_d2.data.classification.datasets import list_class_sets
-from relvit_d2.data.classification.image_folder import LabelledImages, check_same_classes, rank_in_class
-from relvit_d2.data.detection.splits import hold_out, warn_once
+from relvit_d2.data.classification.division import split
+from relvit_d2.data.classification.image_folder import LabelledImages, check_same_classes
 from relvit_d2.data.images.batches import ImageStack, TrainingBatches, fixed_batches
 from relvit_d2.data.images.decode import image_size
-from relvit_d2.data.images.similarity import NEAR, VERSION, file_state, fingerprint, fingerprints
+from relvit_d2.data.images.seen import SEEN, SeenImages, count_seen, seen_metadata, training_metadata
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.run_setup import save_config, start_run
 from relvit_d2.engine.trainer import Trainer
@@ -33,10 +30,8 @@ from relvit_d2.engine.weights import export_encoder, holds_encoder, load_trained
 from relvit_d2.pretext.monitor import knn_accuracy
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import write_json
-from relvit_d2.utils.randomness import generator
 
 TEST_SELECTION = "watched_test"  # name of the test set in metrics if the model is selected on it
-MAX_COMPARED = 200_000  # maximum number of images that are decoded to find duplicates, which takes minutes
 
 logger = logging.getLogger(__name__)
 
@@ -104,70 +99,6 @@ def _check_sizes(data: LabelledImages, size: int) -> None:
             f"'{wrong}' is {width}x{height} pixels, but INPUT.VIEW.CROP pad needs images of INPUT.VIEW.SIZE {size}: "
             "set the size to that of all images, or set INPUT.VIEW.CROP resized"
         )
-
-
-def split(data: LabelledImages, share: float, seed: int) -> tuple[LabelledImages, LabelledImages]:
-    """Split a data set into training and validation images; ``share``, 0..1, of each class is held out.
-
-    Duplicates and near-duplicates stay together (:func:`relvit_d2.data.detection.splits.hold_out`), so that the share
-    can differ, except in data sets of more than ``MAX_COMPARED`` images, which are not compared. In distributed runs
-    the first process compares the images, and the others read the result from the user's cache.
-
-    Raises:
-        UserError: if one of the two parts would be empty.
-    """
-    order = torch.from_numpy(generator(seed, "validation").permutation(len(data)))
-    shuffled = data.labels[order]
-    quantile = (rank_in_class(shuffled) + 0.5) / shuffled.bincount()[shuffled]
-    order, count = order[quantile.argsort(stable=True)], round(share * len(data))
-    chosen: list[int] = []
-    if 0 < count < len(data):
-        chosen = order[:count].tolist() if len(data) > MAX_COMPARED else _hold_out_groups(data, order, count)
-        if len(data) > MAX_COMPARED:
-            logger.info(
-                f"data set '{data.name}' has more than {MAX_COMPARED} images, which are not compared: duplicates may "
-                "be both in the training and in the validation set"
-            )
-    if not chosen:
-        reason = ", because duplicates stay together" if 0 < count < len(data) else ""
-        raise UserError(
-            f"DATASETS.VALIDATION {share:.3%} holds out {count if not reason else 0} of the {len(data)} images of "
-            f"'{data.name}'{reason}: give another percentage, or '' for none"
-        )
-    held = torch.zeros(len(data), dtype=torch.bool)
-    held[chosen] = True
-    return data.take((~held).nonzero()[:, 0]), data.take(held.nonzero()[:, 0])
-
-
-def _hold_out_groups(data: LabelledImages, order: torch.Tensor, count: int) -> list[int]:
-    """Return the indices of about ``count`` images to hold out, in ``order``; groups of duplicates stay together."""
-    images = data.images
-    digest = hashlib.blake2b(f"{VERSION} {NEAR} {count}\0".encode(), digest_size=16)
-    digest.update(order.numpy().tobytes())
-    if isinstance(images, ImageStack):
-        pixels = images.pixels.cpu().numpy()
-        digest.update(f"{pixels.shape}".encode())
-        digest.update(np.ascontiguousarray(pixels).data.cast("B"))
-    else:
-        digest.update("\n".join(map(file_state, images)).encode(errors="surrogateescape"))
-
-    def compute() -> tuple[list[int], str]:
-        if isinstance(images, ImageStack):
-            prints = [fingerprint(image.permute(1, 2, 0).contiguous().cpu().numpy()) for image in images]
-        else:
-            prints = fingerprints(images, Path(data.name))
-        ranks = order.argsort().tolist()
-        held, warning = hold_out(prints, count, lambda group: min(ranks[i] for i in group), f"'{data.name}'")
-        return sorted(held), warning
-
-    if not comm.is_main_process():
-        comm.synchronize()  # wait until the first process has filled the cache
-    held, warning = remembered("held_out", digest.hexdigest(), compute)
-    if comm.is_main_process():
-        comm.synchronize()
-    if warning:
-        warn_once(warning)
-    return held
 
 
 def resolve_config(cfg: CfgNode, data: ClassificationData) -> CfgNode:
@@ -239,22 +170,27 @@ def finish(cfg: CfgNode, model: ClassificationModel, trainer: Trainer, data: Cla
         chosen = f"the best by {metric} ({extra['value']:.2f}), after iteration {extra['iteration']}"
     name = "best_on_test" if cfg.TEST.BEST_ON_TEST else "test"
     metrics = evaluate(cfg, model, data.test) if data.test else {}
+    tested = {name: metrics} if data.test else {}
+    log_results(cfg, tested, data.test, trainer.metadata, trainer.results | {"model": chosen})
     if comm.is_main_process():
+        assert data.train is not None
         results = trainer.results | {name: metrics}
-        export_encoder(cfg, model.encoder, cfg.INPUT.VIEW.SIZE, trainer.iter + 1, results)
-    log_results(cfg, {name: metrics} if data.test else {}, data.test, trainer.results | {"model": chosen})
+        seen = training_metadata({data.train.name: data.train.images}, SeenImages.of_metadata(trainer.metadata))
+        export_encoder(cfg, model.encoder, cfg.INPUT.VIEW.SIZE, trainer.iter + 1, results, **seen)
 
 
 def log_results(
     cfg: CfgNode,
     metrics: dict[str, Any],
     test: LabelledImages | None,
+    metadata: dict[str, Any],
     more: dict[str, Any] | None = None,
     file: str = "results.json",
 ) -> None:
     """Log metrics on the test set and write them, and ``more``, into a ``file`` in ``inference``, in the first process.
 
-    The metrics are written under the name of the test set, with the number of ``images`` and its ``note``, if any.
+    The metrics are written under the name of the test set, with the number of ``images``, its ``note``, if any, and the
+    number of its images on which the initial weights were trained, if their ``metadata`` has it.
     """
     if not comm.is_main_process():
         return
@@ -262,8 +198,11 @@ def log_results(
     if test:
         for name, values in metrics.items():
             logger.info(f"{name.replace('_', ' ')}: {_formatted(values)}; {len(test)} images of {test.name}")
+        set_name = ", ".join(cfg.DATASETS.TEST)
         note = {"note": test.note} if test.note else {}
-        results[", ".join(cfg.DATASETS.TEST)] = {**metrics, "images": len(test), **note}
+        counts = count_seen(metadata, {set_name: test.images})
+        seen = {SEEN: counts[set_name]._asdict()} if counts else {}
+        results[set_name] = {**metrics, "images": len(test), **note, **seen}
     write_json(Path(cfg.OUTPUT_DIR) / "inference" / file, results)
 
 
@@ -321,18 +260,19 @@ def run_process(requested: CfgNode, args: argparse.Namespace, end: Callable[[Pat
             raise UserError("DATASETS.TEST is empty; name a data set, such as ('cifar10_test',)")
         save_config(cfg)
         if args.eval and not args.resume and holds_encoder(cfg.MODEL.WEIGHTS):
-            load_weights(cfg, model, encoder, "RGB")
+            metadata = load_weights(cfg, model, encoder, "RGB")
             model.restart_average()
         else:
-            load_trained(cfg, model, cfg.OUTPUT_DIR if args.resume else cfg.MODEL.WEIGHTS)
+            checkpoint = load_trained(cfg, model, cfg.OUTPUT_DIR if args.resume else cfg.MODEL.WEIGHTS)
+            metadata = checkpoint.get("metadata", {})
         if args.eval:
-            log_results(cfg, probe(cfg, model, data, args.eval), data.test, file=f"{args.eval}.json")
+            log_results(cfg, probe(cfg, model, data, args.eval), data.test, metadata, file=f"{args.eval}.json")
         else:
-            log_results(cfg, {"test": evaluate(cfg, model, data.test)}, data.test)
+            log_results(cfg, {"test": evaluate(cfg, model, data.test)}, data.test, metadata)
         return
     trainer = build_trainer(cfg, model, data)
     if not (args.resume and trainer.resume(args.allow_changes)):
-        load_weights(cfg, model, encoder, "RGB")
+        trainer.metadata = seen_metadata(load_weights(cfg, model, encoder, "RGB"))
         model.restart_average()
     trainer.train()
     finish(cfg, model, trainer, data)

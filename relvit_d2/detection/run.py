@@ -1,6 +1,7 @@
 """Data, training and evaluation of a detector."""
 
 import argparse
+import json
 import logging
 import shlex
 from collections import defaultdict
@@ -28,6 +29,7 @@ from relvit_d2.data.detection import catalog
 from relvit_d2.data.detection.catalog import get_metadata, save_splits
 from relvit_d2.data.detection.custom import register_custom
 from relvit_d2.data.detection.mapper import DetectionMapper
+from relvit_d2.data.images.seen import SEEN, count_seen, seen_metadata
 from relvit_d2.data.loader import EndlessBatches, EndlessOrder, ordered_batches
 from relvit_d2.detection.model import build_detector
 from relvit_d2.engine.precision import choose_precision
@@ -191,6 +193,23 @@ def evaluate_with_tta(
     )
 
 
+def add_seen(cfg: CfgNode, tests: dict[str, Records], metadata: dict[str, Any]) -> None:
+    """Log how many test images the initial weights were trained on; add the counts to ``results.json``.
+
+    Args:
+        cfg: the config.
+        tests: records by data set name.
+        metadata: metadata of the initial weights.
+    """
+    path = Path(cfg.OUTPUT_DIR) / "inference" / "results.json"
+    if not tests or not comm.is_main_process():
+        return
+    images = {name: [Path(record["file_name"]) for record in records] for name, records in tests.items()}
+    if counts := count_seen(metadata, images):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        write_json(path, {name: results[name] | {SEEN: count._asdict()} for name, count in counts.items()})
+
+
 def check_expected_results(cfg: CfgNode, results: dict[str, Any]) -> None:
     """Compare the results of the test set with ``TEST.EXPECTED_RESULTS`` (Detectron2's ``verify_results``).
 
@@ -281,15 +300,17 @@ def run_process(requested: CfgNode, args: argparse.Namespace, end: Callable[[Pat
     model = build_detector(cfg)
     if args.eval_only:
         save_config(cfg)
-        load_trained(cfg, model, cfg.OUTPUT_DIR if args.resume else cfg.MODEL.WEIGHTS)
-        results = evaluate(cfg, model, tests)
-        check_expected_results(cfg, evaluate_with_tta(cfg, model, tests, results))
+        checkpoint = load_trained(cfg, model, cfg.OUTPUT_DIR if args.resume else cfg.MODEL.WEIGHTS)
+        results = evaluate_with_tta(cfg, model, tests, evaluate(cfg, model, tests))
+        add_seen(cfg, tests, checkpoint.get("metadata", {}))
+        check_expected_results(cfg, results)
         return
     trainer = build_trainer(cfg, model, records, tests)
     if not (args.resume and trainer.resume(args.allow_changes)):
-        load_weights(cfg, model, model.backbone.encoder, cfg.INPUT.FORMAT)
+        trainer.metadata = seen_metadata(load_weights(cfg, model, model.backbone.encoder, cfg.INPUT.FORMAT))
     trainer.train()
     results = evaluate_with_tta(cfg, model, tests, trainer.results)
+    add_seen(cfg, tests, trainer.metadata)
     if comm.is_main_process():
         end(
             Path(cfg.OUTPUT_DIR), shlex.join(["relvit-d2", "predict", "--weights", cfg.OUTPUT_DIR, "--input", "IMAGES"])

@@ -121,7 +121,8 @@ class EvaluationHook(HookBase):
             self.stale += 1
             if not math.isnan(value) and (self.best is None or sign * value > sign * self.best):
                 self.best, self.best_iteration, self.stale = value, trainer.iter, 0
-                trainer.checkpointer.save_best(iteration=trainer.iter, metric=self._metric, value=value)
+                selected = {"iteration": trainer.iter, "metric": self._metric, "value": value}
+                trainer.checkpointer.save_best(**selected, metadata=trainer.metadata)
         if not self._patience or self.stale < self._patience:
             return False
         best = "none" if self.best is None else f"{self.best:.4g} after iteration {self.best_iteration}"

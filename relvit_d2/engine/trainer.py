@@ -58,6 +58,7 @@ class Trainer(TrainerBase):
         results: results of the last evaluation.
         interrupt: number of the signal that ends the run, 0 for none; equal in all processes.
         stopped: whether the run stopped early (``TEST.PATIENCE``).
+        metadata: JSON values that every checkpoint contains; a resumed run has those of its checkpoint.
 
     Raises:
         UserError: keys contradict each other.
@@ -85,6 +86,7 @@ class Trainer(TrainerBase):
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, optimizer=self.optimizer)
         self.results: dict[str, Any] = {}
         self.interrupt, self.stopped = 0, False
+        self.metadata: dict[str, Any] = {}
         self._scalars: dict[str, tuple[float, bool]] = {}
         self._batches: BatchSource
         self._parts: Generator[Any, None, None]
@@ -139,6 +141,7 @@ class Trainer(TrainerBase):
             config=self.cfg.dump(),
             samples=self.samples,
             processes=comm.get_world_size(),
+            metadata=self.metadata,
         )
 
     def resume(self, allow_changes: bool = False) -> bool:
@@ -162,6 +165,7 @@ class Trainer(TrainerBase):
         self.checkpointer.validate = partial(check_same_run, self.cfg, self.samples, allow_changes)
         extra = self.checkpointer.load(self.checkpointer.get_checkpoint_file())
         self.start_iter, self._scalars = extra["iteration"] + 1, extra["scalars"]
+        self.metadata = extra.get("metadata", {})
         logger.info(f"resumed at iteration {self.start_iter}")
         if extra["processes"] != comm.get_world_size():
             logger.warning(

@@ -24,7 +24,7 @@ def holds_encoder(weights: str) -> bool:
     return weights.endswith(".safetensors") or is_published(weights)
 
 
-def load_weights(cfg: CfgNode, model: nn.Module, encoder: Encoder, input_format: str) -> None:
+def load_weights(cfg: CfgNode, model: nn.Module, encoder: Encoder, input_format: str) -> dict[str, Any]:
     """Load ``MODEL.WEIGHTS``: encoder weights, a checkpoint of the whole model, or nothing if empty.
 
     Args:
@@ -33,17 +33,20 @@ def load_weights(cfg: CfgNode, model: nn.Module, encoder: Encoder, input_format:
         encoder: its encoder.
         input_format: order of the encoder's input channels, such as ``RGB``.
 
+    Returns:
+        Metadata of the encoder's file or of the checkpoint; empty if there is none.
+
     Raises:
         UserError: the file is missing or does not fit; see :func:`load_verified`.
     """
     weights = cfg.MODEL.WEIGHTS
     if not weights:
         logger.info("MODEL.WEIGHTS is empty: training from scratch")
-    elif holds_encoder(weights):
-        load_verified(cfg, encoder, weights, input_format)
-    else:
-        checkpointer = Checkpointer(model, min_match=ENOUGH, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
-        checkpointer.load(weights, checkpointables=[])
+        return {}
+    if holds_encoder(weights):
+        return load_verified(cfg, encoder, weights, input_format)
+    checkpointer = Checkpointer(model, min_match=ENOUGH, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
+    return checkpointer.load(weights, checkpointables=[]).get("metadata", {})
 
 
 def run_config(weights: str | Path, config_file: str | Path, overrides: Sequence[Any], task: Task) -> CfgNode:
@@ -119,7 +122,7 @@ def export_encoder(
     return path
 
 
-def load_verified(cfg: CfgNode, encoder: Encoder, weights: str, input_format: str) -> None:
+def load_verified(cfg: CfgNode, encoder: Encoder, weights: str, input_format: str) -> dict[str, Any]:
     """Load encoder weights, log the matched parameters, and verify the features on an image.
 
     Args:
@@ -127,6 +130,9 @@ def load_verified(cfg: CfgNode, encoder: Encoder, weights: str, input_format: st
         encoder: the encoder, changed in place.
         weights: an ``encoder.safetensors``, its URL, or ``timm:NAME``.
         input_format: order of the encoder's input channels, such as ``RGB``.
+
+    Returns:
+        The metadata of the weights' file.
 
     Raises:
         UserError: the weights are missing, do not fit or were trained with other pixel statistics, or the features
@@ -146,6 +152,7 @@ def load_verified(cfg: CfgNode, encoder: Encoder, weights: str, input_format: st
         logger.warning(f"not loaded from '{weights}': {', '.join(left_out)} (MODEL.ENCODER.POS_EMBED False)")
     note = f" (without {', '.join(report.fresh)}, not pre-trained)" if report.fresh else ""
     logger.info(f"features of the pre-trained and the loaded encoder agree to {difference:.1e}{note}")
+    return report.metadata
 
 
 def _check_pixels(cfg: CfgNode, report: MatchReport, input_format: str) -> None:

@@ -25,7 +25,7 @@ from relvit_d2.detection.run import evaluation_sets, training_records
 from relvit_d2.engine.run_setup import silence_warnings
 from relvit_d2.evaluation.coco import without_mask
 from relvit_d2.experiments import recipe
-from relvit_d2.experiments.commands import run_command
+from relvit_d2.experiments.commands import TRIAL_KEYS, run_command, run_trial
 from relvit_d2.experiments.recipe import Choices, Data, Machine, Timing
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.config_keys import get_key
@@ -35,7 +35,6 @@ from relvit_d2.utils.files import make_folder, write_json, write_text
 from relvit_d2.utils.hardware import cores, device_name, free_memory
 
 CONFIG, PRETRAINING_CONFIG = "configs/custom.yaml", "configs/ssl/custom.yaml"
-TRIAL = 8  # iterations that are timed
 SHOWN = 3  # pictures of detections
 
 # Fits any number of levels until the boxes at training size decide.
@@ -232,11 +231,10 @@ class Files:
 
     def measure(self, choices: Choices, data: Data) -> Timing:
         """Run a few iterations of each command in the folder ``trial`` and return their times."""
-        short = {"SOLVER.MAX_ITER": TRIAL, "SOLVER.WARMUP_ITERS": 0, "SOLVER.CHECKPOINT_PERIOD": 0}
         trial = Files(self.request, self.pairs, self.output / "trial", self.model)
         seconds = [0.0, 0.0]
         start = 0.0
-        shorts = {key: recipe.Choice(value, "") for key, value in short.items()}
+        shorts = {key: recipe.Choice(value, "") for key, value in TRIAL_KEYS.items()}
         runs = {"pretrain": trial.pretraining(shorts)} if self.pretrains else {}
         runs["train"] = trial.detector(choices | shorts)
         for command, cfg in runs.items():
@@ -244,13 +242,9 @@ class Files:
             make_folder(folder)
             cfg.DATASETS.TEST = ()
             write_text(folder / "trial.yaml", cfg.dump())
-            began = time.monotonic()
-            run_command(f"measuring {command}", [command, "--config-file", str(folder / "trial.yaml")], folder, TRIAL)
-            wall = time.monotonic() - began
-            rows = [json.loads(line) for line in (folder / "metrics.json").read_text(encoding="utf-8").splitlines()]
-            times = [row["time"] for row in rows if "time" in row]
-            seconds[command == "train"] = float(np.median(times[TRIAL // 2 :]))
-            start = max(start, wall - sum(times))
+            words = [command, "--config-file", str(folder / "trial.yaml")]
+            seconds[command == "train"], rest = run_trial(f"measuring {command}", words, folder)
+            start = max(start, rest)
         shutil.rmtree(trial.output)
         batch = runs["train"].SOLVER.IMS_PER_BATCH
         return Timing(seconds[0], seconds[1], start, seconds[1] / batch / 2)

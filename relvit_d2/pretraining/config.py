@@ -23,6 +23,7 @@ def add_pretraining_config(cfg: CfgNode) -> None:
     add_load_size_config(cfg)
     add_custom_data_config(cfg)
     add_class_set_config(cfg)
+    cfg.DATASETS.EXCLUDE = ()  # names as in TRAIN; their duplicates and near-duplicates are left out of TRAIN
     cfg.PRETEXT.KNN = ""  # folder with one folder of images per class, on which k-NN accuracy is evaluated; empty: off
 
 

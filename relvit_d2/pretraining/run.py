@@ -18,8 +18,9 @@ from relvit_d2.data.classification.datasets import get_class_set, get_class_sets
 from relvit_d2.data.detection import catalog
 from relvit_d2.data.detection.catalog import save_splits
 from relvit_d2.data.detection.custom import register_custom
-from relvit_d2.data.images.batches import Images, TrainingBatches, fixed_batches, joined
+from relvit_d2.data.images.batches import Images, TrainingBatches, fixed_batches, joined, take
 from relvit_d2.data.images.folder import is_image_source, readable
+from relvit_d2.data.images.seen import SeenImages, fingerprints_of, seen_metadata, training_metadata
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.run_setup import save_config, start_run
 from relvit_d2.engine.trainer import Trainer
@@ -75,6 +76,37 @@ def image_files(
 def _has_classes(name: str) -> bool:
     """Whether a name is a classification set and not an archive of class folders."""
     return is_class_set(name) and not is_image_source(catalog.subset(name)[0])
+
+
+def exclude_images(files: Images, name: str, excluded: Images, excluded_name: str) -> Images:
+    """Return the training images without duplicates and near-duplicates of excluded images, whose number is logged.
+
+    Args:
+        files: training images.
+        name: name of their data set.
+        excluded: images of ``DATASETS.EXCLUDE``.
+        excluded_name: name of their data set.
+
+    Raises:
+        UserError: no image remains.
+    """
+    found = None
+    if comm.is_main_process():
+        seen = SeenImages.of(fingerprints_of(excluded, excluded_name))
+        found = seen.indices(fingerprints_of(files, name))
+    removed = torch.tensor(comm.all_gather(found)[0], dtype=torch.int64)
+    remaining = torch.ones(len(files), dtype=torch.bool)
+    remaining[removed] = False
+    logger.info(
+        f"{len(removed)} of {len(files)} images of {name} are left out: duplicates or near-duplicates of images of "
+        f"{excluded_name}"
+    )
+    if not remaining.any():
+        raise UserError(
+            f"DATASETS.EXCLUDE: every image of {name} is a duplicate or near-duplicate of one of {excluded_name}: set "
+            "another DATASETS.TRAIN or EXCLUDE"
+        )
+    return take(files, remaining.nonzero()[:, 0])
 
 
 def next_command(config_file: str, data: str | None, cfg: CfgNode, encoder: Path) -> str:
@@ -193,6 +225,10 @@ def run_process(cfg: CfgNode, args: argparse.Namespace, end: Callable[[Path, str
     options = (data.SKIP_MISSING, data.DOWNLOAD, data.SYNSETS)
     tests = image_files("DATASETS.TEST", data.TEST, *options) if args.eval_only or data.TEST else []
     files = [] if args.eval_only else image_files("DATASETS.TRAIN", data.TRAIN, *options)
+    name = ", ".join(data.TRAIN)
+    if data.EXCLUDE and not args.eval_only:
+        excluded = image_files("DATASETS.EXCLUDE", data.EXCLUDE, *options)
+        files = exclude_images(files, name, excluded, ", ".join(data.EXCLUDE))
     save_splits(data.TEST if args.eval_only else (*data.TRAIN, *data.TEST), Path(cfg.OUTPUT_DIR))
     model = build_pretraining_model(cfg)
     weights = cfg.MODEL.WEIGHTS
@@ -209,9 +245,10 @@ def run_process(cfg: CfgNode, args: argparse.Namespace, end: Callable[[Path, str
                 f"MODEL.WEIGHTS '{weights}' is not an encoder.safetensors or timm:NAME: give one of them, or '' to "
                 "train from scratch"
             )
-        load_verified(cfg, model.encoder, weights, "RGB")
+        trainer.metadata = seen_metadata(load_verified(cfg, model.encoder, weights, "RGB"))
     trainer.train()
     if comm.is_main_process():
         size = cfg.PRETEXT.IMAGE_SIZE
-        path = export_encoder(cfg, model.encoder, size, trainer.iter + 1, trainer.results, pretext=cfg.PRETEXT)
+        seen = training_metadata({name: files}, SeenImages.of_metadata(trainer.metadata))
+        path = export_encoder(cfg, model.encoder, size, trainer.iter + 1, trainer.results, pretext=cfg.PRETEXT, **seen)
         end(path.parent, next_command(args.config_file, args.data, cfg, path))

@@ -11,7 +11,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
 from PIL import Image
 
 MAX_POINTS = 240  # of a line; more are averaged
@@ -42,6 +42,7 @@ class Line(NamedTuple):
     y: np.ndarray  # (n,)
     color: int  # index of a colour of the page
     dashed: bool = False
+    margin: np.ndarray | None = None  # (n,) half the length of a vertical line at each point, NaN: no line
 
 
 class Chart(NamedTuple):
@@ -65,7 +66,14 @@ class Picture(NamedTuple):
         return cls(caption, f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}")
 
 
-def chart(title: str, lines: Sequence[Line], x_name: str = "iteration", percent: bool = False) -> Chart:
+def chart(
+    title: str,
+    lines: Sequence[Line],
+    x_name: str = "iteration",
+    percent: bool = False,
+    x_ticks: Sequence[float] = (),
+    bounds: tuple[float, float] = (-np.inf, np.inf),
+) -> Chart:
     """Draw lines, in their order; of more than :data:`MAX_POINTS` points, means over equal intervals.
 
     Args:
@@ -73,6 +81,8 @@ def chart(title: str, lines: Sequence[Line], x_name: str = "iteration", percent:
         lines: at least one with a point.
         x_name: label of the horizontal axis.
         percent: whether the values are fractions, shown in percent.
+        x_ticks: tick values of a logarithmic horizontal axis; empty: a linear axis.
+        bounds: limits to which the vertical lines are clipped.
     """
     drawn = [line for line in lines if len(line.x)]
     with rc_context(_STYLE):
@@ -84,9 +94,18 @@ def chart(title: str, lines: Sequence[Line], x_name: str = "iteration", percent:
             color, width = _LINES[line.color % 7], 4 if single else 1.2 if line.dashed else 1.6
             style = "--" if line.dashed else "-"
             axes.plot(x, y, style, color=color, linewidth=width, solid_capstyle="round", clip_on=False)
+            for x, y, margin in zip(line.x, line.y, () if line.margin is None else line.margin, strict=False):
+                if np.isfinite(margin):
+                    ends = np.clip([y - margin, y + margin], *bounds)
+                    axes.plot([x, x], ends, color=color, linewidth=1.2, clip_on=False)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
             axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        if x_ticks:
+            axes.set_xscale("log")
+            axes.set_xlim(min(x_ticks) / 1.2, max(x_ticks) * 1.2)
+            axes.set_xticks(x_ticks, [f"{tick:g}" for tick in x_ticks])
+            axes.xaxis.set_minor_locator(NullLocator())
         if percent:
             axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.grid(axis="y")

@@ -35,31 +35,39 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
         UserError: if a folder is not that of a run or is damaged, or the page cannot be written.
     """
     runs = read_runs(list(folders))
-    environment = Environment(
+    curves, more_curves = _curves(runs)
+    page = (
+        environment()
+        .get_template("page.html")
+        .render(
+            runs=runs,
+            verdicts=[(run.name, _verdict(run)) for run in runs],
+            facts=_facts(runs),
+            differences=_differences(runs),
+            results=result_rows(runs),
+            seeds=seed_rows(runs),
+            classes=class_rows(runs),
+            curves=curves,
+            more_curves=more_curves,
+            max_points=MAX_POINTS,
+            detections=list(detection_sections(runs)),
+            min_iou=MIN_IOU,
+            min_score=MIN_SCORE,
+            pictures=_pretraining_pictures(runs),
+        )
+    )
+    write_text(path, page)
+
+
+def environment() -> Environment:
+    """Return the jinja2 environment of the templates in this package."""
+    return Environment(
         loader=PackageLoader("relvit_d2.report", ""),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    curves, more_curves = _curves(runs)
-    page = environment.get_template("page.html").render(
-        runs=runs,
-        verdicts=[(run.name, _verdict(run)) for run in runs],
-        facts=_facts(runs),
-        differences=_differences(runs),
-        results=result_rows(runs),
-        seeds=seed_rows(runs),
-        classes=class_rows(runs),
-        curves=curves,
-        more_curves=more_curves,
-        max_points=MAX_POINTS,
-        detections=list(detection_sections(runs)),
-        min_iou=MIN_IOU,
-        min_score=MIN_SCORE,
-        pictures=_pretraining_pictures(runs),
-    )
-    write_text(path, page)
 
 
 def _verdict(run: Run) -> str:

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from relvit_d2.data.images.seen import SEEN, seen_sentence
 from relvit_d2.evaluation.average_precision import COCO_LIMIT
 from relvit_d2.report.runs import Run
 from relvit_d2.utils.metrics import from_scalars
@@ -15,12 +16,17 @@ Key = tuple[str, str, str]  # data set; task, empty in a pre-training; metric
 
 
 def summary(run: Run) -> list[str]:
-    """Return the first metric of each task and data set; accuracies and errors with their level of chance."""
+    """Return the first metric of each task and data set; accuracies and errors with their level of chance.
+
+    The number of test images on which the initial weights were trained follows.
+    """
     sentences = []
     for name, values in run.results.items():
         where = f"on {name.replace('_', ' ') if name in UNNAMED else name}"
         for key, value in values.items():
-            if isinstance(value, dict) and value:
+            if key == SEEN:
+                sentences.append(seen_sentence(name, **value))
+            elif isinstance(value, dict) and value:
                 sentences.append(f"{_task(run, key)} {_first(*next(iter(value.items())))} {where}")
             elif key == "top1":
                 sentences.append(f"{_first(key, value)} {where}")
@@ -90,6 +96,8 @@ def _values(run: Run) -> dict[Key, float | None]:
     values: dict[Key, float | None] = {}
     for name, tasks in run.results.items():
         for task, metrics in tasks.items():
+            if task == SEEN:  # a sentence of the summary
+                continue
             for key, value in metrics.items() if isinstance(metrics, dict) else [("", metrics)]:
                 if value is None or isinstance(value, int | float):
                     values[name, _task(run, task), key] = value

@@ -30,6 +30,11 @@ def generator(seed: int, purpose: str, *counters: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(sequence(seed, purpose, *counters)))
 
 
+def subset_order(seed: int, count: int) -> np.ndarray:
+    """Return the indices 0 to ``count - 1`` in the random order in which subsets take them, ``(count,)``."""
+    return generator(seed, "subset").permutation(count)
+
+
 def torch_generator(seed: int, purpose: str, *counters: int) -> torch.Generator:
     """Return a torch generator on the CPU; arguments as for :func:`sequence`."""
     state = int(sequence(seed, purpose, *counters).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -19,8 +19,8 @@ from relvit_d2.classification.run import (
     next_command,
     probe,
     resolve_config,
-    split,
 )
+from relvit_d2.data.classification.division import split
 from relvit_d2.data.classification.image_folder import LabelledImages
 from relvit_d2.data.images.batches import ImageStack
 from relvit_d2.encoders import ENCODERS, build_encoder

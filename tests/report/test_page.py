@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relvit_d2.evaluation.coco import coco_ground_truth, ground_truth_file
+from relvit_d2.report.comparison import Point, write_comparison
 from relvit_d2.report.curves import MAX_POINTS, Line, chart, thinned
 from relvit_d2.report.detection_sections import detection_sections
 from relvit_d2.report.detections import MIN_IOU, analyze_detections, match
@@ -92,6 +93,18 @@ def test_a_page_is_sound_and_holds_all_it_shows(runs: dict[str, Path], names: tu
         assert info["versions"] in page.words and info["command"] in page.words
     if len(names) > 1:
         assert "The runs of an arm have the same config except for the seed" in page.words
+
+
+def test_a_comparison_has_a_page_with_a_curve_for_each_metric(tmp_path: Path) -> None:
+    curves: dict[str, dict[str, list[Point]]] = {
+        "AP": {"scratch": [Point(10, 20, 3), Point(100, 40, None)], "a<b": [Point(10, 99, 5)]},
+        "AP50": {"a<b": []},
+    }
+    table = ("AP <1>", ["labels", "arm"], [["10 %", "a<b"]])
+    write_comparison("scratch & a<b", ["It pays."], curves, [table], ["a note"], tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.open == [] and page.pictures == ["AP: scratch ends at 40; a<b ends at 99"]
+    assert all(word in page.words for word in ("scratch & a<b", "It pays.", "AP <1>", "10 %", "a note"))
 
 
 def test_every_script_leaves_its_page(runs: dict[str, Path]) -> None:

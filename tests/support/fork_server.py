@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import relvit_d2.classification.run
 import relvit_d2.detection.run
 import relvit_d2.engine.distributed
+import relvit_d2.experiments.compare
 import relvit_d2.experiments.reproduce
 import relvit_d2.pretraining.run
 import relvit_d2.report.prediction_files

@@ -169,7 +169,7 @@ def config_pairs_of_inputs(inputs: list[str]) -> list[Any]:
 
 
 def register_custom(keys: Mapping[str, Any], labels: bool = True) -> None:
-    """Register the sets of ``CUSTOM`` that ``TRAIN`` or ``TEST`` contains.
+    """Register the sets of ``CUSTOM`` that ``TRAIN``, ``TEST`` or ``EXCLUDE`` contains.
 
     Args:
         keys: the config node ``DATASETS``; ``CUSTOM`` contains for each name ``ROOT``, and optionally ``FORMAT``,
@@ -179,7 +179,7 @@ def register_custom(keys: Mapping[str, Any], labels: bool = True) -> None:
     Raises:
         UserError: a key is unknown or missing, or the labels cannot be read.
     """
-    used = {catalog.subset(name)[0] for name in (*keys["TRAIN"], *keys["TEST"])}
+    used = {catalog.subset(name)[0] for name in (*keys["TRAIN"], *keys["TEST"], *keys.get("EXCLUDE", ()))}
     for name, entry in keys["CUSTOM"].items():
         where = f"DATASETS.CUSTOM.{name}"
         if not isinstance(entry, Mapping):
