@@ -1,7 +1,9 @@
 """The trainer of all tasks."""
 
+import json
 import logging
 import math
+import secrets
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing, nullcontext
@@ -58,6 +60,8 @@ class Trainer(TrainerBase):
         results: results of the last evaluation.
         interrupt: number of the signal that ends the run, 0 for none; equal in all processes.
         stopped: whether the run stopped early (``TEST.PATIENCE``).
+        run_id: random identifier of the run, by which checkpoints of an earlier run in ``OUTPUT_DIR`` are recognised;
+            None after resuming from a file of an earlier version.
 
     Raises:
         UserError: keys contradict each other.
@@ -85,6 +89,7 @@ class Trainer(TrainerBase):
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, optimizer=self.optimizer)
         self.results: dict[str, Any] = {}
         self.interrupt, self.stopped = 0, False
+        self.run_id: str | None = secrets.token_hex(8)
         self._scalars: dict[str, tuple[float, bool]] = {}
         self._batches: BatchSource
         self._parts: Generator[Any, None, None]
@@ -139,6 +144,7 @@ class Trainer(TrainerBase):
             config=self.cfg.dump(),
             samples=self.samples,
             processes=comm.get_world_size(),
+            run=self.run_id,
         )
 
     def resume(self, allow_changes: bool = False) -> bool:
@@ -150,18 +156,18 @@ class Trainer(TrainerBase):
         Raises:
             UserError: the checkpoint is of another config or program or does not fit, or only some processes find it.
         """
-        found = comm.all_gather(self.checkpointer.has_checkpoint())
-        if len(set(found)) > 1:
+        newest = comm.all_gather(self._newest_checkpoint() if comm.is_main_process() else "")[0]
+        if not all(comm.all_gather(Path(newest).is_file() if newest else not self.checkpointer.has_checkpoint())):
             raise UserError(
                 f"OUTPUT_DIR '{self.cfg.OUTPUT_DIR}' holds a checkpoint for some processes only: give a folder that "
                 "all machines share"
             )
-        if not found[0]:
+        if not newest:
             logger.info(f"no checkpoint in '{self.cfg.OUTPUT_DIR}': starting at iteration 0")
             return False
         self.checkpointer.validate = partial(check_same_run, self.cfg, self.samples, allow_changes)
-        extra = self.checkpointer.load(self.checkpointer.get_checkpoint_file())
-        self.start_iter, self._scalars = extra["iteration"] + 1, extra["scalars"]
+        extra = self.checkpointer.load(newest)
+        self.start_iter, self._scalars, self.run_id = extra["iteration"] + 1, extra["scalars"], extra.get("run")
         logger.info(f"resumed at iteration {self.start_iter}")
         if extra["processes"] != comm.get_world_size():
             logger.warning(
@@ -169,6 +175,14 @@ class Trainer(TrainerBase):
                 "numbers, and so its results, differ from here on"
             )
         return True
+
+    def _newest_checkpoint(self) -> str:
+        """Return the path of the newest intact checkpoint of the last run in ``OUTPUT_DIR``; "" if there is none."""
+        try:
+            run = json.loads((Path(self.cfg.OUTPUT_DIR) / "run.json").read_text(encoding="utf-8")).get("run")
+        except (OSError, ValueError, AttributeError):  # missing or damaged
+            run = None
+        return self.checkpointer.newest_intact(run)
 
     def train(self) -> None:  # type: ignore[override]
         """Run the remaining iterations.
@@ -204,7 +218,7 @@ class Trainer(TrainerBase):
         output = Path(self.cfg.OUTPUT_DIR)
         output.mkdir(parents=True, exist_ok=True)
         write_text(output / "config.yaml", self.cfg.dump())
-        write_json(output / "run.json", provenance(self.cfg))
+        write_json(output / "run.json", provenance(self.cfg) | {"run": self.run_id})
         for file in output.glob("not_finite_*.json"):
             file.unlink()
         if self.start_iter == 0 and self.checkpointer.has_checkpoint():

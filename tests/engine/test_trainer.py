@@ -196,6 +196,42 @@ def test_a_best_value_is_valid_for_its_metric_and_test_sets_only(
     assert best_after(8, "set/AP50", "two") == 5
 
 
+@pytest.mark.parametrize("damage", ["absent", "truncated", "older"])
+@pytest.mark.parametrize("has_source", [True, False])
+def test_a_damaged_best_model_is_written_again_or_reported(
+    damage: str, has_source: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    values, keys = [3.0, 5.0, 4.0, 2.0, 1.0], {"SOLVER__CHECKPOINT_PERIOD": 1}
+    measured(tmp_path, values, 6, **keys).train()
+    best = tmp_path / "model_best.pth"
+    before = torch.load(best, weights_only=True)
+    assert (before["iteration"], before["value"]) == (3, 5.0)
+    if damage == "older":
+        torch.save(before | {"iteration": 1, "digest": None}, best)
+    else:
+        best.write_bytes(best.read_bytes()[:-9])
+    if damage == "absent":
+        best.unlink()
+    if not has_source:
+        (tmp_path / "model_0000003.pth").unlink()
+    again = measured(tmp_path, values, 10, **keys)
+    assert again.resume(allow_changes=True)
+    again.train()
+    after = torch.load(best, weights_only=True)
+    if has_source:
+        assert equal(before, after)
+        assert "it was written again from" in caplog.text
+    else:  # the evaluation of the checkpoint is repeated
+        assert (after["iteration"], after["value"]) == (5, 4.0)
+        assert "the best value 5 is discarded" in caplog.text
+    again = measured(tmp_path, values, 10, **keys)
+    caplog.clear()
+    again.resume()
+    again.train()
+    assert "model_best" not in caplog.text
+    assert equal(after, torch.load(best, weights_only=True))
+
+
 def test_losses_are_minimised(tmp_path: Path) -> None:
     values = iter([3.0, 1.0, 2.0])
     evaluate = lambda: {"held_out": {"loss": next(values)}}  # noqa: E731
