@@ -25,7 +25,7 @@ from relvit_d2.engine.hooks import CheckpointHook, EvaluationHook
 from relvit_d2.engine.optimizer import build_clipper, build_optimizer
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.provenance import provenance
-from relvit_d2.engine.resume import check_same_run
+from relvit_d2.engine.resume import DataList, check_same_run
 from relvit_d2.engine.schedule import batch_factor, build_schedule
 from relvit_d2.engine.signals import Interrupted
 from relvit_d2.engine.writers import WriterHook
@@ -55,6 +55,8 @@ class Trainer(TrainerBase):
         make_batches: maps the first iteration to the batches from there on.
         evaluate: returns results to log (Detectron2's nested dict); called every ``TEST.EVAL_PERIOD`` iterations and at
             the end. None: no evaluation.
+        list_data: returns a line for each training image, as :func:`relvit_d2.data.listing.data_lines`; called in the
+            first process, once. None: a resumed run does not detect changed data.
 
     Attributes:
         results: results of the last evaluation.
@@ -74,6 +76,7 @@ class Trainer(TrainerBase):
         samples: int,
         make_batches: Callable[[int], BatchSource],
         evaluate: Callable[[], dict[str, Any]] | None = None,
+        list_data: Callable[[], list[str]] | None = None,
     ) -> None:
         super().__init__()
         self.cfg, self.samples = cfg, samples
@@ -89,6 +92,8 @@ class Trainer(TrainerBase):
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, optimizer=self.optimizer)
         self.results: dict[str, Any] = {}
         self.interrupt, self.stopped = 0, False
+        self._data: DataList | None = None
+        self._list_data = list_data if comm.is_main_process() else None
         self.run_id: str | None = secrets.token_hex(8)
         self._scalars: dict[str, tuple[float, bool]] = {}
         self._batches: BatchSource
@@ -145,6 +150,7 @@ class Trainer(TrainerBase):
             samples=self.samples,
             processes=comm.get_world_size(),
             run=self.run_id,
+            data=self._data and self._data.digest,
         )
 
     def resume(self, allow_changes: bool = False) -> bool:
@@ -165,7 +171,9 @@ class Trainer(TrainerBase):
         if not newest:
             logger.info(f"no checkpoint in '{self.cfg.OUTPUT_DIR}': starting at iteration 0")
             return False
-        self.checkpointer.validate = partial(check_same_run, self.cfg, self.samples, allow_changes)
+        if self._list_data:
+            self._data = DataList(self._list_data())
+        self.checkpointer.validate = partial(check_same_run, self.cfg, self.samples, self._data, allow_changes)
         extra = self.checkpointer.load(newest)
         self.start_iter, self._scalars, self.run_id = extra["iteration"] + 1, extra["scalars"], extra.get("run")
         logger.info(f"resumed at iteration {self.start_iter}")
@@ -218,6 +226,9 @@ class Trainer(TrainerBase):
         output = Path(self.cfg.OUTPUT_DIR)
         output.mkdir(parents=True, exist_ok=True)
         write_text(output / "config.yaml", self.cfg.dump())
+        if self._list_data:
+            self._data = self._data or DataList(self._list_data())
+            self._data.write(output)
         write_json(output / "run.json", provenance(self.cfg) | {"run": self.run_id})
         for file in output.glob("not_finite_*.json"):
             file.unlink()
