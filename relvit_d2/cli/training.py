@@ -19,7 +19,9 @@ def add_training_arguments(parser: argparse.ArgumentParser, task: str) -> None:
     parser.add_argument("--config-file", default="", metavar="FILE", help="the config")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
     parser.add_argument(
-        "--allow-changes", action="store_true", help="with --resume: continue although the config has changed"
+        "--allow-changes",
+        action="store_true",
+        help="with --resume: continue although the config or the training data have changed",
     )
     parser.add_argument("--eval-only", action="store_true", help="evaluate only")
     parser.add_argument("--num-gpus", type=int, default=1, help="number of GPUs per machine (default 1)")

@@ -15,7 +15,10 @@ from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.metrics import parse_row
 
 # Keys that runs of one arm may differ in: where they lie, and the seed.
-_NOT_THE_ARM = ("SEED", "OUTPUT_DIR", "MODEL.WEIGHTS", "VERSION", "CUDNN_BENCHMARK", "DATALOADER.NUM_WORKERS")
+_NOT_THE_ARM = (
+    *("SEED", "OUTPUT_DIR", "MODEL.WEIGHTS", "VERSION"),
+    *("CUDNN_BENCHMARK", "DATALOADER.NUM_WORKERS", "DATASETS.HASH_CONTENTS"),
+)
 
 
 @dataclass
