@@ -53,7 +53,7 @@ def run_training(args: argparse.Namespace, example: str) -> int:
     logging.raiseExceptions = False  # a failing log handler must not hide the original error
     from relvit_d2.engine import distributed
 
-    return guard(lambda: distributed.run(run_process, args), resumes=True)
+    return guard(lambda: distributed.run(run_process, args), resumes=not args.eval_only)
 
 
 def run_process(args: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from relvit_d2.utils.errors import ResumableError, UserError, resource_error
 from relvit_d2.utils.processes import process_group
 
 # Seconds that a process waits after a lost connection, since the error of the other process is the cause.
-_LOST_DELAY = 5.0
+_LOST_DELAY = 10.0
 _LOST = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited", "Connection refused")
 
 
@@ -97,7 +97,7 @@ def is_first_failure() -> bool:
     """
     group = process_group()
     if group is None:
-        return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["LOCAL_RANK"] == "0"
+        return os.environ.get("LOCAL_RANK", "0") == "0"
     signals.uninstall()  # so that the parent process can end this one
     try:
         return group.distributed_c10d._get_default_store().add("relvit_d2/failed", 1) == 1

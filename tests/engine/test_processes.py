@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -17,6 +16,7 @@ from detectron2.engine import launch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from PIL import Image
+from torch.multiprocessing import ProcessContext, start_processes
 
 from relvit_d2.classification.run import split
 from relvit_d2.data.classification.image_folder import read_tree
@@ -27,6 +27,7 @@ from relvit_d2.engine import distributed
 from relvit_d2.engine.signals import Interrupted
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.randomness import seed_everything
+from tests.support.runs import equal, rows
 from tests.support.scripts import command, fails, run, started, wait_for
 
 TWO = ("--num-gpus", 2)
@@ -143,6 +144,24 @@ def test_a_killed_process_is_reported(rank: int, root: Path, tmp_path: Path) -> 
     assert f"process {rank} was killed (SIGKILL)" in sentence
 
 
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_torchrun_restarts_a_killed_process_and_the_run_resumes(rank: int, root: Path, tmp_path: Path) -> None:
+    arguments = ("SOLVER.MAX_ITER", 8, "SOLVER.CHECKPOINT_PERIOD", 2)
+    run(root, *command("pretrain_ssl.py", tmp_path / "straight", *arguments, flags=TWO))
+    elastic = (*TORCHRUN, "--max-restarts", 2)
+    # Each start of the killed rank ends after five steps.
+    done = run(root, *elastic, *command("pretrain_ssl.py", tmp_path / "run", *arguments), fault=f"step:5:{rank}")
+    assert "resumed at iteration 4" in done.stdout
+    assert rows(tmp_path / "run") == rows(tmp_path / "straight")
+    assert equal(weights(tmp_path / "run"), weights(tmp_path / "straight"))
+
+
+def test_torchrun_does_not_repeat_a_user_error(root: Path, tmp_path: Path) -> None:
+    elastic = (*TORCHRUN, "--max-restarts", 3)
+    done = run(root, *elastic, *command("pretrain_ssl.py", tmp_path, "SOLVER.IMS_PER_BATCH", 3), status=1)
+    assert done.stderr.count("error: SOLVER.IMS_PER_BATCH 3 is not a multiple of 2") == 1
+
+
 def test_the_process_whose_loss_is_not_finite_names_its_images(root: Path, tmp_path: Path) -> None:
     arguments = command("pretrain_ssl.py", tmp_path, "SOLVER.MAX_ITER", 10_000, flags=TWO)
     assert "became nan at iteration 1, " in fails(root, *arguments, fault="nan:2:1")
@@ -173,26 +192,26 @@ def launcher() -> argparse.Namespace:
 
 
 def test_a_signal_before_the_processes_start_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "launch", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(distributed, "start_processes", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
     with handlers_kept(), pytest.raises(Interrupted, match="SIGTERM"):
         distributed._spawn(print, launcher(), "auto")
 
 
+def wait_for_signal(rank: int, signals: set[signal.Signals]) -> None:
+    signal.sigwait(signals)
+
+
 def test_a_signal_is_reported_although_all_processes_exit_with_0(monkeypatch: pytest.MonkeyPatch) -> None:
-    def launch(*_: object, **__: object) -> None:
+    def start(*_: object, **__: object) -> ProcessContext:
         # The signal is blocked in the children from their start, until they wait for it.
         blocked = {signal.SIGTERM}
-        fork = multiprocessing.get_context("fork")
-        children = [fork.Process(target=signal.sigwait, args=(blocked,)) for _ in range(2)]
         signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
-        for child in children:
-            child.start()
+        children = start_processes(wait_for_signal, (blocked,), 2, join=False, start_method="fork")
         signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
         os.kill(os.getpid(), signal.SIGTERM)
-        for child in children:
-            child.join()
+        return children
 
-    monkeypatch.setattr(distributed, "launch", launch)
+    monkeypatch.setattr(distributed, "start_processes", start)
     with handlers_kept():
         assert distributed._spawn(print, launcher(), "auto") == 128 + signal.SIGTERM
 
@@ -202,7 +221,7 @@ def test_processes_without_a_gpu_share_the_cores(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(distributed, "cores", lambda: 7)
-    monkeypatch.setattr(distributed, "launch", lambda *_, **__: None)
+    monkeypatch.setattr(distributed, "start_processes", lambda *_, **__: ProcessContext([], []))
     with handlers_kept():
         assert distributed._spawn(print, launcher(), "auto") == 0
     assert os.environ["OMP_NUM_THREADS"] == "3"
