@@ -2,11 +2,17 @@
 
 import argparse
 import logging
+from contextlib import suppress
 from importlib import import_module
+from traceback import clear_frames
+from typing import TYPE_CHECKING
 
 from relvit_d2.engine.error_reporting import guard
 from relvit_d2.utils.config_paths import find_config
-from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.errors import ResumableError, UserError, is_out_of_memory
+
+if TYPE_CHECKING:
+    from fvcore.common.config import CfgNode
 
 _PACKAGES = {"pretrain": "pretraining", "detection": "detection", "classification": "classification"}
 
@@ -63,4 +69,30 @@ def run_process(args: argparse.Namespace) -> None:
     from relvit_d2.tasks import load_config
 
     cfg = load_config(args.config_file, [*config_pairs(args.data, args.task), *args.opts], args.task)
-    import_module(f"relvit_d2.{_PACKAGES[args.task]}.run").run_process(cfg, args, end_run)
+    try:
+        import_module(f"relvit_d2.{_PACKAGES[args.task]}.run").run_process(cfg, args, end_run)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        clear_frames(error.__traceback__)  # releases the model and its batch
+        if args.eval_only:
+            raise UserError("out of memory: lower TEST.BATCH_SIZE or the size of the images") from error
+        raise ResumableError(
+            "out of memory; the last checkpoint is intact: raise SOLVER.GRAD_ACCUM_STEPS (now "
+            f"{cfg.SOLVER.GRAD_ACCUM_STEPS}) or lower SOLVER.IMS_PER_BATCH (now {cfg.SOLVER.IMS_PER_BATCH}; "
+            f"{_fitting_batch(cfg)})"
+        ) from error
+
+
+def _fitting_batch(cfg: "CfgNode") -> str:
+    import torch
+    from detectron2.utils import comm
+
+    from relvit_d2.analysis.model_cost import fitting_batch
+    from relvit_d2.cli.analyze import subject_of
+
+    if comm.get_world_size() == 1:  # other processes would wait for this one
+        torch.cuda.empty_cache()
+        with suppress(Exception):  # again out of memory
+            return f"about {fitting_batch(subject_of(cfg))} fit at a time"
+    return "relvit-d2 analyze measures how many fit"

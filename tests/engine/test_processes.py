@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -160,6 +161,20 @@ def test_torchrun_does_not_repeat_a_user_error(root: Path, tmp_path: Path) -> No
     elastic = (*TORCHRUN, "--max-restarts", 3)
     done = run(root, *elastic, *command("pretrain_ssl.py", tmp_path, "SOLVER.IMS_PER_BATCH", 3), status=1)
     assert done.stderr.count("error: SOLVER.IMS_PER_BATCH 3 is not a multiple of 2") == 1
+
+
+@pytest.mark.parametrize("flags", [(), pytest.param(TWO, marks=pytest.mark.slow)])
+def test_out_of_memory_names_the_batch_that_fits(flags: tuple[object, ...], root: Path, tmp_path: Path) -> None:
+    arguments = command("train_net.py", tmp_path, "SOLVER.MAX_ITER", 10_000, flags=flags)
+    sentence = fails(root, *arguments, fault="memory:4")
+    fits = re.search(r"raise SOLVER.GRAD_ACCUM_STEPS \(now 1\) or lower SOLVER.IMS_PER_BATCH \(now 4; (.*)\)", sentence)
+    assert fits
+    assert re.fullmatch(
+        "relvit-d2 analyze measures how many fit" if flags else r"about [1-9]\d* fit at a time", fits[1]
+    )
+    assert sentence.endswith("then continue with --resume")
+    checkpoint = torch.load(tmp_path / (tmp_path / "last_checkpoint").read_text(), weights_only=True)
+    assert checkpoint["iteration"] == 1
 
 
 def test_the_process_whose_loss_is_not_finite_names_its_images(root: Path, tmp_path: Path) -> None:

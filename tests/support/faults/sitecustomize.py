@@ -5,8 +5,8 @@ process (SIGKILL) the COUNTth time that it reaches POINT; ``POINT:COUNT:RANK`` o
 
 Points: ``step``, after an optimiser's step; ``checkpoint``, in the middle of writing a checkpoint; ``pointer``, before
 ``last_checkpoint`` is written; ``evaluation``, after the first batch of an evaluation. Instead of the kill, ``raise``
-raises a ZeroDivisionError after a step, and ``nan`` makes the losses of a step NaN. ``full:BYTES`` limits the size of
-files, like a full disk.
+raises a ZeroDivisionError after a step, ``nan`` makes the losses of a step NaN, and ``memory`` allocates more than the
+memory in a step. ``full:BYTES`` limits the size of files, like a full disk.
 """
 
 import io
@@ -59,6 +59,9 @@ def install(point: str, count: int, rank: int | None) -> None:
 
         return losses
 
+    def allocate(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: torch.empty(2**50) if is_now() else original(*args)
+
     def save(original: Callable[..., Any]) -> Callable[..., Any]:
         def saved(data: Any, path: Any) -> None:
             if isinstance(path, Path) and is_now():  # not Detectron2's evaluator, which saves to an open file
@@ -93,6 +96,8 @@ def install(point: str, count: int, rank: int | None) -> None:
         wrap(torch.optim.AdamW, "step", step)
     elif point == "nan":
         wrap(Trainer, "_forward", make_nan)
+    elif point == "memory":
+        wrap(Trainer, "_forward", allocate)
     elif point == "checkpoint":
         wrap(torch, "save", save)
     elif point == "pointer":
