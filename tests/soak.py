@@ -74,7 +74,8 @@ class Chain:
         """Start the run with a random fault; compare the result if it is complete."""
         kinds = ("kill", "worker", "rank", "signal", "full disk", "clock", "damage")
         kind = self.draw.choice(kinds if self.flags else [k for k in kinds if k != "rank"])
-        fault, expected = "", (0,)
+        fault = ""
+        expected: tuple[int, ...] = (0,)
         act: Callable[[subprocess.Popen[str]], object] = lambda process: None  # noqa: E731
         if kind == "kill":
             act, expected = (lambda process: process.kill()), (0, -signal.SIGKILL)
