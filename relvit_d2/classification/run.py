@@ -26,6 +26,7 @@ from relvit_d2.data.detection.splits import hold_out, warn_once
 from relvit_d2.data.images.batches import ImageStack, TrainingBatches, fixed_batches
 from relvit_d2.data.images.decode import image_size
 from relvit_d2.data.images.similarity import NEAR, VERSION, file_state, fingerprint, fingerprints
+from relvit_d2.data.listing import data_lines
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.run_setup import save_config, start_run
 from relvit_d2.engine.trainer import Trainer
@@ -190,7 +191,8 @@ def build_trainer(cfg: CfgNode, model: ClassificationModel, data: Classification
     sets = {name: part for name, part in selection.items() if part}
     measure = partial(_measure, cfg, model, sets) if sets else None
     make_batches = partial(TrainingBatches, cfg, train.images, labels=train.labels)
-    trainer = Trainer(cfg, model, len(train), make_batches, measure)
+    list_data = partial(data_lines, train.images, train.labels, cfg.DATASETS.HASH_CONTENTS)
+    trainer = Trainer(cfg, model, len(train), make_batches, measure, list_data)
     trainer.optimizer.register_step_post_hook(lambda *_: model.update_average())
     return trainer
 

@@ -2,8 +2,9 @@
 
 import argparse
 import logging
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from importlib import import_module
+from pathlib import Path
 from traceback import clear_frames
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,9 @@ def add_training_arguments(parser: argparse.ArgumentParser, task: str) -> None:
     parser.add_argument("--config-file", default="", metavar="FILE", help="the config")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
     parser.add_argument(
-        "--allow-changes", action="store_true", help="with --resume: continue although the config has changed"
+        "--allow-changes",
+        action="store_true",
+        help="with --resume: continue although the config or the training data have changed",
     )
     parser.add_argument("--eval-only", action="store_true", help="evaluate only")
     parser.add_argument("--num-gpus", type=int, default=1, help="number of GPUs per machine (default 1)")
@@ -65,12 +68,15 @@ def run_training(args: argparse.Namespace, example: str) -> int:
 def run_process(args: argparse.Namespace) -> None:
     """Run one of the processes."""
     from relvit_d2.data.detection.custom import config_pairs
+    from relvit_d2.engine.run_lock import run_lock
     from relvit_d2.report.run_summary import end_run
     from relvit_d2.tasks import load_config
 
     cfg = load_config(args.config_file, [*config_pairs(args.data, args.task), *args.opts], args.task)
+    trains = not args.eval_only and not getattr(args, "eval", None)
     try:
-        import_module(f"relvit_d2.{_PACKAGES[args.task]}.run").run_process(cfg, args, end_run)
+        with run_lock(Path(cfg.OUTPUT_DIR)) if trains else nullcontext():
+            import_module(f"relvit_d2.{_PACKAGES[args.task]}.run").run_process(cfg, args, end_run)
     except Exception as error:
         if not is_out_of_memory(error):
             raise

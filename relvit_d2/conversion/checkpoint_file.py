@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from relvit_d2.utils.digest import content_digest
 from relvit_d2.utils.errors import UserError
 
 # Every encoder has one of these tensors; the part of the name before it is the prefix of the encoder.
@@ -92,11 +93,24 @@ def read_file(path: Path) -> dict[str, Any]:
             f"'{path}' cannot be read without executing code in it ({reason}); save the model's state_dict() with "
             "torch.save or safetensors"
         ) from error
+    verify_digest(content, path)
     if not isinstance(content, dict):
         raise UserError(
             f"'{path}' contains a {type(content).__name__}, not a dictionary of tensors; save a state_dict()"
         )
     return content
+
+
+def verify_digest(content: Any, path: Path) -> bool:
+    """Compare the content of a checkpoint with its entry ``digest``, which is removed; return whether it had one.
+
+    Raises:
+        UserError: they differ.
+    """
+    digest = content.pop("digest", None) if isinstance(content, dict) else None
+    if isinstance(digest, str) and digest != content_digest(content):
+        raise UserError(damaged(path))
+    return isinstance(digest, str)
 
 
 def is_damaged(path: Path) -> bool:

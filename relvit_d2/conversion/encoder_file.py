@@ -1,6 +1,7 @@
 """Encoder files: safetensors files with the tensors and the config of an encoder."""
 
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ from relvit_d2.conversion.checkpoint_file import damaged, is_damaged
 from relvit_d2.conversion.converted import random_image, relative_difference
 from relvit_d2.conversion.timm_hub import is_published, read_published
 from relvit_d2.encoders.base import Encoder, build_encoder
+from relvit_d2.utils.digest import content_digest
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import appearing
 
 ENOUGH = 0.9  # minimum fraction of matching values
+
+logger = logging.getLogger(__name__)
 
 
 def save_encoder(encoder: Encoder, path: Path, info: dict[str, Any]) -> None:
@@ -32,15 +36,18 @@ def save_encoder(encoder: Encoder, path: Path, info: dict[str, Any]) -> None:
     """
     metadata = {"encoder": encoder.to_config(), "version": __version__, **info}
     tensors = {name: t.detach().cpu().contiguous() for name, t in encoder.state_dict().items()}
+    texts = {key: json.dumps(value) for key, value in metadata.items()}
+    texts["digest"] = content_digest([tensors, texts])
     with appearing(path) as part:
-        save_file(tensors, str(part), {key: json.dumps(value) for key, value in metadata.items()})
+        save_file(tensors, str(part), texts)
 
 
 def read_encoder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the tensors and the metadata of an encoder file.
 
     Raises:
-        UserError: if the file is missing, is not a safetensors file, or was not written by :func:`save_encoder`.
+        UserError: if the file is missing or damaged, is not a safetensors file, or was not written by
+            :func:`save_encoder`.
     """
     if not path.is_file():
         raise UserError(
@@ -62,7 +69,15 @@ def read_encoder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"'{path}' contains tensors but no description of an encoder; "
             "give an encoder.safetensors of relvit-d2 pretrain"
         )
-    return tensors, {key: json.loads(value) for key, value in metadata.items()}
+    digest = metadata.pop("digest", "")
+    if not digest:
+        logger.info(f"'{path}' has no digest, since an earlier version wrote it: changed values are not detected")
+    elif digest != content_digest([tensors, metadata]):
+        raise UserError(damaged(path))
+    try:
+        return tensors, {key: json.loads(value) for key, value in metadata.items()}
+    except ValueError as error:
+        raise UserError(damaged(path)) from error
 
 
 def read_weights(source: str | Path, encoder: Encoder) -> tuple[dict[str, Tensor], dict[str, Any]]:

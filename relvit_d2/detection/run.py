@@ -28,6 +28,7 @@ from relvit_d2.data.detection import catalog
 from relvit_d2.data.detection.catalog import get_metadata, save_splits
 from relvit_d2.data.detection.custom import register_custom
 from relvit_d2.data.detection.mapper import DetectionMapper
+from relvit_d2.data.listing import data_lines
 from relvit_d2.data.loader import EndlessBatches, EndlessOrder, ordered_batches
 from relvit_d2.detection.model import build_detector
 from relvit_d2.engine.precision import choose_precision
@@ -152,7 +153,8 @@ def build_trainer(cfg: CfgNode, model: GeneralizedRCNN, records: Records, tests:
         write_json(Path(cfg.OUTPUT_DIR) / "classes.json", classes)  # for prediction without the data set
     make_batches = partial(training_batches, cfg, records)
     measure = partial(evaluate, cfg, model, tests) if tests else None
-    return Trainer(cfg, model, len(records), make_batches, measure)
+    list_data = partial(data_lines, records, hash_contents=cfg.DATASETS.HASH_CONTENTS)
+    return Trainer(cfg, model, len(records), make_batches, measure, list_data)
 
 
 def evaluate(cfg: CfgNode, model: GeneralizedRCNN, tests: dict[str, Records]) -> dict[str, Any]:

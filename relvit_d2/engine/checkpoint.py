@@ -1,6 +1,9 @@
-"""Detectron2's checkpointer with atomic writes and safe reading."""
+"""Detectron2's checkpointer with atomic writes, digests and safe reading."""
 
+import math
+import os
 import pickle
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -13,7 +16,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from relvit_d2.conversion.checkpoint_file import damaged, is_damaged, is_pickle
+from relvit_d2.conversion.checkpoint_file import damaged, is_damaged, is_pickle, verify_digest
+from relvit_d2.utils.digest import content_digest
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import appearing, write_text
 
@@ -23,6 +27,7 @@ _WRITE_ERRORS = ("PytorchStreamWriter", "inline_container", "unexpected pos")
 _READ_ERRORS = (
     pickle.UnpicklingError,
     struct.error,
+    OSError,
     EOFError,
     LookupError,
     RuntimeError,
@@ -30,6 +35,8 @@ _READ_ERRORS = (
     TypeError,
     ValueError,
 )
+
+_NUMBERED = re.compile(r"model_([0-9]{7,})\.pth")  # a checkpoint, with its iteration
 
 _PICKLE = "; unpickling can run arbitrary code: if you trust the source, set MODEL.ALLOW_PICKLE True"
 
@@ -57,7 +64,8 @@ class Checkpointer(DetectionCheckpointer):
     """Detectron2's checkpointer with atomic writes; files hold tensors and plain values only.
 
     A file is written under a temporary name in the same folder, flushed to disk and renamed, and then the pointer
-    ``last_checkpoint`` in the same way. If the process is killed, the previous checkpoint is intact.
+    ``last_checkpoint`` in the same way. If the process is killed, the previous checkpoint is intact. The entry
+    ``digest`` of a file is the :func:`relvit_d2.utils.digest.content_digest` of the others and is verified on loading.
 
     Args:
         model, save_dir, checkpointables: as Detectron2's.
@@ -97,10 +105,11 @@ class Checkpointer(DetectionCheckpointer):
 
     def save_best(self, **kwargs: Any) -> None:
         """Write ``model_best.pth`` without the optimiser state; ``last_checkpoint`` is unchanged."""
-        self._write("model_best.pth", {"model": self.model.state_dict(), **kwargs})
+        self._write("model_best.pth", {"model": self.model.state_dict()} | kwargs)
 
     def _write(self, name: str, data: dict[str, Any]) -> None:
         path = Path(self.save_dir) / name
+        data["digest"] = content_digest(data)
         try:
             with appearing(path) as part:
                 torch.save(data, part)
@@ -118,6 +127,75 @@ class Checkpointer(DetectionCheckpointer):
         """Point ``last_checkpoint`` to a file in the same folder."""
         write_text(Path(self.save_dir) / "last_checkpoint", last_filename_basename)
 
+    def get_checkpoint_file(self) -> str:
+        """Return the path of the file that ``last_checkpoint`` names, which may be missing; "" without a pointer.
+
+        Raises:
+            UserError: the pointer cannot be read or leads out of its folder.
+        """
+        if not self.has_checkpoint():
+            return ""
+        pointer = Path(self.save_dir) / "last_checkpoint"
+        try:
+            name = pointer.read_text(encoding="utf-8", errors="replace").strip().replace("\0", "?")
+        except OSError as error:
+            raise UserError(f"'{pointer}' cannot be read ({error.strerror}): remove it") from error
+        if Path(name).name != name or name == "..":
+            raise UserError(
+                f"'{pointer}' contains '{name[:80]}', not the name of a file in its folder: correct it, or remove it "
+                "to resume from the newest checkpoint"
+            )
+        return os.path.join(self.save_dir, name)  # noqa: PTH118  (the folder itself for an empty pointer)
+
+    def newest_intact(self, run: str | None) -> str:
+        """Return the path of a run's newest intact checkpoint and log the damaged ones that were passed over.
+
+        It is that of ``last_checkpoint`` or, if this is damaged or missing, the one of the highest iteration before it.
+
+        Args:
+            run: entry ``run`` of the checkpoints; others are ignored unless ``last_checkpoint`` names them. None: any.
+
+        Returns:
+            "" if the folder has no checkpoint of the run.
+
+        Raises:
+            UserError: all are damaged, or ``last_checkpoint`` leads out of the folder.
+        """
+        folder, pointed, problems = Path(self.save_dir), self.get_checkpoint_file(), list[str]()
+        if pointed and self.read_intact(pointed, problems):
+            return pointed
+        newest = _NUMBERED.fullmatch(Path(pointed).name)
+        limit = int(newest[1]) if newest else math.inf
+        files = {str(path): int(m[1]) for path in folder.glob("*.pth") if (m := _NUMBERED.fullmatch(path.name))}
+        final = str(folder / "model_final.pth")  # of an earlier iteration, if MAX_ITER was raised
+        if final != pointed and Path(final).exists() and (content := self.read_intact(final, problems)):
+            files[final] = content.get("iteration", -1)
+        for path in sorted(files, key=lambda path: files[path], reverse=True):
+            if path == pointed or files[path] > limit:
+                continue
+            if (content := self.read_intact(path, problems)) and run in (None, content.get("run")):
+                for problem in problems:
+                    self.logger.warning(f"passed over: {problem}")
+                self.logger.warning(f"'{path}' is the newest intact checkpoint: the run continues from it")
+                return path
+        if problems:
+            raise UserError(
+                f"OUTPUT_DIR '{folder}' has no intact checkpoint ({'; '.join(problems[:2])}): restore one from a copy, "
+                "or start again without --resume"
+            )
+        return ""
+
+    def read_intact(self, path: str, problems: list[str]) -> dict[str, Any] | None:
+        """Return the content of a checkpoint; if it cannot be read, add a message to ``problems`` and return None."""
+        self._parsed_url_during_load: Any = urlparse("")  # Detectron2 requires it
+        try:
+            return self._load_file(path)
+        except UserError as error:
+            problems.append(str(error))
+            return None
+        finally:
+            self._parsed_url_during_load = None
+
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load a checkpoint; arguments and result as Detectron2's.
 
@@ -127,7 +205,7 @@ class Checkpointer(DetectionCheckpointer):
         """
         if path and "://" in path:
             download(path)  # into the cache that Detectron2 reads
-        elif path and not Path(path).is_file():
+        elif path and not os.path.isfile(path):  # noqa: PTH113  (False for a name that is too long)
             raise UserError(
                 f"checkpoint '{path}' does not exist; check MODEL.WEIGHTS, or last_checkpoint when resuming"
             )
@@ -148,6 +226,8 @@ class Checkpointer(DetectionCheckpointer):
         try:
             content = super()._load_file(filename)
         except _READ_ERRORS as error:
+            if isinstance(error, OSError) and error.filename:  # without a name, the content is damaged
+                raise UserError(f"checkpoint '{filename}' cannot be read ({error.strerror})") from error
             if is_damaged(Path(filename)):
                 raise UserError(f"{damaged(Path(filename))}, or give an earlier checkpoint") from error
             needs_code = isinstance(error, pickle.UnpicklingError) and is_pickle(Path(filename))
@@ -157,7 +237,10 @@ class Checkpointer(DetectionCheckpointer):
         return content
 
     def _torch_load(self, f: str) -> dict[str, Any]:
-        return torch.load(f, map_location="cpu", weights_only=not self._allow_pickle)
+        content = torch.load(f, map_location="cpu", weights_only=not self._allow_pickle)
+        if not verify_digest(content, Path(f)):
+            self.logger.info(f"'{f}' has no digest: changed values are not detected")
+        return content
 
     def _load_model(self, checkpoint: Any) -> Any:
         if self.validate is not None:

@@ -94,6 +94,38 @@ class EvaluationHook(HookBase):
                 f"{', '.join(state['tests'])}, now it is {self._metric} on {', '.join(self._tests)}"
             )
 
+    def before_train(self) -> None:
+        """Check that ``model_best.pth`` is the best model so far."""
+        if self.best is not None and comm.is_main_process():
+            self._restore_best()
+
+    def _restore_best(self) -> None:
+        """Write ``model_best.pth`` again from a checkpoint if it is damaged, missing or older than the best value."""
+        trainer, checkpointer, problems = self.trainer, self.trainer.checkpointer, list[str]()
+        folder = Path(trainer.cfg.OUTPUT_DIR)
+        content = checkpointer.read_intact(str(folder / "model_best.pth"), problems)
+        # A later one is of an evaluation after this checkpoint, which is repeated.
+        if content and content.get("run") == trainer.run_id and content.get("iteration", -1) >= self.best_iteration:
+            return
+        problem = problems[0] if content is None else f"'{folder / 'model_best.pth'}' is not of this run's best value"
+        for name in (f"model_{self.best_iteration:07d}.pth", "model_final.pth"):
+            content = checkpointer.read_intact(str(folder / name), problems)
+            if content and (content.get("iteration"), content.get("run")) == (self.best_iteration, trainer.run_id):
+                checkpointer.save_best(
+                    model=content["model"],
+                    iteration=self.best_iteration,
+                    metric=self._metric,
+                    value=self.best,
+                    run=trainer.run_id,
+                )
+                logger.warning(f"{problem}: it was written again from '{folder / name}'")
+                return
+        logger.warning(
+            f"{problem}, and the checkpoint of iteration {self.best_iteration} is not there either: the best value "
+            f"{self.best:.4g} is discarded and the next evaluation is the best"
+        )
+        self.best, self.stale, self.counted = None, 0, -1
+
     def after_step(self) -> None:
         trainer = self.trainer
         if trainer.interrupt or not trainer.evaluates_after(trainer.iter + 1):
@@ -121,7 +153,9 @@ class EvaluationHook(HookBase):
             self.stale += 1
             if not math.isnan(value) and (self.best is None or sign * value > sign * self.best):
                 self.best, self.best_iteration, self.stale = value, trainer.iter, 0
-                trainer.checkpointer.save_best(iteration=trainer.iter, metric=self._metric, value=value)
+                trainer.checkpointer.save_best(
+                    iteration=trainer.iter, metric=self._metric, value=value, run=trainer.run_id
+                )
         if not self._patience or self.stale < self._patience:
             return False
         best = "none" if self.best is None else f"{self.best:.4g} after iteration {self.best_iteration}"

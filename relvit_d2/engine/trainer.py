@@ -1,7 +1,9 @@
 """The trainer of all tasks."""
 
+import json
 import logging
 import math
+import secrets
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing, nullcontext
@@ -23,7 +25,7 @@ from relvit_d2.engine.hooks import CheckpointHook, EvaluationHook
 from relvit_d2.engine.optimizer import build_clipper, build_optimizer
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.provenance import provenance
-from relvit_d2.engine.resume import check_same_run
+from relvit_d2.engine.resume import DataList, check_same_run
 from relvit_d2.engine.schedule import batch_factor, build_schedule
 from relvit_d2.engine.signals import Interrupted
 from relvit_d2.engine.writers import WriterHook
@@ -53,11 +55,15 @@ class Trainer(TrainerBase):
         make_batches: maps the first iteration to the batches from there on.
         evaluate: returns results to log (Detectron2's nested dict); called every ``TEST.EVAL_PERIOD`` iterations and at
             the end. None: no evaluation.
+        list_data: returns a line for each training image, as :func:`relvit_d2.data.listing.data_lines`; called in the
+            first process, once. None: a resumed run does not detect changed data.
 
     Attributes:
         results: results of the last evaluation.
         interrupt: number of the signal that ends the run, 0 for none; equal in all processes.
         stopped: whether the run stopped early (``TEST.PATIENCE``).
+        run_id: random identifier of the run, by which checkpoints of an earlier run in ``OUTPUT_DIR`` are recognised;
+            None after resuming from a file of an earlier version.
 
     Raises:
         UserError: keys contradict each other.
@@ -70,6 +76,7 @@ class Trainer(TrainerBase):
         samples: int,
         make_batches: Callable[[int], BatchSource],
         evaluate: Callable[[], dict[str, Any]] | None = None,
+        list_data: Callable[[], list[str]] | None = None,
     ) -> None:
         super().__init__()
         self.cfg, self.samples = cfg, samples
@@ -85,6 +92,9 @@ class Trainer(TrainerBase):
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, optimizer=self.optimizer)
         self.results: dict[str, Any] = {}
         self.interrupt, self.stopped = 0, False
+        self._data: DataList | None = None
+        self._list_data = list_data if comm.is_main_process() else None
+        self.run_id: str | None = secrets.token_hex(8)
         self._scalars: dict[str, tuple[float, bool]] = {}
         self._batches: BatchSource
         self._parts: Generator[Any, None, None]
@@ -139,6 +149,8 @@ class Trainer(TrainerBase):
             config=self.cfg.dump(),
             samples=self.samples,
             processes=comm.get_world_size(),
+            run=self.run_id,
+            data=self._data and self._data.digest,
         )
 
     def resume(self, allow_changes: bool = False) -> bool:
@@ -150,18 +162,20 @@ class Trainer(TrainerBase):
         Raises:
             UserError: the checkpoint is of another config or program or does not fit, or only some processes find it.
         """
-        found = comm.all_gather(self.checkpointer.has_checkpoint())
-        if len(set(found)) > 1:
+        newest = comm.all_gather(self._newest_checkpoint() if comm.is_main_process() else "")[0]
+        if not all(comm.all_gather(Path(newest).is_file() if newest else not self.checkpointer.has_checkpoint())):
             raise UserError(
                 f"OUTPUT_DIR '{self.cfg.OUTPUT_DIR}' holds a checkpoint for some processes only: give a folder that "
                 "all machines share"
             )
-        if not found[0]:
+        if not newest:
             logger.info(f"no checkpoint in '{self.cfg.OUTPUT_DIR}': starting at iteration 0")
             return False
-        self.checkpointer.validate = partial(check_same_run, self.cfg, self.samples, allow_changes)
-        extra = self.checkpointer.load(self.checkpointer.get_checkpoint_file())
-        self.start_iter, self._scalars = extra["iteration"] + 1, extra["scalars"]
+        if self._list_data:
+            self._data = DataList(self._list_data())
+        self.checkpointer.validate = partial(check_same_run, self.cfg, self.samples, self._data, allow_changes)
+        extra = self.checkpointer.load(newest)
+        self.start_iter, self._scalars, self.run_id = extra["iteration"] + 1, extra["scalars"], extra.get("run")
         logger.info(f"resumed at iteration {self.start_iter}")
         if extra["processes"] != comm.get_world_size():
             logger.warning(
@@ -169,6 +183,14 @@ class Trainer(TrainerBase):
                 "numbers, and so its results, differ from here on"
             )
         return True
+
+    def _newest_checkpoint(self) -> str:
+        """Return the path of the newest intact checkpoint of the last run in ``OUTPUT_DIR``; "" if there is none."""
+        try:
+            run = json.loads((Path(self.cfg.OUTPUT_DIR) / "run.json").read_text(encoding="utf-8")).get("run")
+        except (OSError, ValueError, AttributeError):  # missing or damaged
+            run = None
+        return self.checkpointer.newest_intact(run)
 
     def train(self) -> None:  # type: ignore[override]
         """Run the remaining iterations.
@@ -204,7 +226,10 @@ class Trainer(TrainerBase):
         output = Path(self.cfg.OUTPUT_DIR)
         output.mkdir(parents=True, exist_ok=True)
         write_text(output / "config.yaml", self.cfg.dump())
-        write_json(output / "run.json", provenance(self.cfg))
+        if self._list_data:
+            self._data = self._data or DataList(self._list_data())
+            self._data.write(output)
+        write_json(output / "run.json", provenance(self.cfg) | {"run": self.run_id})
         for file in output.glob("not_finite_*.json"):
             file.unlink()
         if self.start_iter == 0 and self.checkpointer.has_checkpoint():

@@ -1,7 +1,6 @@
 """Logging of metrics: console, metrics.json, TensorBoard."""
 
 import datetime
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,9 +9,10 @@ from detectron2.engine import HookBase
 from detectron2.utils.events import EventStorage, EventWriter, JSONWriter, TensorboardXWriter, get_event_storage
 from fvcore.common.config import CfgNode
 
-from relvit_d2.utils.files import write_text
+from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.files import appearing, write_text
 from relvit_d2.utils.hardware import peak_memory
-from relvit_d2.utils.metrics import Metric, from_scalars
+from relvit_d2.utils.metrics import Metric, from_scalars, parse_row
 
 if TYPE_CHECKING:
     from relvit_d2.engine.trainer import Trainer
@@ -40,8 +40,10 @@ class WriterHook(HookBase):
     def before_train(self) -> None:
         """Open the files."""
         trainer, output = self.trainer, Path(self.trainer.cfg.OUTPUT_DIR)
-        row = drop_later_metrics(output / "metrics.json", trainer.first_row)
-        self._row = row if trainer.start_iter else {}
+        if trainer.start_iter:
+            self._row = keep_earlier_rows(output / "metrics.json", trainer.first_row)
+        else:
+            write_text(output / "metrics.json", "")
         self._every_step = [JSONWriter(str(output / "metrics.json"), window_size=1)]
         self._periodic = [
             ProgressPrinter(trainer.cfg),
@@ -52,7 +54,9 @@ class WriterHook(HookBase):
         """Write the metrics of the iteration."""
         storage, done = self.trainer.storage, self.trainer.iter + 1
         new = [name for name, (_, at) in storage.latest().items() if at == self.trainer.iter]
-        storage.put_scalars(**{k: v for k, v in self._row.items() if k not in new}, smoothing_hint=False)
+        for name, value in self._row.items():
+            if name not in new:
+                storage.put_scalar(name, value, smoothing_hint=False)
         self._row = {}
         for writer in self._every_step:
             writer.write()
@@ -118,25 +122,44 @@ def _median(storage: EventStorage, name: str) -> float:
     return storage.history(name).median(storage.count_samples(name, PERIOD))
 
 
-def drop_later_metrics(path: Path, start: int) -> dict[str, float]:
-    """Remove the lines of iteration ``start`` and later, and incomplete ones, from ``metrics.json``.
+def keep_earlier_rows(path: Path, start: int) -> dict[str, float]:
+    """Remove the rows of iteration ``start`` and later from ``metrics.json``.
+
+    Lines that are not rows are moved to ``metrics_unreadable.txt`` beside it. They and missing rows are reported.
 
     Returns:
         The values of iteration ``start``.
+
+    Raises:
+        UserError: the file cannot be read.
     """
-    if not path.exists():
-        return {}
-    kept: list[str] = []
-    removed: dict[str, float] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-            at = row.pop("iteration")
-        except (ValueError, KeyError):
-            continue
-        if at < start:
-            kept.append(line + "\n")
-        elif at == start:
-            removed |= row
-    write_text(path, "".join(kept))
-    return removed
+    try:
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read ({error.strerror}): move it away") from error
+    kept: list[bytes] = []
+    unreadable: list[bytes] = []
+    seen: set[int] = set()
+    last: dict[str, float] = {}
+    for line in filter(bytes.strip, lines):
+        row = parse_row(line)
+        if row is None:
+            unreadable.append(line.rstrip() + b"\n")
+        elif row.iteration < start:
+            kept.append(line.rstrip() + b"\n")
+            seen.add(row.iteration)
+        elif row.iteration == start:
+            last |= row.scalars
+    if unreadable:
+        aside = path.with_name("metrics_unreadable.txt")
+        with aside.open("ab") as file:
+            file.writelines(unreadable)
+        logger.warning(f"'{path}' has {len(unreadable)} unreadable line(s): they were moved to '{aside}'")
+    if missing := sorted(set(range(start)) - seen):
+        logger.warning(
+            f"'{path}' lacks {len(missing)} of the {start} rows before the checkpoint, the first of iteration "
+            f"{missing[0]}: they cannot be restored"
+        )
+    with appearing(path) as part:
+        part.write_bytes(b"".join(kept))
+    return last

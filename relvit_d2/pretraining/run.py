@@ -20,6 +20,7 @@ from relvit_d2.data.detection.catalog import save_splits
 from relvit_d2.data.detection.custom import register_custom
 from relvit_d2.data.images.batches import Images, TrainingBatches, fixed_batches, joined
 from relvit_d2.data.images.folder import is_image_source, readable
+from relvit_d2.data.listing import data_lines
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.run_setup import save_config, start_run
 from relvit_d2.engine.trainer import Trainer
@@ -102,7 +103,12 @@ def build_trainer(cfg: CfgNode, model: PretrainingModel, files: Images, tests: I
     """Return the trainer on the images ``files``, evaluated on ``tests`` or, if empty, on the first training images."""
     name, images = ("held_out", tests) if len(tests) else ("training_images", files[:EVALUATED_TRAINING_IMAGES])
     trainer = Trainer(
-        cfg, model, len(files), partial(TrainingBatches, cfg, files), partial(evaluate, cfg, model, images, name)
+        cfg,
+        model,
+        len(files),
+        partial(TrainingBatches, cfg, files),
+        partial(evaluate, cfg, model, images, name),
+        partial(data_lines, files, hash_contents=cfg.DATASETS.HASH_CONTENTS),
     )
     trainer.register_hooks([PositionLeakWarning(math.ceil(len(files) / cfg.SOLVER.IMS_PER_BATCH))])
     return trainer

@@ -12,9 +12,13 @@ import yaml  # type: ignore[import-untyped]
 from relvit_d2.config.config_file import flat
 from relvit_d2.evaluation.average_precision import COCO_LIMIT
 from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.metrics import parse_row
 
 # Keys that runs of one arm may differ in: where they lie, and the seed.
-_NOT_THE_ARM = ("SEED", "OUTPUT_DIR", "MODEL.WEIGHTS", "VERSION", "CUDNN_BENCHMARK", "DATALOADER.NUM_WORKERS")
+_NOT_THE_ARM = (
+    *("SEED", "OUTPUT_DIR", "MODEL.WEIGHTS", "VERSION"),
+    *("CUDNN_BENCHMARK", "DATALOADER.NUM_WORKERS", "DATASETS.HASH_CONTENTS"),
+)
 
 
 @dataclass
@@ -88,12 +92,12 @@ def _read(folder: Path, name: str) -> Run:
         # An evaluation alone may have had another limit than the training, whose config it leaves.
         evaluation = _json(folder / "inference" / "evaluation.json")
         limit = int(evaluation.get("detections_per_image", config.get("TEST.DETECTIONS_PER_IMAGE", COCO_LIMIT)))
-        lines = (
-            (folder / "metrics.json").read_text(encoding="utf-8").splitlines()
-            if (folder / "metrics.json").is_file()
-            else []
-        )
-        rows = {row["iteration"]: row for row in map(json.loads, lines)}
+        rows: dict[int, dict[str, Any]] = {}
+        metrics = folder / "metrics.json"
+        for number, line in enumerate(metrics.read_bytes().splitlines() if metrics.is_file() else (), 1):
+            if (row := parse_row(line)) is None:
+                raise ValueError(f"line {number} of metrics.json")
+            rows[row.iteration] = {**row.scalars, "iteration": row.iteration}
     except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"the files of the run '{folder}' are damaged ({error}): give another run") from error
     return Run(folder, name, config, info, [rows[i] for i in sorted(rows)], results, limit)

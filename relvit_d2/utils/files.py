@@ -68,11 +68,12 @@ def remove_leftovers(folder: Path) -> None:
     """Remove temporary files of killed processes from ``folder``, not from its sub-folders."""
     for part in folder.glob(".*.part"):
         number = part.name.split(".")[-2]
-        if not (number.isdecimal() and _is_other_process(int(number))):
+        if not (number.isdecimal() and is_other_process(int(number))):
             part.unlink(missing_ok=True)
 
 
-def _is_other_process(pid: int) -> bool:
+def is_other_process(pid: int) -> bool:
+    """Whether a process of this machine, other than this one, has the ID ``pid``."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):

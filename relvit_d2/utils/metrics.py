@@ -4,9 +4,10 @@ A metric T of kind ``accuracy`` is logged to ``metrics.json``, TensorBoard and `
 ``accuracy_T`` and ``chance_T``, with the prefix ``NAME/`` for a test set. Only this module builds and parses the names.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 FORMATS = {"accuracy": ".1%", "error": ".3f"}
 
@@ -58,6 +59,25 @@ def from_scalars(scalars: Mapping[str, T]) -> dict[str, Metric[T]]:
         if kind in FORMATS and task:
             metrics[f"{head}{slash}{task}"] = Metric(value, scalars.get(f"{head}{slash}chance_{task}"), kind)
     return metrics
+
+
+class Row(NamedTuple):
+    """A row of ``metrics.json``."""
+
+    iteration: int
+    scalars: dict[str, float]
+
+
+def parse_row(line: bytes) -> Row | None:
+    """Return a line of ``metrics.json``, or None if it is not a JSON object of numbers with an ``iteration``."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+        iteration = row.pop("iteration")
+        if type(iteration) is int and iteration >= 0 and not any(isinstance(v, str | bool) for v in row.values()):
+            return Row(iteration, {name: float(value) for name, value in row.items()})
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
+        pass
+    return None
 
 
 def less_is_better(name: str) -> bool:

@@ -51,13 +51,14 @@ def test_a_resumed_pretraining_equals_an_uninterrupted_one(root: Path, encoder: 
     output = tmp_path / "ssl"
     run(root, *pretrain(output), "SOLVER.CHECKPOINT_PERIOD", 4)
     # The state after a kill in iteration 5: the checkpoint of iteration 3 and metrics after it.
-    for name in ("model_final.pth", "encoder.safetensors"):
-        (output / name).unlink()
+    (output / "model_final.pth").unlink()
+    (output / "encoder.safetensors").write_bytes(b"damaged")
     (output / "last_checkpoint").write_text("model_0000003.pth")
     done = run(root, *pretrain(output, "DATALOADER.NUM_WORKERS", 1, flags=("--resume",)))
     assert "resumed at iteration 4" in done.stdout
     straight, resumed = (torch.load(p / "model_final.pth", weights_only=True) for p in (encoder.parent, output))
     assert all(torch.equal(straight["model"][name], resumed["model"][name]) for name in straight["model"])
+    assert (output / "encoder.safetensors").read_bytes() == encoder.read_bytes()
 
 
 # Keep detections of any score, so that there are some after a few iterations.

@@ -1,11 +1,13 @@
 """Encoder files: writing and loading, and rejection of files that do not match."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from relvit_d2 import __version__
 from relvit_d2.conversion.encoder_file import feature_difference, load_encoder, read_encoder, save_encoder
 from relvit_d2.encoders import ENCODERS, Encoder, build_encoder
 from relvit_d2.utils.errors import UserError
@@ -100,6 +102,20 @@ def test_other_files_are_reported(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             load_encoder(small(), path)
+
+
+def test_a_changed_bit_is_reported_as_damage(tmp_path: Path) -> None:
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(small(), path, {"iteration": 7})
+    whole = path.read_bytes()
+    tensors, metadata = read_encoder(path)
+    for place in (len(whole) - 1, len(whole) // 2, whole.index(b"iteration") + 13, whole.index(b"digest") + 12):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(UserError, match=r"encoder.safetensors' is (incomplete or damaged|not a readable)"):
+            load_encoder(small(), path)
+    # Files of earlier versions have no digest.
+    save_file(tensors, str(path), {key: json.dumps(value) for key, value in metadata.items()})
+    assert read_encoder(path)[1] == metadata == {"encoder": small().to_config(), "version": __version__, "iteration": 7}
 
 
 def test_a_truncated_file_is_reported_as_damaged(tmp_path: Path) -> None:

@@ -62,9 +62,12 @@ def test_killed_anywhere_and_resumed(
         kept = torch.load(tmp_path / pointer, weights_only=True)
         assert kept["iteration"] + 1 == resumes_at, fault
         resume = ("--resume",)
-    # The last part uses another number of worker processes, which must not affect the result.
+    # Damage to the newest checkpoint and the use of another number of workers do not affect the result.
+    newest = tmp_path / (tmp_path / "last_checkpoint").read_text()
+    newest.write_bytes(newest.read_bytes()[:-100])
     done = run(root, *command(script, tmp_path, *RUN, 2 - workers, flags=resume))
-    assert "resumed at iteration 36" in done.stdout
+    assert f"passed over: '{newest}' is incomplete or damaged" in done.stdout
+    assert "resumed at iteration 35" in done.stdout
     assert_same_run(uninterrupted[script], tmp_path)
 
 
@@ -169,3 +172,28 @@ def test_all_processes_end_with_the_script(flags: tuple[str, ...], root: Path, t
         output, _ = process.communicate()  # returns only when no process holds the pipes
         assert "stopping after" not in output  # no process may write after the kill
         wait_for(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in children), None, seconds=10)
+
+
+def test_one_training_per_folder(root: Path, tmp_path: Path) -> None:
+    """A second training is refused, an evaluation is not; a lock of a killed process does not matter."""
+    arguments = command("train_net.py", tmp_path, "SOLVER.MAX_ITER", 10_000, "DATALOADER.NUM_WORKERS", 2)
+    resume = command("train_net.py", tmp_path, "SOLVER.MAX_ITER", 10_000, flags=("--resume",))
+    with started(root, *arguments) as process:
+        wait_for((tmp_path / "last_checkpoint").exists, process)
+        for second in (arguments, resume):
+            sentence = fails(root, *second)
+            assert f"OUTPUT_DIR '{tmp_path}' is in use by another training, process {process.pid} on " in sentence
+        evaluation = ("MODEL.WEIGHTS", tmp_path / (tmp_path / "last_checkpoint").read_text(), "OUTPUT_DIR", tmp_path)
+        run(root, *command("train_net.py", tmp_path, *evaluation, flags=("--eval-only",)))
+        assert process.poll() is None
+        process.kill()
+        process.wait()
+        reached = torch.load(tmp_path / (tmp_path / "last_checkpoint").read_text(), weights_only=True)["iteration"]
+        last = ("SOLVER.MAX_ITER", reached + 2, "DATASETS.TEST", "()")
+        changed = command("train_net.py", tmp_path, *last, flags=("--resume", "--allow-changes"))
+        done = run(root, *changed)
+    assert f"process {process.pid}, ended without releasing its lock" in done.stderr
+    assert not (tmp_path / ".run.json").exists()
+    (tmp_path / ".run.json").write_text(json.dumps({"host": "elsewhere", "process": 7}))
+    done = run(root, *changed)
+    assert "in use by process 7 on elsewhere; whether it has ended cannot be known here" in done.stderr

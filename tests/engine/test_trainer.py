@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from relvit_d2.data.loader import EndlessOrder
 from relvit_d2.engine.trainer import Trainer
 from relvit_d2.utils.errors import UserError
-from tests.support.runs import equal
+from tests.support.runs import equal, rows
 from tests.support.training import Regression, noisy, trainer
 
 
@@ -48,6 +49,57 @@ def test_metrics_have_every_iteration_once_also_after_a_truncated_line(tmp_path:
     assert [row["iteration"] for row in rows] == list(range(20))
     assert all({"total_loss", "loss_square", "grad_norm", "lr"} <= row.keys() for row in rows)
     assert rows[10]["total_loss"] != 9
+
+
+UNREADABLE = [
+    b'{"iteration": 4, "tot',
+    b'\xff\xfe{"iteration": 4}',
+    b"[4, 5]",
+    b'{"iteration": "4", "total_loss": 1.0}',
+    b'{"iteration": true}',
+    b'{"iteration": -1}',
+    b'{"iteration": 9, "set/AP": "high"}',  # of the checkpoint's iteration, whose values are kept
+    b'{"iteration": 9, "set/AP": {}}',
+    b'{"iteration": 9, "set/AP": 1' + b"0" * 400 + b"}",
+    b"[" * 100_000,
+    b"{}",
+]
+
+
+def test_unreadable_lines_of_the_metrics_are_moved_to_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer(tmp_path / "straight", 20).train()
+    run = tmp_path / "run"
+    trainer(run, 10).train()
+    metrics = run / "metrics.json"
+    intact = metrics.read_bytes().splitlines()
+    for more in (UNREADABLE, UNREADABLE[:2]):
+        metrics.write_bytes(b"\n".join([*intact[:3], *more, *intact[3:]]))
+        caplog.clear()
+        second = trainer(run, 20)
+        second.resume(allow_changes=True)
+        second.before_train()
+        assert metrics.read_bytes().splitlines() == intact[:9]
+        assert f"has {len(more)} unreadable line(s): they were moved to '{run}/metrics_unreadable.txt'" in caplog.text
+    second.train()
+    assert rows(run) == rows(tmp_path / "straight")
+    assert (run / "metrics_unreadable.txt").read_bytes().splitlines() == [*UNREADABLE, *UNREADABLE[:2]]
+
+
+@pytest.mark.parametrize("lost", [range(10), [0], [3, 5, 8]])
+def test_lost_rows_of_the_metrics_are_reported(
+    lost: Sequence[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer(tmp_path, 11).train()
+    metrics = tmp_path / "metrics.json"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(line for i, line in enumerate(lines) if i not in lost))
+    if len(lost) == 10:
+        metrics.unlink()
+    second = trainer(tmp_path, 20)
+    second.resume(allow_changes=True)
+    second.train()
+    assert f"lacks {len(lost)} of the 10 rows before the checkpoint, the first of iteration {lost[0]}:" in caplog.text
+    assert [row["iteration"] for row in rows(tmp_path)] == [i for i in range(20) if i not in lost]
 
 
 def test_a_resumed_run_keeps_metrics_that_it_does_not_compute_again(tmp_path: Path) -> None:
@@ -194,6 +246,42 @@ def test_a_best_value_is_valid_for_its_metric_and_test_sets_only(
         assert best_after(6, "set/AP50", "one") == 3  # the evaluation after the checkpoint is repeated
     assert "discarded: TEST.BEST_METRIC was set/AP on one, now it is set/AP50 on one" in caplog.text
     assert best_after(8, "set/AP50", "two") == 5
+
+
+@pytest.mark.parametrize("damage", ["absent", "truncated", "older"])
+@pytest.mark.parametrize("has_source", [True, False])
+def test_a_damaged_best_model_is_written_again_or_reported(
+    damage: str, has_source: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    values, keys = [3.0, 5.0, 4.0, 2.0, 1.0], {"SOLVER__CHECKPOINT_PERIOD": 1}
+    measured(tmp_path, values, 6, **keys).train()
+    best = tmp_path / "model_best.pth"
+    before = torch.load(best, weights_only=True)
+    assert (before["iteration"], before["value"]) == (3, 5.0)
+    if damage == "older":
+        torch.save(before | {"iteration": 1, "digest": None}, best)
+    else:
+        best.write_bytes(best.read_bytes()[:-9])
+    if damage == "absent":
+        best.unlink()
+    if not has_source:
+        (tmp_path / "model_0000003.pth").unlink()
+    again = measured(tmp_path, values, 10, **keys)
+    assert again.resume(allow_changes=True)
+    again.train()
+    after = torch.load(best, weights_only=True)
+    if has_source:
+        assert equal(before, after)
+        assert "it was written again from" in caplog.text
+    else:  # the evaluation of the checkpoint is repeated
+        assert (after["iteration"], after["value"]) == (5, 4.0)
+        assert "the best value 5 is discarded" in caplog.text
+    again = measured(tmp_path, values, 10, **keys)
+    caplog.clear()
+    again.resume()
+    again.train()
+    assert "model_best" not in caplog.text
+    assert equal(after, torch.load(best, weights_only=True))
 
 
 def test_losses_are_minimised(tmp_path: Path) -> None:

@@ -109,9 +109,10 @@ def test_the_tool_compares_runs_and_says_what_is_none(runs: dict[str, Path], tmp
         read_runs([runs["a"], runs["a"]])
     broken = tmp_path / "broken"
     shutil.copytree(runs["a"], broken)
-    (broken / "metrics.json").write_text('{"iteration": 1, "lo')
-    with pytest.raises(UserError, match=r"broken' are damaged"):
-        read_runs([broken])
+    for line in (b'{"iteration": 1, "lo', b'{"iteration": "1"}', b"[1]", b"\xff"):
+        (broken / "metrics.json").write_bytes((runs["a"] / "metrics.json").read_bytes() + line)
+        with pytest.raises(UserError, match=r"broken' are damaged \(line \d+ of metrics.json\)"):
+            read_runs([broken])
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to open the page with")
