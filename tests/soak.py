@@ -26,7 +26,7 @@ from PIL import Image
 from relvit_d2.data.detection.streets import generate
 from tests.support.classifiers import SMALL
 from tests.support.runs import equal, rows
-from tests.support.scripts import command, started
+from tests.support.scripts import children, command, started
 
 ITERATIONS = 120
 KEYS = f"SOLVER.MAX_ITER {ITERATIONS} SOLVER.CHECKPOINT_PERIOD 4 TEST.EVAL_PERIOD 50 DATALOADER.NUM_WORKERS 2".split()
@@ -122,9 +122,9 @@ class Chain:
 
     def _kill_descendant(self, process: subprocess.Popen[str], kind: str) -> bool:
         """Kill a random worker or rank; return whether there was one."""
-        children = [pid for pid in _children(process.pid) if "resource_tracker" not in _command(pid)]
-        ranks = children if self.flags else [process.pid]
-        victims = ranks if kind == "rank" else [pid for rank in ranks for pid in _children(rank)]
+        spawned = [pid for pid in children(process.pid) if "resource_tracker" not in _command(pid)]
+        ranks = spawned if self.flags else [process.pid]
+        victims = ranks if kind == "rank" else [pid for rank in ranks for pid in children(rank)]
         if not victims:
             return False
         os.kill(self.draw.choice(victims), signal.SIGKILL)
@@ -151,13 +151,6 @@ class Chain:
             raise ViolationError(f"{self.script}: metrics.json differs from that of the uninterrupted run")
         self.counts["complete runs"] += 1
         shutil.rmtree(self.output)
-
-
-def _children(pid: int) -> list[int]:
-    try:
-        return [int(c) for t in Path(f"/proc/{pid}/task").iterdir() for c in (t / "children").read_text().split()]
-    except OSError:
-        return []
 
 
 def _command(pid: int) -> str:

@@ -59,7 +59,6 @@ def run_training(args: argparse.Namespace, example: str) -> int:
     if not args.config_file:
         raise UserError(f"--config-file is missing; for example: {example}")
     find_config(args.config_file)
-    logging.raiseExceptions = False  # a failing log handler must not hide the original error
     from relvit_d2.engine import distributed
 
     return guard(lambda: distributed.run(run_process, args), resumes=not args.eval_only)
@@ -67,6 +66,7 @@ def run_training(args: argparse.Namespace, example: str) -> int:
 
 def run_process(args: argparse.Namespace) -> None:
     """Run one of the processes."""
+    logging.raiseExceptions = False  # a failing log handler must not hide the original error
     from relvit_d2.data.detection.custom import config_pairs
     from relvit_d2.engine.run_lock import run_lock
     from relvit_d2.report.run_summary import end_run

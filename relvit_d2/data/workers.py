@@ -16,6 +16,7 @@ import socket
 import tempfile
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import suppress
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
@@ -115,12 +116,20 @@ def _death(worker: _Worker) -> UserError:
 def _work(
     connection: socket.socket, read: Callable[[Any], Any], batches: Iterable[Any], number: int, workers: int
 ) -> None:
-    """Read every ``workers``-th batch from ``number`` on and send it, one for each byte received."""
+    """Run a worker process."""
     # Ctrl-C and Slurm's SIGTERM reach every process of a run, whose main process finishes its iteration.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _prctl_pr_set_pdeathsig(signal.SIGKILL)
     torch.set_num_threads(1)
+    with suppress(ConnectionError):  # the main process has ended
+        _serve(connection, read, batches, number, workers)
+
+
+def _serve(
+    connection: socket.socket, read: Callable[[Any], Any], batches: Iterable[Any], number: int, workers: int
+) -> None:
+    """Read every ``workers``-th batch from ``number`` on and send it, one for each byte received."""
     mine: Iterator[Any] = itertools.islice(batches, number, None, workers)
     while connection.recv(1):
         try:

@@ -32,7 +32,7 @@ def guard(function: Callable[[], int | None], resumes: bool = False) -> int:
         resumes: whether the command has ``--resume``, which the message recommends if a file could not be written.
 
     Raises:
-        Exception: an unexpected error of a single process.
+        Exception: an unexpected error, unless this is one of several processes (``LOCAL_RANK`` is set).
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -54,7 +54,7 @@ def guard(function: Callable[[], int | None], resumes: bool = False) -> int:
             if is_first_failure():
                 resource.__cause__ = error
                 print_error(_with_resume(resource) if resumes else resource)
-        elif (group := process_group()) is None or group.get_world_size() == 1:
+        elif "LOCAL_RANK" not in os.environ:
             raise
         elif isinstance(error, RuntimeError) and any(message in str(error) for message in _LOST):
             _print_lost_connection(error)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -29,7 +30,7 @@ from relvit_d2.engine.signals import Interrupted
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.randomness import seed_everything
 from tests.support.runs import equal, rows
-from tests.support.scripts import command, fails, run, started, wait_for
+from tests.support.scripts import SCRIPTS, children, command, fails, run, started, wait_for
 
 TWO = ("--num-gpus", 2)
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
@@ -161,6 +162,40 @@ def test_torchrun_does_not_repeat_a_user_error(root: Path, tmp_path: Path) -> No
     elastic = (*TORCHRUN, "--max-restarts", 3)
     done = run(root, *elastic, *command("pretrain_ssl.py", tmp_path, "SOLVER.IMS_PER_BATCH", 3), status=1)
     assert done.stderr.count("error: SOLVER.IMS_PER_BATCH 3 is not a multiple of 2") == 1
+
+
+SLOW = pytest.mark.slow
+CASES = [("pretrain_ssl.py", TWO), ("train_net.py", ())]
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "kills"),
+    [(*case, 1) for case in CASES]
+    + [pytest.param(script, flags, 20, marks=SLOW) for script in SCRIPTS for flags in ((), TWO)],
+)
+def test_a_killed_worker_ends_the_run_with_one_sentence(
+    script: str, flags: tuple[object, ...], kills: int, root: Path, tmp_path: Path
+) -> None:
+    more = ("SOLVER.MAX_ITER", 100_000, "DATALOADER.NUM_WORKERS", 2, "TEST.EVAL_PERIOD", 40)
+    arguments = command(script, tmp_path, *more, flags=(*flags, "--resume"))
+    metrics = tmp_path / "metrics.json"
+    draw = random.Random(f"{script} {flags}")
+    for _ in range(kills):
+        before = metrics.stat().st_mtime_ns if metrics.exists() else 0
+        with started(root, *arguments) as process:
+            wait_for(lambda: metrics.exists() and metrics.stat().st_mtime_ns > before, process)  # noqa: B023
+            time.sleep(draw.uniform(0, 2))
+            ranks = [pid for pid in children(process.pid) if children(pid)] if flags else [process.pid]
+            os.kill(draw.choice([pid for rank in ranks for pid in children(rank)]), signal.SIGKILL)
+            output, errors = process.communicate(timeout=30)  # returns only when no process holds the pipes
+        assert process.returncode == 1, output + errors
+        assert errors.count("error: ") == errors.count("was killed (SIGKILL), probably for lack of memory") == 1
+        assert "Traceback" not in output + errors and "leaked" not in errors
+        torch.load(tmp_path / (tmp_path / "last_checkpoint").read_text(), weights_only=True)
+
+
+def test_a_full_disk_from_the_start_is_one_sentence(root: Path, tmp_path: Path) -> None:
+    assert "could not be written" in fails(root, *command("train_net.py", tmp_path, flags=TWO), fault="full:300")
 
 
 @pytest.mark.parametrize("flags", [(), pytest.param(TWO, marks=pytest.mark.slow)])
