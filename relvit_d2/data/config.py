@@ -14,6 +14,7 @@ def add_data_config(cfg: CfgNode) -> None:
     cfg.DATASETS.TEST = ()  # evaluation data sets, as TRAIN; empty: no evaluation
     cfg.DATASETS.HASH_CONTENTS = False  # --resume compares contents of the images, not times; reads all at each start
     cfg.DATALOADER.NUM_WORKERS = 4  # processes that read images; 0: the main process does
+    cfg.DATALOADER.TIMEOUT = 600  # seconds without a batch after which such a process counts as hanging; 0: no limit
 
 
 def add_evaluation_batch_config(cfg: CfgNode) -> None:
@@ -23,8 +24,8 @@ def add_evaluation_batch_config(cfg: CfgNode) -> None:
 
 
 def check_data_config(cfg: CfgNode) -> None:
-    """Raise a ``UserError`` if the number of processes is negative."""
-    check_ranges(cfg, {"DATALOADER.NUM_WORKERS": (0, inf)})
+    """Raise a ``UserError`` if the number of processes or the time-out is negative."""
+    check_ranges(cfg, {"DATALOADER.NUM_WORKERS": (0, inf), "DATALOADER.TIMEOUT": (0, inf)})
 
 
 def check_evaluation_batch_config(cfg: CfgNode) -> None:

@@ -138,7 +138,8 @@ def training_batches(cfg: CfgNode, records: Records, start: int) -> EndlessBatch
     rank, world = comm.get_rank(), comm.get_world_size()
     order = EndlessOrder(len(records), solver.IMS_PER_BATCH, cfg.SEED, start, rank, world, solver.GRAD_ACCUM_STEPS)
     mapper = DetectionMapper(cfg, is_train=True)
-    return EndlessBatches(records, mapper, list, order, cfg.SEED, cfg.DATALOADER.NUM_WORKERS)
+    workers, timeout = cfg.DATALOADER.NUM_WORKERS, cfg.DATALOADER.TIMEOUT
+    return EndlessBatches(records, mapper, list, order, cfg.SEED, workers, timeout)
 
 
 def evaluation_sets(cfg: CfgNode) -> dict[str, Records]:
@@ -252,6 +253,7 @@ def _evaluate(cfg: CfgNode, model: nn.Module, tests: dict[str, Records], folder:
             cfg.DATALOADER.NUM_WORKERS,
             comm.get_rank(),
             comm.get_world_size(),
+            cfg.DATALOADER.TIMEOUT,
         )
         with autocast():
             output = Path(cfg.OUTPUT_DIR) / folder / (name if len(tests) > 1 else "")

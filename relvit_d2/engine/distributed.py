@@ -1,4 +1,4 @@
-"""Start and end of the processes of a run, by Detectron2's ``launch`` or ``torchrun``."""
+"""Start and end of the processes of a run, which this module or ``torchrun`` starts."""
 
 import argparse
 import logging
@@ -13,13 +13,12 @@ from types import FrameType
 from urllib.parse import urlparse
 
 import torch
-from detectron2.engine import launch
 from detectron2.utils import comm
 from torch import distributed
 from torch.multiprocessing import (  # type: ignore[attr-defined]
     ProcessExitedException,
-    ProcessRaisedException,
     _prctl_pr_set_pdeathsig,
+    start_processes,
 )
 
 from relvit_d2.engine import signals
@@ -31,6 +30,10 @@ Main = Callable[[argparse.Namespace], None]
 
 # Seconds that a failed process waits, so that other failing processes see that the error was printed.
 _EXIT_DELAY = 0.5
+# Seconds, twice: until the others get SIGTERM after the failure of a process, and SIGKILL.
+_GRACE = 5.0
+# Key of torchrun's store: an error that the user must correct ended the run.
+_USER_ERROR = "relvit_d2/user_error"
 
 
 def run(main: Main, args: argparse.Namespace) -> int:
@@ -46,7 +49,12 @@ def run(main: Main, args: argparse.Namespace) -> int:
     if distributed.is_torchelastic_launched():
         if args.num_gpus > 1 or args.num_machines > 1:
             raise UserError("torchrun starts the processes: leave out --num-gpus and --num-machines")
-        _process(main, args)
+        if int(os.environ["TORCHELASTIC_RESTART_COUNT"]):
+            if _agent_store().check([_USER_ERROR]):  # printed at the first start; a restart cannot correct it
+                return 1
+            args.resume |= not (args.eval_only or getattr(args, "eval", None))
+        keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        _process(main, args, "env://", *(int(os.environ[key]) for key in keys))
         return 0
     url = _check_distributed_arguments(args)
     if args.num_gpus * args.num_machines > 1:
@@ -56,16 +64,27 @@ def run(main: Main, args: argparse.Namespace) -> int:
     return 0
 
 
-def _join_torchrun() -> None:
-    """Create the process groups of ``torchrun``, like Detectron2's ``launch``."""
-    local_rank, local_world = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+def _agent_store() -> distributed.Store:
+    """Return the store of ``torchrun``, which outlives the processes that it restarts."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return distributed.TCPStore(address, port, is_master=False)
+
+
+def _join(url: str, rank: int, world: int, local_rank: int, local_world: int) -> None:
+    """Create the process groups, like Detectron2's ``launch``."""
     on_gpu = torch.cuda.is_available()
     if on_gpu and local_world > torch.cuda.device_count():
         raise UserError(
             f"torchrun started {local_world} processes on a machine with {torch.cuda.device_count()} GPUs: "
             "give that many to --nproc-per-node at most"
         )
-    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        distributed.init_process_group("nccl" if on_gpu else "gloo", url, rank=rank, world_size=world)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"process {rank} could not connect at '{url}' ({str(error).strip().splitlines()[0]}): give --dist-url "
+            "tcp://FIRST_MACHINE:PORT with a free port that every machine can reach"
+        ) from error
     comm.create_local_process_group(local_world)
     if on_gpu:
         torch.cuda.set_device(local_rank)
@@ -92,11 +111,13 @@ def _check_distributed_arguments(args: argparse.Namespace) -> str:
         return args.dist_url
     if args.num_machines > 1:
         raise UserError("--num-machines needs --dist-url tcp://FIRST_MACHINE:PORT, the same on every machine")
-    return "auto"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{free.getsockname()[1]}"
 
 
 def _spawn(main: Main, args: argparse.Namespace, url: str) -> int:
-    """Run ``main`` in processes of Detectron2's ``launch``.
+    """Run ``main`` in ``args.num_gpus`` processes; if one of them fails, end the others.
 
     The first SIGINT or SIGTERM is forwarded to them, a second one kills them.
 
@@ -121,8 +142,11 @@ def _spawn(main: Main, args: argparse.Namespace, url: str) -> int:
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     if not torch.cuda.is_available():  # else each process starts one thread per core
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // args.num_gpus)))
+    processes = start_processes(_start, (main, args, url), args.num_gpus, join=False)
     try:
-        launch(_process, args.num_gpus, args.num_machines, args.machine_rank, url, args=(main, args))
+        # After a failure: the first seconds are for errors of others, the same time for SIGTERM, then SIGKILL.
+        while not processes.join(grace_period=_GRACE):
+            pass
     except ProcessExitedException as error:
         if signals_received:
             return 128 + signals_received[0]
@@ -135,25 +159,22 @@ def _spawn(main: Main, args: argparse.Namespace, url: str) -> int:
             )
         )
         return 1
-    except ProcessRaisedException as error:  # before main: no rendezvous
-        reason = str(error).strip().splitlines()[-1]
-        print_error(
-            UserError(
-                f"the processes could not connect at '{url}' ({reason}): give --dist-url tcp://FIRST_MACHINE:PORT with "
-                "a free port that every machine can reach"
-            )
-        )
-        return 1
     # A process that gets the signal before it handles signals may exit with 0.
     return 128 + signals_received[0] if signals_received else 0
 
 
-def _process(main: Main, args: argparse.Namespace) -> None:
-    """Run ``main`` in one of several processes; exit if it fails."""
+def _start(local_rank: int, main: Main, args: argparse.Namespace, url: str) -> None:
+    os.environ["LOCAL_RANK"] = str(local_rank)
+    rank, world = args.machine_rank * args.num_gpus + local_rank, args.num_machines * args.num_gpus
+    _process(main, args, url, rank, world, local_rank, args.num_gpus)
+
+
+def _process(main: Main, args: argparse.Namespace, url: str, *ranks: int) -> None:
+    """Run ``main`` in one of several processes, with the ranks of :func:`_join`; exit if it fails."""
     # An orphan could still write to a folder that another run uses.
     _prctl_pr_set_pdeathsig(signal.SIGKILL)
     signals.install(patient=True)
-    status = guard(lambda: _work(main, args), resumes=True)
+    status = guard(lambda: _work(main, args, url, *ranks), resumes=not args.eval_only)
     if status:
         time.sleep(_EXIT_DELAY)
         # Skip the cleanup, in which threads of the process group may wait for a process that has ended.
@@ -162,14 +183,15 @@ def _process(main: Main, args: argparse.Namespace) -> None:
         os._exit(status)
 
 
-def _work(main: Main, args: argparse.Namespace) -> None:
+def _work(main: Main, args: argparse.Namespace, url: str, *ranks: int) -> None:
     try:
-        if not distributed.is_initialized():
-            _join_torchrun()
+        _join(url, *ranks)
         main(args)
         # A process that leaves early would break the communication of the others.
         comm.synchronize()
         distributed.destroy_process_group()
-    except Exception:
+    except Exception as error:
+        if distributed.is_torchelastic_launched() and type(error) is UserError:
+            _agent_store().set(_USER_ERROR, "")
         signals.uninstall()  # so that the parent process can end this one
         raise

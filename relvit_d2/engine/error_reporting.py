@@ -3,7 +3,6 @@
 Does not import torch, since usage errors are reported before it is loaded.
 """
 
-import errno
 import io
 import os
 import signal
@@ -13,12 +12,11 @@ import traceback
 from collections.abc import Callable
 
 from relvit_d2.engine import signals
-from relvit_d2.utils.errors import NotWrittenError, UserError
+from relvit_d2.utils.errors import ResumableError, UserError, resource_error
 from relvit_d2.utils.processes import process_group
 
 # Seconds that a process waits after a lost connection, since the error of the other process is the cause.
-_LOST_DELAY = 5.0
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_LOST_DELAY = 10.0
 _LOST = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited", "Connection refused")
 
 
@@ -34,7 +32,7 @@ def guard(function: Callable[[], int | None], resumes: bool = False) -> int:
         resumes: whether the command has ``--resume``, which the message recommends if a file could not be written.
 
     Raises:
-        Exception: an unexpected error of a single process.
+        Exception: an unexpected error, unless this is one of several processes (``LOCAL_RANK`` is set).
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -44,7 +42,7 @@ def guard(function: Callable[[], int | None], resumes: bool = False) -> int:
         return function() or 0
     except UserError as error:
         if is_first_failure():
-            print_error(_with_resume(error) if resumes and isinstance(error, NotWrittenError) else error)
+            print_error(_with_resume(error) if resumes and isinstance(error, ResumableError) else error)
         return 1
     except (signals.Interrupted, KeyboardInterrupt) as stop:
         number = stop.number if isinstance(stop, signals.Interrupted) else signal.SIGINT
@@ -52,12 +50,11 @@ def guard(function: Callable[[], int | None], resumes: bool = False) -> int:
             print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
         return 128 + number
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        if resource := resource_error(error):
             if is_first_failure():
-                name = f"'{error.filename}'" if error.filename else "a file"
-                message = NotWrittenError(f"{name} could not be written ({error.strerror}): free space")
-                print_error(_with_resume(message) if resumes else message)
-        elif (group := process_group()) is None or group.get_world_size() == 1:
+                resource.__cause__ = error
+                print_error(_with_resume(resource) if resumes else resource)
+        elif "LOCAL_RANK" not in os.environ:
             raise
         elif isinstance(error, RuntimeError) and any(message in str(error) for message in _LOST):
             _print_lost_connection(error)
@@ -79,13 +76,15 @@ def _check_arguments() -> None:
             ) from error
 
 
-def _with_resume(error: NotWrittenError) -> UserError:
-    return NotWrittenError(f"{error}, then continue with --resume").with_traceback(error.__traceback__)
+def _with_resume(error: ResumableError) -> ResumableError:
+    error.args = (f"{error}, then continue with --resume",)
+    return error
 
 
 def print_error(error: UserError) -> None:
     """Print the message of ``error``, or with ``RELVIT_DEBUG=1`` its traceback."""
     if os.environ.get("RELVIT_DEBUG") == "1":
+        print(error.details, file=sys.stderr, end="", flush=True)
         traceback.print_exception(error)
     else:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -98,7 +97,7 @@ def is_first_failure() -> bool:
     """
     group = process_group()
     if group is None:
-        return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["LOCAL_RANK"] == "0"
+        return os.environ.get("LOCAL_RANK", "0") == "0"
     signals.uninstall()  # so that the parent process can end this one
     try:
         return group.distributed_c10d._get_default_store().add("relvit_d2/failed", 1) == 1

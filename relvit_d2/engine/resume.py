@@ -25,6 +25,7 @@ FREE_ON_RESUME = (
     "MODEL.WEIGHTS",  # used at the start only
     "CUDNN_BENCHMARK",
     "DATALOADER.NUM_WORKERS",
+    "DATALOADER.TIMEOUT",
     "DATASETS.DOWNLOAD",
     "DATASETS.TEST",
     "TEST.",

@@ -2,8 +2,9 @@
 
 import argparse
 import json
-import multiprocessing
 import os
+import random
+import re
 import signal
 import socket
 import time
@@ -17,6 +18,7 @@ from detectron2.engine import launch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from PIL import Image
+from torch.multiprocessing import ProcessContext, start_processes
 
 from relvit_d2.classification.run import split
 from relvit_d2.data.classification.image_folder import read_tree
@@ -27,7 +29,8 @@ from relvit_d2.engine import distributed
 from relvit_d2.engine.signals import Interrupted
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.randomness import seed_everything
-from tests.support.scripts import command, fails, run, started, wait_for
+from tests.support.runs import equal, rows
+from tests.support.scripts import SCRIPTS, children, command, fails, run, started, wait_for
 
 TWO = ("--num-gpus", 2)
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
@@ -143,6 +146,72 @@ def test_a_killed_process_is_reported(rank: int, root: Path, tmp_path: Path) -> 
     assert f"process {rank} was killed (SIGKILL)" in sentence
 
 
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_torchrun_restarts_a_killed_process_and_the_run_resumes(rank: int, root: Path, tmp_path: Path) -> None:
+    arguments = ("SOLVER.MAX_ITER", 8, "SOLVER.CHECKPOINT_PERIOD", 2)
+    run(root, *command("pretrain_ssl.py", tmp_path / "straight", *arguments, flags=TWO))
+    elastic = (*TORCHRUN, "--max-restarts", 2)
+    # Each start of the killed rank ends after five steps.
+    done = run(root, *elastic, *command("pretrain_ssl.py", tmp_path / "run", *arguments), fault=f"step:5:{rank}")
+    assert "resumed at iteration 4" in done.stdout
+    assert rows(tmp_path / "run") == rows(tmp_path / "straight")
+    assert equal(weights(tmp_path / "run"), weights(tmp_path / "straight"))
+
+
+def test_torchrun_does_not_repeat_a_user_error(root: Path, tmp_path: Path) -> None:
+    elastic = (*TORCHRUN, "--max-restarts", 3)
+    done = run(root, *elastic, *command("pretrain_ssl.py", tmp_path, "SOLVER.IMS_PER_BATCH", 3), status=1)
+    assert done.stderr.count("error: SOLVER.IMS_PER_BATCH 3 is not a multiple of 2") == 1
+
+
+SLOW = pytest.mark.slow
+CASES = [("pretrain_ssl.py", TWO), ("train_net.py", ())]
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "kills"),
+    [(*case, 1) for case in CASES]
+    + [pytest.param(script, flags, 20, marks=SLOW) for script in SCRIPTS for flags in ((), TWO)],
+)
+def test_a_killed_worker_ends_the_run_with_one_sentence(
+    script: str, flags: tuple[object, ...], kills: int, root: Path, tmp_path: Path
+) -> None:
+    more = ("SOLVER.MAX_ITER", 100_000, "DATALOADER.NUM_WORKERS", 2, "TEST.EVAL_PERIOD", 40)
+    arguments = command(script, tmp_path, *more, flags=(*flags, "--resume"))
+    metrics = tmp_path / "metrics.json"
+    draw = random.Random(f"{script} {flags}")
+    for _ in range(kills):
+        before = metrics.stat().st_mtime_ns if metrics.exists() else 0
+        with started(root, *arguments) as process:
+            wait_for(lambda: metrics.exists() and metrics.stat().st_mtime_ns > before, process)  # noqa: B023
+            time.sleep(draw.uniform(0, 2))
+            ranks = [pid for pid in children(process.pid) if children(pid)] if flags else [process.pid]
+            os.kill(draw.choice([pid for rank in ranks for pid in children(rank)]), signal.SIGKILL)
+            output, errors = process.communicate(timeout=30)  # returns only when no process holds the pipes
+        assert process.returncode == 1, output + errors
+        assert errors.count("error: ") == errors.count("was killed (SIGKILL), probably for lack of memory") == 1
+        assert "Traceback" not in output + errors and "leaked" not in errors
+        torch.load(tmp_path / (tmp_path / "last_checkpoint").read_text(), weights_only=True)
+
+
+def test_a_full_disk_from_the_start_is_one_sentence(root: Path, tmp_path: Path) -> None:
+    assert "could not be written" in fails(root, *command("train_net.py", tmp_path, flags=TWO), fault="full:300")
+
+
+@pytest.mark.parametrize("flags", [(), pytest.param(TWO, marks=pytest.mark.slow)])
+def test_out_of_memory_names_the_batch_that_fits(flags: tuple[object, ...], root: Path, tmp_path: Path) -> None:
+    arguments = command("train_net.py", tmp_path, "SOLVER.MAX_ITER", 10_000, flags=flags)
+    sentence = fails(root, *arguments, fault="memory:4")
+    fits = re.search(r"raise SOLVER.GRAD_ACCUM_STEPS \(now 1\) or lower SOLVER.IMS_PER_BATCH \(now 4; (.*)\)", sentence)
+    assert fits
+    assert re.fullmatch(
+        "relvit-d2 analyze measures how many fit" if flags else r"about [1-9]\d* fit at a time", fits[1]
+    )
+    assert sentence.endswith("then continue with --resume")
+    checkpoint = torch.load(tmp_path / (tmp_path / "last_checkpoint").read_text(), weights_only=True)
+    assert checkpoint["iteration"] == 1
+
+
 def test_the_process_whose_loss_is_not_finite_names_its_images(root: Path, tmp_path: Path) -> None:
     arguments = command("pretrain_ssl.py", tmp_path, "SOLVER.MAX_ITER", 10_000, flags=TWO)
     assert "became nan at iteration 1, " in fails(root, *arguments, fault="nan:2:1")
@@ -173,26 +242,26 @@ def launcher() -> argparse.Namespace:
 
 
 def test_a_signal_before_the_processes_start_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "launch", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(distributed, "start_processes", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
     with handlers_kept(), pytest.raises(Interrupted, match="SIGTERM"):
         distributed._spawn(print, launcher(), "auto")
 
 
+def wait_for_signal(rank: int, signals: set[signal.Signals]) -> None:
+    signal.sigwait(signals)
+
+
 def test_a_signal_is_reported_although_all_processes_exit_with_0(monkeypatch: pytest.MonkeyPatch) -> None:
-    def launch(*_: object, **__: object) -> None:
+    def start(*_: object, **__: object) -> ProcessContext:
         # The signal is blocked in the children from their start, until they wait for it.
         blocked = {signal.SIGTERM}
-        fork = multiprocessing.get_context("fork")
-        children = [fork.Process(target=signal.sigwait, args=(blocked,)) for _ in range(2)]
         signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
-        for child in children:
-            child.start()
+        children = start_processes(wait_for_signal, (blocked,), 2, join=False, start_method="fork")
         signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
         os.kill(os.getpid(), signal.SIGTERM)
-        for child in children:
-            child.join()
+        return children
 
-    monkeypatch.setattr(distributed, "launch", launch)
+    monkeypatch.setattr(distributed, "start_processes", start)
     with handlers_kept():
         assert distributed._spawn(print, launcher(), "auto") == 128 + signal.SIGTERM
 
@@ -202,7 +271,7 @@ def test_processes_without_a_gpu_share_the_cores(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(distributed, "cores", lambda: 7)
-    monkeypatch.setattr(distributed, "launch", lambda *_, **__: None)
+    monkeypatch.setattr(distributed, "start_processes", lambda *_, **__: ProcessContext([], []))
     with handlers_kept():
         assert distributed._spawn(print, launcher(), "auto") == 0
     assert os.environ["OMP_NUM_THREADS"] == "3"

@@ -129,6 +129,13 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | Non
         time.sleep(0.02)
 
 
+def children(pid: int) -> list[int]:
+    """Return the process IDs of the children of a process; empty if it has ended."""
+    with suppress(OSError):
+        return [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
+    return []
+
+
 def digests(folder: Path, pattern: str = "*") -> dict[str, str]:
     """Return the digest of each file in ``folder``, without sub-folders and the log, to which every start appends."""
     files = [path for path in folder.glob(pattern) if path.is_file() and path.name != "log.txt"]

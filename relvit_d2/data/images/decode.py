@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from relvit_d2.data.images.archive import ImageFile, Member
 from relvit_d2.data.images.jpeg import read_plain_jpeg
 from relvit_d2.data.images.orientation import SWAPPED, orientation, upright
-from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.errors import UserError, resource_error
 
 DEEP_MODES = ("I", "F")  # Pillow's modes of more than eight bits, beside those that begin with I;16
 HEADER = 2**18  # bytes of an archive's member that are read to find the header
@@ -56,6 +56,8 @@ def reading(path: ImageFile | str) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise UnreadableImageError(f"image '{path}' has too many pixels ({error}): reduce it") from error
     except DAMAGE as error:
+        if isinstance(error, OSError) and (lack := resource_error(error)):  # not the image's fault
+            raise lack from error
         raise UnreadableImageError(f"image '{path}' is damaged or truncated ({error}): replace it") from error
 
 

@@ -5,8 +5,9 @@ process (SIGKILL) the COUNTth time that it reaches POINT; ``POINT:COUNT:RANK`` o
 
 Points: ``step``, after an optimiser's step; ``checkpoint``, in the middle of writing a checkpoint; ``pointer``, before
 ``last_checkpoint`` is written; ``evaluation``, after the first batch of an evaluation. Instead of the kill, ``raise``
-raises a ZeroDivisionError after a step, and ``nan`` makes the losses of a step NaN. ``full:BYTES`` limits the size of
-files, like a full disk.
+raises a ZeroDivisionError after a step, ``nan`` makes the losses of a step NaN, and ``memory`` allocates more than the
+memory in a step. ``full:BYTES`` limits the size of files, like a full disk;
+``clock:SECONDS`` sets the clock by that many seconds after 5 s.
 """
 
 import io
@@ -15,6 +16,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,9 @@ def install(point: str, count: int, rank: int | None) -> None:
 
         return losses
 
+    def allocate(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: torch.empty(2**50) if is_now() else original(*args)
+
     def save(original: Callable[..., Any]) -> Callable[..., Any]:
         def saved(data: Any, path: Any) -> None:
             if isinstance(path, Path) and is_now():  # not Detectron2's evaluator, which saves to an open file
@@ -93,6 +98,8 @@ def install(point: str, count: int, rank: int | None) -> None:
         wrap(torch.optim.AdamW, "step", step)
     elif point == "nan":
         wrap(Trainer, "_forward", make_nan)
+    elif point == "memory":
+        wrap(Trainer, "_forward", allocate)
     elif point == "checkpoint":
         wrap(torch, "save", save)
     elif point == "pointer":
@@ -105,7 +112,10 @@ def install(point: str, count: int, rank: int | None) -> None:
 
 if FAULT and not any("multiprocessing.resource_tracker" in argument for argument in sys.orig_argv):
     where, number, *rest = FAULT.split(":")
-    if where == "full":
+    if where == "clock":
+        clock, start = time.time, time.monotonic()
+        time.time = lambda: clock() + (int(number) if time.monotonic() > start + 5 else 0)
+    elif where == "full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(number), int(number)))
     else:
         install(where, int(number), int(rest[0]) if rest else None)
