@@ -150,7 +150,7 @@ CASES = {
         "contains no labels that can be read", flags=("--data", "{here}"), files={"notes.txt": "nothing"}
     ),
     "own set with an unknown key": Case(
-        "DATASETS.CUSTOM.cells has the unknown key 'ROOOT': use ROOT, FORMAT, SPLIT, CLASSES, JSON, IMAGES; did you mean",
+        "DATASETS.CUSTOM.cells has the unknown key 'ROOOT': use ROOT, FORMAT, SPLIT, CLASSES, JSON, IMAGES; did",
         ("DATASETS.CUSTOM", "{{'cells': {{'ROOOT': 'somewhere'}}}}"),
     ),
     "annotation without a size": Case("b.xml has no <size/width>", VOC, make=lambda root: write_voc(root, size="")),
