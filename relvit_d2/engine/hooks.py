@@ -4,18 +4,16 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from detectron2.engine import HookBase
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 
 from relvit_d2.engine import signals
+from relvit_d2.engine.running import RunningTrainer
 from relvit_d2.utils.errors import UserError, nearest
 from relvit_d2.utils.metrics import less_is_better
-
-if TYPE_CHECKING:
-    from relvit_d2.engine.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +26,7 @@ class CheckpointHook(HookBase):
         keep: number of the newest numbered checkpoints to keep; 0: all.
     """
 
-    trainer: "Trainer"
+    trainer: RunningTrainer
 
     def __init__(self, period: int, keep: int) -> None:
         self._period, self._keep = period, keep
@@ -69,7 +67,7 @@ class EvaluationHook(HookBase):
             resumption.
     """
 
-    trainer: "Trainer"
+    trainer: RunningTrainer
 
     def __init__(
         self, evaluate: Callable[[], dict[str, Any]], tests: Sequence[str], metric: str, patience: int

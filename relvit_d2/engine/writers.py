@@ -3,19 +3,16 @@
 import datetime
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from detectron2.engine import HookBase
 from detectron2.utils.events import EventStorage, EventWriter, JSONWriter, TensorboardXWriter, get_event_storage
 from fvcore.common.config import CfgNode
 
+from relvit_d2.engine.running import RunningTrainer
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import appearing, write_text
 from relvit_d2.utils.hardware import peak_memory
 from relvit_d2.utils.metrics import Metric, from_scalars, parse_row
-
-if TYPE_CHECKING:
-    from relvit_d2.engine.trainer import Trainer
 
 PERIOD = 20  # iterations between lines on the console and points in TensorBoard
 SLOW_DATA = 0.5  # fraction of the time spent waiting for data from which on a warning is logged
@@ -30,7 +27,7 @@ class WriterHook(HookBase):
     not computed again.
     """
 
-    trainer: "Trainer"
+    trainer: RunningTrainer
 
     def __init__(self) -> None:
         self._every_step: list[EventWriter] = []
