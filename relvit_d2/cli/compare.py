@@ -17,8 +17,7 @@ from relvit_d2.utils.errors import UserError
 
 EXAMPLE = """\
 relvit-d2 compare --data path/to/folder --arms scratch scratch-longer pretrained --labels 10% 100% --seeds 3 --hours 8
-relvit-d2 compare --data cifar10 --labels 2% 10% --seeds 5 SOLVER.MAX_ITER 2000
-relvit-d2 compare --data path/to/folder --pretrain-opt SOLVER.MAX_ITER 5000 MODEL.ENCODER.NAME vit_tiny"""
+relvit-d2 compare --data cifar10 --labels 2% 10% --seeds 5 --pretrain-opt SOLVER.MAX_ITER 5000"""
 
 _KEY = r"([A-Z][A-Z0-9_]*\.)+[A-Z0-9_]+|SEED|OUTPUT_DIR"
 

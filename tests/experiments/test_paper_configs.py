@@ -17,7 +17,7 @@ from relvit_d2.utils.config_keys import get_key
 from tests.support.printed_tables import GAIN_SLIPS, paper_name, printed
 
 TABLES = tables()
-CONFIGS = sorted(str(path) for path in Path("configs").rglob("*.yaml") if path.parent.name != "base")
+CONFIGS = sorted(str(path) for path in Path("configs").rglob("*.yaml") if path.parent.name not in ("base", "compare"))
 ROWS = [path for path in CONFIGS if "demo/" not in path]
 
 
