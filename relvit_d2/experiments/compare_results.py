@@ -122,7 +122,7 @@ def _saved(rows: Mapping[str, Any], comparison: Comparison) -> dict[str, Any]:
     for other in rest:
         shares = {share: rows[other][f"{share:g}"]["mean"] for share in comparison.shares[:-1]}
         reached = {share: labels_for(mean, means) for share, mean in shares.items() if mean is not None}
-        # A curve that falls somewhere reaches a value with fewer labels too: that saves none.
+        # A curve that falls in between can reach the value with fewer labels, which saves none.
         found[other] = {f"{x:g}": share or "more" for x, share in reached.items() if share is None or share > x}
     return found
 

@@ -247,7 +247,7 @@ def pictures(data: LabelledImages) -> list[object]:
 def test_only_equal_images_cannot_be_split(tmp_path: Path, decoded: bool) -> None:
     data = tree(tmp_path / "same", [0] * 20)
     with pytest.raises(
-        UserError, match=r"VALIDATION 10\.000% holds out 0 of the 20 images .*, since equal images stay"
+        UserError, match=r"VALIDATION 10\.000% holds out 0 of the 20 images .*, because duplicates stay"
     ):
         split(data.decoded() if decoded else data, 0.1, seed=0)
 
