@@ -28,8 +28,8 @@ from tests.support.classifiers import SMALL
 from tests.support.runs import equal, rows
 from tests.support.scripts import children, command, started
 
-ITERATIONS = 120
-KEYS = f"SOLVER.MAX_ITER {ITERATIONS} SOLVER.CHECKPOINT_PERIOD 4 TEST.EVAL_PERIOD 50 DATALOADER.NUM_WORKERS 2".split()
+ITERATIONS = 60
+KEYS = f"SOLVER.MAX_ITER {ITERATIONS} SOLVER.CHECKPOINT_PERIOD 4 TEST.EVAL_PERIOD 25 DATALOADER.NUM_WORKERS 2".split()
 LIMIT = 30.0  # seconds from a death to the end of all processes
 TWO = ("--num-gpus", 2)
 
@@ -183,7 +183,6 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    end = time.monotonic() + 60 * args.minutes
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         generate(root / "svhn/train", 12, seed=1)
@@ -198,6 +197,7 @@ def main() -> int:
         try:
             for chain in chains:
                 chain.run_straight()
+            end = time.monotonic() + 60 * args.minutes
             while time.monotonic() < end:
                 for chain in chains:
                     chain.step()

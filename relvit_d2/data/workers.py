@@ -13,6 +13,7 @@ import os
 import pickle
 import signal
 import socket
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -29,6 +30,10 @@ from relvit_d2.utils.errors import ResumableError, UserError, defect, resource_e
 
 _PREFETCH = 2  # batches that a worker reads in advance
 _ALIGNMENT = 64  # bytes
+
+
+# Processes that multiprocessing has spawned would spawn by default, which imports all packages for each worker.
+_context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
 
 
 class _Worker(NamedTuple):
@@ -70,7 +75,7 @@ def read_in_workers(
 
 def _start(read: Callable[[Any], Any], batches: Iterable[Any], number: int, workers: int) -> _Worker:
     ours, theirs = socket.socketpair()
-    process = multiprocessing.Process(target=_work, args=(theirs, read, batches, number, workers), daemon=True)
+    process = _context.Process(target=_work, args=(theirs, read, batches, number, workers), daemon=True)
     process.start()
     theirs.close()  # so that the death of the process closes the connection
     worker = _Worker(process, ours)
@@ -121,6 +126,8 @@ def _work(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _prctl_pr_set_pdeathsig(signal.SIGKILL)
+    if (parent := multiprocessing.parent_process()) and parent.pid != os.getppid():
+        return  # it has ended before
     torch.set_num_threads(1)
     with suppress(ConnectionError):  # the main process has ended
         _serve(connection, read, batches, number, workers)
