@@ -18,6 +18,9 @@ from relvit_d2.encoders.base import Encoder, build_encoder
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import appearing
 
+MAX_HEADER = 2**24  # bytes of names, shapes and metadata
+MAX_GRID = 2**10  # patches along a side of the images that an encoder is built for
+
 # Below this share of matched values, something else was loaded than meant.
 ENOUGH = 0.9
 
@@ -48,6 +51,12 @@ def read_encoder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "for none"
         )
     try:
+        with path.open("rb") as start:
+            header = int.from_bytes(start.read(8), "little")
+        if MAX_HEADER < header <= path.stat().st_size:
+            raise UserError(
+                f"'{path}' has {header:,} bytes of metadata, above the limit of {MAX_HEADER:,}: write it anew"
+            )
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
@@ -62,7 +71,18 @@ def read_encoder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"'{path}' holds tensors but no description of an encoder; "
             "use the encoder.safetensors that relvit-d2 pretrain writes"
         )
-    return tensors, {key: json.loads(value) for key, value in metadata.items()}
+    try:
+        content = {key: json.loads(value) for key, value in metadata.items()}
+        config = content["encoder"]
+        valid = isinstance(config["name"], str) and config["img_size"] <= MAX_GRID * config["patch_size"]
+    except (ValueError, RecursionError, LookupError, TypeError):
+        valid = False
+    if not valid:
+        raise UserError(
+            f"the metadata of '{path}' do not describe an encoder with a name and at most {MAX_GRID} patches per side: "
+            f"{metadata['encoder'][:200]}; write it anew with relvit-d2 pretrain"
+        )
+    return tensors, content
 
 
 def read_weights(source: str | Path, encoder: Encoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -72,6 +92,27 @@ def read_weights(source: str | Path, encoder: Encoder) -> tuple[dict[str, Tensor
         UserError: see :func:`read_encoder` and :func:`relvit_d2.conversion.timm_hub.read_published`.
     """
     return read_published(str(source), encoder) if is_published(str(source)) else read_encoder(Path(source))
+
+
+def build_described(source: str | Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> Encoder:
+    """Build the encoder of a file from the metadata ``encoder`` and load the file's tensors.
+
+    Raises:
+        UserError: the tensors do not have the names and shapes of that encoder, whose size is thus bounded by the file.
+    """
+    try:
+        with torch.device("meta"):  # takes no memory
+            described = build_encoder(**config).state_dict()
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"the metadata of '{source}' do not describe an encoder ({error}); write it anew") from error
+    shapes = [{name: tuple(value.shape) for name, value in values.items()} for values in (described, tensors)]
+    if odd := sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()}):
+        raise UserError(
+            f"'{source}' does not hold the encoder that its metadata describes ({', '.join(odd[:3])}); write it anew"
+        )
+    encoder = build_encoder(**config)
+    encoder.load_state_dict(tensors)
+    return encoder
 
 
 @dataclass
@@ -170,12 +211,7 @@ def feature_difference(encoder: Encoder, source: str | Path) -> float:
     tensors, metadata = read_weights(source, encoder)
     config = metadata["encoder"]
     windows = {key: value for key, value in encoder.arguments.items() if key in ("window", "global_blocks")}
-    theirs = build_encoder(**config | windows)
-    if odd := sorted(tensors.keys() ^ theirs.state_dict().keys()):
-        raise UserError(
-            f"'{source}' does not hold the encoder that its metadata describes ({', '.join(odd[:3])}); write it anew"
-        )
-    theirs.load_state_dict(tensors)
+    theirs = build_described(source, tensors, config | windows)
     device = next(encoder.parameters()).device
     theirs = theirs.to(device).eval()
     generator = torch.Generator().manual_seed(0)
