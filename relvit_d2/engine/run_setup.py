@@ -26,7 +26,7 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Make ``OUTPUT_DIR``, start its log, log versions, device and command, seed the generators.
 
     Raises:
-        UserError: if ``OUTPUT_DIR`` cannot be written, the device does not exist or the processes do not divide the
+        UserError: if ``OUTPUT_DIR`` is empty or cannot be written, the device does not exist or the processes do not divide the
             batch.
     """
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
@@ -43,6 +43,8 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
             f"several processes use the GPUs of this machine, but MODEL.DEVICE is '{cfg.MODEL.DEVICE}': leave it "
             "out, or hide the GPUs with CUDA_VISIBLE_DEVICES=''"
         )
+    if not cfg.OUTPUT_DIR.strip():
+        raise UserError("OUTPUT_DIR is empty: give a folder for the results of the run")
     output = Path(cfg.OUTPUT_DIR)
     try:
         os.fsencode(cfg.OUTPUT_DIR.encode().decode())  # TensorBoard's writer encodes it as UTF-8
