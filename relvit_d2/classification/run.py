@@ -4,7 +4,6 @@ import argparse
 import hashlib
 import logging
 import re
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +32,7 @@ from relvit_d2.engine.weights import export_encoder, holds_encoder, load_trained
 from relvit_d2.pretext.monitor import knn_accuracy
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import write_json
+from relvit_d2.utils.printing import shell_command
 from relvit_d2.utils.randomness import generator
 
 WATCHED = "watched_test"  # the test set's name where it chooses the model
@@ -313,10 +313,10 @@ def next_command(cfg: CfgNode, data: ClassificationData) -> str:
     """Return the command to type after a training: its probe, or its report page if it has no test set."""
     output = Path(cfg.OUTPUT_DIR)
     if data.test is None:
-        return shlex.join(["relvit-d2", "report", str(output), "--output", "report.html"])
+        return shell_command(["relvit-d2", "report", str(output), "--output", "report.html"])
     kind = "linear" if data.validation else "knn"
     probe = ["relvit-d2", "classify", "--config-file", str(output / "config.yaml"), "--eval", kind]
-    return shlex.join([*probe, "MODEL.WEIGHTS", str(output / "encoder.safetensors")])
+    return shell_command([*probe, "MODEL.WEIGHTS", str(output / "encoder.safetensors")])
 
 
 def run_process(asked: CfgNode, args: argparse.Namespace, end: Callable[[Path, str], None]) -> None:

@@ -17,6 +17,7 @@ from relvit_d2.conversion.timm_hub import is_published, read_published
 from relvit_d2.encoders.base import Encoder, build_encoder
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import appearing
+from relvit_d2.utils.printing import printable
 
 MAX_HEADER = 2**24  # bytes of names, shapes and metadata
 MAX_GRID = 2**10  # patches along a side of the images that an encoder is built for
@@ -104,7 +105,9 @@ def build_described(source: str | Path, tensors: dict[str, Tensor], config: dict
         with torch.device("meta"):  # takes no memory
             described = build_encoder(**config).state_dict()
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise UserError(f"the metadata of '{source}' do not describe an encoder ({error}); write it anew") from error
+        raise UserError(
+            f"the metadata of '{source}' do not describe an encoder ({str(error)[:200]}); write it anew"
+        ) from error
     shapes = [{name: tuple(value.shape) for name, value in values.items()} for values in (described, tensors)]
     if odd := sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()}):
         raise UserError(
@@ -132,7 +135,7 @@ class MatchReport:
         lines = [f"weights '{self.path}': {self.share:.1%} of the encoder's values matched"]
         for what in ("loaded", "resized", "fresh", "missing", "unexpected"):
             names = getattr(self, what)
-            shown = "" if what == "loaded" or not names else ": " + ", ".join(names[:6])
+            shown = "" if what == "loaded" or not names else ": " + printable(", ".join(names[:6]))
             lines.append(f"  {what:<10} {len(names):>4}{shown}{', ...' if shown and len(names) > 6 else ''}")
         return "\n".join(lines)
 

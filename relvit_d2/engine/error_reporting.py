@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from relvit_d2.engine import signals
 from relvit_d2.utils.errors import NotWrittenError, UserError
+from relvit_d2.utils.printing import escape_log_records
 from relvit_d2.utils.processes import process_group
 
 # How long a process that lost another waits before it speaks: the other one's sentence is the true reason.
@@ -38,6 +39,7 @@ def guard(function: Callable[[], int | None], resumes: bool = False) -> int:
     Raises:
         Exception: what is a defect, with a single process.
     """
+    escape_log_records()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

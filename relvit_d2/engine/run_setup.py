@@ -3,7 +3,6 @@
 import argparse
 import logging
 import os
-import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -17,6 +16,7 @@ from relvit_d2.engine.provenance import VERSIONS
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import remove_leftovers, write_text
 from relvit_d2.utils.hardware import device_name
+from relvit_d2.utils.printing import shell_command
 from relvit_d2.utils.randomness import seed_everything
 
 logger = logging.getLogger(__name__)
@@ -26,8 +26,8 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Make ``OUTPUT_DIR``, start its log, log versions, device and command, seed the generators.
 
     Raises:
-        UserError: if ``OUTPUT_DIR`` is empty or cannot be written, the device does not exist or the processes do not divide the
-            batch.
+        UserError: if ``OUTPUT_DIR`` is empty or cannot be written, the device does not exist or the processes do not
+            divide the batch.
     """
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"MODEL.DEVICE '{cfg.MODEL.DEVICE}' is asked for, but torch sees no GPU; set MODEL.DEVICE cpu")
@@ -66,7 +66,7 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     silence()
     device = f"{device_name(cfg.MODEL.DEVICE)}, {torch.get_num_threads()} threads"
     logger.info(f"{VERSIONS}, {device}")
-    logger.info(f"command: {shlex.join(sys.argv)}")
+    logger.info(f"command: {shell_command(sys.argv)}")
     seed_everything(cfg.SEED, "model")
 
 

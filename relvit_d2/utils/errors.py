@@ -1,5 +1,7 @@
 """The one exception class for faults that a user can mend."""
 
+from relvit_d2.utils.printing import printable
+
 
 class UserError(Exception):
     """A fault in what the user gave: a file, a key, a class, an argument.
@@ -10,8 +12,7 @@ class UserError(Exception):
     """
 
     def __init__(self, message: object) -> None:
-        text = " ".join(str(message).splitlines())
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
+        super().__init__(printable(" ".join(str(message).splitlines())))
 
 
 class NotWrittenError(UserError):
