@@ -3,7 +3,6 @@
 import argparse
 import logging
 import re
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +30,7 @@ from relvit_d2.engine.weights import export_encoder, holds_encoder, load_trained
 from relvit_d2.pretext.monitor import knn_accuracy
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import write_json
+from relvit_d2.utils.printing import shell_command
 
 TEST_SELECTION = "watched_test"  # name of the test set in metrics if the model is selected on it
 
@@ -237,10 +237,10 @@ def next_command(cfg: CfgNode, data: ClassificationData) -> str:
     """Return the next command to run after training: a probe, or the report if there is no test set."""
     output = Path(cfg.OUTPUT_DIR)
     if data.test is None:
-        return shlex.join(["relvit-d2", "report", str(output), "--output", "report.html"])
+        return shell_command(["relvit-d2", "report", str(output), "--output", "report.html"])
     kind = "linear" if data.validation else "knn"
     probe = ["relvit-d2", "classify", "--config-file", str(output / "config.yaml"), "--eval", kind]
-    return shlex.join([*probe, "MODEL.WEIGHTS", str(output / "encoder.safetensors")])
+    return shell_command([*probe, "MODEL.WEIGHTS", str(output / "encoder.safetensors")])
 
 
 def run_process(requested: CfgNode, args: argparse.Namespace, end: Callable[[Path, str], None]) -> None:

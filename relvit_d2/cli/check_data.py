@@ -12,6 +12,7 @@ from typing import Any
 from relvit_d2.utils.config_paths import find_config
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import make_folder, write_json
+from relvit_d2.utils.printing import print_text
 
 EXAMPLE = """\
 relvit-d2 check-data --config-file configs/demo/streets.yaml
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
             print("\n".join([f"{name}: {len(files)} images were seen in training", *(f"  {file}" for file in files)]))
     for kind in ("warnings", "errors"):
         for message in report[kind]:
-            print(f"{kind[:-1]}: {message}")
+            print_text(f"{kind[:-1]}: {message}")
     write_json(output / "check.json", report)
     first, items = next(iter(sets.items()))
     drawn = samples_of(items, classes, PixelFormat.of(cfg))
@@ -108,7 +109,7 @@ def print_labels(report: dict[str, Any], classes: int) -> None:
         print(f"{name}: " + ", ".join(f"{row[key]} {key.replace('_', ' ')}" for key in counted))
     print("objects per class in " + ", ".join(counts))
     for label in next(iter(counts.values()))["classes"]:
-        print(f"  {label:<{width}}" + "".join(f"{row['classes'][label]:>9}" for row in counts.values()))
+        print_text(f"  {label:<{width}}" + "".join(f"{row['classes'][label]:>9}" for row in counts.values()))
     if not report["anchors"]:
         return
     fit = report["anchors"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from relvit_d2.analysis.run_comparison import compare, read_losses
 from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.printing import print_text
 
 EXAMPLE = "relvit-d2 compare-runs output/demo/finetune output/demo/supervised"
 
@@ -25,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--tolerance {args.tolerance}: give 0 or more")
     found = compare(read_losses(args.a), read_losses(args.b), args.tolerance)
     if found.differences:
-        print("\n".join(found.differences))
+        print_text("\n".join(found.differences))
         raise UserError(f"the runs A '{args.a}' and B '{args.b}' differ")
     largest = f", largest relative difference {found.largest:.3g}" if args.tolerance else ""
-    print(f"equal: {found.steps} steps, names {', '.join(found.names)}{largest}")
+    print_text(f"equal: {found.steps} steps, names {', '.join(found.names)}{largest}")

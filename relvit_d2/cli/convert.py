@@ -9,6 +9,7 @@ from pathlib import Path
 
 from relvit_d2.conversion import KINDS
 from relvit_d2.utils.files import check_target
+from relvit_d2.utils.printing import print_text
 
 EXAMPLE = "relvit-d2 convert dinov2_vits14_pretrain.pth --to encoder.safetensors"
 
@@ -30,4 +31,4 @@ def run(args: argparse.Namespace) -> None:
     converted = convert(find_encoder(args.source), args.kind)
     info = {"source": f"{converted.kind}: {args.source.name}", **converted.pixels}
     save_encoder(converted.encoder, args.to, info)
-    print(f"{converted}\nwritten: {args.to}")
+    print_text(f"{converted}\nwritten: {args.to}")

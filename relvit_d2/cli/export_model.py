@@ -20,6 +20,7 @@ from pathlib import Path
 from relvit_d2.utils.config_paths import find_config
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import check_target
+from relvit_d2.utils.printing import print_text
 
 EXAMPLE = "relvit-d2 export-model --config-file configs/demo/streets.yaml --weights '' --to onnx --output backbone.onnx"
 
@@ -54,4 +55,4 @@ def run(args: argparse.Namespace) -> None:
     cfg.MODEL.DEVICE = "cpu"
     if args.weights is not None:
         cfg.MODEL.WEIGHTS = args.weights
-    print(export(cfg, args.to, args.output, args.size))
+    print_text(export(cfg, args.to, args.output, args.size))

@@ -8,6 +8,8 @@ file and, for Detectron2, which features are equal.
 import argparse
 from pathlib import Path
 
+from relvit_d2.utils.printing import print_text
+
 EXAMPLE = "relvit-d2 export-weights output/demo/pretrain/encoder.safetensors --to timm timm.safetensors"
 
 
@@ -23,4 +25,4 @@ def run(args: argparse.Namespace) -> None:
     from relvit_d2.conversion.export import export_detectron2, export_timm
 
     export = {"timm": export_timm, "detectron2": export_detectron2}[args.to]
-    print(f"{export(args.encoder, args.output)}\nwritten: {args.output}")
+    print_text(f"{export(args.encoder, args.output)}\nwritten: {args.output}")

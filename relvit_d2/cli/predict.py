@@ -22,6 +22,7 @@ from pathlib import Path
 
 from relvit_d2.utils.config_paths import find_config
 from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.printing import print_text
 
 EXAMPLE = """\
 relvit-d2 predict --weights output/demo/finetune/model_final.pth --input datasets/streets/test \\
@@ -53,6 +54,6 @@ def run(args: argparse.Namespace) -> None:
         args.weights, args.config_file, args.opts, args.input, args.output, args.threshold, args.batch
     )
     if written:
-        print(written)
+        print_text(written)
     if unreadable:
         raise UserError(unreadable)

@@ -12,7 +12,7 @@ import yaml  # type: ignore[import-untyped]
 from fvcore.common.config import CfgNode
 
 from relvit_d2.utils.config_keys import get_key
-from relvit_d2.utils.config_paths import find_config
+from relvit_d2.utils.config_paths import ROOT, find_config
 from relvit_d2.utils.errors import UserError, nearest
 
 COMMANDS = {"pretrain": "pretrain", "detection": "train", "classification": "classify"}
@@ -186,9 +186,32 @@ def _files(path: Path, above: tuple[Path, ...]) -> Iterator[tuple[Path, dict[str
     if not isinstance(content, dict):
         raise UserError(f"config file '{path}' has no keys; write KEY: VALUE lines")
     bases = content.pop("_BASE_", [])
-    for base in [bases] if isinstance(bases, str) else bases:
-        yield from _files(path.parent / Path(base).expanduser(), (*above, path.resolve()))
+    for base in bases if isinstance(bases, list) else [bases]:
+        yield from _files(_base_path(path, base), (*above, path.resolve()))
     yield path, content, text_content
+
+
+def _base_path(path: Path, base: Any) -> Path:
+    """Return the path of a base of the config file ``path``.
+
+    Raises:
+        UserError: it is not a path, a URL, or relative and outside of the folders of configs.
+    """
+    if not isinstance(base, str) or not base or "://" in base:
+        raise UserError(f"config file '{path}': _BASE_ {base!r} is not the path of a yaml file on this machine")
+    if (given := Path(base).expanduser()).is_absolute():
+        return given
+    own = path.parent.resolve()
+    folders = {own, (ROOT / "configs").resolve()}
+    if own.is_relative_to(Path.cwd()):
+        folders.add(Path.cwd())
+    target = path.parent / given
+    if not any(target.resolve().is_relative_to(folder) for folder in folders):
+        raise UserError(
+            f"config file '{path}': _BASE_ {base!r} leads out of its folder and of the current folder: give an "
+            "absolute path"
+        )
+    return target
 
 
 def flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:

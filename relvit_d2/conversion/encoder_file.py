@@ -20,6 +20,10 @@ from relvit_d2.encoders.base import Encoder, build_encoder
 from relvit_d2.utils.digest import content_digest
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import appearing
+from relvit_d2.utils.printing import printable
+
+MAX_HEADER = 2**24  # bytes of names, shapes and metadata
+MAX_GRID = 2**10  # patches along a side of the images that an encoder is built for
 
 ENOUGH = 0.9  # minimum fraction of matching values
 
@@ -55,6 +59,12 @@ def read_encoder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "for random weights"
         )
     try:
+        with path.open("rb") as start:
+            header = int.from_bytes(start.read(8), "little")
+        if MAX_HEADER < header <= path.stat().st_size:
+            raise UserError(
+                f"'{path}' has {header:,} bytes of metadata, above the limit of {MAX_HEADER:,}: write it again"
+            )
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
@@ -75,14 +85,45 @@ def read_encoder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     elif digest != content_digest([tensors, metadata]):
         raise UserError(damaged(path))
     try:
-        return tensors, {key: json.loads(value) for key, value in metadata.items()}
-    except ValueError as error:
-        raise UserError(damaged(path)) from error
+        content = {key: json.loads(value) for key, value in metadata.items()}
+        config = content["encoder"]
+        valid = isinstance(config["name"], str) and config["img_size"] <= MAX_GRID * config["patch_size"]
+    except (ValueError, RecursionError, LookupError, TypeError):
+        valid = False
+    if not valid:
+        raise UserError(
+            f"the metadata of '{path}' do not describe an encoder with a name and at most {MAX_GRID} patches per side: "
+            f"{metadata['encoder'][:200]}; write it again with relvit-d2 pretrain"
+        )
+    return tensors, content
 
 
 def read_weights(source: str | Path, encoder: Encoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read tensors and metadata of an encoder file, or of timm's pre-trained weights ``timm:NAME``."""
     return read_published(str(source), encoder) if is_published(str(source)) else read_encoder(Path(source))
+
+
+def build_described(source: str | Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> Encoder:
+    """Build the encoder of a file from the metadata ``encoder`` and load the file's tensors.
+
+    Raises:
+        UserError: the tensors do not have the names and shapes of that encoder, whose size is thus bounded by the file.
+    """
+    try:
+        with torch.device("meta"):  # takes no memory
+            described = build_encoder(**config).state_dict()
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise UserError(
+            f"the metadata of '{source}' do not describe an encoder ({str(error)[:200]}); write it again"
+        ) from error
+    shapes = [{name: tuple(value.shape) for name, value in values.items()} for values in (described, tensors)]
+    if odd := sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()}):
+        raise UserError(
+            f"'{source}' does not contain the encoder of its metadata ({', '.join(odd[:3])}); write it again"
+        )
+    encoder = build_encoder(**config)
+    encoder.load_state_dict(tensors)
+    return encoder
 
 
 @dataclass
@@ -102,7 +143,7 @@ class MatchReport:
         lines = [f"weights '{self.path}': {self.share:.1%} of the encoder's values matched"]
         for what in ("loaded", "resized", "fresh", "missing", "unexpected"):
             names = getattr(self, what)
-            shown = "" if what == "loaded" or not names else ": " + ", ".join(names[:6])
+            shown = "" if what == "loaded" or not names else ": " + printable(", ".join(names[:6]))
             lines.append(f"  {what:<10} {len(names):>4}{shown}{', ...' if shown and len(names) > 6 else ''}")
         return "\n".join(lines)
 
@@ -177,12 +218,7 @@ def feature_difference(encoder: Encoder, source: str | Path) -> float:
     tensors, metadata = read_weights(source, encoder)
     config = metadata["encoder"]
     windows = {key: value for key, value in encoder.arguments.items() if key in ("window", "global_blocks")}
-    original = build_encoder(**config | windows)
-    if different := sorted(tensors.keys() ^ original.state_dict().keys()):
-        raise UserError(
-            f"'{source}' does not contain the encoder of its metadata ({', '.join(different[:3])}); write it again"
-        )
-    original.load_state_dict(tensors)
+    original = build_described(source, tensors, config | windows)
     device = next(encoder.parameters()).device
     original = original.to(device).eval()
     size, patch = encoder.arguments["img_size"], encoder.arguments["patch_size"]

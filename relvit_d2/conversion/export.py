@@ -5,18 +5,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from relvit_d2.conversion.encoder_file import load_encoder, read_encoder
+from relvit_d2.conversion.encoder_file import build_described, read_encoder
 from relvit_d2.conversion.to_detectron2 import to_detectron2
 from relvit_d2.conversion.to_timm import to_timm, verify_timm
-from relvit_d2.encoders import Encoder, build_encoder
+from relvit_d2.encoders import Encoder
 from relvit_d2.utils.files import appearing, check_target
 
 
 def _read(path: Path) -> Encoder:
-    _, metadata = read_encoder(path)
-    encoder = build_encoder(**metadata["encoder"])
-    load_encoder(encoder, path)
-    return encoder.eval()
+    tensors, metadata = read_encoder(path)
+    return build_described(path, tensors, metadata["encoder"]).eval()
 
 
 def export_timm(source: Path, output: Path) -> str:

@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -42,6 +41,7 @@ from relvit_d2.evaluation.kitti import KittiEvaluator
 from relvit_d2.evaluation.voc07 import Voc07Evaluator
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import write_json
+from relvit_d2.utils.printing import shell_command
 
 Records = list[dict[str, Any]]
 
@@ -317,6 +317,7 @@ def run_process(requested: CfgNode, args: argparse.Namespace, end: Callable[[Pat
     add_seen(cfg, tests, trainer.metadata)
     if comm.is_main_process():
         end(
-            Path(cfg.OUTPUT_DIR), shlex.join(["relvit-d2", "predict", "--weights", cfg.OUTPUT_DIR, "--input", "IMAGES"])
+            Path(cfg.OUTPUT_DIR),
+            shell_command(["relvit-d2", "predict", "--weights", cfg.OUTPUT_DIR, "--input", "IMAGES"]),
         )
     check_expected_results(cfg, results)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from relvit_d2.engine import signals
 from relvit_d2.utils.errors import ResumableError, UserError, resource_error
+from relvit_d2.utils.printing import escape_log_records
 from relvit_d2.utils.processes import process_group
 
 # Seconds that a process waits after a lost connection, since the error of the other process is the cause.
@@ -34,6 +35,7 @@ def guard(function: Callable[[], int | None], resumes: bool = False) -> int:
     Raises:
         Exception: an unexpected error, unless this is one of several processes (``LOCAL_RANK`` is set).
     """
+    escape_log_records()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

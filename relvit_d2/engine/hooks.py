@@ -114,6 +114,7 @@ class EvaluationHook(HookBase):
                     iteration=self.best_iteration,
                     metric=self._metric,
                     value=self.best,
+                    metadata=content.get("metadata", {}),
                     run=trainer.run_id,
                 )
                 logger.warning(f"{problem}: it was written again from '{folder / name}'")

@@ -1,7 +1,6 @@
 """Provenance of a run: command, machine, versions, commit."""
 
 import platform
-import shlex
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from fvcore.common.config import CfgNode
 from relvit_d2 import __version__
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.utils.hardware import device_name
+from relvit_d2.utils.printing import shell_command
 
 VERSIONS = f"relvit_d2 {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
 
@@ -35,7 +35,7 @@ def command_line() -> str:
     """Return the command line of this process as ``relvit-d2 COMMAND ...`` or ``python SCRIPT.py ...``."""
     name = Path(sys.argv[0]).name
     scripts = ("pretrain_ssl.py", "train_net.py", "train_cls.py")
-    return shlex.join([*(("python", name) if name in scripts else ("relvit-d2",)), *sys.argv[1:]])
+    return shell_command([*(("python", name) if name in scripts else ("relvit-d2",)), *sys.argv[1:]])
 
 
 def _commit() -> str:

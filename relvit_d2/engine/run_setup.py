@@ -3,7 +3,6 @@
 import argparse
 import logging
 import os
-import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -17,6 +16,7 @@ from relvit_d2.engine.provenance import VERSIONS
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import remove_leftovers, write_text
 from relvit_d2.utils.hardware import device_name
+from relvit_d2.utils.printing import shell_command
 from relvit_d2.utils.randomness import seed_everything
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Create ``OUTPUT_DIR``, set up logging, log versions, device and command, and seed the generators.
 
     Raises:
-        UserError: ``OUTPUT_DIR`` cannot be written, the device does not exist, or the batch cannot be divided among the
+        UserError: ``OUTPUT_DIR`` is empty or cannot be written, the device does not exist, or the batch cannot be divided among the
             processes.
     """
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
@@ -43,6 +43,8 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
             f"several processes use the GPUs of this machine, but MODEL.DEVICE is '{cfg.MODEL.DEVICE}': leave it "
             "out, or hide the GPUs with CUDA_VISIBLE_DEVICES=''"
         )
+    if not cfg.OUTPUT_DIR.strip():
+        raise UserError("OUTPUT_DIR is empty: give a folder for the results of the run")
     output = Path(cfg.OUTPUT_DIR)
     try:
         os.fsencode(cfg.OUTPUT_DIR.encode().decode())  # TensorBoard's writer encodes it as UTF-8
@@ -64,7 +66,7 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     silence_warnings()
     device = f"{device_name(cfg.MODEL.DEVICE)}, {torch.get_num_threads()} threads"
     logger.info(f"{VERSIONS}, {device}")
-    logger.info(f"command: {shlex.join(sys.argv)}")
+    logger.info(f"command: {shell_command(sys.argv)}")
     seed_everything(cfg.SEED, "model")
 
 

@@ -3,7 +3,6 @@
 import argparse
 import logging
 import math
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -37,6 +36,7 @@ from relvit_d2.utils.config_paths import has_config
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import write_json
 from relvit_d2.utils.metrics import Metric, as_scalars, from_scalars
+from relvit_d2.utils.printing import shell_command
 
 EVALUATED_TRAINING_IMAGES = 256  # without test images
 LEAK_ACCURACY = 0.95  # accuracy in the first epoch that only leaked positions can explain
@@ -128,7 +128,7 @@ def next_command(config_file: str, data: str | None, cfg: CfgNode, encoder: Path
     names = (ssl.parent.parent / folder / ssl.name, ssl.with_name(ssl.name.removeprefix("ssl_")))
     config = next((str(path) for path in names if path != ssl and has_config(str(path))), "FILE")
     where = ["--data", data] if data else []
-    return shlex.join(["relvit-d2", command, "--config-file", config, *where, "MODEL.WEIGHTS", str(encoder)])
+    return shell_command(["relvit-d2", command, "--config-file", config, *where, "MODEL.WEIGHTS", str(encoder)])
 
 
 def build_trainer(cfg: CfgNode, model: PretrainingModel, files: Images, tests: Images) -> Trainer:

@@ -7,6 +7,8 @@ _NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
 # Messages of torch's allocators.
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")
 
+from relvit_d2.utils.printing import printable
+
 
 class UserError(Exception):
     """Error in the input of the user: a file, a key, a class, an argument.
@@ -22,8 +24,7 @@ class UserError(Exception):
     details = ""
 
     def __init__(self, message: object) -> None:
-        text = " ".join(str(message).splitlines())
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
+        super().__init__(printable(" ".join(str(message).splitlines())))
 
 
 class ResumableError(UserError):

@@ -90,6 +90,21 @@ CASES = {
         flags=("--config-file", "{here}/bad.yaml"),
         files={"bad.yaml": "_BASE_: other.yaml\n", "other.yaml": "_BASE_: bad.yaml\n"},
     ),
+    "base that leads out": Case(
+        "_BASE_ '../../other.yaml' leads out of its folder",
+        flags=("--config-file", "{here}/bad.yaml"),
+        files={"bad.yaml": "_BASE_: ../../other.yaml\n"},
+    ),
+    "base that is a URL": Case(
+        "_BASE_ 'http://127.0.0.1:9/a.yaml' is not the path of a yaml file",
+        flags=("--config-file", "{here}/bad.yaml"),
+        files={"bad.yaml": "_BASE_: http://127.0.0.1:9/a.yaml\n"},
+    ),
+    "tag of Python": Case(
+        "bad.yaml' is not valid yaml: could not determine a constructor for the tag",
+        flags=("--config-file", "{here}/bad.yaml"),
+        files={"bad.yaml": "OUTPUT_DIR: !!python/object/apply:os.mkdir [{here}/made]\n"},
+    ),
     "empty file": Case("has no keys", flags=("--config-file", "{here}/bad.yaml"), files={"bad.yaml": ""}),
     "config of the other script": Case(
         "is of the task pretrain, not detection: start relvit-d2 pretrain with it",
@@ -126,6 +141,7 @@ CASES = {
     ),
     "gpu that is not there": Case("MODEL.DEVICE cpu", ("MODEL.DEVICE", "cuda")),
     "output is a file": Case("choose another folder", ("OUTPUT_DIR", "{here}/file"), files={"file": "text"}),
+    "output is empty": Case("OUTPUT_DIR is empty: give a folder", ("OUTPUT_DIR", ""), BOTH),
     "output cannot be made": Case("choose another folder", ("OUTPUT_DIR", "/proc/relvit")),
     "unknown data set": Case("did you mean 'svhn_train'", ("DATASETS.TRAIN", "('svhn_trian',)"), BOTH),
     "no training set": Case("DATASETS.TRAIN is empty", ("DATASETS.TRAIN", "()")),
@@ -191,6 +207,9 @@ CASES = {
 }
 # Messages of the same code as those of other rows.
 LIKE_OTHERS = {
+    "base that leads out",
+    "base that is a URL",
+    "tag of Python",
     "key twice in a base",
     "config of the detector",
     "key of the other script",

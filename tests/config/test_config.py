@@ -321,3 +321,43 @@ def test_an_own_set_takes_texts_as_they_are_written(tmp_path: Path) -> None:
 def test_an_absent_file_is_named() -> None:
     with pytest.raises(UserError, match=r"'configs/voc_vit_x.yaml' does not exist"):
         load_config("configs/voc_vit_x.yaml", [])
+
+
+def test_relative_bases_stay_in_the_folders_of_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("project/base/a.yaml", "outside/a.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("TASK: pretrain\nSEED: 7\n")
+    config = tmp_path / "project/configs/b.yaml"
+    config.parent.mkdir()
+    (config.parent / "link.yaml").symlink_to(tmp_path / "outside/a.yaml")
+
+    def seed(base: object) -> int:
+        config.write_text(f"_BASE_: {base}\n")
+        return int(read_config(str(config), []).SEED)
+
+    assert seed(tmp_path / "outside/a.yaml") == seed(f"[{tmp_path}/outside/a.yaml]") == 7  # absolute
+    with pytest.raises(UserError, match=r"b.yaml': _BASE_ '../base/a.yaml' leads out of .*: give an absolute path"):
+        seed("../base/a.yaml")
+    monkeypatch.chdir(tmp_path / "project")
+    assert seed("../base/a.yaml") == 7
+    for base in ("../../outside/a.yaml", "link.yaml"):
+        with pytest.raises(UserError, match=rf"_BASE_ '{base}' leads out of"):
+            seed(base)
+    for base in ("3", "{a: b.yaml}", "[[a.yaml]]", "''", "~", "https://example.org/a.yaml", "[file:///a.yaml]"):
+        with pytest.raises(UserError, match=r"_BASE_ .* is not the path of a yaml file on this machine"):
+            seed(base)
+
+
+@pytest.mark.parametrize(
+    "value", ["!!python/object/apply:os.mkdir [made]", "!!python/name:os.mkdir", "!!python/tuple [1]", "!made x"]
+)
+def test_tags_make_no_objects(value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = Path("configs/base/ssl.yaml").resolve()
+    monkeypatch.chdir(tmp_path)
+    for text in (f"OUTPUT_DIR: {value}\n", f"? {value}\n: 1\n", f"_BASE_: {value}\n"):
+        Path("a.yaml").write_text(f"_BASE_: {base}\n{text}" if "_BASE_" not in text else text)
+        with pytest.raises(UserError, match=r"a.yaml"):
+            read_config("a.yaml", [])
+    with pytest.raises(UserError, match=r"override 'DATASETS.CUSTOM"):
+        read_config(str(base), ["DATASETS.CUSTOM", f"{{a: {value}}}"])
+    assert not Path("made").exists()

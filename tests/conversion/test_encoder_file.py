@@ -1,6 +1,8 @@
 """Encoder files: writing and loading, and rejection of files that do not match."""
 
 import json
+import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,14 @@ import torch
 from safetensors.torch import save_file
 
 from relvit_d2 import __version__
-from relvit_d2.conversion.encoder_file import feature_difference, load_encoder, read_encoder, save_encoder
+from relvit_d2.conversion.encoder_file import (
+    MAX_HEADER,
+    feature_difference,
+    load_encoder,
+    read_encoder,
+    save_encoder,
+)
+from relvit_d2.conversion.export import _read
 from relvit_d2.encoders import ENCODERS, Encoder, build_encoder
 from relvit_d2.utils.errors import UserError
 
@@ -18,7 +27,7 @@ def small(**arguments: object) -> Encoder:
 
 
 @pytest.mark.parametrize("name", list(ENCODERS))
-def test_every_encoder_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
+def test_every_encoder_is_saved_and__read(name: str, tmp_path: Path) -> None:
     source, target = build_encoder(name, img_size=32), build_encoder(name, img_size=32)
     save_encoder(source, tmp_path / "encoder.safetensors", {"iteration": 7})
     report = load_encoder(target, tmp_path / "encoder.safetensors")
@@ -126,3 +135,54 @@ def test_a_truncated_file_is_reported_as_damaged(tmp_path: Path) -> None:
         path.write_bytes(whole[:length])
         with pytest.raises(UserError, match=r"encoder.safetensors' is incomplete or damaged \([\d,]+ bytes\)"):
             load_encoder(small(), path)
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        '{"name": "vit_nano", "img_size": 100000000, "patch_size": 16}',
+        '{"name": "swin_tiny", "img_size": 1000000, "patch_size": 4, "pos_embed": false}',
+        '{"name": "vit_nano", "img_size": 32, "patch_size": 4, "in_chans": 1000000000}',
+        '{"name": "vit_base", "img_size": 32, "patch_size": 4}',
+        '{"name": "vit_nano", "img_size": "32", "patch_size": 4}',
+        '{"name": "vit_nano", "img_size": 32, "patch_size": 0}',
+        '{"name": "vit_nano", "img_size": 32, "patch_size": 4, "drop_path": "x"}',
+        '{"name": 3}',
+        '["vit_nano"]',
+        "no json",
+        "[" * 100_000,
+    ],
+)
+def test_descriptions_that_do_not_fit_the_tensors_build_nothing(description: str, tmp_path: Path) -> None:
+    path, encoder = tmp_path / "encoder.safetensors", small()
+    save_file(encoder.state_dict(), str(path), {"encoder": description})
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    used = int(re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
+    resource.setrlimit(resource.RLIMIT_DATA, (used + 2**29, hard))
+    try:
+        for read in (lambda: _read(path), lambda: feature_difference(encoder, path)):
+            with pytest.raises(UserError, match=r"encoder\.safetensors.* write it again") as caught:
+                read()
+            assert len(str(caught.value)) < 1000
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def test_metadata_above_the_limit_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(small(), path, {"notes": "a" * MAX_HEADER})
+    with pytest.raises(UserError, match=r"bytes of metadata, above the limit of 16,777,216: write it again"):
+        load_encoder(small(), path)
+
+
+def test_names_of_tensors_are_printed_without_control_characters(tmp_path: Path) -> None:
+    path, encoder = tmp_path / "encoder.safetensors", small()
+    save_encoder(encoder, path, {})
+    tensors, metadata = read_encoder(path)
+    save_file(
+        tensors | {"x\x1b[2J\nweights 'other'": torch.zeros(1)},
+        str(path),
+        {key: json.dumps(value) for key, value in metadata.items()},
+    )
+    text = str(load_encoder(encoder, path))
+    assert "x\\x1b[2J\\nweights" in text and all(line.isprintable() for line in text.splitlines())

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from relvit_d2.data.detection import custom
+from relvit_d2.data.detection import custom, svhn
 from relvit_d2.data.detection.catalog import DATASETS
 from relvit_d2.utils.errors import UserError
 from tests.support.fuzzing import READERS, outcome
@@ -35,6 +35,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Folders
             path.mkdir()
         monkeypatch.setenv("DETECTRON2_DATASETS", str(root))
         monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        monkeypatch.setattr(svhn, "PATIENCE", 5)
         yield original, root, outside, cache
 
 

@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import yaml  # type: ignore[import-untyped]
 from detectron2.structures import BoxMode
 from hypothesis import given
 from hypothesis import strategies as st
@@ -325,3 +326,27 @@ def test_a_model_of_any_script_is_analysed(root: Path) -> None:
         parameters = {name: float(row[0]) for name, row in rows.items() if re.fullmatch(r"[\d.]+", row[0])}
         total = parameters.pop("all")
         assert abs(sum(parameters.values()) - total) < 0.03
+
+
+def test_text_from_others_is_no_markup(runs: dict[str, Path], tmp_path: Path) -> None:
+    attack = "<script>alert('1')&\"<img src=x>"
+    folder = tmp_path / attack
+    shutil.copytree(runs["a"], folder)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["MODEL"]["WEIGHTS"] = config["MODEL"]["ENCODER"]["NAME"] = attack
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    info = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(dict.fromkeys(info, attack)))
+    results = json.loads((folder / "inference/results.json").read_text())
+    for metrics in results.values():
+        metrics["bbox"] |= {f"AP-{attack}": 12.5}
+    (folder / "inference/results.json").write_text(json.dumps(results | {attack: next(iter(results.values()))}))
+    rows = [json.loads(line) | {f"loss_{attack}": 1.0} for line in (folder / "metrics.json").read_text().splitlines()]
+    (folder / "metrics.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for folders in ([folder], [folder, runs["b"]]):
+        write_report(folders, tmp_path / "report.html")
+        text = (tmp_path / "report.html").read_text()
+        page = Page(text)
+        assert page.open == [] and "<script" not in text and "<img src=x" not in text
+        assert page.words.count(attack) > 5
+        assert all(address.startswith(("#", "data:image/")) for address in page.loads)

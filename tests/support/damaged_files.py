@@ -11,14 +11,15 @@ import numpy as np
 from relvit_d2.data.detection.svhn import FIELDS
 
 
-def huge_png() -> bytes:
-    """Return a PNG of a few bytes whose header declares ten billion pixels."""
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+def huge_png(side: int = 100_000) -> bytes:
+    """Return a PNG of a few bytes whose header declares ``side`` x ``side`` pixels."""
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
 
 
 def write_mat(path: Path, rows: Sequence[tuple[str, Sequence[tuple[float, ...]]]]) -> None:

@@ -6,14 +6,19 @@ number itself for one digit and references to numbers for several. Label 10 is t
 """
 
 import math
+import multiprocessing
 import os
+import signal
+from collections.abc import Iterator
 from itertools import islice
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 from h5py import h5d, h5g, h5l, h5o, h5r, h5s, h5t
+from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 
 from relvit_d2.data.cache import Labels, cached
 from relvit_d2.data.detection.records import (
@@ -38,6 +43,12 @@ LONGEST_COLUMN = 255
 
 MOST_IMAGES = 10_000_000
 """Limit of images in a file, for the same reason; SVHN's largest split has 202,353."""
+
+ROWS_AT_ONCE = 256
+PATIENCE = 60
+"""Maximum time in seconds to read that many rows, which takes less than one from a local disk."""
+
+Row = tuple[str, list[tuple[float, ...]]]
 
 _FIELDS = tuple(field.encode() for field in FIELDS)
 _REFERENCE = h5t.py_create(h5py.ref_dtype)
@@ -110,25 +121,66 @@ def _clip(digits: list[list[tuple[float, ...]]], sizes: list[tuple[int, int]]) -
     return np.hstack([low, high]), np.all(high > low, axis=1)
 
 
-def _read_rows(path: Path) -> list[tuple[str, list[tuple[float, ...]]]]:
-    """Return the name of each image and its digits, each a tuple of the floats ``FIELDS``."""
+def _read_rows(path: Path) -> list[Row]:
+    """Return the name of each image and its digits, each a tuple of the floats ``FIELDS``.
+
+    A process of its own reads the file: the HDF5 library loops or crashes on some damaged files.
+    """
     if not path.is_file():
         raise UserError(f"the label file {path} is missing: unpack the archive of SVHN's format 1 there")
     DataRoot().check_links([path])
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_rows, args=(path, sender))
+    process.start()
+    sender.close()
+    rows: list[Row] = []
     try:
-        with h5py.File(path, "r") as file:
-            struct = _member(file.id, b"digitStruct")
-            names, boxes = (_references(_member(struct, column)) for column in (b"name", b"bbox"))
-            pairs = zip(names, boxes, strict=True)
-            return [_read_row(file, *pair, f"{path}, row {row}") for row, pair in enumerate(pairs, start=1)]
+        while receiver.poll(PATIENCE):
+            part = receiver.recv()
+            if isinstance(part, UserError):
+                raise part
+            if not part:
+                return rows
+            rows += part
+        reason = f"no row was read in {PATIENCE} seconds"
+    except EOFError:
+        reason = "the HDF5 library crashed"
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
+    raise UserError(_damaged(path, reason))
+
+
+def _send_rows(path: Path, sender: Connection) -> None:
+    """Send the rows in parts and an empty list at the end, or a :class:`UserError`."""
+    _prctl_pr_set_pdeathsig(signal.SIGKILL)
+    try:
+        rows = _rows(path)
+        while part := list(islice(rows, ROWS_AT_ONCE)):
+            sender.send(part)
+        sender.send([])
+    except UserError as error:
+        sender.send(error)
     # h5py raises various exceptions for a damaged file.
     except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, MemoryError) as error:
-        raise UserError(f"{path} is damaged or not an SVHN label file ({error}): unpack the archive again") from error
+        sender.send(UserError(_damaged(path, error)))
 
 
-def _read_row(
-    file: h5py.File, name: h5py.Reference, bbox: h5py.Reference, where: str
-) -> tuple[str, list[tuple[float, ...]]]:
+def _damaged(path: Path, reason: object) -> str:
+    return f"{path} is damaged or not an SVHN label file ({reason}): unpack the archive again"
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    with h5py.File(path, "r") as file:
+        struct = _member(file.id, b"digitStruct")
+        names, boxes = (_references(_member(struct, column)) for column in (b"name", b"bbox"))
+        for row, pair in enumerate(zip(names, boxes, strict=True), start=1):
+            yield _read_row(file, *pair, f"{path}, row {row}")
+
+
+def _read_row(file: h5py.File, name: h5py.Reference, bbox: h5py.Reference, where: str) -> Row:
     # The low-level interface of h5py, for speed: an image takes about thirty calls, and SVHN has up to 202,353 images.
     codes = _column(h5r.dereference(name, file.id), np.dtype(np.uint16), h5t.NATIVE_UINT16)
     text = checked_name(codes.tobytes().decode("utf-16"), where)

@@ -1,5 +1,6 @@
 """Images inside zip and tar files, read without unpacking."""
 
+import bz2
 import io
 import lzma
 import os
@@ -8,6 +9,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -23,8 +25,8 @@ ARCHIVE_DAMAGE = (
     *(EOFError, RuntimeError, ValueError, LookupError, OverflowError),
 )
 
-MAX_SIZE = 2**29
-"""Maximum size of a member in bytes: a small zip can unpack to gigabytes of memory."""
+MAX_SIZE = 2**28 + 2**24
+"""Maximum size of an image file in bytes, in an archive unpacked: a small zip can unpack to gigabytes of memory."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,34 @@ class Member:
             raise OSError(f"its size is {self.size} bytes, above the limit of {MAX_SIZE}")
         if self.offset < 0:
             try:
-                with _zip(self.archive, os.getpid()).open(self.name) as file:
-                    return io.BytesIO(file.read(limit))
+                return io.BytesIO(self._unpacked(self.size if limit < 0 else min(limit, self.size)))
             except ARCHIVE_DAMAGE as error:
                 raise OSError(str(error)) from error  # damaged, encrypted, or an unsupported compression
         with self.archive.open("rb") as tar:
             tar.seek(self.offset)
             return io.BytesIO(tar.read(self.size if limit < 0 else min(limit, self.size)))
+
+    def _unpacked(self, count: int) -> bytes:
+        """Return the first ``count`` bytes of a zip's member, in memory proportional to its size."""
+        file = _zip(self.archive, os.getpid())
+        info = file.getinfo(self.name)
+        if info.compress_type not in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+            with file.open(info) as packed:
+                return packed.read(count)
+        # zipfile unpacks other methods without a limit: gigabytes from a member that declares a kilobyte.
+        raw = copy(info)
+        raw.compress_type, raw.file_size, raw.CRC = zipfile.ZIP_STORED, info.compress_size, None  # type: ignore[assignment]
+        with file.open(raw) as packed:
+            data = packed.read(MAX_SIZE)
+        decompressor: bz2.BZ2Decompressor | lzma.LZMADecompressor = bz2.BZ2Decompressor()
+        if info.compress_type == zipfile.ZIP_LZMA:
+            # The properties after a header of 4 bytes, as in a file of the format LZMA alone, with unknown size.
+            data = data[4:9] + b"\xff" * 8 + data[9:]
+            decompressor = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=MAX_SIZE)
+        content = decompressor.decompress(data, self.size)
+        if len(content) != self.size or zlib.crc32(content) != info.CRC:
+            raise ValueError("a checksum or a size is wrong")
+        return content[:count]
 
 
 ImageFile = Path | Member

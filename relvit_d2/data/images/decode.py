@@ -5,21 +5,32 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO
 
 import numpy as np
 from fvcore.common.config import CfgNode
 from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from relvit_d2.data.images.archive import ImageFile, Member
 from relvit_d2.data.images.jpeg import read_plain_jpeg
+from relvit_d2.data.images.limits import (
+    FORMATS,
+    MAX_BYTES,
+    MAX_PIXELS,
+    LimitError,
+    check_limit,
+    check_scans,
+    check_size,
+    open_image,
+)
 from relvit_d2.data.images.orientation import SWAPPED, orientation, upright
 from relvit_d2.utils.errors import UserError, resource_error
 
 DEEP_MODES = ("I", "F")  # Pillow's modes of more than eight bits, beside those that begin with I;16
+BLOCK = 2**20  # values that are converted at once
 HEADER = 2**18  # bytes of an archive's member that are read to find the header
 MAX_16 = 65535  # the maximum of 16 bits
+MAX_PAGES = 512  # of a TIFF that are counted as channels
 
 # Exceptions of Pillow and NumPy for damaged files.
 DAMAGE = (
@@ -52,9 +63,13 @@ def reading(path: ImageFile | str) -> Iterator[None]:
             f"image '{path}' does not exist: restore it, or remove it from the data set's list"
         ) from error
     except UnidentifiedImageError as error:
-        raise UnreadableImageError(f"'{path}' is not an image that can be read: replace it") from error
+        raise UnreadableImageError(
+            f"'{path}' is not an image that can be read: replace it by one of {', '.join(FORMATS)}"
+        ) from error
     except Image.DecompressionBombError as error:
         raise UnreadableImageError(f"image '{path}' has too many pixels ({error}): reduce it") from error
+    except LimitError as error:
+        raise UnreadableImageError(f"image '{path}' {error}") from error
     except DAMAGE as error:
         if isinstance(error, OSError) and (lack := resource_error(error)):  # not the image's fault
             raise lack from error
@@ -99,7 +114,10 @@ class PixelFormat:
                 return plain
             if str(path).lower().endswith(".npy"):
                 return self._fitted(_load_array(path), path, longest)
-            with _opened(path) as file, Image.open(file) as image:
+            with open_image(path) as image:
+                if isinstance(image, JpegImageFile) and image.fp:
+                    image.fp.seek(0)
+                    check_scans(*image.size, image.fp.read())
                 return self._of(image, path, longest)
 
     def convert(self, image: Image.Image) -> np.ndarray:
@@ -123,16 +141,17 @@ class PixelFormat:
 
     def _fitted(self, pixels: np.ndarray, path: ImageFile | str, longest: int) -> np.ndarray:
         """Convert pixels ``(H, W)`` or ``(H, W, C)`` of any type to this format."""
+        repeats = self.channels if pixels.ndim == 2 and self.channels in (1, 3) else 1
         if pixels.ndim == 2:
-            pixels = np.repeat(pixels[..., None], self.channels if self.channels in (1, 3) else 1, axis=2)
+            pixels = pixels[..., None]
         if pixels.ndim != 3 or not pixels.size:
             raise ValueError(f"an array of shape {pixels.shape} is not an image")
-        if pixels.shape[2] != self.channels:
+        if repeats * pixels.shape[2] != self.channels:
             raise UserError(
                 f"image '{path}' has {pixels.shape[2]} channels, but INPUT.CHANNELS is {self.channels}: set it to "
                 f"{pixels.shape[2]}, with as many values in MODEL.PIXEL_MEAN and MODEL.PIXEL_STD"
             )
-        pixels = self._in_eight_bits(pixels, path)
+        pixels = np.repeat(self._in_eight_bits(pixels, path), repeats, axis=2)
         size = _reduced((pixels.shape[1], pixels.shape[0]), longest)
         if size != (pixels.shape[1], pixels.shape[0]):
             planes = [
@@ -152,10 +171,14 @@ class PixelFormat:
                 f"image '{path}' contains {pixels.dtype} numbers, whose range is unknown: set INPUT.MAX_VALUE to "
                 "the value of white, or convert the image to 8 bits"
             )
-        scaled = pixels.astype(np.float32) * (255 / max_value)
-        if not np.isfinite(scaled).all():
-            raise ValueError("values that are not finite")
-        return scaled.clip(0, 255).round().astype(np.uint8)
+        converted = np.empty(pixels.shape, np.uint8)
+        rows = 1 + BLOCK // pixels[0].size  # at a time, to save memory
+        for start in range(0, len(pixels), rows):
+            scaled = pixels[start : start + rows].astype(np.float32) * (255 / max_value)
+            if not np.isfinite(scaled).all():
+                raise ValueError("values that are not finite")
+            converted[start : start + rows] = scaled.clip(0, 255).round()
+        return converted
 
 
 def read_rgb(path: ImageFile | str, longest: int = 0) -> np.ndarray:
@@ -173,7 +196,7 @@ def image_size(path: ImageFile | str) -> tuple[int, int]:
         if str(path).lower().endswith(".npy"):
             height, width = _load_array(path).shape[:2]
             return width, height
-        with _opened(path) as file, Image.open(file) as image:
+        with open_image(path) as image:
             return (image.height, image.width) if orientation(image) in SWAPPED else image.size
 
 
@@ -188,9 +211,9 @@ def check_header(path: ImageFile | str) -> None:
             _load_array(path)
             return
         if isinstance(path, Member) and path.size > HEADER:
-            with suppress(*DAMAGE), Image.open(path.open(HEADER)):  # metadata may be longer
+            with suppress(*DAMAGE), open_image(path.open(HEADER).getvalue()):  # metadata may be longer
                 return
-        with _opened(path) as file, Image.open(file):
+        with open_image(path):
             pass
 
 
@@ -206,27 +229,25 @@ def channels_and_max_value(path: ImageFile | str) -> tuple[int, float]:
         if str(path).lower().endswith(".npy"):
             values = _load_array(path)
             return values.shape[2] if values.ndim == 3 else 1, _largest(values)
-        with _opened(path) as file, Image.open(file) as image:
+        with open_image(path) as image:
             gray = image.mode in ("1", "L", "LA") or _is_deep(image)
-            return _pages(image) if gray else 3, _largest(np.array(image)) if _is_deep(image) else 0.0
+            return _pages(image, MAX_PAGES) if gray else 3, _largest(np.array(image)) if _is_deep(image) else 0.0
 
 
 def _largest(values: np.ndarray) -> float:
     return float(values.max()) if values.size and values.dtype.itemsize > 1 else 0.0
 
 
-def _opened(path: ImageFile | str) -> IO[bytes]:
-    """Open a file; given a path, Pillow maps it, which gives wrong pixels for TIFF files with an orientation."""
-    return path.open() if isinstance(path, Member) else Path(path).open("rb")
-
-
 def _load_array(path: ImageFile | str) -> np.ndarray:
-    if isinstance(path, Member):
-        return np.load(path.open(), allow_pickle=False)
     # Unlike an array in memory, a mapping cannot be larger than the file, whatever the header declares.
-    pixels = np.load(path, mmap_mode="r", allow_pickle=False)
+    if isinstance(path, Member):
+        pixels = np.load(path.open(), allow_pickle=False)
+    else:
+        pixels = np.load(path, mmap_mode="r", allow_pickle=False)
     if not isinstance(pixels, np.ndarray) or pixels.ndim not in (2, 3):
         raise ValueError("not an array of height, width and channels")
+    check_limit("pixels", pixels.shape[0] * pixels.shape[1], MAX_PIXELS)
+    check_limit("bytes of pixels", pixels.nbytes, MAX_BYTES)
     return pixels
 
 
@@ -236,20 +257,31 @@ def _is_deep(image: Image.Image) -> bool:
 
 def _bands(image: Image.Image, channels: int, stored: int) -> np.ndarray:
     """Return the bands of an image, or of the pages of a TIFF with one band each, upright."""
-    pages = _pages(image)
-    if pages == channels > 1 and len(image.getbands()) == 1:
+    if _pages(image, channels + 1) == channels > 1 and len(image.getbands()) == 1:
         first, planes = image.tell(), []
-        for page in range(pages):
+        for page in range(channels):
             image.seek(page)
+            check_size(image)
             planes.append(np.array(image))
+            check_limit("bytes of pixels", channels * planes[0].nbytes, MAX_BYTES)
         image.seek(first)
         return np.stack(planes, axis=2)
     return np.array(upright(image, stored))
 
 
-def _pages(image: Image.Image) -> int:
-    """Return the number of pages; 1 for an animation."""
-    return getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+def _pages(image: Image.Image, most: int) -> int:
+    """Return the number of pages, at most ``most``; 1 for an animation."""
+    if image.format != "TIFF":
+        return 1
+    first = image.tell()
+    try:
+        for page in range(most):
+            image.seek(page)
+    except EOFError:
+        return page
+    finally:
+        image.seek(first)
+    return most
 
 
 def _reduced(size: tuple[int, int], longest: int) -> tuple[int, int]:

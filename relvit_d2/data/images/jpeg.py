@@ -5,10 +5,10 @@ import struct
 
 import numpy as np
 import torch
-from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from relvit_d2.data.images.archive import ImageFile, Member
+from relvit_d2.data.images.archive import MAX_SIZE, ImageFile, Member
+from relvit_d2.data.images.limits import MAX_PIXELS, check_limit, check_scans, open_image
 from relvit_d2.data.images.orientation import orientation
 
 START = b"\xff\xd8"
@@ -27,16 +27,20 @@ def read_plain_jpeg(path: ImageFile | str, longest: int = 0) -> np.ndarray | Non
 
     Raises:
         OSError: the file cannot be read.
+        LimitError: it exceeds a limit.
     """
     with path.open() if isinstance(path, Member) else open(path, "rb", buffering=0) as file:
         if file.read(2) != START:
             return None
-        data = bytearray(file.seek(0, io.SEEK_END))
+        size = file.seek(0, io.SEEK_END)
+        check_limit("bytes", size, MAX_SIZE)
+        data = bytearray(size)
         file.seek(0)
         file.readinto(data)  # type: ignore[attr-defined]
     width, height = _plain_size(data)
-    if not 0 < width * height <= (Image.MAX_IMAGE_PIXELS or width * height) or 0 < longest < max(width, height):
+    if not 0 < width * height <= MAX_PIXELS or 0 < longest < max(width, height):
         return None
+    check_scans(width, height, data)
     try:
         pixels = decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB)
     except RuntimeError:  # Pillow reports the error better, or tolerates it
@@ -65,7 +69,7 @@ def _plain_size(data: bytearray) -> tuple[int, int]:
 def _is_upright(data: bytearray) -> bool:
     """Whether the image is stored upright."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             return orientation(image) == 1
     except Exception:  # Pillow raises various exceptions for a damaged file
         return False

@@ -7,6 +7,8 @@ import zlib
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngImageFile
 
+from relvit_d2.data.images.limits import MAX_EXIF, LimitError, check_limit
+
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -30,6 +32,9 @@ def orientation(image: Image.Image) -> int:
 
     It is that of Detectron2's ``read_image``, except for TIFF files, which Pillow makes upright itself. Damaged
     metadata are ignored.
+
+    Raises:
+        LimitError: the metadata are too large.
     """
     if image.format == "TIFF":
         return 1
@@ -37,8 +42,12 @@ def orientation(image: Image.Image) -> int:
         source = image
         if isinstance(image, PngImageFile) and "exif" not in image.info:
             source = _without_pixels(image) or image
+        text = source.info.get("Raw profile type exif", "")  # hexadecimal
+        check_limit("bytes of EXIF data", max(len(source.info.get("exif", b"")), len(text) // 2), MAX_EXIF)
         # PngImageFile.getexif would decode the pixels to find chunks after them.
         found = Image.Image.getexif(source).get(ExifTags.Base.Orientation)
+    except LimitError:
+        raise
     except Exception:  # Pillow raises various exceptions for a damaged file
         return 1
     return found if found in TURNS else 1

@@ -1,6 +1,7 @@
 """The SVHN reader on real and damaged files."""
 
 import logging
+import multiprocessing
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from relvit_d2.data.detection import svhn
 from relvit_d2.data.detection.svhn import FIELDS, _read_rows, load_svhn, svhn_images
 from relvit_d2.utils.errors import UserError
 from tests.support.damaged_files import write_mat
@@ -230,6 +232,20 @@ def test_damaged_structure_is_an_error(tmp_path: Path, damage: Any) -> None:
     with pytest.raises(UserError, match=r"digitStruct\.mat") as caught:
         load_svhn(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_the_library_never_finishes_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_svhn(tmp_path, [(1, 1, 5, 5, 1), (7, 1, 5, 5, 2)])
+    path = tmp_path / "digitStruct.mat"
+    with h5py.File(path, "r+") as file:
+        number_that_is_virtual(file)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"GCOL") + 24] = 16  # the size of the first object of the heap, which names the source
+    path.write_bytes(data)
+    monkeypatch.setattr(svhn, "PATIENCE", 2)
+    with pytest.raises(UserError, match=r"digitStruct\.mat is damaged .*no row was read in 2 seconds"):
+        load_svhn(tmp_path)
+    assert not multiprocessing.active_children()
 
 
 def test_truncated_files_are_errors(tmp_path: Path) -> None:

@@ -88,10 +88,6 @@ def spoil(root: Path, outside: Path, seed: int, original: Path, folders_may_be_l
     first = original / path.relative_to(root)
     if mutation in (hdf5_node, hdf5_outside) and not (first.is_file() and filecmp.cmp(path, first, shallow=False)):
         mutation = stir  # the HDF5 library may crash when it changes a damaged file
-    if mutation in (flip, stir) and path.suffix == ".mat" and b"GCOL" in path.read_bytes():
-        # HDF5 2.0.0 loops forever on some damaged heaps (H5HG__cache_heap_deserialize). Among the objects that the
-        # reader opens, only virtual datasets have one, and it refuses those.
-        mutation = cut
     if mutation is link_out and path.suffix in (".zip", ".tar"):
         mutation = stir  # the path of an archive is given by the user
     # An earlier change may have made this one impossible.
