@@ -26,8 +26,8 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Create ``OUTPUT_DIR``, set up logging, log versions, device and command, and seed the generators.
 
     Raises:
-        UserError: ``OUTPUT_DIR`` is empty or cannot be written, the device does not exist, or the batch cannot be divided among the
-            processes.
+        UserError: ``OUTPUT_DIR`` is empty or cannot be written, the device does not exist, or the batch cannot be
+            divided among the processes.
     """
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"MODEL.DEVICE '{cfg.MODEL.DEVICE}' needs a GPU, but torch finds none; set MODEL.DEVICE cpu")

@@ -2,12 +2,12 @@
 
 import errno
 
+from relvit_d2.utils.printing import printable
+
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
 # Messages of torch's allocators.
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")
-
-from relvit_d2.utils.printing import printable
 
 
 class UserError(Exception):
