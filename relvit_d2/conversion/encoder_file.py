@@ -41,7 +41,7 @@ def save_encoder(encoder: Encoder, path: Path, info: dict[str, Any]) -> None:
     metadata = {"encoder": encoder.to_config(), "version": __version__, **info}
     tensors = {name: t.detach().cpu().contiguous() for name, t in encoder.state_dict().items()}
     texts = {key: json.dumps(value) for key, value in metadata.items()}
-    texts["digest"] = content_digest([tensors, texts])
+    texts["digest"] = json.dumps(content_digest([tensors, texts]))
     with appearing(path) as part:
         save_file(tensors, str(part), texts)
 
@@ -82,7 +82,7 @@ def read_encoder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     digest = metadata.pop("digest", "")
     if not digest:
         logger.info(f"'{path}' has no digest, since an earlier version wrote it: changed values are not detected")
-    elif digest != content_digest([tensors, metadata]):
+    elif digest != json.dumps(content_digest([tensors, metadata])):
         raise UserError(damaged(path))
     try:
         content = {key: json.loads(value) for key, value in metadata.items()}
