@@ -65,12 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the training's config")
 
 
-def parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
+def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     """Parse the arguments; KEY VALUE pairs at the end are not values of the option before them."""
-    keys = [i for i, word in enumerate(words) if re.fullmatch(_KEY, word)]
-    first = next((i for i in keys if not words[max(i - 1, 0)].startswith("--")), len(words))
-    args = parser.parse_args(words[:first])
-    args.opts += words[first:]
+    keys = [i for i, word in enumerate(argv) if re.fullmatch(_KEY, word)]
+    first = next((i for i in keys if not argv[max(i - 1, 0)].startswith("--")), len(argv))
+    args = parser.parse_args(argv[:first])
+    args.opts += argv[first:]
     return args
 
 

@@ -162,9 +162,9 @@ class Comparison:
 
     def config_of(self, overrides: Overrides, pretraining: bool = False) -> CfgNode:
         """Return the config of a training or a pre-training."""
-        words = [str(part) for pair in overrides for part in pair]
+        pairs = [str(part) for pair in overrides for part in pair]
         file, task = (self.pretrain_config, "pretrain") if pretraining else (self.config, self.data.task)
-        return load_config(file, words, task)
+        return load_config(file, pairs, task)
 
     def check_keys(self) -> None:
         """Refuse keys that the comparison sets, and a channel order that pre-training does not support.

@@ -35,8 +35,8 @@ SMALL = "INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64 INPUT.MAX_SIZE_TRAIN 
 
 def tool(data: Path, output: Path, *more: object, opts: str = TUNED) -> tuple[object, ...]:
     """A command line with short schedules."""
-    words = PRETRAINED.split()
-    pairs = [word for pair in zip(words[::2], words[1::2], strict=True) for word in ("--pretrain-opt", *pair)]
+    keys = PRETRAINED.split()
+    pairs = [word for pair in zip(keys[::2], keys[1::2], strict=True) for word in ("--pretrain-opt", *pair)]
     return ("relvit-d2", "compare", "--data", data, "--output", output, *more, *pairs, *opts.split())
 
 
@@ -123,18 +123,18 @@ def test_all_arms_of_a_seed_have_the_same_labels_and_pretraining_all_training_im
 
 def test_weights_are_loaded_by_their_arm_or_its_pretraining(crops: Path, tmp_path: Path) -> None:
     encoder = build_encoder("vit_nano", patch_size=8, img_size=32)
-    save_encoder(encoder, tmp_path / "own.safetensors", {})
+    save_encoder(encoder, tmp_path / "native.safetensors", {})
     torch.save(
         {"state_dict": {f"backbone.{k.removeprefix('vit.')}": v for k, v in encoder.state_dict().items()}},
         tmp_path / "other.pth",
     )
-    own, other = str(tmp_path / "own.safetensors"), str(tmp_path / "other.pth")
-    compared = comparison(crops, tmp_path / "out", "scratch", own, f"{other}+pretrained")
+    native, other = str(tmp_path / "native.safetensors"), str(tmp_path / "other.pth")
+    compared = comparison(crops, tmp_path / "out", "scratch", native, f"{other}+pretrained")
     weights = compared.prepare_weights()
-    assert weights[own] == own and Path(weights[f"{other}+pretrained"]).parent == tmp_path / "out/weights"
+    assert weights[native] == native and Path(weights[f"{other}+pretrained"]).parent == tmp_path / "out/weights"
     runs = compared.plan(0, weights, 1.0, 1.0)
     starts = {name: planned.config.MODEL.WEIGHTS for name, planned in runs.items() if name.endswith("_100")}
-    assert sorted(starts.values())[0] == "" and own in starts.values()
+    assert sorted(starts.values())[0] == "" and native in starts.values()
     (pretraining,) = (planned for planned in runs.values() if planned.config.TASK == "pretrain")
     assert weights[f"{other}+pretrained"] == pretraining.config.MODEL.WEIGHTS
     assert str(pretraining.folder / "encoder.safetensors") in starts.values()

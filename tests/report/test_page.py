@@ -102,10 +102,10 @@ def test_a_comparison_has_a_page_with_a_curve_for_each_metric(tmp_path: Path) ->
         "AP50": {"a<b": []},
     }
     table = ("AP <1>", ["labels", "arm"], [["10 %", "a<b"]])
-    write_comparison("scratch & a<b", ["It pays."], curves, [table], ["a note"], tmp_path / "report.html")
+    write_comparison("scratch & a<b", ["It is better."], curves, [table], ["a note"], tmp_path / "report.html")
     page = Page((tmp_path / "report.html").read_text())
     assert page.open == [] and page.pictures == ["AP: scratch ends at 40; a<b ends at 99"]
-    assert all(word in page.words for word in ("scratch & a<b", "It pays.", "AP <1>", "10 %", "a note"))
+    assert all(word in page.words for word in ("scratch & a<b", "It is better.", "AP <1>", "10 %", "a note"))
 
 
 def test_every_script_leaves_its_page(runs: dict[str, Path]) -> None:

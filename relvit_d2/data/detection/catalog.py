@@ -161,7 +161,7 @@ def get_images(name: str, skip_missing: bool = False) -> list[ImageFile]:
     if is_folder(name):
         return take(unlabelled_images(base))
     resolve(name)
-    if (entry := _entry(base)) and without_seed(name)[1] is None:  # a drawn subset depends on the labels
+    if (entry := _entry(base)) and without_seed(name)[1] is None:  # a random subset depends on the labels
         return take(entry.images(skip_missing))
     return [Path(record["file_name"]) for record in get_records(name, skip_missing)]
 

@@ -115,15 +115,15 @@ def test_evaluations_count_test_images_that_the_encoder_has_seen(root: Path, pre
 
 def test_check_data_lists_seen_images(root: Path, pretrained: Path) -> None:
     encoder = pretrained / "pretrain/encoder.safetensors"
-    words = ("relvit-d2", "check-data", "svhn_test", "--output", pretrained / "check")
-    done = run(root, *words, "--against", encoder)
+    check = ("relvit-d2", "check-data", "svhn_test", "--output", pretrained / "check")
+    done = run(root, *check, "--against", encoder)
     assert "svhn_test: 2 images were seen in training" in done.stdout
     assert [f"svhn/test/{number}.png" in done.stdout for number in (1, 2, 3)] == [True, True, False]
     seen = json.loads((pretrained / "check/check.json").read_text())["seen"]["svhn_test"]
     assert [Path(file).name for file in seen] == ["1.png", "2.png"]
     plain = pretrained / "plain.safetensors"
     save_encoder(build_encoder("vit_nano", patch_size=4, img_size=32), plain, {})
-    assert "plain.safetensors' has no fingerprints" in fails(root, *words, "--against", plain)
+    assert "plain.safetensors' has no fingerprints" in fails(root, *check, "--against", plain)
 
 
 def test_excluded_images_are_removed_from_any_folder(root: Path, pretrained: Path) -> None:
