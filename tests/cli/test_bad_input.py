@@ -103,7 +103,7 @@ CASES = {
     "tag of Python": Case(
         "bad.yaml' is not valid yaml: could not determine a constructor for the tag",
         flags=("--config-file", "{here}/bad.yaml"),
-        files={"bad.yaml": "OUTPUT_DIR: !!python/object/apply:os.mkdir [{here}/made]\n"},
+        files={"bad.yaml": "OUTPUT_DIR: !!python/object/apply:os.mkdir [made]\n"},
     ),
     "empty file": Case("has no keys", flags=("--config-file", "{here}/bad.yaml"), files={"bad.yaml": ""}),
     "config of the other script": Case(

@@ -240,7 +240,9 @@ def test_a_file_that_the_library_never_finishes_is_an_error(tmp_path: Path, monk
     with h5py.File(path, "r+") as file:
         number_that_is_virtual(file)
     data = bytearray(path.read_bytes())
-    data[data.index(b"GCOL") + 24] = 16  # the size of the first object of the heap, which names the source
+    first = data.index(b"GCOL") + 16  # an object of the heap: header of 16 bytes with its size, content
+    free = first + 16 + -(-int.from_bytes(data[first + 8 : first + 16], "little") // 8) * 8
+    data[free + 8 : free + 16] = bytes(8)  # the size of the free space after it, by which the library goes on
     path.write_bytes(data)
     monkeypatch.setattr(svhn, "PATIENCE", 2)
     with pytest.raises(UserError, match=r"digitStruct\.mat is damaged .*no row was read in 2 seconds"):
