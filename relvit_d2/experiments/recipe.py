@@ -242,7 +242,7 @@ def choose_schedules(data: Data, timing: Timing, seconds: float, least: int = 20
         "SOLVER.MAX_ITER": Choice(iterations, f"{timing.training:.2g} s each fill the time"),
         "SOLVER.WARMUP_ITERS": Choice(iterations // 20, "a twentieth of the iterations"),
         "SOLVER.CHECKPOINT_PERIOD": Choice(period, f"{EVALUATIONS} checkpoints"),
-        "SOLVER.CHECKPOINT_MAX_TO_KEEP": Choice(1, "the last one is enough to resume"),
+        "SOLVER.CHECKPOINT_MAX_TO_KEEP": Choice(2, "one to resume, one in case it is damaged"),
         "TEST.EVAL_PERIOD": Choice(period if data.evaluated else 0, f"{EVALUATIONS} evaluations"),
         "TEST.BEST_METRIC": Choice("bbox/AP" if data.evaluated else "", "the best of them is kept"),
     }
@@ -253,7 +253,7 @@ def choose_schedules(data: Data, timing: Timing, seconds: float, least: int = 20
         "SOLVER.MAX_ITER": Choice(count, f"{PRETRAINING:.0%} of the time, {timing.pretraining:.2g} s each"),
         "SOLVER.WARMUP_ITERS": Choice(count // 10, "a tenth of the iterations"),
         "SOLVER.CHECKPOINT_PERIOD": Choice(max(count // 4, 1), "four checkpoints"),
-        "SOLVER.CHECKPOINT_MAX_TO_KEEP": Choice(1, "the last one is enough to resume"),
+        "SOLVER.CHECKPOINT_MAX_TO_KEEP": Choice(2, "one to resume, one in case it is damaged"),
     }
     return pretraining, training
 
