@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import yaml  # type: ignore[import-untyped]
+from detectron2.structures import BoxMode
 from fvcore.common.config import CfgNode
 from tabulate import tabulate  # type: ignore[import-untyped]
 
@@ -136,7 +137,8 @@ def data_facts(records: Records, evaluated: int, classes: tuple[str, ...]) -> Da
     counts = [len(found) for found in objects]
     boxes = np.array([a["bbox"] for found in objects for a in found], dtype=np.float64).reshape(-1, 4)
     modes = np.array([a["bbox_mode"] for found in objects for a in found])
-    boxes[modes == 1, 2:] += boxes[modes == 1, :2]  # BoxMode.XYWH_ABS
+    with_size = modes == BoxMode.XYWH_ABS
+    boxes[with_size, 2:] += boxes[with_size, :2]
     return Data(
         images=len(records),
         evaluated=evaluated,
@@ -212,12 +214,12 @@ class Files:
         """Return the config of the training."""
         keys = {key: choice.value for key, choice in choices.items()}
         keys |= {"OUTPUT_DIR": str(self.output / "detector"), "MODEL.WEIGHTS": self._weights()}
-        return load_config(CONFIG, [*self.pairs, *_words(keys), *self.request.opts, *self._place("detector")])
+        return load_config(CONFIG, [*self.pairs, *_words(keys), *self.request.opts, *self._output_keys("detector")])
 
     def _weights(self) -> str:
         return str(self.output / "pretraining/encoder.safetensors") if self.pretrains else self.request.weights
 
-    def _place(self, folder: str) -> list[str]:
+    def _output_keys(self, folder: str) -> list[str]:
         return ["OUTPUT_DIR", str(self.output / folder)]
 
     def pretraining(self, choices: Choices) -> CfgNode:
@@ -227,7 +229,7 @@ class Files:
         keys |= {key: choice.value for key, choice in {**self.model, **choices}.items()}
         keys |= {key: given[key] for key in ("MODEL.DEVICE", "SEED", "DATALOADER.NUM_WORKERS") if key in given}
         pairs = [str(part) for part in config_pairs(self.request.data, "pretrain")]
-        return load_config(PRETRAINING_CONFIG, [*pairs, *_words(keys), *self._place("pretraining")])
+        return load_config(PRETRAINING_CONFIG, [*pairs, *_words(keys), *self._output_keys("pretraining")])
 
     def measure(self, choices: Choices, data: Data) -> Timing:
         """Run a few iterations of each command in the folder ``trial`` and return their times."""
