@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 DOCS := .venv/.docs
 
-.PHONY: setup demo test test-slow fuzz check docs clean
+.PHONY: setup demo test test-slow fuzz soak check docs clean
 
 setup:
 	@$(SETUP)
@@ -27,6 +27,10 @@ test-slow: $(READY)
 # Every reader on randomly damaged data sets.
 fuzz: $(READY)
 	$(BIN)/python -m pytest tests/data/test_fuzz.py --fuzz 1100 -q
+
+# Runs that are killed and damaged at random for an hour, against uninterrupted runs.
+soak: $(READY)
+	$(BIN)/python -m tests.soak
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -1,1 +1,1 @@
-"""Ratios measured in one run: ``python -m benchmarks.NAME [--quick] [--json]``."""
+"""Benchmarks: ratios of times in one run, ``python -m benchmarks.NAME [--quick] [--json]``."""

@@ -1,12 +1,11 @@
-"""Fine-tuning a classifier, against timm's own training step of the same model.
+"""Fine-tuning of a classifier compared with timm's training loop on the same model.
 
-``finetune_32_p4_compute`` is how many times faster our step is on a batch that is there: forward, loss, backward,
-clipping and optimiser, the augmentation left out on both sides. ``finetune_32_p4`` has the data included: whole
-iterations of our trainer, whose small images lie decoded in memory and are cropped and mirrored as a batch, over those
-of timm's training loop (its ``train.py``: create_model, create_optimizer_v2, create_loader with two workers, autocast,
-dispatch_clip_grad) with the same random resized crop and flip. ``finetune_32_p4_data`` is the share of our iterations
-that is spent waiting for data. Images are JPEGs of smoothed noise, made for the run; decoding them once, before the
-first iteration, is not counted.
+``finetune_32_p4_compute`` is the speed-up of a training step without data loading and augmentation: forward, loss,
+backward, clipping and optimizer. ``finetune_32_p4`` is the speed-up of whole iterations: our trainer, which keeps small
+images decoded in memory and augments whole batches, against timm's training loop (its ``train.py``: create_model,
+create_optimizer_v2, create_loader with two workers, autocast, dispatch_clip_grad) with the same random resized crop
+and flip. ``finetune_32_p4_data`` is the fraction of the time of our iterations spent waiting for data. The images are
+JPEGs of smoothed noise; decoding them before the first iteration is not counted.
 """
 
 import argparse
@@ -38,11 +37,11 @@ from relvit_d2.utils.randomness import seed_everything
 
 NAME, SIDE, PATCH, BATCH = "finetune_32_p4", 32, 4, 256
 CLASSES, IMAGES = 10, 1024
-WORKERS = 2  # of timm's loader
+WORKERS = 2  # of timm's data loader
 
 
 def main() -> None:
-    """Measure and print_rows."""
+    """Measure and print."""
     args = arguments(__doc__, "classifier")
     logging.disable(logging.WARNING)
     batch = QUICK_BATCH if args.quick else BATCH
@@ -59,15 +58,15 @@ def measure(batch: int, folder: Path, args: argparse.Namespace) -> list[Row]:
     more = {"batch": batch, "precision": precision.name}
     images = torch.randn(batch, 3, SIDE, SIDE, device=args.device)
     labels = torch.randint(CLASSES, (batch,), device=args.device)
-    ours_step, timms = our_step(cfg), timms_step(cfg)
+    ours_step, timm_train = our_step(cfg), timm_step(cfg)
     pair = in_turn(
-        lambda: ours_step(images, labels), lambda: timms(images, labels), args.device, 10.0 if args.quick else 30.0
+        lambda: ours_step(images, labels), lambda: timm_train(images, labels), args.device, 10.0 if args.quick else 30.0
     )
     rows: list[Row] = [
         {"name": f"{NAME}_compute", "ratio": pair.ratio, **more, "ours_s": pair.ours, "timm_s": pair.theirs}
     ]
     ours, waiting = trained(cfg)
-    theirs = looped(cfg, folder, timms)
+    theirs = looped(cfg, folder, timm_train)
     speed = {"ours_images_per_s": batch / ours, "timm_images_per_s": batch / theirs}
     rows.insert(0, {"name": NAME, "ratio": theirs / ours, **more, **speed})
     rows.append({"name": f"{NAME}_data", "ratio": waiting, **more})
@@ -75,7 +74,7 @@ def measure(batch: int, folder: Path, args: argparse.Namespace) -> list[Row]:
 
 
 def config(batch: int, folder: Path, device: str) -> CfgNode:
-    """Return the config of the CIFAR-10 row with the images of the run."""
+    """Return the config of CIFAR-10 with the generated images."""
     values: dict[str, Any] = {
         "MODEL.DEVICE": device,
         "MODEL.WEIGHTS": "",
@@ -93,7 +92,7 @@ def config(batch: int, folder: Path, device: str) -> CfgNode:
 
 
 def our_step(cfg: CfgNode) -> Callable[[Tensor, Tensor], float]:
-    """Return a step of our model on normalised images and labels; it returns the loss."""
+    """Return a function that trains our model on normalised images and labels and returns the loss."""
     model = build_classifier(cfg, CLASSES).train()
     optimizer, clip = build_optimizer(cfg, model), build_clipper(cfg, model)
     precision = choose_precision(cfg.SOLVER.PRECISION, model.device)
@@ -110,8 +109,8 @@ def our_step(cfg: CfgNode) -> Callable[[Tensor, Tensor], float]:
     return step
 
 
-def timms_step(cfg: CfgNode) -> Callable[[Tensor, Tensor], float]:
-    """Return the step of timm's ``train.py`` (train_one_epoch) on normalised images and labels."""
+def timm_step(cfg: CfgNode) -> Callable[[Tensor, Tensor], float]:
+    """Return a function like a step of timm's ``train.py`` (train_one_epoch) on normalised images and labels."""
     solver = cfg.SOLVER
     shape: dict[str, Any] = {"img_size": SIDE, "patch_size": PATCH, "drop_path_rate": 0.1}
     model = timm.create_model("vit_small_patch16_224", num_classes=CLASSES, **shape)
@@ -132,7 +131,7 @@ def timms_step(cfg: CfgNode) -> Callable[[Tensor, Tensor], float]:
 
 
 def trained(cfg: CfgNode) -> tuple[float, float]:
-    """Train; return the least seconds of an iteration and the share of all that was spent waiting for data."""
+    """Train; return the minimum seconds of an iteration and the fraction of the time spent waiting for data."""
     data = load_data(cfg, training=True)
     seed_everything(cfg.SEED, "model")
     build_trainer(cfg, build_classifier(resolve_config(cfg, data), data.classes), data).train()
@@ -144,7 +143,7 @@ def trained(cfg: CfgNode) -> tuple[float, float]:
 
 
 def looped(cfg: CfgNode, folder: Path, step: Callable[[Tensor, Tensor], float]) -> float:
-    """Return the least seconds of an iteration of timm's loop over its own loader."""
+    """Return the minimum seconds of an iteration of timm's loop with timm's loader."""
     on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
     loader = create_loader(
         create_dataset("", root=str(folder), split="train", is_training=True),

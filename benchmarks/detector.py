@@ -1,17 +1,17 @@
-"""A training pass of Mask R-CNN at 512 x 512 on each encoder and its pyramid against Detectron2's own backbones.
+"""Training speed and memory of Mask R-CNN at 512 x 512 with each encoder, compared with Detectron2's backbones.
 
-``vit_small_P`` (attention in windows of 14 patches) and ``vit_small_global_P`` (the default, global everywhere) stand
-against Detectron2's ViT-S as ViTDet has it, in windows of 14 with the global blocks 2, 5, 8 and 11, on its
-SimpleFeaturePyramid; ``swin_tiny_P`` against Detectron2's Swin-T on its FPN. Detectron2 has no T2T-ViT, so
-``t2t_vit_14_P`` is compared with its ViT-S too. P is fp32, and bf16 where the machine multiplies it natively.
+``vit_small_P`` (attention in windows of 14 patches) and ``vit_small_global_P`` (the default: global attention) are
+compared with Detectron2's ViT-S as in ViTDet (windows of 14, global blocks 2, 5, 8 and 11) on its SimpleFeaturePyramid;
+``swin_tiny_P`` with Detectron2's Swin-T on its FPN. Detectron2 has no T2T-ViT, so ``t2t_vit_14_P`` is compared with its
+ViT-S too. P is fp32, and bf16 if the hardware supports it natively.
 
-``batch_of_one_size`` and ``batch_of_mixed_sizes`` compare our detector with the default ViT-S, which passes images of
-each size by themselves, with the same detector passing the padded batch at once, in float32.
+``batch_of_one_size`` and ``batch_of_mixed_sizes`` compare our detector with the default ViT-S, which runs the backbone
+once per image size, with the same detector that runs it once on the padded batch, in float32.
 
-A ratio is how many times more images a second ours takes forward and backward, ``memory_ratio`` ours over theirs: what
-the pass holds at its peak beyond model, gradients and images. Both sides have the same heads, batch and precision, and
-objects enough that every pass trains on the same number of regions. Detectron2's ViT goes without relative positions,
-which would make it slower.
+The ratio is the speed-up of a forward and backward pass. ``memory_ratio`` is our peak memory over theirs, without
+model, gradients and images. Both sides have the same heads, batch size and precision, and the images have enough
+objects that every pass trains on the same number of regions. Detectron2's ViT has no relative positions, which would
+slow it down.
 """
 
 import argparse
@@ -38,14 +38,14 @@ from relvit_d2.utils.randomness import seed_everything
 
 SIDE = 512  # pixels
 WINDOW, GLOBAL_BLOCKS = 14, (2, 5, 8, 11)  # detectron2/model_zoo/configs/common/models/mask_rcnn_vitdet.py
-OBJECTS = 64  # an image: fill the share of the regions that are of objects, 0.25 of 64
+OBJECTS = 64  # per image, enough for the positive regions, 0.25 of 64
 BATCHES = {"cpu": 2, "cuda": 8}
 SIZES = {
     "batch_of_one_size": [(384, 512)] * 2,
     "batch_of_mixed_sizes": [(384, 512), (512, 384)],
 }
 VIT: dict[str, object] = {"NAME": "vit_small", "PATCH_SIZE": 16, "IMG_SIZE": SIDE, "DROP_PATH": 0.0}
-# name: keys of MODEL.ENCODER, Detectron2's backbone
+# name: (keys of MODEL.ENCODER, builder of Detectron2's backbone)
 PAIRS = {
     "vit_small": (VIT | {"WINDOW": WINDOW, "GLOBAL_BLOCKS": len(GLOBAL_BLOCKS)}, "build_vitdet"),
     "vit_small_global": (VIT, "build_vitdet"),
@@ -55,7 +55,7 @@ PAIRS = {
 
 
 def main() -> None:
-    """Measure and print_rows."""
+    """Measure and print."""
     args = arguments(__doc__, "detector")
     precisions = {"fp32": "float32"}
     if choose_precision("auto", torch.device(args.device)).dtype == torch.bfloat16:
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def measure(name: str, short: str, precision: str, args: argparse.Namespace) -> Row:
-    """Return the row of an encoder in a precision."""
+    """Measure an encoder in a precision."""
     batch = 1 if args.quick and args.device == "cpu" else BATCHES[args.device]
     keys, backbone = PAIRS[name]
     sizes = [(SIDE, SIDE)] * batch
@@ -86,7 +86,7 @@ def measure(name: str, short: str, precision: str, args: argparse.Namespace) -> 
 
 
 def batches(name: str, args: argparse.Namespace) -> Row:
-    """Return the row of a batch whose images are passed by size, against the padded batch."""
+    """Compare a batch whose images pass the backbone by size with the padded batch."""
     sizes = SIZES[name] * (1 if args.device == "cpu" else 4)
     cfg = config(VIT, None, args)
     ours, theirs = training_pass(cfg, "float32", sizes), training_pass(cfg, "float32", sizes, padded=True)
@@ -103,7 +103,7 @@ def batches(name: str, args: argparse.Namespace) -> Row:
 def config(encoder: dict[str, object], backbone: str | None, args: argparse.Namespace) -> CfgNode:
     """Return the config of a detector with one of our encoders, or with one of Detectron2's backbones.
 
-    A CPU would spend nearly all of a pass in the region heads: there they are smaller, for both sides.
+    On a CPU both sides have smaller ROI heads, which would otherwise take nearly all of the time.
     """
     values: dict[str, Any] = {f"MODEL.ENCODER.{key}": value for key, value in encoder.items()}
     values |= {"MODEL.DEVICE": args.device, "MODEL.ROI_HEADS.NUM_CLASSES": 20}
@@ -121,7 +121,7 @@ def config(encoder: dict[str, object], backbone: str | None, args: argparse.Name
 def training_pass(
     cfg: CfgNode, precision: str, sizes: list[tuple[int, int]], padded: bool = False
 ) -> Callable[[], None]:
-    """Return a forward and a backward pass of the detector on images of ``sizes``, ``padded`` to one batch or not."""
+    """Return a function that runs forward and backward on images of ``sizes``, with ``padded`` as one padded batch."""
     seed_everything(0, "model")
     model = build_detector(cfg).train()
     if padded:
@@ -141,7 +141,7 @@ def training_pass(
 
 
 def image_with_objects(seed: int, height: int, width: int) -> dict[str, Any]:
-    """Draw an image of noise with ``OBJECTS`` rectangles and their masks, as Detectron2's mappers give one."""
+    """Return an image of noise with ``OBJECTS`` boxes and masks, in the form of a mapper's output."""
     generator = torch.Generator().manual_seed(seed)
     corner = torch.randint(0, min(height, width) - 128, (OBJECTS, 2), generator=generator)
     extent = torch.randint(32, 128, (OBJECTS, 2), generator=generator)
@@ -173,7 +173,7 @@ def build_vitdet(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
 
 @BACKBONE_REGISTRY.register()
 def build_swin_fpn(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """Detectron2's Swin-T and FPN, with the norm that our pyramid has."""
+    """Detectron2's Swin-T and FPN, with the norm of our pyramid."""
     net = SwinTransformer(drop_path_rate=0.0)
     return FPN(net, list(net.output_shape()), cfg.MODEL.PYRAMID.OUT_CHANNELS, "LN", LastLevelMaxPool())
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: arguments, timing of two things in turn, and the rows that are told."""
+"""Arguments, alternating timing of two functions, and output of the benchmarks."""
 
 import argparse
 import itertools
@@ -17,14 +17,14 @@ Row = dict[str, Any]
 
 
 class Pair(NamedTuple):
-    """Seconds of two things, timed in turn."""
+    """Seconds of two functions, timed alternately."""
 
     ours: float
     theirs: float
 
     @property
     def ratio(self) -> float:
-        """How many times faster ours is."""
+        """Speed-up of ours over theirs."""
         return self.theirs / self.ours
 
 
@@ -36,14 +36,14 @@ def arguments(description: str | None, name: str) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"example:\n  python -m benchmarks.{name} --quick --json",
     )
-    parser.add_argument("--quick", action="store_true", help="fewer repetitions and smaller batches; rows say which")
-    parser.add_argument("--json", action="store_true", help="one JSON object a row")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions and smaller batches")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per row")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     return parser.parse_args()
 
 
 def seconds(function: Callable[[], object], device: str, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Run ``function`` once and return its seconds by ``clock``, the work of a GPU included."""
+    """Run ``function`` once and return the seconds by ``clock``, including asynchronous GPU work."""
     _wait(device)
     start = clock()
     function()
@@ -54,13 +54,13 @@ def seconds(function: Callable[[], object], device: str, clock: Callable[[], flo
 def in_turn(
     ours: Callable[[], object], theirs: Callable[[], object], device: str, budget: float, least: int = 3
 ) -> Pair:
-    """Time two functions in turn, after one run of each that does not count.
+    """Time two functions alternately, after one warm-up run of each.
 
     Args:
-        ours, theirs: what is compared.
-        device: where they run.
-        budget: seconds after which no further round begins.
-        least: rounds in any case.
+        ours, theirs: the functions.
+        device: device that they run on.
+        budget: seconds after which no further round starts.
+        least: minimum number of rounds.
     """
     rounds: list[tuple[float, float]] = []
     ours(), theirs()
@@ -71,10 +71,10 @@ def in_turn(
 
 
 def peak_bytes(function: Callable[[], object], device: str) -> int:
-    """Return how much more memory than before a run of ``function`` held at its peak in tensors.
+    """Return the peak of the tensor memory that a run of ``function`` allocates, bytes.
 
-    On a CPU torch's profiler tells of every tensor that comes and goes. What the process holds would say less: the
-    allocator keeps what is freed and gives it out again.
+    On a CPU it is computed from the allocations in torch's profiler; the memory of the process is not used, since the
+    allocator keeps freed memory.
     """
     if device != "cpu":
         _wait(device)
@@ -96,7 +96,7 @@ def _wait(device: str) -> None:
 
 
 def matrix_rate(device: str, dtype: torch.dtype, budget: float = 3.0) -> float:
-    """Return the best rate, FLOP/s, of square matrix products seen within ``budget`` seconds."""
+    """Return the highest rate, FLOP/s, of square matrix products within ``budget`` seconds."""
     size = 2048 if device == "cpu" else 8192
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     torch.mm(a, b)
@@ -107,7 +107,7 @@ def matrix_rate(device: str, dtype: torch.dtype, budget: float = 3.0) -> float:
 
 
 def print_rows(rows: Iterable[Row], args: argparse.Namespace) -> None:
-    """Print the rows as they come; each has ``name``, ``ratio`` and what it was measured with."""
+    """Print each row as soon as it is measured: ``name``, ``ratio`` and the settings."""
     machine = {
         "device": device_name(args.device),
         "threads": torch.get_num_threads(),

@@ -1,11 +1,10 @@
-"""Images to what a model takes, on one core, against Detectron2's default mapper and reader on the same images.
+"""Data loading on one core, compared with Detectron2's mapper and image reader on the same images.
 
-``mapper_224`` and ``mapper_512`` are the mappers with the settings of ``configs/paper/voc_vit_s_224.yaml`` and
-``configs/voc_vit_s.yaml``: decoding, resizing, flipping, boxes. ``loader_S`` is the detection loader, batches of 16
-without worker processes, against Detectron2's. ``reader`` is what pre-training reads against Detectron2's
-``read_image``. Images are the VOC samples under ``$RELVIT_SAMPLES``, or without them JPEGs of smoothed noise with three
-boxes each. A ratio is how many times more images ours takes in a second of one core's time. Of each the fastest round
-counts, so that other work on the machine weighs less.
+``mapper_224`` and ``mapper_512`` are the mappers with the configs ``configs/paper/voc_vit_s_224.yaml`` and
+``configs/voc_vit_s.yaml``: decoding, resizing, flipping, boxes. ``loader_S`` is the detection data loader with batches
+of 16 and no worker processes. ``reader`` is the image reader of pre-training, compared with Detectron2's
+``read_image``. The images are the VOC samples under ``$RELVIT_SAMPLES``, or else JPEGs of smoothed noise with three
+boxes each. The ratio is the speed-up in CPU time, of the fastest round of each side.
 """
 
 import itertools
@@ -39,7 +38,7 @@ BATCH = 16
 
 
 def main() -> None:
-    """Measure and print_rows."""
+    """Measure and print."""
     args = arguments(__doc__, "loading")
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
@@ -57,7 +56,7 @@ def main() -> None:
 
 
 def images_with_boxes(folder: Path) -> list[dict[str, Any]]:
-    """Return VOC's sample images with their objects, or drawn ones."""
+    """Return the records of VOC's sample images, or of drawn images."""
     if samples := os.environ.get("RELVIT_SAMPLES"):
         splits = ("trainval", "test")
         return [r for split in splits for r in load_voc(Path(samples) / "VOC2007", split, VOC_CLASSES, False)]
@@ -71,7 +70,7 @@ def images_with_boxes(folder: Path) -> list[dict[str, Any]]:
 
 
 def over(items: list[Any], function: Callable[[Any], object]) -> Callable[[], object]:
-    """Return what takes all items through ``function``, with the same random draws every time."""
+    """Return a function that maps all items with ``function``, with the same random draws every time."""
 
     def run() -> None:
         np.random.seed(0)
@@ -82,7 +81,7 @@ def over(items: list[Any], function: Callable[[Any], object]) -> Callable[[], ob
 
 
 def loaders(cfg: CfgNode, records: list[dict[str, Any]]) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Return what reads ``len(records)`` images in batches from our loader, and from Detectron2's."""
+    """Return functions that read ``len(records)`` images in batches from our loader, and from Detectron2's."""
     cfg = cfg.clone()
     cfg.SOLVER.IMS_PER_BATCH = BATCH
     ours = iter(training_batches(cfg, records, 0))
@@ -97,12 +96,12 @@ def loaders(cfg: CfgNode, records: list[dict[str, Any]]) -> tuple[Callable[[], o
 
 
 def plain_reader(path: str) -> torch.Tensor:
-    """Read an image ``(3, H, W)`` with Detectron2's function."""
+    """Read an image ``(3, H, W)`` with Detectron2's ``read_image``."""
     return torch.as_tensor(np.ascontiguousarray(read_image(path, "RGB").transpose(2, 0, 1)))
 
 
 def row(name: str, ours: Callable[[], object], theirs: Callable[[], object], count: int, budget: float) -> Row:
-    """Time both in turn for ``budget`` seconds; of each the fastest round counts."""
+    """Time both alternately for ``budget`` seconds; return the ratio of the fastest rounds."""
     best = Pair(math.inf, math.inf)
     start = time.perf_counter()
     while time.perf_counter() - start < budget:

@@ -1,4 +1,4 @@
-"""The plain forms that ours are measured against: patch after patch through torchvision, all pairs at once."""
+"""Baselines of the benchmarks: augmentation of one patch at a time with torchvision."""
 
 import math
 
@@ -22,16 +22,16 @@ ADJUST = {
 
 
 def plain_view(image: Tensor, box: list[int], flip: bool, config: ViewConfig) -> Tensor:
-    """Crop, resize and mirror one uint8 ``(3, H, W)`` image; float32 ``(3, h, w)`` in 0..1."""
+    """Crop, resize and flip a uint8 image ``(3, H, W)``; return float32 ``(3, h, w)`` in 0..1."""
     top, left, height, width = box
     crop = F.resized_crop(image / 255, top, left, height, width, list(config.crop), antialias=True)
     return F.hflip(crop) if flip else crop
 
 
 def plain_patches(view: Tensor, config: ViewConfig, draws: PatchDraws) -> Tensor:
-    """Do to the patches of one ``(3, h, w)`` view what its ``draws``, each ``(N, ...)``, say.
+    """Augment the patches of a view ``(3, h, w)`` with the parameters in ``draws``, each ``(N, ...)``.
 
-    The same as :func:`relvit_d2.pretext.views.augment_patches`, less its speed.
+    Equal to :func:`relvit_d2.pretext.views.augment_patches`, but slower.
     """
     patch, window, (_, cols) = config.patch_size, config.window, config.grid
     result, patches = torch.empty_like(view), []
@@ -56,7 +56,7 @@ def plain_patches(view: Tensor, config: ViewConfig, draws: PatchDraws) -> Tensor
 
 
 def _noise(seed: Tensor, patch: int) -> Tensor:
-    """The noise of a patch, read off by adding it to gray, far from the clamp."""
+    """Return the noise of a patch, measured by adding it to gray, where it is not clamped."""
     gray = torch.full((3, patch * patch, 1), 0.5)
     return (add_noise_(gray, torch.tensor([True]), seed[None], 1e-3).view(3, patch, patch) - 0.5) * 1e3
 

@@ -1,9 +1,9 @@
-"""Whole pre-training iterations, data included, through the project's own trainer.
+"""Whole pre-training iterations, with data loading, in the project's trainer.
 
-``pretrain_S`` is how many times faster they are than the plain pipeline: loader workers that loop over patches, all
-pair scores in memory, attention without the fused kernel, float32. ``pretrain_S_of_ceiling`` is the rate of the model's
-matrix products over the rate of one large product on the same machine and in the same precision; ``pretrain_S_data``
-the share of the time that is spent waiting for data. Images are JPEGs of smoothed noise, made for the run.
+``pretrain_S`` is the speed-up over a plain pipeline: loader workers that loop over patches, all pair scores in memory,
+attention without the fused kernel, float32. ``pretrain_S_of_ceiling`` is the FLOP rate of the model's matrix products
+over that of one large product on the same hardware in the same precision. ``pretrain_S_data`` is the fraction of the
+time spent waiting for data. The images are JPEGs of smoothed noise.
 """
 
 import argparse
@@ -41,16 +41,16 @@ from relvit_d2.tasks import load_config
 from relvit_d2.utils.metrics import Metric
 from relvit_d2.utils.randomness import seed_everything
 
-# name: pixels of a view, of a patch, (width, height) of the images, batch
+# name: (view size, patch size, (width, height) of the images, batch size), sizes in pixels
 SETTINGS = {"32_p4": (32, 4, (32, 32), 256), "224_p16": (224, 16, (500, 375), 256)}
 QUICK_BATCH = 32
 IMAGES = 512
-TIMED = 3  # iterations; the fastest counts, for ours, the plain pipeline and the matrix product alike
-WARM = 2  # iterations at the start that do not count; Detectron2's timer leaves out as many
+TIMED = 3  # timed iterations, of which the fastest counts
+WARM = 2  # warm-up iterations, as many as Detectron2's timer skips
 
 
 def main() -> None:
-    """Measure and print_rows."""
+    """Measure and print."""
     args = arguments(__doc__, "pretrain")
     logging.disable(logging.WARNING)
     rows: list[Row] = []
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def draw_images(folder: Path, size: tuple[int, int], count: int = IMAGES, seed: int = 0) -> None:
-    """Write ``count`` JPEGs."""
+    """Write ``count`` JPEGs of smoothed noise."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(seed)
     for number in range(count):
@@ -72,7 +72,7 @@ def draw_images(folder: Path, size: tuple[int, int], count: int = IMAGES, seed: 
 
 
 def measure(name: str, side: int, patch: int, batch: int, folder: Path, args: argparse.Namespace) -> list[Row]:
-    """Return the rows of one setting."""
+    """Measure one setting."""
     device = torch.device(args.device)
     precisions = ["float32"]
     if choose_precision("auto", device).dtype == torch.bfloat16:
@@ -99,7 +99,7 @@ def measure(name: str, side: int, patch: int, batch: int, folder: Path, args: ar
 
 
 def config(side: int, patch: int, batch: int, folder: Path, device: str, precision: str) -> CfgNode:
-    """Return the method's own config of ViT-S at a size."""
+    """Return the base config of pre-training, ViT-S, at an image size."""
     values: dict[str, Any] = {
         "MODEL.DEVICE": device,
         "MODEL.ENCODER.PATCH_SIZE": patch,
@@ -116,7 +116,7 @@ def config(side: int, patch: int, batch: int, folder: Path, device: str, precisi
 
 
 def trained(cfg: CfgNode, folder: Path, iterations: int) -> tuple[float, float]:
-    """Train; return the least seconds of an iteration and the share of all that was spent waiting for data."""
+    """Train; return the minimum seconds of an iteration and the fraction of the time spent waiting for data."""
     cfg.SOLVER.MAX_ITER, cfg.SOLVER.WARMUP_ITERS = WARM + iterations, 1
     files = sorted((folder / "images").glob("*.jpg"))
     seed_everything(cfg.SEED, "model")
@@ -130,7 +130,7 @@ def trained(cfg: CfgNode, folder: Path, iterations: int) -> tuple[float, float]:
 
 
 def flops(cfg: CfgNode) -> float:
-    """Return the FLOPs of the matrix products of one iteration's encoder and heads, forward and backward."""
+    """Return the FLOPs of the matrix products in encoder and heads per iteration, forward and backward."""
     cfg = cfg.clone()
     cfg.MODEL.DEVICE = "cpu"
     model, few = build_pretraining_model(cfg), 2
@@ -143,7 +143,7 @@ def flops(cfg: CfgNode) -> float:
 
 
 class LoopedViews(torch.utils.data.Dataset[Tensor]):
-    """Views made one by one in a loader's worker, as the plain pipeline does."""
+    """Views of the plain pipeline, computed one by one in a loader worker."""
 
     def __init__(self, files: list[Path], config: ViewConfig, longest: int) -> None:
         self._files, self._config, self._read = files, config, ImageReader(longest)
@@ -160,7 +160,7 @@ class LoopedViews(torch.utils.data.Dataset[Tensor]):
 
 
 def plain_iteration(cfg: CfgNode, files: list[Path], iterations: int) -> float:
-    """Return the least seconds of an iteration of the plain pipeline."""
+    """Return the minimum seconds of an iteration of the plain pipeline."""
     set_fused_attn(enable=False)
     model = build_pretraining_model(cfg)
     set_fused_attn(enable=True)
@@ -188,7 +188,7 @@ def _closing(batches: Iterator[Tensor]) -> Any:
 
 
 def plain_loss(model: PretrainingModel, views: Tensor) -> Tensor:
-    """Return the sum of the losses with the scores of all pairs in memory."""
+    """Return the sum of the losses, computed with the scores of all pairs in memory."""
     layout = PatchLayout.full(len(views), model.task.grid, views.device)
     tokens = model.encoder.tokens(views)
     losses = []

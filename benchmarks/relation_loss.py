@@ -1,8 +1,8 @@
-"""The relation loss block by block against the plain form with all scores in memory: forward and backward.
+"""The blockwise relation loss compared with the plain one, which has all scores in memory: forward and backward.
 
-``relation_loss_time_N`` is how many times faster ours is at N tokens, ``relation_loss_memory_N`` how many times less
-memory it needs beyond inputs and gradients, ``relation_loss_growth`` the seconds at 4,096 tokens over those at 1,024
-(16 where cost grows with the square).
+``relation_loss_time_N`` is the speed-up at N tokens. ``relation_loss_memory_N`` is the memory of the plain loss over
+ours, without inputs and gradients. ``relation_loss_growth`` is the time at 4,096 tokens over that at 1,024 (16 for
+quadratic cost).
 """
 
 import argparse
@@ -14,14 +14,14 @@ from benchmarks.plain import pair_loss_plain
 from relvit_d2.pretext.layout import PatchLayout
 from relvit_d2.pretext.pair_loss import Relation, pair_loss
 
-# tokens: images, for a few million pairs at least
+# tokens: images, for at least a few million pairs
 SIZES = {64: 64, 196: 16, 1024: 4, 4096: 1}
-WIDTH = 42  # of a score map of ViT-S
-SMALL = 1024  # below this many tokens the plain form's memory is too little to be seen
+WIDTH = 42  # width of each query and key of ViT-S
+SMALL = 1024  # with fewer tokens, the memory of the plain loss is too small to measure
 
 
 def main() -> None:
-    """Measure and print_rows."""
+    """Measure and print."""
     args = arguments(__doc__, "relation_loss")
     rows: list[Row] = []
     took = {}
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def measure(tokens: int, images: int, args: argparse.Namespace) -> tuple[list[Row], float]:
-    """Return the rows of ``images`` images of ``tokens`` tokens, and the seconds of ours."""
+    """Measure ``images`` images of ``tokens`` tokens; return the rows and our seconds."""
     side = int(tokens**0.5)
     layout = PatchLayout.full(images, (side, side), args.device)
     q, k = torch.randn(2, images, 9, tokens, WIDTH, device=args.device).unbind()
@@ -57,7 +57,7 @@ def measure(tokens: int, images: int, args: argparse.Namespace) -> tuple[list[Ro
         }
     ]
     if tokens >= SMALL or args.device != "cpu":
-        gradients = 2 * q.numel() * q.element_size()  # what both must return
+        gradients = 2 * q.numel() * q.element_size()  # returned by both
         mine, theirs = (max(peak_bytes(f, args.device) - gradients, 1) for f in (ours, plain))
         rows.append(
             {

@@ -1,8 +1,7 @@
-"""The start of the command line, against the import of torch.
+"""Start-up time of the command line, compared with the import of torch.
 
 ``startup_help`` is the time of ``python -c "import torch, torchvision"`` over that of ``python -m relvit_d2 --help``,
-which imports the arguments of every command. Each runs in a process of its own, in turn, after one run that does not
-count.
+which imports the arguments of every command. Each runs in a new process, alternately, after one warm-up run.
 """
 
 import subprocess
@@ -15,8 +14,8 @@ def main() -> None:
     """Measure and print."""
     args = arguments(__doc__, "startup")
 
-    def start(*words: str) -> None:
-        subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
+    def start(*arguments: str) -> None:
+        subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
 
     pair = in_turn(
         lambda: start("-m", "relvit_d2", "--help"),

@@ -1,6 +1,6 @@
-"""Views of a batch at once against a loop over images and patches with torchvision's functions, one thread each.
+"""Views of a whole batch compared with a loop over images and patches with torchvision, one thread each.
 
-Same crops, windows, colours and permutations; a ratio is how many times faster ours is.
+Both have the same crops, windows, colours and permutations; the ratio is the speed-up.
 """
 
 import torch
@@ -11,12 +11,12 @@ from benchmarks.plain import plain_patches, plain_view
 from relvit_d2.pretext.resampling import random_boxes, random_flips
 from relvit_d2.pretext.views import PatchDraws, ViewConfig, Views, draw_patches
 
-# name: pixels of the images, pixels of a view, of a patch, views timed together
+# name: (image size, view size, patch size, batch size), sizes in pixels
 SETTINGS = {"views_32_p4": ((32, 32), 32, 4, 64), "views_224_p16": ((375, 500), 224, 16, 16)}
 
 
 def main() -> None:
-    """Measure and print_rows."""
+    """Measure and print."""
     args = arguments(__doc__, "views")
     torch.set_num_threads(1)
     rows = []
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def plain_train(images: torch.Tensor, sizes: torch.Tensor, config: ViewConfig, keys: torch.Tensor) -> torch.Tensor:
-    """Make the views of :meth:`relvit_d2.pretext.views.Views.train`, the same draws, one patch at a time."""
+    """Compute the views of :meth:`relvit_d2.pretext.views.Views.train` one patch at a time, with the same draws."""
     boxes = random_boxes(sizes, config.crop_scale, config.crop_ratio, keys).tolist()
     flip = random_flips(keys, config.flip).tolist()
     draws = draw_patches(config, keys)

@@ -1,6 +1,6 @@
-"""The first losses of every encoder in every stage are the recorded ones.
+"""Regression test: the first losses of every encoder in every stage equal the recorded ones in ``tests/golden``.
 
-The records lie in ``tests/golden``; ``--write-golden`` writes them anew.
+``--write-golden`` records them again.
 """
 
 import json
@@ -30,8 +30,8 @@ from relvit_d2.utils.randomness import seed_everything
 
 Model = TypeVar("Model", bound=nn.Module)
 GOLDEN = Path(__file__).parent / "golden"
-# Relative. Other kernels (scalar and AVX2 loops, SSE4.1 oneDNN, MKL's portable branch, two threads) were seen to change
-# a loss by up to 7e-7, a learning rate 1 % higher by at least 3e-4.
+# Relative. Measured: other kernels (scalar, AVX2, SSE4.1 oneDNN, portable MKL, two threads) change a loss by up to
+# 7e-7, a learning rate 1 % higher by at least 3e-4.
 TOLERANCE = 2e-5
 ITERATIONS = 4
 
@@ -41,7 +41,7 @@ SHARED = {
     "DATALOADER.NUM_WORKERS": 0,
     "MODEL.DEVICE": "cpu",
     "MODEL.ENCODER.IMG_SIZE": 64,
-    # torch draws Bernoulli numbers differently on processors of different makers.
+    # torch's Bernoulli numbers depend on the processor's vendor.
     "MODEL.ENCODER.DROP_PATH": 0.0,
     "SOLVER.PRECISION": "float32",
     "SOLVER.MAX_ITER": ITERATIONS,
@@ -64,11 +64,9 @@ def detection_trainer(encoder: str, overrides: dict[str, object]) -> Trainer:
     _, last = patch_and_stride(encoder)
     strides = [last // 2, last]
     levels = [f"p{stride.bit_length() - 1}" for stride in strides]
-    # Every anchor becomes a proposal and every proposal is trained on: which ones are chosen would hang on the last
-    # bit of their scores. Which anchors train the proposal network is still drawn, without a look at any score.
+    # All anchors become proposals and all proposals are trained on: a selection by score would depend on rounding.
     every = 10_000
-    # Few anchors and narrow heads: the gradient of a ReLU jumps at zero, and the more of them there are, the sooner
-    # one is so near that the last bit decides.
+    # Few anchors and narrow heads, since the gradient of a ReLU near zero depends on rounding.
     small = {
         "SOLVER.IMS_PER_BATCH": 2,
         "MODEL.PYRAMID.NAME": "simple",
@@ -85,9 +83,9 @@ def detection_trainer(encoder: str, overrides: dict[str, object]) -> Trainer:
         "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": every,
         "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
     }
-    asked = config("configs/demo/streets.yaml", encoder, small | overrides)
-    records = detection.training_records(asked)
-    cfg = detection.resolve_config(asked, records)
+    unresolved = config("configs/demo/streets.yaml", encoder, small | overrides)
+    records = detection.training_records(unresolved)
+    cfg = detection.resolve_config(unresolved, records)
     seed_everything(cfg.SEED, "model")
     return detection.build_trainer(cfg, without_dropout(build_detector(cfg)), records, {})
 
@@ -112,13 +110,13 @@ STAGES: dict[str, Callable[[str, dict[str, object]], Trainer]] = {
 
 @cache
 def patch_and_stride(encoder: str) -> tuple[int, int]:
-    """The patch size that the encoder has by itself, and the stride of its last map, pixels."""
+    """Return the encoder's default patch size and the stride of its last map, in pixels."""
     built = build_encoder(encoder)
     return built.arguments["patch_size"], built.strides[built.last]
 
 
 def without_dropout(model: Model) -> Model:
-    """Switch off the dropout that no key switches off: see ``DROP_PATH`` above."""
+    """Switch off dropout that has no key; see ``DROP_PATH`` above."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -151,18 +149,18 @@ def golden_file(stage: str, encoder: str) -> Path:
     return GOLDEN / f"{stage}_{encoder}.json"
 
 
-def how_to_write(stage: str, encoder: str) -> str:
+def write_command(stage: str, encoder: str) -> str:
     return f"python -m pytest tests/test_golden.py --write-golden -k 'golden_ones and {stage}-{encoder}'"
 
 
 def golden(stage: str, encoder: str) -> Losses:
     path = golden_file(stage, encoder)
     if not path.exists():
-        pytest.fail(f"{path} is missing; write it with: {how_to_write(stage, encoder)}", pytrace=False)
+        pytest.fail(f"{path} is missing; write it with: {write_command(stage, encoder)}", pytrace=False)
     return read_losses(path)
 
 
-# A classifier's ViT-B is no other code than its ViT-S, and takes as long as all others together.
+# A classifier with ViT-B runs the code of ViT-S, and takes as long as all others together.
 SLOW = ("classification", "vit_base")
 PAIRS = [
     pytest.param(stage, encoder, marks=[pytest.mark.slow] * ((stage, encoder) == SLOW))
@@ -181,22 +179,22 @@ def test_losses_are_the_golden_ones(stage: str, encoder: str, train: Train, pyte
     expected = golden(stage, encoder)
     found = compare(expected, train(stage, encoder, {}), TOLERANCE)
     if found.differences:
-        lines = [f"A is {golden_file(stage, encoder)}, B this run", *found.differences]
-        pytest.fail("\n".join([*lines, f"if that is meant: {how_to_write(stage, encoder)}"]), pytrace=False)
+        lines = [f"A is {golden_file(stage, encoder)}, B is this run", *found.differences]
+        pytest.fail("\n".join([*lines, f"to record the new losses: {write_command(stage, encoder)}"]), pytrace=False)
     assert found.steps == ITERATIONS
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("change", [{"SOLVER.BASE_LR": 1.01e-3}, {"SEED": 1}], ids=["rate", "seed"])
-def test_a_small_change_is_caught(stage: str, change: dict[str, object], train: Train) -> None:
+def test_a_small_change_is_detected(stage: str, change: dict[str, object], train: Train) -> None:
     assert compare(golden(stage, "vit_nano"), train(stage, "vit_nano", change), TOLERANCE).differences
 
 
-def test_an_encoder_without_a_golden_file_is_told_how_to_write_it() -> None:
+def test_a_missing_golden_file_is_reported_with_its_command() -> None:
     with pytest.raises(pytest.fail.Exception, match=r"detection_vit_new\.json is missing.*--write-golden"):
         golden("detection", "vit_new")
 
 
-def test_no_golden_file_is_left_over() -> None:
+def test_there_are_no_unused_golden_files() -> None:
     known = {golden_file(stage, encoder) for stage in STAGES for encoder in ENCODERS}
     assert not set(GOLDEN.iterdir()) - known

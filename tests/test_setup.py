@@ -166,27 +166,29 @@ def read_record(site: Path) -> dict[str, bytes]:
     return contents
 
 
-def requirements(site: Path) -> set[str]:
-    text = read_record(site)[f"{INSTALLED[1]}/METADATA"].decode()
-    return set(re.findall("^Requires-Dist: (.+)$", text, re.MULTILINE))
+def metadata(site: Path) -> tuple[set[str], list[str]]:
+    """The requirements and the tags in the metadata."""
+    files = read_record(site)
+    requires = re.findall("^Requires-Dist: (.+)$", files[f"{INSTALLED[1]}/METADATA"].decode(), re.MULTILINE)
+    return set(requires), re.findall("^Tag: (.+)$", files[f"{INSTALLED[1]}/WHEEL"].decode(), re.MULTILINE)
 
 
 def test_the_metadata_name_what_the_code_needs(python: Path, wheels: Path) -> None:
     """In a new installation, and in one of the wheel as it is."""
-    needed = {"Pillow>=7.1", "numpy", "fvcore", "iopath", "torch", "torchvision"}
+    correct = ({"Pillow>=7.1", "numpy", "fvcore", "iopath", "torch", "torchvision"}, ["py3-none-any"])
     site = site_packages(python.parent.parent)
     assert install(python, wheels / "pinned.txt", wheels).returncode == 0
-    assert requirements(site) == needed
+    assert metadata(site) == correct
 
     for name in INSTALLED:
         shutil.rmtree(site / name)
     env = environment(PIP_NO_INDEX="1", PIP_FIND_LINKS=str(wheels))
     pip = ("-m", "pip", "install", "--no-deps", "--target", site, "--python-version", "3.10", "sal-detectron2")
     assert run(python, *pip, cwd=wheels, env=env).returncode == 0
-    assert requirements(site) == {"Pillow>=7.1", "numpy<2", "black"}
+    assert metadata(site) == ({"Pillow>=7.1", "numpy<2", "black"}, ["cp310-none-any"])
     for _ in range(2):
         assert install(python, wheels / "pinned.txt", wheels).returncode == 0
-        assert requirements(site) == needed
+        assert metadata(site) == correct
     assert list((site / "detectron2").glob("_C*")), "the code is not changed"
     shutil.rmtree(site / "tools")
 
@@ -370,8 +372,8 @@ def test_the_pins_resolve_for_every_promised_version(version: str, tmp_path: Pat
         for item in json.loads(report.read_text())["install"]
     }
     assert found.keys() == {canonicalize_name(pin.name) for pin in pins}
-    for name, metadata in found.items():
-        for needed in map(Requirement, metadata.get("requires_dist", ())):
+    for name, described in found.items():
+        for needed in map(Requirement, described.get("requires_dist", ())):
             other = found.get(canonicalize_name(needed.name))
             if other and (needed.marker is None or needed.marker.evaluate(target)):
                 assert needed.specifier.contains(other["version"], prereleases=True), f"{name}: {needed}"

@@ -60,7 +60,10 @@ def venv_works() -> bool:
     """Return whether ``.venv`` has a supported Python with pip."""
     minors = supported_minors()
     code = f"import sys, pip; sys.exit(not (3, {minors[0]}) <= sys.version_info[:2] <= (3, {minors[-1]}))"
-    return PYTHON.exists() and run(str(PYTHON), "-c", code)[0] == 0
+    try:
+        return run(str(PYTHON), "-c", code)[0] == 0
+    except OSError:
+        return False
 
 
 def make_venv() -> None:
@@ -130,6 +133,7 @@ def set_up(torch_build: str) -> None:
     status, output = run(str(PYTHON), "-m", "relvit_d2", "doctor", "--install-detectron2")
     if status:
         raise SetupError(output.splitlines()[-1].replace("error: ", "", 1))
+    print(output)
     status, output = run(str(PYTHON), "-m", "pip", "check", "--disable-pip-version-check")
     if status:
         conflicts = "; ".join(line.rstrip(".") for line in output.splitlines())

@@ -19,11 +19,13 @@ from fvcore.common.config import CfgNode
 
 from relvit_d2.analysis.anchors import fit_report
 from relvit_d2.analysis.pixel_statistics import PixelStatistics, histogram
+from relvit_d2.conversion.encoder_file import read_encoder
 from relvit_d2.data.detection import catalog
 from relvit_d2.data.detection.custom import near_misses
 from relvit_d2.data.detection.records import BORDER_SLACK, Record
 from relvit_d2.data.images.archive import ImageFile
 from relvit_d2.data.images.decode import PixelFormat
+from relvit_d2.data.images.seen import SeenImages, fingerprints_of
 from relvit_d2.data.images.similarity import pixel_digest
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.hardware import cores
@@ -314,6 +316,36 @@ def check_images(
         "warnings": warnings,
         **_statistics(readable, cfg),
     }
+
+
+def check_seen(sets: Mapping[str, Sequence[Record | ImageFile]], weights: Path) -> Report:
+    """Find the images on which, or on near-duplicates of which, an encoder was trained.
+
+    Args:
+        sets: records, or image files, by data set name.
+        weights: the ``encoder.safetensors``.
+
+    Returns:
+        ``seen``: the files by data set name; ``warnings``: a sentence for each data set with such files.
+
+    Raises:
+        UserError: the file cannot be read or has no fingerprints of training images.
+    """
+    seen = SeenImages.of_metadata(read_encoder(weights)[1])
+    if seen is None:
+        raise UserError(
+            f"'{weights}' has no fingerprints of its training images: give an encoder.safetensors of relvit-d2 "
+            "pretrain or classify"
+        )
+    found: Report = {"seen": {}, "warnings": []}
+    for name, items in sets.items():
+        files = [Path(file) if isinstance(file := file_of(item), str) else file for item in items]
+        shared = [str(files[index]) for index in seen.indices(fingerprints_of(files, name))]
+        found["seen"][name] = shared
+        if shared:
+            what = f"images on which, or on near-duplicates of which, '{weights}' was trained"
+            found["warnings"].append(_message(name, what, shared))
+    return found
 
 
 def _duplicates(

@@ -51,12 +51,22 @@ def assumption(cfg: CfgNode, error: UserError) -> str:
     return f"assumed, since the data cannot be read ({error})"
 
 
-def cost_table(subject: Subject, batch: int) -> str:
-    """Measure a model with batches of ``batch`` images; return a table and the batch size that fits, as text."""
-    cfg, model = subject.cfg, subject.model
+def fitting_batch(subject: Subject) -> int:
+    """Return the number of images per training step that fits into the free memory, 0 for none."""
+    memory = Meter(subject.stages).memory(_step(subject, 1))
+    return _fitting_batch(subject, sum(memory.values()))
+
+
+def _fitting_batch(subject: Subject, memory: float) -> int:
+    """Return the batch size that fits if an image needs ``memory`` bytes."""
+    trained = sum(p.numel() for p in subject.model.parameters() if p.requires_grad)
+    return max(int((USABLE * free_memory(subject.cfg.MODEL.DEVICE) - ADAMW * trained) / memory), 0)
+
+
+def _step(subject: Subject, batch: int) -> Callable[[], Tensor]:
+    """Return a function that computes the loss of ``batch`` images, after a warm-up."""
+    cfg, model = subject.cfg, subject.model.train()
     precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE))
-    model.train()
-    meter = Meter(subject.stages)
 
     def loss() -> Tensor:
         torch.manual_seed(0)
@@ -64,7 +74,16 @@ def cost_table(subject: Subject, batch: int) -> str:
             outputs = model(subject.batches(batch))
         return torch.stack([v.float() for name, v in outputs.items() if name.startswith("loss")]).sum()
 
-    loss().backward()  # warm-up
+    loss().backward()
+    return loss
+
+
+def cost_table(subject: Subject, batch: int) -> str:
+    """Measure a model with batches of ``batch`` images; return a table and the batch size that fits, as text."""
+    cfg, model = subject.cfg, subject.model
+    precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE))
+    meter = Meter(subject.stages)
+    loss = _step(subject, batch)
     memory, flops = meter.memory(loss), meter.flops(loss)
     counts, seconds = meter.parameters(model), meter.seconds(loss, cfg.MODEL.DEVICE)
     for values in (counts, flops, memory):
@@ -80,9 +99,8 @@ def cost_table(subject: Subject, batch: int) -> str:
         for name in [*subject.stages, REST, ALL]
     ]
     heads = ("stage", "parameters, M", "GFLOP/image", "memory, MiB/image", "images/s")
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     free = free_memory(cfg.MODEL.DEVICE)
-    fits = max(int((USABLE * free - ADAMW * trained) / (memory[ALL] / batch)), 0)
+    fits = _fitting_batch(subject, memory[ALL] / batch)
     return (
         f"{subject.title}, {precision.name} on {device_name(cfg.MODEL.DEVICE)}\n\n"
         f"{tabulate(rows, heads, stralign='right', disable_numparse=True)}\n\n"
@@ -90,6 +108,13 @@ def cost_table(subject: Subject, batch: int) -> str:
         f"{'' if fits else '; set MODEL.ACTIVATION_CHECKPOINT True or smaller images'}. "
         "For larger batches set SOLVER.GRAD_ACCUM_STEPS."
     )
+
+
+def step_cost(subject: Subject, batch: int) -> tuple[float, float]:
+    """Return the seconds of a forward and backward pass, and the bytes that it keeps, both per image."""
+    meter, loss = Meter(subject.stages), _step(subject, batch)
+    seconds = meter.seconds(loss, subject.cfg.MODEL.DEVICE)[ALL]
+    return seconds / batch, sum(meter.memory(loss).values()) / batch
 
 
 class Meter:

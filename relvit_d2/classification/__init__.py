@@ -1,1 +1,1 @@
-"""An encoder with a linear head: the model of the classification script, its probes and its table."""
+"""Classification: an encoder with a linear head, and probes of a frozen encoder."""

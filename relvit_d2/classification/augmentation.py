@@ -1,4 +1,4 @@
-"""What a classifier sees of a batch of uint8 images, made for all of them at once on their device."""
+"""Augmentation of batches of uint8 images for classification, on their device."""
 
 from dataclasses import dataclass
 
@@ -10,23 +10,23 @@ from relvit_d2.pretext.resampling import padded_window, random_boxes, random_fli
 from relvit_d2.utils.errors import UserError
 
 CROPS = ("pad", "resized")
-RATIO = (3 / 4, 4 / 3)  # of width over height, torchvision's RandomResizedCrop
+RATIO = (3 / 4, 4 / 3)  # width over height, as in torchvision's RandomResizedCrop
 
 
 @dataclass(frozen=True)
 class AugmentationConfig:
-    """Sizes and odds. Defaults are the authors' for small images (transforms.py:206-259).
+    """Parameters of the augmentation. Defaults are the authors' for small images (transforms.py:206-259).
 
     Attributes:
-        size: pixels of the square that the encoder sees.
-        crop: in training ``pad``, a window of an image of ``size`` pixels with a black rim, or ``resized``.
-        pad: pixels of the rim.
-        scale: range of a resized crop's share of the image's area.
+        size: side of the encoder's square input, pixels.
+        crop: in training ``pad``, a crop of an image of ``size`` pixels with black padding, or ``resized``.
+        pad: width of the padding, pixels.
+        scale: range of the fraction of the image area in a resized crop.
         flip: probability of a horizontal flip in training.
-        centre: in evaluation the side of the centred square that is seen, as a share of the shorter side; 0 for the
-            whole image, squeezed.
-        randaugment: operations of RandAugment an image (Cubuk et al., 2020); 0 for none.
-        magnitude: of them, 0..30.
+        centre: in evaluation, the side of the centre crop as a fraction of the shorter side; 0: resize the whole image
+            to a square.
+        randaugment: number of RandAugment operations per image (Cubuk et al., 2020); 0: none.
+        magnitude: magnitude of the operations, 0..30.
         mean, std: of RGB values in 0..1.
 
     Raises:
@@ -60,7 +60,7 @@ class AugmentationConfig:
 
 
 class Augmentation:
-    """Makes what the encoder sees; holds no state but its configuration."""
+    """Maps images to the encoder's input."""
 
     def __init__(self, config: AugmentationConfig) -> None:
         self.config = config
@@ -68,7 +68,12 @@ class Augmentation:
 
     @torch.no_grad()
     def train(self, images: Tensor, sizes: Tensor, keys: Tensor) -> Tensor:
-        """Crop, mirror and normalise at random; arguments as :meth:`relvit_d2.pretext.views.Views.train`.
+        """Crop, flip, augment and normalise at random.
+
+        Args:
+            images: ``(B, 3, H, W)`` uint8.
+            sizes: ``(B, 2)`` heights and widths without padding.
+            keys: ``(B,)`` random keys of the images.
 
         Returns:
             ``(B, 3, size, size)`` float32.
@@ -86,7 +91,7 @@ class Augmentation:
         return self._normalised(pixels)
 
     def _augmented(self, image: Tensor, key: int) -> Tensor:
-        """Apply RandAugment, which draws from torch's global CPU generator."""
+        """Apply RandAugment, which uses torch's global CPU generator."""
         assert self._augment is not None
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(key)
@@ -94,11 +99,7 @@ class Augmentation:
 
     @torch.no_grad()
     def evaluate(self, images: Tensor, sizes: Tensor) -> Tensor:
-        """Resize the whole images or their centres and normalise: ``(B, 3, H, W)`` uint8 of true ``sizes`` ``(B, 2)``.
-
-        Returns:
-            ``(B, 3, size, size)`` float32.
-        """
+        """Resize the images or their centre crops, and normalise; arguments and result as for :meth:`train`."""
         size, centre = self.config.size, self.config.centre
         if not centre and images.shape[2:] == (size, size):
             return self._normalised(images.float().div_(255))
@@ -112,7 +113,7 @@ class Augmentation:
     def _resized(
         self, images: Tensor, boxes: Tensor, flip: Tensor, window: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        # Autocast would round the products to bfloat16, coarser than the images' own eight bits.
+        # Autocast would round the products to bfloat16, which is coarser than 8-bit pixels.
         with torch.autocast(images.device.type, enabled=False):
             return resample(images, boxes, flip, (self.config.size,) * 2, window=window).transpose(0, 1)
 
@@ -122,5 +123,5 @@ class Augmentation:
 
 
 def _whole(sizes: Tensor) -> Tensor:
-    """Boxes of whole images of ``sizes`` ``(B, 2)``."""
+    """Return the boxes of whole images of ``sizes`` ``(B, 2)``."""
     return torch.cat((torch.zeros_like(sizes), sizes), 1)

@@ -27,25 +27,25 @@ def add_classification_config(cfg: CfgNode) -> None:
     add_load_size_config(cfg)
     add_class_set_config(cfg)
     add_groups(cfg, "MODEL.CLASSIFIER", "INPUT.VIEW")
-    # cls: the classifier reads the class token; if the encoder has none, it reads the mean of the patch tokens, like
-    # the authors' code. mean: it always reads the mean of the patch tokens. Pre-training trains no class token.
+    # Input of the classifier. cls: the class token, or the mean of the patch tokens if the encoder has none, as in the
+    # authors' code; mean: always the mean of the patch tokens. Pre-training does not train the class token.
     cfg.MODEL.CLASSIFIER.POOL = "cls"
-    # share of the training images, or a set, that the best model is chosen on; "": none
+    # percentage of the training images, or a data set, on which the best model is selected; "": none
     cfg.DATASETS.VALIDATION = "10%"
     cfg.INPUT.VIEW.SIZE = 32  # side in pixels of the encoder's input
-    # training: pad, a window of images of SIZE pixels with a black rim; resized, any crop resized
+    # training: pad, a crop of images of SIZE pixels with black padding; resized, a random resized crop
     cfg.INPUT.VIEW.CROP = "pad"
-    cfg.INPUT.VIEW.PAD = 4  # pixels of the rim
-    cfg.INPUT.VIEW.SCALE = [0.08, 1.0]  # share of the image's area in a resized crop
+    cfg.INPUT.VIEW.PAD = 4  # width of the padding, pixels
+    cfg.INPUT.VIEW.SCALE = [0.08, 1.0]  # range of the fraction of the image area in a resized crop
     cfg.INPUT.VIEW.FLIP = 0.5  # probability of a horizontal flip
-    # evaluation: side of the centred square that is resized to SIZE, of the shorter side; 0: the whole image
+    # evaluation: side of the centre crop as a fraction of the shorter side; 0: the whole image
     cfg.INPUT.VIEW.CENTRE = 0.0
-    cfg.INPUT.VIEW.RANDAUGMENT = 0  # operations of torchvision's RandAugment on a training image; 0: off
-    cfg.INPUT.VIEW.MAGNITUDE = 9  # of RandAugment, 0..30
+    cfg.INPUT.VIEW.RANDAUGMENT = 0  # number of RandAugment operations (torchvision) per training image; 0: off
+    cfg.INPUT.VIEW.MAGNITUDE = 9  # magnitude of RandAugment, 0..30
     cfg.INPUT.VIEW.MIXUP = 0.0  # alpha of timm's mixup; 0: off
     cfg.INPUT.VIEW.CUTMIX = 0.0  # alpha of timm's cutmix; 0: off
-    cfg.SOLVER.EMA = 0.0  # decay of the moving average of the weights that is evaluated and kept, 0..1; 0: none
-    cfg.TEST.BEST_ON_TEST = False  # choose the best model on DATASETS.TEST itself; the result is named best_on_test
+    cfg.SOLVER.EMA = 0.0  # decay of the moving average of the weights for evaluation and export, 0..1; 0: off
+    cfg.TEST.BEST_ON_TEST = False  # select the best model on DATASETS.TEST; its result is named best_on_test
 
 
 def finish_config(cfg: CfgNode) -> None:

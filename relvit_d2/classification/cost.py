@@ -1,4 +1,4 @@
-"""A classifier as the subject of :mod:`relvit_d2.analysis.model_cost`."""
+"""Classifiers for :mod:`relvit_d2.analysis.model_cost`."""
 
 from typing import Any
 
@@ -11,18 +11,18 @@ from relvit_d2.classification.run import load_data
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.randomness import torch_generator
 
-UNKNOWN_CLASSES = 1000  # number of classes that is assumed where the data cannot be read
+UNKNOWN_CLASSES = 1000  # assumed number of classes if the data cannot be read
 
 
 def classifier_subject(cfg: CfgNode) -> Subject:
-    """Return the classifier of a config."""
+    """Return the classifier of a config to measure; without data, the number of classes is assumed."""
     assumed = ""
     try:
         classes = load_data(cfg, training=True).classes
     except UserError as error:
-        classes, assumed = UNKNOWN_CLASSES, f"; their number is {assumption(cfg, error)}"
+        classes, assumed = UNKNOWN_CLASSES, f"; number of classes {assumption(cfg, error)}"
     model = build_classifier(cfg, classes)
-    model.mix = None  # pairs of images cost nothing, and may be a pass of one
+    model.mix = None  # mixup costs nothing, and needs an even batch size
     stages: Stages = {
         "augmentation": (model.augmentation, "train"),
         "encoder": (model.network.encoder, "pooled_features"),

@@ -1,4 +1,4 @@
-"""The model of classification: what is seen of a batch, the encoder, a linear head; the pretext heads in joint mode."""
+"""The classification model: augmentation, encoder and linear head; in joint training the pretext heads too."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,13 +26,13 @@ class Classifier(nn.Module):
     """An encoder and a linear head.
 
     Args:
-        encoder: what the head reads.
-        classes: how many there are.
-        pool: what the head reads. ``cls``: the class token, or the mean of the patch tokens if the encoder has no class
+        encoder: the encoder.
+        classes: number of classes.
+        pool: input of the head. ``cls``: the class token, or the mean of the patch tokens if the encoder has no class
             token (like the authors' code, models/relvit.py:218-227). ``mean``: always the mean of the patch tokens.
 
     Raises:
-        UserError: for another ``pool``.
+        UserError: if ``pool`` has another value.
     """
 
     def __init__(self, encoder: Encoder, classes: int, pool: str = "cls") -> None:
@@ -45,22 +45,22 @@ class Classifier(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Map normalised images ``(B, 3, H, W)`` to float32 scores ``(B, classes)`` and tokens ``(B, N, dim)``."""
-        summary, tokens = self.encoder.pooled_features(pixels)
+        pooled, tokens = self.encoder.pooled_features(pixels)
         if self.pool == "mean":
-            summary = tokens.mean(1)
-        with torch.autocast(summary.device.type, enabled=False):
-            return self.head(summary.float()), tokens
+            pooled = tokens.mean(1)
+        with torch.autocast(pooled.device.type, enabled=False):
+            return self.head(pooled.float()), tokens
 
 
 class ClassificationModel(nn.Module):
-    """uint8 images and labels to losses and accuracies.
+    """Maps uint8 images and labels to losses and metrics.
 
     Args:
-        network: what is trained.
-        augmentation: on the device of the images.
-        pretext: the tasks of joint training, told over the encoder's own grid.
-        mix: timm's mixup and cutmix: pixels and labels to mixed ones; None for none.
-        decay: of the mean of the network's weights that evaluation looks at; 0 for the weights themselves.
+        network: the trained part.
+        augmentation: maps images to the encoder's input.
+        pretext: the tasks of joint training, on the encoder's grid.
+        mix: timm's mixup and cutmix; None: neither.
+        decay: decay of the moving average of the network's weights for evaluation; 0: no average.
     """
 
     def __init__(
@@ -76,9 +76,9 @@ class ClassificationModel(nn.Module):
         self.average = ModelEmaV3(network, decay).requires_grad_(False) if decay else None
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor | Metric[Any]]:
-        """Take a training batch of :class:`relvit_d2.data.images.batches.TrainingBatches`; return losses and metrics.
+        """Map a batch of :class:`relvit_d2.data.images.batches.TrainingBatches` to losses and metrics.
 
-        ``loss_class`` and the accuracy ``class`` (of the unmixed labels), in joint mode those of the pretext tasks.
+        They are ``loss_class``, the accuracy ``class`` on the unmixed labels, and those of the pretext tasks.
         """
         images = batch["images"].to(self.device, non_blocking=True)
         pixels = self.augmentation.train(images, batch["sizes"], batch["keys"])
@@ -97,25 +97,28 @@ class ClassificationModel(nn.Module):
         return outputs
 
     def evaluated(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return the scores and tokens of a batch with fixed views, by the mean of the weights if there is one."""
+        """Return scores and tokens of a batch with fixed views, with the averaged weights if there are any."""
         images = batch["images"].to(self.device, non_blocking=True)
-        network = self.network if self.average is None else self.average.module
-        return network(self.augmentation.evaluate(images, batch["sizes"]))
+        return self.evaluated_network(self.augmentation.evaluate(images, batch["sizes"]))
 
     @property
     def device(self) -> torch.device:
-        """Where the network lies."""
+        """Device of the network."""
         return self.network.head.weight.device
+
+    @property
+    def evaluated_network(self) -> Classifier:
+        """The network with averaged weights, if there is one, else the trained one."""
+        return self.network if self.average is None else self.average.module  # type: ignore[return-value]
 
     @property
     def encoder(self) -> Encoder:
         """The encoder that is evaluated and exported."""
-        network = self.network if self.average is None else self.average.module
-        return network.encoder  # type: ignore[return-value]
+        return self.evaluated_network.encoder
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Switch to evaluation, without gradients, inside the block."""
+        """Use evaluation mode without gradients inside the block."""
         was_training = self.training
         self.eval()
         try:
@@ -124,29 +127,25 @@ class ClassificationModel(nn.Module):
         finally:
             self.train(was_training)
 
-    def follow(self) -> None:
-        """Take one step of the mean of the weights towards the weights, if there is a mean."""
+    def update_average(self) -> None:
+        """Update the average of the weights, if there is one."""
         if self.average is not None:
             self.average.update(self.network)
 
     def restart_average(self) -> None:
-        """Let the mean of the weights, if there is one, be the weights."""
+        """Set the average of the weights, if there is one, to the weights."""
         if self.average is not None:
             self.average.module.load_state_dict(self.network.state_dict())
 
 
 def build_classifier(cfg: CfgNode, classes: int) -> ClassificationModel:
-    """Build the model of ``classes`` classes on ``MODEL.DEVICE``.
-
-    Raises:
-        UserError: for keys that contradict each other or are out of range.
-    """
+    """Build the model for ``classes`` classes on ``MODEL.DEVICE``."""
     view, decay = cfg.INPUT.VIEW, cfg.SOLVER.EMA
     if not 0 <= decay < 1:
-        raise UserError(f"SOLVER.EMA {decay} is no decay: give 0 for none, or less than 1, such as 0.9999")
+        raise UserError(f"SOLVER.EMA {decay} is out of range: give 0 for none, or less than 1, such as 0.9999")
     if len(view.SCALE) != 2 or not 0 < view.SCALE[0] <= view.SCALE[1] <= 1:
         raise UserError(
-            f"INPUT.VIEW.SCALE {list(view.SCALE)} is no range of shares; give two numbers, such as [0.08, 1]"
+            f"INPUT.VIEW.SCALE {list(view.SCALE)} is not a range of fractions; give two numbers, such as [0.08, 1]"
         )
     augmentation = Augmentation(
         AugmentationConfig(
@@ -173,16 +172,16 @@ def build_classifier(cfg: CfgNode, classes: int) -> ClassificationModel:
 
 
 def _mix(cfg: CfgNode, classes: int) -> Mixup | None:
-    """Return timm's mixup and cutmix, which draw from NumPy's global generator, seeded at each iteration's start."""
+    """Return timm's mixup and cutmix, which use NumPy's global generator, seeded before each iteration."""
     mixup, cutmix = cfg.INPUT.VIEW.MIXUP, cfg.INPUT.VIEW.CUTMIX
     if min(mixup, cutmix) < 0:
         raise UserError(f"INPUT.VIEW.MIXUP {mixup} and CUTMIX {cutmix}: give 0 for none, or more")
     if not (mixup or cutmix):
         return None
-    share = cfg.SOLVER.IMS_PER_BATCH // (comm.get_world_size() * cfg.SOLVER.GRAD_ACCUM_STEPS)
-    if share % 2:
+    count = cfg.SOLVER.IMS_PER_BATCH // (comm.get_world_size() * cfg.SOLVER.GRAD_ACCUM_STEPS)
+    if count % 2:
         raise UserError(
-            f"INPUT.VIEW.MIXUP and CUTMIX mix images in pairs, but {share} of SOLVER.IMS_PER_BATCH "
-            f"{cfg.SOLVER.IMS_PER_BATCH} come at a time: choose an even number"
+            f"INPUT.VIEW.MIXUP and CUTMIX need an even number of images per process and accumulation step, but with "
+            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} it is {count}: change the batch size"
         )
     return Mixup(mixup, cutmix, label_smoothing=0.0, num_classes=classes)

@@ -1,4 +1,4 @@
-"""How much a frozen encoder's features tell of classes: nearest neighbours and a linear probe."""
+"""Classification with the features of a frozen encoder: nearest neighbours and a linear probe."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,15 +10,15 @@ from torch import Tensor
 
 from relvit_d2.classification.model import ClassificationModel
 
-# Of the weights' square in the probe's loss; the validation images choose.
+# L2 penalties of the linear probe; the best is selected on the validation images.
 PENALTIES = tuple(10.0**-power for power in range(1, 7))
-STEPS = 200  # of L-BFGS, at most
+STEPS = 200  # maximum number of L-BFGS iterations
 
 
 def features(model: ClassificationModel, batches: Iterable[dict[str, Any]]) -> Tensor:
-    """Return the mean token of each image of all processes, ``(n, dim)`` float32 on the CPU.
+    """Return the mean patch token of each image, ``(n, dim)`` float32 on the CPU, gathered from all processes.
 
-    Not the class token, which no loss of pre-training sees: it trains all others. Empty in all processes but the first.
+    The class token is not used because pre-training does not train it. Empty in all processes but the first.
     """
     with model.evaluating():
         means = [model.evaluated(batch)[1].float().mean(1).cpu() for batch in batches]
@@ -27,17 +27,17 @@ def features(model: ClassificationModel, batches: Iterable[dict[str, Any]]) -> T
 
 
 def fit_linear(features: Tensor, labels: Tensor, classes: int, penalty: float, start: Tensor | None = None) -> Tensor:
-    """Return the softmax regression of labels on features: the least mean cross entropy plus penalty.
+    """Fit a softmax regression by minimising the mean cross entropy plus an L2 penalty.
 
     Args:
         features: ``(n, dim)``.
         labels: ``(n,)`` int64.
-        classes: how many there are.
-        penalty: of half the sum of the squared weights; the bias is free.
-        start: a solution to begin at.
+        classes: number of classes.
+        penalty: factor of half the sum of the squared weights, without the bias.
+        start: initial solution; None: zeros.
 
     Returns:
-        ``(classes, dim + 1)``, the bias last.
+        ``(classes, dim + 1)``, the bias in the last column.
     """
     solution = features.new_zeros(classes, features.shape[1] + 1) if start is None else start.clone()
     solution.requires_grad_()
@@ -55,21 +55,21 @@ def fit_linear(features: Tensor, labels: Tensor, classes: int, penalty: float, s
 
 
 def linear_scores(features: Tensor, solution: Tensor) -> Tensor:
-    """Return the scores ``(n, classes)`` of features ``(n, dim)`` by a solution of :func:`fit_linear`."""
+    """Return the scores ``(n, classes)`` of features ``(n, dim)`` for a solution of :func:`fit_linear`."""
     return torch.addmm(solution[:, -1], features, solution[:, :-1].mT)
 
 
 def linear_probe(
     train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], classes: int
 ) -> dict[str, float]:
-    """Fit on ``train`` with each of ``PENALTIES``, choose by ``validation``, look at ``test`` once.
+    """Fit on ``train`` with each of ``PENALTIES``, select the best on ``validation``, evaluate it on ``test``.
 
     Args:
         train, validation, test: features ``(n, dim)`` and labels ``(n,)`` int64.
-        classes: how many there are.
+        classes: number of classes.
 
     Returns:
-        ``top1`` and ``validation_top1``, percent of right answers, and ``penalty``.
+        ``top1`` and ``validation_top1``, accuracies in percent, and ``penalty``.
     """
     mean, std = train[0].mean(0), train[0].std(0).clamp(min=1e-6)
     known, held, unseen = (((part[0] - mean) / std) for part in (train, validation, test))

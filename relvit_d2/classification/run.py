@@ -1,7 +1,6 @@
-"""A classifier's data, training and evaluation, from a config."""
+"""Data, training and evaluation of a classifier."""
 
 import argparse
-import hashlib
 import logging
 import re
 from collections.abc import Callable
@@ -10,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.utils import comm
@@ -18,32 +16,30 @@ from fvcore.common.config import CfgNode
 
 from relvit_d2.classification.model import ClassificationModel, build_classifier
 from relvit_d2.classification.probes import features, linear_probe
-from relvit_d2.data.cache import remembered
 from relvit_d2.data.classification.datasets import list_class_sets
-from relvit_d2.data.classification.image_folder import LabelledImages, check_same_classes, rank_in_class
-from relvit_d2.data.detection.splits import hold_out, warn_once
+from relvit_d2.data.classification.division import split
+from relvit_d2.data.classification.image_folder import LabelledImages, check_same_classes
 from relvit_d2.data.images.batches import ImageStack, TrainingBatches, fixed_batches
 from relvit_d2.data.images.decode import image_size
-from relvit_d2.data.images.similarity import NEAR, VERSION, file_state, fingerprint, fingerprints
+from relvit_d2.data.images.seen import SEEN, SeenImages, count_seen, seen_metadata, training_metadata
+from relvit_d2.data.listing import data_lines
 from relvit_d2.engine.precision import choose_precision
-from relvit_d2.engine.run_setup import keep_config, start_run
+from relvit_d2.engine.run_setup import save_config, start_run
 from relvit_d2.engine.trainer import Trainer
 from relvit_d2.engine.weights import export_encoder, holds_encoder, load_trained, load_weights
 from relvit_d2.pretext.monitor import knn_accuracy
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import write_json
 from relvit_d2.utils.printing import shell_command
-from relvit_d2.utils.randomness import generator
 
-WATCHED = "watched_test"  # the test set's name where it chooses the model
-COMPARED = 200_000  # images at most that are decoded to find equal ones, which takes minutes
+TEST_SELECTION = "watched_test"  # name of the test set in metrics if the model is selected on it
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ClassificationData:
-    """The sets of a run; what it does not need is None."""
+    """The data sets of a run; None if not needed."""
 
     train: LabelledImages | None
     validation: LabelledImages | None
@@ -51,19 +47,19 @@ class ClassificationData:
 
     @property
     def classes(self) -> int:
-        """How many there are."""
+        """Number of classes."""
         return len(next(part for part in (self.train, self.test) if part).classes)
 
 
 def list_data(cfg: CfgNode, training: bool) -> ClassificationData:
-    """Return the sets of ``DATASETS`` less what ``DATASETS.VALIDATION`` holds out; images in files are not decoded.
+    """Return the data sets of a config, without decoding image files.
 
     Args:
         cfg: the config.
-        training: whether the training set is needed.
+        training: whether the training set is needed; ``DATASETS.VALIDATION`` is then held out from it.
 
     Raises:
-        UserError: if they are missing or damaged, or their classes differ.
+        UserError: if data are missing or damaged, or the classes of the sets differ.
     """
     data = cfg.DATASETS
     how = (data.DOWNLOAD, data.SYNSETS)
@@ -82,15 +78,7 @@ def list_data(cfg: CfgNode, training: bool) -> ClassificationData:
 
 
 def load_data(cfg: CfgNode, training: bool) -> ClassificationData:
-    """Return the sets of :func:`list_data`, small images decoded.
-
-    Args:
-        cfg: the config.
-        training: whether the training set is needed.
-
-    Raises:
-        UserError: as :func:`list_data`, or if the images do not fit ``INPUT.VIEW``.
-    """
+    """Return the data sets of :func:`list_data` with small images decoded; raise if the sizes do not fit the config."""
     listed = list_data(cfg, training)
     data = ClassificationData(*(part and part.decoded() for part in (listed.train, listed.validation, listed.test)))
     parts = [part for part in (data.train, data.validation, data.test) if part]
@@ -102,131 +90,61 @@ def load_data(cfg: CfgNode, training: bool) -> ClassificationData:
 
 
 def _check_sizes(data: LabelledImages, size: int) -> None:
-    """Refuse images that a window of ``size`` pixels does not fit."""
+    """Raise a :class:`UserError` if an image is not ``size`` x ``size`` pixels, which ``INPUT.VIEW.CROP pad`` needs."""
     images = data.images
     shape = tuple(images.pixels.shape[2:]) if isinstance(images, ImageStack) else None
-    odd = data.name if shape else next((file for file in images if image_size(file) != (size, size)), None)
-    if shape != (size, size) and odd is not None:
-        width, height = shape[::-1] if shape else image_size(odd)
+    wrong = data.name if shape else next((file for file in images if image_size(file) != (size, size)), None)
+    if shape != (size, size) and wrong is not None:
+        width, height = shape[::-1] if shape else image_size(wrong)
         raise UserError(
-            f"'{odd}' is {width}x{height} pixels, but INPUT.VIEW.CROP pad wants all images at INPUT.VIEW.SIZE {size}: "
-            "set the size to that of all images, or INPUT.VIEW.CROP resized"
+            f"'{wrong}' is {width}x{height} pixels, but INPUT.VIEW.CROP pad needs images of INPUT.VIEW.SIZE {size}: "
+            "set the size to that of all images, or set INPUT.VIEW.CROP resized"
         )
-
-
-def split(data: LabelledImages, share: float, seed: int) -> tuple[LabelledImages, LabelledImages]:
-    """Return what stays for training and what is held out: ``share``, 0..1, of all images, and so of each class.
-
-    Equal and nearly equal images stay together, see :func:`relvit_d2.data.detection.splits.hold_out`; where there are
-    none, or with more than ``COMPARED`` images, which are not compared, the shares are exact. In a run of several
-    processes the first one compares the images, and the others read the result from the user's cache.
-
-    Raises:
-        UserError: if nothing would be held out, or nothing stay.
-    """
-    order = torch.from_numpy(generator(seed, "validation").permutation(len(data)))
-    shuffled = data.labels[order]
-    quantile = (rank_in_class(shuffled) + 0.5) / shuffled.bincount()[shuffled]
-    order, count = order[quantile.argsort(stable=True)], round(share * len(data))
-    chosen: list[int] = []
-    if 0 < count < len(data):
-        chosen = order[:count].tolist() if len(data) > COMPARED else _hold_out_groups(data, order, count)
-        if len(data) > COMPARED:
-            logger.info(
-                f"data set '{data.name}' has more than {COMPARED} images, which are not compared: equal ones may be "
-                "both trained on and held out"
-            )
-    if not chosen:
-        why = ", since equal images stay together" if 0 < count < len(data) else ""
-        raise UserError(
-            f"DATASETS.VALIDATION {share:.3%} holds out {count if not why else 0} of the {len(data)} images of "
-            f"'{data.name}'{why}: give another share, or '' for none"
-        )
-    held = torch.zeros(len(data), dtype=torch.bool)
-    held[chosen] = True
-    return data.take((~held).nonzero()[:, 0]), data.take(held.nonzero()[:, 0])
-
-
-def _hold_out_groups(data: LabelledImages, order: torch.Tensor, count: int) -> list[int]:
-    """Return the numbers of about ``count`` images to hold out, the first of ``order``, copies all or none."""
-    images = data.images
-    total = hashlib.blake2b(f"{VERSION} {NEAR} {count}\0".encode(), digest_size=16)
-    total.update(order.numpy().tobytes())
-    if isinstance(images, ImageStack):
-        pixels = images.pixels.cpu().numpy()
-        total.update(f"{pixels.shape}".encode())
-        total.update(np.ascontiguousarray(pixels).data.cast("B"))
-    else:
-        total.update("\n".join(map(file_state, images)).encode(errors="surrogateescape"))
-
-    def make() -> tuple[list[int], str]:
-        if isinstance(images, ImageStack):
-            prints = [fingerprint(image.permute(1, 2, 0).contiguous().cpu().numpy()) for image in images]
-        else:
-            prints = fingerprints(images, Path(data.name))
-        ranks = order.argsort().tolist()
-        held, warning = hold_out(prints, count, lambda group: min(ranks[i] for i in group), f"'{data.name}'")
-        return sorted(held), warning
-
-    if not comm.is_main_process():
-        comm.synchronize()  # until the first process has filled the cache
-    held, warning = remembered("held_out", total.hexdigest(), make)
-    if comm.is_main_process():
-        comm.synchronize()
-    if warning:
-        warn_once(warning)
-    return held
 
 
 def resolve_config(cfg: CfgNode, data: ClassificationData) -> CfgNode:
-    """Return the config with ``TEST.BEST_METRIC``: the ``top1`` on what chooses the model, where something does.
-
-    Raises:
-        UserError: if the model shall be chosen on a test set that there is none of.
-    """
+    """Return the config with ``TEST.BEST_METRIC`` set to ``top1`` of the set on which the model is selected, if any."""
     cfg = cfg.clone()
     if cfg.TEST.BEST_ON_TEST and data.test is None:
-        raise UserError("TEST.BEST_ON_TEST chooses the model on DATASETS.TEST, which is empty: name a set")
-    chooses = WATCHED if cfg.TEST.BEST_ON_TEST else "validation" if data.validation else ""
-    if chooses and cfg.TEST.EVAL_PERIOD > 0 and not cfg.TEST.BEST_METRIC:
-        cfg.TEST.BEST_METRIC = f"{chooses}/top1"
+        raise UserError("TEST.BEST_ON_TEST selects the model on DATASETS.TEST, which is empty: name a data set")
+    selection = TEST_SELECTION if cfg.TEST.BEST_ON_TEST else "validation" if data.validation else ""
+    if selection and cfg.TEST.EVAL_PERIOD > 0 and not cfg.TEST.BEST_METRIC:
+        cfg.TEST.BEST_METRIC = f"{selection}/top1"
     cfg.freeze()
     return cfg
 
 
 def build_trainer(cfg: CfgNode, model: ClassificationModel, data: ClassificationData) -> Trainer:
-    """Return the trainer of a classifier, with evaluation on what chooses the model."""
+    """Return the trainer of a classifier, with evaluation on the set on which the model is selected."""
     train = data.train
     assert train is not None
-    watched = {WATCHED: data.test} if cfg.TEST.BEST_ON_TEST else {"validation": data.validation}
-    sets = {name: part for name, part in watched.items() if part}
+    selection = {TEST_SELECTION: data.test} if cfg.TEST.BEST_ON_TEST else {"validation": data.validation}
+    sets = {name: part for name, part in selection.items() if part}
     measure = partial(_measure, cfg, model, sets) if sets else None
     make_batches = partial(TrainingBatches, cfg, train.images, labels=train.labels)
-    trainer = Trainer(cfg, model, len(train), make_batches, measure)
-    trainer.optimizer.register_step_post_hook(lambda *_: model.follow())
+    list_data = partial(data_lines, train.images, train.labels, cfg.DATASETS.HASH_CONTENTS)
+    trainer = Trainer(cfg, model, len(train), make_batches, measure, list_data)
+    trainer.optimizer.register_step_post_hook(lambda *_: model.update_average())
     return trainer
 
 
 def _measure(cfg: CfgNode, model: ClassificationModel, sets: dict[str, LabelledImages]) -> dict[str, Any]:
     results = {}
     for name, part in sets.items():
-        if figures := evaluate(cfg, model, part):
-            results[name] = figures
-            logger.info(f"{name.replace('_', ' ')}: {_words(figures)}; {len(part)} images")
+        if metrics := evaluate(cfg, model, part):
+            results[name] = metrics
+            logger.info(f"{name.replace('_', ' ')}: {_formatted(metrics)}; {len(part)} images")
     return results
 
 
-def _words(figures: dict[str, float]) -> str:
+def _formatted(metrics: dict[str, float]) -> str:
     return ", ".join(
-        f"{name} {value:.2f} %" if "top1" in name else f"{name} {value:.4g}" for name, value in figures.items()
+        f"{name} {value:.2f} %" if "top1" in name else f"{name} {value:.4g}" for name, value in metrics.items()
     )
 
 
 def evaluate(cfg: CfgNode, model: ClassificationModel, data: LabelledImages) -> dict[str, float]:
-    """Return ``top1``, percent of right answers, and ``loss``, the mean cross entropy.
-
-    Empty in all processes but the first.
-    """
+    """Return ``top1``, accuracy in percent, and ``loss``, mean cross entropy; empty in all processes but the first."""
     sums = torch.zeros(3, dtype=torch.float64)
     with model.evaluating(), choose_precision(cfg.SOLVER.PRECISION, model.device).autocast():
         for batch in fixed_batches(cfg, data.images, cfg.TEST.BATCH_SIZE):
@@ -243,9 +161,9 @@ def evaluate(cfg: CfgNode, model: ClassificationModel, data: LabelledImages) -> 
 
 
 def finish(cfg: CfgNode, model: ClassificationModel, trainer: Trainer, data: ClassificationData) -> None:
-    """Take the best model, if one was chosen, look at the test set once, write results and the encoder.
+    """Load the selected model, if any, evaluate it on the test set, write the results and the encoder.
 
-    The figures are called ``test``, or ``best_on_test`` where the test set chose the model.
+    The results are named ``test``, or ``best_on_test`` if the model was selected on the test set.
     """
     chosen, metric = "the last one", cfg.TEST.BEST_METRIC
     if metric:
@@ -253,47 +171,53 @@ def finish(cfg: CfgNode, model: ClassificationModel, trainer: Trainer, data: Cla
         extra = load_trained(cfg, model, best)
         chosen = f"the best by {metric} ({extra['value']:.2f}), after iteration {extra['iteration']}"
     name = "best_on_test" if cfg.TEST.BEST_ON_TEST else "test"
-    figures = evaluate(cfg, model, data.test) if data.test else {}
+    metrics = evaluate(cfg, model, data.test) if data.test else {}
+    tested = {name: metrics} if data.test else {}
+    log_results(cfg, tested, data.test, trainer.metadata, trainer.results | {"model": chosen})
     if comm.is_main_process():
-        results = trainer.results | {name: figures}
-        export_encoder(cfg, model.encoder, cfg.INPUT.VIEW.SIZE, trainer.iter + 1, results)
-    log_results(cfg, {name: figures} if data.test else {}, data.test, trainer.results | {"model": chosen})
+        assert data.train is not None
+        results = trainer.results | {name: metrics}
+        seen = training_metadata({data.train.name: data.train.images}, SeenImages.of_metadata(trainer.metadata))
+        export_encoder(cfg, model.encoder, cfg.INPUT.VIEW.SIZE, trainer.iter + 1, results, **seen)
 
 
 def log_results(
     cfg: CfgNode,
-    figures: dict[str, Any],
+    metrics: dict[str, Any],
     test: LabelledImages | None,
+    metadata: dict[str, Any],
     more: dict[str, Any] | None = None,
     file: str = "results.json",
 ) -> None:
-    """Log the figures on the test set and write them into a ``file`` of ``inference``, in the first process.
+    """Log metrics on the test set and write them, and ``more``, into a ``file`` in ``inference``, in the first process.
 
-    It holds under the name of the test set the ``figures``, the number of ``images`` and the ``note`` that has to be
-    said beside a figure of it, if there is one; and ``more``.
+    The metrics are written under the name of the test set, with the number of ``images``, its ``note``, if any, and the
+    number of its images on which the initial weights were trained, if their ``metadata`` has it.
     """
     if not comm.is_main_process():
         return
     results: dict[str, Any] = dict(more or {})
     if test:
-        for name, values in figures.items():
-            logger.info(f"{name.replace('_', ' ')}: {_words(values)}; {len(test)} images of {test.name}")
+        for name, values in metrics.items():
+            logger.info(f"{name.replace('_', ' ')}: {_formatted(values)}; {len(test)} images of {test.name}")
+        set_name = ", ".join(cfg.DATASETS.TEST)
         note = {"note": test.note} if test.note else {}
-        results[", ".join(cfg.DATASETS.TEST)] = {**figures, "images": len(test), **note}
+        counts = count_seen(metadata, {set_name: test.images})
+        seen = {SEEN: counts[set_name]._asdict()} if counts else {}
+        results[set_name] = {**metrics, "images": len(test), **note, **seen}
     write_json(Path(cfg.OUTPUT_DIR) / "inference" / file, results)
 
 
 def probe(cfg: CfgNode, model: ClassificationModel, data: ClassificationData, kind: str) -> dict[str, Any]:
-    """Return ``{kind: figures}`` of the frozen encoder on the test set; ``kind`` is ``knn`` or ``linear``.
+    """Return ``{kind: metrics}`` of the frozen encoder on the test set; empty in all processes but the first.
 
-    Empty in all processes but the first.
-
-    Raises:
-        UserError: if a linear probe has no validation images to choose by.
+    Args:
+        cfg, model, data: config, model and data sets with training images.
+        kind: ``knn`` or ``linear``; the latter needs validation images.
     """
     assert data.train is not None and data.test is not None
     if kind == "linear" and data.validation is None:
-        raise UserError("a linear probe chooses its penalty on validation images: set DATASETS.VALIDATION, such as 10%")
+        raise UserError("a linear probe selects its penalty on validation images: set DATASETS.VALIDATION, such as 10%")
 
     def read(part: LabelledImages) -> tuple[torch.Tensor, torch.Tensor]:
         with choose_precision(cfg.SOLVER.PRECISION, model.device).autocast():
@@ -310,7 +234,7 @@ def probe(cfg: CfgNode, model: ClassificationModel, data: ClassificationData, ki
 
 
 def next_command(cfg: CfgNode, data: ClassificationData) -> str:
-    """Return the command to type after a training: its probe, or its report page if it has no test set."""
+    """Return the next command to run after training: a probe, or the report if there is no test set."""
     output = Path(cfg.OUTPUT_DIR)
     if data.test is None:
         return shell_command(["relvit-d2", "report", str(output), "--output", "report.html"])
@@ -319,40 +243,38 @@ def next_command(cfg: CfgNode, data: ClassificationData) -> str:
     return shell_command([*probe, "MODEL.WEIGHTS", str(output / "encoder.safetensors")])
 
 
-def run_process(asked: CfgNode, args: argparse.Namespace, end: Callable[[Path, str], None]) -> None:
-    """Run one process of a training of a classifier, or of an evaluation.
+def run_process(requested: CfgNode, args: argparse.Namespace, end: Callable[[Path, str], None]) -> None:
+    """Train, evaluate or probe a classifier in one of the processes.
 
     Args:
-        asked: the config, before the data decide on the number of classes.
-        args: of the command ``classify``.
-        end: called after a training, in the first process, with ``OUTPUT_DIR`` and the command to type next.
-
-    Raises:
-        UserError: if the data are missing or damaged.
+        requested: the config before :func:`resolve_config`.
+        args: arguments of the command ``classify``.
+        end: called in the first process after training, with ``OUTPUT_DIR`` and the next command to run.
     """
     args.eval_only |= bool(args.eval)
-    start_run(asked, args)
-    data = load_data(asked, training=not args.eval_only or bool(args.eval))
-    cfg = resolve_config(asked, data)
+    start_run(requested, args)
+    data = load_data(requested, training=not args.eval_only or bool(args.eval))
+    cfg = resolve_config(requested, data)
     model = build_classifier(cfg, data.classes)
     encoder = model.network.encoder
     if args.eval_only:
         if data.test is None:
-            raise UserError("DATASETS.TEST is empty; name a set to evaluate on, such as ('cifar10_test',)")
-        keep_config(cfg)
+            raise UserError("DATASETS.TEST is empty; name a data set, such as ('cifar10_test',)")
+        save_config(cfg)
         if args.eval and not args.resume and holds_encoder(cfg.MODEL.WEIGHTS):
-            load_weights(cfg, model, encoder, "RGB")
+            metadata = load_weights(cfg, model, encoder, "RGB")
             model.restart_average()
         else:
-            load_trained(cfg, model, cfg.OUTPUT_DIR if args.resume else cfg.MODEL.WEIGHTS)
+            checkpoint = load_trained(cfg, model, cfg.OUTPUT_DIR if args.resume else cfg.MODEL.WEIGHTS)
+            metadata = checkpoint.get("metadata", {})
         if args.eval:
-            log_results(cfg, probe(cfg, model, data, args.eval), data.test, file=f"{args.eval}.json")
+            log_results(cfg, probe(cfg, model, data, args.eval), data.test, metadata, file=f"{args.eval}.json")
         else:
-            log_results(cfg, {"test": evaluate(cfg, model, data.test)}, data.test)
+            log_results(cfg, {"test": evaluate(cfg, model, data.test)}, data.test, metadata)
         return
     trainer = build_trainer(cfg, model, data)
     if not (args.resume and trainer.resume(args.allow_changes)):
-        load_weights(cfg, model, encoder, "RGB")
+        trainer.metadata = seen_metadata(load_weights(cfg, model, encoder, "RGB"))
         model.restart_average()
     trainer.train()
     finish(cfg, model, trainer, data)

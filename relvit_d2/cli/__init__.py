@@ -32,6 +32,7 @@ COMMANDS = (
     "convert",
     "export-weights",
     "export-model",
+    "compare",
     "reproduce",
     "compare-runs",
 )

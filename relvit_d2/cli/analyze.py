@@ -7,9 +7,15 @@ backward pass, without the optimizer step.
 """
 
 import argparse
+from typing import TYPE_CHECKING
 
 from relvit_d2.utils.config_paths import find_config
 from relvit_d2.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from fvcore.common.config import CfgNode
+
+    from relvit_d2.analysis.model_cost import Subject
 
 EXAMPLE = "relvit-d2 analyze --config-file configs/demo/streets.yaml"
 
@@ -27,15 +33,21 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--batch {args.batch}: give at least 1")
     find_config(args.config_file)
     from relvit_d2.analysis.model_cost import cost_table
-    from relvit_d2.classification.cost import classifier_subject
-    from relvit_d2.config.config_file import use_here
-    from relvit_d2.detection.cost import detector_subject
-    from relvit_d2.engine.run_setup import silence
-    from relvit_d2.pretraining.cost import pretraining_subject
+    from relvit_d2.config.config_file import adapt_to_machine
+    from relvit_d2.engine.run_setup import silence_warnings
     from relvit_d2.tasks import load_config
 
-    silence()
+    silence_warnings()
     cfg = load_config(args.config_file, args.opts)
-    use_here(cfg)
+    adapt_to_machine(cfg)
+    print(cost_table(subject_of(cfg), args.batch))
+
+
+def subject_of(cfg: "CfgNode") -> "Subject":
+    """Return the model of a config of any task, to be measured."""
+    from relvit_d2.classification.cost import classifier_subject
+    from relvit_d2.detection.cost import detector_subject
+    from relvit_d2.pretraining.cost import pretraining_subject
+
     subjects = {"detection": detector_subject, "pretrain": pretraining_subject, "classification": classifier_subject}
-    print(cost_table(subjects[cfg.TASK](cfg), args.batch))
+    return subjects[cfg.TASK](cfg)

@@ -17,7 +17,8 @@ from relvit_d2.utils.printing import print_text
 EXAMPLE = """\
 relvit-d2 check-data --config-file configs/demo/streets.yaml
 relvit-d2 check-data streets_train streets_test
-relvit-d2 check-data path/to/folder"""
+relvit-d2 check-data path/to/folder
+relvit-d2 check-data path/to/folder --against output/pretrain/encoder.safetensors"""
 
 DEFAULT = "configs/base/detection.yaml"  # its anchors and training size are checked if no config is given
 
@@ -26,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("--config-file", help="check its DATASETS.TRAIN and DATASETS.TEST")
     parser.add_argument("--output", type=Path, help="folder for check.json and check.png (default output/check/NAME)")
+    parser.add_argument(
+        "--against", type=Path, metavar="ENCODER", help="list the training images of this encoder.safetensors"
+    )
     parser.add_argument(
         "data", nargs="*", metavar="DATA", help="data sets or folders; with --config-file: KEY VALUE pairs"
     )
@@ -42,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
     from relvit_d2.analysis.data_checks import (
         check_images,
         check_labels,
+        check_seen,
         file_of,
         raise_first_error,
         read_sets,
@@ -75,6 +80,11 @@ def run(args: argparse.Namespace) -> None:
         images = check_images(sets, cfg, labelled, bar.update)
     print_images(images, cfg)
     report = {**report, **images, **{key: report[key] + images[key] for key in ("errors", "warnings")}}
+    if args.against:
+        seen = check_seen(sets, args.against)
+        report |= {"seen": seen["seen"], "warnings": report["warnings"] + seen["warnings"]}
+        for name, files in seen["seen"].items():
+            print("\n".join([f"{name}: {len(files)} images were seen in training", *(f"  {file}" for file in files)]))
     for kind in ("warnings", "errors"):
         for message in report[kind]:
             print_text(f"{kind[:-1]}: {message}")

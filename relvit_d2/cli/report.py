@@ -23,10 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write the page."""
     check_target(args.output)
-    from relvit_d2.engine.run_setup import silence
+    from relvit_d2.engine.run_setup import silence_warnings
     from relvit_d2.report.page import write_report
 
-    silence()
+    silence_warnings()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     write_report(args.runs, args.output)
     print(f"written: {args.output}")

@@ -1,10 +1,49 @@
-"""Train or evaluate a Mask R-CNN with a vision transformer as its backbone."""
+"""Train or evaluate a Mask R-CNN with a vision transformer as its backbone.
 
-from functools import partial
+With --data and without --config-file, the data are checked, a recipe is made for the data, the machine and the time,
+and pre-training, training and evaluation run one after the other.
+"""
+
+import argparse
+import math
 
 from relvit_d2.cli.training import add_training_arguments, run_training
+from relvit_d2.utils.errors import UserError
 
-EXAMPLE = "relvit-d2 train --config-file configs/demo/streets.yaml"
+EXAMPLE = """\
+relvit-d2 train --data path/to/folder --hours 0.5
+relvit-d2 train --config-file configs/demo/streets.yaml"""
 
-add_arguments = partial(add_training_arguments, task="detection")
-run = partial(run_training, example=EXAMPLE)
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    recipe = parser.add_argument_group("recipe for --data without --config-file")
+    recipe.add_argument("--hours", type=float, help="time of everything (default: 1 on a GPU, 0.5 on a CPU)")
+    start = recipe.add_mutually_exclusive_group()
+    start.add_argument("--no-pretrain", action="store_true", help="train from scratch")
+    start.add_argument("--weights", default="", help="start from timm:NAME or a file instead of pre-training")
+    recipe.add_argument("--dry-run", action="store_true", help="print the recipe and the time only")
+    add_training_arguments(parser, task="detection")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the recipe or the config."""
+    asked = args.hours is not None or args.no_pretrain or args.weights or args.dry_run
+    if args.config_file or not args.data:
+        if asked:
+            raise UserError("--hours, --no-pretrain, --weights and --dry-run need --data and no --config-file")
+        return run_training(args, EXAMPLE.splitlines()[-1])
+    if args.resume or args.eval_only or args.num_gpus != 1 or args.num_machines != 1:
+        raise UserError(
+            "--resume, --eval-only, --num-gpus and --num-machines need a config: give --config-file with the "
+            "recipe.yaml of the run"
+        )
+    if args.hours is not None and not 0 < args.hours < math.inf:
+        raise UserError(f"--hours {args.hours:g}: give a number above 0")
+    if len(args.opts) % 2:
+        raise UserError(f"overrides are KEY VALUE pairs, but '{args.opts[-1]}' has no value")
+    from relvit_d2.experiments.custom_run import Request, train_custom
+
+    seconds = None if args.hours is None else 3600 * args.hours
+    train_custom(Request(args.data, seconds, args.weights, not args.no_pretrain, tuple(args.opts)), args.dry_run)
+    return 0

@@ -2,11 +2,18 @@
 
 import argparse
 import logging
+from contextlib import nullcontext, suppress
 from importlib import import_module
+from pathlib import Path
+from traceback import clear_frames
+from typing import TYPE_CHECKING
 
 from relvit_d2.engine.error_reporting import guard
 from relvit_d2.utils.config_paths import find_config
-from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.errors import ResumableError, UserError, is_out_of_memory
+
+if TYPE_CHECKING:
+    from fvcore.common.config import CfgNode
 
 _PACKAGES = {"pretrain": "pretraining", "detection": "detection", "classification": "classification"}
 
@@ -17,7 +24,9 @@ def add_training_arguments(parser: argparse.ArgumentParser, task: str) -> None:
     parser.add_argument("--config-file", default="", metavar="FILE", help="the config")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
     parser.add_argument(
-        "--allow-changes", action="store_true", help="with --resume: continue although the config has changed"
+        "--allow-changes",
+        action="store_true",
+        help="with --resume: continue although the config or the training data have changed",
     )
     parser.add_argument("--eval-only", action="store_true", help="evaluate only")
     parser.add_argument("--num-gpus", type=int, default=1, help="number of GPUs per machine (default 1)")
@@ -50,17 +59,46 @@ def run_training(args: argparse.Namespace, example: str) -> int:
     if not args.config_file:
         raise UserError(f"--config-file is missing; for example: {example}")
     find_config(args.config_file)
-    logging.raiseExceptions = False  # a failing log handler must not hide the original error
     from relvit_d2.engine import distributed
 
-    return guard(lambda: distributed.run(run_process, args), resumes=True)
+    return guard(lambda: distributed.run(run_process, args), resumes=not args.eval_only)
 
 
 def run_process(args: argparse.Namespace) -> None:
     """Run one of the processes."""
+    logging.raiseExceptions = False  # a failing log handler must not hide the original error
     from relvit_d2.data.detection.custom import config_pairs
+    from relvit_d2.engine.run_lock import run_lock
     from relvit_d2.report.run_summary import end_run
     from relvit_d2.tasks import load_config
 
     cfg = load_config(args.config_file, [*config_pairs(args.data, args.task), *args.opts], args.task)
-    import_module(f"relvit_d2.{_PACKAGES[args.task]}.run").run_process(cfg, args, end_run)
+    trains = not args.eval_only and not getattr(args, "eval", None)
+    try:
+        with run_lock(Path(cfg.OUTPUT_DIR)) if trains else nullcontext():
+            import_module(f"relvit_d2.{_PACKAGES[args.task]}.run").run_process(cfg, args, end_run)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        clear_frames(error.__traceback__)  # releases the model and its batch
+        if args.eval_only:
+            raise UserError("out of memory: lower TEST.BATCH_SIZE or the size of the images") from error
+        raise ResumableError(
+            "out of memory; the last checkpoint is intact: raise SOLVER.GRAD_ACCUM_STEPS (now "
+            f"{cfg.SOLVER.GRAD_ACCUM_STEPS}) or lower SOLVER.IMS_PER_BATCH (now {cfg.SOLVER.IMS_PER_BATCH}; "
+            f"{_fitting_batch(cfg)})"
+        ) from error
+
+
+def _fitting_batch(cfg: "CfgNode") -> str:
+    import torch
+    from detectron2.utils import comm
+
+    from relvit_d2.analysis.model_cost import fitting_batch
+    from relvit_d2.cli.analyze import subject_of
+
+    if comm.get_world_size() == 1:  # other processes would wait for this one
+        torch.cuda.empty_cache()
+        with suppress(Exception):  # again out of memory
+            return f"about {fitting_batch(subject_of(cfg))} fit at a time"
+    return "relvit-d2 analyze measures how many fit"

@@ -1,8 +1,9 @@
-"""A config from its file and ``KEY VALUE`` pairs, errors as one sentence."""
+"""Loading of configs from yaml files and ``KEY VALUE`` overrides."""
 
 import ast
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from relvit_d2.utils.config_paths import ROOT, find_config
 from relvit_d2.utils.errors import UserError, nearest
 
 COMMANDS = {"pretrain": "pretrain", "detection": "train", "classification": "classify"}
-"""The command of relvit-d2 that trains, by task."""
+"""The training command of relvit-d2 by task."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,11 @@ class Task:
     """The config of a task.
 
     Attributes:
-        name: its value of the key ``TASK``.
-        start: returns the config that keys are added to.
-        add_keys: adds all keys of the task, with their defaults, in place.
-        finish: checks the values of a config, and derives those that follow from others, in place; raises UserError.
-        without_effect: keys of Detectron2 that are not read, and what to set instead.
+        name: value of the key ``TASK``.
+        start: returns the config to which keys are added.
+        add_keys: adds all keys of the task with their defaults, in place.
+        finish: checks the values and sets derived ones, in place; raises :class:`UserError`.
+        without_effect: unused keys of Detectron2, and the replacement of each.
     """
 
     name: str
@@ -44,11 +45,10 @@ class Task:
 
 
 def load_config(config_file: str, overrides: list[str], tasks: Mapping[str, Task], task: str | None = None) -> CfgNode:
-    """Return the config of :func:`read_config` after checks of its values.
+    """Return the config of :func:`read_config` with checked values.
 
     Raises:
-        UserError: see :func:`read_config`, and for a key without effect or a value that is out of range or contradicts
-            another.
+        UserError: as :func:`read_config`; a key has no effect; a value is out of range or contradicts another.
     """
     cfg = read_config(config_file, overrides, tasks, task)
     chosen = tasks[cfg.TASK]
@@ -64,15 +64,14 @@ def read_config(config_file: str, overrides: list[str], tasks: Mapping[str, Task
     """Return the defaults of a task, overridden by a yaml file and then by ``KEY VALUE`` pairs.
 
     Args:
-        config_file: path of the yaml file, see :func:`relvit_d2.utils.config_paths.find_config`. Its key ``TASK`` names
-            the task.
-        overrides: keys and values in turn.
-        tasks: the known tasks by name.
-        task: the task that the config must be of; a file may leave out ``TASK`` then. None for any.
+        config_file: a yaml file (:func:`relvit_d2.utils.config_paths.find_config`); its key ``TASK`` selects the task.
+        overrides: alternating keys and values.
+        tasks: the tasks by name.
+        task: required task, which the file may then omit; None: any.
 
     Raises:
-        UserError: for a missing or unreadable file, a config of another task, a key that is unknown (the nearest one is
-            named), renamed, twice in a file or of another task, or a value of the wrong type.
+        UserError: the file cannot be read, the config is of another task, a key is unknown, renamed, duplicated or of
+            another task, or a value has the wrong type.
     """
     path = find_config(config_file)
     files = list(_files(path, ()))
@@ -80,25 +79,20 @@ def read_config(config_file: str, overrides: list[str], tasks: Mapping[str, Task
     cfg = chosen.defaults()
 
     defaults = flat(cfg.clone())
-
-    def refusal(key: str) -> str:
-        return _why_unknown(key, cfg, chosen, tasks)
-
-    for file, content, written in files:
-        _merge(cfg, content, written, f"config file '{file}'", defaults, refusal)
+    explain = partial(_explain_unknown, cfg=cfg, chosen=chosen, tasks=tasks)
+    for file, content, text in files:
+        _merge(cfg, content, text, f"config file '{file}'", defaults, explain)
     if flag := next((word for word in overrides[::2] if word.startswith("--")), None):
-        raise UserError(f"'{flag}' stands among the KEY VALUE pairs; flags go before them")
+        raise UserError(f"'{flag}' is among the KEY VALUE pairs: put flags before them")
     if len(overrides) % 2:
-        raise UserError(
-            f"overrides come as KEY VALUE pairs, but '{overrides[-1]}' has no partner; flags go before them"
-        )
+        raise UserError(f"'{overrides[-1]}' has no value: give KEY VALUE pairs, and flags before them")
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):
-        where, content, written = f"override '{key} {value}'", _decode(value), value
+        where, content, text = f"override '{key} {value}'", _decode(value), value
         if isinstance(value, str) and value.startswith("{"):  # a mapping, as of DATASETS.CUSTOM
-            content, written = _parsed(value, where)
+            content, text = _parse(value, where)
         for part in reversed(key.split(".")):
-            content, written = {part: content}, {part: written}
-        _merge(cfg, content, written, where, defaults, refusal)
+            content, text = {part: content}, {part: text}
+        _merge(cfg, content, text, where, defaults, explain)
     if chosen.name != cfg.TASK:
         raise UserError(f"override 'TASK {cfg.TASK}': the config is of the task {chosen.name}; give another config")
     return cfg
@@ -108,13 +102,13 @@ def _task_name(path: Path, contents: list[dict[str, Any]], task: str | None) -> 
     """Return the task of a config file.
 
     Args:
-        path: of the file.
-        contents: of its bases and itself, the file's own last.
-        task: the task that it must be of, or None.
+        path: path of the file.
+        contents: contents of its bases and, last, of the file.
+        task: the required task, or None.
     """
     name = next((content["TASK"] for content in reversed(contents) if "TASK" in content), task)
     if name is None:
-        raise UserError(f"config file '{path}' has no key TASK: add 'TASK: {', '.join(COMMANDS)}', one of these")
+        raise UserError(f"config file '{path}' has no key TASK: add TASK with one of {', '.join(COMMANDS)}")
     if str(name) not in COMMANDS:
         raise UserError(f"config file '{path}': TASK '{name}' is unknown; give one of {', '.join(COMMANDS)}")
     if task not in (None, name):
@@ -125,18 +119,18 @@ def _task_name(path: Path, contents: list[dict[str, Any]], task: str | None) -> 
     return str(name)
 
 
-def _why_unknown(key: str, cfg: CfgNode, chosen: Task, tasks: Mapping[str, Task]) -> str:
-    """Return why a config of the task ``chosen`` does not have a key."""
+def _explain_unknown(key: str, cfg: CfgNode, chosen: Task, tasks: Mapping[str, Task]) -> str:
+    """Return the error message for a key that a config of the task ``chosen`` does not have."""
     if cfg.key_is_renamed(key):
-        return f"key {key} is named {cfg.__dict__[CfgNode.RENAMED_KEYS][key]} now: rename it"
+        return f"key {key} was renamed to {cfg.__dict__[CfgNode.RENAMED_KEYS][key]}: rename it"
     if key in chosen.without_effect:
         return _without_effect(key, chosen.without_effect[key])
-    groups = {key.rsplit(".", cut)[0] for cut in range(key.count(".") + 1)}  # and itself
+    groups = {key.rsplit(".", cut)[0] for cut in range(key.count(".") + 1)}  # including key
     owners = [name for name, task in tasks.items() if groups & flat(task.defaults()).keys()]
     if owners:
         which = " or ".join(f"{name} (relvit-d2 {COMMANDS[name]})" for name in owners)
         return f"key {key} belongs to the task {which}, not to {chosen.name}: leave it out"
-    near = nearest(key, list(flat(cfg))) or "; the page Config keys of the documentation lists all"
+    near = nearest(key, list(flat(cfg))) or "; see the page Config keys of the documentation"
     return f"unknown config key '{key}'{near}"
 
 
@@ -144,26 +138,23 @@ def _without_effect(key: str, instead: str) -> str:
     return f"key {key} has no effect here; leave it out and set {instead}"
 
 
-def use_here(cfg: CfgNode) -> None:
-    """Let the config of a run use its model on this machine: without a GPU where there is none, uncompiled."""
+def adapt_to_machine(cfg: CfgNode) -> None:
+    """Adapt the config of a trained model, in place: the CPU if there is no GPU, without torch.compile."""
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.COMPILE = False
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """yaml's loader with keys as the text that is written, and without its habit of taking the last of two equal keys.
-
-    ``name`` is the origin of the yaml, for errors.
-    """
+    """yaml loader that reads keys as text and rejects duplicate keys; ``name`` is the source, for errors."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if str(key.value) in seen:
                 raise UserError(
-                    f"{self.name} has the key '{key.value}' twice in one place, the second time in line "
-                    f"{key.start_mark.line + 1}: remove one"
+                    f"{self.name} has the key '{key.value}' twice, the second time in line {key.start_mark.line + 1}: "
+                    "remove one"
                 )
             seen.add(str(key.value))
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":  # <<
@@ -171,12 +162,8 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _parsed(text: str, where: str) -> tuple[Any, Any]:
-    """Return yaml as Python values, and with all scalars as text; keys are text in both.
-
-    Raises:
-        UserError: if the text is not valid yaml; ``where`` names its origin.
-    """
+def _parse(text: str, where: str) -> tuple[Any, Any]:
+    """Return yaml as Python values and with all scalars as text; ``where`` is the source, for errors."""
     try:
         loader = _StrictLoader(text)
         loader.name = where
@@ -186,23 +173,22 @@ def _parsed(text: str, where: str) -> tuple[Any, Any]:
 
 
 def _files(path: Path, above: tuple[Path, ...]) -> Iterator[tuple[Path, dict[str, Any], Any]]:
-    """Yield the bases of a yaml file and then itself: path, content without ``_BASE_``, and content with all scalars
-    as the text that is in the file."""
+    """Yield the bases of a yaml file and then the file: path, content without ``_BASE_``, content as text."""
     if path.resolve() in above:
-        raise UserError(f"config file '{path}' builds on itself through _BASE_: take one _BASE_ out")
+        raise UserError(f"config file '{path}' is its own base (_BASE_): remove one _BASE_")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        by = f"; '{above[-1]}' builds on it" if above else ""
+        by = f", the _BASE_ of '{above[-1]}'," if above else ""
         what = "does not exist" if isinstance(error, FileNotFoundError) else "cannot be read as text"
-        raise UserError(f"config file '{path}' {what}{by}") from error
-    content, written = _parsed(text, f"config file '{path}'")
+        raise UserError(f"config file '{path}'{by} {what}") from error
+    content, text_content = _parse(text, f"config file '{path}'")
     if not isinstance(content, dict):
-        raise UserError(f"config file '{path}' holds no keys; write KEY: VALUE lines")
+        raise UserError(f"config file '{path}' has no keys; write KEY: VALUE lines")
     bases = content.pop("_BASE_", [])
     for base in bases if isinstance(bases, list) else [bases]:
         yield from _files(_base_path(path, base), (*above, path.resolve()))
-    yield path, content, written
+    yield path, content, text_content
 
 
 def _base_path(path: Path, base: Any) -> Path:
@@ -229,7 +215,7 @@ def _base_path(path: Path, base: Any) -> Path:
 
 
 def flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of a config by their full keys; a group without keys is a value."""
+    """Return the values of a config by full key; an empty group is a value."""
     found: dict[str, Any] = {}
     for name, value in node.items():
         inner = isinstance(value, dict) and flat(value, f"{prefix}{name}.")
@@ -238,7 +224,7 @@ def flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _decode(value: Any) -> Any:
-    """Return the Python value that a text stands for, such as 1e-4, which is a text in YAML 1.1; else the text."""
+    """Return the Python value of a literal, such as 1e-4, which is text in YAML 1.1; other text is unchanged."""
     try:
         return ast.literal_eval(value) if isinstance(value, str) else value
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -248,41 +234,41 @@ def _decode(value: Any) -> Any:
 def _merge(
     node: CfgNode,
     content: dict[str, Any],
-    written: Any,
+    texts: Any,
     where: str,
     defaults: dict[str, Any],
-    refusal: Callable[[str], str],
+    explain: Callable[[str], str],
     prefix: str = "",
 ) -> None:
     """Set keys of a config in place.
 
     Args:
-        node: the config, or one of its groups.
+        node: the config or one of its groups.
         content: values by name.
-        written: the same with scalars as text.
-        where: the origin of the content, for errors.
-        defaults: the defaults by the full names of all keys; they decide the types.
-        refusal: unknown key -> why it is refused.
-        prefix: the full name of ``node`` with a dot.
+        texts: the same with scalars as text.
+        where: source of the content, for errors.
+        defaults: defaults by full key, which determine the types.
+        explain: returns the error message for an unknown key.
+        prefix: full name of ``node`` with a dot.
 
     Raises:
-        UserError: for an unknown key or a value of the wrong type.
+        UserError: a key is unknown or a value has the wrong type.
     """
     for name, value in content.items():
-        key, text = f"{prefix}{name}", written.get(name) if isinstance(written, dict) else None
+        key, text = f"{prefix}{name}", texts.get(name) if isinstance(texts, dict) else None
         text = value if text is None else text
         if name not in node and not node.is_new_allowed():
             inner = flat(value, f"{key}.") if isinstance(value, dict) else {}
-            raise UserError(f"{where}: {refusal(next(iter(inner), key))}")
+            raise UserError(f"{where}: {explain(next(iter(inner), key))}")
         default = node.get(name)
         if name not in node and isinstance(value, dict):
             default = node[name] = CfgNode(new_allowed=True)
         if isinstance(default, CfgNode):
             if isinstance(value, dict):
-                _merge(default, value, text, where, defaults, refusal, f"{key}.")
-            elif value is not None:  # what a group without keys is in yaml
+                _merge(default, value, text, where, defaults, explain, f"{key}.")
+            elif value is not None:  # an empty group in yaml
                 raise UserError(
-                    f"{where}: {key} is a group of keys and takes no value; set {key}.{next(iter(default), 'NAME')}"
+                    f"{where}: {key} is a group of keys, not a key; set {key}.{next(iter(default), 'NAME')}"
                 )
         elif name not in node or node.is_new_allowed():
             node[name] = text
@@ -299,24 +285,24 @@ def _merge(
                 ) from error
 
 
-def _as_type_of(default: Any, value: Any, written: Any) -> Any:
-    """Return a value in the type of a default, where nothing is lost: 0 as 0.0, 3.0 as 3, a number as text as written.
+def _as_type_of(default: Any, value: Any, text: Any) -> Any:
+    """Convert a value without loss to the type of a default: 0 to 0.0, 3.0 to 3, a number to its text.
 
     Args:
-        default: of the type that is needed.
-        value: as Python or yaml reads it.
-        written: the same as text.
+        default: a value of the required type.
+        value: the Python value.
+        text: the value as text.
 
     Raises:
-        TypeError, ValueError, OverflowError: if it has another type.
+        TypeError, ValueError, OverflowError: it cannot be converted.
     """
     kind = type(default)
     if kind is str:
         if isinstance(value, str) or value is None:
             return value or ""
-        if not isinstance(written, str | int | float):
+        if not isinstance(text, str | int | float):
             raise TypeError
-        return str(written)
+        return str(text)
     value = _decode(value)
     if kind is bool and isinstance(value, str):
         value = yaml.SafeLoader.bool_values.get(value.lower(), value)  # true, no, ...
@@ -326,23 +312,23 @@ def _as_type_of(default: Any, value: Any, written: Any) -> Any:
             raise ValueError
         return number
     if kind in (list, tuple) and isinstance(value, list | tuple):
-        return kind(_items(default, value, written))
+        return kind(_items(default, value, text))
     if type(value) is not kind:
         raise TypeError
     return value
 
 
-def _items(default: Any, values: Any, written: Any) -> Iterator[Any]:
-    """Yield the items of a list in the type of the items of ``default``; numbers may have fractions.
+def _items(default: Any, values: Any, texts: Any) -> Iterator[Any]:
+    """Convert the items of a list to the type of the items of ``default``; numbers may be fractions.
 
-    A tuple that is empty by default, such as ``DATASETS.TRAIN``, is one of text; a list, such as
-    ``TEST.EXPECTED_RESULTS``, takes what it is given.
+    A tuple that is empty by default, such as ``DATASETS.TRAIN``, contains text; an empty list, such as
+    ``TEST.EXPECTED_RESULTS``, any values.
     """
     if default == []:
         yield from values
         return
     default = default[0] if default else ""
-    texts = written if isinstance(written, list) else values
+    texts = texts if isinstance(texts, list) else values
     for value, text in zip(values, texts, strict=True):
         if isinstance(value, list | tuple) and isinstance(default, list | tuple):
             yield type(value)(_items(default, value, text))
@@ -350,9 +336,9 @@ def _items(default: Any, values: Any, written: Any) -> Iterator[Any]:
             yield _as_type_of(default, value, text)
         else:
             number = _decode(value)
-            while isinstance(default, list | tuple):  # Detectron2 takes one list of anchors for all levels too
+            while isinstance(default, list | tuple):  # Detectron2 also accepts one list of anchors for all levels
                 default = default[0]
             if not isinstance(number, int | float):
                 raise TypeError
-            # INPUT.CROP.SIZE is a share or a number of pixels: an integer stays one.
+            # INPUT.CROP.SIZE is a fraction or a number of pixels: integers stay integers.
             yield int(number) if type(default) is int and number == int(number) else number

@@ -1,4 +1,4 @@
-"""Weights of other projects in, ours out, and the proof that both agree."""
+"""Conversion of weights from and to other projects, with a comparison of features."""
 
 KINDS = ("timm", "mae", "dino", "dinov2", "swin", "t2t", "relvit", "lightly")
-"""Families of weights that :mod:`relvit_d2.conversion.convert` converts; listed here for a light ``--help``."""
+"""Families of weights that can be converted; listed here so that ``--help`` need not import torch."""

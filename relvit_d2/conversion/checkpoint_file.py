@@ -1,4 +1,4 @@
-"""Tensors out of files that other projects wrote, without running anything that is in them."""
+"""Reading tensors from files of other projects without executing code in them."""
 
 import pickle
 import pickletools
@@ -7,7 +7,7 @@ import struct
 import zipfile
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from relvit_d2.utils.digest import content_digest
 from relvit_d2.utils.errors import UserError
 
-# Tensors that every encoder's file has, by the end of their names: what stands before is the place of the encoder.
+# Every encoder has one of these tensors; the part of the name before it is the prefix of the encoder.
 _ANCHORS = ("patch_embed.proj.weight", "tokens_to_token.project.weight")
 
 
-# What the readers raise for a file that is damaged or of something else.
+# Raised by the readers for damaged files and for other kinds of files.
 _UNREADABLE = (
     SafetensorError,
     OSError,
@@ -36,11 +37,11 @@ _UNREADABLE = (
 )
 
 
-_LEGACY_PICKLES = 5  # that torch.save wrote before the values until torch 1.6
+_LEGACY_PICKLES = 5  # number of pickles before the values in the format of torch.save before torch 1.6
 
 
 class _Inert(dict[Any, Any]):
-    """What stands for an object of any foreign class; it takes what the pickle gives it and does nothing."""
+    """Placeholder for an object of any unknown class; ignores the pickled state."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         super().__init__()
@@ -50,32 +51,31 @@ class _Inert(dict[Any, Any]):
 
 
 @dataclass
-class Found:
-    """An encoder's tensors in a file.
+class FoundEncoder:
+    """The tensors of an encoder in a file.
 
     Attributes:
         path: the file.
-        tensors: by their names without what stands before all of them.
-        place: what stood before, such as ``teacher.module.backbone.``.
-        beside: names of the file's other tensors, in full.
-        others: places of further encoders, which are not read.
+        tensors: tensors by name without the prefix.
+        prefix: common prefix of the names, such as ``teacher.module.backbone.``.
+        other_tensors: full names of the other tensors in the file.
+        other_prefixes: prefixes of further encoders, which are not read.
     """
 
     path: str
     tensors: dict[str, Tensor]
-    place: str
-    beside: list[str]
-    others: list[str]
+    prefix: str = ""
+    other_tensors: list[str] = field(default_factory=list)
+    other_prefixes: list[str] = field(default_factory=list)
 
 
 def read_file(path: Path) -> dict[str, Any]:
     """Read a file of safetensors or of ``torch.save`` as nested dictionaries.
 
-    Objects of classes that torch does not hold for safe, such as arguments and callbacks beside the tensors, are not
-    made; something inert stands for them.
+    Objects of classes that torch does not consider safe (arguments, callbacks, ...) are replaced by placeholders.
 
     Raises:
-        UserError: if there is no such file, or nothing can be read from it that way.
+        UserError: if the file is missing, damaged, or cannot be read without executing code.
     """
     if not path.is_file():
         raise UserError(f"weights file '{path}' does not exist; give a .safetensors, .pth, .pt, .bin or .ckpt file")
@@ -90,22 +90,37 @@ def read_file(path: Path) -> dict[str, Any]:
             raise UserError(damaged(path)) from error
         reason = " ".join(str(error).split())[:120]
         raise UserError(
-            f"'{path}' is no file of tensors that can be read without running what is in it ({reason}); save its "
-            "state_dict() anew with torch.save or safetensors where the file comes from"
+            f"'{path}' cannot be read without executing code in it ({reason}); save the model's state_dict() with "
+            "torch.save or safetensors"
         ) from error
+    verify_digest(content, path)
     if not isinstance(content, dict):
-        raise UserError(f"'{path}' holds a {type(content).__name__}, no tensors by name; save a state_dict()")
+        raise UserError(
+            f"'{path}' contains a {type(content).__name__}, not a dictionary of tensors; save a state_dict()"
+        )
     return content
 
 
-def is_damaged(path: Path) -> bool:
-    """Return whether a file that could not be read is an incomplete or damaged one of ``torch.save`` or safetensors.
+def verify_digest(content: Any, path: Path) -> bool:
+    """Compare the content of a checkpoint with its entry ``digest``, which is removed; return whether it had one.
 
-    An intact pickle of classes that torch does not know is not damaged, nor is a file of another kind.
+    Raises:
+        UserError: they differ.
+    """
+    digest = content.pop("digest", None) if isinstance(content, dict) else None
+    if isinstance(digest, str) and digest != content_digest(content):
+        raise UserError(damaged(path))
+    return isinstance(digest, str)
+
+
+def is_damaged(path: Path) -> bool:
+    """Return whether an unreadable file is an incomplete or damaged file of ``torch.save`` or safetensors.
+
+    Intact pickles of unknown classes and files of other kinds are not damaged.
     """
     with path.open("rb") as file:
         head = file.read(9)
-    if head and b"PK".startswith(head[:2]):  # of torch.save: a zip archive, whose directory is at the end
+    if head and b"PK".startswith(head[:2]):  # torch.save: a zip archive, with its directory at the end
         try:
             with zipfile.ZipFile(path) as archive:
                 return archive.testzip() is not None
@@ -121,57 +136,56 @@ def is_damaged(path: Path) -> bool:
                 if file.peek(1):
                     deque(pickletools.genops(file), maxlen=0)
         torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # the pickles are whole
+    except pickle.UnpicklingError:  # the pickles are complete
         return False
-    except Exception:  # whatever a damaged file leads to
+    except Exception:  # any error can result from damage
         return True
     return False
 
 
 def is_pickle(path: Path) -> bool:
-    """Return whether a file begins as a pickle or as an archive of ``torch.save``."""
+    """Return whether a file starts like a pickle or an archive of ``torch.save``."""
     with path.open("rb") as file:
         return file.read(2).startswith((b"\x80", b"PK"))
 
 
 def damaged(path: Path) -> str:
-    """Return the sentence on a file for which :func:`is_damaged` is true."""
+    """Return the error message for a file that :func:`is_damaged`."""
     return f"'{path}' is incomplete or damaged ({path.stat().st_size:,} bytes): copy or download it again"
 
 
 def _foreign_classes(path: Path) -> list[str]:
-    """Name what a file of ``torch.save`` would import beyond torch's own; none for the format before torch 1.6."""
+    """Return the classes outside of torch that a file of ``torch.save`` needs; none for the format before torch 1.6."""
     try:
         return torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except ValueError:
         return []
 
 
-def find_encoder(path: Path) -> Found:
-    """Find the encoder's tensors, however deep they lie in a file.
+def find_encoder(path: Path) -> FoundEncoder:
+    """Find the tensors of an encoder at any depth of a file.
 
-    Of several encoders a teacher or moving average is taken, which is what is evaluated, and a student last.
+    Among several encoders, a teacher or moving average is preferred, and a student is the last choice.
 
     Raises:
-        UserError: if there are no tensors of an encoder; see :func:`read_file` too.
+        UserError: if there is no encoder, or for the reasons of :func:`read_file`.
     """
     tensors = dict(_flat(read_file(path)))
-    places = [name[: -len(anchor)] for name in tensors for anchor in _ANCHORS if re.search(rf"(^|\.){anchor}$", name)]
-    if not places:
+    prefixes = [name[: -len(anchor)] for name in tensors for anchor in _ANCHORS if re.search(rf"(^|\.){anchor}$", name)]
+    if not prefixes:
         first = ", ".join(list(tensors)[:3]) or "none"
         raise UserError(
-            f"'{path}' holds no tensor *patch_embed.proj.weight or *tokens_to_token.project.weight (tensors: {first}): "
-            "it is no ViT, Swin or T2T-ViT; give another file"
+            f"'{path}' contains no ViT, Swin or T2T-ViT: no tensor *patch_embed.proj.weight or "
+            f"*tokens_to_token.project.weight (first tensors: {first}); give another file"
         )
 
-    def rank(place: str) -> int:
-        words = re.split(r"[._]", place)
-        return 0 if {"teacher", "ema"} & {*words} else 2 if "student" in words else 1
+    def rank(prefix: str) -> int:
+        parts = re.split(r"[._]", prefix)
+        return 0 if {"teacher", "ema"} & {*parts} else 2 if "student" in parts else 1
 
-    place, *others = sorted(places, key=rank)
-    inside = {name.removeprefix(place): tensors[name] for name in tensors if name.startswith(place)}
-    beside = [name for name in tensors if not name.startswith(place)]
-    return Found(str(path), inside, place, beside, others)
+    prefix, *others = sorted(prefixes, key=rank)
+    inside = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+    return FoundEncoder(str(path), inside, prefix, [name for name in tensors if not name.startswith(prefix)], others)
 
 
 def _flat(content: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:

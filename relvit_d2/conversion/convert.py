@@ -1,4 +1,4 @@
-"""Other people's weights as encoders of this package, each proved against its source's definition.
+"""Conversion of weights of other projects to encoders; each result is compared with the original model.
 
 Names of tensors are those of facebookresearch/mae ``models_mae.py``, facebookresearch/dino ``vision_transformer.py``
 and ``main_dino.py``, facebookresearch/dinov2 ``models/vision_transformer.py``, microsoft/Swin-Transformer
@@ -10,20 +10,17 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from relvit_d2.conversion.checkpoint_file import Found, read_file
-from relvit_d2.conversion.converted import IMAGENET_PIXELS, Converted, pixels_of, prove
-from relvit_d2.conversion.reference_models import (
-    TIMM_NAMES,
-    t2t_definition,
-    timm_swin_definition,
-    timm_vit_definition,
-)
+from relvit_d2.conversion.checkpoint_file import FoundEncoder, read_file
+from relvit_d2.conversion.converted import IMAGENET_PIXELS, Converted, pixel_metadata, verify
+from relvit_d2.conversion.reference_models import TIMM_NAMES, t2t_reference, timm_swin_reference, timm_vit_reference
 from relvit_d2.encoders.base import Encoder, build_encoder
 from relvit_d2.encoders.t2t import HEADS, sinusoid
 from relvit_d2.encoders.vit import SIZES
@@ -31,12 +28,13 @@ from relvit_d2.utils.errors import UserError
 
 Tensors = dict[str, Tensor]
 
-# What follows the encoder in a model and is no part of it.
+# Parts of a model after the encoder.
 _HEADS = r"(head|head_dist|fc|fc_norm|attn_pool|pre_logits|decoder_\w+|decoder)(\.|$)|mask_token$"
 # The heads of guglielmocamporese/relvit, models/relvit.py:40-52.
 _RELVIT_HEADS = ("rel_head", "abs_pos_head", "dist_head", "angle_head", "clf_head")
-_PLAIN_GRID = 14  # patches a side of the images that a ViT without position embedding is proved on
-# timm's names of models that this package has no name for, by family, width, blocks and registers.
+# Patches per side of the images on which ViTs without position embedding are compared.
+_DEFAULT_GRID = 14
+# timm's names of models that this package has no name for, by family, width, depth and number of registers.
 _LARGER = {
     ("mae", 1024, 24, 0): "vit_large_patch16_224",
     ("mae", 1280, 32, 0): "vit_huge_patch14_224",
@@ -49,49 +47,51 @@ _LARGER = {
 }
 
 
-def convert(found: Found, kind: str | None = None) -> Converted:
-    """Make an encoder of what was found in a file, and prove it.
+def convert(found: FoundEncoder, kind: str | None = None) -> Converted:
+    """Convert the tensors of a file to an encoder, and compare it with the original model.
 
     Args:
-        found: the encoder's tensors.
-        kind: the family, a key of :data:`CONVERTERS`; None detects it by the names.
+        found: the tensors.
+        kind: the family, a key of :data:`CONVERTERS`; None: detected from the names of the tensors.
 
     Raises:
-        UserError: if the tensors are not of the family or of no encoder that exists here, or the proof fails.
+        UserError: if the tensors do not belong to the family or fit no encoder, or the features differ.
     """
     kind = kind or detect(found)
     if kind not in CONVERTERS:
-        raise UserError(f"weights of '{kind}' are unknown; known are {', '.join(CONVERTERS)}")
+        raise UserError(f"weights of '{kind}' are not supported; supported are {', '.join(CONVERTERS)}")
     try:
         converted = CONVERTERS[kind](found)
-    except (RuntimeError, LookupError, ValueError) as error:  # how modules refuse tensors of others
+    except (RuntimeError, LookupError, ValueError) as error:  # raised for missing or unexpected tensors
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"'{found.path}' does not hold the tensors of a model of {kind} ({reason}); say --from with what it is of"
+            f"'{found.path}' does not contain the tensors of a {kind} model ({reason}); give --from with the project "
+            "that the file is from"
         ) from error
     converted.kind = kind
-    prove(converted, found.path)
-    if found.place:
-        converted.notes.append(f"read from '{found.place}'")
-    if found.others:
-        converted.notes.append(f"left unread: {', '.join(repr(other) for other in found.others[:3])}")
+    verify(converted, found.path)
+    if found.prefix:
+        converted.notes.append(f"read from '{found.prefix}'")
+    if found.other_prefixes:
+        converted.notes.append(f"not read: {', '.join(map(repr, found.other_prefixes[:3]))}")
     return converted
 
 
-def detect(found: Found) -> str:
-    """Tell by the names of tensors whose weights they are.
+def detect(found: FoundEncoder) -> str:
+    """Return the family of the weights, from the names of the tensors.
 
-    Encoders of MAE and DINO that were published alone have timm's names, and convert as timm's.
+    Encoders of MAE and DINO that were published without heads have timm's names and are converted as timm models.
     """
-    names, place = found.tensors, found.place
     if _relvit_heads(found):
         return "relvit"
-    if re.search(r"(embedding_model|model_wrapper|wrapped_model|_backbone\.)", place) or place.endswith("vit."):
+    prefix = found.prefix
+    if re.search(r"(embedding_model|model_wrapper|wrapped_model|_backbone\.)", prefix) or prefix.endswith("vit."):
         return "lightly"
-    return _inner(names) or ("dino" if re.search(r"(teacher|student)", place) else "timm")
+    return _architecture(found.tensors) or ("dino" if re.search(r"(teacher|student)", prefix) else "timm")
 
 
-def _inner(names: Tensors) -> str | None:
+def _architecture(names: Tensors) -> str | None:
+    """Return the family that the names have without their prefix, None for timm's names."""
     if "tokens_to_token.project.weight" in names:
         return "t2t"
     if "layers.0.downsample.reduction.weight" in names:
@@ -103,27 +103,27 @@ def _inner(names: Tensors) -> str | None:
     return None
 
 
-def _filled(name: str, tensors: Tensors, **arguments: Any) -> Encoder:
+def _encoder(name: str, tensors: Tensors, **arguments: Any) -> Encoder:
     encoder = build_encoder(name, **arguments)
     encoder.load_state_dict({key: value.float() for key, value in tensors.items()})
     return encoder.eval()
 
 
 def _split(tensors: Tensors, heads: str = _HEADS) -> tuple[Tensors, list[str]]:
-    """Part the encoder's tensors from the names of what follows it."""
+    """Return the encoder's tensors, and the names of those of the parts after it."""
     dropped = [name for name in tensors if re.match(heads, name)]
     return {name: value.float() for name, value in tensors.items() if name not in dropped}, dropped
 
 
 def _grid(tensors: Tensors, prefix: int) -> int | None:
-    """Side of the square grid of a position embedding with ``prefix`` entries before it, None if it has none."""
+    """Return the side of the square grid of a position embedding after ``prefix`` entries, None if it is not square."""
     count = tensors["pos_embed"].shape[1] - prefix
     side = math.isqrt(max(count, 0))
     return side if side and side * side == count else None
 
 
 def fold_scales(tensors: Tensors) -> Tensors:
-    """Multiply LayerScale into the projection before it, ``attn.proj`` and ``mlp.fc2``; what comes out is the same."""
+    """Fold LayerScale into the preceding projections ``attn.proj`` and ``mlp.fc2``; the outputs stay the same."""
     folded = {}
     for name, value in tensors.items():
         if scale := re.fullmatch(r"(.*)(?:ls|gamma_)([12])(?:\.gamma)?", name):
@@ -131,37 +131,43 @@ def fold_scales(tensors: Tensors) -> Tensors:
         scale = re.fullmatch(r"(.*)(attn\.proj|mlp\.fc2)\.(weight|bias)", name)
         if scale:
             number = 1 if scale[2] == "attn.proj" else 2
-            places = (f"{scale[1]}ls{number}.gamma", f"{scale[1]}gamma_{number}")
-            gamma = next((tensors[place] for place in places if place in tensors), None)
+            keys = (f"{scale[1]}ls{number}.gamma", f"{scale[1]}gamma_{number}")
+            gamma = next((tensors[key] for key in keys if key in tensors), None)
             if gamma is not None:
                 value = gamma[:, None] * value if scale[3] == "weight" else gamma * value
         folded[name] = value
     return folded
 
 
-def timm_vit(found: Found, kind: str = "timm", architecture: str | None = None, keep: bool = False) -> Converted:
-    """Convert a ViT with timm's names.
-
-    It becomes the encoder of this package that it fits, with LayerScale folded, else ``timm:ARCHITECTURE``.
+def timm_vit(
+    found: FoundEncoder,
+    kind: str = "timm",
+    architecture: str | None = None,
+    keep: bool = False,
+    pixels: dict[str, Any] | None = None,
+) -> Converted:
+    """Convert a ViT with timm's names to the matching encoder (LayerScale folded) or else to ``timm:ARCHITECTURE``.
 
     Args:
         found: the tensors.
-        kind: the family, for models that only its authors made.
-        architecture: timm's name of the model; None: that of a ``config.json`` beside the file, as hubs have it.
-        keep: take ``timm:ARCHITECTURE`` in any case.
+        kind: the family.
+        architecture: timm's name of the model; None: that in a ``config.json`` in the folder of the file.
+        keep: always return ``timm:ARCHITECTURE``.
+        pixels: metadata of the pixel statistics; None: those in ``config.json``.
     """
     tensors, dropped = _split(found.tensors, r"head(_dist)?\.|mask_token$" if architecture else _HEADS)
-    config = {} if architecture else _config_beside(Path(found.path))
+    config = {} if architecture else _timm_config(Path(found.path))
     architecture = architecture or config.get("architecture")
     weight = tensors["patch_embed.proj.weight"]
     width, in_chans, patch = int(weight.shape[0]), int(weight.shape[1]), int(weight.shape[-1])
     depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
     registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
     positions = "pos_embed" in tensors
+    pixels = pixel_metadata(config.get("pretrained_cfg", {})) if pixels is None else pixels
     arguments: dict[str, Any] = {"patch_size": patch, "in_chans": in_chans, "pos_embed": positions}
     shared = {"patch_size": patch, "in_chans": in_chans} | ({} if positions else {"pos_embed": "none"})
     folded = {f"vit.{key}": value for key, value in fold_scales(tensors).items()}
-    grid = _grid(tensors, 1) if positions else _PLAIN_GRID
+    grid = _grid(tensors, 1) if positions else _DEFAULT_GRID
     for name, (dim, blocks, _) in SIZES.items():
         if keep or grid is None or (dim, blocks) != (width, depth):
             continue
@@ -171,15 +177,14 @@ def timm_vit(found: Found, kind: str = "timm", architecture: str | None = None, 
             model, dims = TIMM_NAMES[name]
             scaled = len(folded) != len(tensors)
             scale = {"init_values": 1.0} if scaled else {}
-            definition = timm_vit_definition(model, tensors, img_size=side, **dims, **scale, **shared)
+            reference = timm_vit_reference(model, tensors, img_size=side, **dims, **scale, **shared)
             notes = ["LayerScale folded into attn.proj and mlp.fc2"] if scaled else []
-            return Converted(_filled(name, folded, **arguments), kind, definition, side, dropped, notes)
+            return Converted(_encoder(name, folded, **arguments), kind, reference, side, dropped, notes, pixels)
     architecture = architecture or _LARGER.get((kind, width, depth, registers))
     if architecture is None:
         raise UserError(
-            f"'{found.path}' holds a ViT of {depth} blocks of width {width} that is none of "
-            f"{', '.join(SIZES)} and does not say its name: put timm's config.json beside it, or load it by "
-            "MODEL.WEIGHTS timm:NAME"
+            f"'{found.path}' contains an unknown ViT of {depth} blocks of width {width} (known: {', '.join(SIZES)}): "
+            "put timm's config.json into its folder, or load it with MODEL.WEIGHTS timm:NAME"
         )
     model = f"timm:{architecture}"
     kept = {name: value for name, value in tensors.items() if not re.match(r"(fc_norm|attn_pool)\.", name)}
@@ -188,78 +193,59 @@ def timm_vit(found: Found, kind: str = "timm", architecture: str | None = None, 
         slots = build_encoder(model, patch_size=patch, img_size=patch).state_dict()["vit.pos_embed"].shape[1]
         grid = _grid(tensors, slots - 1)
         if grid is None:
-            raise UserError(f"'{found.path}' has positions for no square grid of patches: only square ones convert")
-    arguments["img_size"] = side = patch * (grid or _PLAIN_GRID)
-    encoder = _filled(model, {f"vit.{key}": value for key, value in kept.items()}, **arguments)
-    definition = timm_vit_definition(architecture, kept, img_size=side, **shared)
-    return Converted(encoder, kind, definition, side, dropped, pixels=pixels_of(config.get("pretrained_cfg", {})))
+            raise UserError(f"'{found.path}' has a position embedding of a grid that is not square: not supported")
+    arguments["img_size"] = side = patch * (grid or _DEFAULT_GRID)
+    encoder = _encoder(model, {f"vit.{key}": value for key, value in kept.items()}, **arguments)
+    reference = timm_vit_reference(architecture, kept, img_size=side, **shared)
+    return Converted(encoder, kind, reference, side, dropped, pixels=pixels)
 
 
-def _config_beside(path: Path) -> dict[str, Any]:
-    beside = path.parent / "config.json"
+def _timm_config(path: Path) -> dict[str, Any]:
+    """Return timm's ``config.json`` in the folder of a file, empty if there is none."""
+    file = path.parent / "config.json"
     try:
-        config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) and isinstance(config.get("architecture"), str) else {}
 
 
-def timm(found: Found) -> Converted:
+def timm(found: FoundEncoder) -> Converted:
     """Convert a ViT or a Swin-T with timm's names."""
-    if "layers.0.blocks.0.attn.relative_position_bias_table" in found.tensors:
-        return swin(found)
-    converted = timm_vit(found)
-    converted.pixels = converted.pixels or pixels_of(_config_beside(Path(found.path)).get("pretrained_cfg", {}))
-    return converted
+    is_swin = "layers.0.blocks.0.attn.relative_position_bias_table" in found.tensors
+    return swin(found) if is_swin else timm_vit(found)
 
 
-def mae(found: Found) -> Converted:
-    """Convert a masked autoencoder: the decoder is dropped, the fixed position table kept as what it starts from."""
-    converted = timm_vit(found, "mae")
-    converted.pixels = IMAGENET_PIXELS
-    return converted
-
-
-def dino(found: Found) -> Converted:
-    """Convert a ViT of DINO, the teacher where both are there."""
-    converted = timm_vit(found, "dino")
-    converted.pixels = IMAGENET_PIXELS
-    return converted
-
-
-def dinov2(found: Found) -> Converted:
-    """Convert a ViT of DINOv2; its class token's position is added to the token where there are registers."""
+def dinov2(found: FoundEncoder) -> Converted:
+    """Convert a ViT of DINOv2; with registers, the position embedding of the class token is added to the token."""
     tensors = {}
     for name, value in found.tensors.items():
-        name = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)  # chunks of blocks keep the whole row's numbers
+        name = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)  # blocks in chunks keep their index
         name = name.replace("mlp.w12.", "mlp.fc1.").replace("mlp.w3.", "mlp.fc2.")
         tensors[name] = value
-    straight = {name: value for name, value in tensors.items() if name != "mask_token"}
+    original = tensors | {"mask_token": torch.zeros(1, 1)}
     if "register_tokens" in tensors:
         tensors["reg_token"] = tensors.pop("register_tokens")
         tensors["cls_token"] = tensors["cls_token"] + tensors["pos_embed"][:, :1]
         tensors["pos_embed"] = tensors["pos_embed"][:, 1:]
-    place = Found(found.path, tensors, found.place, found.beside, found.others)
-    converted = timm_vit(place, "dinov2")
-    if "register_tokens" in straight:
-        # timm's own translation of the original names, which it makes where the mask's token is
+    converted = timm_vit(replace(found, tensors=tensors), "dinov2", pixels=IMAGENET_PIXELS)
+    if "register_tokens" in original:
+        # timm translates the original names itself if there is a mask token.
         model = converted.encoder.name.removeprefix("timm:")
-        original = {"mask_token": torch.zeros(1, 1)} | {k: v.float() for k, v in straight.items()}
-        side, arguments = converted.side, converted.encoder.arguments
-        shared = {"patch_size": arguments["patch_size"], "in_chans": arguments["in_chans"]}
-        converted.definition = timm_vit_definition(model, original, img_size=side, **shared)
-    converted.pixels = IMAGENET_PIXELS
+        shared = {key: converted.encoder.arguments[key] for key in ("patch_size", "in_chans")}
+        floats = {name: value.float() for name, value in original.items()}
+        converted.reference = timm_vit_reference(model, floats, img_size=converted.side, **shared)
     return converted
 
 
-def swin(found: Found) -> Converted:
-    """Convert a Swin-T: its authors halve a map at the end of a stage, timm at the beginning of the next."""
+def swin(found: FoundEncoder) -> Converted:
+    """Convert a Swin-T; the authors downsample at the end of a stage, timm at the beginning of the next one."""
     tensors, dropped = _split(found.tensors, _HEADS + r"|.*(relative_position_index|attn_mask)$")
-    ended = "layers.0.downsample.reduction.weight" in tensors
+    at_end = "layers.0.downsample.reduction.weight" in tensors
 
     def renamed(name: str) -> str:
-        if ended and (place := re.match(r"layers\.(\d+)\.downsample\.(.*)", name)):
-            return f"swin.layers.{int(place[1]) + 1}.downsample.{place[2]}"
+        if at_end and (match := re.match(r"layers\.(\d+)\.downsample\.(.*)", name)):
+            return f"swin.layers.{int(match[1]) + 1}.downsample.{match[2]}"
         return f"swin.{name}"
 
     weight = tensors["patch_embed.proj.weight"]
@@ -270,81 +256,77 @@ def swin(found: Found) -> Converted:
     window = tensors["layers.0.blocks.0.attn.relative_position_bias_table"].shape[0]
     if (weight.shape[0], depths, weight.shape[-1], window) != (96, (2, 2, 6, 2), 4, 169):
         raise UserError(
-            f"'{found.path}' holds a Swin of width {weight.shape[0]}, {depths} blocks and windows of "
-            f"{(math.isqrt(window) + 1) // 2}: only Swin-T converts, of width 96, (2, 2, 6, 2) blocks and windows of 7"
+            f"'{found.path}' contains a Swin of width {weight.shape[0]}, {depths} blocks and windows of "
+            f"{(math.isqrt(window) + 1) // 2}; only Swin-T is supported: width 96, (2, 2, 6, 2) blocks, windows of 7"
         )
-    encoder = _filled("swin_tiny", {renamed(k): v for k, v in tensors.items()}, patch_size=4, in_chans=in_chans)
-    definition = timm_swin_definition(tensors, in_chans)
-    return Converted(encoder, "swin", definition, 224, dropped, pixels=IMAGENET_PIXELS)
+    encoder = _encoder("swin_tiny", {renamed(k): v for k, v in tensors.items()}, patch_size=4, in_chans=in_chans)
+    reference = timm_swin_reference(tensors, in_chans)
+    return Converted(encoder, "swin", reference, 224, dropped, pixels=IMAGENET_PIXELS)
 
 
-def t2t(found: Found) -> Converted:
-    """Convert a T2T-ViT-14 with performers; its position table must be the sinusoid that ours is made by."""
+def t2t(found: FoundEncoder) -> Converted:
+    """Convert a T2T-ViT-14 with performers, whose position table must be the sinusoid of the encoder."""
     tensors, dropped = _split(found.tensors)
     table = tensors["pos_embed"]
-    side = (_grid(tensors, 1) or _PLAIN_GRID) * 16
+    side = (_grid(tensors, 1) or _DEFAULT_GRID) * 16
     expected = sinusoid(table.shape[1], table.shape[2])
     if not torch.allclose(table[0].double(), expected, atol=1e-5, rtol=0):
-        raise UserError(f"the position table of '{found.path}' is not T2T-ViT's sinusoid, so it cannot be made anew")
+        raise UserError(f"the position table of '{found.path}' is not T2T-ViT's sinusoid, which is not supported")
     kept = {name: value for name, value in tensors.items() if name != "pos_embed"}
     in_chans = tensors["tokens_to_token.attention1.kqv.weight"].shape[1] // 49
-    encoder = _filled("t2t_vit_14", kept, img_size=side, in_chans=in_chans)
-    definition = t2t_definition(tensors, HEADS)
-    return Converted(
-        encoder, "t2t", definition, side, [*dropped, "pos_embed"], ["the position table is made anew for each size"],
-        IMAGENET_PIXELS,
-    )  # fmt: skip
+    encoder = _encoder("t2t_vit_14", kept, img_size=side, in_chans=in_chans)
+    notes = ["the position table is computed for each image size"]
+    reference = t2t_reference(tensors, HEADS)
+    return Converted(encoder, "t2t", reference, side, [*dropped, "pos_embed"], notes, IMAGENET_PIXELS)
 
 
-def relvit(found: Found) -> Converted:
-    """Convert a Lightning checkpoint of RelViT's authors: the backbone, without the heads.
+def relvit(found: FoundEncoder) -> Converted:
+    """Convert a Lightning checkpoint of RelViT's authors: the backbone without the heads.
 
-    Their pre-training leaves the position embedding of a ViT out of the pass (``models/backbones/vit.py:231``;
-    ``scripts/upstream.sh``), so it has its first random values in the file. Whether it took part the optimiser tells:
-    Adam has no state for a parameter without gradient. Where that is not in the file, weights that no classifier was
-    trained on count as pre-trained without.
+    Their pre-training does not use the position embedding of a ViT (``models/backbones/vit.py:231``;
+    ``scripts/upstream.sh``), so the file has its random initial values. It is dropped if Adam has no state for it, or,
+    without optimizer states in the file, if there are heads but no classifier.
     """
     heads = _relvit_heads(found)
     notes = [f"heads of pretext tasks and classifier dropped: {', '.join(heads)}"] if heads else []
     tensors = dict(found.tensors)
-    if not (kind := _inner(tensors)):
+    if not (kind := _architecture(tensors)):
         trained = _trained_positions(Path(found.path))
         if trained is None:
             trained = "clf_head" in heads or not heads
         if not trained:
             del tensors["pos_embed"]
-            notes.append("pos_embed dropped: pre-training left it out of the pass")
-    place = Found(found.path, tensors, found.place, found.beside, found.others)
-    converted = CONVERTERS[kind or "timm"](place)
-    converted.pixels = {}  # those of the data set that it was trained on
+            notes.append("pos_embed dropped: not used in pre-training")
+    converted = CONVERTERS[kind or "timm"](replace(found, tensors=tensors))
+    converted.pixels = {}  # those of the training data set, which is unknown
     converted.notes = notes + converted.notes
     return converted
 
 
-def _relvit_heads(found: Found) -> list[str]:
-    parent = found.place.removesuffix("backbone.")
-    return [head for head in _RELVIT_HEADS if any(name.startswith(f"{parent}{head}.") for name in found.beside)]
+def _relvit_heads(found: FoundEncoder) -> list[str]:
+    parent = found.prefix.removesuffix("backbone.")
+    return [head for head in _RELVIT_HEADS if any(name.startswith(f"{parent}{head}.") for name in found.other_tensors)]
 
 
 def _trained_positions(path: Path) -> bool | None:
-    """Tell whether the second parameter, the position embedding after the class token, ever had a gradient."""
+    """Return whether the optimizer has a state for parameter 1, the position embedding; None without states."""
     states = read_file(path).get("optimizer_states")
     if isinstance(states, list) and states and isinstance(state := states[0].get("state"), dict) and state:
         return 1 in state
     return None
 
 
-def lightly(found: Found) -> Converted:
-    """Convert what Lightly's packages trained: a model of timm, DINOv2's or Swin's names inside their wrappers."""
-    converted = CONVERTERS[_inner(found.tensors) or "timm"](found)
+def lightly(found: FoundEncoder) -> Converted:
+    """Convert a model of Lightly's packages: timm's, DINOv2's or Swin's names inside their wrappers."""
+    converted = CONVERTERS[_architecture(found.tensors) or "timm"](found)
     converted.pixels = {}
     return converted
 
 
-CONVERTERS: dict[str, Callable[[Found], Converted]] = {
+CONVERTERS: dict[str, Callable[[FoundEncoder], Converted]] = {
     "timm": timm,
-    "mae": mae,
-    "dino": dino,
+    "mae": partial(timm_vit, kind="mae", pixels=IMAGENET_PIXELS),
+    "dino": partial(timm_vit, kind="dino", pixels=IMAGENET_PIXELS),
     "dinov2": dinov2,
     "swin": swin,
     "t2t": t2t,

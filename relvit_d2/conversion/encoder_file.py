@@ -1,6 +1,7 @@
-"""Encoders on disk: one safetensors file with the tensors and what they mean."""
+"""Encoder files: safetensors files with the tensors and the config of an encoder."""
 
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from relvit_d2 import __version__
 from relvit_d2.conversion.checkpoint_file import damaged, is_damaged
+from relvit_d2.conversion.converted import random_image, relative_difference
 from relvit_d2.conversion.timm_hub import is_published, read_published
 from relvit_d2.encoders.base import Encoder, build_encoder
+from relvit_d2.utils.digest import content_digest
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import appearing
 from relvit_d2.utils.printing import printable
@@ -22,41 +25,45 @@ from relvit_d2.utils.printing import printable
 MAX_HEADER = 2**24  # bytes of names, shapes and metadata
 MAX_GRID = 2**10  # patches along a side of the images that an encoder is built for
 
-# Below this share of matched values, something else was loaded than meant.
-ENOUGH = 0.9
+ENOUGH = 0.9  # minimum fraction of matching values
+
+logger = logging.getLogger(__name__)
 
 
 def save_encoder(encoder: Encoder, path: Path, info: dict[str, Any]) -> None:
-    """Write ``encoder`` with its metadata; the file appears whole or not at all.
+    """Write ``encoder`` atomically.
 
     Args:
-        encoder: what to write; its tensors go under the encoder's own names.
+        encoder: the encoder.
         path: the file, usually ``encoder.safetensors``.
-        info: further metadata (pixel mean and std, image size, iteration, pretext settings), JSON values.
+        info: further metadata (pixel mean and std, image size, iteration, pretext settings): JSON values.
     """
     metadata = {"encoder": encoder.to_config(), "version": __version__, **info}
     tensors = {name: t.detach().cpu().contiguous() for name, t in encoder.state_dict().items()}
+    texts = {key: json.dumps(value) for key, value in metadata.items()}
+    texts["digest"] = json.dumps(content_digest([tensors, texts]))
     with appearing(path) as part:
-        save_file(tensors, str(part), {key: json.dumps(value) for key, value in metadata.items()})
+        save_file(tensors, str(part), texts)
 
 
 def read_encoder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the tensors and the metadata of an encoder file.
 
     Raises:
-        UserError: if the file is missing, is no safetensors file, or is not one of :func:`save_encoder`.
+        UserError: if the file is missing or damaged, is not a safetensors file, or was not written by
+            :func:`save_encoder`.
     """
     if not path.is_file():
         raise UserError(
-            f"weights file '{path}' does not exist; pre-train first, or give the path of an encoder.safetensors, or '' "
-            "for none"
+            f"weights file '{path}' does not exist; pre-train first, give the path of an encoder.safetensors, or '' "
+            "for random weights"
         )
     try:
         with path.open("rb") as start:
             header = int.from_bytes(start.read(8), "little")
         if MAX_HEADER < header <= path.stat().st_size:
             raise UserError(
-                f"'{path}' has {header:,} bytes of metadata, above the limit of {MAX_HEADER:,}: write it anew"
+                f"'{path}' has {header:,} bytes of metadata, above the limit of {MAX_HEADER:,}: write it again"
             )
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}
@@ -65,13 +72,18 @@ def read_encoder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if is_damaged(path):
             raise UserError(damaged(path)) from error
         raise UserError(
-            f"'{path}' is not a readable safetensors file ({error}); write it anew with relvit-d2 pretrain"
+            f"'{path}' is not a readable safetensors file ({error}); write it again with relvit-d2 pretrain"
         ) from error
     if "encoder" not in metadata:
         raise UserError(
-            f"'{path}' holds tensors but no description of an encoder; "
-            "use the encoder.safetensors that relvit-d2 pretrain writes"
+            f"'{path}' contains tensors but no description of an encoder; "
+            "give an encoder.safetensors of relvit-d2 pretrain"
         )
+    digest = metadata.pop("digest", "")
+    if not digest:
+        logger.info(f"'{path}' has no digest, since an earlier version wrote it: changed values are not detected")
+    elif digest != json.dumps(content_digest([tensors, metadata])):
+        raise UserError(damaged(path))
     try:
         content = {key: json.loads(value) for key, value in metadata.items()}
         config = content["encoder"]
@@ -81,17 +93,13 @@ def read_encoder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not valid:
         raise UserError(
             f"the metadata of '{path}' do not describe an encoder with a name and at most {MAX_GRID} patches per side: "
-            f"{metadata['encoder'][:200]}; write it anew with relvit-d2 pretrain"
+            f"{metadata['encoder'][:200]}; write it again with relvit-d2 pretrain"
         )
     return tensors, content
 
 
 def read_weights(source: str | Path, encoder: Encoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read tensors and metadata of a file of :func:`save_encoder`, or of timm's published weights ``timm:NAME``.
-
-    Raises:
-        UserError: see :func:`read_encoder` and :func:`relvit_d2.conversion.timm_hub.read_published`.
-    """
+    """Read tensors and metadata of an encoder file, or of timm's pre-trained weights ``timm:NAME``."""
     return read_published(str(source), encoder) if is_published(str(source)) else read_encoder(Path(source))
 
 
@@ -106,12 +114,12 @@ def build_described(source: str | Path, tensors: dict[str, Tensor], config: dict
             described = build_encoder(**config).state_dict()
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise UserError(
-            f"the metadata of '{source}' do not describe an encoder ({str(error)[:200]}); write it anew"
+            f"the metadata of '{source}' do not describe an encoder ({str(error)[:200]}); write it again"
         ) from error
     shapes = [{name: tuple(value.shape) for name, value in values.items()} for values in (described, tensors)]
     if odd := sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()}):
         raise UserError(
-            f"'{source}' does not hold the encoder that its metadata describes ({', '.join(odd[:3])}); write it anew"
+            f"'{source}' does not contain the encoder of its metadata ({', '.join(odd[:3])}); write it again"
         )
     encoder = build_encoder(**config)
     encoder.load_state_dict(tensors)
@@ -120,7 +128,7 @@ def build_described(source: str | Path, tensors: dict[str, Tensor], config: dict
 
 @dataclass
 class MatchReport:
-    """What became of every tensor of a file and of every parameter of the encoder it went into."""
+    """The names of matching and other tensors of a file and of the encoder that loaded it."""
 
     path: str
     metadata: dict[str, Any]
@@ -141,42 +149,39 @@ class MatchReport:
 
 
 def load_encoder(encoder: Encoder, source: str | Path) -> MatchReport:
-    """Load weights into ``encoder`` and say what matched.
+    """Load weights into ``encoder``.
 
-    Tensors of another size are resized where the encoder knows how (position and patch embeddings).
-    Parameters that the file cannot hold by design count as fresh, not as missing.
+    Position and patch embeddings of another size are resized. Parameters that the source does not have by its config
+    count as fresh, not as missing.
 
     Args:
-        encoder: what the weights go into.
-        source: an encoder file, or ``timm:NAME`` (see :func:`read_weights`).
+        encoder: the encoder; unchanged if an error is raised.
+        source: an encoder file, or ``timm:NAME``.
 
     Raises:
-        UserError: if the weights are of another encoder, or fewer than 90 % of the values match. The encoder
-            is left untouched then.
+        UserError: if the weights are of another encoder, or less than 90 % of the values match.
     """
     tensors, metadata = read_weights(source, encoder)
     config = metadata["encoder"]
     if config["name"] != encoder.name:
         raise UserError(
-            f"'{source}' holds weights of encoder {config['name']}, the config asks for {encoder.name}; "
+            f"'{source}' contains weights of encoder {config['name']}, but the config has {encoder.name}; "
             f"set MODEL.ENCODER.NAME {config['name']} or give other weights"
         )
-    for key, mend in (
+    for key, fix in (
         ("patch_size", f"set MODEL.ENCODER.PATCH_SIZE {config.get('patch_size')}"),
         ("in_chans", f"build it with in_chans={config.get('in_chans')}"),
     ):
         if key in config and not encoder.accepts(key, config[key]):
             raise UserError(
-                f"'{source}' holds weights for {key} {config[key]}, this encoder has {encoder.arguments[key]}: "
-                f"{mend} or give other weights"
+                f"'{source}' contains weights for {key} {config[key]}, this encoder has {encoder.arguments[key]}: "
+                f"{fix} or give other weights"
             )
     fresh = encoder.fresh(config)
     report = MatchReport(str(source), metadata, fresh=sorted(fresh))
-    own = encoder.state_dict()
+    expected = {name: value for name, value in encoder.state_dict().items() if name not in fresh}
     found: dict[str, Tensor] = {}
-    for name, value in own.items():
-        if name in fresh:
-            continue
+    for name, value in expected.items():
         if name not in tensors:
             report.missing.append(name)
         elif tensors[name].shape == value.shape:
@@ -187,13 +192,13 @@ def load_encoder(encoder: Encoder, source: str | Path) -> MatchReport:
             report.resized.append(name)
         else:
             report.missing.append(name)
-    report.unexpected = [name for name in tensors if name not in own]
-    wanted = sum(value.numel() for name, value in own.items() if name not in fresh)
-    report.share = sum(value.numel() for value in found.values()) / max(wanted, 1)
+    report.unexpected = [name for name in tensors if name not in encoder.state_dict()]
+    total = sum(value.numel() for value in expected.values())
+    report.share = sum(value.numel() for value in found.values()) / max(total, 1)
     if report.share < ENOUGH:
         raise UserError(
             f"only {report.share:.1%} of the encoder's values match '{source}' ({ENOUGH:.0%} are needed; "
-            f"first missing: {', '.join(report.missing[:3])}); give weights of this very encoder"
+            f"first missing: {', '.join(report.missing[:3])}); give weights of the same encoder"
         )
     encoder.load_state_dict(found, strict=False)
     return report
@@ -201,36 +206,32 @@ def load_encoder(encoder: Encoder, source: str | Path) -> MatchReport:
 
 @torch.no_grad()
 def feature_difference(encoder: Encoder, source: str | Path) -> float:
-    """Compare ``encoder`` with the encoder that ``source`` describes, on one image.
+    """Compare ``encoder``, after loading ``source``, with the original encoder, on one image.
 
-    The encoder of the source is built anew from its own metadata, with attention in the windows of ``encoder``, which
-    no weight knows of. Parameters that are fresh in ``encoder`` are zero during the comparison, since the source's
-    encoder lacks them; so are those of the source that ``encoder`` leaves out. Where the patches of ``encoder`` are
-    larger, it sees the image with every patch enlarged; where it sees gray and the source colour, the image is gray.
+    The original encoder is built from the metadata of the source, with the attention windows of ``encoder``, which do
+    not depend on weights. Parameters that only one of the two encoders has are set to zero. If the patches of
+    ``encoder`` are larger, it gets the image with enlarged patches; if only ``encoder`` is grayscale, so is the image.
 
     Returns:
-        The largest absolute difference of a feature, relative to the features' largest absolute value.
+        The largest absolute difference of a feature, relative to the largest absolute feature.
     """
     tensors, metadata = read_weights(source, encoder)
     config = metadata["encoder"]
     windows = {key: value for key, value in encoder.arguments.items() if key in ("window", "global_blocks")}
-    theirs = build_described(source, tensors, config | windows)
+    original = build_described(source, tensors, config | windows)
     device = next(encoder.parameters()).device
-    theirs = theirs.to(device).eval()
-    generator = torch.Generator().manual_seed(0)
+    original = original.to(device).eval()
     size, patch = encoder.arguments["img_size"], encoder.arguments["patch_size"]
-    if patch != theirs.arguments["patch_size"]:
-        size = size // patch * theirs.arguments["patch_size"]
-    image = torch.randn(1, encoder.arguments["in_chans"], size, size, generator=generator)
+    old_patch = original.arguments["patch_size"]
+    image = random_image(size if patch == old_patch else size // patch * old_patch, encoder.arguments["in_chans"])
     was_training = encoder.training
     encoder.eval()
     with encoder.without(encoder.fresh(config)):
-        ours = encoder(enlarge_patches(image, theirs.arguments["patch_size"], patch).to(device))
+        maps = encoder(enlarge_patches(image, old_patch, patch).to(device))
     encoder.train(was_training)
-    with theirs.without(encoder.lacks(config)):
-        expected = theirs(image.expand(-1, theirs.arguments["in_chans"], -1, -1).to(device))
-    pairs = [(ours[name if name in ours else encoder.last], value) for name, value in expected.items()]
-    return max(((value - wanted).abs().max() / wanted.abs().max()).item() for value, wanted in pairs)
+    with original.without(encoder.lacks(config)):
+        expected = original(image.expand(-1, original.arguments["in_chans"], -1, -1).to(device))
+    return max(relative_difference(maps.get(name, maps[encoder.last]), value) for name, value in expected.items())
 
 
 def enlarge_patches(images: Tensor, old: int, new: int) -> Tensor:

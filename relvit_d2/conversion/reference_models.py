@@ -1,4 +1,4 @@
-"""Other people's models as they define them, to compare ours with: timm's where timm has them."""
+"""Reference implementations of models of other projects, to compare encoders with; from timm where it has them."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from relvit_d2.encoders.timm_vit import entry, without_head
 
-# Features of the last map, (B, N, D), of images (B, C, H, W).
-Definition = Callable[[Tensor], Tensor]
+# Maps images (B, C, H, W) to features of the last map (B, N, D).
+Reference = Callable[[Tensor], Tensor]
 
-# timm's model of each of our ViTs, and what it takes to be one: the widths and depths of names are timm's.
+# timm's name of each encoder, and the arguments that differ from those of the name.
 TIMM_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "vit_nano": ("vit_tiny_patch16_224", {"embed_dim": 128, "depth": 4, "num_heads": 4}),
     "vit_tiny": ("vit_tiny_patch16_224", {}),
@@ -25,34 +25,30 @@ TIMM_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def timm_vit_definition(model: str, tensors: Mapping[str, Tensor], **arguments: Any) -> Definition:
-    """Return timm's transformer ``model``, for images of one size, with tensors under their publisher's names.
+def timm_vit_reference(model: str, tensors: Mapping[str, Tensor], **arguments: Any) -> Reference:
+    """Return timm's ViT ``model`` with tensors under the names of their authors.
 
     Raises:
-        RuntimeError: if they are not the model's, one for one.
+        RuntimeError: if a tensor of the model is missing or a tensor is unexpected.
     """
     vit = without_head(entry(model)(**arguments)).eval()
-    # strict: what timm's own translation makes of them is all that the model has
+    # strict loading of the names as translated by timm
     vit.load_state_dict(vision_transformer.checkpoint_filter_fn(dict(tensors), vit, adapt_layer_scale=True))
     return lambda images: vit.forward_features(images)[:, vit.num_prefix_tokens :]
 
 
-def timm_swin_definition(tensors: Mapping[str, Tensor], in_chans: int) -> Definition:
-    """Return timm's Swin-T for images of 224 x 224, as :func:`timm_vit_definition`."""
+def timm_swin_reference(tensors: Mapping[str, Tensor], in_chans: int) -> Reference:
+    """Return timm's Swin-T for images of 224 x 224, like :func:`timm_vit_reference`."""
     swin: Any = timm.create_model(TIMM_NAMES["swin_tiny"][0], in_chans=in_chans, num_classes=0).eval()
     swin.load_state_dict(swin_transformer.checkpoint_filter_fn(dict(tensors), swin))
 
-    def run(images: Tensor) -> Tensor:
-        features: Tensor = swin.forward_features(images)
-        return features.flatten(1, 2)
-
-    return run
+    return lambda images: swin.forward_features(images).flatten(1, 2)
 
 
-def t2t_definition(tensors: Mapping[str, Tensor], heads: int) -> Definition:
-    """Return T2T-ViT as its authors describe it, from plain tensor arithmetic, attention as the sum over all pairs.
+def t2t_reference(tensors: Mapping[str, Tensor], heads: int) -> Reference:
+    """Return T2T-ViT in plain tensor arithmetic, with explicit attention and the position table of the file.
 
-    yitu-opensource/T2T-ViT, ``models/t2t_vit.py`` and ``token_performer.py``; the position table is the file's own.
+    (yitu-opensource/T2T-ViT, ``models/t2t_vit.py`` and ``token_performer.py``)
     """
     depth = sum(name.endswith(".attn.qkv.weight") for name in tensors)
 

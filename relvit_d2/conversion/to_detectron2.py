@@ -1,4 +1,4 @@
-"""An encoder as one of Detectron2's own backbones."""
+"""Export of an encoder to a Detectron2 backbone."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -8,29 +8,31 @@ import torch
 import torch.nn.functional as F
 from detectron2.modeling import Backbone
 from detectron2.modeling.backbone import SwinTransformer
-from detectron2.modeling.backbone.vit import ViT as StockViT
+from detectron2.modeling.backbone.vit import ViT as Detectron2ViT
 from torch import Tensor, nn
 
 from relvit_d2.conversion.convert import fold_scales
-from relvit_d2.conversion.to_timm import compared
+from relvit_d2.conversion.converted import random_image, relative_difference
+from relvit_d2.conversion.to_timm import checked_export
 from relvit_d2.encoders import Encoder
 from relvit_d2.encoders.swin import Swin
 from relvit_d2.encoders.vit import ViT
 from relvit_d2.utils.errors import UserError
 
-_SWIN_SIDE = 256  # pixels: every map is larger than a window, below which Detectron2 shifts and the classifiers do not
+# Image size at which every map is larger than a window: on smaller maps Detectron2 shifts windows, timm does not.
+_SWIN_SIDE = 256
 
 
 @dataclass
-class Stock:
-    """Detectron2's backbone with the encoder's weights.
+class Detectron2Export:
+    """A Detectron2 backbone with the weights of an encoder.
 
     Attributes:
-        backbone: in evaluation mode.
+        backbone: the backbone, in evaluation mode.
         call: the code that builds it.
-        difference: of the features that stay equal, relative to the largest.
-        equal: which those are.
-        unequal: what Detectron2's backbone leaves out or adds.
+        difference: relative difference of the equal features.
+        equal: description of the features that are equal to the encoder's.
+        unequal: description of the other differences.
     """
 
     backbone: Backbone
@@ -40,11 +42,11 @@ class Stock:
     unequal: str
 
 
-def to_detectron2(encoder: Encoder) -> Stock:
-    """Build Detectron2's backbone with the weights of ``encoder``, and prove what stays equal.
+def to_detectron2(encoder: Encoder) -> Detectron2Export:
+    """Build a Detectron2 backbone with the weights of ``encoder``, and compare their features.
 
     Raises:
-        UserError: if Detectron2 has no such backbone, or the features differ.
+        UserError: if Detectron2 has no such backbone, or features differ that should be equal.
     """
     encoder.eval()
     if isinstance(encoder, ViT):
@@ -55,13 +57,13 @@ def to_detectron2(encoder: Encoder) -> Stock:
 
 
 @torch.no_grad()
-def _vit(encoder: ViT) -> Stock:
-    """Detectron2's ViT has neither class token nor final norm (``modeling/backbone/vit.py``)."""
+def _vit(encoder: ViT) -> Detectron2Export:
+    """Export to Detectron2's ViT, which has no class token and no final norm (``modeling/backbone/vit.py``)."""
     vit, config = encoder.vit, encoder.arguments
     tensors = fold_scales(vit.state_dict())
     left_out = ("cls_token", "reg_token", "norm.weight", "norm.bias")
     kept = {name: value for name, value in tensors.items() if name not in left_out}
-    # In Detectron2's ViT the first position is the class token's, which it passes over.
+    # Detectron2's ViT skips the first position, which belongs to the class token.
     prefix = 0 if vit.no_embed_class or not vit.has_class_token else 1
     arguments = {
         "patch_size": config["patch_size"],
@@ -77,28 +79,26 @@ def _vit(encoder: ViT) -> Stock:
     if config["pos_embed"]:
         grid = vit.patch_embed.num_patches
         kept["pos_embed"] = kept["pos_embed"][:, kept["pos_embed"].shape[1] - grid - prefix :]
-    backbone = StockViT(**arguments, norm_layer=partial(nn.LayerNorm, eps=1e-6)).eval()
+    backbone = Detectron2ViT(**arguments, norm_layer=partial(nn.LayerNorm, eps=1e-6)).eval()
     _fill(backbone, kept, encoder.name)
-    side = config["img_size"]
-    image = torch.randn(1, config["in_chans"], side, side, generator=torch.Generator().manual_seed(0))
+    image = random_image(config["img_size"], config["in_chans"])
     theirs = backbone(image)["last_feat"].flatten(2).mT
     x = vit.patch_embed(image).flatten(1, 2)
     if vit.pos_embed is not None:
         x = x + vit.pos_embed[:, vit.pos_embed.shape[1] - x.shape[1] :]
-    difference = compared(vit.blocks(vit.norm_pre(x)), theirs, "Detectron2's ViT")
+    difference = checked_export(theirs, vit.blocks(vit.norm_pre(x)), "Detectron2's ViT")
     with_prefix = vit.norm_pre(vit._pos_embed(vit.patch_embed(image)))
     usual = vit.blocks(with_prefix)[:, vit.num_prefix_tokens :]
-    apart = ((usual - theirs).abs().max() / usual.abs().max()).item()
-    gone = [name for name in ("cls_token", "reg_token", "norm") if any(n.startswith(name) for n in tensors)]
+    missing = [name for name in ("cls_token", "reg_token", "norm") if any(n.startswith(name) for n in tensors)]
     call = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-    return Stock(
+    return Detectron2Export(
         backbone,
         f"detectron2.modeling.backbone.vit.ViT({call}, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6))",
         difference,
-        "the patches' tokens after the last block, before the final norm, where no other tokens are attended to",
-        f"Detectron2's ViT has no {' and no '.join(gone)}: before the norm its features are {apart:.1e} off the "
-        "encoder's, relative to the largest"
-        if gone
+        "the patch tokens after the last block and before the final norm, without attention to other tokens",
+        f"Detectron2's ViT has no {' and no '.join(missing)}: before the norm, the relative difference of its features "
+        f"from the encoder's is {relative_difference(theirs, usual):.1e}"
+        if missing
         else "nothing",
     )
 
@@ -109,8 +109,11 @@ def _heads(block: Any) -> int:
 
 
 @torch.no_grad()
-def _swin(encoder: Swin) -> Stock:
-    """Detectron2's Swin norms each map, and halves a map at the end of a stage (``modeling/backbone/swin.py``)."""
+def _swin(encoder: Swin) -> Detectron2Export:
+    """Export to Detectron2's Swin, with norms on all maps and downsampling at the end of a stage.
+
+    (``modeling/backbone/swin.py``)
+    """
     swin, in_chans = encoder.swin, encoder.arguments["in_chans"]
     backbone = SwinTransformer(in_chans=in_chans).eval()
     kept: dict[str, Tensor] = {}
@@ -121,29 +124,32 @@ def _swin(encoder: Swin) -> Stock:
         elif parts[2:3] == ["downsample"]:
             parts[1] = str(int(parts[1]) - 1)
         kept[".".join(parts)] = value
-    own = {n: v for n, v in backbone.state_dict().items() if "index" in n or n.startswith(("norm0", "norm1", "norm2"))}
-    _fill(backbone, own | kept, encoder.name)
-    image = torch.randn(1, in_chans, _SWIN_SIDE, _SWIN_SIDE, generator=torch.Generator().manual_seed(0))
+    initial = {
+        n: v for n, v in backbone.state_dict().items() if "index" in n or n.startswith(("norm0", "norm1", "norm2"))
+    }
+    _fill(backbone, initial | kept, encoder.name)
+    image = random_image(_SWIN_SIDE, in_chans)
     theirs, ours = backbone(image), list(encoder(image).values())
-    difference = compared(ours[-1], theirs["p3"], "Detectron2's SwinTransformer")
-    for index, value in enumerate(ours[:-1]):
-        normed = F.layer_norm(value.movedim(1, -1), value.shape[1:2]).movedim(-1, 1)
-        difference = max(difference, compared(normed, theirs[f"p{index}"], "Detectron2's SwinTransformer"))
-    return Stock(
+    normed = [F.layer_norm(value.movedim(1, -1), value.shape[1:2]).movedim(-1, 1) for value in ours[:-1]]
+    differences = [
+        checked_export(theirs[f"p{index}"], value, "Detectron2's SwinTransformer")
+        for index, value in enumerate([*normed, ours[-1]])
+    ]
+    return Detectron2Export(
         backbone,
         f"detectron2.modeling.backbone.SwinTransformer(in_chans={in_chans})",
-        difference,
-        "the last map, wherever all maps are larger than a window of 7 cells",
-        "Detectron2's Swin norms the first three maps too, with scales of 1 and shifts of 0, which the encoder lacks",
+        max(differences),
+        "the last map, if all maps are larger than a window of 7 cells",
+        "Detectron2's Swin has norms (scale 1, shift 0) on the first three maps, which the encoder does not have",
     )
 
 
 def _fill(backbone: Backbone, tensors: dict[str, Tensor], name: str) -> None:
-    own = {key: value.shape for key, value in backbone.state_dict().items()}
-    odd = [key for key in {**own, **tensors} if key not in tensors or own.get(key) != tensors[key].shape]
-    if odd:
+    shapes = {key: value.shape for key, value in backbone.state_dict().items()}
+    different = [key for key in {**shapes, **tensors} if key not in tensors or shapes.get(key) != tensors[key].shape]
+    if different:
         raise UserError(
-            f"encoder '{name}' has parts that Detectron2's backbone lacks, or lacks some of its "
-            f"({', '.join(odd[:3])}): its weights cannot go there"
+            f"encoder '{name}' and Detectron2's backbone do not have the same tensors ({', '.join(different[:3])}): "
+            "its weights cannot be exported"
         )
     backbone.load_state_dict(tensors)

@@ -1,4 +1,4 @@
-"""An encoder as a model of timm."""
+"""Export of an encoder to a timm model."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from relvit_d2.conversion.converted import TOLERANCE
+from relvit_d2.conversion.converted import checked_difference, random_image
 from relvit_d2.conversion.reference_models import TIMM_NAMES
 from relvit_d2.encoders.base import Encoder
 from relvit_d2.encoders.swin import Swin
@@ -15,11 +15,9 @@ from relvit_d2.utils.errors import UserError
 
 
 def to_timm(encoder: Encoder) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
-    """Return what makes the encoder a model of timm.
+    """Return the name and the arguments of ``timm.create_model``, and the tensors that the model loads strictly.
 
-    Returns:
-        The name and the arguments of ``timm.create_model``, and the tensors that the model loads strictly. Its
-        ``forward_features`` gives the encoder's features, after prefix tokens in a ViT.
+    The model's ``forward_features`` returns the features of the encoder, in a ViT after the prefix tokens.
 
     Raises:
         UserError: if timm has no such model.
@@ -42,34 +40,20 @@ def to_timm(encoder: Encoder) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def prove_timm(encoder: Encoder, name: str, arguments: dict[str, Any], tensors: dict[str, Tensor]) -> float:
-    """Load ``tensors`` strictly into timm's model and compare features of one image, of its side or 224 pixels.
-
-    Returns:
-        The largest difference, relative to the largest feature.
+def verify_timm(encoder: Encoder, name: str, arguments: dict[str, Any], tensors: dict[str, Tensor]) -> float:
+    """Load ``tensors`` strictly into timm's model, compare the features of an image, return the relative difference.
 
     Raises:
         UserError: if they differ.
     """
     model: Any = timm.create_model(name, **arguments).eval()
     model.load_state_dict(tensors)
-    side = arguments.get("img_size", 224)
-    image = torch.randn(1, arguments["in_chans"], side, side, generator=torch.Generator().manual_seed(0))
+    image = random_image(arguments.get("img_size", 224), arguments["in_chans"])
     features = model.forward_features(image)
     theirs = features[:, model.num_prefix_tokens :] if isinstance(encoder, ViT) else features.flatten(1, 2)
-    return compared(encoder.eval().tokens(image), theirs, f"timm's {name}")
+    return checked_export(theirs, encoder.eval().tokens(image), f"timm's {name}")
 
 
-def compared(ours: Tensor, theirs: Tensor, what: str) -> float:
-    """Return the largest difference of features, relative to the largest feature.
-
-    Raises:
-        UserError: if it is more than :data:`TOLERANCE`.
-    """
-    difference = ((ours - theirs).abs().max() / ours.abs().max()).item()
-    if not difference <= TOLERANCE:
-        raise UserError(
-            f"features of {what} differ by {difference:.1e} from the encoder's, where {TOLERANCE:.0e} is allowed: "
-            "nothing is written, since it does not compute what the encoder does"
-        )
-    return difference
+def checked_export(features: Tensor, expected: Tensor, model: str) -> float:
+    """Return the relative difference of an exported model's features from the encoder's; raise if it is too large."""
+    return checked_difference(features, expected, f"{model} differ from the encoder's", "nothing is written")

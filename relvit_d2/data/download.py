@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from filelock import FileLock, Timeout
-
 from relvit_d2.data.images.archive import ARCHIVE_DAMAGE, each_member
 from relvit_d2.utils.errors import UserError
 
@@ -140,6 +138,8 @@ def _write(file: IO[bytes], chunk: bytes) -> None:
 @contextmanager
 def _locked(part: Path) -> Iterator[None]:
     """Hold a lock file beside ``part``, which is removed afterwards."""
+    from filelock import FileLock, Timeout  # here: relvit-d2 doctor imports this module where packages are missing
+
     path = part.with_name(f".{part.name}.lock")
     try:
         with FileLock(path, timeout=0):

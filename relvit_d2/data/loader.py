@@ -4,19 +4,17 @@ import atexit
 import itertools
 import logging
 import random
-import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 from weakref import WeakSet
 
 import numpy as np
-from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from relvit_d2.data.images.decode import UnreadableImageError
-from relvit_d2.utils.errors import UserError
-from relvit_d2.utils.randomness import generator, sequence, torch_generator
+from relvit_d2.data.workers import read_in_workers
+from relvit_d2.utils.errors import UserError, defect, resource_error
+from relvit_d2.utils.randomness import generator, sequence
 
 Key = tuple[int, int]  # epoch, index
 
@@ -27,7 +25,7 @@ logger = logging.getLogger(__name__)
 _open: WeakSet[Generator[Any, None, None]] = WeakSet()  # generators in use
 
 
-class EndlessOrder(Sampler[list[Key]]):
+class EndlessOrder:
     """Samples the endless batches of one process from an iteration on.
 
     The samples are a sequence of permutations, one per epoch, each a function of ``(seed, epoch)``. Iteration i takes
@@ -69,37 +67,45 @@ def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
     return generator(seed, "order", epoch).permutation(count)
 
 
-class _Mapped(Dataset[Any]):
-    """Maps samples with the global generators seeded for each; a :class:`UserError` is returned as the sample.
+class _Reader:
+    """Reads a batch: maps its samples, with the global generators seeded for each, and collates them.
 
     With ``replaces``, an unreadable image is replaced by the next readable sample, so that a run remains a function of
     its seed and its images.
     """
 
-    def __init__(self, samples: Sequence[Any], mapper: Callable[[Any], Any], seed: int, replaces: bool) -> None:
-        self._samples, self._mapper, self._seed, self._replaces = samples, mapper, seed, replaces
+    def __init__(
+        self,
+        samples: Sequence[Any],
+        mapper: Callable[[Any], Any],
+        collate: Callable[[list[Any]], Any],
+        seed: int,
+        replaces: bool,
+    ) -> None:
+        self._samples, self._mapper, self._collate = samples, mapper, collate
+        self._seed, self._replaces = seed, replaces
         self._reported: set[int] = set()
 
-    def __len__(self) -> int:
-        return len(self._samples)
+    def __call__(self, keys: list[Key]) -> Any:
+        return self._collate([self._read(*key) for key in keys])
 
-    def __getitem__(self, key: Key | int) -> Any:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
+    def _read(self, epoch: int, index: int) -> Any:
         # Detectron2's augmentations draw from the global NumPy generator.
         seeds = sequence(self._seed, "sample", epoch, index).generate_state(2)
         np.random.seed(seeds[0])
         random.seed(int(seeds[1]))
         for candidate in range(index, index + (MAX_REPLACEMENTS if self._replaces else 1)):
+            sample = self._samples[candidate % len(self._samples)]
             try:
-                return self._mapper(self._samples[candidate % len(self)])
+                return self._mapper(sample)
             except UnreadableImageError as error:
-                user_error: UserError = error
-                self._report(candidate % len(self), error)
-            except UserError as error:
-                user_error = error
-                break
-        # An exception raised in a worker would arrive with the traceback as its message.
-        return user_error
+                unreadable = error
+                self._report(candidate % len(self._samples), error)
+            except UserError:
+                raise
+            except Exception as error:
+                raise resource_error(error) or defect(f"reading {_name(sample)}", error) from error
+        raise unreadable
 
     def _report(self, index: int, error: UnreadableImageError) -> None:
         if self._replaces and index not in self._reported:
@@ -108,37 +114,32 @@ class _Mapped(Dataset[Any]):
             logger.warning(f"{error}; the next image replaces it ({count} replaced so far in this process)")
 
 
-class _Collate:
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self._collate = collate
-
-    def __call__(self, items: list[Any]) -> Any:
-        return next((item for item in items if isinstance(item, UserError)), None) or self._collate(items)
-
-
 class Batches:
-    """A loader's batches; a :class:`UserError` of a worker is raised in the main process.
+    """The batches of one process, read by worker processes.
 
-    Attributes:
+    Args:
+        reader: maps keys of samples to a batch.
+        keys: the keys of each batch.
+        workers: number of processes; 0: this process reads.
+        timeout: seconds to wait for a worker; 0: no limit.
         first: index of the first sample, if the samples are read in order.
     """
 
-    def __init__(self, loader: DataLoader[Any], first: int = 0) -> None:
-        self._loader, self.first = loader, first
+    def __init__(
+        self, reader: Callable[[list[Key]], Any], keys: Any, workers: int, timeout: float, first: int = 0
+    ) -> None:
+        self._reader, self._keys, self._workers, self._timeout = reader, keys, workers, timeout
+        self.first = first
 
     def __len__(self) -> int:
-        return len(self._loader)
+        return len(self._keys)
 
     def __iter__(self) -> Generator[Any, None, None]:
-        batches = self._read()
+        if not self._workers:
+            return (self._reader(keys) for keys in self._keys)
+        batches = read_in_workers(self._reader, self._keys, self._workers, self._timeout)
         _open.add(batches)
         return batches
-
-    def _read(self) -> Generator[Any, None, None]:
-        for batch in self._loader:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
 
 
 class EndlessBatches(Batches):
@@ -151,6 +152,7 @@ class EndlessBatches(Batches):
         order: the samples of each batch.
         seed: the run's seed.
         workers: number of loader processes; 0 reads in this process. The batches do not depend on it.
+        timeout: seconds to wait for a loader process; 0: no limit.
         replaces: replace an unreadable image by the next one.
     """
 
@@ -162,38 +164,19 @@ class EndlessBatches(Batches):
         order: EndlessOrder,
         seed: int,
         workers: int,
+        timeout: float = 0,
         replaces: bool = False,
     ) -> None:
         self._samples, self._order = samples, order
-        dataset = _Mapped(samples, mapper, seed, replaces)
-        # A loader draws a seed when it starts, which must not advance the global generator.
-        generator = torch_generator(seed, "loader")
-        super().__init__(_loader(dataset, order, collate, workers, generator=generator))
+        super().__init__(_Reader(samples, mapper, collate, seed, replaces), order, workers, timeout)
 
     def names(self, iteration: int) -> list[Any]:
         """Return names of the images of an iteration, for messages: the file, and for a record the image's id."""
-        samples = [self._samples[index] for _, index in self._order.keys(iteration)]
-        return [{k: s[k] for k in ("file_name", "image_id")} if isinstance(s, dict) else str(s) for s in samples]
+        return [_name(self._samples[index]) for _, index in self._order.keys(iteration)]
 
 
-def _loader(
-    dataset: Dataset[Any], order: Any, collate: Callable[[list[Any]], Any], workers: int, **more: Any
-) -> DataLoader[Any]:
-    return DataLoader(
-        dataset,
-        batch_sampler=order,
-        num_workers=workers,
-        collate_fn=_Collate(collate),
-        worker_init_fn=_start_worker,
-        **more,
-    )
-
-
-def _start_worker(number: int) -> None:
-    """Ignore Ctrl-C and Slurm's SIGTERM, which reach every process of a run; end when the parent ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    _prctl_pr_set_pdeathsig(signal.SIGKILL)
+def _name(sample: Any) -> Any:
+    return {key: sample[key] for key in ("file_name", "image_id")} if isinstance(sample, dict) else str(sample)
 
 
 @atexit.register
@@ -211,13 +194,14 @@ def ordered_batches(
     workers: int,
     rank: int = 0,
     world: int = 1,
+    timeout: float = 0,
     replaces: bool = False,
 ) -> Batches:
     """Return one process's part of the samples in order; each sample is in exactly one process's part.
 
-    With ``replaces`` an unreadable image is replaced by the next one.
+    With ``replaces`` an unreadable image is replaced by the next one. ``timeout`` as in :class:`Batches`.
     """
     share = np.array_split(np.arange(len(samples)), world)[rank].tolist()
-    batches = [share[i : i + batch] for i in range(0, len(share), batch)]
-    dataset = _Mapped(samples, mapper, 0, replaces)
-    return Batches(_loader(dataset, batches, collate, workers), share[0] if share else 0)
+    keys = [[(0, index) for index in share[i : i + batch]] for i in range(0, len(share), batch)]
+    reader = _Reader(samples, mapper, collate, 0, replaces)
+    return Batches(reader, keys, workers, timeout, share[0] if share else 0)

@@ -195,6 +195,11 @@ def build_encoder_pyramid_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Simp
     if name not in PYRAMIDS:
         raise UserError(f"MODEL.PYRAMID.NAME '{keys.NAME}' is unknown; give auto, {', '.join(PYRAMIDS)}")
     strides = list(keys.STRIDES)
+    if strides == [0]:
+        raise UserError(
+            "MODEL.PYRAMID.STRIDES is [0]: give the strides, or load the config with relvit_d2.tasks.load_config, "
+            "which derives them from the encoder"
+        )
     steps = [math.log2(b / a) for a, b in pairwise(strides)]
     if not strides or any(stride & (stride - 1) for stride in strides) or any(step != 1 for step in steps):
         raise UserError(f"MODEL.PYRAMID.STRIDES {strides} are not powers of two, each twice the one before")
@@ -220,7 +225,7 @@ def _on_one_stride(
     if not set(scales) <= {4.0, 2.0, 1.0, 0.5}:
         raise UserError(
             f"MODEL.PYRAMID.STRIDES {strides} do not fit an encoder of stride {base}: give strides "
-            f"from {max(base // 4, 1)} to {base * 2}"
+            f"from {max(base // 4, 1)} to {base * 2}, or [0] to derive them"
         )
     if name == "simple":
         return SimplePyramid(EncoderBackbone(encoder), encoder.last, keys.OUT_CHANNELS, scales, top, keys.NORM)

@@ -13,11 +13,14 @@ from relvit_d2.data.config import (
 from relvit_d2.data.detection.config import add_custom_data_config, add_mapper_config
 from relvit_d2.data.images.config import add_pixel_format_config, check_pixel_format_config
 from relvit_d2.detection.config_check import check_config
+from relvit_d2.encoders import map_strides
 from relvit_d2.encoders.config import add_encoder_config, check_encoder_config
 from relvit_d2.engine.config import WITHOUT_EFFECT, add_engine_config, finish_engine_config
 from relvit_d2.pretext.config import add_joint_config
 from relvit_d2.utils.config_keys import add_groups
 from relvit_d2.utils.errors import UserError
+
+BACKBONE = "build_encoder_pyramid_backbone"  # registered in relvit_d2.detection.backbone
 
 
 def add_relvit_config(cfg: CfgNode) -> None:
@@ -34,12 +37,14 @@ def add_relvit_config(cfg: CfgNode) -> None:
     add_custom_data_config(cfg)
     add_mapper_config(cfg)
     add_groups(cfg, "MODEL.PYRAMID")
-    cfg.MODEL.BACKBONE.NAME = "build_encoder_pyramid_backbone"  # MODEL.ENCODER with MODEL.PYRAMID
+    cfg.MODEL.BACKBONE.NAME = BACKBONE  # MODEL.ENCODER with MODEL.PYRAMID
     cfg.MODEL.BACKBONE.FREEZE_AT = 0  # 0: train all; 1: freeze the patch embedding; 2: the first block too, ...
     # simple: simple feature pyramid on the encoder's last map; fpn: FPN on its maps of several strides; multitap: FPN
     # on the maps of several of its blocks; auto: fpn if it has maps of several strides, else simple
     cfg.MODEL.PYRAMID.NAME = "auto"
-    cfg.MODEL.PYRAMID.STRIDES = [4, 8, 16, 32]  # pixels per cell of each level, powers of two
+    # Pixels per cell of each level, powers of two; [0]: the strides of an encoder with several maps, else a quarter of
+    # the encoder's stride (at least 4) to twice its stride
+    cfg.MODEL.PYRAMID.STRIDES = [0]
     cfg.MODEL.PYRAMID.TOP_BLOCK = True  # a further level: every second row and column of the last one (p6)
     cfg.MODEL.PYRAMID.OUT_CHANNELS = 256  # channels of every level
     cfg.MODEL.PYRAMID.NORM = "LN"  # LN, GN, FrozenBN, or "" for none
@@ -47,6 +52,28 @@ def add_relvit_config(cfg: CfgNode) -> None:
     cfg.MODEL.RELVIT.GRID = [7, 7]  # joint training: rows and columns of the position grid for any image size
     cfg.DATASETS.TRAIN_DIFFICULT = True  # train on VOC's difficult objects, as Detectron2 does
     cfg.DATASETS.IGNORE_DIFFICULT = True  # ignore difficult objects in evaluation, as VOC does
+
+
+def derive_levels(cfg: CfgNode) -> None:
+    """Derive the levels that a config does not choose, in place.
+
+    The strides of the pyramid follow from the encoder if ``MODEL.PYRAMID.STRIDES`` is [0]. The RPN reads all levels and
+    the region heads all but the top block's, if their ``IN_FEATURES`` are Detectron2's default, [res4].
+    """
+    if cfg.MODEL.BACKBONE.NAME != BACKBONE:
+        return
+    keys = cfg.MODEL.PYRAMID
+    if keys.STRIDES == [0]:
+        strides = map_strides(cfg.MODEL)
+        last = strides[-1]
+        around = [stride for stride in (last // 4, last // 2, last, 2 * last) if stride >= min(4, last)]
+        keys.STRIDES = strides if len(strides) > 1 else around
+    levels = [f"p{stride.bit_length() - 1}" for stride in keys.STRIDES]
+    top = [f"p{keys.STRIDES[-1].bit_length()}"] if keys.TOP_BLOCK and keys.STRIDES else []
+    if cfg.MODEL.RPN.IN_FEATURES == ["res4"]:
+        cfg.MODEL.RPN.IN_FEATURES = levels + top
+    if cfg.MODEL.ROI_HEADS.IN_FEATURES == ["res4"]:
+        cfg.MODEL.ROI_HEADS.IN_FEATURES = levels
 
 
 def finish_config(cfg: CfgNode) -> None:
@@ -57,6 +84,7 @@ def finish_config(cfg: CfgNode) -> None:
     """
     finish_engine_config(cfg)
     check_encoder_config(cfg)
+    derive_levels(cfg)
     check_config(cfg, DETECTION.defaults())
     check_data_config(cfg)
     check_evaluation_batch_config(cfg)

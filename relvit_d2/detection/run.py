@@ -1,6 +1,7 @@
 """Data, training and evaluation of a detector."""
 
 import argparse
+import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -27,10 +28,12 @@ from relvit_d2.data.detection import catalog
 from relvit_d2.data.detection.catalog import get_metadata, save_splits
 from relvit_d2.data.detection.custom import register_custom
 from relvit_d2.data.detection.mapper import DetectionMapper
+from relvit_d2.data.images.seen import SEEN, count_seen, seen_metadata
+from relvit_d2.data.listing import data_lines
 from relvit_d2.data.loader import EndlessBatches, EndlessOrder, ordered_batches
 from relvit_d2.detection.model import build_detector
 from relvit_d2.engine.precision import choose_precision
-from relvit_d2.engine.run_setup import keep_config, start_run
+from relvit_d2.engine.run_setup import save_config, start_run
 from relvit_d2.engine.trainer import Trainer
 from relvit_d2.engine.weights import load_trained, load_weights
 from relvit_d2.evaluation.coco import CocoStyleEvaluator, without_mask
@@ -135,7 +138,8 @@ def training_batches(cfg: CfgNode, records: Records, start: int) -> EndlessBatch
     rank, world = comm.get_rank(), comm.get_world_size()
     order = EndlessOrder(len(records), solver.IMS_PER_BATCH, cfg.SEED, start, rank, world, solver.GRAD_ACCUM_STEPS)
     mapper = DetectionMapper(cfg, is_train=True)
-    return EndlessBatches(records, mapper, list, order, cfg.SEED, cfg.DATALOADER.NUM_WORKERS)
+    workers, timeout = cfg.DATALOADER.NUM_WORKERS, cfg.DATALOADER.TIMEOUT
+    return EndlessBatches(records, mapper, list, order, cfg.SEED, workers, timeout)
 
 
 def evaluation_sets(cfg: CfgNode) -> dict[str, Records]:
@@ -151,7 +155,8 @@ def build_trainer(cfg: CfgNode, model: GeneralizedRCNN, records: Records, tests:
         write_json(Path(cfg.OUTPUT_DIR) / "classes.json", classes)  # for prediction without the data set
     make_batches = partial(training_batches, cfg, records)
     measure = partial(evaluate, cfg, model, tests) if tests else None
-    return Trainer(cfg, model, len(records), make_batches, measure)
+    list_data = partial(data_lines, records, hash_contents=cfg.DATASETS.HASH_CONTENTS)
+    return Trainer(cfg, model, len(records), make_batches, measure, list_data)
 
 
 def evaluate(cfg: CfgNode, model: GeneralizedRCNN, tests: dict[str, Records]) -> dict[str, Any]:
@@ -189,6 +194,23 @@ def evaluate_with_tta(
             for name, found in augmented.items()
         },
     )
+
+
+def add_seen(cfg: CfgNode, tests: dict[str, Records], metadata: dict[str, Any]) -> None:
+    """Log how many test images the initial weights were trained on; add the counts to ``results.json``.
+
+    Args:
+        cfg: the config.
+        tests: records by data set name.
+        metadata: metadata of the initial weights.
+    """
+    path = Path(cfg.OUTPUT_DIR) / "inference" / "results.json"
+    if not tests or not comm.is_main_process():
+        return
+    images = {name: [Path(record["file_name"]) for record in records] for name, records in tests.items()}
+    if counts := count_seen(metadata, images):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        write_json(path, {name: results[name] | {SEEN: count._asdict()} for name, count in counts.items()})
 
 
 def check_expected_results(cfg: CfgNode, results: dict[str, Any]) -> None:
@@ -231,6 +253,7 @@ def _evaluate(cfg: CfgNode, model: nn.Module, tests: dict[str, Records], folder:
             cfg.DATALOADER.NUM_WORKERS,
             comm.get_rank(),
             comm.get_world_size(),
+            cfg.DATALOADER.TIMEOUT,
         )
         with autocast():
             output = Path(cfg.OUTPUT_DIR) / folder / (name if len(tests) > 1 else "")
@@ -280,16 +303,18 @@ def run_process(requested: CfgNode, args: argparse.Namespace, end: Callable[[Pat
         before_training(cfg, records, tests, get_metadata(cfg.DATASETS.TRAIN[0]).thing_classes)
     model = build_detector(cfg)
     if args.eval_only:
-        keep_config(cfg)
-        load_trained(cfg, model, cfg.OUTPUT_DIR if args.resume else cfg.MODEL.WEIGHTS)
-        results = evaluate(cfg, model, tests)
-        check_expected_results(cfg, evaluate_with_tta(cfg, model, tests, results))
+        save_config(cfg)
+        checkpoint = load_trained(cfg, model, cfg.OUTPUT_DIR if args.resume else cfg.MODEL.WEIGHTS)
+        results = evaluate_with_tta(cfg, model, tests, evaluate(cfg, model, tests))
+        add_seen(cfg, tests, checkpoint.get("metadata", {}))
+        check_expected_results(cfg, results)
         return
     trainer = build_trainer(cfg, model, records, tests)
     if not (args.resume and trainer.resume(args.allow_changes)):
-        load_weights(cfg, model, model.backbone.encoder, cfg.INPUT.FORMAT)
+        trainer.metadata = seen_metadata(load_weights(cfg, model, model.backbone.encoder, cfg.INPUT.FORMAT))
     trainer.train()
     results = evaluate_with_tta(cfg, model, tests, trainer.results)
+    add_seen(cfg, tests, trainer.metadata)
     if comm.is_main_process():
         end(
             Path(cfg.OUTPUT_DIR),

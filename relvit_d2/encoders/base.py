@@ -194,6 +194,17 @@ def _builder(name: str) -> Callable[..., Encoder]:
     return FAMILIES[family](member) if member else ENCODERS[name]
 
 
+def map_strides(keys: Mapping[str, Any]) -> list[int]:
+    """Return the strides, ascending, of the maps of the encoder that the config node ``MODEL`` describes.
+
+    Raises:
+        UserError: see :func:`encoder_from_keys`.
+    """
+    with torch.device("meta"):  # parameters without memory
+        encoder = encoder_from_keys(dict(keys) | {"COMPILE": False})
+    return sorted(encoder.strides.values())
+
+
 def encoder_from_keys(keys: Mapping[str, Any]) -> Encoder:
     """Build the encoder of the config node ``MODEL``; ``ENCODER`` holds the arguments, in capitals.
 

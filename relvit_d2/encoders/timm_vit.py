@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from relvit_d2.encoders.base import FAMILIES, Encoder
-from relvit_d2.encoders.vit import ANY_SIZE, ViT, check_image_size
+from relvit_d2.encoders.vit import vit_builder
 from relvit_d2.utils.errors import UserError, nearest
 
 
@@ -44,39 +44,13 @@ def without_head(vit: VisionTransformer) -> VisionTransformer:
 
 @FAMILIES.register("timm")
 def timm_vit(model: str) -> Callable[..., Encoder]:
-    """Return the builder of timm's ``model``, with random weights: nothing is downloaded.
+    """Return the builder of timm's ``model`` with random weights; nothing is downloaded.
+
+    The arguments of the builder override the patch and image size in the name. Features are the patch tokens of timm's
+    ``forward_features``, which are not normed in models that norm the pooled features only (``*_gap_*``).
 
     Raises:
         UserError: as :func:`entry`.
     """
     function = entry(model)
-
-    def build(
-        patch_size: int = 16,
-        img_size: int = 224,
-        pos_embed: bool = True,
-        drop_path: float = 0.0,
-        dropout: float = 0.0,
-        in_chans: int = 3,
-        window: int = 0,
-        global_blocks: int = 4,
-    ) -> Encoder:
-        """Build the model; the arguments override the patch and image size in its name.
-
-        Features are the patch tokens of timm's ``forward_features``, which are not normed in models that norm the
-        pooled features only (``*_gap_*``).
-        """
-        check_image_size(img_size, patch_size)
-        vit = function(
-            img_size=img_size,
-            patch_size=patch_size,
-            in_chans=in_chans,
-            drop_path_rate=drop_path,
-            pos_drop_rate=dropout,
-            proj_drop_rate=dropout,
-            **({} if pos_embed else {"pos_embed": "none"}),
-            **ANY_SIZE,
-        )
-        return ViT(without_head(vit), window, global_blocks)
-
-    return build
+    return vit_builder(lambda **arguments: without_head(function(**arguments)))

@@ -1,6 +1,7 @@
 """Plain Vision Transformers, implemented by timm."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +13,6 @@ from relvit_d2.encoders.base import ENCODERS, Encoder
 from relvit_d2.encoders.plain import PlainEncoder, evenly_spaced
 from relvit_d2.utils.errors import UserError
 
-# timm's arguments for images of any size: sides are padded to whole patches, position embeddings resampled.
-ANY_SIZE: dict[str, Any] = {"dynamic_img_size": True, "dynamic_img_pad": True}
-
 
 class ViT(PlainEncoder):
     """A ViT: one map at the stride of the patch, after the final norm.
@@ -23,7 +21,7 @@ class ViT(PlainEncoder):
     ``models/backbones/vit.py:255-258``), so the detector reads the same features.
 
     Args:
-        vit: timm's model, built with :data:`ANY_SIZE` and without a head.
+        vit: timm's model without a head, for images of any size.
         window: side in patches of the attention windows; 0: global attention everywhere.
         global_blocks: number of blocks that keep global attention, evenly spaced up to the last one.
 
@@ -104,23 +102,9 @@ class ViT(PlainEncoder):
         return resample_abs_pos_embed(value, size, [side, side], num_prefix_tokens=prefix)
 
 
-def check_image_size(img_size: int, patch_size: int) -> None:
-    """Raise a :class:`UserError` unless ``img_size`` is a multiple of ``patch_size``, both in pixels."""
-    if img_size % patch_size:
-        raise UserError(f"MODEL.ENCODER.IMG_SIZE {img_size} is not a multiple of MODEL.ENCODER.PATCH_SIZE {patch_size}")
+def vit_builder(make: Callable[..., VisionTransformer]) -> Callable[..., Encoder]:
+    """Return the builder of a :class:`ViT`; ``make`` maps timm's keyword arguments to a model without a head."""
 
-
-# Name: (width, depth, heads). Tiny, small and base: "Training data-efficient image transformers" (Touvron et al.,
-# 2021, table 1). Nano is small enough to train in minutes on two CPU cores.
-SIZES = {
-    "vit_nano": (128, 4, 4),
-    "vit_tiny": (192, 12, 3),
-    "vit_small": (384, 12, 6),
-    "vit_base": (768, 12, 12),
-}
-
-
-def _builder(dim: int, depth: int, heads: int) -> Callable[..., Encoder]:
     def build(
         patch_size: int = 16,
         img_size: int = 224,
@@ -144,29 +128,43 @@ def _builder(dim: int, depth: int, heads: int) -> Callable[..., Encoder]:
             window, global_blocks: see :class:`ViT`.
 
         Raises:
-            UserError: if ``img_size`` is not a multiple of ``patch_size``.
+            UserError: ``img_size`` is not a multiple of ``patch_size``.
         """
-        check_image_size(img_size, patch_size)
-        vit = VisionTransformer(
+        if img_size % patch_size:
+            raise UserError(
+                f"MODEL.ENCODER.IMG_SIZE {img_size} is not a multiple of MODEL.ENCODER.PATCH_SIZE {patch_size}"
+            )
+        vit = make(
             img_size=img_size,
             patch_size=patch_size,
             in_chans=in_chans,
-            num_classes=0,
-            embed_dim=dim,
-            depth=depth,
-            num_heads=heads,
-            pos_embed="learn" if pos_embed else "none",
             drop_path_rate=drop_path,
             pos_drop_rate=dropout,
             proj_drop_rate=dropout,
-            **ANY_SIZE,
+            dynamic_img_size=True,  # resample the position embedding
+            dynamic_img_pad=True,  # pad sides to whole patches
+            **({} if pos_embed else {"pos_embed": "none"}),
         )
-        assert vit.cls_token is not None
-        nn.init.trunc_normal_(vit.cls_token, std=0.02)  # authors' code; timm's is 1e-6
         return ViT(vit, window, global_blocks)
 
     return build
 
 
+def _make_vit(dim: int, depth: int, heads: int, **arguments: Any) -> VisionTransformer:
+    vit = VisionTransformer(num_classes=0, embed_dim=dim, depth=depth, num_heads=heads, **arguments)
+    assert vit.cls_token is not None
+    nn.init.trunc_normal_(vit.cls_token, std=0.02)  # authors' code; timm's is 1e-6
+    return vit
+
+
+# Name: (width, depth, heads). Tiny, small and base: "Training data-efficient image transformers" (Touvron et al.,
+# 2021, table 1). Nano is small enough to train in minutes on two CPU cores.
+SIZES = {
+    "vit_nano": (128, 4, 4),
+    "vit_tiny": (192, 12, 3),
+    "vit_small": (384, 12, 6),
+    "vit_base": (768, 12, 12),
+}
+
 for _name, _size in SIZES.items():
-    ENCODERS.add(_name, _builder(*_size))
+    ENCODERS.add(_name, vit_builder(partial(_make_vit, *_size)))

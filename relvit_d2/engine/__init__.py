@@ -1,1 +1,1 @@
-"""The one trainer under all scripts."""
+"""The trainer of all tasks: hooks, checkpoints, optimiser, schedule, precision, processes and signals."""

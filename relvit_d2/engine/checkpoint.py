@@ -1,6 +1,9 @@
-"""Detectron2 checkpoints that appear whole or not at all."""
+"""Detectron2's checkpointer with atomic writes, digests and safe reading."""
 
+import math
+import os
 import pickle
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -13,16 +16,18 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from relvit_d2.conversion.checkpoint_file import damaged, is_damaged, is_pickle
+from relvit_d2.conversion.checkpoint_file import damaged, is_damaged, is_pickle, verify_digest
+from relvit_d2.utils.digest import content_digest
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import appearing, write_text
 
-# How torch.save reports a full disk, among all that a RuntimeError can be.
-_NOT_WRITTEN = ("PytorchStreamWriter", "inline_container", "unexpected pos")
-# What torch.load raises for a file of something else.
-_UNREADABLE = (
+# Messages of a RuntimeError by which torch.save reports a full disk.
+_WRITE_ERRORS = ("PytorchStreamWriter", "inline_container", "unexpected pos")
+# Exceptions of torch.load for other kinds of files.
+_READ_ERRORS = (
     pickle.UnpicklingError,
     struct.error,
+    OSError,
     EOFError,
     LookupError,
     RuntimeError,
@@ -31,18 +36,20 @@ _UNREADABLE = (
     ValueError,
 )
 
-_PICKLE = "; reading a pickle can run any code in it: if you trust where it comes from, set MODEL.ALLOW_PICKLE True"
+_NUMBERED = re.compile(r"model_([0-9]{7,})\.pth")  # a checkpoint, with its iteration
+
+_PICKLE = "; unpickling can run arbitrary code: if you trust the source, set MODEL.ALLOW_PICKLE True"
 
 
 def download(url: str) -> str:
-    """Download a file at a URL that Detectron2 knows unless it is in its cache; return the local path.
+    """Download a file by Detectron2's ``PathManager``, or take it from its cache; return the local path.
 
     Raises:
-        UserError: if it cannot be downloaded.
+        UserError: the file cannot be downloaded.
     """
     try:
         path = PathManager.get_local_path(urlparse(url)._replace(query="").geturl())
-    except Exception as error:  # each protocol has exceptions of its own
+    except Exception as error:  # the exceptions depend on the protocol
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(
             f"'{url}' could not be downloaded ({reason}): check the address and the network, or download the file "
@@ -54,41 +61,40 @@ def download(url: str) -> str:
 
 
 class Checkpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer with atomic writes and files that hold tensors and plain values only.
+    """Detectron2's checkpointer with atomic writes; files hold tensors and plain values only.
 
-    A file is written under a temporary name in the same folder, flushed to the disk and renamed; then the
-    pointer ``last_checkpoint`` the same way. A process killed at any moment leaves the previous checkpoint.
+    A file is written under a temporary name in the same folder, flushed to disk and renamed, and then the pointer
+    ``last_checkpoint`` in the same way. If the process is killed, the previous checkpoint is intact. The entry
+    ``digest`` of a file is the :func:`relvit_d2.utils.digest.content_digest` of the others and is verified on loading.
 
     Args:
-        model: as Detectron2's.
-        save_dir: folder of the checkpoints.
-        enough: share of the model's values that a checkpoint must fit, 0..1; the rest is logged and stays as it is.
-        allow_pickle: read files that are pickles, whose reading can run any code.
-        checkpointables: as Detectron2's.
+        model, save_dir, checkpointables: as Detectron2's.
+        min_match: required fraction of the model's values that a checkpoint provides, 0..1.
+        allow_pickle: read pickles, which can run arbitrary code.
 
     Attributes:
-        accept: called with the content of a file before anything is loaded from it; raises to refuse it.
+        validate: called with the content of a file before it is loaded; raises to refuse it.
     """
 
-    accept: Callable[[dict[str, Any]], None] | None = None
+    validate: Callable[[dict[str, Any]], None] | None = None
 
     def __init__(
         self,
         model: nn.Module,
         save_dir: str = "",
         *,
-        enough: float = 1.0,
+        min_match: float = 1.0,
         allow_pickle: bool = False,
         **checkpointables: Any,
     ) -> None:
         super().__init__(model, save_dir, **checkpointables)
-        self._enough, self._allow_pickle = enough, allow_pickle
+        self._min_match, self._allow_pickle = min_match, allow_pickle
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``NAME.pth`` and point ``last_checkpoint`` to it.
 
         Raises:
-            UserError: if the file cannot be written; what was there before is untouched.
+            UserError: the file cannot be written; the previous one is unchanged.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -98,51 +104,117 @@ class Checkpointer(DetectionCheckpointer):
         self.tag_last_checkpoint(f"{name}.pth")
 
     def save_best(self, **kwargs: Any) -> None:
-        """Write ``model_best.pth``, the weights without the optimiser; ``last_checkpoint`` stays.
-
-        Raises:
-            UserError: as :meth:`save`.
-        """
-        self._write("model_best.pth", {"model": self.model.state_dict(), **kwargs})
+        """Write ``model_best.pth`` without the optimiser state; ``last_checkpoint`` is unchanged."""
+        self._write("model_best.pth", {"model": self.model.state_dict()} | kwargs)
 
     def _write(self, name: str, data: dict[str, Any]) -> None:
         path = Path(self.save_dir) / name
+        data["digest"] = content_digest(data)
         try:
             with appearing(path) as part:
                 torch.save(data, part)
         except RuntimeError as error:
-            if not any(words in str(error) for words in _NOT_WRITTEN):
+            if not any(message in str(error) for message in _WRITE_ERRORS):
                 raise
             free = shutil.disk_usage(path.parent).free / 2**20
             raise UserError(
-                f"checkpoint '{path}' could not be written with {free:.0f} MiB free there; the previous one is "
-                "untouched: free space or choose another OUTPUT_DIR, then go on with --resume"
+                f"checkpoint '{path}' could not be written with {free:.0f} MiB of free disk space; the previous one is "
+                "unchanged: free space or choose another OUTPUT_DIR, then continue with --resume"
             ) from error
         self.logger.info(f"Saved checkpoint {path}")
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Point ``last_checkpoint`` to a file of the same folder."""
+        """Point ``last_checkpoint`` to a file in the same folder."""
         write_text(Path(self.save_dir) / "last_checkpoint", last_filename_basename)
+
+    def get_checkpoint_file(self) -> str:
+        """Return the path of the file that ``last_checkpoint`` names, which may be missing; "" without a pointer.
+
+        Raises:
+            UserError: the pointer cannot be read or leads out of its folder.
+        """
+        if not self.has_checkpoint():
+            return ""
+        pointer = Path(self.save_dir) / "last_checkpoint"
+        try:
+            name = pointer.read_text(encoding="utf-8", errors="replace").strip().replace("\0", "?")
+        except OSError as error:
+            raise UserError(f"'{pointer}' cannot be read ({error.strerror}): remove it") from error
+        if Path(name).name != name or name == "..":
+            raise UserError(
+                f"'{pointer}' contains '{name[:80]}', not the name of a file in its folder: correct it, or remove it "
+                "to resume from the newest checkpoint"
+            )
+        return os.path.join(self.save_dir, name)  # noqa: PTH118  (the folder itself for an empty pointer)
+
+    def newest_intact(self, run: str | None) -> str:
+        """Return the path of a run's newest intact checkpoint and log the damaged ones that were passed over.
+
+        It is that of ``last_checkpoint`` or, if this is damaged or missing, the one of the highest iteration before it.
+
+        Args:
+            run: entry ``run`` of the checkpoints; others are ignored unless ``last_checkpoint`` names them. None: any.
+
+        Returns:
+            "" if the folder has no checkpoint of the run.
+
+        Raises:
+            UserError: all are damaged, or ``last_checkpoint`` leads out of the folder.
+        """
+        folder, pointed, problems = Path(self.save_dir), self.get_checkpoint_file(), list[str]()
+        if pointed and self.read_intact(pointed, problems):
+            return pointed
+        newest = _NUMBERED.fullmatch(Path(pointed).name)
+        limit = int(newest[1]) if newest else math.inf
+        files = {str(path): int(m[1]) for path in folder.glob("*.pth") if (m := _NUMBERED.fullmatch(path.name))}
+        final = str(folder / "model_final.pth")  # of an earlier iteration, if MAX_ITER was raised
+        if final != pointed and Path(final).exists() and (content := self.read_intact(final, problems)):
+            files[final] = content.get("iteration", -1)
+        for path in sorted(files, key=lambda path: files[path], reverse=True):
+            if path == pointed or files[path] > limit:
+                continue
+            if (content := self.read_intact(path, problems)) and run in (None, content.get("run")):
+                for problem in problems:
+                    self.logger.warning(f"passed over: {problem}")
+                self.logger.warning(f"'{path}' is the newest intact checkpoint: the run continues from it")
+                return path
+        if problems:
+            raise UserError(
+                f"OUTPUT_DIR '{folder}' has no intact checkpoint ({'; '.join(problems[:2])}): restore one from a copy, "
+                "or start again without --resume"
+            )
+        return ""
+
+    def read_intact(self, path: str, problems: list[str]) -> dict[str, Any] | None:
+        """Return the content of a checkpoint; if it cannot be read, add a message to ``problems`` and return None."""
+        self._parsed_url_during_load: Any = urlparse("")  # Detectron2 requires it
+        try:
+            return self._load_file(path)
+        except UserError as error:
+            problems.append(str(error))
+            return None
+        finally:
+            self._parsed_url_during_load = None
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load a checkpoint; arguments and result as Detectron2's.
 
         Raises:
-            UserError: if the file is missing, cannot be downloaded, is not a checkpoint, or does not fit the model or
-                the optimiser.
+            UserError: the file is missing, cannot be downloaded, is not a checkpoint, or does not fit the model or the
+                optimiser.
         """
         if path and "://" in path:
-            download(path)  # into the cache, from which Detectron2 takes it
-        elif path and not Path(path).is_file():
+            download(path)  # into the cache that Detectron2 reads
+        elif path and not os.path.isfile(path):  # noqa: PTH113  (False for a name that is too long)
             raise UserError(
-                f"checkpoint '{path}' is no file that exists; check MODEL.WEIGHTS, or last_checkpoint when resuming"
+                f"checkpoint '{path}' does not exist; check MODEL.WEIGHTS, or last_checkpoint when resuming"
             )
         try:
             return super().load(path, *args, **kwargs)
-        except ValueError as error:  # how an optimiser refuses the state of another
+        except ValueError as error:  # from the optimiser
             raise UserError(f"'{path}' was written with another configuration: {error}") from error
         finally:
-            self._parsed_url_during_load = None  # Detectron2 keeps it after a failure, and refuses the next file
+            self._parsed_url_during_load = None  # Detectron2 does not reset it after an exception
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         if filename.endswith((".pkl", ".pyth")) and not self._allow_pickle:
@@ -153,7 +225,9 @@ class Checkpointer(DetectionCheckpointer):
         )
         try:
             content = super()._load_file(filename)
-        except _UNREADABLE as error:
+        except _READ_ERRORS as error:
+            if isinstance(error, OSError) and error.filename:  # without a name, the content is damaged
+                raise UserError(f"checkpoint '{filename}' cannot be read ({error.strerror})") from error
             if is_damaged(Path(filename)):
                 raise UserError(f"{damaged(Path(filename))}, or give an earlier checkpoint") from error
             needs_code = isinstance(error, pickle.UnpicklingError) and is_pickle(Path(filename))
@@ -163,24 +237,27 @@ class Checkpointer(DetectionCheckpointer):
         return content
 
     def _torch_load(self, f: str) -> dict[str, Any]:
-        return torch.load(f, map_location="cpu", weights_only=not self._allow_pickle)
+        content = torch.load(f, map_location="cpu", weights_only=not self._allow_pickle)
+        if not verify_digest(content, Path(f)):
+            self.logger.info(f"'{f}' has no digest: changed values are not detected")
+        return content
 
     def _load_model(self, checkpoint: Any) -> Any:
-        if self.accept is not None:
-            self.accept(checkpoint)
+        if self.validate is not None:
+            self.validate(checkpoint)
         incompatible = super()._load_model(checkpoint)
-        own = self.model.state_dict()
-        # What has another shape is listed as missing too.
-        poor = list(dict.fromkeys([*incompatible.missing_keys, *(n for n, *_ in incompatible.incorrect_shapes)]))
-        total = sum(value.numel() for value in own.values())
-        share = 1 - sum(own[name].numel() for name in poor) / max(total, 1)
-        if share < self._enough:
+        state = self.model.state_dict()
+        # Some tensors of another shape are listed as missing too.
+        unmatched = list(dict.fromkeys([*incompatible.missing_keys, *(n for n, *_ in incompatible.incorrect_shapes)]))
+        total = sum(value.numel() for value in state.values())
+        matched = 1 - sum(state[name].numel() for name in unmatched) / max(total, 1)
+        if matched < self._min_match:
             shapes = [
-                f"{name} {list(theirs)}, here {list(ours)}" for name, theirs, ours in incompatible.incorrect_shapes
+                f"{name} {list(saved)}, here {list(current)}" for name, saved, current in incompatible.incorrect_shapes
             ]
-            first = "; ".join((shapes or poor)[:2])
+            first = "; ".join((shapes or unmatched)[:2])
             raise UserError(
-                f"the checkpoint fits only {share:.1%} of the model's values ({first}); "
-                "give one of this very model, or set the keys that it was trained with"
+                f"the checkpoint fits only {matched:.1%} of the model's values ({first}); "
+                "give a checkpoint of this model, or set the keys of its training"
             )
         return incompatible

@@ -1,4 +1,4 @@
-"""How several processes start and end: Detectron2's ``launch``, or ``torchrun``."""
+"""Start and end of the processes of a run, which this module or ``torchrun`` starts."""
 
 import argparse
 import logging
@@ -13,13 +13,12 @@ from types import FrameType
 from urllib.parse import urlparse
 
 import torch
-from detectron2.engine import launch
 from detectron2.utils import comm
 from torch import distributed
 from torch.multiprocessing import (  # type: ignore[attr-defined]
     ProcessExitedException,
-    ProcessRaisedException,
     _prctl_pr_set_pdeathsig,
+    start_processes,
 )
 
 from relvit_d2.engine import signals
@@ -29,26 +28,35 @@ from relvit_d2.utils.hardware import cores
 
 Main = Callable[[argparse.Namespace], None]
 
-# Seconds that a process which failed stays, for others that fail too to learn that the user was told.
-_REACH = 0.5
+# Seconds that a failed process waits, so that other failing processes see that the error was printed.
+_EXIT_DELAY = 0.5
+# Seconds, twice: until the others get SIGTERM after the failure of a process, and SIGKILL.
+_GRACE = 5.0
+# Key of torchrun's store: an error that the user must correct ended the run.
+_USER_ERROR = "relvit_d2/user_error"
 
 
 def run(main: Main, args: argparse.Namespace) -> int:
-    """Run ``main`` in as many processes as the command line or ``torchrun`` asks for; return the exit status.
+    """Run ``main`` in the number of processes of the command line or ``torchrun``; return the exit status.
 
     Args:
-        main: what each process does with ``args``; importable by name, since processes are spawned.
-        args: Detectron2's arguments; ``--dist-url auto`` chooses a free port of this machine.
+        main: called with ``args`` in each process; a function that can be pickled.
+        args: Detectron2's arguments; ``--dist-url auto`` selects a free port of this machine.
 
     Raises:
-        UserError: for numbers of processes or machines that cannot be.
+        UserError: a number of processes or machines is invalid.
     """
     if distributed.is_torchelastic_launched():
         if args.num_gpus > 1 or args.num_machines > 1:
-            raise UserError("torchrun starts the processes: leave --num-gpus and --num-machines to it")
-        _process(main, args)
+            raise UserError("torchrun starts the processes: leave out --num-gpus and --num-machines")
+        if int(os.environ["TORCHELASTIC_RESTART_COUNT"]):
+            if _agent_store().check([_USER_ERROR]):  # printed at the first start; a restart cannot correct it
+                return 1
+            args.resume |= not (args.eval_only or getattr(args, "eval", None))
+        keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        _process(main, args, "env://", *(int(os.environ[key]) for key in keys))
         return 0
-    url = _meeting_point(args)
+    url = _check_distributed_arguments(args)
     if args.num_gpus * args.num_machines > 1:
         return _spawn(main, args, url)
     signals.install(patient=False)
@@ -56,30 +64,40 @@ def run(main: Main, args: argparse.Namespace) -> int:
     return 0
 
 
-def _join_torchrun() -> None:
-    """Join the processes of ``torchrun`` as Detectron2's ``launch`` joins its own."""
-    local_rank, local_world = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+def _agent_store() -> distributed.Store:
+    """Return the store of ``torchrun``, which outlives the processes that it restarts."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return distributed.TCPStore(address, port, is_master=False)
+
+
+def _join(url: str, rank: int, world: int, local_rank: int, local_world: int) -> None:
+    """Create the process groups, like Detectron2's ``launch``."""
     on_gpu = torch.cuda.is_available()
     if on_gpu and local_world > torch.cuda.device_count():
         raise UserError(
             f"torchrun started {local_world} processes on a machine with {torch.cuda.device_count()} GPUs: "
-            "give --nproc-per-node that many at most"
+            "give that many to --nproc-per-node at most"
         )
-    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        distributed.init_process_group("nccl" if on_gpu else "gloo", url, rank=rank, world_size=world)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"process {rank} could not connect at '{url}' ({str(error).strip().splitlines()[0]}): give --dist-url "
+            "tcp://FIRST_MACHINE:PORT with a free port that every machine can reach"
+        ) from error
     comm.create_local_process_group(local_world)
     if on_gpu:
         torch.cuda.set_device(local_rank)
     comm.synchronize()
 
 
-def _meeting_point(args: argparse.Namespace) -> str:
-    """Check the numbers of processes and machines and return where the processes meet."""
+def _check_distributed_arguments(args: argparse.Namespace) -> str:
+    """Check the numbers of processes and machines; return the URL of the rendezvous."""
     if args.num_machines < 1 or args.num_gpus < (1 if args.num_machines > 1 else 0):
         raise UserError(f"--num-gpus {args.num_gpus} --num-machines {args.num_machines}: give 1 or more of both")
     if not 0 <= args.machine_rank < args.num_machines:
         raise UserError(
-            f"--machine-rank {args.machine_rank} of {args.num_machines} machines: they count from 0 to "
-            f"{args.num_machines - 1}"
+            f"--machine-rank {args.machine_rank} of {args.num_machines} machines: give 0 to {args.num_machines - 1}"
         )
     if torch.cuda.is_available() and args.num_gpus > torch.cuda.device_count():
         raise UserError(f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()} GPUs")
@@ -89,87 +107,91 @@ def _meeting_point(args: argparse.Namespace) -> str:
             if address.scheme == "tcp":
                 socket.getaddrinfo(address.hostname, address.port)
         except (OSError, ValueError) as error:
-            raise UserError(f"--dist-url '{args.dist_url}' is no address: give tcp://FIRST_MACHINE:PORT") from error
+            raise UserError(f"--dist-url '{args.dist_url}' is not an address: give tcp://FIRST_MACHINE:PORT") from error
         return args.dist_url
     if args.num_machines > 1:
         raise UserError("--num-machines needs --dist-url tcp://FIRST_MACHINE:PORT, the same on every machine")
-    return "auto"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{free.getsockname()[1]}"
 
 
 def _spawn(main: Main, args: argparse.Namespace, url: str) -> int:
-    """Run ``main`` in processes of Detectron2's ``launch``.
+    """Run ``main`` in ``args.num_gpus`` processes; if one of them fails, end the others.
 
-    The first SIGINT or SIGTERM is passed on to them, a second one kills them.
+    The first SIGINT or SIGTERM is forwarded to them, a second one kills them.
 
     Raises:
-        Interrupted: after a signal that came before any of them had started.
+        Interrupted: a signal arrived before a process had started.
     """
-    asked: list[int] = []
+    signals_received: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
+        signals_received.append(number)
         children = multiprocessing.active_children()
         for child in children:
             if child.pid:
-                os.kill(child.pid, number if len(asked) == 1 else signal.SIGKILL)
+                os.kill(child.pid, number if len(signals_received) == 1 else signal.SIGKILL)
         if not children:
             raise signals.Interrupted(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, forward)
-    # Of a failure the user gets one sentence, not how each process lost the others.
+    # Silence torch's reports of lost connections after the error of the first failing process.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
-    if not torch.cuda.is_available():  # else each process starts a thread for every core
+    if not torch.cuda.is_available():  # else each process starts one thread per core
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // args.num_gpus)))
+    processes = start_processes(_start, (main, args, url), args.num_gpus, join=False)
     try:
-        launch(_process, args.num_gpus, args.num_machines, args.machine_rank, url, args=(main, args))
+        # After a failure: the first seconds are for errors of others, the same time for SIGTERM, then SIGKILL.
+        while not processes.join(grace_period=_GRACE):
+            pass
     except ProcessExitedException as error:
-        if asked:
-            return 128 + asked[0]
+        if signals_received:
+            return 128 + signals_received[0]
         if not error.signal_name:
-            return error.exit_code  # that process said its sentence
+            return error.exit_code  # that process printed its error
         print_error(
             UserError(
-                f"process {error.error_index} was killed ({error.signal_name}), which the system does where memory "
-                "runs out: lower SOLVER.IMS_PER_BATCH or raise SOLVER.GRAD_ACCUM_STEPS, then go on with --resume"
+                f"process {error.error_index} was killed ({error.signal_name}), probably for lack of memory: "
+                "lower SOLVER.IMS_PER_BATCH or raise SOLVER.GRAD_ACCUM_STEPS, then continue with --resume"
             )
         )
         return 1
-    except ProcessRaisedException as error:  # before main: the processes did not meet
-        reason = str(error).strip().splitlines()[-1]
-        print_error(
-            UserError(
-                f"the processes could not meet at '{url}' ({reason}): give --dist-url tcp://FIRST_MACHINE:PORT with a "
-                "free port that every machine reaches"
-            )
-        )
-        return 1
-    return 128 + asked[0] if asked else 0  # a process that is asked before it handles signals may end with 0
+    # A process that gets the signal before it handles signals may exit with 0.
+    return 128 + signals_received[0] if signals_received else 0
 
 
-def _process(main: Main, args: argparse.Namespace) -> None:
-    """Run one of several processes; it ends here if it fails."""
-    # Without who started it, it would still write to a folder where another run may have begun.
+def _start(local_rank: int, main: Main, args: argparse.Namespace, url: str) -> None:
+    os.environ["LOCAL_RANK"] = str(local_rank)
+    rank, world = args.machine_rank * args.num_gpus + local_rank, args.num_machines * args.num_gpus
+    _process(main, args, url, rank, world, local_rank, args.num_gpus)
+
+
+def _process(main: Main, args: argparse.Namespace, url: str, *ranks: int) -> None:
+    """Run ``main`` in one of several processes, with the ranks of :func:`_join`; exit if it fails."""
+    # An orphan could still write to a folder that another run uses.
     _prctl_pr_set_pdeathsig(signal.SIGKILL)
     signals.install(patient=True)
-    status = guard(lambda: _work(main, args), resumes=True)
+    status = guard(lambda: _work(main, args, url, *ranks), resumes=not args.eval_only)
     if status:
-        time.sleep(_REACH)
-        # No tidy end: threads of the process group may wait for a process that is gone.
+        time.sleep(_EXIT_DELAY)
+        # Skip the cleanup, in which threads of the process group may wait for a process that has ended.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
 
 
-def _work(main: Main, args: argparse.Namespace) -> None:
+def _work(main: Main, args: argparse.Namespace, url: str, *ranks: int) -> None:
     try:
-        if not distributed.is_initialized():
-            _join_torchrun()
+        _join(url, *ranks)
         main(args)
-        # A process that leaves while another still talks to it takes that one down.
+        # A process that leaves early would break the communication of the others.
         comm.synchronize()
         distributed.destroy_process_group()
-    except Exception:
-        signals.uninstall()  # who started the processes ends this one if it knows the reason
+    except Exception as error:
+        if distributed.is_torchelastic_launched() and type(error) is UserError:
+            _agent_store().set(_USER_ERROR, "")
+        signals.uninstall()  # so that the parent process can end this one
         raise

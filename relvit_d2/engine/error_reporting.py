@@ -1,9 +1,8 @@
-"""What the user reads when a run fails: one sentence, from one process.
+"""Error messages of a failed command: one sentence, printed by one process.
 
-Imports no torch: usage errors are reported before it is loaded.
+Does not import torch, since usage errors are reported before it is loaded.
 """
 
-import errno
 import io
 import os
 import signal
@@ -13,31 +12,28 @@ import traceback
 from collections.abc import Callable
 
 from relvit_d2.engine import signals
-from relvit_d2.utils.errors import NotWrittenError, UserError
+from relvit_d2.utils.errors import ResumableError, UserError, resource_error
 from relvit_d2.utils.printing import escape_log_records
 from relvit_d2.utils.processes import process_group
 
-# How long a process that lost another waits before it speaks: the other one's sentence is the true reason.
-_PATIENCE = 5.0  # seconds
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+# Seconds that a process waits after a lost connection, since the error of the other process is the cause.
+_LOST_DELAY = 10.0
 _LOST = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited", "Connection refused")
 
 
 def guard(function: Callable[[], int | None], resumes: bool = False) -> int:
-    """Run ``function``, tell the user what ended it before its time, and return the exit status.
+    """Run ``function``, print the error that it raises, and return the exit status.
 
-    Characters that the terminal's encoding lacks are printed as their escape, such as ``\\u4e2d``.
-
-    That is the one that ``function`` returned, 0 for None; 1 after a :class:`UserError`, whose sentence is printed
-    (``RELVIT_DEBUG=1``: its traceback); 128 and the signal's number after Ctrl-C and SIGTERM. With several processes
-    the first that fails speaks, the others are silent.
+    The status is that returned by ``function`` (0 for None); 1 after a :class:`UserError`, whose message is printed
+    (its traceback with ``RELVIT_DEBUG=1``); 128 + the signal's number after SIGINT or SIGTERM. Of several processes
+    only the first that fails prints. Characters that the terminal cannot encode are escaped, such as ``\\u4e2d``.
 
     Args:
-        function: the work.
-        resumes: whether the script takes ``--resume``, which is advised where a file could not be written.
+        function: the command.
+        resumes: whether the command has ``--resume``, which the message recommends if a file could not be written.
 
     Raises:
-        Exception: what is a defect, with a single process.
+        Exception: an unexpected error, unless this is one of several processes (``LOCAL_RANK`` is set).
     """
     escape_log_records()
     for stream in (sys.stdout, sys.stderr):
@@ -47,80 +43,79 @@ def guard(function: Callable[[], int | None], resumes: bool = False) -> int:
         _check_arguments()
         return function() or 0
     except UserError as error:
-        if may_tell():
-            print_error(_with_resume(error) if resumes and isinstance(error, NotWrittenError) else error)
+        if is_first_failure():
+            print_error(_with_resume(error) if resumes and isinstance(error, ResumableError) else error)
         return 1
     except (signals.Interrupted, KeyboardInterrupt) as stop:
         number = stop.number if isinstance(stop, signals.Interrupted) else signal.SIGINT
-        if may_tell():
+        if is_first_failure():
             print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
         return 128 + number
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _NO_SPACE:
-            if may_tell():
-                name = f"'{error.filename}'" if error.filename else "a file"
-                sentence = NotWrittenError(f"{name} could not be written ({error.strerror}): free space")
-                print_error(_with_resume(sentence) if resumes else sentence)
-        elif (group := process_group()) is None or group.get_world_size() == 1:
+        if resource := resource_error(error):
+            if is_first_failure():
+                resource.__cause__ = error
+                print_error(_with_resume(resource) if resumes else resource)
+        elif "LOCAL_RANK" not in os.environ:
             raise
-        elif _lost_another(error):
-            _tell_of_loss(error)
-        elif may_tell():
+        elif isinstance(error, RuntimeError) and any(message in str(error) for message in _LOST):
+            _print_lost_connection(error)
+        elif is_first_failure():
             traceback.print_exception(error)
         return 1
 
 
 def _check_arguments() -> None:
-    """Refuse arguments that are not text, as file names are that the locale's encoding does not decode."""
-    for word in sys.argv:
+    """Raise a :class:`UserError` for an argument, such as a file name, that is invalid in the locale's encoding."""
+    for argument in sys.argv:
         try:
-            word.encode()
+            argument.encode()
         except UnicodeEncodeError as error:
             raise UserError(
-                f"the argument {os.fsencode(word)!r} is not valid in the encoding of this locale, "
+                f"the argument {os.fsencode(argument)!r} is not valid in the encoding of this locale, "
                 f"{sys.getfilesystemencoding()}: set the environment variable PYTHONUTF8=1 if it is UTF-8, else rename "
                 "the file"
             ) from error
 
 
-def _with_resume(error: NotWrittenError) -> UserError:
-    advice = NotWrittenError(f"{error}, then go on with --resume")
-    return advice.with_traceback(error.__traceback__)
+def _with_resume(error: ResumableError) -> ResumableError:
+    error.args = (f"{error}, then continue with --resume",)
+    return error
 
 
 def print_error(error: UserError) -> None:
-    """Print the sentence of ``error``, or with ``RELVIT_DEBUG=1`` its traceback."""
+    """Print the message of ``error``, or with ``RELVIT_DEBUG=1`` its traceback."""
     if os.environ.get("RELVIT_DEBUG") == "1":
+        print(error.details, file=sys.stderr, end="", flush=True)
         traceback.print_exception(error)
     else:
         print(f"error: {error}", file=sys.stderr, flush=True)
 
 
-def may_tell() -> bool:
-    """Whether this process, which failed, is the one that tells the user: the first that asks.
+def is_first_failure() -> bool:
+    """Whether this failed process prints the error: the first one that calls this function.
 
-    Before the processes have met, it is the first of each machine.
+    Before the process group exists, it is the process of local rank 0.
     """
     group = process_group()
     if group is None:
-        return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["LOCAL_RANK"] == "0"
-    signals.uninstall()  # who started the processes now ends them all
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    signals.uninstall()  # so that the parent process can end this one
     try:
         return group.distributed_c10d._get_default_store().add("relvit_d2/failed", 1) == 1
-    except RuntimeError:  # the process that kept the store is gone, so it told
+    except RuntimeError:  # the process of the store has failed before
         return False
 
 
-def _lost_another(error: Exception) -> bool:
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST)
-
-
-def _tell_of_loss(error: Exception) -> None:
-    if signals.received():  # who started the processes ends them all and tells why
+def _print_lost_connection(error: Exception) -> None:
+    if signals.received():  # the parent process ends all processes and prints the reason
         return
-    time.sleep(_PATIENCE)
-    if may_tell():
+    time.sleep(_LOST_DELAY)
+    if is_first_failure():
         reason = str(error).strip().splitlines()[0]
         print_error(
-            UserError(f"process {process_group().get_rank()} lost another one ({reason}); see what that one printed")
+            UserError(
+                f"process {process_group().get_rank()} lost the connection to another one ({reason}); "
+                "see the output of that process"
+            )
         )

@@ -1,21 +1,19 @@
-"""What happens after an iteration: checkpoints, evaluation, the choice of the best model."""
+"""Hooks of the trainer: checkpoints, evaluation, selection of the best model, early stopping."""
 
 import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from detectron2.engine import HookBase
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 
 from relvit_d2.engine import signals
+from relvit_d2.engine.running import RunningTrainer
 from relvit_d2.utils.errors import UserError, nearest
 from relvit_d2.utils.metrics import less_is_better
-
-if TYPE_CHECKING:
-    from relvit_d2.engine.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -24,19 +22,18 @@ class CheckpointHook(HookBase):
     """Writes a checkpoint every ``period`` iterations, before every evaluation, on a signal and at the end.
 
     Args:
-        period: iterations; 0 for none in between.
-        keep: how many numbered checkpoints stay, the newest; 0 for all.
+        period: iterations; 0: no periodic checkpoints.
+        keep: number of the newest numbered checkpoints to keep; 0: all.
     """
 
-    trainer: "Trainer"
+    trainer: RunningTrainer
 
     def __init__(self, period: int, keep: int) -> None:
         self._period, self._keep = period, keep
 
     def after_step(self) -> None:
-        """See the class."""
         trainer, done = self.trainer, self.trainer.iter + 1
-        if trainer.iter < trainer.start_iter:  # this very checkpoint was read
+        if trainer.iter < trainer.start_iter:  # the run resumed from this checkpoint
             return
         if done == trainer.max_iter:
             trainer.save("model_final")
@@ -49,27 +46,28 @@ class CheckpointHook(HookBase):
                     file.unlink()
         else:
             return
-        comm.synchronize()  # a process that does not write must not end the run of the one that does
+        comm.synchronize()  # no process may exit while the first one writes
 
 
 class EvaluationHook(HookBase):
-    """Evaluates when :meth:`Trainer.evaluates_after` says so, keeps the best model, and may end the run.
+    """Evaluates when :meth:`Trainer.evaluates_after` is true, keeps the best model and stops early.
 
     Args:
         evaluate: returns Detectron2's nested dict of results; empty in all processes but the first.
-        tests: the names of what it evaluates on; a best value on others does not count.
-        metric: the flattened name, such as ``bbox/AP``, whose best value decides ``model_best.pth``: the least of a
-            loss or an error, else the greatest (:func:`relvit_d2.utils.metrics.less_is_better`). Empty for none.
-        patience: evaluations in a row without a better value that end the run; 0 for no end.
+        tests: names of the test sets; a best value of other test sets is discarded on resumption.
+        metric: flattened name, such as ``bbox/AP``, of the metric that selects ``model_best.pth``; losses and errors
+            are minimised (:func:`relvit_d2.utils.metrics.less_is_better`). Empty: none.
+        patience: number of evaluations without improvement after which the run ends; 0: no early stopping.
 
     Attributes:
-        best: the best value so far, None before the first.
-        best_iteration: the iteration that it came after.
-        stale: evaluations since.
-        counted: the iteration of the last evaluation in them; done once more on resumption, it does not count again.
+        best: best value so far; None before the first.
+        best_iteration: iteration of the best value.
+        stale: evaluations since the best value.
+        counted: iteration of the last evaluation in ``stale``, which is not counted again if it is repeated on
+            resumption.
     """
 
-    trainer: "Trainer"
+    trainer: RunningTrainer
 
     def __init__(
         self, evaluate: Callable[[], dict[str, Any]], tests: Sequence[str], metric: str, patience: int
@@ -79,23 +77,55 @@ class EvaluationHook(HookBase):
         self.best_iteration, self.stale, self.counted = 0, 0, -1
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run has to know, plain values."""
+        """Return the state for resumption, plain values."""
         counts = {"best_iteration": self.best_iteration, "stale": self.stale, "counted": self.counted}
         return {"tests": self._tests, "metric": self._metric, "best": self.best} | counts
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned, unless it was another metric or other test sets."""
+        """Restore the state, unless the metric or the test sets have changed."""
         if (state["metric"], state["tests"]) == (self._metric, self._tests):
             self.best, self.best_iteration = state["best"], state["best_iteration"]
             self.stale, self.counted = state["stale"], state["counted"]
         elif self._metric and state["metric"]:
             logger.info(
-                f"the best value so far is forgotten: it was {state['metric']} on {', '.join(state['tests'])}, now it "
-                f"is {self._metric} on {', '.join(self._tests)}"
+                f"the best value so far is discarded: TEST.BEST_METRIC was {state['metric']} on "
+                f"{', '.join(state['tests'])}, now it is {self._metric} on {', '.join(self._tests)}"
             )
 
+    def before_train(self) -> None:
+        """Check that ``model_best.pth`` is the best model so far."""
+        if self.best is not None and comm.is_main_process():
+            self._restore_best()
+
+    def _restore_best(self) -> None:
+        """Write ``model_best.pth`` again from a checkpoint if it is damaged, missing or older than the best value."""
+        trainer, checkpointer, problems = self.trainer, self.trainer.checkpointer, list[str]()
+        folder = Path(trainer.cfg.OUTPUT_DIR)
+        content = checkpointer.read_intact(str(folder / "model_best.pth"), problems)
+        # A later one is of an evaluation after this checkpoint, which is repeated.
+        if content and content.get("run") == trainer.run_id and content.get("iteration", -1) >= self.best_iteration:
+            return
+        problem = problems[0] if content is None else f"'{folder / 'model_best.pth'}' is not of this run's best value"
+        for name in (f"model_{self.best_iteration:07d}.pth", "model_final.pth"):
+            content = checkpointer.read_intact(str(folder / name), problems)
+            if content and (content.get("iteration"), content.get("run")) == (self.best_iteration, trainer.run_id):
+                checkpointer.save_best(
+                    model=content["model"],
+                    iteration=self.best_iteration,
+                    metric=self._metric,
+                    value=self.best,
+                    metadata=content.get("metadata", {}),
+                    run=trainer.run_id,
+                )
+                logger.warning(f"{problem}: it was written again from '{folder / name}'")
+                return
+        logger.warning(
+            f"{problem}, and the checkpoint of iteration {self.best_iteration} is not there either: the best value "
+            f"{self.best:.4g} is discarded and the next evaluation is the best"
+        )
+        self.best, self.stale, self.counted = None, 0, -1
+
     def after_step(self) -> None:
-        """See the class."""
         trainer = self.trainer
         if trainer.interrupt or not trainer.evaluates_after(trainer.iter + 1):
             return
@@ -104,16 +134,16 @@ class EvaluationHook(HookBase):
         scalars = {name: float(value) for name, value in flatten_results_dict(trainer.results).items()}
         trainer.storage.put_scalars(**scalars, smoothing_hint=False)
         if self._metric:
-            # Only the first process has results, and all of them stop or none.
-            trainer.stopped = comm.all_gather(comm.is_main_process() and self._is_enough(scalars))[0]
+            # Only the first process has the results.
+            trainer.stopped = comm.all_gather(comm.is_main_process() and self._update_best(scalars))[0]
         comm.synchronize()
 
-    def _is_enough(self, scalars: dict[str, float]) -> bool:
-        """Compare with the best value so far; return whether patience is at its end."""
+    def _update_best(self, scalars: dict[str, float]) -> bool:
+        """Update the best value and save the model; return whether the run ends."""
         if self._metric not in scalars:
             known = sorted(scalars)
             raise UserError(
-                f"TEST.BEST_METRIC '{self._metric}' is none of {', '.join(known)}{nearest(self._metric, known)}"
+                f"TEST.BEST_METRIC '{self._metric}' is not one of {', '.join(known)}{nearest(self._metric, known)}"
             )
         value, trainer = scalars[self._metric], self.trainer
         sign = -1 if less_is_better(self._metric) else 1
@@ -122,12 +152,13 @@ class EvaluationHook(HookBase):
             self.stale += 1
             if not math.isnan(value) and (self.best is None or sign * value > sign * self.best):
                 self.best, self.best_iteration, self.stale = value, trainer.iter, 0
-                trainer.checkpointer.save_best(iteration=trainer.iter, metric=self._metric, value=value)
+                selected = {"iteration": trainer.iter, "metric": self._metric, "value": value}
+                trainer.checkpointer.save_best(**selected, metadata=trainer.metadata, run=trainer.run_id)
         if not self._patience or self.stale < self._patience:
             return False
-        best = "no value yet" if self.best is None else f"{self.best:.4g} after iteration {self.best_iteration}"
+        best = "none" if self.best is None else f"{self.best:.4g} after iteration {self.best_iteration}"
         logger.info(
-            f"{self._metric} was not better for {self.stale} evaluations (TEST.PATIENCE): the run ends after iteration "
-            f"{trainer.iter}; best was {best}"
+            f"{self._metric} did not improve in {self.stale} evaluations (TEST.PATIENCE): the run ends after iteration "
+            f"{trainer.iter}; best value: {best}"
         )
         return True

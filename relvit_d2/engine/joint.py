@@ -1,4 +1,4 @@
-"""What joint training says, whatever it is joined with."""
+"""Joint training of a task with pretext tasks."""
 
 import logging
 
@@ -8,9 +8,9 @@ logger = logging.getLogger(__name__)
 
 
 def warn_position_leak(encoder: Encoder) -> None:
-    """Warn that accuracies say little where images are seen as they are by an encoder that carries positions."""
+    """Warn that pretext accuracies are uninformative if the encoder has position information."""
     if encoder.has_position_information:
         logger.warning(
-            "joint training sees images as they are and the encoder carries positions, so its pretext tasks can be "
-            "solved without a look at the patches: their accuracies say little"
+            "joint training does not permute patches, and the encoder has position information, so the pretext tasks "
+            "can be solved without the patch contents: their accuracies are not informative"
         )

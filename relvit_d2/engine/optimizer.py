@@ -1,4 +1,4 @@
-"""AdamW with the groups that decay and those that do not."""
+"""AdamW with parameter groups, and gradient clipping."""
 
 import logging
 from collections import Counter
@@ -12,26 +12,25 @@ from relvit_d2.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Position tables and class tokens are not weight matrices: decay would only pull them to zero
-# (no_weight_decay of timm's VisionTransformer and SwinTransformer).
-_UNDECAYED = ("pos_embed", "cls_token", "relative_position_bias_table")
+# As no_weight_decay of timm's VisionTransformer and SwinTransformer.
+_WITHOUT_DECAY = ("pos_embed", "cls_token", "relative_position_bias_table")
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.AdamW:
-    """Build AdamW with ``SOLVER.WEIGHT_DECAY`` on weight matrices only.
+    """Build AdamW with ``SOLVER.WEIGHT_DECAY`` for weight matrices.
 
-    Norms take ``SOLVER.WEIGHT_DECAY_NORM``, biases ``SOLVER.WEIGHT_DECAY_BIAS``; position embeddings, relative
-    position biases and class tokens take none. Parameters that need no gradient are left out. The ``scale`` of a group
-    is what its learning rate is multiplied by: ``SOLVER.LAYER_DECAY`` to the number of the encoder's blocks above, and
-    1 outside the encoder (K. Clark et al., "ELECTRA", 2020).
+    Norms have ``SOLVER.WEIGHT_DECAY_NORM``, biases ``SOLVER.WEIGHT_DECAY_BIAS``; position embeddings, relative position
+    biases and class tokens have none. Frozen parameters are omitted. The learning rate of a group is multiplied by its
+    ``scale``: ``SOLVER.LAYER_DECAY`` to the power of the number of encoder layers above, and 1 outside the encoder (K.
+    Clark et al., "ELECTRA", 2020).
 
     Raises:
-        UserError: for a ``LAYER_DECAY`` outside 0..1.
+        UserError: ``LAYER_DECAY`` is out of range.
     """
     solver = cfg.SOLVER
     if not 0 < solver.LAYER_DECAY <= 1:
         raise UserError(f"SOLVER.LAYER_DECAY {solver.LAYER_DECAY} is out of range; give more than 0, at most 1")
-    heights = _heights(model)
+    layers_above = _layers_above(model)
     bias_decay = solver.WEIGHT_DECAY if solver.WEIGHT_DECAY_BIAS is None else solver.WEIGHT_DECAY_BIAS
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     seen: set[int] = set()
@@ -40,7 +39,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.AdamW:
             if not parameter.requires_grad or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            if name in _UNDECAYED:
+            if name in _WITHOUT_DECAY:
                 decay = 0.0
             elif _is_norm(module):
                 decay = solver.WEIGHT_DECAY_NORM
@@ -48,55 +47,55 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.AdamW:
                 decay = bias_decay
             else:
                 decay = solver.WEIGHT_DECAY
-            scale = solver.LAYER_DECAY ** heights.get(id(parameter), 0)
+            scale = solver.LAYER_DECAY ** layers_above.get(id(parameter), 0)
             groups.setdefault((decay, scale), []).append(parameter)
     decays: Counter[float] = Counter()
     for (decay, _), group in groups.items():
         decays[decay] += sum(p.numel() for p in group)
-    logger.info("AdamW: " + ", ".join(f"{count:,} values decay {decay}" for decay, count in decays.items()))
+    logger.info("AdamW: " + ", ".join(f"{count:,} values with weight decay {decay}" for decay, count in decays.items()))
     if solver.LAYER_DECAY < 1:
         least = min(scale for _, scale in groups)
-        logger.info(f"rates from {least:.3g} of the full one at the patches to all of it (SOLVER.LAYER_DECAY)")
+        logger.info(f"learning rate factors from {least:.3g} (patch embedding) to 1 (SOLVER.LAYER_DECAY)")
     return torch.optim.AdamW(
         [{"params": group, "weight_decay": decay, "scale": scale} for (decay, scale), group in groups.items()],
         lr=solver.BASE_LR,
     )
 
 
-def _heights(model: nn.Module) -> dict[int, int]:
-    """Return how many blocks lie above each parameter of an encoder in ``model``, the heads counted as one."""
+def _layers_above(model: nn.Module) -> dict[int, int]:
+    """Return the number of layers above each encoder parameter, by its ``id``; the heads count as one layer."""
     encoders = [module for module in model.modules() if isinstance(module, Encoder)]
     return {id(p): e.depth + 1 - e.depth_of(name) for e in encoders for name, p in e.named_parameters()}
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Whether a module's weight scales features one by one, as every norm's does (Detectron2's own LayerNorm too)."""
+    """Whether a module's weight scales single features, as in every norm, including Detectron2's LayerNorm."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, torch.Tensor) and weight.ndim == 1 and not isinstance(module, nn.PReLU)
 
 
 def build_clipper(cfg: CfgNode, model: nn.Module) -> "GradientClipper":
-    """Build the clipping that ``SOLVER.CLIP_GRADIENTS`` asks for.
+    """Build the gradient clipping of ``SOLVER.CLIP_GRADIENTS``.
 
     Raises:
-        UserError: for a ``CLIP_TYPE`` other than ``full_model``, the global norm of all gradients.
+        UserError: ``CLIP_TYPE`` is not ``full_model``, the global norm of all gradients.
     """
     clip = cfg.SOLVER.CLIP_GRADIENTS
     if clip.ENABLED and clip.CLIP_TYPE != "full_model":
         raise UserError(
-            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE '{clip.CLIP_TYPE}' clips each tensor on its own and is not supported; "
+            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE '{clip.CLIP_TYPE}' clips each tensor separately and is not supported; "
             "set it to full_model (the global norm) or set SOLVER.CLIP_GRADIENTS.ENABLED False"
         )
     return GradientClipper(model, clip.CLIP_VALUE if clip.ENABLED else float("inf"), clip.NORM_TYPE)
 
 
 class GradientClipper:
-    """Scales all gradients so that their global norm is at most a limit.
+    """Clips the global norm of all gradients.
 
     Args:
-        model: whose parameters.
-        limit: the largest norm allowed; infinity only measures it.
-        norm_type: the order of the norm.
+        model: its parameters are clipped.
+        limit: maximum norm; infinity: no clipping.
+        norm_type: order of the norm.
     """
 
     def __init__(self, model: nn.Module, limit: float, norm_type: float) -> None:
@@ -104,5 +103,5 @@ class GradientClipper:
         self._limit, self._norm_type = limit, norm_type
 
     def __call__(self) -> torch.Tensor:
-        """Clip in place and return the norm before it."""
+        """Clip in place; return the norm before clipping."""
         return nn.utils.clip_grad_norm_(self._parameters, self._limit, self._norm_type)

@@ -1,4 +1,4 @@
-"""The number format of the forward pass."""
+"""Floating-point precision of the forward pass."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from relvit_d2.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Precision:
-    """A number format and why it was chosen.
+    """A precision and the reason for its choice.
 
     Attributes:
         dtype: ``torch.float32`` or ``torch.bfloat16``.
-        reason: half a sentence for the log.
-        device: where it applies.
+        reason: for the log.
+        device: device of the model.
     """
 
     dtype: torch.dtype
@@ -28,32 +28,30 @@ class Precision:
         return str(self.dtype).removeprefix("torch.")
 
     def autocast(self) -> AbstractContextManager[None]:
-        """Return the context for a forward pass; it changes nothing in float32."""
+        """Return the autocast context of a forward pass, disabled for float32."""
         enabled = self.dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self.dtype if enabled else torch.bfloat16, enabled=enabled)
 
 
 def choose_precision(setting: str, device: torch.device) -> Precision:
-    """Choose the number format for ``SOLVER.PRECISION``.
+    """Choose the precision for ``SOLVER.PRECISION``.
 
-    ``auto`` takes bfloat16 on a CUDA device that has it and on a processor that multiplies it natively
-    (AMX or AVX512-BF16); elsewhere a bfloat16 product is several times slower than a float32 one.
+    ``auto`` is bfloat16 if the GPU, or the processor (AMX or AVX512-BF16), supports it natively; elsewhere bfloat16 is
+    several times slower than float32.
 
     Raises:
-        UserError: for another setting than auto, float32, bfloat16.
+        UserError: the setting is not auto, float32 or bfloat16.
     """
-    if setting == "float32":
-        return Precision(torch.float32, "asked for", device)
-    if setting == "bfloat16":
-        return Precision(torch.bfloat16, "asked for", device)
+    if setting in ("float32", "bfloat16"):
+        return Precision(getattr(torch, setting), "SOLVER.PRECISION", device)
     if setting != "auto":
-        raise UserError(f"SOLVER.PRECISION '{setting}' is none of auto, float32, bfloat16")
+        raise UserError(f"SOLVER.PRECISION '{setting}' is unknown; give auto, float32 or bfloat16")
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return Precision(torch.bfloat16, "the GPU multiplies bfloat16 natively", device)
-        return Precision(torch.float32, "the GPU has no native bfloat16", device)
+            return Precision(torch.bfloat16, "the GPU supports bfloat16", device)
+        return Precision(torch.float32, "the GPU does not support bfloat16", device)
     if device.type == "cpu":
         if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
-            return Precision(torch.bfloat16, "the processor multiplies bfloat16 natively", device)
-        return Precision(torch.float32, "the processor has no native bfloat16", device)
-    return Precision(torch.float32, f"bfloat16 is not measured on {device.type}", device)
+            return Precision(torch.bfloat16, "the processor supports bfloat16", device)
+        return Precision(torch.float32, "the processor does not support bfloat16", device)
+    return Precision(torch.float32, f"bfloat16 is not tested on {device.type}", device)

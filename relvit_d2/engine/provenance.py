@@ -1,4 +1,4 @@
-"""What a run was: command, machine, versions, commit."""
+"""Provenance of a run: command, machine, versions, commit."""
 
 import platform
 import subprocess
@@ -19,7 +19,7 @@ VERSIONS = f"relvit_d2 {__version__}, torch {torch.__version__}, Python {platfor
 
 
 def provenance(cfg: CfgNode) -> dict[str, str]:
-    """Return what ``run.json`` says: what was started, on what, with what."""
+    """Return the content of ``run.json``."""
     precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE))
     return {
         "command": command_line(),
@@ -39,7 +39,7 @@ def command_line() -> str:
 
 
 def _commit() -> str:
-    """Return the commit of the checkout that this package lies in, with a + if files differ from it; else nothing."""
+    """Return the git commit of this package, with a + if files have changed; empty outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
         return subprocess.run(

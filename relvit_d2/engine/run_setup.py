@@ -1,4 +1,4 @@
-"""The start of a run: output folder, logs, seeds, checks of numbers."""
+"""Start of a run: output folder, logging, seeds, checks."""
 
 import argparse
 import logging
@@ -23,19 +23,19 @@ logger = logging.getLogger(__name__)
 
 
 def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Make ``OUTPUT_DIR``, start its log, log versions, device and command, seed the generators.
+    """Create ``OUTPUT_DIR``, set up logging, log versions, device and command, and seed the generators.
 
     Raises:
-        UserError: if ``OUTPUT_DIR`` is empty or cannot be written, the device does not exist or the processes do not
-            divide the batch.
+        UserError: ``OUTPUT_DIR`` is empty or cannot be written, the device does not exist, or the batch cannot be
+            divided among the processes.
     """
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"MODEL.DEVICE '{cfg.MODEL.DEVICE}' is asked for, but torch sees no GPU; set MODEL.DEVICE cpu")
+        raise UserError(f"MODEL.DEVICE '{cfg.MODEL.DEVICE}' needs a GPU, but torch finds none; set MODEL.DEVICE cpu")
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     solver, processes = cfg.SOLVER, comm.get_world_size()
     if not args.eval_only and solver.IMS_PER_BATCH % (processes * solver.GRAD_ACCUM_STEPS):
         raise UserError(
-            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is no multiple of {processes} processes times "
+            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is not a multiple of {processes} processes times "
             f"SOLVER.GRAD_ACCUM_STEPS {solver.GRAD_ACCUM_STEPS}: choose numbers that divide it"
         )
     if processes > 1 and torch.cuda.is_available() and not cfg.MODEL.DEVICE.startswith("cuda"):
@@ -63,21 +63,21 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
             f"OUTPUT_DIR '{output}' is not valid in the encoding of this locale, {sys.getfilesystemencoding()}: choose "
             "another folder, or set the environment variable PYTHONUTF8=1"
         ) from error
-    silence()
+    silence_warnings()
     device = f"{device_name(cfg.MODEL.DEVICE)}, {torch.get_num_threads()} threads"
     logger.info(f"{VERSIONS}, {device}")
     logger.info(f"command: {shell_command(sys.argv)}")
     seed_everything(cfg.SEED, "model")
 
 
-def silence() -> None:
-    """Drop warnings of Detectron2 and fvcore that appear at every start and that users cannot act on."""
+def silence_warnings() -> None:
+    """Suppress warnings of torch that appear at every start and that users cannot act on."""
     warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming release")
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
 
-def keep_config(cfg: CfgNode) -> None:
-    """Write ``config.yaml`` into ``OUTPUT_DIR``, unless a training has left its own there."""
+def save_config(cfg: CfgNode) -> None:
+    """Write ``config.yaml`` to ``OUTPUT_DIR``, unless a training run has written it."""
     path = Path(cfg.OUTPUT_DIR) / "config.yaml"
     if comm.is_main_process() and not path.exists():
         write_text(path, cfg.dump())

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, which Slurm sends: the running iteration is finished and kept before the process ends."""
+"""Handling of SIGINT (Ctrl-C) and SIGTERM (Slurm): a run finishes the iteration and saves it before it ends."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(BaseException):
-    """The run was asked to end; ``number`` is the signal's."""
+    """Raised by a signal; ``number`` is the signal's number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -26,13 +26,13 @@ class _State:
 
 
 def install(patient: bool) -> None:
-    """Handle SIGINT and SIGTERM in this process from here on.
+    """Install handlers of SIGINT and SIGTERM in this process.
 
-    A signal raises :class:`Interrupted`, or is only noted inside :func:`deferred`. A second one raises in any case.
+    A signal raises :class:`Interrupted`; inside :func:`deferred` it is only recorded. A second one always raises.
 
     Args:
-        patient: ignore all signals after the first: a terminal sends Ctrl-C to every process of a run, and the process
-            that started this one passes it on once more.
+        patient: ignore all signals after the first. Child processes get Ctrl-C from the terminal and again from their
+            parent.
     """
     _State.received, _State.deferring, _State.patient = 0, False, patient
     for number in _SIGNALS:
@@ -40,19 +40,19 @@ def install(patient: bool) -> None:
 
 
 def uninstall() -> None:
-    """Let the signals end this process at once, as they do by default."""
+    """Restore the default: signals end this process immediately."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_DFL)
 
 
 def received() -> int:
-    """Return the number of the signal that was noted, 0 for none."""
+    """Return the number of the recorded signal, 0 for none."""
     return _State.received
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Only note a signal inside the block; who opened the block asks :func:`received` in time."""
+    """Record a signal inside the block instead of raising; the caller checks :func:`received`."""
     before, _State.deferring = _State.deferring, True
     try:
         yield
@@ -62,10 +62,10 @@ def deferred() -> Iterator[None]:
 
 @contextmanager
 def immediate() -> Iterator[None]:
-    """Inside :func:`deferred`, a stretch that a signal may cut short.
+    """Inside :func:`deferred`: a block that a signal interrupts.
 
     Raises:
-        Interrupted: at once if a signal was noted before.
+        Interrupted: a signal was recorded before, or arrives inside the block.
     """
     if _State.received:
         raise Interrupted(_State.received)
@@ -81,8 +81,8 @@ def _handle(number: int, frame: FrameType | None) -> None:
     _State.received = _State.received or number
     group = process_group()
     if first and _State.deferring and (group is None or group.get_rank() == 0):
-        with suppress(OSError):  # a terminal that is gone
-            # Python's streams refuse a write that interrupts another.
-            os.write(2, b"finishing this iteration; once more ends at once\n")
+        with suppress(OSError):  # the terminal is closed
+            # Not print: Python's streams are not reentrant.
+            os.write(2, b"finishing this iteration; repeat the signal to end immediately\n")
     if (first and not _State.deferring) or not (first or _State.patient):
         raise Interrupted(number)

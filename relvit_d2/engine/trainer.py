@@ -1,7 +1,9 @@
-"""The one trainer under all scripts."""
+"""The trainer of all tasks."""
 
+import json
 import logging
 import math
+import secrets
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing, nullcontext
@@ -23,7 +25,7 @@ from relvit_d2.engine.hooks import CheckpointHook, EvaluationHook
 from relvit_d2.engine.optimizer import build_clipper, build_optimizer
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.provenance import provenance
-from relvit_d2.engine.resume import check_same_run
+from relvit_d2.engine.resume import DataList, check_same_run
 from relvit_d2.engine.schedule import batch_factor, build_schedule
 from relvit_d2.engine.signals import Interrupted
 from relvit_d2.engine.writers import WriterHook
@@ -37,31 +39,35 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer(TrainerBase):
-    """Trains a model that turns a batch into named losses and metrics.
+    """Trains a model that maps a batch to named losses and metrics.
 
-    Every iteration starts from generators seeded by ``(SEED, iteration, rank)`` and reads the batch that
-    belongs to it, so a resumed run does what the straight run would have done.
+    Generators are seeded by ``(SEED, iteration, rank)`` in every iteration, and the iteration determines the batch, so
+    a resumed run equals an uninterrupted one.
 
-    Hooks of a user's own, such as a ``detectron2.engine.hooks.PeriodicWriter`` with an ``EventWriter``, are registered
-    with ``register_hooks`` before :meth:`train` and run after the trainer's.
+    Custom hooks, such as a ``detectron2.engine.hooks.PeriodicWriter`` with an ``EventWriter``, are registered with
+    ``register_hooks`` before :meth:`train` and run after the trainer's.
 
     Args:
         cfg: the full config.
-        model: batch -> dict of scalar losses, which are summed and minimised, and of
+        model: maps a batch to a dict of scalar losses, whose sum is minimised, and of
             :class:`relvit_d2.utils.metrics.Metric`, which are logged.
         samples: number of training images.
-        make_batches: first iteration -> batches from there on.
-        evaluate: returns results to log (Detectron2's nested dict); run every ``TEST.EVAL_PERIOD``
-            iterations and at the end. None: no evaluation.
+        make_batches: maps the first iteration to the batches from there on.
+        evaluate: returns results to log (Detectron2's nested dict); called every ``TEST.EVAL_PERIOD`` iterations and at
+            the end. None: no evaluation.
+        list_data: returns a line for each training image, as :func:`relvit_d2.data.listing.data_lines`; called in the
+            first process, once. None: a resumed run does not detect changed data.
 
     Attributes:
-        results: what the last evaluation returned.
-        interrupt: number of the signal that asked the run to end, 0 for none; the same in all processes.
-        stopped: whether patience ended the run.
-        first_row: the first iteration that this run writes to ``metrics.json``.
+        results: results of the last evaluation.
+        interrupt: number of the signal that ends the run, 0 for none; equal in all processes.
+        stopped: whether the run stopped early (``TEST.PATIENCE``).
+        metadata: JSON values that every checkpoint contains; a resumed run has those of its checkpoint.
+        run_id: random identifier of the run, by which checkpoints of an earlier run in ``OUTPUT_DIR`` are recognised;
+            None after resuming from a file of an earlier version.
 
     Raises:
-        UserError: for keys that contradict each other.
+        UserError: keys contradict each other.
     """
 
     def __init__(
@@ -71,12 +77,13 @@ class Trainer(TrainerBase):
         samples: int,
         make_batches: Callable[[int], BatchSource],
         evaluate: Callable[[], dict[str, Any]] | None = None,
+        list_data: Callable[[], list[str]] | None = None,
     ) -> None:
         super().__init__()
         self.cfg, self.samples = cfg, samples
         self.precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE))
         self._evaluates = evaluate is not None
-        self._describe()
+        self._check_and_log_settings()
         self.optimizer = build_optimizer(cfg, model)
         self.clip = build_clipper(cfg, model)
         self.schedule = build_schedule(cfg)
@@ -86,6 +93,10 @@ class Trainer(TrainerBase):
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, optimizer=self.optimizer)
         self.results: dict[str, Any] = {}
         self.interrupt, self.stopped = 0, False
+        self.metadata: dict[str, Any] = {}
+        self._data: DataList | None = None
+        self._list_data = list_data if comm.is_main_process() else None
+        self.run_id: str | None = secrets.token_hex(8)
         self._scalars: dict[str, tuple[float, bool]] = {}
         self._batches: BatchSource
         self._parts: Generator[Any, None, None]
@@ -98,40 +109,39 @@ class Trainer(TrainerBase):
         if comm.is_main_process():
             self.register_hooks([WriterHook()])
 
-    def _describe(self) -> None:
-        """Log what decides the training, and refuse what cannot be."""
+    def _check_and_log_settings(self) -> None:
         solver, test = self.cfg.SOLVER, self.cfg.TEST
         if (test.BEST_METRIC or test.PATIENCE) and not (self._evaluates and test.EVAL_PERIOD > 0):
             raise UserError(
                 "TEST.BEST_METRIC and TEST.PATIENCE need evaluations: set TEST.EVAL_PERIOD and DATASETS.TEST"
             )
         if test.PATIENCE and not test.BEST_METRIC:
-            raise UserError(f'TEST.PATIENCE {test.PATIENCE} needs a TEST.BEST_METRIC to look at, such as "bbox/AP"')
+            raise UserError(f'TEST.PATIENCE {test.PATIENCE} needs TEST.BEST_METRIC, such as "bbox/AP"')
         logger.info(f"precision: {self.precision.name} ({self.precision.reason})")
         parts = f", each in {solver.GRAD_ACCUM_STEPS} parts" if solver.GRAD_ACCUM_STEPS > 1 else ""
         logger.info(
-            f"{self.samples} training images; {solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH}{parts} are "
+            f"{self.samples} training images; {solver.MAX_ITER} iterations with {solver.IMS_PER_BATCH} images{parts}: "
             f"{solver.MAX_ITER * solver.IMS_PER_BATCH / self.samples:.1f} epochs"
         )
         if (factor := batch_factor(self.cfg)) != 1:
             logger.info(
                 f"learning rate {factor * solver.BASE_LR:.3g}: SOLVER.BASE_LR {solver.BASE_LR:.3g} times "
                 f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} / SOLVER.REFERENCE_BATCH {solver.REFERENCE_BATCH} "
-                "(the linear rule; a reference of 0 turns it off)"
+                "(linear scaling rule; SOLVER.REFERENCE_BATCH 0 turns it off)"
             )
 
     def evaluates_after(self, done: int) -> bool:
-        """Whether an evaluation follows when ``done`` iterations are done."""
+        """Whether an evaluation follows after ``done`` iterations."""
         period = self.cfg.TEST.EVAL_PERIOD
         return self._evaluates and (done == self.max_iter or (period > 0 and done % period == 0))
 
     @property
     def first_row(self) -> int:
-        """See the class; the iteration of the checkpoint is finished first, with its evaluation."""
+        """First iteration that this run writes to ``metrics.json``: that of the checkpoint, or 0."""
         return max(self.start_iter - 1, 0)
 
     def save(self, name: str) -> None:
-        """Write the checkpoint ``NAME.pth`` with all that :meth:`resume` needs."""
+        """Write the checkpoint ``NAME.pth`` for :meth:`resume`."""
         smooth = self.storage.smoothing_hints()
         scalars = {key: [value, smooth[key]] for key, (value, at) in self.storage.latest().items() if at == self.iter}
         self.checkpointer.save(
@@ -141,45 +151,58 @@ class Trainer(TrainerBase):
             config=self.cfg.dump(),
             samples=self.samples,
             processes=comm.get_world_size(),
+            metadata=self.metadata,
+            run=self.run_id,
+            data=self._data and self._data.digest,
         )
 
     def resume(self, allow_changes: bool = False) -> bool:
-        """Go on from the last checkpoint in ``OUTPUT_DIR``; return whether there was one.
+        """Load the last checkpoint in ``OUTPUT_DIR``; return whether there was one.
 
         Args:
             allow_changes: accept a checkpoint of another config.
 
         Raises:
-            UserError: if the checkpoint is of another config, of another program or does not fit, or not every process
-                sees it.
+            UserError: the checkpoint is of another config or program or does not fit, or only some processes find it.
         """
-        found = comm.all_gather(self.checkpointer.has_checkpoint())
-        if len(set(found)) > 1:
+        newest = comm.all_gather(self._newest_checkpoint() if comm.is_main_process() else "")[0]
+        if not all(comm.all_gather(Path(newest).is_file() if newest else not self.checkpointer.has_checkpoint())):
             raise UserError(
                 f"OUTPUT_DIR '{self.cfg.OUTPUT_DIR}' holds a checkpoint for some processes only: give a folder that "
                 "all machines share"
             )
-        if not found[0]:
+        if not newest:
             logger.info(f"no checkpoint in '{self.cfg.OUTPUT_DIR}': starting at iteration 0")
             return False
-        self.checkpointer.accept = partial(check_same_run, self.cfg, self.samples, allow_changes)
-        extra = self.checkpointer.load(self.checkpointer.get_checkpoint_file())
-        self.start_iter, self._scalars = extra["iteration"] + 1, extra["scalars"]
+        if self._list_data:
+            self._data = DataList(self._list_data())
+        self.checkpointer.validate = partial(check_same_run, self.cfg, self.samples, self._data, allow_changes)
+        extra = self.checkpointer.load(newest)
+        self.start_iter, self._scalars, self.run_id = extra["iteration"] + 1, extra["scalars"], extra.get("run")
+        self.metadata = extra.get("metadata", {})
         logger.info(f"resumed at iteration {self.start_iter}")
         if extra["processes"] != comm.get_world_size():
             logger.warning(
-                f"the run goes on with {comm.get_world_size()} processes, it had {extra['processes']}: its draws, and "
-                "so its result, are other ones from here on"
+                f"the run continues with {comm.get_world_size()} processes instead of {extra['processes']}: its random "
+                "numbers, and so its results, differ from here on"
             )
         return True
 
+    def _newest_checkpoint(self) -> str:
+        """Return the path of the newest intact checkpoint of the last run in ``OUTPUT_DIR``; "" if there is none."""
+        try:
+            run = json.loads((Path(self.cfg.OUTPUT_DIR) / "run.json").read_text(encoding="utf-8")).get("run")
+        except (OSError, ValueError, AttributeError):  # missing or damaged
+            run = None
+        return self.checkpointer.newest_intact(run)
+
     def train(self) -> None:  # type: ignore[override]
-        """Run from the first iteration that is left to the last.
+        """Run the remaining iterations.
 
         Raises:
-            Interrupted: after SIGINT or SIGTERM, with the running iteration done and kept.
+            Interrupted: after SIGINT or SIGTERM, once the current iteration is saved.
         """
-        self._settle_output()
+        self._prepare_output()
         self.iter = self.start_iter
         self.model.train()
         with EventStorage(self.start_iter) as self.storage, signals.deferred():
@@ -189,7 +212,7 @@ class Trainer(TrainerBase):
                     self._finish_iteration()
                 if self.start_iter < self.max_iter and not self.stopped:
                     self._batches = self.make_batches(self.start_iter)
-                    with closing(iter(self._batches)) as self._parts:  # ends the loader's processes
+                    with closing(iter(self._batches)) as self._parts:  # ends the worker processes
                         self._iterate()
                 if self.stopped:
                     self.save("model_final")
@@ -200,23 +223,26 @@ class Trainer(TrainerBase):
                 raise
             self.after_train()
 
-    def _settle_output(self) -> None:
-        """Keep config and provenance; forget an earlier run's faults, and its checkpoint unless this run resumes it."""
+    def _prepare_output(self) -> None:
+        """Write config and provenance; remove ``not_finite_*.json`` and, unless resumed, ``last_checkpoint``."""
         if not comm.is_main_process():
             return
         output = Path(self.cfg.OUTPUT_DIR)
         output.mkdir(parents=True, exist_ok=True)
         write_text(output / "config.yaml", self.cfg.dump())
-        write_json(output / "run.json", provenance(self.cfg))
+        if self._list_data:
+            self._data = self._data or DataList(self._list_data())
+            self._data.write(output)
+        write_json(output / "run.json", provenance(self.cfg) | {"run": self.run_id})
         for file in output.glob("not_finite_*.json"):
             file.unlink()
         if self.start_iter == 0 and self.checkpointer.has_checkpoint():
-            logger.warning(f"'{output}' holds an earlier run, whose files this one replaces; --resume goes on with it")
-            # Else a kill before the first checkpoint and --resume would go on with that run.
+            logger.warning(f"'{output}' holds an earlier run, whose files are overwritten; --resume would continue it")
+            # Otherwise --resume after a kill before the first checkpoint would continue the earlier run.
             (output / "last_checkpoint").unlink()
 
     def _finish_iteration(self) -> None:
-        """Do what follows the checkpoint in its iteration: a kill may have come before the evaluation and the row."""
+        """Repeat the hooks of the checkpoint's iteration, which a kill may have interrupted."""
         self.iter = self.start_iter - 1
         self.before_step()
         for name, (value, smooth) in self._scalars.items():
@@ -229,34 +255,34 @@ class Trainer(TrainerBase):
             self.run_step()
             self.after_step()
             if self.interrupt:
-                logger.info(f"stopping after iteration {self.iter}, which is kept; go on with --resume")
+                logger.info(f"stopping after iteration {self.iter}, which is saved; continue with --resume")
                 raise Interrupted(self.interrupt)
             if self.stopped:
                 break
 
     def run_step(self) -> None:
-        """Read one batch, in parts, and take one optimisation step."""
+        """Read a batch, in parts, and take an optimisation step."""
         seed_everything(self.cfg.SEED, "iteration", self.iter, comm.get_rank())
         rate = self.schedule(self.iter)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         self.optimizer.zero_grad()
         parts = self.cfg.SOLVER.GRAD_ACCUM_STEPS
-        shared = self.model if isinstance(self.model, DistributedDataParallel) else None
+        parallel = self.model if isinstance(self.model, DistributedDataParallel) else None
         data_time = 0.0
         means: dict[str, Tensor] = {}
         for part in range(parts):
             start = time.perf_counter()
             batch = next(self._parts)
             data_time += time.perf_counter() - start
-            with shared.no_sync() if shared and part < parts - 1 else nullcontext():  # one exchange of gradients
+            with parallel.no_sync() if parallel and part < parts - 1 else nullcontext():  # one all-reduce per step
                 outputs = self._forward(batch)
                 losses = [value for value in outputs.values() if not isinstance(value, Metric)]
                 total = torch.stack([loss.float() for loss in losses]).sum() / parts
                 total.backward()
             for name, value in as_scalars({**outputs, "total_loss": total * parts}).items():
-                share = torch.as_tensor(value, dtype=torch.float32, device=total.device).detach() / parts
-                means[name] = means[name] + share if name in means else share
+                value = torch.as_tensor(value, dtype=torch.float32, device=total.device).detach() / parts
+                means[name] = means[name] + value if name in means else value
         means["grad_norm"] = self.clip()
         self._log(means, rate, data_time)
         self.optimizer.step()
@@ -265,47 +291,45 @@ class Trainer(TrainerBase):
         try:
             with self.precision.autocast():
                 return self.model(batch)
-        except FloatingPointError as error:  # Detectron2's, for proposals
+        except FloatingPointError as error:  # raised by Detectron2 for proposals
             raise self._not_finite("proposals", float("nan"), True) from error
 
     def _log(self, means: dict[str, Tensor], rate: float, data_time: float) -> None:
-        """Put the step's numbers into the storage, the mean over processes; stop before a step that is not finite."""
-        own = torch.stack([*means.values(), torch.zeros_like(means["total_loss"])])
-        own[-1] = signals.received()  # all processes stop after the same iteration
-        shared = own
+        """Store the step's means over processes; raise before the optimiser's step if one is not finite."""
+        values = torch.stack([*means.values(), torch.zeros_like(means["total_loss"])])
+        values[-1] = signals.received()  # all processes stop after the same iteration
         if comm.get_world_size() > 1:
-            shared = own.clone()
-            torch.distributed.all_reduce(shared)
-            shared /= comm.get_world_size()
-        *numbers, interrupt = shared.tolist()
+            torch.distributed.all_reduce(values)
+            values /= comm.get_world_size()
+        *numbers, interrupt = values.tolist()
         mean = dict(zip(means, numbers, strict=True))
         for name, number in mean.items():
             if not math.isfinite(number):
-                # The norm is that of the gradients that all processes share: the losses tell whose images they were,
-                # unless all of them are finite.
-                guilty = not math.isfinite(means["total_loss"]) or math.isfinite(mean["total_loss"])
-                raise self._not_finite(name, number, guilty)
+                # The gradient norm is common to all processes, so the images are found by the loss of each process,
+                # unless the losses of all are finite.
+                is_cause = not math.isfinite(means["total_loss"]) or math.isfinite(mean["total_loss"])
+                raise self._not_finite(name, number, is_cause)
         if interrupt:
             self.interrupt = max(comm.all_gather(signals.received()))
         self.storage.put_scalars(**mean, lr=rate, data_time=data_time, smoothing_hint=False)
 
-    def _not_finite(self, name: str, number: float, guilty: bool) -> UserError:
-        """Write which images of this process led to it, if it is ``guilty``; return the error."""
+    def _not_finite(self, name: str, number: float, is_cause: bool) -> UserError:
+        """Write the images of this process to a file if they are the cause; return the error."""
         output = Path(self.cfg.OUTPUT_DIR)
-        if guilty:
+        if is_cause:
             images = {"iteration": self.iter, "term": name, "images": self._batches.names(self.iter)}
             write_json(output / f"not_finite_{comm.get_rank()}.json", images)
-        kept = self.checkpointer.has_checkpoint()
+        resumable = self.checkpointer.has_checkpoint()
         return UserError(
-            f"'{name}' became {number} at iteration {self.iter}, the images are in {output}/not_finite_*.json"
-            f"{' and the last checkpoint is good' if kept else ''}: look at them, lower SOLVER.BASE_LR, lengthen "
+            f"'{name}' became {number} at iteration {self.iter}, {output}/not_finite_*.json lists the images"
+            f"{' and the last checkpoint is intact' if resumable else ''}: check them, lower SOLVER.BASE_LR, raise "
             "SOLVER.WARMUP_ITERS or set SOLVER.PRECISION float32, then "
-            f"{'go on with --resume --allow-changes' if kept else 'start again'}"
+            f"{'continue with --resume --allow-changes' if resumable else 'restart'}"
         )
 
 
 def _distributed(model: nn.Module) -> nn.Module:
-    """Wrap the model where there is more than one process."""
+    """Wrap the model in ``DistributedDataParallel`` if there are several processes."""
     if comm.get_world_size() == 1:
         return model
     on_gpu = next(model.parameters()).is_cuda

@@ -1,4 +1,4 @@
-"""Weights of models: what training starts from, what evaluation reads, the encoder that training leaves."""
+"""Weights: initialisation of training, loading for evaluation, export of the encoder."""
 
 import logging
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from relvit_d2.config.config_file import Task, load_config, use_here
+from relvit_d2.config.config_file import Task, adapt_to_machine, load_config
 from relvit_d2.conversion.converted import TOLERANCE
 from relvit_d2.conversion.encoder_file import ENOUGH, MatchReport, feature_difference, load_encoder, save_encoder
 from relvit_d2.conversion.timm_hub import is_published
@@ -20,65 +20,67 @@ logger = logging.getLogger(__name__)
 
 
 def holds_encoder(weights: str) -> bool:
-    """Whether ``MODEL.WEIGHTS`` names an ``encoder.safetensors`` or timm's weights, ``timm:NAME``."""
+    """Whether ``MODEL.WEIGHTS`` is an ``encoder.safetensors`` or ``timm:NAME``."""
     return weights.endswith(".safetensors") or is_published(weights)
 
 
-def load_weights(cfg: CfgNode, model: nn.Module, encoder: Encoder, input_format: str) -> None:
-    """Load ``MODEL.WEIGHTS``: what :func:`holds_encoder`, a checkpoint of the whole model, or nothing.
+def load_weights(cfg: CfgNode, model: nn.Module, encoder: Encoder, input_format: str) -> dict[str, Any]:
+    """Load ``MODEL.WEIGHTS``: encoder weights, a checkpoint of the whole model, or nothing if empty.
 
     Args:
         cfg: the config.
-        model: takes a checkpoint.
-        encoder: the part of it that takes an encoder's weights.
-        input_format: see :func:`load_proved`.
+        model: the whole model.
+        encoder: its encoder.
+        input_format: order of the encoder's input channels, such as ``RGB``.
+
+    Returns:
+        Metadata of the encoder's file or of the checkpoint; empty if there is none.
 
     Raises:
-        UserError: if the file is missing, is of something else, or features differ (:func:`load_proved`).
+        UserError: the file is missing or does not fit; see :func:`load_verified`.
     """
     weights = cfg.MODEL.WEIGHTS
     if not weights:
         logger.info("MODEL.WEIGHTS is empty: training from scratch")
-    elif holds_encoder(weights):
-        load_proved(cfg, encoder, weights, input_format)
-    else:
-        checkpointer = Checkpointer(model, enough=ENOUGH, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
-        checkpointer.load(weights, checkpointables=[])
+        return {}
+    if holds_encoder(weights):
+        return load_verified(cfg, encoder, weights, input_format)
+    checkpointer = Checkpointer(model, min_match=ENOUGH, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
+    return checkpointer.load(weights, checkpointables=[]).get("metadata", {})
 
 
 def run_config(weights: str | Path, config_file: str | Path, overrides: Sequence[Any], task: Task) -> CfgNode:
-    """Return the config of a trained model for use on this machine: see :func:`relvit_d2.config.config_file.use_here`.
+    """Return the config of a trained model, adapted to this machine.
 
     Args:
-        weights: the run's folder or one of its checkpoints, as for :func:`load_trained`.
-        config_file: empty for the ``config.yaml`` beside the checkpoint.
-        overrides: keys and values in turn.
-        task: what it was trained for.
+        weights: folder of the run or one of its checkpoints.
+        config_file: the config; empty: ``config.yaml`` in the folder of the checkpoint.
+        overrides: alternating keys and values.
+        task: task of the model.
 
     Raises:
-        UserError: if the config is missing or invalid.
+        UserError: the config is missing or invalid.
     """
     path = Path(weights)
     folder = path if path.is_dir() else path.parent
-    words = [str(word) for word in overrides]
-    cfg = load_config(str(config_file or folder / "config.yaml"), words, {task.name: task}, task.name)
-    use_here(cfg)
+    cfg = load_config(str(config_file or folder / "config.yaml"), [*map(str, overrides)], {task.name: task}, task.name)
+    adapt_to_machine(cfg)
     return cfg
 
 
 def load_trained(cfg: CfgNode, model: nn.Module, weights: str | Path) -> dict[str, Any]:
-    """Load a trained model, heads included, to evaluate or to use it.
+    """Load a trained model with its heads.
 
     Args:
         cfg: its config.
-        model: what the weights go into.
-        weights: a checkpoint, ``model_*.pth``, or the folder of a run, for its last checkpoint.
+        model: the model, changed in place.
+        weights: a checkpoint ``model_*.pth``, or the folder of a run, for its last checkpoint.
 
     Returns:
-        What the checkpoint holds beside the weights.
+        The other entries of the checkpoint.
 
     Raises:
-        UserError: if there is no checkpoint, or it does not fit the model.
+        UserError: there is no checkpoint, or it does not fit the model.
     """
     source = str(weights)
     if not source or holds_encoder(source):
@@ -87,7 +89,7 @@ def load_trained(cfg: CfgNode, model: nn.Module, weights: str | Path) -> dict[st
     checkpointer = Checkpointer(model, source, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
     if Path(source).is_dir():
         if not checkpointer.has_checkpoint():
-            raise UserError(f"'{source}' holds no checkpoint: give the OUTPUT_DIR of a training or a model_*.pth")
+            raise UserError(f"'{source}' holds no checkpoint: give the OUTPUT_DIR of a training run or a model_*.pth")
         source = checkpointer.get_checkpoint_file()
     return checkpointer.load(source, checkpointables=[])
 
@@ -95,14 +97,14 @@ def load_trained(cfg: CfgNode, model: nn.Module, weights: str | Path) -> dict[st
 def export_encoder(
     cfg: CfgNode, encoder: Encoder, image_size: int, iterations: int, results: dict[str, Any], **more: Any
 ) -> Path:
-    """Write ``encoder.safetensors`` into ``OUTPUT_DIR`` and return its path.
+    """Write ``encoder.safetensors`` to ``OUTPUT_DIR`` and return its path.
 
     Args:
-        cfg: the run's config.
-        encoder: what is written.
-        image_size: side in pixels of the images that it was trained on.
-        iterations: how many it was trained for.
-        results: what the last evaluation returned.
+        cfg: config of the run.
+        encoder: the encoder.
+        image_size: side in pixels of the training images.
+        iterations: number of training iterations.
+        results: results of the last evaluation.
         more: further metadata, JSON values.
     """
     path = Path(cfg.OUTPUT_DIR) / "encoder.safetensors"
@@ -120,17 +122,21 @@ def export_encoder(
     return path
 
 
-def load_proved(cfg: CfgNode, encoder: Encoder, weights: str, input_format: str) -> None:
-    """Load ``weights`` into ``encoder``, log what matched, and run both encoders on one image.
+def load_verified(cfg: CfgNode, encoder: Encoder, weights: str, input_format: str) -> dict[str, Any]:
+    """Load encoder weights, log the matched parameters, and verify the features on an image.
 
     Args:
-        cfg: the script's config; its pixel statistics must be those of the weights.
-        encoder: what the weights go into.
-        weights: see :func:`holds_encoder`.
-        input_format: order of the channels that the encoder is fed, such as ``RGB``.
+        cfg: the config; its pixel statistics must be those of the weights.
+        encoder: the encoder, changed in place.
+        weights: an ``encoder.safetensors``, its URL, or ``timm:NAME``.
+        input_format: order of the encoder's input channels, such as ``RGB``.
+
+    Returns:
+        The metadata of the weights' file.
 
     Raises:
-        UserError: if the weights are missing, do not fit or are for other pixels, or the features differ.
+        UserError: the weights are missing, do not fit or were trained with other pixel statistics, or the features
+            differ.
     """
     weights = download(weights) if "://" in weights else weights
     report = load_encoder(encoder, weights)
@@ -139,22 +145,23 @@ def load_proved(cfg: CfgNode, encoder: Encoder, weights: str, input_format: str)
     difference = feature_difference(encoder, weights)
     if not difference <= TOLERANCE:
         raise UserError(
-            f"after loading '{weights}' the features differ by {difference:.1e} from those of the encoder it "
-            "describes; check that MODEL.ENCODER says what pre-training used"
+            f"after loading '{weights}' the features differ by {difference:.1e} from those of the encoder in its "
+            "metadata; set MODEL.ENCODER as in pre-training"
         )
     if left_out := encoder.lacks(report.metadata["encoder"]):
-        logger.warning(f"left out here: {', '.join(left_out)} of '{weights}' (MODEL.ENCODER.POS_EMBED False)")
-    note = f" (without the fresh {', '.join(report.fresh)})" if report.fresh else ""
-    logger.info(f"features of the pre-trained encoder and of this one agree to {difference:.1e}{note}")
+        logger.warning(f"not loaded from '{weights}': {', '.join(left_out)} (MODEL.ENCODER.POS_EMBED False)")
+    note = f" (without {', '.join(report.fresh)}, not pre-trained)" if report.fresh else ""
+    logger.info(f"features of the pre-trained and the loaded encoder agree to {difference:.1e}{note}")
+    return report.metadata
 
 
 def _check_pixels(cfg: CfgNode, report: MatchReport, input_format: str) -> None:
-    """Refuse to feed an encoder pixels of another scale or channel order than it was pre-trained on."""
-    for key, ours, name in (
+    """Raise a :class:`UserError` unless channel order and pixel statistics are those of pre-training."""
+    for key, current, name in (
         ("INPUT.FORMAT", input_format, "input_format"),
         ("MODEL.PIXEL_MEAN", list(cfg.MODEL.PIXEL_MEAN), "pixel_mean"),
         ("MODEL.PIXEL_STD", list(cfg.MODEL.PIXEL_STD), "pixel_std"),
     ):
-        theirs = report.metadata.get(name, ours)
-        if theirs != ours:
-            raise UserError(f"'{report.path}' was pre-trained with {key} {theirs}, not {ours}; set {key} to that")
+        saved = report.metadata.get(name, current)
+        if saved != current:
+            raise UserError(f"'{report.path}' was pre-trained with {key} {saved}, not {current}; set {key} to that")

@@ -1,24 +1,21 @@
-"""What a run tells about itself: the console line, metrics.json, TensorBoard."""
+"""Logging of metrics: console, metrics.json, TensorBoard."""
 
 import datetime
-import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from detectron2.engine import HookBase
 from detectron2.utils.events import EventStorage, EventWriter, JSONWriter, TensorboardXWriter, get_event_storage
 from fvcore.common.config import CfgNode
 
-from relvit_d2.utils.files import write_text
+from relvit_d2.engine.running import RunningTrainer
+from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.files import appearing, write_text
 from relvit_d2.utils.hardware import peak_memory
-from relvit_d2.utils.metrics import Metric, from_scalars
-
-if TYPE_CHECKING:
-    from relvit_d2.engine.trainer import Trainer
+from relvit_d2.utils.metrics import Metric, from_scalars, parse_row
 
 PERIOD = 20  # iterations between lines on the console and points in TensorBoard
-SLOW_DATA = 0.5  # share of the time spent waiting for data that is worth a word
+SLOW_DATA = 0.5  # fraction of the time spent waiting for data from which on a warning is logged
 
 logger = logging.getLogger(__name__)
 
@@ -26,50 +23,54 @@ logger = logging.getLogger(__name__)
 class WriterHook(HookBase):
     """Runs Detectron2's writers: ``metrics.json`` every iteration, console and TensorBoard every ``PERIOD``.
 
-    What a killed run wrote beyond the first iteration of this one is taken out of both files. The row of the iteration
-    that a resumed run finishes once more keeps what is not measured anew.
+    On resumption, later entries of both files are removed. The row of the checkpoint's iteration keeps values that are
+    not computed again.
     """
 
-    trainer: "Trainer"
+    trainer: RunningTrainer
 
     def __init__(self) -> None:
-        self._often: list[EventWriter] = []
-        self._seldom: list[EventWriter] = []
+        self._every_step: list[EventWriter] = []
+        self._periodic: list[EventWriter] = []
         self._row: dict[str, float] = {}
 
     def before_train(self) -> None:
         """Open the files."""
         trainer, output = self.trainer, Path(self.trainer.cfg.OUTPUT_DIR)
-        row = drop_later_metrics(output / "metrics.json", trainer.first_row)
-        self._row = row if trainer.start_iter else {}
-        self._often = [JSONWriter(str(output / "metrics.json"), window_size=1)]
-        self._seldom = [
+        if trainer.start_iter:
+            self._row = keep_earlier_rows(output / "metrics.json", trainer.first_row)
+        else:
+            write_text(output / "metrics.json", "")
+        self._every_step = [JSONWriter(str(output / "metrics.json"), window_size=1)]
+        self._periodic = [
             ProgressPrinter(trainer.cfg),
             _Board(str(output), window_size=1, purge_step=trainer.first_row),
         ]
 
     def after_step(self) -> None:
-        """Write what the iteration left in the storage."""
+        """Write the metrics of the iteration."""
         storage, done = self.trainer.storage, self.trainer.iter + 1
         new = [name for name, (_, at) in storage.latest().items() if at == self.trainer.iter]
-        storage.put_scalars(**{k: v for k, v in self._row.items() if k not in new}, smoothing_hint=False)
+        for name, value in self._row.items():
+            if name not in new:
+                storage.put_scalar(name, value, smoothing_hint=False)
         self._row = {}
-        for writer in self._often:
+        for writer in self._every_step:
             writer.write()
         if done % PERIOD == 0 or done == self.trainer.max_iter or self.trainer.stopped:
-            for writer in self._seldom:
+            for writer in self._periodic:
                 writer.write()
 
     def after_train(self) -> None:
-        """Close the files, after a last row of what an iteration that was cut short had measured."""
-        for writer in self._often:
+        """Write the metrics of an interrupted iteration and close the files."""
+        for writer in self._every_step:
             writer.write()
-        for writer in (*self._often, *self._seldom):
+        for writer in (*self._every_step, *self._periodic):
             writer.close()
 
 
 class _Board(TensorboardXWriter):
-    """Detectron2's writer, whose points reach the file when they are written: a killed run loses none."""
+    """Detectron2's TensorBoard writer, flushed after every write, so that a killed run loses nothing."""
 
     def write(self) -> None:
         super().write()
@@ -77,15 +78,15 @@ class _Board(TensorboardXWriter):
 
 
 class ProgressPrinter(EventWriter):
-    """One line a period: progress, time left, losses, accuracies beside their chance levels, speed, memory."""
+    """Logs a line: progress, remaining time, losses, metrics with chance levels, speed, memory."""
 
     def __init__(self, cfg: CfgNode) -> None:
         self._max_iter, self._batch, self._device = cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH, cfg.MODEL.DEVICE
         self._workers = cfg.DATALOADER.NUM_WORKERS
-        self._said_slow = False
+        self._has_warned = False
 
     def write(self) -> None:
-        """Log the line; once, that reading the data takes most of the time."""
+        """Log the line, and once a warning if data loading takes most of the time."""
         storage = get_event_storage()
         names = storage.histories().keys()
         parts = [f"iter {storage.iter + 1:>{len(str(self._max_iter))}}/{self._max_iter}"]
@@ -93,7 +94,7 @@ class ProgressPrinter(EventWriter):
         if "time" in names:
             left = storage.history("time").median(1000) * (self._max_iter - storage.iter - 1)
             parts.append(f"eta {datetime.timedelta(seconds=int(left))!s:>8}")
-            # A median would not see that one batch in a few is late.
+            # The median would hide occasional slow batches.
             count = storage.count_samples("time", PERIOD)
             seconds = max(storage.history("time").avg(count), 1e-9)
             waiting = storage.history("data_time").avg(count) / seconds
@@ -106,10 +107,10 @@ class ProgressPrinter(EventWriter):
         if "lr" in names:
             parts.append(f"lr {storage.history('lr').latest():.2e}")
         logger.info("  ".join([*parts, *speed, f"memory {peak_memory(self._device):.1f} GiB"]))
-        if waiting > SLOW_DATA and not self._said_slow:
-            self._said_slow = True
+        if waiting > SLOW_DATA and not self._has_warned:
+            self._has_warned = True
             logger.warning(
-                f"reading the data is the bottleneck: {waiting:.0%} of the time is spent waiting for it; raise "
+                f"data loading is the bottleneck: {waiting:.0%} of the time is spent waiting for data; raise "
                 f"DATALOADER.NUM_WORKERS (now {self._workers}) or store smaller images"
             )
 
@@ -118,27 +119,44 @@ def _median(storage: EventStorage, name: str) -> float:
     return storage.history(name).median(storage.count_samples(name, PERIOD))
 
 
-def drop_later_metrics(path: Path, start: int) -> dict[str, float]:
-    """Remove what a killed run wrote to ``metrics.json`` beyond the checkpoint it resumes from.
+def keep_earlier_rows(path: Path, start: int) -> dict[str, float]:
+    """Remove the rows of iteration ``start`` and later from ``metrics.json``.
 
-    Lines of iteration ``start`` and later go, as does a last line that was cut short.
+    Lines that are not rows are moved to ``metrics_unreadable.txt`` beside it. They and missing rows are reported.
 
     Returns:
-        What the line of iteration ``start`` held.
+        The values of iteration ``start``.
+
+    Raises:
+        UserError: the file cannot be read.
     """
-    if not path.exists():
-        return {}
-    kept: list[str] = []
-    held: dict[str, float] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-            at = row.pop("iteration")
-        except (ValueError, KeyError):
-            continue
-        if at < start:
-            kept.append(line + "\n")
-        elif at == start:
-            held |= row
-    write_text(path, "".join(kept))
-    return held
+    try:
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read ({error.strerror}): move it away") from error
+    kept: list[bytes] = []
+    unreadable: list[bytes] = []
+    seen: set[int] = set()
+    last: dict[str, float] = {}
+    for line in filter(bytes.strip, lines):
+        row = parse_row(line)
+        if row is None:
+            unreadable.append(line.rstrip() + b"\n")
+        elif row.iteration < start:
+            kept.append(line.rstrip() + b"\n")
+            seen.add(row.iteration)
+        elif row.iteration == start:
+            last |= row.scalars
+    if unreadable:
+        aside = path.with_name("metrics_unreadable.txt")
+        with aside.open("ab") as file:
+            file.writelines(unreadable)
+        logger.warning(f"'{path}' has {len(unreadable)} unreadable line(s): they were moved to '{aside}'")
+    if missing := sorted(set(range(start)) - seen):
+        logger.warning(
+            f"'{path}' lacks {len(missing)} of the {start} rows before the checkpoint, the first of iteration "
+            f"{missing[0]}: they cannot be restored"
+        )
+    with appearing(path) as part:
+        part.write_bytes(b"".join(kept))
+    return last

@@ -1,16 +1,50 @@
 """Execution of relvit-d2 commands in subprocesses, with a progress bar."""
 
+import json
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
+from typing import NamedTuple
 
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 from tqdm import tqdm
 
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import make_folder
+
+TRIAL = 8  # iterations of a run that is timed
+TRIAL_KEYS = {"SOLVER.MAX_ITER": TRIAL, "SOLVER.WARMUP_ITERS": 0, "SOLVER.CHECKPOINT_PERIOD": 0}
+
+
+class TrialTime(NamedTuple):
+    """Time of a run of ``TRIAL`` iterations.
+
+    Attributes:
+        iteration: seconds per iteration, the median without the first half.
+        rest: seconds of the command outside of the iterations.
+    """
+
+    iteration: float
+    rest: float
+
+
+def run_trial(title: str, command: list[str], output: Path) -> TrialTime:
+    """Run a training command, whose config has ``TRIAL_KEYS``, by :func:`run_command` and return its time."""
+    started = time.monotonic()
+    run_command(title, command, output, TRIAL)
+    wall = time.monotonic() - started
+    seconds = iteration_seconds(output)
+    return TrialTime(median(seconds[TRIAL // 2 :]), max(wall - sum(seconds), 0.0))
+
+
+def iteration_seconds(output: Path) -> list[float]:
+    """Return the seconds of each iteration in the ``metrics.json`` of a run, in order."""
+    lines = (output / "metrics.json").read_text(encoding="utf-8").splitlines()
+    seconds = {row["iteration"]: row["time"] for row in map(json.loads, lines) if "time" in row}
+    return [seconds[iteration] for iteration in sorted(seconds)]
 
 
 def run_command(title: str, command: list[str], output: Path, total: int) -> None:

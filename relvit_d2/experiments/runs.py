@@ -92,6 +92,17 @@ class Run:
         return found
 
 
+def check_free_keys(keys: Iterable[str], more: Mapping[str, str] | None = None) -> None:
+    """Refuse keys that every plan sets itself, and ``more`` of them, each with what to do instead.
+
+    Raises:
+        UserError: for the first one.
+    """
+    instead = _SET_BY_PLAN | dict(more or {})
+    if key := next((key for key in keys if key in instead), None):
+        raise UserError(f"key {key} is set for every run here: leave it out; {instead[key]}")
+
+
 def plan_runs(steps: Iterable[Step], seed: int, scale: float, output: Path, opts: list[str]) -> dict[str, Run]:
     """Return the runs of one seed by the name of their step, in the order of execution.
 
@@ -106,8 +117,7 @@ def plan_runs(steps: Iterable[Step], seed: int, scale: float, output: Path, opts
         UserError: for a config that cannot be read, or a key that the runs set themselves.
     """
     steps = list(steps)
-    if key := next((key for key in opts[::2] if key in _SET_BY_PLAN), None):
-        raise UserError(f"key {key} is set for every run here: leave it out; {_SET_BY_PLAN[key]}")
+    check_free_keys(opts[::2])
     fixed = {key: step.name for step in steps for key, _ in step.overrides}
     if key := next((key for key in opts[::2] if key in fixed), None):
         raise UserError(
@@ -125,15 +135,18 @@ def plan_runs(steps: Iterable[Step], seed: int, scale: float, output: Path, opts
         paths = ["OUTPUT_DIR", str(folder)]
         if step.encoder:
             paths += ["MODEL.WEIGHTS", str(runs[step.encoder].folder / "encoder.safetensors")]
-        elif cfg.MODEL.WEIGHTS:
-            paths += ["MODEL.WEIGHTS", ""]
+        elif step.evaluates:
+            paths += ["MODEL.WEIGHTS", str(runs[step.evaluates].folder / "model_best.pth")]
+        elif step.weights or cfg.MODEL.WEIGHTS:
+            paths += ["MODEL.WEIGHTS", step.weights]
         settings = {
             "config": step.config,
             "overrides": dict(zip(keys[::2], keys[1::2], strict=True)),
             "data": str(catalog.dataset_root().resolve()),
-        }
+        } | ({"weights": step.weights} if step.weights else {})
         cfg = load_config(step.config, [*keys, *paths])
-        command = [COMMANDS[cfg.TASK], "--config-file", step.config, "--resume", *keys, *paths]
+        flag = "--eval-only" if step.evaluates else "--resume"
+        command = [COMMANDS[cfg.TASK], "--config-file", step.config, flag, *keys, *paths]
         runs[step.name] = Run(step, folder, command, cfg, settings, tuple(opts[::2]))
     return runs
 
@@ -142,16 +155,23 @@ def _scaled_keys(cfg: CfgNode, scale: float, labels: float) -> list[str]:
     """Return keys and values that reduce schedule and images to ``scale``, training images to ``scale * labels``."""
     found: dict[str, object] = {}
     if scale < 1:
-        for key in _SCHEDULE:
-            section, name = key.split(".")
-            if cfg[section][name] > 0:
-                found[key] = max(round(cfg[section][name] * scale), 1)
-        if "Step" in cfg.SOLVER.LR_SCHEDULER_NAME:
-            found["SOLVER.STEPS"] = tuple(max(round(step * scale), 1) for step in cfg.SOLVER.STEPS)
+        found = scaled_schedule(cfg, scale)
         found["DATASETS.TEST"] = tuple(catalog.subset_name(name, scale) for name in cfg.DATASETS.TEST)
     if scale * labels < 1:
         found["DATASETS.TRAIN"] = tuple(catalog.subset_name(name, scale * labels) for name in cfg.DATASETS.TRAIN)
     return [str(part) for pair in found.items() for part in pair]
+
+
+def scaled_schedule(cfg: CfgNode, scale: float) -> dict[str, object]:
+    """Return keys and values that multiply the length of the schedule by ``scale``."""
+    found: dict[str, object] = {}
+    for key in _SCHEDULE:
+        section, name = key.split(".")
+        if cfg[section][name] > 0:
+            found[key] = max(round(cfg[section][name] * scale), 1)
+    if "Step" in cfg.SOLVER.LR_SCHEDULER_NAME:
+        found["SOLVER.STEPS"] = tuple(max(round(step * scale), 1) for step in cfg.SOLVER.STEPS)
+    return found
 
 
 def run_unfinished(seeds: Sequence[Mapping[str, Run]], after_each: Callable[[], object]) -> None:
@@ -168,7 +188,8 @@ def run_unfinished(seeds: Sequence[Mapping[str, Run]], after_each: Callable[[], 
     for number, (seed, run) in enumerate(planned, 1):
         if not run.finished():
             title = f"{number}/{len(planned)} {run.step.name}, seed {seed}"
-            run_command(title, run.command, run.folder, run.config.SOLVER.MAX_ITER)
+            total = 0 if run.step.evaluates else run.config.SOLVER.MAX_ITER
+            run_command(title, run.command, run.folder, total)
             run.finish()
             after_each()
 

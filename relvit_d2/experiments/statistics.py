@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+POWER = 0.8  # of the test in pairs_needed
+MAX_PAIRS = 1000  # more seeds than can be run
+
 
 @dataclass(frozen=True)
 class RunStatistics:
@@ -63,6 +66,35 @@ def difference(first: RunStatistics, second: RunStatistics) -> Difference:
         return Difference(value, 0.0)
     freedom = variance**2 / sum(part**2 / free for part, free in parts)  # Welch-Satterthwaite
     return Difference(value, _t_quantile(freedom) * math.sqrt(variance))
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> Difference:
+    """Compare runs that differ within each pair in one setting by the paired t interval at 95 %.
+
+    A single pair has no margin.
+    """
+    pairs = RunStatistics.of([a - b for a, b in zip(first, second, strict=True)])
+    if pairs.std is None:
+        return Difference(pairs.mean, None)
+    return Difference(pairs.mean, _t_quantile(pairs.count - 1) * pairs.std / math.sqrt(pairs.count))
+
+
+def pairs_needed(difference: float, std: float) -> int | None:
+    """Return the number of pairs with which a two-sided paired t test at 5 % has the power ``POWER``.
+
+    The power is computed from the noncentral t distribution. None if more than ``MAX_PAIRS`` are needed.
+
+    Args:
+        difference: mean difference within pairs.
+        std: standard deviation of the differences.
+    """
+    from scipy.stats import nct, t  # here, since the import takes a second
+
+    for count in range(2, MAX_PAIRS + 1):
+        limit, shift = t.ppf(0.975, count - 1), abs(difference) * math.sqrt(count) / std if std else math.inf
+        if math.isinf(shift) or nct.sf(limit, count - 1, shift) + nct.cdf(-limit, count - 1, shift) >= POWER:
+            return count
+    return None
 
 
 def _t_quantile(freedom: float) -> float:

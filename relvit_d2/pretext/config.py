@@ -36,12 +36,7 @@ def add_views_config(cfg: Any) -> None:
     cfg.PRETEXT.PAD_MODE = "constant"  # pad: constant (black pixels) or reflect (mirrored at the edges)
     cfg.PRETEXT.FLIP = 0.5  # probability of a horizontal flip
     cfg.PRETEXT.PATCH_CROP = 1.15  # each patch is cropped by this factor and resized back; 1.0: off
-    cfg.PRETEXT.JITTER = [
-        0.4,
-        0.4,
-        0.4,
-        0.1,
-    ]  # ranges of brightness, contrast, saturation and hue, drawn for each patch
+    cfg.PRETEXT.JITTER = [0.4, 0.4, 0.4, 0.1]  # ranges of brightness, contrast, saturation and hue, for each patch
     cfg.PRETEXT.JITTER_PROB = 0.8  # probability that a patch's colours are jittered
     cfg.PRETEXT.GRAY_PROB = 0.2  # probability that a patch is converted to gray
     cfg.PRETEXT.NOISE_PROB = 0.0  # probability that normal noise is added to a patch
@@ -49,6 +44,6 @@ def add_views_config(cfg: Any) -> None:
     # permute the patches: always, never or auto (if the encoder has position information)
     cfg.PRETEXT.PERMUTE = "auto"
     cfg.PRETEXT.MEGA.M = 0  # mega-patches: number of pieces along each axis, cut at random lines; 0: none
-    cfg.PRETEXT.MEGA.UNIT = 0  # cuts lie on multiples of this many pixels; 0: of PATCH_SIZE
+    cfg.PRETEXT.MEGA.UNIT = 0  # cuts lie on multiples of this many pixels; 0: of MODEL.ENCODER.PATCH_SIZE
     cfg.PRETEXT.MEGA.KEEP_SIZE = False  # True: the view keeps IMAGE_SIZE; False: every piece becomes one patch
     cfg.PRETEXT.MEGA.SHARED_CUTS = False  # use the row cuts for the columns too, as the authors' code does

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from relvit_d2.pretext.layout import PatchLayout
-from relvit_d2.pretext.targets import PairFunction, pair_angle, pair_bearing, pair_distance, pair_relation
+from relvit_d2.pretext.targets import PairFunction, pair_bearing, pair_relation
 from relvit_d2.utils.hashing import hashed_uniform
 
 CLASSES = 9
@@ -89,8 +89,11 @@ class Relation(PairKind):
         return total.log_().add_(top).sub_(torch.lerp(correct, mean, smoothing)), correct > rival
 
 
-class _Squared(PairKind):
-    """Squared error; the measure is its root mean square (authors' code, models/relvit.py:240-277)."""
+class SquaredError(PairKind):
+    """Squared error of a target; the measure is its root mean square (authors' code, models/relvit.py:240-277)."""
+
+    def __init__(self, target: PairFunction) -> None:
+        self.target = target
 
     def score_(self, scores: Tensor, target: Tensor, grad: bool) -> tuple[Tensor, Tensor]:
         loss = scores.sub_(target[:, None]).square().squeeze(1)
@@ -99,18 +102,6 @@ class _Squared(PairKind):
 
     def summary(self, measure: Tensor) -> Tensor:
         return measure.sqrt()
-
-
-class Distance(_Squared):
-    """Squared error of the distance."""
-
-    target = staticmethod(pair_distance)
-
-
-class Angle(_Squared):
-    """Squared error of the authors' angle."""
-
-    target = staticmethod(pair_angle)
 
 
 class Bearing(PairKind):

@@ -1,4 +1,4 @@
-"""Crops of uint8 images, resized, mirrored and cut into mega-patches, by products with weights along each axis."""
+"""Crop, resize, flip and cut uint8 images into mega-patches, by matrix products with weights along each axis."""
 
 import math
 from enum import IntEnum
@@ -10,12 +10,12 @@ from torch import Tensor
 from relvit_d2.utils.hashing import hashed_uniform
 
 TRIES = 10  # torchvision's RandomResizedCrop
-# Pixels of images that a CPU resizes one by one: the products of larger ones are mostly with zeros.
+# From this many pixels on a CPU resizes images one by one, since most of the weights would be zero.
 LARGE = 2**14
 
 
 class Draw(IntEnum):
-    """What a random number of a view decides. It is hashed from an image's key, this, and a counter."""
+    """Purpose of a random number of a view, which is hashed from the image's key, the purpose and a counter."""
 
     ROW_CUTS = 0
     COLUMN_CUTS = 1
@@ -39,27 +39,26 @@ class Draw(IntEnum):
 
 
 def random_flips(keys: Tensor, probability: float) -> Tensor:
-    """Return which images, ``(B,)`` bool, are mirrored, from their ``keys``, ``(B,)`` int64."""
+    """Draw which images to flip, ``(B,)`` bool, from their ``keys``, ``(B,)`` int64."""
     return hashed_uniform(keys, Draw.FLIP) < probability
 
 
 def random_pad_corners(keys: Tensor, pad: int) -> Tensor:
-    """Return ``(B, 2)`` int64 in 0..2 * pad, the ``corner`` of :func:`padded_window`, from ``keys``, ``(B,)`` int64."""
+    """Draw ``corner`` of :func:`padded_window`, ``(B, 2)`` int64 in 0..2 * pad, from ``keys``, ``(B,)`` int64."""
     drawn = hashed_uniform(keys[:, None], Draw.PAD_CORNER, torch.arange(2, device=keys.device))
     return (drawn * (2 * pad + 1)).long()
 
 
 def random_boxes(sizes: Tensor, scale: tuple[float, float], ratio: tuple[float, float], keys: Tensor) -> Tensor:
-    """Draw one crop an image as torchvision's ``RandomResizedCrop.get_params`` does.
+    """Draw a crop of each image like torchvision's ``RandomResizedCrop.get_params``.
 
-    Ten tries of a uniform area and a log-uniform ratio; where none fits, the largest centred crop within
-    the ratios.
+    Ten tries of a uniform area and a log-uniform ratio; if none fits, the largest centred crop within the ratios.
 
     Args:
         sizes: ``(B, 2)`` integer heights and widths, on the keys' device.
-        scale: range of the share of the image's area.
-        ratio: range of width over height.
-        keys: ``(B,)`` int64, what an image's crop is hashed from.
+        scale: range of the fraction of the image area.
+        ratio: range of width / height.
+        keys: ``(B,)`` int64, hashed to the random numbers.
 
     Returns:
         ``(B, 4)`` int64: top, left, height, width.
@@ -79,16 +78,16 @@ def random_boxes(sizes: Tensor, scale: tuple[float, float], ratio: tuple[float, 
         (torch.minimum(height, (width / ratio[0]).round()), torch.minimum(width, (height * ratio[1]).round())), 1
     )
     crop = torch.where(fits.any(1)[:, None], tried[torch.arange(len(sizes)), first], fallback).long()
-    room = sizes.long() - crop
-    corner = torch.minimum((uniform(0, 1, Draw.CROP_CORNER, 2) * (room + 1)).long(), room)
-    corner = torch.where(fits.any(1)[:, None], corner, room // 2)
+    free = sizes.long() - crop
+    corner = torch.minimum((uniform(0, 1, Draw.CROP_CORNER, 2) * (free + 1)).long(), free)
+    corner = torch.where(fits.any(1)[:, None], corner, free // 2)
     return torch.cat((corner, crop), 1)
 
 
 def centre_boxes(sizes: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Return the largest centred crops with the aspect of ``shape`` (height, width), to whole pixels.
+    """Return the largest centred crops with the aspect ratio of ``shape`` (height, width), rounded to pixels.
 
-    ``(B, 2)`` heights and widths give ``(B, 4)`` int64 top, left, height, width.
+    Sizes are ``(B, 2)`` heights and widths; the result is ``(B, 4)`` int64 top, left, height, width.
     """
     target = torch.tensor(shape, device=sizes.device, dtype=torch.float64)
     factor = (sizes / target).amin(1, keepdim=True)
@@ -97,20 +96,20 @@ def centre_boxes(sizes: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def padded_window(corner: Tensor, flip: Tensor, shape: tuple[int, int], pad: int, mode: str) -> tuple[Tensor, Tensor]:
-    """Return which rows and columns of an image a window of its padded copy shows.
+    """Return the rows and columns of an image in a window of its padded copy.
 
-    The window is that of torchvision's ``RandomCrop(shape, padding=pad, padding_mode=mode)`` of an image of ``shape``
-    pixels, mirrored afterwards where ``flip`` is set, read from the image that is mirrored already.
+    As torchvision's ``RandomCrop(shape, padding=pad, padding_mode=mode)`` followed by a flip; the indices refer to the
+    flipped image.
 
     Args:
-        corner: ``(B, 2)`` int64, 0..2 * pad, the window's top left corner in the padded image.
-        flip: ``(B,)`` bool, which images are mirrored left to right.
+        corner: ``(B, 2)`` int64 in 0..2 * pad, top left corner of the window in the padded image.
+        flip: ``(B,)`` bool, images flipped horizontally.
         shape: height and width of the image and of the window.
         pad: pixels added on each side.
-        mode: ``constant`` for black pixels, ``reflect`` for the image mirrored at its edge, the edge not repeated.
+        mode: ``constant`` (black) or ``reflect`` (mirrored without repeating the edge).
 
     Returns:
-        ``(B, height)`` and ``(B, width)`` int64; -1 for black.
+        ``(B, height)`` and ``(B, width)`` int64; -1 for black pixels.
     """
     left = torch.where(flip, 2 * pad - corner[:, 1], corner[:, 1])
     axes = []
@@ -123,19 +122,19 @@ def padded_window(corner: Tensor, flip: Tensor, shape: tuple[int, int], pad: int
 
 
 def triangle_weights(centre: Tensor, step: Tensor, first: Tensor, end: Tensor, source: int) -> Tensor:
-    """Weights that resample an axis by an antialiased triangle filter.
+    """Return the weights of antialiased linear resampling along an axis.
 
-    The filter is torch's ``interpolate(mode="bilinear", antialias=True)``: a triangle around the output
-    pixel's centre whose half width is one output pixel, but at least one input pixel.
+    As torch's ``interpolate(mode="bilinear", antialias=True)``: a triangle at the centre of the output pixel whose half
+    width is one output pixel, but at least one input pixel.
 
     Args:
-        centre: ``(B, T)`` where the centre of each of the T output pixels lies among the input pixels.
-        step: input pixels an output pixel; it and the next two broadcast with ``centre``.
-        first, end: input pixels that take part, ``end`` excluded.
+        centre: ``(B, T)`` centres of the output pixels in input coordinates.
+        step: input pixels per output pixel; broadcasts with ``centre``, as the next two.
+        first, end: range of the input pixels used, ``end`` excluded.
         source: pixels of the input axis.
 
     Returns:
-        ``(B, T, source)`` float32; rows sum to 1 and are 0 outside the stretch.
+        ``(B, T, source)`` float32; rows sum to 1.
     """
     pixel = torch.arange(source, device=centre.device) + 0.5
     centre, step, first, end = (x[..., None] for x in (centre, step, first, end))
@@ -145,15 +144,12 @@ def triangle_weights(centre: Tensor, step: Tensor, first: Tensor, end: Tensor, s
 
 
 def resize_weights(start: Tensor, length: Tensor, flip: Tensor, source: int, target: int) -> Tensor:
-    """Weights that resize one stretch of an axis.
+    """Return the weights ``(B, target, source)`` that resize an interval of an axis.
 
     Args:
-        start, length: ``(B,)`` first pixel and number of pixels of the stretch.
-        flip: ``(B,)`` bool, mirror the result.
+        start, length: ``(B,)`` first pixel and length of the interval.
+        flip: ``(B,)`` bool, reverse the result.
         source, target: pixels of the axis before and after.
-
-    Returns:
-        ``(B, target, source)``, see :func:`triangle_weights`.
     """
     start, length = (x.to(torch.float32)[:, None] for x in (start, length))
     output = torch.arange(target, device=start.device).expand(len(flip), -1)
@@ -163,15 +159,11 @@ def resize_weights(start: Tensor, length: Tensor, flip: Tensor, source: int, tar
 
 
 def mega_weights(cuts: Tensor, source: int, target: int) -> Tensor:
-    """Weights that resize each of the bands of an axis, side by side, to one width.
+    """Return the weights ``(B, target, source)`` that resize adjacent bands of an axis to equal widths.
 
     Args:
-        cuts: ``(B, bands + 1)`` int64, where bands begin and end, from 0 to ``source``.
-        source, target: pixels of the axis before and after; where ``target`` is no multiple of the bands, their ends
-            are rounded to whole pixels.
-
-    Returns:
-        ``(B, target, source)``, see :func:`triangle_weights`.
+        cuts: ``(B, bands + 1)`` int64 limits of the bands, from 0 to ``source``.
+        source, target: pixels of the axis before and after; the limits in ``target`` are rounded to whole pixels.
     """
     bands = cuts.shape[1] - 1
     edges = (torch.arange(bands + 1, device=cuts.device) * target / bands).round()
@@ -191,17 +183,19 @@ def resample(
     shape: tuple[int, int] | None = None,
     window: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Crop, resize (antialiased), mirror, shift and cut: ``(B, C, H, W)`` uint8 to ``(C, B, h, w)`` float32 in 0..1.
+    """Crop, resize (antialiased), flip, select rows and columns, and cut.
 
     Args:
         images: ``(B, C, H, W)`` uint8.
         boxes: ``(B, 4)`` int64 top, left, height, width, on any device.
-        flip: ``(B,)`` bool, mirror left and right.
-        crop: height and width that a box is resized to.
-        cuts: where the bands of the crop begin and end along each axis, ``(B, bands + 1)`` int64 pixels; None for no
-            mega-patches.
-        shape: height and width of the result; None for those of the crop.
-        window: the rows and columns of the crop that are shown in its place (:func:`padded_window`); None for all.
+        flip: ``(B,)`` bool, flip horizontally.
+        crop: height and width to which a box is resized.
+        cuts: limits of the mega-patches along each axis, ``(B, bands + 1)`` int64 pixels of the crop; None: none.
+        shape: height and width of the result; None: ``crop``.
+        window: rows and columns of the crop to select (:func:`padded_window`); None: all.
+
+    Returns:
+        ``(C, B, h, w)`` float32 in 0..1.
     """
     shape = shape or crop
     if images.device.type == "cpu" and images.shape[2] * images.shape[3] >= LARGE:
@@ -213,7 +207,7 @@ def resample(
         along_y, along_x = mega_weights(cuts[0], crop[0], shape[0]), mega_weights(cuts[1], crop[1], shape[1])
         return torch.stack([torch.bmm(along_y, torch.bmm(plane, along_x.mT)) for plane in view])
 
-    # Only the rectangle around the boxes takes part in the products.
+    # Only the bounding rectangle of the boxes is multiplied.
     top, left = boxes[:, :2].amin(0).tolist()
     bottom, right = (boxes[:, :2] + boxes[:, 2:]).amax(0).tolist()
     boxes, flip = boxes.to(images.device), flip.to(images.device)
@@ -224,7 +218,7 @@ def resample(
     along_x = resize_weights(boxes[:, 1] - left, boxes[:, 3], flip, width, crop[1])
     if window is not None:
         along_y, along_x = (_rows(w, index.to(w.device)) for w, index in zip((along_y, along_x), window, strict=True))
-    if cuts is not None:  # resampling what was resampled is one product of weights
+    if cuts is not None:  # two resamplings are one product of their weights
         cut_y, cut_x = (x.to(images.device) for x in cuts)
         along_y = torch.bmm(mega_weights(cut_y, crop[0], shape[0]), along_y)
         along_x = torch.bmm(mega_weights(cut_x, crop[1], shape[1]), along_x)
@@ -244,10 +238,10 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _resize_one_by_one(images: Tensor, boxes: Tensor, flip: Tensor, crop: tuple[int, int]) -> Tensor:
-    """Crop, resize and mirror by torch's own kernel, which skips the zeros among the weights."""
+    """Crop, resize and flip with torch's kernel, which skips weights of zero."""
     view = torch.empty(images.shape[1], len(images), *crop)
     for b, (top, left, height, width) in enumerate(boxes.tolist()):
-        window = images[b : b + 1, :, top : top + height, left : left + width].float()
-        view[:, b] = F.interpolate(window, crop, mode="bilinear", antialias=True)[0]
+        pixels = images[b : b + 1, :, top : top + height, left : left + width].float()
+        view[:, b] = F.interpolate(pixels, crop, mode="bilinear", antialias=True)[0]
     view[:, flip] = view[:, flip].flip(3)
     return view.div_(255)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from relvit_d2.pretext.heads import PairHead
 from relvit_d2.pretext.layout import PatchLayout
-from relvit_d2.pretext.pair_loss import Angle, Bearing, Distance, PairKind, Relation, pair_loss
-from relvit_d2.pretext.targets import pair_deviation, positions, relation_frequencies
+from relvit_d2.pretext.pair_loss import Bearing, PairKind, Relation, SquaredError, pair_loss
+from relvit_d2.pretext.targets import pair_angle, pair_deviation, pair_distance, positions, relation_frequencies
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.metrics import Metric
 from relvit_d2.utils.registry import Registry
@@ -125,7 +125,7 @@ class PositionTask(Task):
 class DistanceTask(PairTask):
     """Regression of each pair's distance."""
 
-    kind = Distance()
+    kind = SquaredError(pair_distance)
     measure = "error"
 
 
@@ -133,7 +133,7 @@ class DistanceTask(PairTask):
 class AngleTask(PairTask):
     """Regression of the authors' angle of each pair."""
 
-    kind = Angle()
+    kind = SquaredError(pair_angle)
     measure = "error"
 
 

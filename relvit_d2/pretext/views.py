@@ -1,8 +1,8 @@
-"""Training and evaluation views of a whole batch at once, from uint8 images, on the images' device.
+"""Batched training and evaluation views of uint8 images, computed on the images' device.
 
-A view is a resized or a padded crop, cut into mega-patches or not, whose patches are each cropped, coloured and moved
-on their own. Crop and mega-patches are one resampling, two batched matrix products. The patches are then gathered once,
-with their crops and sorted for the colour jitter (see color.py), and once more to the slots of the permuted view.
+A view is a crop, optionally cut into mega-patches, whose patches are cropped, colour-jittered and permuted separately.
+Crop and mega-patches are one resampling by two batched matrix products. The patches are then gathered twice: sorted for
+the colour jitter (color.py), and in the order of the permuted view.
 """
 
 from collections.abc import Iterator
@@ -27,26 +27,25 @@ from relvit_d2.pretext.resampling import (
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.hashing import hashed_uniform, hashed_words
 
-# Pixels of the views made in one pass on a CPU, so that the planes of a pass stay in its cache.
+# Pixels of the views computed in one pass on a CPU, so that they fit into its cache.
 CPU_PASS_PIXELS = 2**18
 
 CROPS = ("resized", "pad")
-PAD_MODES = ("constant", "reflect")  # torchvision's names
+PAD_MODES = ("constant", "reflect")
 
 
 @dataclass(frozen=True)
 class MegaPatches:
-    """Cuts an image at random lines and resizes each piece to one size (authors' code, transforms.py:319-353).
+    """Settings of mega-patches: an image is cut at random lines and every piece is resized to the same size.
 
-    The aspect of a piece is not kept. In the authors' code the columns are cut where the rows are, which is a slip
-    (transforms.py:344); here each axis has cuts of its own.
+    Source: authors' code, transforms.py:319-353. It uses the row cuts for the columns too (transforms.py:344), which
+    contradicts the paper; here the axes have separate cuts by default.
 
     Attributes:
-        bands: pieces along each axis.
-        unit: pixels of the steps that cuts lie on; None for the patch.
-        keep_size: the view keeps its size, so that the bands are size / bands pixels wide (to whole pixels) and its
-            patches need not be the pieces; else every piece becomes one patch.
-        shared_cuts: cut columns where the rows are, as the authors' code does.
+        bands: number of pieces along each axis.
+        unit: cuts lie on multiples of this many pixels; None: the patch size.
+        keep_size: True: the view keeps its size, and pieces and patches differ; False: every piece becomes one patch.
+        shared_cuts: use the row cuts for the columns too.
     """
 
     bands: int
@@ -57,31 +56,28 @@ class MegaPatches:
 
 @dataclass(frozen=True)
 class ViewConfig:
-    """What views look like. Defaults are the authors' (patch_transforms.py:98-145) and torchvision's.
+    """Settings of views. Defaults are the authors' (patch_transforms.py:98-145) and torchvision's.
 
     Attributes:
         size: pixels of a crop, one number for a square or ``(height, width)``; multiples of ``patch_size``.
-        patch_size: pixels of a patch's side.
-        mega: cut the crop into mega-patches; None for a view that is the crop.
-        crop_kind: in training ``resized``, a random part of the image, resized; or ``pad``, the largest centred part
-            of the view's aspect, resized, padded, and a random window of the view's size of that.
-        pad: pixels added on each side for ``pad``.
-        pad_mode: what is added: ``constant`` black pixels, or ``reflect``, the image mirrored at its edges.
-        crop_scale: range of a resized crop's share of the image's area.
-        crop_ratio: range of a resized crop's width over its height.
+        patch_size: side of a patch in pixels.
+        mega: mega-patches; None: none.
+        crop_kind: training crop: ``resized`` (random resized crop) or ``pad`` (largest centred crop with the view's
+            aspect ratio, resized, padded, and randomly cropped to the view's size).
+        pad, pad_mode: for ``pad``: pixels added on each side, and ``constant`` (black) or ``reflect``.
+        crop_scale, crop_ratio: for ``resized``: ranges of the fraction of the image area and of width / height.
         flip: probability of a horizontal flip.
-        patch_crop: each patch shows a random window of round(patch_size / patch_crop) pixels, resized to
-            the patch; None leaves patches whole.
+        patch_crop: a random window of round(patch_size / patch_crop) pixels of each patch is resized to the patch;
+            None: no crop.
         jitter: ranges of brightness, contrast, saturation (factors 1 +- x) and hue (+- x turns, 0..0.5).
-        jitter_prob, gray_prob, noise_prob: probability that a patch is jittered, made gray, made noisy, in this order.
-        noise_std: standard deviation of the normal noise, of values in 0..1; the result is clamped.
+        jitter_prob, gray_prob, noise_prob: probabilities of jitter, gray and noise per patch, applied in this order.
+        noise_std: standard deviation of the normal noise, pixel values in 0..1; the result is clamped.
         permute: put the patches of each view in a random order.
-        mean, std: of each channel's values in 0..1; taken off last, when colours are done. Three channels are RGB;
-            those of any other number keep saturation, hue and gray, which are RGB's.
+        mean, std: normalisation of each channel, values in 0..1, applied last. If there are not three channels,
+            saturation, hue and gray have no effect.
 
     Raises:
-        UserError: a size that is no multiple of the patch, a window larger than its patch, cuts that do not fit, or
-            a crop or padding that does not exist.
+        UserError: a value is unknown or out of range, or sizes do not divide.
     """
 
     size: int | tuple[int, int]
@@ -114,39 +110,38 @@ class ViewConfig:
             )
         if height % self.patch_size or width % self.patch_size:
             raise UserError(
-                f"a view of {height}x{width} pixels is no whole number of patches of {self.patch_size} pixels: "
+                f"a view of {height}x{width} pixels is not a multiple of the patch size: "
                 f"choose a multiple of {self.patch_size} for both sides"
             )
         if (self.patch_crop is not None and self.patch_crop < 1) or self.window < 1:
             raise UserError(
-                f"patch_crop {self.patch_crop} gives no window inside patches of {self.patch_size} pixels: "
+                f"patch_crop {self.patch_crop} is out of range for patches of {self.patch_size} pixels: "
                 f"choose 1 (whole patches) to {self.patch_size}"
             )
-
         if self.mega is not None:
             unit = self.cut_unit
             if height % unit or width % unit:
                 raise UserError(f"mega-patches cut at multiples of {unit} pixels do not fit a crop of {height}x{width}")
             if not 1 <= self.mega.bands <= min(height, width) // unit:
                 raise UserError(
-                    f"{self.mega.bands} mega-patches an axis do not fit a crop of {height}x{width} pixels cut at "
+                    f"{self.mega.bands} mega-patches per axis do not fit a crop of {height}x{width} pixels cut at "
                     f"multiples of {unit}: choose 1 to {min(height, width) // unit}"
                 )
             if self.mega.shared_cuts and height != width:
-                raise UserError(f"shared cuts need a square crop, not {height}x{width}: give each axis its own")
+                raise UserError(f"shared cuts need a square crop, not {height}x{width}: use separate cuts for the axes")
 
     def plain(self) -> "ViewConfig":
-        """Return the config of views that are the crop as it is, neither cut nor permuted."""
+        """Return the settings without mega-patches and permutation."""
         return replace(self, mega=None, permute=False)
 
     @property
     def crop(self) -> tuple[int, int]:
-        """Height and width in pixels of what a view shows, before mega-patches."""
+        """Height and width of the crop in pixels, before mega-patches."""
         return (self.size, self.size) if isinstance(self.size, int) else self.size
 
     @property
     def cut_unit(self) -> int:
-        """Pixels of the steps that cuts lie on."""
+        """Pixels of which cuts are multiples."""
         return (self.mega and self.mega.unit) or self.patch_size
 
     @property
@@ -163,25 +158,25 @@ class ViewConfig:
 
     @property
     def augments_patches(self) -> bool:
-        """Whether any patch may change its pixels."""
+        """Whether the pixels of patches are changed."""
         return self.window != self.patch_size or max(self.jitter_prob, self.gray_prob, self.noise_prob) > 0
 
     @property
     def window(self) -> int:
-        """Pixels of the side of the window that a patch shows of itself."""
+        """Side in pixels of the window that is cropped from a patch."""
         return self.patch_size if self.patch_crop is None else round(self.patch_size / self.patch_crop)
 
 
 class PatchDraws(NamedTuple):
-    """The random choices of the N patches of B images, counted row by row.
+    """Random draws of the N patches of B images in row-major order.
 
     Attributes:
         offset: ``(B, N, 2)`` int64, row and column of the window inside its patch.
         order: ``(B, N)`` int64, index into ``color.ORDERS``.
-        factors: ``(B, N, 4)`` brightness, contrast and saturation factors and the hue's turn.
+        factors: ``(B, N, 4)`` brightness, contrast and saturation factors, and the hue rotation.
         jittered, gray, noisy: ``(B, N)`` bool.
-        noise: ``(B, N)`` int64, what the noise of a patch is hashed from.
-        slot: ``(B, N)`` int64, the patch that comes to lie in each slot of the view.
+        noise: ``(B, N)`` int64 seeds of the noise.
+        slot: ``(B, N)`` int64, index of the patch that is moved to each slot of the view.
     """
 
     offset: Tensor
@@ -195,26 +190,24 @@ class PatchDraws(NamedTuple):
 
 
 class Views:
-    """Makes views of uint8 batches; holds no state but its configuration."""
+    """Computes views of uint8 batches; stateless."""
 
     def __init__(self, config: ViewConfig) -> None:
         self.config = config
 
     @torch.no_grad()
     def train(self, images: Tensor, sizes: Tensor, keys: Tensor) -> tuple[Tensor, PatchLayout]:
-        """Make one random view of each image.
+        """Compute a random view of each image.
 
-        Every choice is hashed from the image's key: the view is the same, to rounding, on every device and in every
-        batch that the image is part of. Nothing is read back from the GPU.
+        A view depends on image and key only, up to rounding. Does not synchronise with the GPU.
 
         Args:
-            images: ``(B, C, H, W)`` uint8, as many channels as ``mean``; what lies outside an image's own size is never
-                looked at.
-            sizes: ``(B, 2)`` integer heights and widths of the images inside the batch.
-            keys: ``(B,)`` int64, the only source of randomness; see :func:`relvit_d2.utils.randomness.image_keys`.
+            images: ``(B, C, H, W)`` uint8 with as many channels as ``mean``; pixels outside an image are ignored.
+            sizes: ``(B, 2)`` integer heights and widths of the images in the batch.
+            keys: ``(B,)`` int64 (:func:`relvit_d2.utils.randomness.image_keys`).
 
         Returns:
-            ``(B, C, h, w)`` float32 normalised views, and where their patches truly lie.
+            ``(B, C, h, w)`` float32 normalised views and the layout of their patches.
         """
         config, sizes, keys = self.config, sizes.cpu(), keys.cpu()
         flip, window = random_flips(keys, config.flip), None
@@ -227,28 +220,19 @@ class Views:
         draws = None
         if config.augments_patches or config.permute:
             draws = draw_patches(config, keys, images.device)
-        pixels = self._make(images, boxes, flip, draw_cuts(config, keys), draws, window)
+        pixels = self._render(images, boxes, flip, draw_cuts(config, keys), draws, window)
         return pixels, self._layout(images, draws and draws.slot)
 
     @torch.no_grad()
     def evaluate(self, images: Tensor, sizes: Tensor, keys: Tensor) -> tuple[Tensor, PatchLayout]:
-        """Make the fixed view of each image: the largest centred crop, resized, with mega-patches and a permutation.
+        """Compute the evaluation view of each image: the largest centred crop, with mega-patches and permutation.
 
-        Its patches keep their colours. Where views are cut or permuted, an image's ``key`` decides how, whatever the
-        batch that it comes in.
-
-        Args:
-            images: as for :meth:`train`.
-            sizes: as for :meth:`train`.
-            keys: ``(B,)`` int64, such as the images' numbers in their data set.
-
-        Returns:
-            As :meth:`train`.
+        Patches are not augmented. Arguments and result are those of :meth:`train`.
         """
         config, keys = self.config, keys.cpu()
         boxes = centre_boxes(sizes, config.crop)
         flip = torch.zeros(len(images), dtype=torch.bool, device=boxes.device)
-        pixels = self._make(images, boxes, flip, draw_cuts(config, keys), None)
+        pixels = self._render(images, boxes, flip, draw_cuts(config, keys), None)
         slot = draw_slots(config, keys.to(images.device))
         if config.permute:
             pixels = permute_patches(pixels, config.patch_size, slot)
@@ -258,7 +242,7 @@ class Views:
         layout = PatchLayout.full(len(images), self.config.grid, images.device)
         return layout.permuted(slot) if slot is not None and self.config.permute else layout
 
-    def _make(
+    def _render(
         self,
         images: Tensor,
         boxes: Tensor,
@@ -271,14 +255,14 @@ class Views:
         mean, std = (torch.tensor(x, device=device).view(-1, 1, 1, 1) for x in (config.mean, config.std))
         out = torch.empty(len(images), images.shape[1], *config.shape, device=device)
         for part in self._passes(images):
-            # Autocast would round the products to bfloat16, coarser than the images' own eight bits.
+            # bfloat16 products would be less precise than eight-bit images.
             with torch.autocast(device.type, enabled=False):
-                some_cuts, some_window = (x and (x[0][part], x[1][part]) for x in (cuts, window))
-                how = config.crop, some_cuts, config.shape, some_window
-                view = resample(images[part], boxes[part], flip[part], *how)
+                part_cuts, part_window = (x and (x[0][part], x[1][part]) for x in (cuts, window))
+                where = boxes[part], flip[part], config.crop
+                view = resample(images[part], *where, part_cuts, config.shape, part_window)
                 if draws is not None:
                     view = augment_patches(view, config, PatchDraws(*(x[part] for x in draws)))
-            # One pass normalises and puts the channels back behind the batch.
+            # Normalise and transpose to (B, C, h, w) in one pass.
             torch.addcmul(-mean / std, view, 1 / std, out=out[part].transpose(0, 1))
         return out
 
@@ -290,14 +274,10 @@ class Views:
 
 
 def draw_cuts(config: ViewConfig, keys: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Draw where the bands of mega-patches begin and end along each axis; each choice of lines is equally probable.
-
-    Args:
-        config: sets the number of bands and the lines that a cut may lie on.
-        keys: ``(B,)`` int64, what an image's cuts are hashed from.
+    """Draw the limits of the mega-patches along each axis, uniformly over all choices, from ``keys``, ``(B,)`` int64.
 
     Returns:
-        ``(B, bands + 1)`` int64 pixels of the crop, rows and columns; None without mega-patches.
+        Rows and columns, ``(B, bands + 1)`` int64 pixels of the crop; None without mega-patches.
     """
     if config.mega is None:
         return None
@@ -313,7 +293,7 @@ def draw_cuts(config: ViewConfig, keys: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def draw_slots(config: ViewConfig, keys: Tensor) -> Tensor:
-    """Return the patch that is moved to each slot of a view, ``(B, N)`` int64, from ``keys``, ``(B,)`` int64."""
+    """Draw ``slot`` of :class:`PatchDraws` from ``keys``, ``(B,)`` int64."""
     patches = torch.arange(config.grid[0] * config.grid[1], device=keys.device)
     if not config.permute:
         return patches.expand(len(keys), -1)
@@ -321,13 +301,12 @@ def draw_slots(config: ViewConfig, keys: Tensor) -> Tensor:
 
 
 def draw_patches(config: ViewConfig, keys: Tensor, device: torch.device | None = None) -> PatchDraws:
-    """Draw what happens to each patch of a batch of views.
+    """Draw the augmentation of all patches.
 
     Args:
-        config: sets the ranges and probabilities.
-        keys: ``(B,)`` int64, what all choices for an image are hashed from.
-        device: where the choices are needed, by default on the keys' device. The jitter's order stays on the keys'
-            device, which is the CPU where the sizes of the groups must be known without reading from a GPU.
+        config: ranges and probabilities.
+        keys: ``(B,)`` int64, on the CPU to avoid a synchronisation: ``jittered`` and ``order`` stay on their device.
+        device: device of the other draws; None: that of the keys.
     """
     patches = torch.arange(config.grid[0] * config.grid[1])
 
@@ -341,7 +320,7 @@ def draw_patches(config: ViewConfig, keys: Tensor, device: torch.device | None =
     drawn = uniform(keys, *factors, Draw.WINDOW_ROW, Draw.WINDOW_COLUMN, Draw.GRAY, Draw.NOISY)
     spread = torch.tensor(config.jitter, device=keys.device)[:, None, None]
     middle = torch.tensor((1.0, 1.0, 1.0, 0.0), device=keys.device)[:, None, None]
-    # A factor is never negative; the hue turns both ways.
+    # Factors are not negative; the hue rotates in both directions.
     low = torch.maximum(middle - spread, middle - 1)
     return PatchDraws(
         offset=(drawn[4:6] * (config.patch_size - config.window + 1)).long().movedim(0, 2),
@@ -356,22 +335,22 @@ def draw_patches(config: ViewConfig, keys: Tensor, device: torch.device | None =
 
 
 def augment_patches(view: Tensor, config: ViewConfig, draws: PatchDraws) -> Tensor:
-    """Crop, resize and colour every patch on its own, then move the patches to their slots.
+    """Crop, resize and jitter each patch separately, then permute the patches.
 
     Args:
         view: ``(C, B, h, w)`` float32 in 0..1.
-        config: sizes of view, patch and window; what it switches off is skipped.
-        draws: the choices of these B images, on any device.
+        config: settings of the views.
+        draws: draws of the B images, on any device.
 
     Returns:
-        A new ``(C, B, h, w)`` in 0..1.
+        A new ``(C, B, h, w)`` tensor in 0..1.
     """
     device, patch, window, channels = view.device, config.patch_size, config.window, len(view)
     batch, (rows, cols), width = view.shape[1], config.grid, config.shape[1]
     count = batch * rows * cols
 
-    # Sorted by the step at which the jitter turns their hue, patches fall into groups that
-    # share every kernel. The sizes of the groups are read where the order was drawn.
+    # Patches are sorted by the step of their hue rotation, so that a group shares every kernel. Group sizes are read on
+    # the device of the order, to avoid a synchronisation.
     operations = torch.tensor(ORDERS, device=draws.order.device)[draws.order.flatten()]
     hue_step = (operations == HUE).to(torch.uint8).argmax(1).masked_fill_(~draws.jittered.flatten(), 4)
     sort = hue_step.argsort()
@@ -399,7 +378,7 @@ def augment_patches(view: Tensor, config: ViewConfig, draws: PatchDraws) -> Tens
         noisy, noise = (x.flatten().to(device)[sort] for x in (draws.noisy, draws.noise))
         add_noise_(pixels, noisy, noise, config.noise_std)
 
-    # Every slot of the view reads the column of the patch that it shows.
+    # Each slot of the view gathers the column of its patch.
     column = torch.empty_like(sort).scatter_(0, sort, torch.arange(count, device=device))
     column = column.view(batch, -1).gather(1, draws.slot.to(device)).view(batch, rows, 1, cols, 1)
     index = column + _square(patch, patch).to(device).view(patch, 1, patch) * count
@@ -407,7 +386,7 @@ def augment_patches(view: Tensor, config: ViewConfig, draws: PatchDraws) -> Tens
 
 
 def permute_patches(views: Tensor, patch: int, slot: Tensor) -> Tensor:
-    """Put patch ``slot[b, i]`` of ``(B, C, h, w)`` views into slot i, counted row by row; a new tensor."""
+    """Move patch ``slot[b, i]`` of ``(B, C, h, w)`` views to slot i, in row-major order; returns a new tensor."""
     batch, channels, height, width = views.shape
     apart = views.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 1, 3, 5)
     patches = apart.flatten(1, 2)
@@ -416,6 +395,6 @@ def permute_patches(views: Tensor, patch: int, slot: Tensor) -> Tensor:
 
 
 def _square(side: int, stride: int) -> Tensor:
-    """Offsets of the pixels of a square, row by row, in a plane whose rows are ``stride`` apart."""
+    """Return the offsets of a square's pixels in a plane whose rows are ``stride`` apart, in row-major order."""
     step = torch.arange(side)
     return (step[:, None] * stride + step).flatten()

@@ -1,1 +1,1 @@
-"""An encoder with the pretext heads: the model of the pre-training script."""
+"""Self-supervised pre-training: config, model and run."""

@@ -23,11 +23,12 @@ def add_pretraining_config(cfg: CfgNode) -> None:
     add_load_size_config(cfg)
     add_custom_data_config(cfg)
     add_class_set_config(cfg)
-    cfg.PRETEXT.KNN = ""  # a folder with a folder of images for each class: k-NN accuracy of the features is logged too
+    cfg.DATASETS.EXCLUDE = ()  # names as in TRAIN; their duplicates and near-duplicates are left out of TRAIN
+    cfg.PRETEXT.KNN = ""  # folder with one folder of images per class, on which k-NN accuracy is evaluated; empty: off
 
 
 def finish_config(cfg: CfgNode) -> None:
-    """Check the values, and derive those that follow from others, in place.
+    """Check the values and set derived ones, in place.
 
     Raises:
         UserError: a value is out of range, or two contradict each other.

@@ -1,4 +1,4 @@
-"""The pre-training model as the subject of :mod:`relvit_d2.analysis.model_cost`."""
+"""The cost of the pre-training model, for :mod:`relvit_d2.analysis.model_cost`."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from relvit_d2.utils.randomness import torch_generator
 
 
 def pretraining_subject(cfg: CfgNode) -> Subject:
-    """Return the pre-training model of a config."""
+    """Return the pre-training model of a config and its inputs."""
     model = build_pretraining_model(cfg)
     stages: Stages = {
         "views": (model.views, "train"),

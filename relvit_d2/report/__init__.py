@@ -1,1 +1,1 @@
-"""Pictures of data and detections."""
+"""Report pages of runs, and pictures of data, detections and pre-training views."""

@@ -1,15 +1,37 @@
-"""Line charts as SVG that follow the page's colours and need nothing but a browser."""
+"""Pictures of the report page: line charts as SVG in the page's colours, images as JPEG."""
 
-import math
+import base64
+import io
+import re
 from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
 import numpy as np
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
+from PIL import Image
 
-WIDTH, HEIGHT = 420, 250  # units of the drawing, which scales with the page
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 30, 34  # margins of the plot
-MOST = 240  # points of a line; more are averaged
+MAX_POINTS = 240  # of a line; more are averaged
+_LINES = [f"#a0000{index}" for index in range(7)]
+_TEXT, _GRID = "#b00000", "#b00001"
+# The drawn colours are placeholders for variables of page.css, so that charts follow light and dark mode.
+_VARIABLES = {color: f"var(--c{index})" for index, color in enumerate(_LINES)}
+_VARIABLES |= {_TEXT: "var(--soft)", _GRID: "var(--rule)"}
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 8.5,
+    "axes.autolimit_mode": "round_numbers",  # the first and the last tick enclose the data
+    "axes.xmargin": 0,
+    "axes.ymargin": 0,
+    "axes.edgecolor": _GRID,
+    "axes.labelcolor": _TEXT,
+    "xtick.color": _TEXT,
+    "ytick.color": _TEXT,
+    "grid.color": _GRID,
+}
 
 
 class Line(NamedTuple):
@@ -20,88 +42,96 @@ class Line(NamedTuple):
     y: np.ndarray  # (n,)
     color: int  # index of a colour of the page
     dashed: bool = False
+    margin: np.ndarray | None = None  # (n,) half the length of a vertical line at each point, NaN: no line
 
 
-def chart(title: str, lines: Sequence[Line], x_name: str = "iteration", unit: str = "") -> str:
-    """Return one chart.
+class Chart(NamedTuple):
+    """A chart and its title, which is not part of the SVG."""
+
+    title: str
+    svg: Markup
+
+
+class Picture(NamedTuple):
+    """An image as a URL that contains it."""
+
+    caption: str
+    data: str
+
+    @classmethod
+    def of(cls, image: Image.Image, caption: str) -> "Picture":
+        """Encode an image as JPEG, which has a fifth of the size of a PNG."""
+        file = io.BytesIO()
+        image.convert("RGB").save(file, "JPEG", quality=88)
+        return cls(caption, f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}")
+
+
+def chart(
+    title: str,
+    lines: Sequence[Line],
+    x_name: str = "iteration",
+    percent: bool = False,
+    x_ticks: Sequence[float] = (),
+    bounds: tuple[float, float] = (-np.inf, np.inf),
+) -> Chart:
+    """Draw lines, in their order; of more than :data:`MAX_POINTS` points, means over equal intervals.
 
     Args:
-        title: stands above and is the text for those who do not see the picture.
-        lines: drawn in this order; of more than :data:`MOST` points, means over equal runs of points are drawn.
-        x_name: what the horizontal axis counts.
-        unit: ``"%"`` shows fractions in percent; else put behind the numbers.
-
-    Raises:
-        ValueError: if no line has a point.
+        title: also part of the text for screen readers.
+        lines: at least one with a point.
+        x_name: label of the horizontal axis.
+        percent: whether the values are fractions, shown in percent.
+        x_ticks: tick values of a logarithmic horizontal axis; empty: a linear axis.
+        bounds: limits to which the vertical lines are clipped.
     """
-    drawn = [line._replace(x=thinned(line.x), y=thinned(line.y)) for line in lines if len(line.x)]
-    if not drawn:
-        raise ValueError("a chart needs a point")
-    scale = 100.0 if unit == "%" else 1.0
-    xs, ys = np.concatenate([line.x for line in drawn]), np.concatenate([line.y for line in drawn]) * scale
-    x_ticks, y_ticks = ticks(float(xs.min()), float(xs.max())), ticks(float(ys.min()), float(ys.max()))
-    x0, x1 = min(x_ticks[0], float(xs.min())), max(x_ticks[-1], float(xs.max()))
-    y0, y1 = y_ticks[0], y_ticks[-1]
+    drawn = [line for line in lines if len(line.x)]
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(4.2, 2.3))
+        axes = figure.add_axes((0.16, 0.17, 0.8, 0.78))
+        for line in drawn:
+            single = len(line.x) == 1  # drawn as a line without length, whose round ends are a point
+            x, y = (np.repeat(values, 2) if single else thinned(values) for values in (line.x, line.y))
+            color, width = _LINES[line.color % 7], 4 if single else 1.2 if line.dashed else 1.6
+            style = "--" if line.dashed else "-"
+            axes.plot(x, y, style, color=color, linewidth=width, solid_capstyle="round", clip_on=False)
+            for x, y, margin in zip(line.x, line.y, () if line.margin is None else line.margin, strict=False):
+                if np.isfinite(margin):
+                    ends = np.clip([y - margin, y + margin], *bounds)
+                    axes.plot([x, x], ends, color=color, linewidth=1.2, clip_on=False)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        if x_ticks:
+            axes.set_xscale("log")
+            axes.set_xlim(min(x_ticks) / 1.2, max(x_ticks) * 1.2)
+            axes.set_xticks(x_ticks, [f"{tick:g}" for tick in x_ticks])
+            axes.xaxis.set_minor_locator(NullLocator())
+        if percent:
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.grid(axis="y")
+        axes.spines[["left", "top", "right"]].set_visible(False)
+        axes.tick_params(left=False, bottom=False)
+        axes.set_xlabel(x_name)
+        file = io.StringIO()
+        without = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=without)
+    ends = "; ".join(f"{line.name} ends at {line.y[-1]:{'.1%' if percent else '.4g'}}" for line in drawn)
+    return Chart(title, _inline(file.getvalue(), f"{title}: {ends}"))
 
-    def across(value: float) -> float:
-        return LEFT + (value - x0) / ((x1 - x0) or 1) * (WIDTH - LEFT - RIGHT)
 
-    def up(value: float) -> float:
-        return HEIGHT - BOTTOM - (value - y0) / ((y1 - y0) or 1) * (HEIGHT - TOP - BOTTOM)
-
-    ends = "; ".join(f"{line.name} ends at {number(float(line.y[-1]) * scale)}{unit}" for line in drawn)
-    parts = [
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"{title}: {ends}")}">',
-        f'<text class="title" x="{LEFT}" y="18">{escape(title)}</text>',
-    ]
-    for tick in y_ticks:
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{up(tick):.1f}" y2="{up(tick):.1f}"/>')
-        parts.append(
-            f'<text class="tick" x="{LEFT - 6}" y="{up(tick) + 4:.1f}" text-anchor="end">{number(tick)}{unit}</text>'
-        )
-    for tick in x_ticks:
-        place = across(tick)
-        anchor = "end" if place > WIDTH - RIGHT - 12 else "middle"
-        parts.append(
-            f'<text class="tick" x="{place:.1f}" y="{HEIGHT - 18}" text-anchor="{anchor}">{number(tick)}</text>'
-        )
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text class="tick" x="{middle:.0f}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_name)}</text>')
-    for line in drawn:
-        style = f"c{line.color % 7}{' dashed' if line.dashed else ''}"
-        points = " ".join(f"{across(x):.1f},{up(y * scale):.1f}" for x, y in zip(line.x, line.y, strict=True))
-        if len(line.x) == 1:
-            x, y = points.split(",")
-            parts.append(f'<circle class="{style}" cx="{x}" cy="{y}" r="4"><title>{escape(line.name)}</title></circle>')
-        else:
-            parts.append(f'<polyline class="{style}" points="{points}"><title>{escape(line.name)}</title></polyline>')
-    return "".join([*parts, "</svg>"])
+def _inline(svg: str, label: str) -> Markup:
+    """Return matplotlib's SVG file as an element of a page: without size, style sheet, fonts, ids and uses of them."""
+    view = re.search(r'viewBox="[^"]*"', svg)
+    assert view
+    body = svg[svg.index(">", view.end()) + 1 :]
+    body = re.sub(r"<defs>.*?</defs>", "", body, flags=re.DOTALL)
+    body = re.sub(r""" (id|clip-path)="[^"]*"| font-family: [^;"]*;""", "", body)
+    for color, variable in _VARIABLES.items():
+        body = body.replace(color, variable)
+    return Markup(f'<svg class="chart" {view[0]} role="img" aria-label="{escape(label)}">{body}')
 
 
 def thinned(values: np.ndarray) -> np.ndarray:
-    """Return at most :data:`MOST` values: the means of runs of equal length, the last one shorter."""
-    length = -(-len(values) // MOST)
-    if length <= 1:
-        return values
-    starts = np.arange(0, len(values), length)
+    """Return at most :data:`MAX_POINTS` values: the means of intervals of equal length, the last one shorter."""
+    starts = np.arange(0, len(values), -(-len(values) // MAX_POINTS))
     return np.add.reduceat(values, starts) / np.diff(np.append(starts, len(values)))
-
-
-def ticks(low: float, high: float) -> list[float]:
-    """Return three to seven round numbers, equally far apart, from at or below ``low`` to at or above ``high``."""
-    if not high > low:
-        low, high = (low - 0.5, high + 0.5) if low else (0.0, 1.0)
-    rough = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = power * next(factor for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(index * step, 12) for index in range(first, last + 1)]
-
-
-def number(value: float) -> str:
-    """Return a number in few characters: three significant digits, no exponent where it can be avoided."""
-    if not math.isfinite(value):
-        return "-"
-    if value and (abs(value) < 1e-3 or abs(value) >= 1e6):
-        return f"{value:.2g}".replace("e-0", "e-").replace("e+0", "e")
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"

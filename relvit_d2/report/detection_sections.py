@@ -1,24 +1,48 @@
-"""Sections of the report page on a detector's detections: precision and recall, images, confusions."""
+"""Sections of the report page on detections: precision and recall, best and worst images, confusion of classes."""
 
 from collections.abc import Iterable, Sequence
-from html import escape
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from relvit_d2.data.images.decode import PixelFormat
-from relvit_d2.report.curves import Line, chart
-from relvit_d2.report.detections import MIN_IOU, MIN_SCORE, Judged, JudgedImage, judge
-from relvit_d2.report.html import figure, grid, table
+from relvit_d2.report.curves import Chart, Line, Picture, chart
+from relvit_d2.report.detections import MIN_IOU, MIN_SCORE, DetectionAnalysis, analyze_detections
 from relvit_d2.report.predictions import DetectionRow, detections_sheet, in_rgb
 from relvit_d2.report.runs import Run
 from relvit_d2.utils.errors import UserError
 
-SHOWN = 6  # best and worst images each
-MOST_CLASSES = 30  # rows of a confusion table; of more classes, the most confused
+MAX_IMAGES = 6  # best and worst images each
+MAX_CLASSES = 30  # in a confusion table and of precision-recall charts; of more classes, the most confused pairs
+MAX_PAIRS = 20
 
 
-def detection_sections(runs: Sequence[Run]) -> Iterable[tuple[Run, str, str]]:
-    """Yield run, data set and section for each data set whose detections and truth are there.
+class Confusion(NamedTuple):
+    """A table; cells are texts, or dicts of ``count``, ``percent`` and whether they are ``correct``."""
+
+    head: list[str]
+    rows: list[list[Any]]
+
+
+class DetectionSection(NamedTuple):
+    """What ``page.html`` shows of the detections of a run on a data set.
+
+    Attributes:
+        curves: precision over recall of the mean of all classes, then of single classes; none without objects.
+        pictures: headings and sheets.
+        missing: why there are no pictures, or empty.
+    """
+
+    run: str
+    dataset: str
+    curves: list[Chart]
+    pictures: list[tuple[str, Picture]]
+    missing: str
+    confusion: Confusion
+
+
+def detection_sections(runs: Sequence[Run]) -> Iterable[DetectionSection]:
+    """Yield a section for each data set whose detections and ground truth exist.
 
     Raises:
         UserError: if the files of one are damaged.
@@ -29,75 +53,55 @@ def detection_sections(runs: Sequence[Run]) -> Iterable[tuple[Run, str, str]]:
         pixels = PixelFormat(run.config.get("INPUT.CHANNELS", 3), run.config.get("INPUT.MAX_VALUE", 0.0))
         for name in run.results:  # DATASETS.TEST may have been another one when they were written
             folder = run.folder / "inference" / (name if len(run.results) > 1 else "")
-            if (judged := judge(folder, name, run.detection_limit)) is not None:
-                yield run, name, _precision_recall(judged) + _images(judged, pixels) + _confusion(judged)
+            analysis = analyze_detections(folder, name, run.detection_limit)
+            if analysis is not None:
+                pictures, missing = _pictures(analysis, pixels)
+                yield DetectionSection(run.name, name, _curves(analysis), pictures, missing, _confusion(analysis))
 
 
-def _precision_recall(judged: Judged) -> str:
-    known = np.flatnonzero(~np.isnan(judged.precision).any(1))
-    if not len(known):
-        return ""
-    mean = judged.precision[known].mean(0)
-    mean_chart = chart("mean of all classes", [Line("precision", judged.recall, mean, 0)], "recall")
-    charts = [
-        chart(judged.classes[index], [Line("precision", judged.recall, judged.precision[index], 0)], "recall")
-        for index in known[:MOST_CLASSES]
-    ]
-    which = "each class" if len(known) <= MOST_CLASSES else f"the first {MOST_CLASSES} classes"
-    each = f"<details><summary>{which}</summary>{grid(charts)}</details>"
-    return f"<h3>Precision over recall at IoU {MIN_IOU}</h3>{grid([mean_chart])}{each}"
+def _curves(analysis: DetectionAnalysis) -> list[Chart]:
+    with_objects = np.flatnonzero(~np.isnan(analysis.precision).any(1))
+    if not len(with_objects):
+        return []
+    curves = [("mean of all classes", analysis.precision[with_objects].mean(0))]
+    curves += [(analysis.classes[index], analysis.precision[index]) for index in with_objects[:MAX_CLASSES]]
+    return [chart(name, [Line("precision", analysis.recall, values, 0)], "recall") for name, values in curves]
 
 
-def _images(judged: Judged, pixels: PixelFormat) -> str:
-    """Return pictures of the best and the worst images, or why there are none."""
-    count = min(SHOWN, -(-len(judged.images) // 2))
-    best, worst = judged.images[:count], judged.images[len(judged.images) - min(count, len(judged.images) - count) :]
-    parts = []
-    for title, images in (("Best images", best), ("Worst images", worst[::-1])):
+def _pictures(analysis: DetectionAnalysis, pixels: PixelFormat) -> tuple[list[tuple[str, Picture]], str]:
+    """Return headings and sheets of the best and the worst images, or why there are none."""
+    best = analysis.images[: min(MAX_IMAGES, -(-len(analysis.images) // 2))]
+    worst = analysis.images[max(len(best), len(analysis.images) - MAX_IMAGES) :][::-1]
+    pictures = []
+    for heading, images in (("Best images", best), ("Worst images", worst)):
+        if not images:
+            continue
         try:
-            rows = [_row(image, pixels) for image in images]
+            rows = [DetectionRow(in_rgb(pixels.read(image.path)), *image.objects) for image in images]
         except UserError as error:
-            return f"<p>The images are not there any more, so none is shown: {escape(str(error))}.</p>"
-        if rows:
-            scores = ", ".join(f"{image.path.name} {image.f1:.2f}" for image in images)
-            caption = f"Truth beside detections of score {MIN_SCORE} or more; F1 at IoU {MIN_IOU}: {scores}"
-            parts.append(f"<h3>{title}</h3>{figure(detections_sheet(rows, judged.classes), caption)}")
-    return "".join(parts)
+            return [], str(error)
+        scores = ", ".join(f"{image.path.name} {image.f1:.2f}" for image in images)
+        caption = f"Ground truth and detections of score {MIN_SCORE} or more; F1 at IoU {MIN_IOU}: {scores}"
+        pictures.append((heading, Picture.of(detections_sheet(rows, analysis.classes), caption)))
+    return pictures, ""
 
 
-def _row(image: JudgedImage, pixels: PixelFormat) -> DetectionRow:
-    return DetectionRow(
-        in_rgb(pixels.read(image.path)),
-        image.truth_boxes,
-        image.truth_classes,
-        image.boxes,
-        image.labels,
-        image.scores,
-    )
-
-
-def _confusion(judged: Judged) -> str:
+def _confusion(analysis: DetectionAnalysis) -> Confusion:
     """Return the table of true and detected classes; of many classes, the pairs most often confused."""
-    counts, classes = judged.confusion, judged.classes
-    heading = f"<h3>Confusion of classes</h3><p>Detections of score {MIN_SCORE} or more, matched at IoU {MIN_IOU}.</p>"
-    if len(classes) > MOST_CLASSES:
+    counts, classes = analysis.confusion, analysis.classes
+    totals = np.maximum(counts.sum(1), 1)
+    if len(classes) > MAX_CLASSES:
         wrong = counts[:-1, :-1] * (1 - np.eye(len(classes), dtype=np.int64))
-        pairs = [divmod(int(i), len(classes)) for i in np.argsort(-wrong, axis=None, kind="stable")[:20]]
-        rows = [
-            [escape(classes[t]), escape(classes[d]), str(wrong[t, d]), f"{wrong[t, d] / max(counts[t].sum(), 1):.0%}"]
-            for t, d in pairs
-            if wrong[t, d]
+        pairs = [divmod(int(i), len(classes)) for i in np.argsort(-wrong, axis=None, kind="stable")[:MAX_PAIRS]]
+        rows: list[list[Any]] = [
+            [classes[true], classes[found], str(wrong[true, found]), f"{wrong[true, found] / totals[true]:.0%}"]
+            for true, found in pairs
+            if wrong[true, found]
         ]
-        return heading + table(["true class", "taken for", "times", "of its objects"], rows) if rows else ""
-    rows = []
-    for i, row in enumerate(counts):
-        total = max(int(row.sum()), 1)
-        cells = [
-            f"<span class='cell{' right' * (i == j)}' style='--share:{100 * value / total:.0f}%'>{value or ''}</span>"
-            for j, value in enumerate(row)
-        ]
-        if i == len(classes):
-            cells[-1] = ""
-        rows.append([escape(classes[i]) if i < len(classes) else "<i>background</i>", *cells])
-    head = ["true \\ detected", *map(escape, classes), "<i>missed</i>"]
-    return heading + table(head, rows)
+        return Confusion(["true class", "detected class", "detections", "of the class's objects"], rows)
+    rows = [
+        [name, *({"count": int(v), "percent": round(100 * v / total), "correct": i == j} for j, v in enumerate(row))]
+        for i, (name, row, total) in enumerate(zip([*classes, "(background)"], counts, totals, strict=True))
+    ]
+    rows[-1][-1] = ""
+    return Confusion(["true \\ detected", *classes, "(missed)"], rows)

@@ -1,11 +1,11 @@
-"""What a detector's detections say beside AP: precision and recall, the best and the worst images, confusions."""
+"""Analysis of a detector's detections beside AP: precision and recall, F1 score of images, confusion of classes."""
 
 import contextlib
 import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,44 +21,45 @@ MIN_SCORE, MIN_IOU = 0.5, 0.5  # of a detection that counts in images and confus
 
 
 @dataclass
-class Judged:
-    """The detections of one data set beside its truth.
+class DetectionAnalysis:
+    """The detections on one data set compared with the ground truth.
 
     Attributes:
         classes: names of the classes.
         recall: ``(101,)`` 0, 0.01, ..., 1.
         precision: ``(classes, 101)`` at IoU 0.5 and each recall, 0..1; NaN for a class without objects.
-        images: one for each image with an object or a detection, the best first.
+        images: the images with an object or a detection, the highest F1 score first.
         confusion: ``(classes + 1, classes + 1)`` counts of true (rows) and detected class at a score of at least
-            :data:`MIN_SCORE`; the last row is background that was detected, the last column are objects that were not.
+            :data:`MIN_SCORE`; the last row counts detections of background, the last column missed objects.
     """
 
     classes: list[str]
     recall: np.ndarray
     precision: np.ndarray
-    images: list["JudgedImage"]
+    images: list["ImageResult"]
     confusion: np.ndarray
 
 
-@dataclass
-class JudgedImage:
-    """One image; boxes are XYXY pixels, classes are indices.
+class ImageObjects(NamedTuple):
+    """Objects and detections of an image; boxes are XYXY in pixels, classes are indices."""
 
-    Attributes:
-        f1: of its detections, 0..1: twice the right ones over the detections and the objects.
-    """
+    truth_boxes: np.ndarray  # (T, 4)
+    truth_classes: np.ndarray  # (T,)
+    boxes: np.ndarray  # (D, 4), the highest score first
+    classes: np.ndarray  # (D,)
+    scores: np.ndarray  # (D,) 0..1
+
+
+class ImageResult(NamedTuple):
+    """One image and the F1 score of its detections, 0..1: twice the correct ones over detections and objects."""
 
     path: Path
-    truth_boxes: np.ndarray
-    truth_classes: np.ndarray
-    boxes: np.ndarray
-    labels: np.ndarray
-    scores: np.ndarray
+    objects: ImageObjects
     f1: float
 
 
-def judge(inference: Path, name: str, limit: int = COCO_LIMIT) -> Judged | None:
-    """Judge the box detections of the data set ``name`` in ``inference``; None where they or the truth are missing.
+def analyze_detections(inference: Path, name: str, limit: int = COCO_LIMIT) -> DetectionAnalysis | None:
+    """Compare the box detections of a data set with its ground truth; return None where a file of them is missing.
 
     Args:
         inference: folder of the detections.
@@ -68,25 +69,24 @@ def judge(inference: Path, name: str, limit: int = COCO_LIMIT) -> Judged | None:
     Raises:
         UserError: if the files are damaged or do not belong together.
     """
-    found, truth_file, root = inference / "coco_instances_results.json", ground_truth_file(inference, name), Path()
+    file, truth_file, root = inference / "coco_instances_results.json", ground_truth_file(inference, name), Path()
     if not truth_file.is_file():
         metadata = MetadataCatalog.get(name)
         truth_file, root = Path(metadata.get("json_file") or ""), Path(metadata.get("image_root") or "")
-    if not (found.is_file() and truth_file.is_file()):
+    if not (file.is_file() and truth_file.is_file()):
         return None
     try:
-        return _judged(found, truth_file, root, limit)
+        return _analyze(file, truth_file, root, limit)
     except (KeyError, ValueError, TypeError, AssertionError) as error:  # pycocotools asserts
         raise UserError(
-            f"'{found}' or '{truth_file}' is damaged ({type(error).__name__}: {error}): "
-            "evaluate again, with --eval-only"
+            f"'{file}' or '{truth_file}' is damaged ({type(error).__name__}: {error}): evaluate again, with --eval-only"
         ) from error
 
 
-def _judged(found: Path, truth_file: Path, root: Path, limit: int) -> Judged:
-    """Judge the detections of one file by the truth of another, whose images lie in ``root``."""
-    detections = [d for d in json.loads(found.read_text(encoding="utf-8")) if "bbox" in d]
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells its progress
+def _analyze(file: Path, truth_file: Path, root: Path, limit: int) -> DetectionAnalysis:
+    """Compare the detections of one file with the ground truth of another, whose images are in ``root``."""
+    detections = [d for d in json.loads(file.read_text(encoding="utf-8")) if "bbox" in d]
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         truth = COCO(str(truth_file))
         categories = truth.getCatIds()
         precision = _precision(truth, detections, limit)
@@ -99,30 +99,30 @@ def _judged(found: Path, truth_file: Path, root: Path, limit: int) -> Judged:
     images = []
     for image in truth.loadImgs(truth.getImgIds()):
         objects = [a for a in truth.imgToAnns[image["id"]] if not a.get("iscrowd")]
-        mine = sorted(by_image.get(image["id"], []), key=lambda d: -d["score"])
+        found = sorted(by_image.get(image["id"], []), key=lambda d: -d["score"])
         true_boxes, true_classes = _boxes(objects), np.array([index[a["category_id"]] for a in objects], dtype=np.int64)
-        boxes, labels = _boxes(mine), np.array([index[d["category_id"]] for d in mine], dtype=np.int64)
+        boxes, classes = _boxes(found), np.array([index[d["category_id"]] for d in found], dtype=np.int64)
         partner = match(boxes, true_boxes)
-        hits = partner >= 0
-        np.add.at(confusion, (true_classes[partner[hits]], labels[hits]), 1)
-        confusion[-1] += np.bincount(labels[~hits], minlength=len(confusion))
-        missed = np.setdiff1d(np.arange(len(objects)), partner[hits])
+        matched = partner >= 0
+        np.add.at(confusion, (true_classes[partner[matched]], classes[matched]), 1)
+        confusion[-1] += np.bincount(classes[~matched], minlength=len(confusion))
+        missed = np.setdiff1d(np.arange(len(objects)), partner[matched])
         confusion[:, -1] += np.bincount(true_classes[missed], minlength=len(confusion))
-        if objects or mine:
-            right = int((true_classes[partner[hits]] == labels[hits]).sum())
-            f1 = 2 * right / (len(objects) + len(mine))
-            scores = np.array([d["score"] for d in mine])
-            images.append(JudgedImage(root / image["file_name"], true_boxes, true_classes, boxes, labels, scores, f1))
-    images.sort(key=lambda image: (-image.f1, -len(image.truth_classes)))
+        if objects or found:
+            correct = int((true_classes[partner[matched]] == classes[matched]).sum())
+            scores = np.array([d["score"] for d in found])
+            drawn = ImageObjects(true_boxes, true_classes, boxes, classes, scores)
+            images.append(ImageResult(root / image["file_name"], drawn, 2 * correct / (len(objects) + len(found))))
+    images.sort(key=lambda image: (-image.f1, -len(image.objects.truth_classes)))
     names = [category["name"] for category in truth.loadCats(categories)]
-    return Judged(names, np.linspace(0, 1, 101), precision, images, confusion)
+    return DetectionAnalysis(names, np.linspace(0, 1, 101), precision, images, confusion)
 
 
 def match(boxes: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Give every detection the free object that it overlaps most, if by at least :data:`MIN_IOU`, whatever its class.
+    """Match every detection to the unmatched object of the highest IoU, if at least :data:`MIN_IOU`, of any class.
 
     Args:
-        boxes: ``(D, 4)`` XYXY, the surest first, which choose first.
+        boxes: ``(D, 4)`` XYXY, in the order of matching: the highest score first.
         truth: ``(T, 4)`` XYXY.
 
     Returns:

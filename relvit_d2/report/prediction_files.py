@@ -1,4 +1,4 @@
-"""Detections in images and videos, written as annotated pictures and COCO results."""
+"""Detection in images and videos: annotated copies and COCO results are written."""
 
 import json
 from collections import Counter
@@ -11,35 +11,35 @@ from tqdm import tqdm
 from relvit_d2.data.images.decode import UnreadableImageError
 from relvit_d2.data.images.folder import EXTENSIONS, list_images, matching_files
 from relvit_d2.detection.predictor import load_detector
-from relvit_d2.engine.run_setup import silence
+from relvit_d2.engine.run_setup import silence_warnings
 from relvit_d2.report.predictions import coco_results, draw_instances
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import appearing, make_folder, write_text
 
-NAMED = 10  # unreadable inputs that the error names
+MAX_NAMED = 10  # unreadable inputs in the error message
 VIDEOS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 
 
 def predict(
     weights: str, config_file: str, opts: list[str], inputs: Sequence[str], output: Path, threshold: float, size: int
 ) -> tuple[str, str]:
-    """Detect and write.
+    """Detect objects in images and videos and write annotated copies and ``detections.json``.
 
     Args:
         weights, config_file, opts: see :func:`relvit_d2.detection.predictor.load_detector`.
-        inputs: images, folders, patterns and videos.
-        output: folder for the pictures, the videos and ``detections.json``.
-        threshold: least score of a detection that is kept, 0..1.
-        size: images in a batch.
+        inputs: paths of images, folders and videos, and patterns.
+        output: folder to write to.
+        threshold: minimum score of a detection, 0..1.
+        size: images per batch.
 
     Returns:
-        A line on what was written and a sentence on the inputs that could not be read, each empty if there are none.
+        A line on the written files and a sentence on the inputs that could not be read, each empty if there are none.
 
     Raises:
-        UserError: for an input that does not exist, or weights that hold no detector.
+        UserError: for an input that does not exist, or weights without a detector.
     """
-    silence()
-    files = list(dict.fromkeys(file for word in inputs for file in found(word)))
+    silence_warnings()
+    files = list(dict.fromkeys(file for word in inputs for file in input_files(word)))
     detector = load_detector(weights, config_file, opts)
     if any(file.suffix.lower() in VIDEOS for file in files):
         from relvit_d2.report.prediction_videos import annotate_video  # needs PyAV, which is optional
@@ -47,16 +47,16 @@ def predict(
     make_folder(output)
     results: list[dict[str, Any]] = []
     made: Counter[str] = Counter()
-    faults: list[str] = []
+    errors: list[str] = []
     images = [file for file in files if file.suffix.lower() not in VIDEOS]
-    outputs = dict(zip(files, named(files), strict=True))
+    outputs = dict(zip(files, output_names(files), strict=True))
     for start in tqdm(range(0, len(images), size), desc="images", unit="batch", disable=not images):
         batch = {}
         for file in images[start : start + size]:
             try:
                 batch[file] = detector.read(file)
             except UserError as error:
-                faults.append(str(error))
+                errors.append(str(error))
         for (file, image), instances in zip(batch.items(), detector.batch([*batch.values()]), strict=True):
             kept = instances[instances.scores >= threshold]
             with appearing(output / outputs[file]) as part:
@@ -66,26 +66,26 @@ def predict(
     for file in files:
         if file.suffix.lower() in VIDEOS:
             try:
-                rows, fault = annotate_video(file, output / outputs[file], detector, threshold, size)
+                rows, failure = annotate_video(file, output / outputs[file], detector, threshold, size)
             except UnreadableImageError as error:
-                faults.append(str(error))
+                errors.append(str(error))
                 continue
             results += rows
             made["video"] += 1
-            faults += [fault] if fault else []
+            errors += [failure] if failure else []
     written = unreadable = ""
     if made:
         write_text(output / "detections.json", json.dumps(results))
         counts = " and ".join(f"{count} {what}{'s' * (count != 1)}" for what, count in made.items())
         written = f"written: {output}/detections.json, {counts}; {len(results)} detections"
-    if faults:
-        more = f"; and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
-        unreadable = f"{len(faults)} of {len(files)} inputs could not be read: {'; '.join(faults[:NAMED])}{more}"
+    if errors:
+        more = f"; and {len(errors) - MAX_NAMED} more" if len(errors) > MAX_NAMED else ""
+        unreadable = f"{len(errors)} of {len(files)} inputs could not be read: {'; '.join(errors[:MAX_NAMED])}{more}"
     return written, unreadable
 
 
-def found(word: str) -> list[Path]:
-    """Return the images and videos of one ``--input``.
+def input_files(word: str) -> list[Path]:
+    """Return the images and videos of one ``--input``, a path or a pattern.
 
     Raises:
         UserError: if there are none.
@@ -95,12 +95,12 @@ def found(word: str) -> list[Path]:
         return list_images(path, EXTENSIONS | VIDEOS)
     files = matching_files(path, EXTENSIONS | VIDEOS)
     if not files:
-        raise UserError(f"--input '{word}' is no image, folder, pattern or video that exists; correct the path")
+        raise UserError(f"--input '{word}' is not an existing image, folder, pattern or video; correct the path")
     return files
 
 
-def named(files: Sequence[Path]) -> list[str]:
-    """Return the name of each file's picture or video, all of them different."""
+def output_names(files: Sequence[Path]) -> list[str]:
+    """Return a unique file name for the annotated copy of each file."""
     stems = Counter(file.stem for file in files)
     names: dict[str, None] = {}
     for file in files:

@@ -1,4 +1,4 @@
-"""Detections in videos; needs PyAV (``pip install 'relvit_d2[video]'``)."""
+"""Detection in videos; needs PyAV (``pip install 'relvit_d2[video]'``)."""
 
 import struct
 from collections.abc import Iterable, Iterator
@@ -16,27 +16,27 @@ from relvit_d2.detection.predictor import Detector
 from relvit_d2.report.predictions import coco_results, draw_instances
 from relvit_d2.utils.files import appearing
 
-TICK = Fraction(1, 60000)  # seconds: common frame rates are whole multiples; MPEG-4 takes at most 65535 a second
-LEAP = 3600  # seconds from frame to frame that can be meant; the codec takes a day
+TICK = Fraction(1, 60000)  # seconds; common frame intervals are multiples; MPEG-4 allows at most 65535 a second
+MAX_INTERVAL = 3600  # seconds between two frames; a longer interval is taken as a damaged time stamp
 
 
 def annotate_video(
     file: Path, output: Path, detector: Detector, threshold: float, size: int
 ) -> tuple[list[dict[str, Any]], str]:
-    """Detect in every frame of a video and write it anew with what was found.
+    """Detect objects in every frame of a video and write an annotated copy.
 
     Returns:
-        the results, and a sentence on where decoding broke off, empty if it did not.
+        COCO results with the time of their frame, and a sentence on the frame after which decoding failed, or empty.
 
     Raises:
-        UnreadableImageError: if not one frame can be decoded, or the detector's images have other than 3 channels.
+        UnreadableImageError: if no frame can be decoded, or the detector does not take 3 channels.
     """
     if detector.channels != 3:
         raise UnreadableImageError(
             f"'{file}' is a video, but INPUT.CHANNELS is {detector.channels}, not 3: give images"
         )
     results: list[dict[str, Any]] = []
-    fault, count = "", 0
+    failure, count = "", 0
     try:
         with (
             av.open(str(file)) as source,
@@ -48,12 +48,12 @@ def annotate_video(
             rate = stream.average_rate or Fraction(25)
             written = None
             decoded = timed(source.decode(stream), 1 / rate)
-            while not fault:
+            while not failure:
                 batch: list[tuple[Fraction, np.ndarray]] = []
                 try:
                     batch.extend(islice(decoded, size))
                 except av.error.FFmpegError as error:
-                    fault = str(error)
+                    failure = str(error)
                 if not batch:
                     break
                 found = detector.batch([image for _, image in batch])
@@ -74,15 +74,16 @@ def annotate_video(
                     count += 1
                     bar.update()
             if written is None:
-                raise UnreadableImageError(f"video '{file}' has no frame that can be decoded; give another")
+                raise UnreadableImageError(f"video '{file}' has no frame that can be decoded; give another video")
             sink.mux(encoded(written, None, file))
     except (av.error.FFmpegError, IndexError) as error:
         raise UnreadableImageError(f"video '{file}' cannot be decoded ({error}); give another") from error
-    return results, fault and f"video '{file}' is damaged after frame {count - 1} ({fault}); what follows is left out"
+    damage = f"video '{file}' is damaged after frame {count - 1} ({failure}); later frames are left out"
+    return results, damage if failure else ""
 
 
 def encoded(stream: av.VideoStream, frame: av.VideoFrame | None, file: Path) -> list[av.Packet]:
-    """Encode a frame; None ends the stream. An error here, unlike one of writing, belongs to the video ``file``."""
+    """Encode a frame, or end the stream for None; an encoder error names the input ``file``."""
     try:
         return stream.encode(frame)
     except av.error.FFmpegError as error:
@@ -90,10 +91,10 @@ def encoded(stream: av.VideoStream, frame: av.VideoFrame | None, file: Path) -> 
 
 
 def timed(frames: Iterable[av.VideoFrame], step: Fraction) -> Iterator[tuple[Fraction, np.ndarray]]:
-    """Give each frame's time in seconds since the first one, and its upright pixels ``(H, W, 3)``, RGB.
+    """Yield each frame's time in seconds since the first one, and its upright pixels ``(H, W, 3)``, RGB.
 
-    Times rise by at least ``TICK``. A frame without a time comes ``step`` after the frame before it. So does one whose
-    time goes back or leaps by more than ``LEAP``, and those after it keep their distance from it.
+    Times rise by at least ``TICK``. A frame without a time follows the one before it after ``step``. So does one whose
+    time is lower, or higher by more than ``MAX_INTERVAL``, and those after it keep their distance from it.
     """
     start: Fraction | None = None  # the time stamp that counts as 0
     last: Fraction | None = None
@@ -101,7 +102,7 @@ def timed(frames: Iterable[av.VideoFrame], step: Fraction) -> Iterator[tuple[Fra
         stamp = None if frame.pts is None or frame.time_base is None else frame.pts * frame.time_base
         time = Fraction(0) if last is None else last + step
         if stamp is not None:
-            if start is None or (last is not None and not 0 <= stamp - start - last <= LEAP):
+            if start is None or (last is not None and not 0 <= stamp - start - last <= MAX_INTERVAL):
                 start = stamp - time
             time = stamp - start
         last = time if last is None else max(time, last + TICK)
@@ -109,7 +110,7 @@ def timed(frames: Iterable[av.VideoFrame], step: Fraction) -> Iterator[tuple[Fra
 
 
 def upright(frame: av.VideoFrame) -> np.ndarray:
-    """Return a frame's pixels turned as its display matrix demands, to the nearest quarter turn, flips included.
+    """Return a frame's pixels rotated to the nearest quarter turn and flipped as its display matrix states.
 
     The matrix ``a b u c d v x y w`` moves the pixel (p, q) to (a p + c q + x, b p + d q + y): ISO/IEC 14496-12, 6.2.2.
     """

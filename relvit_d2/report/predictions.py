@@ -1,4 +1,4 @@
-"""One picture of what a detector sees: true boxes beside detected ones, image by image."""
+"""Pictures of detections: contact sheets with the ground truth beside them, and annotated images."""
 
 import re
 from collections.abc import Sequence
@@ -21,24 +21,24 @@ from relvit_d2.utils.files import appearing
 Color = tuple[int, int, int]
 Box = tuple[float, float, float, float]
 
-# Okabe and Ito, "Color Universal Design" (2008): told apart with every common form of colour blindness.
+# Okabe and Ito, "Color Universal Design" (2008): distinct with every common form of colour blindness.
 HUES = ("#0072B2", "#E69F00", "#CC79A7", "#009E73", "#D55E00", "#56B4E9", "#F0E442")
 _FONT = str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
-_BESIDE = " 0123456789.\u00d7*+!?"  # what labels hold beside a name
+_BESIDE = " 0123456789.\u00d7*+!?"  # characters of labels besides those of names
 INK, PAPER = (33, 33, 33), (255, 255, 255)
 
 PANEL_WIDTH, PANEL_HEIGHT = 448, 256  # pixels an image is scaled to fit, up or down
-SHEET_WIDTH = 1800  # no wider unless a single pair is; at most three pairs a row
-BOX_WIDTH, HALO = 3, 1  # pixels of a box's line and of the contrasting rim on either side of it
+SHEET_WIDTH = 1800  # maximum, unless a single pair is wider; at most three pairs a row
+BOX_WIDTH, HALO = 3, 1  # pixels of a box's line and of its contrasting border on either side
 FONT_SIZE, LABEL_PADDING = 15, 3
 STRIP = 22  # pixels above and below an image, for the labels of boxes at its edge
-LEAST_SIDE = 800  # pixels of the longer side of a picture of one image
+MIN_SIDE = 800  # pixels of the longer side of a picture of one image
 PAIR_GAP, GAP, BORDER = 10, 36, 16
 TITLE_HEIGHT, CAPTION_HEIGHT = 40, 20
 
 
 class DetectionRow(NamedTuple):
-    """One image with its truth and its detections; boxes are XYXY in pixels of the image."""
+    """One image with ground truth and detections; boxes are XYXY in pixels of the image."""
 
     image: np.ndarray  # (H, W, 3) uint8, RGB
     truth_boxes: np.ndarray  # (T, 4)
@@ -51,19 +51,19 @@ class DetectionRow(NamedTuple):
 def draw_detections(
     rows: Sequence[DetectionRow], class_names: Sequence[str], path: str | Path, title: str | None = None
 ) -> None:
-    """Write the sheet of :func:`detections_sheet` as a PNG, which appears whole or not at all."""
+    """Write :func:`detections_sheet` as a PNG, which appears whole or not at all."""
     sheet = detections_sheet(rows, class_names, title)
     with appearing(Path(path)) as part:
         sheet.save(part, format="PNG")
 
 
 def detections_sheet(rows: Sequence[DetectionRow], class_names: Sequence[str], title: str | None = None) -> Image.Image:
-    """Return a contact sheet with, for each image, the truth on the left and the detections on the right.
+    """Return a contact sheet with, for each image, the ground truth on the left and the detections on the right.
 
-    Images are scaled to fit 448 x 256 pixels, small ones up, so that boxes of a few pixels and their labels
-    can be read. Each class has its colour (:func:`class_color`) and its name on every box; detections carry
-    the score too. Labels stand outside their box where there is room and avoid each other. All detections
-    given are drawn: leave out what scores too low beforehand. Equal arguments give equal sheets.
+    Images are scaled up or down to fit 448 x 256 pixels, so that small boxes and their labels are legible. Each box
+    has the colour (:func:`class_color`) and the name of its class, a detection also its score. Labels are outside
+    their box where there is space, and do not overlap if possible. All given detections are drawn. Equal arguments
+    give equal sheets.
 
     Args:
         rows: 1 to about 12 images, drawn in this order, row by row.
@@ -106,12 +106,8 @@ def detections_sheet(rows: Sequence[DetectionRow], class_names: Sequence[str], t
         ):
             cell = (x, top, x + cell_width, top + line_heights[line])
             corner = (x + (cell_width - panel.width) // 2, top + (line_heights[line] - panel.height) // 2)
-            sheet.paste(panel, corner)
-            scale = np.array([panel.width / row.image.shape[1], panel.height / row.image.shape[0]] * 2)
-            limit = np.array([panel.width - 1, panel.height - 1] * 2)
-            scaled = np.clip(np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * scale, 0, limit)
-            placed = [tuple(box) for box in (scaled + np.array(corner * 2)).tolist()]
-            draw_boxes(draw, placed, [class_color(int(c)) for c in classes], texts, cell)
+            colors = [class_color(int(c)) for c in classes]
+            draw_panel(sheet, panel, corner, boxes, row.image.shape, colors, texts, cell)
     return sheet
 
 
@@ -123,7 +119,7 @@ def annotated(
     class_names: Sequence[str],
     masks: np.ndarray | None = None,
 ) -> Image.Image:
-    """Return an image with its detections drawn on it, small ones enlarged so that labels can be read.
+    """Return an image with its detections drawn on it; small images are enlarged so that labels are legible.
 
     Args:
         image: ``(H, W, 3)`` uint8, RGB.
@@ -138,22 +134,19 @@ def annotated(
     tinted = image.astype(np.float32)
     for mask, color in zip(masks if masks is not None else (), colors, strict=False):
         tinted[mask] = 0.55 * tinted[mask] + 0.45 * np.array(color, dtype=np.float32)
-    scale = max(1.0, LEAST_SIDE / max(height, width))
+    scale = max(1.0, MIN_SIDE / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
     picture = Image.fromarray(tinted.round().astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
     placed = np.clip(boxes.reshape(-1, 4) * scale, 0, np.array([size[0] - 1, size[1] - 1] * 2))
     class_names = legible(class_names)
     texts = [f"{class_names[int(c)]} {s:.2f}" for c, s in zip(classes, scores, strict=True)]
-    zoom = max(1.0, max(size) / LEAST_SIDE * 0.75)
+    zoom = max(1.0, max(size) / MIN_SIDE * 0.75)
     draw_boxes(ImageDraw.Draw(picture), [tuple(box) for box in placed.tolist()], colors, texts, (0, 0, *size), zoom)
     return picture
 
 
 def class_color(index: int) -> Color:
-    """Return the RGB colour of a class index: seven hues, then the same darker, then lighter, 21 in all.
-
-    From index 21 on the colours come again.
-    """
+    """Return the RGB colour of a class index: seven hues, then darker, then lighter ones; they repeat from index 21."""
     hue = np.array(ImageColor.getrgb(HUES[index % len(HUES)]), dtype=np.float64)
     shade = index // len(HUES) % 3
     mixed = (hue, 0.55 * hue, 0.5 * hue + 127.5)[shade].round().astype(int).tolist()
@@ -161,7 +154,7 @@ def class_color(index: int) -> Color:
 
 
 def font(size: int, text: str = "") -> ImageFont.FreeTypeFont:
-    """Return the font of all pictures in a size of pixels, or for a text that it lacks letters of an installed one."""
+    """Return a font of a size in pixels: the default one, or an installed one if a text has other letters."""
     return _face(font_of(text) or _FONT, size)
 
 
@@ -171,9 +164,9 @@ def _face(path: str, size: int) -> ImageFont.FreeTypeFont:
 
 
 def font_of(text: str) -> str | None:
-    """Return the file of a font that has all characters of a text and those of scores and counts, or None.
+    """Return the file of a font with all characters of a text, of scores and of counts, or None.
 
-    It is that of all pictures, else an installed one; labels of one class have the same.
+    The default font has precedence over installed ones.
     """
     return _file_with(frozenset(map(ord, text + _BESIDE)))
 
@@ -195,29 +188,29 @@ def _installed_fonts() -> list[str]:
 @cache
 def _characters(path: str) -> frozenset[int]:
     try:
-        ImageFont.truetype(path, FONT_SIZE)  # fonts of bitmaps have no such size
+        ImageFont.truetype(path, FONT_SIZE)  # fails for bitmap fonts
         return frozenset(FT2Font(path).get_charmap())
     except (OSError, RuntimeError, ValueError):
         return frozenset()
 
 
 def legible(class_names: Sequence[str]) -> list[str]:
-    """Return class names for a picture: the number of the class where no installed font has the name's letters."""
+    """Replace class names by the number of the class where no font has the name's letters."""
     return [name if font_of(name) else str(number) for number, name in enumerate(class_names)]
 
 
 def escaped(text: str) -> str:
-    """Return a text for a picture, its letters as escapes where no installed font has them."""
+    """Replace the letters of a text by escapes where no font has them."""
     return text if font_of(text) else text.encode("ascii", "backslashreplace").decode()
 
 
 def in_rgb(image: np.ndarray) -> np.ndarray:
-    """Return an (H, W, C) image as one of three channels: of any other number the first is shown, in gray."""
+    """Return an (H, W, C) image with three channels: of any other number the first one in gray."""
     return image if image.shape[2] == 3 else np.repeat(image[:, :, :1], 3, axis=2)
 
 
 def fit(image: np.ndarray) -> Image.Image:
-    """Return the (H, W, 3) image scaled to the greatest size that fits a panel, its aspect kept."""
+    """Scale an (H, W, 3) image to the largest size that fits a panel, with its aspect ratio."""
     height, width = image.shape[:2]
     scale = min(PANEL_WIDTH / width, PANEL_HEIGHT / height)
     size = max(1, round(width * scale)), max(1, round(height * scale))
@@ -225,7 +218,7 @@ def fit(image: np.ndarray) -> Image.Image:
 
 
 def _contrast(color: Color) -> Color:
-    """Return black or white, whichever stands out more: the contrast ratio of WCAG 2.1 is at least 4.5."""
+    """Return black or white, whichever has the higher contrast; the ratio of WCAG 2.1 is at least 4.5."""
     value = np.array(color) / 255
     linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
     luminance = float(linear @ (0.2126, 0.7152, 0.0722))
@@ -235,9 +228,9 @@ def _contrast(color: Color) -> Color:
 def draw_boxes(
     draw: ImageDraw.ImageDraw, boxes: list[Box], colors: list[Color], texts: list[str], cell: Box, zoom: float = 1.0
 ) -> None:
-    """Draw boxes, in pixels of the sheet, and on top of all of them their labels, inside the cell.
+    """Draw boxes, in pixels of the sheet, and over them the labels that are not empty, inside the cell.
 
-    A label ``""`` is none. Lines and letters are ``zoom`` times as large as on a sheet.
+    Lines and letters are ``zoom`` times as large as on a sheet.
     """
     line = round(BOX_WIDTH * zoom)
     for (x0, y0, x1, y1), color in zip(boxes, colors, strict=True):
@@ -256,24 +249,37 @@ def draw_boxes(
         draw.text((label[0] + LABEL_PADDING, label[1] + height / 2), text, _contrast(color), face, anchor="lm")
 
 
-def _place_label(box: Box, width: float, height: float, cell: Box, boxes: list[Box], taken: list[Box]) -> Box:
-    """Return the place, near its box and inside the cell, where a label hides least.
+def draw_panel(
+    sheet: Image.Image,
+    panel: Image.Image,
+    corner: tuple[int, int],
+    boxes: np.ndarray,
+    shape: tuple[int, ...],
+    colors: list[Color],
+    texts: list[str],
+    cell: Box,
+) -> None:
+    """Paste an image of ``shape`` that was scaled to ``panel`` at ``corner``, and draw boxes in its pixels on it."""
+    sheet.paste(panel, corner)
+    scale = np.array([panel.width / shape[1], panel.height / shape[0]] * 2)
+    limit = np.array([panel.width - 1, panel.height - 1] * 2)
+    scaled = np.clip(np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * scale, 0, limit)
+    placed = [tuple(box) for box in (scaled + np.array(corner * 2)).tolist()]
+    draw_boxes(ImageDraw.Draw(sheet), placed, colors, texts, cell)
 
-    Above the box is tried first, then below, then a line or two further off, then inside. The cost is the
-    area hidden, other labels' four times that of boxes, and a part of the label's own for being far off.
+
+def _place_label(box: Box, width: float, height: float, cell: Box, boxes: list[Box], taken: list[Box]) -> Box:
+    """Return the position of a label of the lowest cost, near its box and inside the cell.
+
+    Tried are positions above the box, below it, one or two lines further away, and inside. The cost is the covered
+    area of boxes, four times that of other labels, and a fraction of the label's own area that grows with distance.
     """
     x0, y0, x1, y1 = box
     above, below = y0 - HALO - 1 - height, y1 + HALO + 1
     best, lowest = box, float("inf")
-    for y, distance in (
-        (above, 0.0),
-        (below, 0.0),
-        (above - height, 0.3),
-        (below + height, 0.3),
-        (above - 2 * height, 0.6),
-        (below + 2 * height, 0.6),
-        (y0, 0.6),
-    ):
+    heights = [(above - step * height, 0.3 * step) for step in range(3)]
+    heights += [(below + step * height, 0.3 * step) for step in range(3)]
+    for y, distance in (*sorted(heights, key=lambda pair: pair[1]), (y0, 0.6)):
         for x in (x0 - HALO, x1 + HALO - width, (x0 + x1 - width) / 2):
             left, top = min(max(x, cell[0]), cell[2] - width), min(max(y, cell[1]), cell[3] - height - 1)
             spot = (left, top, left + width, top + height)
@@ -286,7 +292,7 @@ def _place_label(box: Box, width: float, height: float, cell: Box, boxes: list[B
 
 
 def _overlap(a: Box, b: Box) -> float:
-    """Return the area in which two XYXY boxes meet."""
+    """Return the area of the intersection of two XYXY boxes."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     return width * height if width > 0 and height > 0 else 0.0
@@ -300,6 +306,6 @@ def draw_instances(detector: Detector, image: np.ndarray, instances: Instances) 
 
 
 def coco_results(name: str, instances: Instances, detector: Detector) -> list[dict[str, Any]]:
-    """Return detections as COCO results, with the name of the class beside its index."""
+    """Return detections as COCO results with the additional key ``category``, the name of the class."""
     results = instances_to_coco_json(instances, name)
     return [result | {"category": detector.class_names[result["category_id"]]} for result in results]

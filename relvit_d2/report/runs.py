@@ -1,4 +1,4 @@
-"""What a run left in its OUTPUT_DIR."""
+"""The files of a run in its OUTPUT_DIR."""
 
 import json
 from dataclasses import dataclass
@@ -12,9 +12,13 @@ import yaml  # type: ignore[import-untyped]
 from relvit_d2.config.config_file import flat
 from relvit_d2.evaluation.average_precision import COCO_LIMIT
 from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.metrics import parse_row
 
-# Keys that runs of one arm may differ in: where they lie, and the seed.
-_NOT_THE_ARM = ("SEED", "OUTPUT_DIR", "MODEL.WEIGHTS", "VERSION", "CUDNN_BENCHMARK", "DATALOADER.NUM_WORKERS")
+# Keys in which runs of one arm may differ: paths, seed, hardware.
+_NOT_THE_ARM = (
+    *("SEED", "OUTPUT_DIR", "MODEL.WEIGHTS", "VERSION"),
+    *("CUDNN_BENCHMARK", "DATALOADER.NUM_WORKERS", "DATASETS.HASH_CONTENTS"),
+)
 
 
 @dataclass
@@ -23,12 +27,12 @@ class Run:
 
     Attributes:
         folder: its OUTPUT_DIR.
-        name: the shortest end of the folder's path that tells it from the other runs.
+        name: the shortest trailing part of the folder's path that no other run has.
         config: key -> value of ``config.yaml``, keys such as ``SOLVER.MAX_ITER``.
-        info: what ``run.json`` says of script, command, versions and machine; empty where there is none.
+        info: ``run.json``: script, command, versions and hardware; empty where the file is missing.
         rows: the lines of ``metrics.json``, the last one of each iteration.
-        results: ``inference/results.json``: data set -> task -> figure -> value; empty where there is none.
-        detection_limit: detections of an image that the AP in ``results`` counts.
+        results: ``inference/results.json``: data set -> task -> metric -> value; empty where the file is missing.
+        detection_limit: maximum detections per image of the AP in ``results``.
     """
 
     folder: Path
@@ -40,7 +44,7 @@ class Run:
     detection_limit: int = COCO_LIMIT
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the iterations that have a finite value of a scalar, and the values, both ``(n,)``."""
+        """Return the iterations with a finite value of a scalar, and the values, both ``(n,)``."""
         points = [(row["iteration"], row[key]) for row in self.rows if row.get(key) is not None]
         table = np.array(points, dtype=np.float64).reshape(-1, 2)
         table = table[np.isfinite(table[:, 1])]
@@ -48,22 +52,22 @@ class Run:
 
     @cached_property
     def scalars(self) -> list[str]:
-        """Names of all scalars, in order."""
+        """Sorted names of all scalars."""
         return sorted({key for row in self.rows for key in row} - {"iteration"})
 
     @property
     def detects(self) -> bool:
-        """Whether it is a run of a detector."""
+        """Whether a detector was trained or evaluated."""
         return self.config.get("TASK") == "detection"
 
     @property
     def pretrains(self) -> bool:
-        """Whether it is a pre-training."""
+        """Whether an encoder was pre-trained."""
         return self.config.get("TASK") == "pretrain"
 
     @property
     def arm(self) -> str:
-        """What the runs of several seeds have in common; the name of the weights' file counts, its folder does not."""
+        """The config without the seed as text; of the initial weights only the name of the file."""
         kept = {key: value for key, value in self.config.items() if key not in _NOT_THE_ARM}
         return json.dumps(kept | {"weights": Path(self.config.get("MODEL.WEIGHTS") or "").name}, default=str)
 
@@ -72,7 +76,7 @@ def read_runs(folders: list[Path]) -> list[Run]:
     """Read runs, in the order given.
 
     Raises:
-        UserError: if a folder is none of a run or is damaged, or is given twice.
+        UserError: if a folder is not that of a run, is damaged, or is given twice.
     """
     names = _names(folders)
     return [_read(folder, name) for folder, name in zip(folders, names, strict=True)]
@@ -80,20 +84,20 @@ def read_runs(folders: list[Path]) -> list[Run]:
 
 def _read(folder: Path, name: str) -> Run:
     if not (folder / "config.yaml").is_file():
-        raise UserError(f"'{folder}' is no run: it has no config.yaml; give an OUTPUT_DIR of one of the scripts")
+        raise UserError(f"'{folder}' is not the folder of a run: it has no config.yaml; give the OUTPUT_DIR of a run")
     try:
         config = flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
         info = _json(folder / "run.json")
         results = {k: v for k, v in _json(folder / "inference" / "results.json").items() if isinstance(v, dict)}
-        # An evaluation alone may have had another limit than the training, whose config it leaves.
+        # --eval-only does not change config.yaml, but may use another limit.
         evaluation = _json(folder / "inference" / "evaluation.json")
         limit = int(evaluation.get("detections_per_image", config.get("TEST.DETECTIONS_PER_IMAGE", COCO_LIMIT)))
-        lines = (
-            (folder / "metrics.json").read_text(encoding="utf-8").splitlines()
-            if (folder / "metrics.json").is_file()
-            else []
-        )
-        rows = {row["iteration"]: row for row in map(json.loads, lines)}
+        rows: dict[int, dict[str, Any]] = {}
+        metrics = folder / "metrics.json"
+        for number, line in enumerate(metrics.read_bytes().splitlines() if metrics.is_file() else (), 1):
+            if (row := parse_row(line)) is None:
+                raise ValueError(f"line {number} of metrics.json")
+            rows[row.iteration] = {**row.scalars, "iteration": row.iteration}
     except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"the files of the run '{folder}' are damaged ({error}): give another run") from error
     return Run(folder, name, config, info, [rows[i] for i in sorted(rows)], results, limit)
@@ -104,7 +108,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _names(folders: list[Path]) -> list[str]:
-    """Return the shortest ends of the paths that are all different."""
+    """Return the shortest trailing parts of the paths that are all different."""
     parts = [folder.resolve().parts for folder in folders]
     if len(set(parts)) < len(parts):
         raise UserError("a run is given twice; give each once")

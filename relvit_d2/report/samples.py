@@ -1,4 +1,4 @@
-"""One page of images with their labels, to see at a glance whether they are right."""
+"""Contact sheet of images with their labels, to check them by eye."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ from relvit_d2.report.predictions import (
     STRIP,
     TITLE_HEIGHT,
     class_color,
-    draw_boxes,
+    draw_panel,
     escaped,
     fit,
     font,
@@ -32,10 +32,10 @@ from relvit_d2.utils.files import appearing
 
 COLUMNS, GAP, NAME_HEIGHT = 4, 18, 20
 NAME_SIZE = 12
-CROWDED = 10  # of more boxes only the largest of each label is labelled, with their number
+MAX_LABELS = 10  # of more boxes only the largest of each label has it, with their number
 
 
-SHOWN = 16
+MAX_SAMPLES = 16
 MARKS = {"difficult": "*", "iscrowd": "+"}
 
 
@@ -44,20 +44,20 @@ class Sample(NamedTuple):
 
     image: np.ndarray  # (H, W, 3) uint8, RGB
     boxes: np.ndarray  # (N, 4)
-    classes: np.ndarray  # (N,) indices, which decide the colours
-    labels: Sequence[str]  # (N,) what is written at each box
-    name: str  # written below
+    classes: np.ndarray  # (N,) indices, of which the colours depend
+    labels: Sequence[str]  # (N,) text at each box
+    name: str  # caption
 
 
 def draw_samples(samples: Sequence[Sample], path: str | Path, title: str) -> None:
     """Write a PNG with the images, four a row, their boxes and names.
 
-    Images are scaled to fit 448 x 256 pixels, small ones up. Every box carries its label; of more than ten boxes
-    only the largest of each label does, with the number of boxes.
+    Images are scaled up or down to fit 448 x 256 pixels. Every box has its label; of more than ten boxes
+    only the largest of each label, with the number of boxes.
 
     Args:
         samples: 1 or more, drawn in this order, row by row.
-        path: the file to write; it appears whole or not at all, in a folder that exists.
+        path: the file to write, in an existing folder; it appears whole or not at all.
         title: a line above.
 
     Raises:
@@ -81,13 +81,9 @@ def draw_samples(samples: Sequence[Sample], path: str | Path, title: str) -> Non
         top = BORDER + TITLE_HEIGHT + sum(heights[:line])
         bottom = top + heights[line] - NAME_HEIGHT
         corner = (left + (cell_width - panel.width) // 2, top + (bottom - top - panel.height) // 2)
-        sheet.paste(panel, corner)
-        scale = np.array([panel.width / sample.image.shape[1], panel.height / sample.image.shape[0]] * 2)
-        limit = np.array([panel.width - 1, panel.height - 1] * 2)
-        scaled = np.clip(np.asarray(sample.boxes, dtype=np.float64).reshape(-1, 4) * scale, 0, limit)
-        placed = [tuple(box) for box in (scaled + np.array(corner * 2)).tolist()]
         colors = [class_color(int(index)) for index in sample.classes]
-        draw_boxes(draw, placed, colors, _labels(sample), (left, top, left + cell_width, bottom))
+        cell = (left, top, left + cell_width, bottom)
+        draw_panel(sheet, panel, corner, sample.boxes, sample.image.shape, colors, _labels(sample), cell)
         name = escaped(sample.name)
         draw.text((left + cell_width / 2, bottom + 2), name, INK, font(NAME_SIZE, name), anchor="mt")
     with appearing(Path(path)) as part:
@@ -95,8 +91,8 @@ def draw_samples(samples: Sequence[Sample], path: str | Path, title: str) -> Non
 
 
 def _labels(sample: Sample) -> list[str]:
-    """Return what is written at each box, ``""`` for nothing."""
-    if len(sample.labels) <= CROWDED:
+    """Return the text at each box, ``""`` for none."""
+    if len(sample.labels) <= MAX_LABELS:
         return list(sample.labels)
     areas = np.prod(sample.boxes[:, 2:] - sample.boxes[:, :2], axis=1)
     written = [""] * len(sample.labels)
@@ -108,29 +104,29 @@ def _labels(sample: Sample) -> list[str]:
 
 
 def samples_of(items: list[Any], classes: list[str], pixels: PixelFormat) -> list[Sample]:
-    """Return images spread evenly over those with objects, if labelled; none that cannot be read."""
+    """Return images at equal intervals among those with objects, if labelled; unreadable images are left out."""
     classes = legible(classes)
     shown = [item for item in items if not isinstance(item, dict) or item.get("annotations")] or items
     drawn = []
-    for index in np.unique(np.linspace(0, len(shown) - 1, min(SHOWN, len(shown))).round().astype(int)):
+    for index in np.unique(np.linspace(0, len(shown) - 1, min(MAX_SAMPLES, len(shown))).round().astype(int)):
         item = shown[index]
         try:
             image = in_rgb(pixels.read(file_of(item)))
         except UserError:
             continue
-        things = item.get("annotations", []) if isinstance(item, dict) else []
-        things = [thing for thing in things if thing["category_id"] in range(len(classes))]
-        # A region that is no background of any class is there once for each of them.
-        regions = {(*thing["bbox"], thing.get("type")): thing for thing in things if thing.get("iscrowd")}
-        things = [thing for thing in things if not thing.get("iscrowd")] + list(regions.values())
-        boxes = [BoxMode.convert(list(thing["bbox"]), thing["bbox_mode"], BoxMode.XYXY_ABS) for thing in things]
-        numbers = np.array([thing["category_id"] for thing in things], dtype=int)
-        labels = [label_of(thing, classes) for thing in things]
+        found = item.get("annotations", []) if isinstance(item, dict) else []
+        found = [entry for entry in found if entry["category_id"] in range(len(classes))]
+        # An ignore region that holds for several classes has an annotation of each.
+        regions = {(*entry["bbox"], entry.get("type")): entry for entry in found if entry.get("iscrowd")}
+        found = [entry for entry in found if not entry.get("iscrowd")] + list(regions.values())
+        boxes = [BoxMode.convert(list(entry["bbox"]), entry["bbox_mode"], BoxMode.XYXY_ABS) for entry in found]
+        numbers = np.array([entry["category_id"] for entry in found], dtype=int)
+        labels = [label_of(entry, classes) for entry in found]
         drawn.append(Sample(image, np.array(boxes).reshape(-1, 4), numbers, labels, Path(str(file_of(item))).name))
     return drawn
 
 
-def label_of(thing: Record, classes: list[str]) -> str:
-    """Return what is written at an object's box: what it is, and marks."""
-    marks = "".join(sign for key, sign in MARKS.items() if thing.get(key))
-    return str(thing.get("type") or classes[thing["category_id"]]) + marks
+def label_of(annotation: Record, classes: list[str]) -> str:
+    """Return the text at an object's box: class or type, and marks."""
+    marks = "".join(sign for key, sign in MARKS.items() if annotation.get(key))
+    return str(annotation.get("type") or classes[annotation["category_id"]]) + marks

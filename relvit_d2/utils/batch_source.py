@@ -1,14 +1,14 @@
-"""What the trainer needs of its data."""
+"""The interface between trainer and data."""
 
 from collections.abc import Generator
 from typing import Any, Protocol
 
 
 class BatchSource(Protocol):
-    """Endless parts of batches, ``SOLVER.GRAD_ACCUM_STEPS`` an iteration."""
+    """Endless source of batches, in ``SOLVER.GRAD_ACCUM_STEPS`` parts per iteration."""
 
     def __iter__(self) -> Generator[Any, None, None]: ...
 
     def names(self, iteration: int) -> list[Any]:
-        """Return the names of the images of this process in an iteration, plain values."""
+        """Return the names of this process's images in an iteration, plain values."""
         ...

@@ -1,4 +1,4 @@
-"""What the packages need to define and check their config keys; works on any CfgNode class and imports none."""
+"""Definition and checks of config keys, for any CfgNode class."""
 
 from collections.abc import Mapping
 from functools import reduce
@@ -8,12 +8,7 @@ from relvit_d2.utils.errors import UserError
 
 
 def add_groups(cfg: Any, *names: str) -> None:
-    """Add the groups of keys that a config lacks, in place.
-
-    Args:
-        cfg: a CfgNode.
-        names: full names of groups, such as ``MODEL.ENCODER``.
-    """
+    """Add missing groups of keys, such as ``MODEL.ENCODER``, to a CfgNode, in place."""
     for name in names:
         node = cfg
         for part in name.split("."):
@@ -32,14 +27,14 @@ def check_ranges(cfg: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
 
     Args:
         cfg: a CfgNode.
-        ranges: the least and the greatest allowed value by full key.
+        ranges: minimum and maximum by full key.
 
     Raises:
-        UserError: a value is smaller or larger.
+        UserError: a value is out of range.
     """
-    for key, (least, most) in ranges.items():
+    for key, (minimum, maximum) in ranges.items():
         value = get_key(cfg, key)
-        if value < least:
-            raise UserError(f"{key} {value} is too small: give {least} or more")
-        if value > most:
-            raise UserError(f"{key} {value} is too large: give {most} or less")
+        if value < minimum:
+            raise UserError(f"{key} {value} is too small: give {minimum} or more")
+        if value > maximum:
+            raise UserError(f"{key} {value} is too large: give {maximum} or less")

@@ -1,17 +1,17 @@
-"""Where config files are found: the current folder first, then the configs that come with the package."""
+"""Search path of config files: the working directory, then the configs of the package."""
 
 from pathlib import Path
 
 from relvit_d2.utils.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-# An installed package has its configs inside, a checkout beside it.
+# An installed package contains its configs; in a checkout they are beside it.
 ROOT = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
-"""Folder that holds ``configs/``."""
+"""The folder of ``configs/``."""
 
 
 def has_config(name: str) -> bool:
-    """Return whether :func:`find_config` finds a config file."""
+    """Whether :func:`find_config` finds a config file."""
     return any(path.is_file() for path in (Path(name), ROOT / name))
 
 
@@ -19,15 +19,13 @@ def find_config(name: str) -> Path:
     """Return the path of a config file.
 
     Args:
-        name: path of the file. A relative one, such as ``configs/voc_vit_s.yaml``, is resolved in the current folder,
-            then in :data:`ROOT`.
+        name: path of the file. A relative path, such as ``configs/voc_vit_s.yaml``, is resolved in the working
+            directory, then in :data:`ROOT`.
 
     Raises:
-        UserError: if neither has it.
+        UserError: the file does not exist.
     """
     for path in (Path(name), ROOT / name):
         if path.is_file():
             return path
-    raise UserError(
-        f"config file '{name}' does not exist; the ones that come with the project are in {ROOT / 'configs'}"
-    )
+    raise UserError(f"config file '{name}' does not exist; the configs of the project are in {ROOT / 'configs'}")

@@ -24,12 +24,16 @@ from relvit_d2.utils.pip_errors import explain_pip
 
 REQUIREMENTS = Path(__file__).with_name("requirements-detectron2.txt")
 STAGING = ".detectron2-staging-"
-# The code runs with NumPy 2, imports four more packages, and needs black only in LazyConfig.to_py, for formatting.
+# Replacements in the wheel's metadata. The code runs with NumPy 2, imports four more packages, and needs black only
+# to format what LazyConfig.to_py writes; without _C it runs on every Python 3 and platform.
 CORRECTIONS = {
-    "Requires-Dist: numpy<2\n": "Requires-Dist: numpy\n",
-    "Requires-Dist: black\n": "".join(
-        f"Requires-Dist: {name}\n" for name in ("fvcore", "iopath", "torch", "torchvision")
-    ),
+    "METADATA": {
+        r"^Requires-Dist: numpy<2$": "Requires-Dist: numpy",
+        r"^Requires-Dist: black$": "\n".join(
+            f"Requires-Dist: {n}" for n in ("fvcore", "iopath", "torch", "torchvision")
+        ),
+    },
+    "WHEEL": {r"^Root-Is-Purelib: .*$": "Root-Is-Purelib: true", r"^Tag: .*$": "Tag: py3-none-any"},
 }
 
 
@@ -45,17 +49,21 @@ def probe() -> tuple[bool, str]:
 
 
 def correct_metadata(info: Path) -> None:
-    """Correct the requirements in METADATA of a dist-info folder, and METADATA's row in RECORD."""
-    text = (info / "METADATA").read_text(encoding="utf-8")
-    for wrong, right in CORRECTIONS.items():
-        text = text.replace(wrong, right)
-    digest = urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
-    row = f"{info.name}/METADATA,sha256={digest},{len(text.encode())}"
+    """Apply ``CORRECTIONS`` to a dist-info folder, and correct the hashes and sizes in its RECORD."""
     record = (info / "RECORD").read_text(encoding="utf-8")
-    record = re.sub(rf"^{re.escape(info.name)}/METADATA,.*$", row, record, flags=re.MULTILINE)
-    for name, new in (("METADATA", text), ("RECORD", record)):
-        if (info / name).read_text(encoding="utf-8") != new:
-            write_text(info / name, new)
+    texts = {}
+    for name, corrections in CORRECTIONS.items():
+        text = (info / name).read_text(encoding="utf-8")
+        for wrong, right in corrections.items():
+            text = re.sub(wrong, right, text, flags=re.MULTILINE)
+        texts[name] = text
+        digest = urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
+        path = f"{info.name}/{name}"
+        row = f"{path},sha256={digest},{len(text.encode())}"
+        record = re.sub(rf"^{re.escape(path)},.*$", row, record, flags=re.MULTILINE)
+    for name, text in (texts | {"RECORD": record}).items():
+        if (info / name).read_text(encoding="utf-8") != text:
+            write_text(info / name, text)
 
 
 def prune(package: Path, info: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writes of files, and checks of output paths."""
 
 import json
 import math
@@ -13,13 +13,12 @@ from relvit_d2.utils.errors import NotWrittenError, UserError
 
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside ``path`` to write to; on leaving, flush it to the disk and rename it.
+    """Yield a temporary path in the folder of ``path``; after the block, flush it to disk and rename it to ``path``.
 
-    If the block or the flush fails, the temporary file is removed and what was at ``path`` stays. The name holds the
-    process's number, so that two processes do not meet.
+    On an error the temporary file is removed and ``path`` is unchanged. The temporary name contains the process ID.
 
     Raises:
-        NotWrittenError: if the disk is full or the folder cannot be written.
+        NotWrittenError: the disk is full or the folder cannot be written.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -29,8 +28,8 @@ def appearing(path: Path) -> Iterator[Path]:
         _flush(path.parent)
     except OSError as error:
         raise NotWrittenError(
-            f"'{path}' could not be written ({error.strerror or error}); what was there is untouched: free space or "
-            "choose another folder"
+            f"'{path}' could not be written ({error.strerror or error}); an existing file is unchanged: free space "
+            "or choose another folder"
         ) from error
     finally:
         with suppress(OSError):
@@ -38,49 +37,50 @@ def appearing(path: Path) -> Iterator[Path]:
 
 
 def check_target(target: Path, *suffixes: str) -> None:
-    """Refuse, before anything is computed, a file that cannot be written.
+    """Check the path of an output file.
 
     Args:
         target: the file.
-        suffixes: allowed endings of its name; none: any.
+        suffixes: allowed suffixes; none: any.
 
     Raises:
-        UserError: if the folder is missing or the name does not end in one of ``suffixes``.
+        UserError: the folder does not exist or the suffix is not allowed.
     """
     if suffixes and target.suffix not in suffixes:
-        raise UserError(f"'{target}' is written as {' or '.join(suffixes)}: name it so")
+        raise UserError(f"'{target}' does not end in {' or '.join(suffixes)}: rename it")
     if not target.parent.is_dir():
-        raise UserError(f"the folder '{target.parent}' of '{target.name}' does not exist; make it first")
+        raise UserError(f"the folder '{target.parent}' of '{target.name}' does not exist; create it first")
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, and those above it, unless it is there.
+    """Create a folder and its parents if they do not exist.
 
     Raises:
-        UserError: if it is a file or cannot be made.
+        UserError: it is a file or cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"the folder '{folder}' cannot be made ({error.strerror}); choose another folder") from error
+        raise UserError(f"the folder '{folder}' cannot be created ({error.strerror}); choose another folder") from error
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed while writing left in ``folder``, not below; a living one's files stay."""
+    """Remove temporary files of killed processes from ``folder``, not from its sub-folders."""
     for part in folder.glob(".*.part"):
         number = part.name.split(".")[-2]
-        if not (number.isdecimal() and _is_another_alive(int(number))):
+        if not (number.isdecimal() and is_other_process(int(number))):
             part.unlink(missing_ok=True)
 
 
-def _is_another_alive(pid: int) -> bool:
+def is_other_process(pid: int) -> bool:
+    """Whether a process of this machine, other than this one, has the ID ``pid``."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True
-    return pid != os.getpid()  # in a container a new run often has the number of the old one
+    return pid != os.getpid()  # in a container process IDs repeat
 
 
 def _flush(path: Path) -> None:
@@ -92,13 +92,13 @@ def _flush(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` as UTF-8; bytes of file names that are not text are written as they are."""
+    """Write ``text`` to ``path`` as UTF-8; undecodable bytes of file names (surrogate escapes) are kept."""
     with appearing(path) as part:
         part.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, NaN and infinity as null; the folder is made if missing."""
+    """Write ``value`` as indented JSON, NaN and infinity as null; a missing folder is created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
 

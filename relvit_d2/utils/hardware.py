@@ -1,4 +1,4 @@
-"""What a run runs on, in words."""
+"""Names and memory of the hardware."""
 
 import os
 import platform
@@ -10,7 +10,7 @@ import torch
 
 
 def processor() -> str:
-    """Return the processor's name and the number of cores that this process may use."""
+    """Return the name of the processor and the number of available cores."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -24,17 +24,17 @@ def processor() -> str:
 
 
 def cores() -> int:
-    """Return the number of cores that this process may use."""
+    """Return the number of cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def device_name(device: str) -> str:
-    """Return the name of the GPU for a ``MODEL.DEVICE`` of CUDA, else the processor's."""
+    """Return the name of the GPU for a CUDA device, else of the processor."""
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else processor()
 
 
 def peak_memory(device: str) -> float:
-    """Return the most memory held so far, in GiB: of the GPU for a device of CUDA, else of this process."""
+    """Return the peak memory in GiB: on the GPU for a CUDA device, else of this process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -42,7 +42,7 @@ def peak_memory(device: str) -> float:
 
 
 def free_memory(device: str) -> float:
-    """Return the bytes that are free: on the GPU for a device of CUDA, else in this machine."""
+    """Return the free memory in bytes: on the GPU for a CUDA device, else of this machine."""
     if device.startswith("cuda"):
         return float(torch.cuda.mem_get_info(device)[0])
     info = Path("/proc/meminfo")

@@ -1,12 +1,13 @@
-"""Metrics with their level of chance, and the names of both among scalars.
+"""Metrics with chance levels, and their names as scalars.
 
-A metric T of kind ``accuracy`` is written to ``metrics.json``, TensorBoard and ``results.json`` as ``accuracy_T`` and
-``chance_T``, where it is measured on a data set after ``NAME/``. Only this module builds and reads these names.
+A metric T of kind ``accuracy`` is logged to ``metrics.json``, TensorBoard and ``results.json`` as the scalars
+``accuracy_T`` and ``chance_T``, with the prefix ``NAME/`` for a test set. Only this module builds and parses the names.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 FORMATS = {"accuracy": ".1%", "error": ".3f"}
 
@@ -15,12 +16,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Metric(Generic[T]):
-    """A measured value, such as a float, a scalar tensor or the history of a run.
+    """A metric, as a float, a scalar tensor, a scalar's name or the history of a run.
 
     Attributes:
-        value: what was measured.
-        chance: the same measure of the best constant answer; None where it is unknown.
-        kind: ``accuracy``, 0..1, or ``error``, of which less is better.
+        value: its value.
+        chance: chance level, the value of the best constant prediction; None if unknown.
+        kind: ``accuracy`` (0..1, higher is better) or ``error`` (lower is better).
     """
 
     value: T
@@ -34,7 +35,7 @@ class Metric(Generic[T]):
 
 
 def as_scalars(outputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of metrics and their chances under their scalars' names, and all other entries as they are."""
+    """Convert metrics to scalars by name; other entries are unchanged."""
     scalars = {}
     for name, output in outputs.items():
         if isinstance(output, Metric):
@@ -47,9 +48,9 @@ def as_scalars(outputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_scalars(scalars: Mapping[str, T]) -> dict[str, Metric[T]]:
-    """Return the metrics among scalars by their own names: ``accuracy_T`` as ``T``, ``NAME/accuracy_T`` as ``NAME/T``.
+    """Return the metrics among scalars: ``accuracy_T`` as ``T``, ``NAME/accuracy_T`` as ``NAME/T``.
 
-    The scalars' values may be anything; of ``{name: name}`` a metric holds the names of its two scalars.
+    Scalars have any type; from ``{name: name}`` a metric contains the names of its two scalars.
     """
     metrics: dict[str, Metric[T]] = {}
     for name, value in scalars.items():
@@ -60,6 +61,25 @@ def from_scalars(scalars: Mapping[str, T]) -> dict[str, Metric[T]]:
     return metrics
 
 
+class Row(NamedTuple):
+    """A row of ``metrics.json``."""
+
+    iteration: int
+    scalars: dict[str, float]
+
+
+def parse_row(line: bytes) -> Row | None:
+    """Return a line of ``metrics.json``, or None if it is not a JSON object of numbers with an ``iteration``."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+        iteration = row.pop("iteration")
+        if type(iteration) is int and iteration >= 0 and not any(isinstance(v, str | bool) for v in row.values()):
+            return Row(iteration, {name: float(value) for name, value in row.items()})
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
+        pass
+    return None
+
+
 def less_is_better(name: str) -> bool:
-    """Whether the least value of a scalar of this name is the best one: of a loss or an error."""
+    """Whether lower values of the scalar ``name`` are better: a loss or an error."""
     return "loss" in name or any(metric.kind == "error" for metric in from_scalars({name: None}).values())

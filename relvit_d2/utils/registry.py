@@ -1,4 +1,4 @@
-"""A table of names to builders; the contract tests walk it."""
+"""A registry of named entries, such as builders."""
 
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
@@ -9,10 +9,10 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Named entries of one kind, in the order of registration.
+    """Named entries in the order of registration.
 
     Args:
-        kind: what an entry is, as the error message should call it ("encoder", "data set").
+        kind: kind of the entries for error messages, such as "encoder".
     """
 
     def __init__(self, kind: str) -> None:
@@ -20,7 +20,7 @@ class Registry(Generic[T]):
         self._entries: dict[str, T] = {}
 
     def add(self, name: str, entry: T) -> T:
-        """Put ``entry`` under ``name``; a second entry of one name is a ``KeyError``."""
+        """Register ``entry`` as ``name``; raise a ``KeyError`` if the name is registered."""
         if name in self._entries:
             raise KeyError(f"{self.kind} '{name}' is registered twice")
         self._entries[name] = entry

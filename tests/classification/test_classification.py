@@ -1,4 +1,4 @@
-"""The classifier: what it sees, what it reads, how it is chosen, and its probes."""
+"""The classifier: augmentation, pooling, model selection, and probes."""
 
 import json
 import shlex
@@ -19,8 +19,8 @@ from relvit_d2.classification.run import (
     next_command,
     probe,
     resolve_config,
-    split,
 )
+from relvit_d2.data.classification.division import split
 from relvit_d2.data.classification.image_folder import LabelledImages
 from relvit_d2.data.images.batches import ImageStack
 from relvit_d2.encoders import ENCODERS, build_encoder
@@ -36,7 +36,7 @@ def metrics(output: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
 
 
-def test_a_padded_window_is_that_of_a_loop_over_images() -> None:
+def test_a_padded_crop_equals_a_loop_over_images() -> None:
     images = torch.randint(256, (9, 3, 8, 8), dtype=torch.uint8)
     config = AugmentationConfig(8, pad=3, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
     sizes = torch.full((9, 2), 8)
@@ -53,7 +53,7 @@ def test_a_padded_window_is_that_of_a_loop_over_images() -> None:
 
 @pytest.mark.parametrize("randaugment", [0, 2])
 @pytest.mark.parametrize("crop", ["pad", "resized"])
-def test_parts_of_a_batch_see_what_the_whole_would(crop: str, randaugment: int) -> None:
+def test_augmentation_of_parts_of_a_batch_equals_that_of_the_whole(crop: str, randaugment: int) -> None:
     images, sizes = torch.randint(256, (6, 3, 16, 16), dtype=torch.uint8), torch.full((6, 2), 16)
     augmentation = Augmentation(AugmentationConfig(16, crop, randaugment=randaugment))
     keys, before = image_keys(1, "views", 0, torch.arange(6)), torch.get_rng_state()
@@ -64,8 +64,8 @@ def test_parts_of_a_batch_see_what_the_whole_would(crop: str, randaugment: int) 
     assert not torch.allclose(augmentation.train(images, sizes, keys.flip(0)), whole)
 
 
-def test_the_centre_is_that_of_torchvision() -> None:
-    """Smooth images: the two resample in one and in two steps."""
+def test_the_centre_crop_equals_torchvisions() -> None:
+    """On smooth images, since torchvision resamples in two steps."""
     waves = torch.linspace(0, 3, 60)[:, None].sin() * torch.linspace(0, 4, 90).cos()
     image = (waves * 100 + 128).to(torch.uint8).expand(3, -1, -1)
     config = AugmentationConfig(28, "resized", centre=0.875, mean=(0, 0, 0), std=(1, 1, 1))
@@ -78,7 +78,7 @@ def test_the_centre_is_that_of_torchvision() -> None:
 
 
 @pytest.mark.parametrize("name", ["vit_nano", "swin_tiny", "t2t_vit_14"])
-def test_a_classifier_on_the_mean_reads_the_mean_of_the_patch_tokens(name: str) -> None:
+def test_pool_mean_is_the_mean_of_the_patch_tokens(name: str) -> None:
     network = Classifier(build_encoder(name, img_size=64), 5, "mean").eval()
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_a_classifier_on_the_mean_reads_the_mean_of_the_patch_tokens(name: str) 
 
 
 @pytest.mark.parametrize("name", list(ENCODERS))
-def test_the_head_reads_the_class_token_or_the_mean(name: str) -> None:
+def test_pool_cls_is_the_class_token_or_the_mean(name: str) -> None:
     if name in ("vit_base",):
         pytest.skip("a wide vit_small")
     encoder = build_encoder(name, img_size=64).eval()
@@ -107,7 +107,7 @@ def test_the_head_reads_the_class_token_or_the_mean(name: str) -> None:
             torch.testing.assert_close(summary, encoder.vit.forward_head(encoder.vit.forward_features(images)))
 
 
-def test_what_is_held_out_is_a_share_of_each_class_that_the_seed_draws() -> None:
+def test_a_fraction_of_each_class_is_held_out_by_the_seed() -> None:
     labels = torch.tensor([0] * 10 + [1] * 4 + [2] * 7)[torch.randperm(21)]
     stack = ImageStack(torch.arange(21, dtype=torch.uint8).view(21, 1, 1, 1).expand(-1, 3, 2, 2), "x")
     data = LabelledImages("x", stack, labels, ("a", "b", "c"))
@@ -136,10 +136,10 @@ MODES: dict[str, tuple[object, ...]] = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_trains_chooses_on_validation_and_looks_at_the_test_set_once(
+def test_every_mode_selects_on_validation_and_evaluates_the_test_set_once(
     mode: str, trees: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if mode == "large images":  # too many bytes for the memory: they go through the loader
+    if mode == "large images":  # too large to keep decoded, so the data loader reads them
         monkeypatch.setattr("relvit_d2.data.classification.image_folder.IN_MEMORY", 100)
     cfg = config(trees, tmp_path, *MODES[mode])
     model, data, results = trained(cfg)
@@ -158,7 +158,7 @@ def test_every_mode_trains_chooses_on_validation_and_looks_at_the_test_set_once(
         assert rows[0]["chance_position"] == 0.25
 
 
-def test_the_authors_choice_is_named_so(trees: Path, tmp_path: Path) -> None:
+def test_results_selected_on_the_test_set_are_named_so(trees: Path, tmp_path: Path) -> None:
     *_, results = trained(config(trees, tmp_path, "TEST.BEST_ON_TEST", True, "DATASETS.VALIDATION", ""))
     assert results[f"{trees}/test"].keys() == {"best_on_test", "images"} and "watched_test" in results
     assert "watched_test/top1" in metrics(tmp_path)[1]
@@ -181,16 +181,14 @@ def test_without_validation_the_last_model_is_tested(trees: Path, tmp_path: Path
         (("DATASETS.TEST", "()"), "report {0} --output report.html"),
     ],
 )
-def test_the_next_command_is_one_that_can_run(
-    overrides: tuple[str, ...], words: str, trees: Path, tmp_path: Path
-) -> None:
+def test_the_next_command_can_be_run(overrides: tuple[str, ...], words: str, trees: Path, tmp_path: Path) -> None:
     for folder in (tmp_path / "runs", tmp_path / "my 1'st run"):
         cfg = config(trees, folder, *overrides)
         given = shlex.split(next_command(cfg, load_data(cfg, training=True)))
         assert given == ["relvit-d2", *(word.format(folder) for word in words.split())]
 
 
-def test_it_learns_and_its_features_tell_the_classes(trees: Path, tmp_path: Path) -> None:
+def test_training_and_probes_reach_high_accuracy(trees: Path, tmp_path: Path) -> None:
     cfg = config(trees, tmp_path, "SOLVER.MAX_ITER", 40, "TEST.EVAL_PERIOD", 40)
     model, data, results = trained(cfg)
     assert results[f"{trees}/test"]["test"]["top1"] == 100
@@ -198,8 +196,8 @@ def test_it_learns_and_its_features_tell_the_classes(trees: Path, tmp_path: Path
         assert probe(cfg, model, data, kind)[kind]["top1"] > 90
 
 
-def test_the_mean_of_the_weights_follows_them(trees: Path, tmp_path: Path) -> None:
-    """Three steps by hand: the mean is moved a fifth of the way to the weights after each."""
+def test_the_average_of_the_weights_is_the_moving_average(trees: Path, tmp_path: Path) -> None:
+    """Three steps by hand: each moves the average by a fifth of its difference from the weights."""
     cfg = config(trees, tmp_path, "SOLVER.EMA", 0.8, "SOLVER.MAX_ITER", 3, "TEST.EVAL_PERIOD", 0)
     data = load_data(cfg, training=True)
     model = build_classifier(resolve_config(cfg, data), data.classes)
@@ -217,7 +215,7 @@ def test_the_mean_of_the_weights_follows_them(trees: Path, tmp_path: Path) -> No
     assert model.encoder is model.average.module.encoder
 
 
-def test_the_linear_probe_is_at_its_optimum() -> None:
+def test_the_linear_probe_has_zero_gradient() -> None:
     generator = torch.Generator().manual_seed(0)
     features, labels = torch.randn(80, 5, generator=generator), torch.randint(3, (80,), generator=generator)
     solution = fit_linear(features, labels, 3, penalty=0.01).requires_grad_()
@@ -230,7 +228,7 @@ def test_the_linear_probe_is_at_its_optimum() -> None:
     assert worse > loss
 
 
-def test_the_linear_probe_finds_what_is_linear() -> None:
+def test_the_linear_probe_separates_linear_classes() -> None:
     generator = torch.Generator().manual_seed(1)
     centres = 3 * torch.randn(4, 8, generator=generator)
 
@@ -242,7 +240,7 @@ def test_the_linear_probe_finds_what_is_linear() -> None:
     assert figures["top1"] > 95 and figures["penalty"] in (0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6)
 
 
-def test_neighbours_of_another_set_vote() -> None:
+def test_knn_uses_neighbours_in_another_set() -> None:
     generator = torch.Generator().manual_seed(2)
     known, unseen = torch.randn(40, 6, generator=generator), torch.randn(15, 6, generator=generator)
     theirs, labels = torch.randint(3, (40,), generator=generator), torch.randint(3, (15,), generator=generator)
@@ -257,27 +255,27 @@ def test_neighbours_of_another_set_vote() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "message"),
     [
-        (("INPUT.VIEW.SIZE", 32), r"16x16 pixels, but INPUT.VIEW.CROP pad wants all images at INPUT.VIEW.SIZE 32"),
+        (("INPUT.VIEW.SIZE", 32), r"16x16 pixels, but INPUT.VIEW.CROP pad needs images of INPUT.VIEW.SIZE 32"),
         (("INPUT.VIEW.CROP", "centre"), "CROP 'centre' is unknown; give pad or resized"),
         (("INPUT.VIEW.FLIP", 2.0), "FLIP 2.0 is out of range"),
-        (("INPUT.VIEW.SCALE", "[0.5]"), "SCALE .* is no range"),
-        (("INPUT.VIEW.MIXUP", 0.2, "SOLVER.IMS_PER_BATCH", 3), "in pairs, but 3"),
+        (("INPUT.VIEW.SCALE", "[0.5]"), "SCALE .* is not a range"),
+        (("INPUT.VIEW.MIXUP", 0.2, "SOLVER.IMS_PER_BATCH", 3), "it is 3: change"),
         (("INPUT.VIEW.CUTMIX", -1.0), "give 0 for none"),
-        (("SOLVER.EMA", 1.0), "SOLVER.EMA 1.0 is no decay"),
-        (("DATASETS.VALIDATION", "100%"), "give another share"),
+        (("SOLVER.EMA", 1.0), "SOLVER.EMA 1.0 is out of range"),
+        (("DATASETS.VALIDATION", "100%"), "give another percentage"),
         (("DATASETS.TEST", "()", "TEST.BEST_ON_TEST", True), "DATASETS.TEST, which is empty"),
     ],
 )
-def test_keys_that_cannot_be(overrides: tuple[object, ...], words: str, trees: Path, tmp_path: Path) -> None:
+def test_invalid_keys_are_reported(overrides: tuple[object, ...], message: str, trees: Path, tmp_path: Path) -> None:
     cfg = config(trees, tmp_path, *overrides)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         data = load_data(cfg, training=True)
         build_classifier(resolve_config(cfg, data), data.classes)
 
 
-def test_mixed_sizes_where_they_must_agree_are_told_with_the_file(trees: Path, tmp_path: Path) -> None:
+def test_mixed_image_sizes_are_reported_with_the_file(trees: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / "mixed" / name).mkdir(parents=True)
         for number, side in enumerate((16, 18)):

@@ -1,4 +1,4 @@
-"""The classification script as a user runs it: on real images, killed and resumed, in two processes, on bad input."""
+"""Classification from the command line: real images, resuming, two processes, invalid input."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ from tests.support.scripts import fails, run
 
 
 def command(trees: Path, output: Path, *more: object, flags: tuple[object, ...] = ()) -> tuple[object, ...]:
-    """A tiny run on the red and blue pictures."""
+    """A short run on the red and blue images."""
     data = {"DATASETS.TRAIN": f"('{trees}/train',)", "DATASETS.TEST": f"('{trees}/test',)", "OUTPUT_DIR": output}
     given = [part for pair in (SMALL | data).items() for part in pair]
     return ("train_cls.py", "--config-file", "configs/cls/cifar10_vit_s4.yaml", *flags, *given, *more)
@@ -28,7 +28,7 @@ def read(path: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def few(samples: Path, tmp_path: Path) -> Path:
-    """A data root with the sample's archive of CIFAR-10, cut to its first two classes."""
+    """A data root with the first two classes of the sample archive of CIFAR-10."""
     root = tmp_path / "data"
     root.mkdir()
     with (
@@ -41,25 +41,25 @@ def few(samples: Path, tmp_path: Path) -> Path:
     return root
 
 
-def test_real_images_from_their_archive_through_both_stages(few: Path, tmp_path: Path) -> None:
+def test_pretraining_and_fine_tuning_on_images_in_an_archive(few: Path, tmp_path: Path) -> None:
     tiny = ("MODEL.ENCODER.NAME", "vit_nano", "SOLVER.IMS_PER_BATCH", 8, "SOLVER.MAX_ITER", 2, "SOLVER.WARMUP_ITERS", 1)
     images = ("DATASETS.TRAIN", "('cifar10_test[:40]',)", "DATASETS.TEST", "('cifar10_test[:20]',)")
     ssl, cls = (("--config-file", f"configs/{part}/cifar10_vit_s4.yaml", *tiny, *images) for part in ("ssl", "cls"))
     run(few, "pretrain_ssl.py", *ssl, "OUTPUT_DIR", tmp_path / "ssl")
     weights = ("MODEL.WEIGHTS", tmp_path / "ssl/encoder.safetensors", "OUTPUT_DIR", tmp_path / "cls")
     done = run(few, "train_cls.py", *cls, *weights, "TEST.EVAL_PERIOD", 1)
-    for words in (
+    for line in (
         "100.0% of the encoder's values matched",
         "fresh         1: vit.pos_embed",
-        "and of this one agree to 0.0e+00",
+        "and the loaded encoder agree to 0.0e+00",
     ):
-        assert words in done.stdout, words
+        assert line in done.stdout, line
     results = read(tmp_path / "cls/inference/results.json")["cifar10_test[:20]"]
     assert results["images"] == 20 and "5.9 gray levels" in results["note"] and 0 <= results["test"]["top1"] <= 100
 
 
-def test_killed_and_resumed_it_is_the_straight_run(trees: Path, tmp_path: Path) -> None:
-    """With everything that draws or remembers: RandAugment, mixup, cutmix, joint losses, the mean of the weights."""
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(trees: Path, tmp_path: Path) -> None:
+    """With everything random or stateful: RandAugment, mixup, cutmix, joint losses, the average of the weights."""
     mix = ("INPUT.VIEW.RANDAUGMENT", 2, "INPUT.VIEW.MIXUP", 0.2, "INPUT.VIEW.CUTMIX", 1.0, "SOLVER.EMA", 0.5)
     long = ("MODEL.RELVIT.JOINT", True, "SOLVER.MAX_ITER", 10, "SOLVER.CHECKPOINT_PERIOD", 2, "TEST.EVAL_PERIOD", 4)
     straight, killed = tmp_path / "straight", tmp_path / "killed"
@@ -76,7 +76,7 @@ def test_killed_and_resumed_it_is_the_straight_run(trees: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_does(trees: Path, tmp_path: Path) -> None:
+def test_two_processes_train_like_one(trees: Path, tmp_path: Path) -> None:
     plain = ("MODEL.ENCODER.DROP_PATH", 0.0)
     *_, alone = trained(config(trees, tmp_path / "one", *plain))
     run(trees, *command(trees, tmp_path / "two", *plain, flags=("--num-gpus", 2)))
@@ -98,7 +98,7 @@ def test_probes_and_evaluation_again(trees: Path, tmp_path: Path) -> None:
     assert found["test"] == first
 
 
-def test_a_corrupt_archive_is_one_sentence(trees: Path, tmp_path: Path) -> None:
+def test_a_damaged_archive_is_reported_in_one_sentence(trees: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.tar.gz").write_bytes(b"\x1f\x8b\x08")
     given = ("DATASETS.TRAIN", f"('{tmp_path}/bad.tar.gz/train',)")
     assert "bad.tar.gz' is damaged or not a tar archive" in fails(trees, *command(trees, tmp_path / "out", *given))

@@ -1,6 +1,6 @@
-"""Bad input, as a user gives it from the shell: one sentence that names the thing and the mend, status 1, no traceback.
+"""Invalid input from the command line: one sentence with file, key or class and the correction, status 1, no traceback.
 
-``CASES`` is the table: what is given, to which script, and words of the sentence.
+``CASES`` is the table: input, scripts, and part of the message.
 """
 
 import json
@@ -26,15 +26,15 @@ SIZE = "<size><width>64</width><height>48</height><depth>3</depth></size>"
 
 
 def write_voc(root: Path, size: str = SIZE, name: str = "dog") -> Path:
-    """Write VOC-2007 with the images a, b, c, d; the keywords are b's annotation. Return the folder of images."""
+    """Write VOC 2007 with the images a, b, c, d; size and name are those of b. Return the folder of images."""
     folder = root / "VOC2007"
     for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (folder / part).mkdir(parents=True)
     (folder / "ImageSets/Main/train.txt").write_text("a\nb\nc\nd\n")
     for stem in "abcd":
         Image.effect_noise((64, 48), 60).convert("RGB").save(folder / f"JPEGImages/{stem}.jpg")
-        own = (size, name) if stem == "b" else (SIZE, "dog")
-        xml = f"<annotation>{own[0]}{OBJECT.format(name=own[1])}</annotation>"
+        values = (size, name) if stem == "b" else (SIZE, "dog")
+        xml = f"<annotation>{values[0]}{OBJECT.format(name=values[1])}</annotation>"
         (folder / f"Annotations/{stem}.xml").write_text(xml)
     return folder / "JPEGImages"
 
@@ -53,15 +53,15 @@ class Case:
     """One row.
 
     Attributes:
-        words: part of the sentence.
-        more: overrides; ``{here}`` is a folder of the test's own, others are names of its files.
-        scripts: which of the two get it.
-        flags: before the overrides.
-        make: fills the data root; None leaves the usual one.
-        files: texts of further files in ``{here}``.
+        message: part of the error message.
+        more: overrides; ``{here}`` is a temporary folder.
+        scripts: the scripts to run.
+        flags: arguments before the overrides.
+        make: fills the data root; None: the default one.
+        files: text files to write into ``{here}``.
     """
 
-    words: str
+    message: str
     more: tuple[object, ...] = ()
     scripts: tuple[str, ...] = (DETECT,)
     flags: tuple[object, ...] = ()
@@ -73,9 +73,9 @@ BOTH = (SSL, DETECT)
 CASES = {
     "misspelt key": Case("did you mean 'SOLVER.MAX_ITER'", ("SOLVER.MAX_ITTER", 3)),
     "wrong type": Case("SOLVER.MAX_ITER takes a value of type int", ("SOLVER.MAX_ITER", "soon")),
-    "flag after the overrides": Case("flags go before", ("--resume", "--eval-only")),
+    "flag after the overrides": Case("put flags before", ("--resume", "--eval-only")),
     "key twice in a file": Case(
-        "bad.yaml' has the key 'MAX_ITER' twice in one place, the second time in line 4",
+        "bad.yaml' has the key 'MAX_ITER' twice, the second time in line 4",
         flags=("--config-file", "{here}/bad.yaml"),
         files={"bad.yaml": "VERSION: 2\nSOLVER:\n  MAX_ITER: 3\n  MAX_ITER: 4\n"},
     ),
@@ -86,7 +86,7 @@ CASES = {
         files={"bad.yaml": "_BASE_: base.yaml\n", "base.yaml": "SEED: 3\nSEED: 4\n"},
     ),
     "base that builds on itself": Case(
-        "builds on itself",
+        "is its own base",
         flags=("--config-file", "{here}/bad.yaml"),
         files={"bad.yaml": "_BASE_: other.yaml\n", "other.yaml": "_BASE_: bad.yaml\n"},
     ),
@@ -105,7 +105,7 @@ CASES = {
         flags=("--config-file", "{here}/bad.yaml"),
         files={"bad.yaml": "OUTPUT_DIR: !!python/object/apply:os.mkdir [made]\n"},
     ),
-    "empty file": Case("holds no keys", flags=("--config-file", "{here}/bad.yaml"), files={"bad.yaml": ""}),
+    "empty file": Case("has no keys", flags=("--config-file", "{here}/bad.yaml"), files={"bad.yaml": ""}),
     "config of the other script": Case(
         "is of the task pretrain, not detection: start relvit-d2 pretrain with it",
         flags=("--config-file", "configs/ssl/voc_vit_s.yaml"),
@@ -122,10 +122,10 @@ CASES = {
     "mixed precision in float32": Case("set SOLVER.PRECISION auto", ("SOLVER.AMP.ENABLED", "True")),
     "batch of nothing": Case("give 1 or more", ("SOLVER.IMS_PER_BATCH", 0)),
     "batch below the processes": Case(
-        "SOLVER.IMS_PER_BATCH 1 is no multiple of 2 processes", ("SOLVER.IMS_PER_BATCH", 1), flags=("--num-gpus", 2)
+        "SOLVER.IMS_PER_BATCH 1 is not a multiple of 2 processes", ("SOLVER.IMS_PER_BATCH", 1), flags=("--num-gpus", 2)
     ),
     "batch that parts do not divide": Case(
-        "no multiple of 1 processes times SOLVER.GRAD_ACCUM_STEPS 3", ("SOLVER.GRAD_ACCUM_STEPS", 3)
+        "not a multiple of 1 processes times SOLVER.GRAD_ACCUM_STEPS 3", ("SOLVER.GRAD_ACCUM_STEPS", 3)
     ),
     "parts of nothing": Case("SOLVER.GRAD_ACCUM_STEPS 0 is too small: give 1 or more", ("SOLVER.GRAD_ACCUM_STEPS", 0)),
     "seed below nothing": Case("SEED -1 is too small: give 0 or more", ("SEED", -1), (SSL,)),
@@ -135,7 +135,7 @@ CASES = {
     ),
     "patience below nothing": Case("TEST.PATIENCE -1 is too small", ("TEST.PATIENCE", -1), (SSL,)),
     "less than no workers": Case("DATALOADER.NUM_WORKERS -1 is too small", ("DATALOADER.NUM_WORKERS", -1), (SSL,)),
-    "patience without a metric": Case("needs a TEST.BEST_METRIC", ("TEST.PATIENCE", 2, "TEST.EVAL_PERIOD", 1)),
+    "patience without a metric": Case("needs TEST.BEST_METRIC", ("TEST.PATIENCE", 2, "TEST.EVAL_PERIOD", 1)),
     "metric that is none": Case(
         "did you mean 'bbox/AP50'", ("TEST.BEST_METRIC", "box/AP50", "TEST.EVAL_PERIOD", 1, "SOLVER.MAX_ITER", 2)
     ),
@@ -166,7 +166,7 @@ CASES = {
         "contains no labels that can be read", flags=("--data", "{here}"), files={"notes.txt": "nothing"}
     ),
     "own set with an unknown key": Case(
-        "DATASETS.CUSTOM.cells has the key 'ROOOT'; known are ROOT, FORMAT, SPLIT, CLASSES, JSON, IMAGES; did you mean",
+        "DATASETS.CUSTOM.cells has the unknown key 'ROOOT': use ROOT, FORMAT, SPLIT, CLASSES, JSON, IMAGES; did",
         ("DATASETS.CUSTOM", "{{'cells': {{'ROOOT': 'somewhere'}}}}"),
     ),
     "annotation without a size": Case("b.xml has no <size/width>", VOC, make=lambda root: write_voc(root, size="")),
@@ -175,7 +175,7 @@ CASES = {
     ),
     "class count": Case("NUM_CLASSES 7 contradicts data set 'svhn_train'", ("MODEL.ROI_HEADS.NUM_CLASSES", 7)),
     "weights are absent": Case("no/encoder.safetensors' does not exist", ("MODEL.WEIGHTS", "no/encoder.safetensors")),
-    "weights are a folder": Case("is no file that exists", ("MODEL.WEIGHTS", "{here}")),
+    "weights are a folder": Case("does not exist", ("MODEL.WEIGHTS", "{here}")),
     "weights are text": Case(
         "not a readable safetensors file",
         ("MODEL.WEIGHTS", "{here}/a.safetensors"),
@@ -195,7 +195,7 @@ CASES = {
     ),
     "keys that Detectron2 refuses": Case("Detectron2 cannot build this detector", ("MODEL.ROI_BOX_HEAD.NUM_FC", 0)),
     "weights are a pickle": Case(
-        "can run any code in it: if you trust where it comes from, set MODEL.ALLOW_PICKLE True",
+        "can run arbitrary code: if you trust the source, set MODEL.ALLOW_PICKLE True",
         ("MODEL.WEIGHTS", "{here}/a.pkl"),
         files={"a.pkl": "anything"},
     ),
@@ -205,7 +205,7 @@ CASES = {
     "pixels of another scale": Case("INPUT.FORMAT RGB, not BGR", ("MODEL.WEIGHTS", "{encoder}", "INPUT.FORMAT", "BGR")),
     "detector of another size": Case("fits only", ("MODEL.WEIGHTS", "{detector}", "MODEL.PYRAMID.OUT_CHANNELS", 32)),
 }
-# Their sentences come from where those of other rows come from.
+# Messages of the same code as those of other rows.
 LIKE_OTHERS = {
     "base that leads out",
     "base that is a URL",
@@ -247,7 +247,7 @@ def detector(root: Path) -> Path:
 
 
 @pytest.mark.parametrize(("name", "script"), ROWS)
-def test_bad_input_is_one_sentence(
+def test_invalid_input_is_reported_in_one_sentence(
     name: str, script: str, root: Path, encoder: Path, detector: Path, tmp_path: Path
 ) -> None:
     case = CASES[name]
@@ -264,11 +264,11 @@ def test_bad_input_is_one_sentence(
     )
     output = tmp_path / "out"
     sentence = fails(data if case.make else root, *command(script, output, *more, flags=tuple(flags)))
-    assert case.words in sentence
+    assert case.message in sentence
     assert not [path for path in output.rglob("*") if path.suffix in (".part", ".safetensors")]
 
 
-def test_pretraining_leaves_out_what_it_cannot_read(tmp_path: Path) -> None:
+def test_pretraining_skips_unreadable_images(tmp_path: Path) -> None:
     data = tmp_path / "data"
     images = write_voc(data)
     (images / "b.jpg").write_bytes((images / "b.jpg").read_bytes()[:1000])  # more than its header
@@ -282,7 +282,7 @@ def test_pretraining_leaves_out_what_it_cannot_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("script", BOTH)
-def test_absent_images_are_left_out_when_that_is_asked_for(script: str, tmp_path: Path) -> None:
+def test_missing_images_are_skipped_on_request(script: str, tmp_path: Path) -> None:
     data = tmp_path / "data"
     (write_voc(data) / "b.jpg").unlink()
     skip = ("DATASETS.SKIP_MISSING", "True", "SOLVER.MAX_ITER", 1)
@@ -293,7 +293,7 @@ def test_absent_images_are_left_out_when_that_is_asked_for(script: str, tmp_path
     assert "3 training images" in done.stdout
 
 
-def test_pickles_load_when_that_is_asked_for(root: Path, detector: Path, tmp_path: Path) -> None:
+def test_pickles_are_loaded_on_request(root: Path, detector: Path, tmp_path: Path) -> None:
     model = torch.load(detector, weights_only=True)["model"]
     arrays = {name: value.numpy() for name, value in model.items()}
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "somebody"}))
@@ -312,7 +312,7 @@ STREETS = ("--config-file", "configs/demo/streets.yaml")
 
 
 @pytest.mark.parametrize(
-    ("tool", "words"),
+    ("tool", "message"),
     [
         (("overfit-check", "--config-file", "no.yaml"), "no.yaml' does not exist"),
         (("overfit-check", *STREETS, "--images", 0), "give at least 1"),
@@ -324,20 +324,20 @@ STREETS = ("--config-file", "configs/demo/streets.yaml")
         (("analyze", *STREETS, "DATASETS.TRAIN", "()"), "DATASETS.TRAIN is empty"),
     ],
 )
-def test_commands_report_it_in_one_sentence_too(
-    tool: tuple[object, ...], words: str, root: Path, tmp_path: Path
+def test_other_commands_report_invalid_input_in_one_sentence(
+    tool: tuple[object, ...], message: str, root: Path, tmp_path: Path
 ) -> None:
-    assert words in fails(root, "relvit-d2", *tool)
+    assert message in fails(root, "relvit-d2", *tool)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(root: Path, tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_last_checkpoint(root: Path, tmp_path: Path) -> None:
     run(root, *command(SSL, tmp_path, "SOLVER.MAX_ITER", 4))
     before = digests(tmp_path, "*.pth")
     more = command(SSL, tmp_path, "SOLVER.MAX_ITER", 8, flags=("--resume", "--allow-changes"))
     sentence = fails(root, *more, fault="full:1000000")
     assert "model_0000005.pth' could not be written" in sentence
-    assert sentence.endswith("then go on with --resume")
-    assert "the previous one is untouched" in sentence or "what was there is untouched" in sentence
+    assert sentence.endswith("then continue with --resume")
+    assert "the previous one is unchanged" in sentence or "an existing file is unchanged" in sentence
     assert before == digests(tmp_path, "*.pth")
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
     assert not list(tmp_path.rglob("*.part"))

@@ -1,4 +1,4 @@
-"""The command line: every help text, usage errors without torch, config files by the current folder."""
+"""The command line: help texts, usage errors without torch, search for config files."""
 
 import argparse
 import json
@@ -38,13 +38,13 @@ for words in json.loads(sys.argv.pop()):
 
 
 def examples(command: str) -> list[list[str]]:
-    """The command lines of a command's help."""
+    """The example command lines of a command."""
     text = module_of(command).EXAMPLE.replace("\\\n", " ")
     return [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("relvit-d2 ")]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_an_example_is_accepted_and_names_a_config_that_exists(command: str) -> None:
+def test_examples_are_valid_and_their_configs_exist(command: str) -> None:
     assert examples(command)
     parse = getattr(module_of(command), "parse", argparse.ArgumentParser.parse_args)
     for name, *words in examples(command):
@@ -56,7 +56,7 @@ def test_an_example_is_accepted_and_names_a_config_that_exists(command: str) -> 
 
 
 def command_lines() -> Iterator[tuple[list[str], int]]:
-    """Command lines that are answered without torch, and their exit statuses."""
+    """Command lines that do not need torch, and their exit statuses."""
     yield ["--help"], 0
     yield ["--version"], 0
     yield [], 2
@@ -66,7 +66,7 @@ def command_lines() -> Iterator[tuple[list[str], int]]:
     for command in COMMANDS:
         parser = parser_of(command)
         yield [command, "--help"], 0
-        # Before the other arguments: behind them it would be one of the KEY VALUE pairs.
+        # Before the other arguments, since after them it would be one of the KEY VALUE pairs.
         yield [command, "--no-such-option", *examples(command)[0][1:]], 2
         if any(action.required and action.nargs not in ("*", argparse.REMAINDER) for action in parser._actions):
             yield [command], 2
@@ -93,7 +93,7 @@ def test_help_and_usage_errors_do_not_load_torch() -> None:
     assert done.stderr.count("'configs/absent.yaml' does not exist") == absent > 5
 
 
-def test_training_takes_the_arguments_of_detectron2() -> None:
+def test_training_has_the_arguments_of_detectron2() -> None:
     ours = {action.dest: action for action in parser_of("train")._actions}
     for action in default_argument_parser()._actions:
         mine = ours[action.dest]
@@ -104,7 +104,7 @@ def test_training_takes_the_arguments_of_detectron2() -> None:
 
 
 @pytest.mark.parametrize(("script", "command"), SCRIPTS.items())
-def test_a_script_is_its_command(script: str, command: str, tmp_path: Path) -> None:
+def test_scripts_equal_their_commands(script: str, command: str, tmp_path: Path) -> None:
     """From any folder, and without torch."""
     helps = [
         subprocess.run([sys.executable, *words, "--help"], stdout=subprocess.PIPE, text=True, check=True, cwd=folder)
@@ -114,12 +114,12 @@ def test_a_script_is_its_command(script: str, command: str, tmp_path: Path) -> N
     assert re.search(rf"^  relvit-d2 {command} --config-file", helps[0].stdout, re.M)
 
 
-def test_names_that_help_lists_are_those_that_exist() -> None:
+def test_names_in_help_texts_exist() -> None:
     assert row_names() == {table: list(rows) for table, rows in tables().items()}
     assert tuple(CONVERTERS) == KINDS
 
 
-def test_a_config_is_looked_up_in_the_current_folder_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configs_are_searched_in_the_current_folder_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "configs/voc_vit_s.yaml"
     monkeypatch.chdir(tmp_path)
     assert find_config(name) == CONFIG_ROOT / name
@@ -142,7 +142,9 @@ def test_an_unknown_arm_names_those_of_the_row(capsys: pytest.CaptureFixture[str
     assert message in capsys.readouterr().err
 
 
-def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_package_is_reported_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for package, words in (
         ("detectron2", "run relvit-d2 doctor --install-detectron2"),
         ("av", "run pip install 'relvit_d2[video]'"),

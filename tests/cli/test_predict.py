@@ -1,4 +1,4 @@
-"""Predictions outside of evaluation: the same detections, from files, arrays and videos, on disk and in Python."""
+"""Prediction on files, arrays and videos, in Python and from the command line."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from PIL import Image
 from relvit_d2 import load_detector
 from relvit_d2.cli import main
 from relvit_d2.detection.predictor import Detector
-from relvit_d2.report.prediction_files import found
+from relvit_d2.report.prediction_files import input_files
 from relvit_d2.report.prediction_videos import annotate_video, timed, upright
 from relvit_d2.utils.errors import UserError
 from tests.support.scripts import command, fails, run
@@ -27,7 +27,7 @@ Failing = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def trained(root: Path) -> Iterator[Path]:
-    """The folder of a detector that has learnt next to nothing, but finds something everywhere."""
+    """The folder of a hardly trained detector that returns detections of any score."""
     run(root, *command("train_net.py", root / "run", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DETECTRON2_DATASETS", str(root))
@@ -48,8 +48,8 @@ def images(root: Path) -> list[Path]:
 def failing(trained: Path, capsys: pytest.CaptureFixture[str]) -> Failing:
     """Run relvit-d2 predict in this process; it must fail with one sentence, which is returned."""
 
-    def call(*words: object, weights: Path = trained) -> str:
-        assert main(["predict", "--weights", *map(str, (weights, *words))]) == 1
+    def call(*arguments: object, weights: Path = trained) -> str:
+        assert main(["predict", "--weights", *map(str, (weights, *arguments))]) == 1
         lines = capsys.readouterr().err.splitlines()
         errors = [line for line in lines if line.startswith("error: ")]
         assert len(errors) == 1 and "Traceback" not in "".join(lines)
@@ -65,7 +65,7 @@ def same(a: Instances, b: Instances) -> None:
     np.testing.assert_allclose(a.pred_boxes.tensor.numpy(), b.pred_boxes.tensor.numpy(), atol=1e-3)
 
 
-def test_a_loaded_detector_finds_what_evaluation_found(trained: Path, detector: Detector, images: list[Path]) -> None:
+def test_a_loaded_detector_detects_like_evaluation(trained: Path, detector: Detector, images: list[Path]) -> None:
     written = json.loads((trained / "inference/coco_instances_results.json").read_text())
     assert len(written) > 50
     for image in images:
@@ -80,10 +80,10 @@ def test_a_loaded_detector_finds_what_evaluation_found(trained: Path, detector: 
     assert detector.class_names == list("0123456789")
 
 
-def test_detectron2s_predictor_finds_what_the_detector_finds(
+def test_detectron2s_predictor_has_the_same_detections(
     trained: Path, detector: Detector, images: list[Path], tmp_path: Path
 ) -> None:
-    """The lines of the docs in a new process, on an image that neither of them resizes."""
+    """The example of the documentation in a new process, on an image that neither of them resizes."""
     unresized = tmp_path / "64.png"
     Image.open(images[0]).convert("RGB").resize((80, 64)).save(unresized)
     page = Path(__file__).resolve().parents[2] / "docs/weights.md"
@@ -100,7 +100,7 @@ def test_detectron2s_predictor_finds_what_the_detector_finds(
     assert classes == expected.pred_classes.tolist()
 
 
-def test_augmented_results_stand_beside_the_plain_ones_and_expected_results_decide_the_status(
+def test_tta_results_are_written_and_expected_results_set_the_exit_status(
     trained: Path, root: Path, tmp_path: Path
 ) -> None:
     def evaluation(output: Path, expected: object, *more: object) -> tuple[object, ...]:
@@ -131,7 +131,7 @@ def test_augmented_results_stand_beside_the_plain_ones_and_expected_results_deci
 
 
 @pytest.mark.filterwarnings("error:The given NumPy array is not writable")
-def test_paths_arrays_pictures_and_batches_give_the_same(detector: Detector, images: list[Path]) -> None:
+def test_paths_arrays_images_and_batches_give_the_same(detector: Detector, images: list[Path]) -> None:
     together = detector.batch(images)
     for path, expected in zip(images, together, strict=True):
         with Image.open(path) as picture:
@@ -142,7 +142,7 @@ def test_paths_arrays_pictures_and_batches_give_the_same(detector: Detector, ima
             detector(bad)
 
 
-def test_pictures_of_pillow_are_read_like_their_files(detector: Detector, images: list[Path], tmp_path: Path) -> None:
+def test_pillow_images_are_read_like_files(detector: Detector, images: list[Path], tmp_path: Path) -> None:
     with Image.open(images[0]) as picture:
         gray = np.array(picture.convert("L"))
         exif = Image.Exif()
@@ -157,16 +157,16 @@ def test_pictures_of_pillow_are_read_like_their_files(detector: Detector, images
         detector(Image.fromarray(gray.astype(np.float32)))
 
 
-def test_the_checkpoint_itself_and_its_folder_are_the_same_detector(
+def test_a_checkpoint_and_its_folder_load_the_same_detector(
     trained: Path, detector: Detector, images: list[Path]
 ) -> None:
     same(load_detector(trained / "model_final.pth")(images[0]), detector(images[0]))
 
 
-def test_the_tool_draws_every_input_and_writes_coco_results(
+def test_predict_draws_every_input_and_writes_coco_results(
     root: Path, trained: Path, detector: Detector, images: list[Path], tmp_path: Path
 ) -> None:
-    # Names that meet: another folder's, another ending's.
+    # Equal names: in another folder, with another suffix.
     other = tmp_path / "other"
     other.mkdir()
     with Image.open(images[0]) as picture:
@@ -174,8 +174,8 @@ def test_the_tool_draws_every_input_and_writes_coco_results(
         picture.convert("RGB").save(other / f"{images[0].stem}.bmp")
     made = video(tmp_path / "clip.mp4", [np.full((47, 61, 3), 40 * i, np.uint8) for i in range(5)])
     pattern = f"{images[0].parent}/*.png"
-    words = ("--input", pattern, other, made, "--output", tmp_path / "out", "--threshold", 0, "--batch", 2)
-    done = run(root, "relvit-d2", "predict", "--weights", trained, *words)
+    arguments = ("--input", pattern, other, made, "--output", tmp_path / "out", "--threshold", 0, "--batch", 2)
+    done = run(root, "relvit-d2", "predict", "--weights", trained, *arguments)
     pictures = sorted((tmp_path / "out").glob("*.png"))
     assert len(pictures) == len(images) + 2
     assert f"{len(pictures)} pictures and 1 video" in done.stdout
@@ -219,7 +219,7 @@ def test_frames_of_a_constant_rate_keep_their_times(detector: Detector, tmp_path
     assert times(tmp_path / "out.mp4") == pytest.approx(times(made), abs=2e-5)
 
 
-def test_times_begin_at_0_and_rise() -> None:
+def test_times_start_at_0_and_increase() -> None:
     def frame(stamp: int | None) -> av.VideoFrame:
         made = av.VideoFrame(16, 16, "rgb24")
         made.pts, made.time_base = stamp, Fraction(1, 10)
@@ -232,14 +232,14 @@ def test_times_begin_at_0_and_rise() -> None:
     assert of(None, None, None) == [0, 0.25, 0.5]
     assert of(7, None, 13) == [0, 0.25, 0.6]
     assert of(5, 5, 9) == pytest.approx([0, 0, 0.4], abs=1e-3) and of(5, 5, 9)[1] > 0
-    assert of(50, 52, 10, 13) == pytest.approx([0, 0.2, 0.45, 0.75])  # stamps that start anew
+    assert of(50, 52, 10, 13) == pytest.approx([0, 0.2, 0.45, 0.75])  # time stamps that start again
     assert of(0, 1, 10**9, 10**9 + 5) == pytest.approx([0, 0.1, 0.35, 0.85])
     assert of(0, 1, 30_000) == [0, 0.1, 3000]
 
 
 @pytest.mark.parametrize("degrees", [0, 90, 180, 270])
 @pytest.mark.parametrize("flips", [(False, False), (True, False), (False, True)])
-def test_videos_are_turned_upright(detector: Detector, tmp_path: Path, degrees: int, flips: tuple[bool, bool]) -> None:
+def test_videos_are_rotated_upright(detector: Detector, tmp_path: Path, degrees: int, flips: tuple[bool, bool]) -> None:
     coded = np.zeros((64, 96, 3), np.uint8)
     coded[:32, :48], coded[32:, 48:], coded[:32, 48:] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
     made = video(tmp_path / "clip.mp4", [coded] * 2, turn=(degrees, *flips))
@@ -257,7 +257,7 @@ def test_videos_are_turned_upright(detector: Detector, tmp_path: Path, degrees: 
             assert "DISPLAYMATRIX" not in frame.side_data and np.abs(shown - expected).mean() < 12
 
 
-def test_a_written_video_is_as_sharp_as_its_rate_allows(detector: Detector, samples: Path, tmp_path: Path) -> None:
+def test_written_videos_have_a_high_psnr(detector: Detector, samples: Path, tmp_path: Path) -> None:
     with Image.open(min((samples / "VOC2007/JPEGImages").glob("*.jpg"))) as photo:
         pixels = np.array(photo.convert("RGB").resize((800, 600)))
     made = video(tmp_path / "clip.mp4", [np.roll(pixels, 8 * i, axis=1) for i in range(6)], rate=30, bits=8_000_000)
@@ -269,22 +269,22 @@ def test_a_written_video_is_as_sharp_as_its_rate_allows(detector: Detector, samp
 
 
 @pytest.mark.parametrize("name", ["my [1] in", "a*b", "plain"])
-def test_an_input_is_a_pattern_only_where_it_does_not_exist(tmp_path: Path, name: str) -> None:
+def test_an_input_is_a_pattern_only_if_it_does_not_exist(tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
     folder.mkdir()
     for file in ("1.png", "2.mp4", "[3].jpg", "4.txt"):
         (folder / file).touch()
-    assert found(f"{folder}/*.png") == [folder / "1.png"]
-    assert found(f"{folder}/*") == sorted(folder / file for file in ("1.png", "2.mp4", "[3].jpg"))
-    assert found(f"{folder}/[12].*") == [folder / "1.png", folder / "2.mp4"]
-    assert found(f"{folder}/[3].jpg") == [folder / "[3].jpg"]
+    assert input_files(f"{folder}/*.png") == [folder / "1.png"]
+    assert input_files(f"{folder}/*") == sorted(folder / file for file in ("1.png", "2.mp4", "[3].jpg"))
+    assert input_files(f"{folder}/[12].*") == [folder / "1.png", folder / "2.mp4"]
+    assert input_files(f"{folder}/[3].jpg") == [folder / "[3].jpg"]
     for nothing in ("*.webp", "4.txt"):
         with pytest.raises(UserError, match="--input"):
-            found(f"{folder}/{nothing}")
+            input_files(f"{folder}/{nothing}")
 
 
-def test_everything_in_a_folder_is_done_or_named(root: Path, trained: Path, images: list[Path], tmp_path: Path) -> None:
-    """Videos and all kinds of images beside odd ones: neither the results nor the other pictures are lost."""
+def test_a_whole_folder_is_done_or_reported(root: Path, trained: Path, images: list[Path], tmp_path: Path) -> None:
+    """Videos and images of all kinds beside invalid ones: all other results are written."""
     folder, out = tmp_path / "in", tmp_path / "out"
     (folder / "deep").mkdir(parents=True)
     with Image.open(images[0]) as picture:
@@ -295,8 +295,8 @@ def test_everything_in_a_folder_is_done_or_named(root: Path, trained: Path, imag
     np.save(folder / "g.npy", np.zeros((20, 20, 5), np.uint8))
     np.save(folder / "h.npy", np.full((20, 20, 3), np.nan))
     clip = video(folder / "deep/clip.mp4", [np.full((32, 32, 3), 50, np.uint8)] * 2)
-    words = ("--input", folder, "--output", out, "--threshold", 0, "--batch", 2)
-    done = run(root, "relvit-d2", "predict", "--weights", trained, *words, status=1)
+    arguments = ("--input", folder, "--output", out, "--threshold", 0, "--batch", 2)
+    done = run(root, "relvit-d2", "predict", "--weights", trained, *arguments, status=1)
     assert "5 pictures and 1 video" in done.stdout
     assert {path.name for path in out.iterdir()} == {*(f"{c}.png" for c in "abcdz"), "clip.mp4", "detections.json"}
     found = {row["image_id"] for row in json.loads((out / "detections.json").read_text())}
@@ -308,7 +308,7 @@ def test_everything_in_a_folder_is_done_or_named(root: Path, trained: Path, imag
 
 
 @pytest.mark.parametrize("kind", ["picture", "video"])
-def test_a_full_disk_is_one_sentence_without_a_resumption(
+def test_a_full_disk_is_reported_without_a_hint_to_resume(
     root: Path, trained: Path, images: list[Path], tmp_path: Path, kind: str
 ) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (8, 240, 320, 3), dtype=np.uint8)
@@ -319,7 +319,7 @@ def test_a_full_disk_is_one_sentence_without_a_resumption(
     assert "--resume" not in sentence and not list((tmp_path / "out").iterdir())
 
 
-def test_videos_are_left_out_by_a_detector_of_other_channels(
+def test_videos_are_skipped_by_detectors_of_other_channels(
     detector: Detector, failing: Failing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = video(tmp_path / "clip.mp4", [np.full((32, 32, 3), 50, np.uint8)])
@@ -329,18 +329,18 @@ def test_videos_are_left_out_by_a_detector_of_other_channels(
     assert not [*(tmp_path / "out").iterdir()]
 
 
-def test_a_threshold_leaves_out_what_scores_less(
+def test_detections_below_the_threshold_are_left_out(
     trained: Path, detector: Detector, images: list[Path], tmp_path: Path
 ) -> None:
     scores = detector(images[0]).scores
     middle = float(scores.median())
-    words = ["--input", images[0], "--output", tmp_path, "--threshold", middle]
-    assert main(["predict", "--weights", *map(str, (trained, *words))]) == 0
+    arguments = ["--input", images[0], "--output", tmp_path, "--threshold", middle]
+    assert main(["predict", "--weights", *map(str, (trained, *arguments))]) == 0
     results = json.loads((tmp_path / "detections.json").read_text())
     assert 0 < len(results) == int((scores >= middle).sum()) < len(scores)
 
 
-def test_what_cannot_be_read_is_named_and_the_rest_is_done(
+def test_unreadable_files_are_reported_and_the_rest_is_predicted(
     failing: Failing, detector: Detector, images: list[Path], tmp_path: Path
 ) -> None:
     cut = tmp_path / "cut.png"
@@ -362,7 +362,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_done(
     assert {file.name for file in out.iterdir()} == {f"{images[0].stem}.png", "clip.mp4", "detections.json"}
 
 
-def test_bad_input_is_one_sentence(failing: Failing, images: list[Path], tmp_path: Path) -> None:
+def test_invalid_input_is_reported_in_one_sentence(failing: Failing, images: list[Path], tmp_path: Path) -> None:
     output = ("--output", tmp_path / "out")
     assert "absent" in failing("--input", images[0], *output, weights=tmp_path / "absent/model_final.pth")
     assert "holds no checkpoint" in failing(
@@ -380,7 +380,7 @@ def test_bad_input_is_one_sentence(failing: Failing, images: list[Path], tmp_pat
     clip.write_bytes(b"no video at all" * 20)
     assert "clip.mp4" in failing("--input", clip, *output)
     assert not [*tmp_path.glob("out/*")]
-    assert "cut.png' cannot be made" in failing("--input", images[0], "--output", cut)
+    assert "cut.png' cannot be created" in failing("--input", images[0], "--output", cut)
 
 
 def video(

@@ -1,4 +1,4 @@
-"""The scripts as a user runs them: subprocesses, real files, exit statuses."""
+"""The scripts in subprocesses: files, output and exit statuses."""
 
 import json
 import re
@@ -23,10 +23,10 @@ def encoder(root: Path) -> Path:
     return root / "ssl/encoder.safetensors"
 
 
-def test_pretraining_writes_what_it_promises(root: Path, encoder: Path) -> None:
+def test_files_of_pretraining(root: Path, encoder: Path) -> None:
     output = encoder.parent
     rows = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
-    assert [row["iteration"] for row in rows] == list(range(6))  # the last holds the held-out figures too
+    assert [row["iteration"] for row in rows] == list(range(6))  # the last one has the held-out metrics too
     for task, chance in (("relation", 7 * 7 / 256), ("position", 1 / 64)):
         assert rows[0][f"chance_{task}"] == pytest.approx(chance)
         assert 0 <= rows[5][f"accuracy_{task}"] <= 1
@@ -47,20 +47,21 @@ def test_pretraining_writes_what_it_promises(root: Path, encoder: Path) -> None:
     assert "eta" not in log.splitlines()[-1]
 
 
-def test_a_killed_and_resumed_pretraining_is_the_straight_one(root: Path, encoder: Path, tmp_path: Path) -> None:
+def test_a_resumed_pretraining_equals_an_uninterrupted_one(root: Path, encoder: Path, tmp_path: Path) -> None:
     output = tmp_path / "ssl"
     run(root, *pretrain(output), "SOLVER.CHECKPOINT_PERIOD", 4)
-    # What a kill in iteration 5 leaves: the checkpoint of iteration 3 and lines beyond it.
-    for name in ("model_final.pth", "encoder.safetensors"):
-        (output / name).unlink()
+    # The state after a kill in iteration 5: the checkpoint of iteration 3 and metrics after it.
+    (output / "model_final.pth").unlink()
+    (output / "encoder.safetensors").write_bytes(b"damaged")
     (output / "last_checkpoint").write_text("model_0000003.pth")
     done = run(root, *pretrain(output, "DATALOADER.NUM_WORKERS", 1, flags=("--resume",)))
     assert "resumed at iteration 4" in done.stdout
     straight, resumed = (torch.load(p / "model_final.pth", weights_only=True) for p in (encoder.parent, output))
     assert all(torch.equal(straight["model"][name], resumed["model"][name]) for name in straight["model"])
+    assert (output / "encoder.safetensors").read_bytes() == encoder.read_bytes()
 
 
-# No detection is dropped for its score: something to compare even after a few iterations.
+# Keep detections of any score, so that there are some after a few iterations.
 EVERYTHING = ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
 
 
@@ -71,13 +72,13 @@ def detections(output: Path) -> list[dict[str, Any]]:
 
 def test_detection_from_the_encoder_then_evaluation_again(root: Path, encoder: Path, tmp_path: Path) -> None:
     done = run(root, *detect(tmp_path, "MODEL.WEIGHTS", encoder))
-    for words in (
+    for line in (
         "100.0% of the encoder's values matched",
         "loaded",
         "fresh         1: vit.pos_embed",
-        "features of the pre-trained encoder and of this one agree",
+        "features of the pre-trained and the loaded encoder agree",
     ):
-        assert words in done.stdout, words
+        assert line in done.stdout, line
     first = json.loads((tmp_path / "inference/results.json").read_text())["svhn_test"]["bbox"]
     assert {"AP", "AP50", "AP75"} <= first.keys()
     config = (tmp_path / "config.yaml").read_text()
@@ -86,19 +87,19 @@ def test_detection_from_the_encoder_then_evaluation_again(root: Path, encoder: P
     weights = ("MODEL.WEIGHTS", tmp_path / "model_final.pth", *EVERYTHING)
     run(root, *detect(tmp_path / "two", *weights, flags=("--eval-only", "--num-gpus", "2")))
     alone, two = detections(tmp_path), detections(tmp_path / "two")
-    assert {d["image_id"] for d in alone} == set("12345")  # which two processes cannot share evenly
+    assert {d["image_id"] for d in alone} == set("12345")  # an odd number, which two processes cannot share evenly
     assert alone == two
     rows = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     assert "bbox/AP50" in rows[-1]
 
 
-def test_box_only_data_turns_the_mask_head_off_and_says_so(root: Path, tmp_path: Path) -> None:
+def test_data_without_masks_turn_the_mask_head_off_with_a_note(root: Path, tmp_path: Path) -> None:
     done = run(root, *detect(tmp_path, "MODEL.MASK_ON", "True", "SOLVER.MAX_ITER", 1))
     assert done.stdout.count("the mask head is off") == 1
     assert not any("mask" in name for name in torch.load(tmp_path / "model_final.pth", weights_only=True)["model"])
 
 
-def test_masks_are_trained_and_evaluated_where_the_data_have_them(samples: Path, tmp_path: Path) -> None:
+def test_masks_are_trained_and_evaluated_if_the_data_have_them(samples: Path, tmp_path: Path) -> None:
     names = ["DATASETS.TRAIN", "('coco_2017_train[:4]',)", "DATASETS.TEST", "('coco_2017_val[:2]',)"]
     small = ["MODEL.MASK_ON", "True", "MODEL.ROI_MASK_HEAD.NUM_CONV", 1, "MODEL.ROI_MASK_HEAD.CONV_DIM", 16]
     done = run(samples, *detect(tmp_path, *names, *small, *EVERYTHING, "SOLVER.MAX_ITER", 1))
@@ -108,7 +109,7 @@ def test_masks_are_trained_and_evaluated_where_the_data_have_them(samples: Path,
     assert "loss_mask" in json.loads((tmp_path / "metrics.json").read_text().splitlines()[0])
 
 
-def test_pretraining_takes_a_plain_folder_of_images(root: Path, tmp_path: Path) -> None:
+def test_pretraining_on_a_folder_of_images(root: Path, tmp_path: Path) -> None:
     (tmp_path / "images/deep").mkdir(parents=True)
     for number, size in enumerate([(40, 30), (64, 64), (33, 90)]):
         Image.effect_noise(size, 60).save(tmp_path / f"images/deep/{number}.png")
@@ -129,7 +130,7 @@ def test_two_processes_train_both_stages(root: Path, tmp_path: Path) -> None:
     assert (tmp_path / "detector/model_final.pth").is_file()
 
 
-def test_damaged_voc_files_are_named(samples: Path, tmp_path: Path) -> None:
+def test_damaged_voc_files_are_reported(samples: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(samples / "VOC2007", data / "VOC2007")
     ids = (data / "VOC2007/ImageSets/Main/train.txt").read_text().split()[:2]
@@ -153,7 +154,7 @@ def test_evaluation_of_pretraining_needs_its_heads(root: Path, encoder: Path, tm
 
 
 @pytest.mark.slow
-def test_the_detector_learns_eight_real_images_by_heart(samples: Path) -> None:
+def test_the_detector_overfits_eight_real_images(samples: Path) -> None:
     config = ("--config-file", "configs/paper/voc_vit_s_224.yaml", "--images", 8)
     assert "passed" in run(samples, "relvit-d2", "overfit-check", *config).stdout
 

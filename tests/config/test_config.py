@@ -94,7 +94,9 @@ def test_a_config_is_of_its_task_only(task: str, tmp_path: Path) -> None:
     again = load_config(str(tmp_path / "config.yaml"), [])
     assert yaml.safe_load(again.dump()) == yaml.safe_load(run.dump())  # yaml has no tuples
     (tmp_path / "own.yaml").write_text("SEED: 3\n")
-    assert load_config(str(tmp_path / "own.yaml"), ["SEED", "0"], task) == TASKS[task].defaults()
+    defaults = TASKS[task].defaults()
+    TASKS[task].finish(defaults)
+    assert load_config(str(tmp_path / "own.yaml"), ["SEED", "0"], task) == defaults
     with pytest.raises(UserError, match=r"own.yaml' has no key TASK: add"):
         load_config(str(tmp_path / "own.yaml"), [])
     (tmp_path / "typo.yaml").write_text("TASK: [pretraining]\n")
@@ -140,7 +142,7 @@ def test_a_renamed_key_names_the_new_one(old: str, new: str, task: str, tmp_path
         return
     group, name = old.split(".")
     (tmp_path / "old.yaml").write_text(f"{group}:\n  {name}: 1\n")
-    with pytest.raises(UserError, match=rf"old.yaml': key {old} is named {new} now: rename it"):
+    with pytest.raises(UserError, match=rf"old.yaml': key {old} was renamed to {new}: rename it"):
         load_config(str(tmp_path / "old.yaml"), [], task)
     assert get_key(load_config(f"configs/base/{BASES[task]}.yaml", [new, "1"]), new) == 1
 

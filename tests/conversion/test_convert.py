@@ -1,4 +1,4 @@
-"""Other people's weights: random ones of every family, under the names that its authors give them."""
+"""Conversion of random weights of every family, under the names of their authors."""
 
 import argparse
 import math
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from relvit_d2.conversion.checkpoint_file import find_encoder
 from relvit_d2.conversion.convert import CONVERTERS, Converted, convert, detect, fold_scales
-from relvit_d2.conversion.converted import prove
+from relvit_d2.conversion.converted import verify
 from relvit_d2.conversion.encoder_file import feature_difference, load_encoder, save_encoder
 from relvit_d2.encoders import build_encoder
 from relvit_d2.encoders.t2t import sinusoid
 from relvit_d2.utils.errors import UserError
 
 Tensors = dict[str, Tensor]
-# timm's ViT-Ti as our vit_nano, with patches as DINOv2's.
+# Arguments that make timm's ViT-Ti a vit_nano, with the patch size of DINOv2.
 NANO: dict[str, Any] = {
     "embed_dim": 128,
     "depth": 4,
@@ -36,7 +36,7 @@ NANO: dict[str, Any] = {
 
 
 def scattered(model: nn.Module, by: float = 0.1) -> nn.Module:
-    """Let no parameter be zero or one, so that none can be forgotten."""
+    """Randomise all parameters, so that none is 0 or 1 and can be left out unnoticed."""
     torch.manual_seed(0)
     for value in model.parameters():
         value.data.add_(by * torch.randn_like(value))
@@ -59,28 +59,28 @@ def dinov2_tensors(**arguments: Any) -> Tensors:
 
 
 def in_chunks(tensors: Tensors) -> Tensors:
-    """Name two blocks a chunk, as DINOv2 does in training; a block keeps its number among all."""
+    """Name the blocks in chunks of two, as DINOv2 does in training; blocks keep their index."""
     return {re.sub(r"^blocks\.(\d)", lambda m: f"blocks.{int(m[1]) // 2}.{m[1]}", n): v for n, v in tensors.items()}
 
 
 def microsoft(swin: SwinTransformer) -> Tensors:
-    """Give timm's tensors the names of the Swin Transformer's authors, with their buffers."""
+    """Return timm's tensors under the names of the Swin Transformer's authors, with their buffers."""
     tensors = {}
     for name, value in swin.state_dict().items():
-        place = re.match(r"layers\.(\d)\.downsample\.(.*)", name)
-        tensors[f"layers.{int(place[1]) - 1}.downsample.{place[2]}" if place else name] = value
+        match = re.match(r"layers\.(\d)\.downsample\.(.*)", name)
+        tensors[f"layers.{int(match[1]) - 1}.downsample.{match[2]}" if match else name] = value
     index = {"layers.0.blocks.0.attn.relative_position_index": torch.zeros(49, 49)}
     return tensors | index | {"layers.0.blocks.1.attn_mask": torch.zeros(64, 49, 49), "head.weight": torch.ones(9, 768)}
 
 
 def heads(dim: int) -> Tensors:
-    """Those that guglielmocamporese/relvit trains with, models/relvit.py and models/layers.py."""
+    """The heads of guglielmocamporese/relvit, models/relvit.py and models/layers.py."""
     relation = {f"rel_head.heads.{i}.{k}_lin.weight": torch.ones(dim // 9, dim) for i in range(9) for k in "qkv"}
     return relation | {"abs_pos_head.weight": torch.ones(4, dim), "abs_pos_head.bias": torch.ones(4)}
 
 
 def t2t_tensors() -> Tensors:
-    encoder = scattered(build_encoder("t2t_vit_14"), 0.02)  # larger tokens attend to nothing
+    encoder = scattered(build_encoder("t2t_vit_14"), 0.02)  # small enough that attention does not saturate
     table = sinusoid(17, 384).float()[None]
     return encoder.state_dict() | {"pos_embed": table, "head.weight": torch.ones(3, 384)}
 
@@ -133,7 +133,7 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_random_weights_of_a_family_are_told_and_give_the_features_of_its_model(case: str, tmp_path: Path) -> None:
+def test_weights_are_detected_and_give_the_features_of_the_original_model(case: str, tmp_path: Path) -> None:
     kind, make = CASES[case]
     found = converted(make(), tmp_path)
     assert found.kind == kind
@@ -143,40 +143,40 @@ def test_random_weights_of_a_family_are_told_and_give_the_features_of_its_model(
     assert "agree" in str(found)
     reference = vit(**({"init_values": 1.0} if "dinov2" in case else {}), in_chans=found.encoder.arguments["in_chans"])
     if kind == "relvit":
-        reference.pos_embed = None  # which the authors' pre-training leaves out
+        reference.pos_embed = None  # not used in the authors' pre-training
     image = torch.randn(2, found.encoder.arguments["in_chans"], 28, 28)
     with torch.no_grad():
         features = reference.forward_features(image)[:, 1:]
         torch.testing.assert_close(found.encoder.tokens(image), features, rtol=1e-4, atol=1e-4)
 
 
-def test_every_family_is_tried() -> None:
+def test_every_family_has_a_case() -> None:
     assert {kind for kind, _ in CASES.values()} | {"swin", "t2t"} == set(CONVERTERS)
 
 
-def test_a_swin_converts_with_its_authors_names(tmp_path: Path) -> None:
+def test_a_swin_with_the_names_of_its_authors_is_converted(tmp_path: Path) -> None:
     model = scattered(timm.create_model("swin_tiny_patch4_window7_224", num_classes=0, in_chans=1))
     assert isinstance(model, SwinTransformer)
     found = converted({"model": microsoft(model)}, tmp_path)
     assert (found.kind, found.encoder.name, len(found.dropped)) == ("swin", "swin_tiny", 3)
     found.encoder.state_dict()["swin.layers.1.blocks.0.norm1.weight"].mul_(2)
     with pytest.raises(UserError, match="features of 'x' as swin_tiny differ"):
-        prove(found, "x")
+        verify(found, "x")
 
 
-def test_a_t2t_converts_and_another_position_table_is_refused(tmp_path: Path) -> None:
+def test_a_t2t_is_converted_and_another_position_table_is_rejected(tmp_path: Path) -> None:
     tensors = t2t_tensors()
     found = converted({"state_dict_ema": under("module.", tensors)}, tmp_path)
     assert (found.kind, found.encoder.name, found.side) == ("t2t", "t2t_vit_14", 64)
     assert found.dropped == ["head.weight", "pos_embed"]
     found.encoder.state_dict()["tokens_to_token.attention2.proj.weight"].mul_(1.1)
     with pytest.raises(UserError, match="differ"):
-        prove(found, "x")
+        verify(found, "x")
     with pytest.raises(UserError, match="not T2T-ViT's sinusoid"):
         converted(tensors | {"pos_embed": tensors["pos_embed"] + 0.01}, tmp_path)
 
 
-def test_registers_keep_timms_name_and_the_class_tokens_position(tmp_path: Path) -> None:
+def test_models_with_registers_keep_timms_name_and_the_class_token_position(tmp_path: Path) -> None:
     model: Any = scattered(timm.create_model("vit_small_patch14_reg4_dinov2", img_size=28))
     tensors = model.state_dict() | {"mask_token": torch.zeros(1, 384)}
     position = torch.randn(1, 1, 384)
@@ -191,7 +191,7 @@ def test_registers_keep_timms_name_and_the_class_tokens_position(tmp_path: Path)
         torch.testing.assert_close(found.encoder.tokens(image), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_optimiser_tells_whether_the_authors_positions_were_trained(tmp_path: Path) -> None:
+def test_the_optimizer_state_shows_whether_positions_were_trained(tmp_path: Path) -> None:
     content = {"state_dict": under("backbone.", vit().state_dict()) | heads(128)}
     states: dict[int, Any]
     for states, trained in (({0: {}, 2: {}}, False), ({0: {}, 1: {}, 2: {}}, True)):
@@ -202,7 +202,7 @@ def test_the_optimiser_tells_whether_the_authors_positions_were_trained(tmp_path
     assert converted({"state_dict": classified}, tmp_path).encoder.arguments["pos_embed"]
 
 
-def test_folded_scales_are_the_scales() -> None:
+def test_folded_layer_scale_gives_the_same_output() -> None:
     layer, scale, x = nn.Linear(5, 3), torch.randn(3), torch.randn(2, 5)
     for other in ("ls1.gamma", "gamma_1"):
         named = under("blocks.0.attn.proj.", layer.state_dict()) | {f"blocks.0.{other}": scale}
@@ -211,7 +211,7 @@ def test_folded_scales_are_the_scales() -> None:
         torch.testing.assert_close(nn.functional.linear(x, *folded.values()), layer(x) * scale)
 
 
-def test_a_config_beside_the_file_names_models_that_only_timm_has(tmp_path: Path) -> None:
+def test_config_json_names_models_that_only_timm_has(tmp_path: Path) -> None:
     model = scattered(timm.create_model("test_vit2", num_classes=4, img_size=64))
     save_file(model.state_dict(), str(tmp_path / "model.safetensors"))
     with pytest.raises(UserError, match=r"8 blocks of width 64.*config.json"):
@@ -224,7 +224,7 @@ def test_a_config_beside_the_file_names_models_that_only_timm_has(tmp_path: Path
     assert {name.split(".")[0] for name in found.dropped} == {"fc_norm", "head"}
 
 
-def test_patches_of_14_pixels_go_into_16_with_proof(tmp_path: Path) -> None:
+def test_patches_of_14_pixels_are_resized_to_16(tmp_path: Path) -> None:
     path = tmp_path / "encoder.safetensors"
     save_encoder(converted(dinov2_tensors(img_size=56), tmp_path).encoder, path, {})
     detector = build_encoder("vit_nano", patch_size=16, img_size=96)
@@ -238,7 +238,7 @@ def test_patches_of_14_pixels_go_into_16_with_proof(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit_nano", pytest.param("swin_tiny", marks=pytest.mark.slow)])
-def test_weights_for_colour_go_into_gray_with_proof_and_nowhere_else(name: str, tmp_path: Path) -> None:
+def test_rgb_weights_load_into_grayscale_encoders_only(name: str, tmp_path: Path) -> None:
     path = tmp_path / "encoder.safetensors"
     save_encoder(build_encoder(name, img_size=32), path, {})
     gray = build_encoder(name, img_size=32, in_chans=1)
@@ -248,27 +248,27 @@ def test_weights_for_colour_go_into_gray_with_proof_and_nowhere_else(name: str, 
         load_encoder(build_encoder(name, img_size=32, in_chans=5), path)
 
 
-def test_what_is_no_encoder_is_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_unsupported_files_are_reported_in_one_sentence(tmp_path: Path) -> None:
     plain = vit().state_dict()
-    for content, words in (
-        ({"layer1.0.conv1.weight": torch.ones(1)}, r"no tensor \*patch_embed.*layer1.0.conv1.weight"),
-        ([1], "holds a list"),
+    for content, message in (
+        ({"layer1.0.conv1.weight": torch.ones(1)}, r"contains no ViT.*no tensor \*patch_embed.*layer1.0.conv1.weight"),
+        ([1], "contains a list"),
         ({n: v for n, v in plain.items() if "blocks.2" not in n}, "4 blocks of width 128"),
         (plain | {"pos_embed": torch.ones(1, 6, 128)}, "4 blocks of width 128"),
         (vit(depth=5).state_dict(), "5 blocks of width 128"),
     ):
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             converted(content, tmp_path)
-    with pytest.raises(UserError, match="does not hold the tensors of a model of swin"):
+    with pytest.raises(UserError, match="does not contain the tensors of a swin model"):
         converted(plain, tmp_path, "swin")
     (tmp_path / "text.bin").write_text("no tensors")
-    for file, words in (("text.bin", "without running"), ("none.pth", "does not exist")):
-        with pytest.raises(UserError, match=words):
+    for file, message in (("text.bin", "without executing code"), ("none.pth", "does not exist")):
+        with pytest.raises(UserError, match=message):
             find_encoder(tmp_path / file)
 
 
 class Trap:
-    """Runs code when a careless reader unpickles it."""
+    """Executes code when it is unpickled."""
 
     ran = False
 
@@ -276,7 +276,7 @@ class Trap:
         return (exec, ("from test_convert import Trap; Trap.ran = True",))
 
 
-def test_nothing_in_a_file_runs(tmp_path: Path) -> None:
+def test_code_in_a_file_is_not_executed(tmp_path: Path) -> None:
     torch.save({"model": vit().state_dict(), "args": Trap()}, tmp_path / "trap.pth")
     found = find_encoder(tmp_path / "trap.pth")
     assert detect(found) == "timm" and convert(found).encoder.name == "vit_nano"

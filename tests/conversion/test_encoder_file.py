@@ -1,4 +1,4 @@
-"""Encoder files: what is written is what arrives, and what does not fit is refused."""
+"""Encoder files: writing and loading, and rejection of files that do not match."""
 
 import json
 import re
@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from relvit_d2 import __version__
 from relvit_d2.conversion.encoder_file import (
     MAX_HEADER,
     feature_difference,
@@ -16,7 +17,7 @@ from relvit_d2.conversion.encoder_file import (
     read_encoder,
     save_encoder,
 )
-from relvit_d2.conversion.export import loaded
+from relvit_d2.conversion.export import _read
 from relvit_d2.encoders import ENCODERS, Encoder, build_encoder
 from relvit_d2.utils.errors import UserError
 
@@ -26,7 +27,7 @@ def small(**arguments: object) -> Encoder:
 
 
 @pytest.mark.parametrize("name", list(ENCODERS))
-def test_every_encoder_survives_the_file(name: str, tmp_path: Path) -> None:
+def test_every_encoder_is_saved_and__read(name: str, tmp_path: Path) -> None:
     source, target = build_encoder(name, img_size=32), build_encoder(name, img_size=32)
     save_encoder(source, tmp_path / "encoder.safetensors", {"iteration": 7})
     report = load_encoder(target, tmp_path / "encoder.safetensors")
@@ -39,7 +40,7 @@ def test_every_encoder_survives_the_file(name: str, tmp_path: Path) -> None:
     assert read_encoder(tmp_path / "encoder.safetensors")[1]["iteration"] == 7
 
 
-def test_a_position_embedding_that_pretraining_lacked_is_fresh_not_missing(tmp_path: Path) -> None:
+def test_a_position_embedding_absent_in_pretraining_is_fresh_not_missing(tmp_path: Path) -> None:
     path = tmp_path / "encoder.safetensors"
     save_encoder(small(pos_embed=False), path, {})
     target = small(pos_embed=True)
@@ -52,7 +53,7 @@ def test_a_position_embedding_that_pretraining_lacked_is_fresh_not_missing(tmp_p
 
 
 @pytest.mark.parametrize("name", ["vit_nano", "t2t_vit_14"])
-def test_positions_that_an_encoder_leaves_out_are_left_out_of_the_proof(name: str, tmp_path: Path) -> None:
+def test_positions_that_an_encoder_does_not_use_are_not_compared(name: str, tmp_path: Path) -> None:
     path = tmp_path / "encoder.safetensors"
     save_encoder(build_encoder(name, img_size=32), path, {})
     target = build_encoder(name, img_size=32, pos_embed=False)
@@ -61,7 +62,7 @@ def test_positions_that_an_encoder_leaves_out_are_left_out_of_the_proof(name: st
     assert feature_difference(target, path) < 1e-6
 
 
-def test_a_position_embedding_of_another_grid_is_resized_and_proved(tmp_path: Path) -> None:
+def test_a_position_embedding_of_another_grid_is_resized(tmp_path: Path) -> None:
     path = tmp_path / "encoder.safetensors"
     save_encoder(small(img_size=32), path, {})
     target = small(img_size=48)
@@ -70,7 +71,7 @@ def test_a_position_embedding_of_another_grid_is_resized_and_proved(tmp_path: Pa
     assert feature_difference(target, path) < 1e-6
 
 
-def test_a_wrong_tensor_shows_in_the_features(tmp_path: Path) -> None:
+def test_a_wrong_tensor_changes_the_features(tmp_path: Path) -> None:
     path = tmp_path / "encoder.safetensors"
     target = small()
     save_encoder(target, path, {})
@@ -79,7 +80,7 @@ def test_a_wrong_tensor_shows_in_the_features(tmp_path: Path) -> None:
     assert feature_difference(target, path) > 1e-3
 
 
-def test_weights_that_do_not_fit_are_refused_and_change_nothing(tmp_path: Path) -> None:
+def test_weights_that_do_not_match_are_rejected_and_change_nothing(tmp_path: Path) -> None:
     path = tmp_path / "encoder.safetensors"
     save_encoder(small(), path, {})
     with pytest.raises(UserError, match=r"vit_nano.*vit_tiny.*MODEL.ENCODER.NAME"):
@@ -99,20 +100,34 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(tmp_path: Path) 
     assert all(torch.equal(kept[name], value) for name, value in poor.state_dict().items())
 
 
-def test_files_that_are_no_encoder_are_named(tmp_path: Path) -> None:
+def test_other_files_are_reported(tmp_path: Path) -> None:
     text, bare = tmp_path / "text.safetensors", tmp_path / "bare.safetensors"
     text.write_text("these are no weights")
     save_file({"x": torch.zeros(1)}, str(bare))
-    for path, words in (
+    for path, message in (
         (text, "not a readable safetensors"),
         (bare, "no description"),
         (tmp_path / "no.safetensors", "does not exist"),
     ):
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             load_encoder(small(), path)
 
 
-def test_a_file_that_is_cut_off_is_called_so(tmp_path: Path) -> None:
+def test_a_changed_bit_is_reported_as_damage(tmp_path: Path) -> None:
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(small(), path, {"iteration": 7})
+    whole = path.read_bytes()
+    tensors, metadata = read_encoder(path)
+    for place in (len(whole) - 1, len(whole) // 2, whole.index(b"iteration") + 13, whole.index(b"digest") + 12):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(UserError, match=r"encoder.safetensors' is (incomplete or damaged|not a readable)"):
+            load_encoder(small(), path)
+    # Files of earlier versions have no digest.
+    save_file(tensors, str(path), {key: json.dumps(value) for key, value in metadata.items()})
+    assert read_encoder(path)[1] == metadata == {"encoder": small().to_config(), "version": __version__, "iteration": 7}
+
+
+def test_a_truncated_file_is_reported_as_damaged(tmp_path: Path) -> None:
     path = tmp_path / "encoder.safetensors"
     save_encoder(small(), path, {})
     whole = path.read_bytes()
@@ -145,8 +160,8 @@ def test_descriptions_that_do_not_fit_the_tensors_build_nothing(description: str
     used = int(re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
     resource.setrlimit(resource.RLIMIT_DATA, (used + 2**29, hard))
     try:
-        for read in (lambda: loaded(path), lambda: feature_difference(encoder, path)):
-            with pytest.raises(UserError, match=r"encoder\.safetensors.* write it anew") as caught:
+        for read in (lambda: _read(path), lambda: feature_difference(encoder, path)):
+            with pytest.raises(UserError, match=r"encoder\.safetensors.* write it again") as caught:
                 read()
             assert len(str(caught.value)) < 1000
     finally:
@@ -156,7 +171,7 @@ def test_descriptions_that_do_not_fit_the_tensors_build_nothing(description: str
 def test_metadata_above_the_limit_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "encoder.safetensors"
     save_encoder(small(), path, {"notes": "a" * MAX_HEADER})
-    with pytest.raises(UserError, match=r"bytes of metadata, above the limit of 16,777,216: write it anew"):
+    with pytest.raises(UserError, match=r"bytes of metadata, above the limit of 16,777,216: write it again"):
         load_encoder(small(), path)
 
 

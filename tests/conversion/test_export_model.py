@@ -1,4 +1,4 @@
-"""Programs written by the tool do what the backbone does, at sizes that the tool did not try."""
+"""Exported backbones agree with the original ones, at sizes that the command does not compare."""
 
 import argparse
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def loaded(path: Path, to: str) -> Callable[[Tensor], dict[str, Tensor]]:
 
 
 def check(path: Path, to: str, sizes: list[tuple[int, ...]], opts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Export with weights of a known seed and compare with the model of the same seed."""
+    """Export weights of a known seed and compare with a model of the same seed."""
 
     def build(*args: object) -> nn.Module:
         torch.manual_seed(3)
@@ -62,14 +62,14 @@ def check(path: Path, to: str, sizes: list[tuple[int, ...]], opts: list[str], mo
 
 
 @pytest.mark.parametrize("to", ["torch-export", pytest.param("onnx", marks=pytest.mark.slow)])
-def test_a_vit_is_exported_for_every_size(to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vit_is_exported_for_any_size(to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check(tmp_path / "backbone", to, [(1, 3, 56, 24), (4, 3, 16, 96)], [], monkeypatch)
     assert [file.name for file in tmp_path.iterdir()] == ["backbone"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["torch-export", "onnx"])
-def test_a_windowed_vit_is_exported_for_every_size_beyond_its_window(
+def test_a_windowed_vit_is_exported_for_any_size_above_its_window(
     to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opts = ["MODEL.ENCODER.WINDOW", "3", "MODEL.ENCODER.GLOBAL_BLOCKS", "2"]
@@ -114,12 +114,12 @@ def test_bad_input_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         export_model.run(arguments(tmp_path / "file", "onnx"))
 
 
-def test_the_script_tells_a_missing_file(root: Path) -> None:
+def test_missing_weights_are_reported(root: Path) -> None:
     where = ("--config-file", CONFIG, "--to", "onnx", "--output", root / "x.onnx")
-    assert "'absent.pth' is no file" in fails(root, "relvit-d2", "export-model", "--weights", "absent.pth", *where)
+    assert "'absent.pth' does not exist" in fails(root, "relvit-d2", "export-model", "--weights", "absent.pth", *where)
 
 
-def test_the_last_level_is_every_second_cell_of_the_one_before() -> None:
+def test_the_subsampled_level_equals_max_pooling_with_stride_2() -> None:
     maps = torch.randn(2, 3, 7, 4)
     (found,) = backbones.SubsampledLevel("p5")(maps)
     assert torch.equal(found, nn.functional.max_pool2d(maps, kernel_size=1, stride=2))

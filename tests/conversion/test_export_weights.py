@@ -1,4 +1,4 @@
-"""Encoders as weights of timm and of Detectron2's own backbones, and timm's published weights by name."""
+"""Export of encoders to timm and Detectron2, and timm's pre-trained weights by name."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling.backbone import SwinTransformer
 from detectron2.modeling.backbone.vit import SimpleFeaturePyramid
-from detectron2.modeling.backbone.vit import ViT as StockViT
+from detectron2.modeling.backbone.vit import ViT as Detectron2ViT
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -22,14 +22,14 @@ from relvit_d2.conversion.checkpoint_file import find_encoder
 from relvit_d2.conversion.convert import convert
 from relvit_d2.conversion.encoder_file import feature_difference, load_encoder, read_encoder, save_encoder
 from relvit_d2.conversion.to_detectron2 import to_detectron2
-from relvit_d2.conversion.to_timm import prove_timm, to_timm
+from relvit_d2.conversion.to_timm import to_timm, verify_timm
 from relvit_d2.encoders import Encoder, build_encoder
 from relvit_d2.utils.errors import UserError
 from tests.support.scripts import command, fails, run
 
 
 def scattered(name: str, **arguments: Any) -> Encoder:
-    """Build an encoder in which no parameter is zero or one."""
+    """Build an encoder in which no parameter is 0 or 1."""
     torch.manual_seed(0)
     encoder = build_encoder(name, **arguments)
     for value in encoder.parameters():
@@ -48,12 +48,12 @@ def scattered(name: str, **arguments: Any) -> Encoder:
         pytest.param("swin_tiny", {}, marks=pytest.mark.slow),
     ],
 )
-def test_timm_loads_its_file_strictly_and_it_converts_back(
+def test_timm_loads_the_tensors_strictly_and_they_convert_back(
     name: str, arguments: dict[str, Any], tmp_path: Path
 ) -> None:
     encoder = scattered(name, **arguments)
     model, made_with, tensors = to_timm(encoder)
-    assert prove_timm(encoder, model, made_with, tensors) < 1e-5
+    assert verify_timm(encoder, model, made_with, tensors) < 1e-5
     save_file(tensors, str(tmp_path / "model.safetensors"))
     (tmp_path / "config.json").write_text(json.dumps({"architecture": model}))
     back = convert(find_encoder(tmp_path / "model.safetensors")).encoder
@@ -63,17 +63,17 @@ def test_timm_loads_its_file_strictly_and_it_converts_back(
         torch.testing.assert_close(back.tokens(image), encoder.tokens(image), rtol=1e-5, atol=1e-5)
     first = next(iter(tensors))
     with pytest.raises(UserError, match="nothing is written"):
-        prove_timm(encoder, model, made_with, tensors | {first: tensors[first] * 2})
+        verify_timm(encoder, model, made_with, tensors | {first: tensors[first] * 2})
 
 
-def test_detectron2s_vit_gives_the_tokens_that_attend_to_patches_alone(tmp_path: Path) -> None:
-    stock = to_detectron2(scattered("vit_nano", patch_size=8, img_size=32))
-    assert stock.difference < 1e-5
-    assert "cls_token" in stock.unequal and "norm" in stock.unequal
+def test_detectron2s_vit_returns_the_patch_tokens_without_prefix_tokens(tmp_path: Path) -> None:
+    exported = to_detectron2(scattered("vit_nano", patch_size=8, img_size=32))
+    assert exported.difference < 1e-5
+    assert "cls_token" in exported.unequal and "norm" in exported.unequal
     arguments = {"patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4, "pretrain_img_size": 32}
-    backbone = StockViT(**arguments, norm_layer=partial(nn.LayerNorm, eps=1e-6))
-    backbone.load_state_dict(stock.backbone.state_dict())
-    # Without class token and norm the encoder's own code computes the same.
+    backbone = Detectron2ViT(**arguments, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+    backbone.load_state_dict(exported.backbone.state_dict())
+    # Without class token and norm, the encoder computes the same.
     bare = scattered("vit_nano", patch_size=8, img_size=32)
     vit: Any = bare.vit
     vit.pos_embed = nn.Parameter(vit.pos_embed[:, 1:])
@@ -83,24 +83,24 @@ def test_detectron2s_vit_gives_the_tokens_that_attend_to_patches_alone(tmp_path:
         torch.testing.assert_close(backbone(image)["last_feat"], bare(image)["s8"], rtol=1e-4, atol=1e-4)
 
 
-def test_detectron2s_swin_gives_the_last_map_and_normed_others() -> None:
-    stock = to_detectron2(scattered("swin_tiny", in_chans=2))
-    assert stock.difference < 1e-4
-    SwinTransformer(in_chans=2).load_state_dict(stock.backbone.state_dict())
+def test_detectron2s_swin_returns_the_last_map_and_the_others_with_norm() -> None:
+    exported = to_detectron2(scattered("swin_tiny", in_chans=2))
+    assert exported.difference < 1e-4
+    SwinTransformer(in_chans=2).load_state_dict(exported.backbone.state_dict())
 
 
-def test_what_has_no_counterpart_is_refused() -> None:
+def test_encoders_without_counterpart_are_rejected() -> None:
     t2t = build_encoder("t2t_vit_14")
     with pytest.raises(UserError, match=r"timm .* has no model of encoder 't2t_vit_14'"):
         to_timm(t2t)
     with pytest.raises(UserError, match="Detectron2 has no backbone like encoder 't2t_vit_14'"):
         to_detectron2(t2t)
-    with pytest.raises(UserError, match=r"parts that Detectron2's backbone lacks.*: its weights"):
+    with pytest.raises(UserError, match=r"do not have the same tensors .*: its weights cannot be exported"):
         to_detectron2(build_encoder("timm:test_vit4", img_size=32))
 
 
 @pytest.mark.slow
-def test_the_tools_write_what_others_load(root: Path, tmp_path: Path) -> None:
+def test_exported_files_are_loaded_by_timm_and_detectron2(root: Path, tmp_path: Path) -> None:
     encoder = scattered("vit_nano", patch_size=8, img_size=32)
     save_encoder(encoder, tmp_path / "first.safetensors", {})
     done = run(
@@ -111,12 +111,12 @@ def test_the_tools_write_what_others_load(root: Path, tmp_path: Path) -> None:
     model = eval(f"timm.create_model({arguments})", {"timm": timm})
     model.load_state_dict(load_file(tmp_path / "t.safetensors"))
     done = run(root, "relvit-d2", "convert", tmp_path / "t.safetensors", "--to", tmp_path / "second.safetensors")
-    assert "timm: " in done.stdout and "agree with the source's definition" in done.stdout
+    assert "timm: " in done.stdout and "agree with the original model" in done.stdout
     (first, _), (second, metadata) = (read_encoder(tmp_path / f"{n}.safetensors") for n in ("first", "second"))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     assert metadata["source"] == "timm: t.safetensors"
     run(root, "relvit-d2", "export-weights", tmp_path / "first.safetensors", "--to", "detectron2", tmp_path / "d.pth")
-    net = StockViT(patch_size=8, embed_dim=128, depth=4, num_heads=4, pretrain_img_size=32)
+    net = Detectron2ViT(patch_size=8, embed_dim=128, depth=4, num_heads=4, pretrain_img_size=32)
     pyramid = SimpleFeaturePyramid(net, "last_feat", 16, (1.0, 0.5))
     DetectionCheckpointer(nn.ModuleDict({"backbone": pyramid})).load(str(tmp_path / "d.pth"))
     assert torch.equal(net.blocks[3].mlp.fc2.weight, first["vit.blocks.3.mlp.fc2.weight"])
@@ -124,18 +124,18 @@ def test_the_tools_write_what_others_load(root: Path, tmp_path: Path) -> None:
     error = fails(
         root, "relvit-d2", "export-weights", tmp_path / "first.safetensors", "--to", "timm", tmp_path / "x.bin"
     )
-    assert "is written as .safetensors" in error
+    assert "does not end in .safetensors" in error
     error = fails(root, "relvit-d2", "convert", tmp_path / "no.pth", "--to", tmp_path / "x.safetensors")
     assert "does not exist" in error
 
 
 def cached(cache: Path, model: str, repository: str) -> dict[str, Tensor]:
-    """Put random weights where timm's download would have put the published ones."""
-    place = cache / "hub" / f"models--timm--{repository}"
-    snapshot = place / "snapshots" / ("0" * 40)
+    """Write random weights into the cache of timm's downloads."""
+    folder = cache / "hub" / f"models--timm--{repository}"
+    snapshot = folder / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
-    (place / "refs").mkdir()
-    (place / "refs/main").write_text("0" * 40)
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text("0" * 40)
     torch.manual_seed(0)
     tensors: dict[str, Tensor] = timm.create_model(model).state_dict()
     save_file(tensors, str(snapshot / "model.safetensors"))
@@ -159,7 +159,7 @@ for weights in ("timm:test_vit2", "timm:vit_small_patch99", "timm:test_vit.none"
 """
 
 
-def test_published_weights_come_from_timms_cache_or_not_at_all(tmp_path: Path) -> None:
+def test_timm_weights_are_read_from_the_cache(tmp_path: Path) -> None:
     cached(tmp_path, "test_vit", "test_vit.r160_in1k")
     cached(tmp_path, "test_vit3", "test_vit3.r160_in1k")
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
@@ -170,10 +170,10 @@ def test_published_weights_come_from_timms_cache_or_not_at_all(tmp_path: Path) -
     assert lines[1] == "1.0 ['vit.pos_embed'] [127.5, 127.5, 127.5] True"
     assert lines[2].startswith("'timm:test_vit2' is not in timm's cache and could not be downloaded (")
     assert lines[3].startswith("'timm:vit_small_patch99': timm 1.0.31 has no model 'vit_small_patch99'; did you mean")
-    assert lines[4] == "'timm:test_vit.none': timm publishes no such weights; it has test_vit.r160_in1k"
+    assert lines[4] == "'timm:test_vit.none': timm has no such weights; it has test_vit.r160_in1k"
 
 
-def test_a_script_says_in_one_sentence_that_weights_cannot_be_had(
+def test_failed_downloads_are_reported_in_one_sentence(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -183,7 +183,7 @@ def test_a_script_says_in_one_sentence_that_weights_cannot_be_had(
     assert "'timm:test_vit' is not in timm's cache and could not be downloaded" in error
 
 
-def test_published_weights_for_other_pixels_are_refused(
+def test_timm_weights_for_other_pixel_statistics_are_rejected(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -195,8 +195,8 @@ def test_published_weights_for_other_pixels_are_refused(
     half = ("MODEL.PIXEL_MEAN", "[127.5, 127.5, 127.5]", "MODEL.PIXEL_STD", "[127.5, 127.5, 127.5]")
     done = run(root, *command("pretrain_ssl.py", tmp_path / "ssl", *keys, *half, "SOLVER.MAX_ITER", 1), fresh=True)
     assert "weights 'timm:test_vit': 100.0% of the encoder's values matched" in done.stdout
-    assert "left out here: vit.pos_embed of 'timm:test_vit'" in done.stdout
-    assert "of this one agree" in done.stdout
+    assert "not loaded from 'timm:test_vit': vit.pos_embed" in done.stdout
+    assert "the loaded encoder agree" in done.stdout
     encoder = build_encoder("timm:test_vit", img_size=32, pos_embed=False)
     load_encoder(encoder, tmp_path / "ssl/encoder.safetensors")
     assert feature_difference(encoder, tmp_path / "ssl/encoder.safetensors") < 1e-5

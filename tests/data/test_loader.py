@@ -1,10 +1,16 @@
 """The order of samples as a pure function of the seed and the iteration."""
 
 import itertools
+import multiprocessing
 import random
+import resource
 import subprocess
 import sys
+import threading
+import time
+import traceback
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +18,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 
 from relvit_d2.data.detection.mapper import pad_images
 from relvit_d2.data.images.decode import read_rgb
 from relvit_d2.data.loader import EndlessBatches, EndlessOrder, ordered_batches
-from relvit_d2.utils.errors import UserError
+from relvit_d2.data.workers import _load, _store
+from relvit_d2.utils.errors import ResumableError, UserError
 
 
 def take(order: EndlessOrder, count: int) -> list[list[tuple[int, int]]]:
@@ -73,6 +81,90 @@ def refuse(sample: int) -> int:
     if sample == 3:
         raise UserError("sample 3 is damaged; replace it")
     return sample
+
+
+def batches_of_arrays(sample: int) -> tuple[np.ndarray, torch.Tensor]:
+    return np.full(1000, sample), torch.full((300, 300), sample)
+
+
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, 20))])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_worker_that_is_killed_at_any_moment_is_one_error_and_none_remains(seed: int, workers: int) -> None:
+    random_moment = random.Random(seed)
+    loader = EndlessBatches(range(7), batches_of_arrays, list, EndlessOrder(7, 3, 1, 0), 1, workers)
+    batches = iter(loader)
+    next(batches)
+    other = iter(ordered_batches(range(9), int, list, 1, 1))  # an evaluation, while the training loader is open
+    next(other)
+    children = multiprocessing.active_children()
+    assert len(children) == workers + 1
+    victim = random_moment.choice(children)
+    threading.Timer(random_moment.uniform(0, 0.2), victim.kill).start()
+    began = time.monotonic()
+    with pytest.raises(UserError, match=rf"process {victim.pid}\) was killed \(SIGKILL\)"):
+        for batch in batches:
+            assert len(batch) == 3
+            time.sleep(random_moment.uniform(0, 0.01))
+            assert time.monotonic() - began < 30
+    other.close()
+    assert not multiprocessing.active_children()
+
+
+def hang(sample: int) -> int:
+    if sample == 3:
+        time.sleep(1000)
+    return sample
+
+
+def test_a_worker_that_hangs_is_an_error_after_the_timeout() -> None:
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"worker 1 \(process \d+\) returned no batch within 2 s: .*DATALOADER.TIMEOUT"):
+        list(ordered_batches(range(8), hang, list, 1, 2, timeout=2))
+    assert 2 < time.monotonic() - began < 20
+    assert not multiprocessing.active_children()
+
+
+def divide(sample: int) -> float:
+    return 1 / (sample - 3)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_defect_of_the_mapper_is_one_sentence_with_its_traceback_for_debugging(workers: int) -> None:
+    with pytest.raises(UserError, match=r"^reading 3 failed \(ZeroDivisionError: .*\); RELVIT_DEBUG=1") as raised:
+        list(ordered_batches(range(8), divide, list, 2, workers))
+    assert "in divide" in (raised.value.details or "".join(traceback.format_exception(raised.value)))
+    assert not multiprocessing.active_children()
+
+
+def open_many(sample: int) -> int:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+    with Path(__file__).open() as file:
+        return file.fileno()
+
+
+def allocate(sample: int) -> torch.Tensor:
+    return torch.empty(2**50, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(("mapper", "message"), [(open_many, "too many files are open"), (allocate, "out of memory")])
+def test_a_lack_of_resources_in_a_worker_is_one_sentence(mapper: Callable[[int], object], message: str) -> None:
+    with pytest.raises(ResumableError, match=message):
+        list(ordered_batches(range(8), mapper, list, 2, 1))
+
+
+@given(
+    arrays(st.sampled_from(["u1", "i8", "f4", "?"]), array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=5)),
+    st.binary(max_size=200),
+)
+def test_a_batch_arrives_as_it_was_sent(array: np.ndarray, text: bytes) -> None:
+    sent = {"tensor": torch.from_numpy(array), "view": array.T, "arrays": [array, array[..., None]], "text": text}
+    found = _load(_store(sent))
+    assert torch.equal(found["tensor"], sent["tensor"])
+    assert found["tensor"].dtype == sent["tensor"].dtype
+    for one, other in zip([found["view"], *found["arrays"]], [sent["view"], *sent["arrays"]], strict=True):
+        np.testing.assert_array_equal(one, other, strict=True)
+    assert found["text"] == text
+    found["tensor"].zero_()  # writable
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.structures import Boxes, BoxMode, ImageList, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
@@ -19,6 +20,7 @@ from relvit_d2.detection.run import evaluate, training_records
 from relvit_d2.encoders import ENCODERS, build_encoder
 from relvit_d2.encoders.vit import ViT
 from relvit_d2.report.runs import read_runs
+from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
 from tests.support.detectors import fitting, tiny_config
 
@@ -302,3 +304,25 @@ def test_evaluation_does_not_depend_on_the_batch_size(tmp_path: Path) -> None:
     for mine, other in zip(one, four, strict=True):
         assert mine["image_id"] == other["image_id"] and mine["category_id"] == other["category_id"]
         assert [*mine["bbox"], mine["score"]] == pytest.approx([*other["bbox"], other["score"]], rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_levels_that_are_left_empty_follow_the_encoder(name: str) -> None:
+    """Every encoder gets a pyramid that can be built, and heads that read all of its levels."""
+    patch = build_encoder(name).arguments["patch_size"]
+    keys = ["MODEL.ENCODER.NAME", name, "MODEL.ENCODER.PATCH_SIZE", str(patch), "MODEL.ENCODER.IMG_SIZE", "224"]
+    cfg = load_config(
+        "configs/voc_vit_s.yaml", [*keys, "MODEL.DEVICE", "cpu", "MODEL.ANCHOR_GENERATOR.SIZES", "[[32]]"]
+    )
+    built = backbone.build_encoder_pyramid_backbone(cfg, ShapeSpec(channels=3))
+    assert list(built.output_shape()) == cfg.MODEL.RPN.IN_FEATURES
+    assert cfg.MODEL.RPN.IN_FEATURES[:-1] == cfg.MODEL.ROI_HEADS.IN_FEATURES
+    assert [shape.stride for shape in built.output_shape().values()][:-1] == cfg.MODEL.PYRAMID.STRIDES
+    assert 4 in cfg.MODEL.PYRAMID.STRIDES
+
+
+def test_a_changed_patch_size_changes_the_levels() -> None:
+    keys = ["MODEL.ENCODER.PATCH_SIZE", "8", "MODEL.ANCHOR_GENERATOR.SIZES", "[[32]]"]
+    assert load_config("configs/voc_vit_s.yaml", keys).MODEL.PYRAMID.STRIDES == [4, 8, 16]
+    given = load_config("configs/voc_vit_s.yaml", [*keys, "MODEL.PYRAMID.STRIDES", "[8,16]"])
+    assert given.MODEL.RPN.IN_FEATURES == ["p3", "p4", "p5"]

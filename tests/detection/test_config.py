@@ -15,10 +15,10 @@ LEVELS = r"MODEL.RPN.IN_FEATURES has 2 levels \['p2', 'p3'\]: give one list for 
     [
         ("MODEL.ANCHOR_GENERATOR.SIZES [[8],[16],[32]]", f"SIZES has 3 lists, but {LEVELS}"),
         ("MODEL.ANCHOR_GENERATOR.SIZES []", f"SIZES has 0 lists, but {LEVELS}"),
-        ("MODEL.ANCHOR_GENERATOR.SIZES [[],[]]", "SIZES .* must have lists of one or more numbers above 0"),
+        ("MODEL.ANCHOR_GENERATOR.SIZES [[],[]]", "SIZES .* must be lists of one or more positive numbers"),
         ("MODEL.ANCHOR_GENERATOR.SIZES [[32,64],[64]]", r"give \[4, 2\] anchors per cell"),
         ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS [[1],[1],[1]]", f"ASPECT_RATIOS has 3 lists, but {LEVELS}"),
-        ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS [[-1]]", "ASPECT_RATIOS .* numbers above 0"),
+        ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS [[-1]]", "ASPECT_RATIOS .* positive numbers"),
         ("MODEL.ANCHOR_GENERATOR.OFFSET 1.5", "OFFSET 1.5 is too large: give 1 or less"),
         ("MODEL.ANCHOR_GENERATOR.NAME RotatedAnchorGenerator", "rotated boxes.* set DefaultAnchorGenerator"),
         ("MODEL.RPN.IN_FEATURES ['p2']", r"SIZES has 2 lists, but MODEL.RPN.IN_FEATURES has 1 levels \['p2'\]"),
@@ -33,11 +33,11 @@ LEVELS = r"MODEL.RPN.IN_FEATURES has 2 levels \['p2', 'p3'\]: give one list for 
         ("MODEL.PYRAMID.NORM BatchNorm", "MODEL.PYRAMID.NORM 'BatchNorm' is not supported"),
         (
             "MODEL.PYRAMID.NORM SyncBN",
-            "'SyncBN' is not supported, for it needs statistics .*; give '', LN, GN, FrozenBN",
+            "'SyncBN' is not supported: it needs batch statistics, .*; give '', LN, GN, FrozenBN",
         ),
-        ("MODEL.PYRAMID.NORM BN", "MODEL.PYRAMID.NORM 'BN' is not supported, for it needs statistics over the batch"),
-        ("MODEL.PYRAMID.NORM naiveSyncBN", "'naiveSyncBN' is not supported, for it needs"),
-        ("MODEL.PYRAMID.NORM nnSyncBN", "'nnSyncBN' is not supported, for it needs"),
+        ("MODEL.PYRAMID.NORM BN", "MODEL.PYRAMID.NORM 'BN' is not supported: it needs batch statistics"),
+        ("MODEL.PYRAMID.NORM naiveSyncBN", "'naiveSyncBN' is not supported: it needs"),
+        ("MODEL.PYRAMID.NORM nnSyncBN", "'nnSyncBN' is not supported: it needs"),
         ("MODEL.ROI_HEADS.NAME CascadeROIHeads", "several box heads, which are not supported: set StandardROIHeads"),
         ("MODEL.ROI_BOX_HEAD.USE_FED_LOSS True", "USE_FED_LOSS has no effect here"),
         ("MODEL.KEYPOINT_ON True", "KEYPOINT_ON has no effect here; .* keypoints are not supported"),
@@ -92,13 +92,14 @@ def test_what_detectron2_refuses_while_building_is_one_sentence() -> None:
         ("build_retinanet_resnet_fpn_backbone", r"cannot build MODEL.BACKBONE.NAME '.*' \(KeyError: 'res5'\)"),
         (
             "build_resnet_backbone MODEL.RELVIT.JOINT True",
-            "JOINT trains an encoder, and .* has none: set build_encoder_",
+            "JOINT needs an encoder, which .* does not have: set build_encoder_",
         ),
     ],
 )
 def test_another_backbone_has_to_fit(overrides: str, words: str) -> None:
     more = ["MODEL.ROI_HEADS.NUM_CLASSES", "2", "MODEL.DEVICE", "cpu", "MODEL.BACKBONE.NAME"]
-    cfg = load_config("configs/demo/streets.yaml", [*more, *overrides.split()])
+    levels = ["MODEL.RPN.IN_FEATURES", "['p2','p3']", "MODEL.ROI_HEADS.IN_FEATURES", "['p2','p3']"]
+    cfg = load_config("configs/demo/streets.yaml", [*levels, *more, *overrides.split()])
     with pytest.raises(UserError, match=words):
         build_detector(cfg)
 

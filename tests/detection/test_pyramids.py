@@ -159,7 +159,7 @@ def test_encoders_with_positions_pretrain_on_7_x_7_permuted_mega_patches(row: st
     model = build_pretraining_model(load_config(arm.steps[0].config, [*keys, "MODEL.DEVICE", "cpu"]))
     images = torch.randint(0, 256, (1, 3, 230, 240), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     batch = {"images": images, "sizes": torch.tensor([[230, 240]]), "keys": torch.tensor([1])}
-    pixels, layout = model.look(batch)
+    pixels, layout = model.make_views(batch)
     assert pixels.shape == (1, 3, 224, 224) and layout.grid == model.task.grid == (7, 7)
     order = (7 * layout.row + layout.col)[0]
     assert torch.equal(order.sort().values, torch.arange(49)) and not torch.equal(order, torch.arange(49))

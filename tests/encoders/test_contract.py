@@ -13,9 +13,9 @@ from relvit_d2.pretext.layout import PatchLayout
 from relvit_d2.pretext.task import PretextTask
 from relvit_d2.utils.errors import UserError
 
-NAMES = [*ENCODERS, "timm:test_vit"]  # one stands for all of timm
-# The larger ViTs are the code of the smallest.
-ONE_OF_A_KIND = [
+NAMES = [*ENCODERS, "timm:test_vit"]  # one of timm's models
+# The larger ViTs run the code of the smallest one.
+FAST_NAMES = [
     pytest.param(name, marks=pytest.mark.slow if name in ("vit_tiny", "vit_small", "vit_base") else ())
     for name in NAMES
 ]
@@ -29,13 +29,13 @@ def seeded() -> None:
 
 @cache
 def built(name: str) -> Encoder:
-    """An encoder for tests that change nothing in it, in evaluation mode."""
+    """Return an encoder in evaluation mode, for tests that do not change it."""
     return build_encoder(name, img_size=64).eval()
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", [(64, 64), (33, 70), (16, 16), (96, 32), (1, 5), (225, 260)])
-def test_maps_have_the_shapes_that_the_strides_say(name: str, size: tuple[int, int]) -> None:
+def test_shapes_of_maps_follow_from_strides(name: str, size: tuple[int, int]) -> None:
     encoder, images = built(name), torch.randn(2, 3, *size)
     with torch.no_grad():
         maps, tokens = encoder(images), encoder.tokens(images)
@@ -48,14 +48,14 @@ def test_maps_have_the_shapes_that_the_strides_say(name: str, size: tuple[int, i
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_tokens_are_the_last_map_row_by_row(name: str) -> None:
+def test_tokens_are_the_last_map_in_row_major_order(name: str) -> None:
     encoder, images = built(name), torch.randn(2, 3, 48, 80)
     with torch.no_grad():
         assert torch.equal(encoder.tokens(images), encoder(images)[encoder.last].flatten(2).transpose(1, 2))
 
 
 @pytest.mark.parametrize("name", ["vit_nano", "swin_tiny"])
-def test_an_image_is_padded_to_whole_patches_with_zeros_on_the_right_and_below(name: str) -> None:
+def test_images_are_padded_with_zeros_on_the_right_and_below(name: str) -> None:
     encoder, images = built(name), torch.randn(1, 3, 33, 70)
     patch = encoder.arguments["patch_size"]
     padded = F.pad(images, (0, -70 % patch, 0, -33 % patch))
@@ -67,7 +67,7 @@ def test_an_image_is_padded_to_whole_patches_with_zeros_on_the_right_and_below(n
 def test_gradients_reach_every_parameter(name: str) -> None:
     encoder = build_encoder(name, img_size=64)
     features = encoder(torch.randn(2, 3, 64, 64))[encoder.last]
-    # A random projection: the sum of squares behind a norm is constant, its gradient rounding noise.
+    # A random projection, since the sum of squares after a norm is constant.
     (features * torch.randn_like(features)).sum().backward()
     without = [n for n, p in encoder.named_parameters() if p.grad is None or not p.grad.abs().max() > 1e-6]
     assert without == []
@@ -75,7 +75,7 @@ def test_gradients_reach_every_parameter(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("in_chans", [1, 5])
-def test_every_channel_of_the_images_is_seen(name: str, in_chans: int) -> None:
+def test_features_depend_on_every_channel(name: str, in_chans: int) -> None:
     encoder, images = build_encoder(name, img_size=64, in_chans=in_chans).eval(), torch.randn(1, in_chans, 32, 32)
     features = encoder.tokens(images.requires_grad_())
     (features * torch.randn_like(features)).sum().backward()
@@ -89,19 +89,19 @@ def test_the_config_builds_the_same_encoder_again(name: str) -> None:
     again.load_state_dict(first.state_dict())
     image = torch.randn(1, 1, 40, 40)
     for mode in (False, True):
-        seen = []
+        found = []
         for encoder in (first, again):
             torch.manual_seed(1)
             with torch.no_grad():
-                seen.append(encoder.train(mode).tokens(image))
-        assert torch.equal(*seen)
+                found.append(encoder.train(mode).tokens(image))
+        assert torch.equal(*found)
 
 
 @pytest.mark.parametrize(
     ("name", "argument"),
     [*((name, "drop_path") for name in NAMES), ("vit_nano", "dropout"), ("swin_tiny", "dropout")],
 )
-def test_what_is_dropped_is_dropped_in_training_only(name: str, argument: str) -> None:
+def test_dropout_and_drop_path_are_for_training_only(name: str, argument: str) -> None:
     plain, encoder = built(name), build_encoder(name, img_size=64, **{argument: 0.5})
     encoder.load_state_dict(plain.state_dict())
     images = torch.randn(4, 3, 32, 32)
@@ -123,7 +123,7 @@ def test_bfloat16_autocast_is_close_to_float32(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pretext_heads_learn_from_its_tokens(name: str) -> None:
+def test_pretext_losses_reach_every_parameter(name: str) -> None:
     encoder = build_encoder(name, img_size=64)
     side = 2 * encoder.strides[encoder.last]
     grid = encoder.grid(side, side + 1)
@@ -136,7 +136,7 @@ def test_pretext_heads_learn_from_its_tokens(name: str) -> None:
 
 
 def gradients(encoder: Encoder, images: Tensor) -> tuple[dict[str, Tensor], int]:
-    """Gradients of a training pass by name, and the bytes that the pass kept for them."""
+    """Return the gradients of a training pass by name, and the bytes that autograd saved."""
     torch.manual_seed(1)
     storages: dict[int, int] = {}
 
@@ -146,14 +146,14 @@ def gradients(encoder: Encoder, images: Tensor) -> tuple[dict[str, Tensor], int]
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
         features = encoder(images)[encoder.last]
-    own = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
-    kept = sum(size for place, size in storages.items() if place not in own)
+    parameters = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
+    saved = sum(size for pointer, size in storages.items() if pointer not in parameters)
     (features * torch.randn_like(features)).sum().backward()
-    return {n: p.grad for n, p in encoder.named_parameters() if p.grad is not None}, kept
+    return {n: p.grad for n, p in encoder.named_parameters() if p.grad is not None}, saved
 
 
-@pytest.mark.parametrize("name", ONE_OF_A_KIND)
-def test_recomputed_blocks_keep_less_and_give_the_same_gradients(name: str) -> None:
+@pytest.mark.parametrize("name", FAST_NAMES)
+def test_recomputed_blocks_save_memory_and_give_the_same_gradients(name: str) -> None:
     keys = {"NAME": name, "PATCH_SIZE": built(name).arguments["patch_size"], "IMG_SIZE": 64}
     keys |= {"DROP_PATH": 0.3, "DROPOUT": 0.1}
     plain, recomputing = (
@@ -161,12 +161,12 @@ def test_recomputed_blocks_keep_less_and_give_the_same_gradients(name: str) -> N
     )
     recomputing.load_state_dict(plain.state_dict())
     images = torch.randn(2, 3, 64, 64)
-    (expected, plain_kept), (found, kept) = gradients(plain, images), gradients(recomputing, images)
+    (expected, plain_saved), (found, saved) = gradients(plain, images), gradients(recomputing, images)
     torch.testing.assert_close(found, expected)
-    assert kept < plain_kept / 2
+    assert saved < plain_saved / 2
 
 
-@pytest.mark.parametrize("name", ONE_OF_A_KIND)
+@pytest.mark.parametrize("name", FAST_NAMES)
 def test_an_exported_encoder_gives_the_same_maps(name: str) -> None:
     encoder, images = built(name), torch.randn(1, 3, 40, 72)
     exported = export(encoder, (images,)).module()
@@ -185,7 +185,7 @@ def test_an_exported_vit_takes_images_of_every_size_beyond_one_patch() -> None:
             torch.testing.assert_close(exported(images), encoder(images))
 
 
-@pytest.mark.parametrize("name", ONE_OF_A_KIND)
+@pytest.mark.parametrize("name", FAST_NAMES)
 def test_a_compiled_encoder_gives_the_same_maps(name: str) -> None:
     torch._dynamo.reset()
     encoder, images = built(name), torch.randn(1, 3, 40, 72)
@@ -211,7 +211,7 @@ def test_parameter_counts(name: str, arguments: dict[str, int], count: int) -> N
     assert sum(p.numel() for p in build_encoder(name, **arguments).parameters()) == count
 
 
-def test_without_position_embedding_shuffled_patches_give_shuffled_tokens() -> None:
+def test_a_vit_without_position_embedding_is_permutation_equivariant() -> None:
     encoder = build_encoder("vit_nano", patch_size=4, img_size=16, pos_embed=False).eval()
     patches = torch.randn(1, 3, 4, 4, 4, 4)  # channel, row, y, column, x
     order = torch.randperm(16)
@@ -223,13 +223,13 @@ def test_without_position_embedding_shuffled_patches_give_shuffled_tokens() -> N
     torch.testing.assert_close(permuted, straight[:, order], atol=1e-4, rtol=1e-4)
 
 
-def test_an_image_larger_than_the_position_grid_is_resampled_not_refused() -> None:
+def test_positions_are_resampled_for_larger_images() -> None:
     encoder = build_encoder("vit_nano", patch_size=4, img_size=16).eval()
     with torch.no_grad():
         assert encoder.tokens(torch.randn(1, 3, 20, 12)).shape == (1, 15, 128)
 
 
-def test_bad_arguments_are_one_sentence() -> None:
+def test_invalid_arguments_are_rejected() -> None:
     with pytest.raises(UserError, match="did you mean 'vit_small'"):
         build_encoder("vit_smal")
     with pytest.raises(UserError, match="model of that name is 'timm:vit_base_patch16_224'"):
@@ -249,7 +249,7 @@ def test_bad_arguments_are_one_sentence() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in ENCODERS if name != "swin_tiny"])
-def test_class_tokens_start_as_the_authors(name: str) -> None:
+def test_class_tokens_have_the_authors_initialisation(name: str) -> None:
     """A truncated normal of standard deviation 0.02 (models/backbones/vit.py, t2t.py)."""
     encoder = build_encoder(name)
     (token,) = (parameter for key, parameter in encoder.named_parameters() if key.endswith("cls_token"))

@@ -1,4 +1,4 @@
-"""Swin's windows against three others: a dense plain version, timm at its own size, Detectron2 at any larger one."""
+"""Swin, compared with a dense version, with timm at 224 pixels and with Detectron2 at larger sizes."""
 
 import math
 from typing import Any
@@ -16,8 +16,8 @@ from relvit_d2.encoders.swin import Swin
 from relvit_d2.utils.errors import UserError
 
 
-def liven(encoder: Swin) -> Swin:
-    """Make attention and biases large enough to show in the features."""
+def enlarge_weights(encoder: Swin) -> Swin:
+    """Make attention and biases large enough to affect the features."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, value in encoder.named_parameters():
@@ -27,14 +27,14 @@ def liven(encoder: Swin) -> Swin:
 
 
 @pytest.fixture(scope="module")
-def lively() -> Swin:
+def encoder() -> Swin:
     encoder = build_encoder("swin_tiny", img_size=32)
     assert isinstance(encoder, Swin)
-    return liven(encoder)
+    return enlarge_weights(encoder)
 
 
 def dense(swin: Any, image: Tensor) -> Tensor:
-    """The one stage of ``swin``, every token with every other on the padded map, those of other windows masked out."""
+    """Run the single stage of ``swin`` with attention between all tokens of the padded map, masked to windows."""
     x = swin.patch_embed(image[None])[0]
     for index, block in enumerate(swin.layers[0].blocks):
         height, width = x.shape[:2]
@@ -56,46 +56,46 @@ def dense(swin: Any, image: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [(28, 28), (20, 33), (60, 44), (4, 64)])
-def test_windows_are_those_of_the_dense_version(size: tuple[int, int]) -> None:
-    """Shifted only along axes that are longer than a window; no token sees one of the opposite edge."""
-    encoder = liven(Swin(12, (2,), (3,), patch_size=4, drop_path=0.0, dropout=0.0, in_chans=3))
+def test_windows_equal_the_dense_version(size: tuple[int, int]) -> None:
+    """Shifts only along axes longer than a window; no attention between opposite edges."""
+    encoder = enlarge_weights(Swin(12, (2,), (3,), patch_size=4, drop_path=0.0, dropout=0.0, in_chans=3))
     image = torch.randn(3, *size, generator=torch.Generator().manual_seed(1))
     padded = F.pad(image, (0, -size[1] % 4, 0, -size[0] % 4))
     with torch.no_grad():
         torch.testing.assert_close(encoder(image[None])["s4"][0], dense(encoder.swin, padded), rtol=1e-4, atol=1e-5)
 
 
-def test_the_size_it_is_built_for_changes_nothing(lively: Swin) -> None:
+def test_img_size_and_pos_embed_have_no_effect(encoder: Swin) -> None:
     again = build_encoder("swin_tiny", img_size=224, pos_embed=False).eval()
-    again.load_state_dict(lively.state_dict())
+    again.load_state_dict(encoder.state_dict())
     image = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
-        assert torch.equal(again.tokens(image), lively.tokens(image))
+        assert torch.equal(again.tokens(image), encoder.tokens(image))
 
 
-def test_another_patch_size_is_refused() -> None:
+def test_another_patch_size_is_rejected() -> None:
     keys = {"ENCODER": {"NAME": "swin_tiny", "PATCH_SIZE": 16}, "COMPILE": False, "ACTIVATION_CHECKPOINT": False}
     with pytest.raises(UserError, match=r"MODEL.ENCODER.PATCH_SIZE 16.*set it to 4"):
         encoder_from_keys(keys)
 
 
-def test_at_224_pixels_it_is_timms(lively: Swin) -> None:
-    """With the last map as one window, which timm's dynamic windows would cut into four."""
+def test_features_equal_timms_at_224_pixels(encoder: Swin) -> None:
+    """The last map is one window."""
     timms = TimmSwin(num_classes=0).eval()
-    timms.load_state_dict(lively.swin.state_dict())
+    timms.load_state_dict(encoder.swin.state_dict())
     images = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
-        torch.testing.assert_close(lively(images)["s32"], timms.forward_features(images).permute(0, 3, 1, 2))
+        torch.testing.assert_close(encoder(images)["s32"], timms.forward_features(images).permute(0, 3, 1, 2))
 
 
 @pytest.mark.parametrize("size", [(256, 288), (261, 301)])
-def test_at_other_sizes_it_is_detectron2s(lively: Swin, size: tuple[int, int]) -> None:
-    """Where every map is larger than a window: windows and odd maps padded, then shifted; each map with its norm."""
-    theirs, ours = Detectron2Swin(drop_path_rate=0.0).eval(), NormedMaps(lively, list(lively.strides)).eval()
+def test_features_equal_detectron2s_at_other_sizes(encoder: Swin, size: tuple[int, int]) -> None:
+    """Every map is larger than a window; odd maps are padded; each map has its norm."""
+    theirs, ours = Detectron2Swin(drop_path_rate=0.0).eval(), NormedMaps(encoder, list(encoder.strides)).eval()
     state = {}
-    for name, value in lively.swin.state_dict().items():
+    for name, value in encoder.swin.state_dict().items():
         stage, _, rest = name.removeprefix("layers.").partition(".")
-        # There a stage ends with the merging that timm's next one begins with; the last map's norm has a number.
+        # In Detectron2 patch merging ends a stage, in timm it begins the next one; the last norm is numbered.
         state[f"layers.{int(stage) - 1}.{rest}" if rest.startswith("downsample") else name] = value
     state["norm3.weight"], state["norm3.bias"] = state.pop("norm.weight"), state.pop("norm.bias")
     for index, norm in enumerate(ours.norms.values()):

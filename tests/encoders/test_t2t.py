@@ -1,4 +1,4 @@
-"""T2T-ViT: its soft splits, performers and positions against slow or published forms."""
+"""T2T-ViT: soft splits, performers and positions, compared with simple or published formulas."""
 
 import math
 import subprocess
@@ -30,7 +30,7 @@ def encoder() -> T2T:
 
 
 def shallow(depth: int = 2, **arguments: object) -> T2T:
-    """An encoder with the first ``depth`` of its blocks."""
+    """Return an encoder with the first ``depth`` blocks."""
     built = build_encoder("t2t_vit_14", **arguments)
     assert isinstance(built, T2T)
     built.blocks = nn.Sequential(*list(built.blocks)[:depth])
@@ -41,7 +41,7 @@ def count(tensors: object) -> int:
     return sum(t.numel() for t in tensors)  # type: ignore[attr-defined]
 
 
-def test_values_are_as_many_as_the_authors(encoder: T2T) -> None:
+def test_numbers_of_parameters_are_the_authors(encoder: T2T) -> None:
     assert count(p for p in encoder.parameters() if p.requires_grad) == count(encoder.parameters()) == 21_080_806
     assert count(encoder.tokens_to_token.parameters()) == 387_430
     assert count(encoder.blocks.parameters()) == 20_692_224
@@ -51,7 +51,7 @@ def test_values_are_as_many_as_the_authors(encoder: T2T) -> None:
     assert count(encoder.state_dict().values()) == 21_080_806 + 4_096
 
 
-def test_constants_that_no_count_shows(encoder: T2T) -> None:
+def test_constants(encoder: T2T) -> None:
     assert {m.eps for m in encoder.modules() if isinstance(m, nn.LayerNorm)} == {1e-5}
     assert {m.scale for m in encoder.modules() if isinstance(m, Attention)} == {64**-0.5}
     performers = [m for m in encoder.modules() if isinstance(m, Performer)]
@@ -61,7 +61,7 @@ def test_constants_that_no_count_shows(encoder: T2T) -> None:
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(7, 4, 2), (3, 2, 1)])
-def test_soft_splits_are_windows_row_by_row(kernel: int, stride: int, padding: int) -> None:
+def test_soft_splits_are_overlapping_windows(kernel: int, stride: int, padding: int) -> None:
     maps = torch.randn(2, 3, 16, 8)
     tokens = soft_split(maps, kernel, stride, padding)
     cols = 8 // stride
@@ -77,7 +77,7 @@ def test_soft_splits_are_windows_row_by_row(kernel: int, stride: int, padding: i
 
 
 def dense_attention(performer: Performer, keys: Tensor, queries: Tensor, values: Tensor) -> Tensor:
-    """All weights of all pairs, as logarithms in float64, so that nothing under- or overflows."""
+    """Attention with all pairs of weights, as logarithms in float64 to avoid underflow and overflow."""
     w = performer.w.double()
 
     def exponent(x: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def dense_attention(performer: Performer, keys: Tensor, queries: Tensor, values:
     return (pairs - total[:, :, None]).exp() @ values.double()
 
 
-def test_a_performer_is_the_dense_form() -> None:
+def test_a_performer_equals_the_dense_form() -> None:
     performer = Performer(12, 64).eval()
     with torch.no_grad():
         performer.kqv.weight.mul_(2)
@@ -100,7 +100,7 @@ def test_a_performer_is_the_dense_form() -> None:
         torch.testing.assert_close(performer(x), y + performer.mlp(performer.norm2(y)), atol=1e-10, rtol=1e-10)
 
 
-def test_a_performer_gives_the_published_values_in_loops() -> None:
+def test_a_performer_equals_the_published_formula() -> None:
     performer = Performer(5, 8)
     keys, queries, values = torch.randn(3, 1, 7, 8)
     m = 4
@@ -116,7 +116,7 @@ def test_a_performer_gives_the_published_values_in_loops() -> None:
 
 
 @pytest.mark.parametrize("scale", [0.03, 1, 5, 30, 1000])
-def test_activations_of_any_size_stay_finite_and_right(scale: float) -> None:
+def test_performers_are_exact_for_activations_of_any_size(scale: float) -> None:
     performer = Performer(147, 64)
     tokens = (torch.randn(3, 1, 50, 64) / 8 * scale).requires_grad_()
     found = performer.attend(*tokens)
@@ -145,7 +145,7 @@ def test_the_performer_computes_in_float32_under_autocast() -> None:
     assert torch.equal(inside, performer.attend(*tokens))
 
 
-def test_the_sinusoid_is_a_rotation_at_geometric_rates() -> None:
+def test_values_of_the_sinusoid() -> None:
     table = sinusoid(197, 384)
     assert table.shape == (197, 384)
     for position in (0, 1, 100, 196):
@@ -153,10 +153,10 @@ def test_the_sinusoid_is_a_rotation_at_geometric_rates() -> None:
             turned = complex(math.e) ** (1j * position * math.exp(-pair / 192 * math.log(10_000)))
             assert table[position, 2 * pair].item() == pytest.approx(turned.imag, abs=1e-12)
             assert table[position, 2 * pair + 1].item() == pytest.approx(turned.real, abs=1e-12)
-    torch.testing.assert_close(sinusoid(5000, 384)[:197], table, atol=0, rtol=0)  # no grid changes another's
+    torch.testing.assert_close(sinusoid(5000, 384)[:197], table, atol=0, rtol=0)  # independent of the length
 
 
-def test_tokens_read_their_row_of_the_table_and_only_if_asked(encoder: T2T) -> None:
+def test_the_sinusoid_is_added_if_pos_embed_is_set(encoder: T2T) -> None:
     seen: list[Tensor] = []
     hook = encoder.pos_drop.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     image = torch.randn(1, 3, 224, 224)
@@ -168,11 +168,13 @@ def test_tokens_read_their_row_of_the_table_and_only_if_asked(encoder: T2T) -> N
     hook.remove()
     torch.testing.assert_close(seen[0] - seen[1], sinusoid(197, 384).float()[None], atol=1e-6, rtol=0)
     torch.testing.assert_close(seen[1][0, 0], encoder.cls_token[0, 0], atol=0, rtol=0)
-    assert build_encoder("t2t_vit_14", pos_embed=False).has_position_information  # by the zeros beyond the border
+    assert build_encoder(
+        "t2t_vit_14", pos_embed=False
+    ).has_position_information  # by the zero padding of the soft splits
 
 
 @pytest.mark.parametrize("size", [(1, 1), (16, 16), (17, 250), (96, 32)])
-def test_padding_is_zeros_to_the_right_and_below(encoder: T2T, size: tuple[int, int]) -> None:
+def test_images_are_padded_with_zeros_on_the_right_and_below(encoder: T2T, size: tuple[int, int]) -> None:
     image = torch.randn(1, 3, *size)
     rows, cols = -(-size[0] // 16), -(-size[1] // 16)
     padded = torch.zeros(1, 3, 16 * rows, 16 * cols)
@@ -183,8 +185,8 @@ def test_padding_is_zeros_to_the_right_and_below(encoder: T2T, size: tuple[int, 
         assert torch.equal(found, encoder(padded)["s16"])
 
 
-def test_a_token_answers_to_its_own_place() -> None:
-    """Rows and columns are not exchanged: without blocks, a pixel moves the tokens around its patch only."""
+def test_a_token_depends_on_its_patch() -> None:
+    """Without blocks a pixel affects the tokens around its patch only; rows and columns are not swapped."""
     encoder = shallow(depth=0).eval()
     image = torch.randn(1, 3, 96, 192)
     other = image.clone()
@@ -194,7 +196,7 @@ def test_a_token_answers_to_its_own_place() -> None:
     assert divmod(int(change.argmax()), 12) == (2, 10)
 
 
-def test_images_of_a_batch_do_not_meet_and_evaluation_draws_nothing(encoder: T2T) -> None:
+def test_images_of_a_batch_are_independent_and_evaluation_is_deterministic(encoder: T2T) -> None:
     images, order = torch.randn(3, 3, 48, 32), torch.tensor([2, 0, 1])
     with torch.no_grad():
         tokens = encoder.tokens(images)
@@ -213,7 +215,7 @@ def test_bfloat16_autocast_is_close(encoder: T2T) -> None:
 
 
 @pytest.mark.slow
-def test_exported_and_compiled_passes_take_sizes_they_have_not_seen() -> None:
+def test_exported_and_compiled_encoders_accept_other_sizes() -> None:
     encoder = shallow().eval()
     rows, cols = Dim("rows", min=2, max=64), Dim("cols", min=2, max=64)
     example = (torch.randn(2, 3, 64, 96),)
@@ -230,7 +232,7 @@ def test_exported_and_compiled_passes_take_sizes_they_have_not_seen() -> None:
             torch.testing.assert_close(compiled.tokens(images), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_pretraining_without_the_sinusoid_is_proved_without_it(tmp_path: Path) -> None:
+def test_weights_without_the_sinusoid_are_verified_without_it(tmp_path: Path) -> None:
     path = tmp_path / "encoder.safetensors"
     source, target = (build_encoder("t2t_vit_14", img_size=32, pos_embed=on) for on in (False, True))
     save_encoder(source, path, {})
@@ -240,12 +242,12 @@ def test_pretraining_without_the_sinusoid_is_proved_without_it(tmp_path: Path) -
     assert isinstance(target, T2T) and target.positions
 
 
-def test_a_patch_size_that_it_cannot_have_is_refused() -> None:
+def test_another_patch_size_is_rejected() -> None:
     with pytest.raises(UserError, match=r"MODEL.ENCODER.PATCH_SIZE 8.*set it to 16"):
         build_encoder("t2t_vit_14", patch_size=8)
 
 
-# In a process of its own: the peak of a process never falls.
+# In a new process, since the peak memory of a process never falls.
 MEASURE = """
 import resource, torch
 from relvit_d2.encoders import build_encoder
@@ -261,7 +263,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts kibibytes on Linux only")
-def test_a_large_image_needs_no_memory_of_all_pairs() -> None:
-    """65,536 tokens of the first performer: all pairs would be 16 GiB. Here 1 GiB is enough for everything."""
+def test_memory_for_a_large_image_is_linear_in_the_tokens() -> None:
+    """65,536 tokens in the first performer: all pairs would need 16 GiB; the limit is 1 GiB."""
     output = subprocess.run([sys.executable, "-c", MEASURE], check=True, capture_output=True, text=True).stdout
     assert int(output) < 1024**2, output

@@ -40,7 +40,7 @@ def gradients(model: nn.Module, output: Tensor) -> dict[str, Tensor | None]:
 
 
 @pytest.mark.parametrize("window", [2, 3, 8])
-def test_features_and_gradients_are_those_of_detectron2s_windowed_vit(window: int) -> None:
+def test_features_and_gradients_equal_detectron2s(window: int) -> None:
     ours, arguments = vit(window=window, global_blocks=2), {"pretrain_img_size": SIDE, "pretrain_use_cls_token": False}
     # Detectron2's has no class token and no final norm.
     ours.vit.cls_token, ours.vit.num_prefix_tokens, ours.vit.norm = None, 0, nn.Identity()
@@ -55,7 +55,7 @@ def test_features_and_gradients_are_those_of_detectron2s_windowed_vit(window: in
 
 
 @pytest.mark.parametrize("size", [(32, 32), (40, 20), (13, 40), (1, 1)])
-def test_a_window_that_covers_the_image_is_global_attention(size: tuple[int, int]) -> None:
+def test_a_window_that_covers_the_image_gives_global_attention(size: tuple[int, int]) -> None:
     everywhere, windowed = twins({}, {"window": 10, "global_blocks": 0})
     images = torch.randn(2, 3, *size)
     torch.testing.assert_close(windowed(images), everywhere(images))
@@ -107,7 +107,7 @@ def test_a_compiled_vit_trains_on_images_of_changing_size(window: int) -> None:
 
 
 @pytest.mark.slow
-def test_an_exported_windowed_vit_takes_every_size_beyond_its_window() -> None:
+def test_an_exported_windowed_vit_accepts_sizes_above_its_window() -> None:
     encoder = vit(window=3, global_blocks=2)
     sizes = ({0: Dim.STATIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
     exported = export(encoder, (torch.randn(1, 3, 36, 52),), dynamic_shapes=sizes).module()

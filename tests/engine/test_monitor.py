@@ -1,4 +1,4 @@
-"""What is told of features: spread, rank, neighbours."""
+"""Feature statistics: standard deviation, effective rank, k-NN accuracy."""
 
 import numpy as np
 import pytest
@@ -14,8 +14,8 @@ def statistics_of(features: torch.Tensor) -> FeatureStatistics:
     return statistics
 
 
-def test_spread_and_rank_are_those_of_the_whole_matrix() -> None:
-    """NumPy, all features at once: the standard deviation and the entropy of the singular values."""
+def test_standard_deviation_and_rank_equal_those_of_the_whole_matrix() -> None:
+    """Computed by NumPy from all features at once."""
     features = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) @ torch.diag(
         torch.tensor([5.0, 3, 2, 1, 1, 0])
     )
@@ -29,21 +29,21 @@ def test_spread_and_rank_are_those_of_the_whole_matrix() -> None:
     assert statistics.rank() == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-3)
 
 
-def test_parts_add_up() -> None:
+def test_statistics_are_additive() -> None:
     features = torch.randn(40, 5, generator=torch.Generator().manual_seed(1))
     both = statistics_of(features[:13]) + statistics_of(features[13:])
     assert both.std() == pytest.approx(statistics_of(features).std())
     assert both.rank() == pytest.approx(statistics_of(features).rank())
 
 
-def test_collapse_and_its_opposite() -> None:
+def test_statistics_of_collapsed_and_of_uniform_features() -> None:
     same = statistics_of(torch.ones(30, 8) * torch.rand(30, 1))
     assert same.std() == pytest.approx(0, abs=1e-3)
     everywhere = statistics_of(torch.cat((torch.eye(8), -torch.eye(8))))
     assert everywhere.std() == pytest.approx(1) and everywhere.rank() == pytest.approx(8)
 
 
-def test_neighbours_of_clusters_know_their_label_and_those_of_noise_do_not() -> None:
+def test_knn_accuracy_of_clusters_and_of_shuffled_labels() -> None:
     generator = torch.Generator().manual_seed(2)
     labels = torch.arange(4).repeat_interleave(30)
     centres = torch.randn(4, 16, generator=generator)
@@ -53,6 +53,6 @@ def test_neighbours_of_clusters_know_their_label_and_those_of_noise_do_not() -> 
     assert knn_accuracy(features, shuffled) < 0.5
 
 
-def test_a_feature_never_votes_for_itself() -> None:
-    """Each label comes once, so that only its own feature could name it."""
+def test_a_feature_is_not_its_own_neighbour() -> None:
+    """Every label occurs once."""
     assert knn_accuracy(torch.eye(5) + 0.1, torch.arange(5)) == 0

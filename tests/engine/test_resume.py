@@ -1,4 +1,4 @@
-"""A killed and resumed run is the straight run, to the last bit, wherever it was killed."""
+"""A killed and resumed run is bitwise identical to an uninterrupted run."""
 
 import json
 import os
@@ -18,18 +18,18 @@ from tests.support.scripts import SCRIPTS, command, digests, fails, run, started
 ITERATIONS = 44
 RUN = f"SOLVER.MAX_ITER {ITERATIONS} SOLVER.CHECKPOINT_PERIOD 5 TEST.EVAL_PERIOD 12 DATALOADER.NUM_WORKERS".split()
 
-# In a row, counted from each start: where the run is killed, and the iteration from which it goes on then.
+# Successive kills, counted from each start, and the iteration at which the run then resumes.
 KILLS = [
     ("step:23", 20),
-    ("checkpoint:2", 24),  # of iteration 24; that of 23, before the evaluation, is whole
+    ("checkpoint:2", 24),  # of iteration 24; that of 23, before the evaluation, is complete
     ("pointer:1", 24),
-    ("evaluation:2", 36),  # the first one is that of iteration 23, done once more
+    ("evaluation:2", 36),  # the first one repeats that of iteration 23
 ]
 
 
 @pytest.fixture(scope="module")
-def straight(root: Path) -> dict[str, Path]:
-    """The output folders of runs that nothing disturbed."""
+def uninterrupted(root: Path) -> dict[str, Path]:
+    """Return the output folders of uninterrupted runs."""
     for script in SCRIPTS:
         run(root, *command(script, root / script, *RUN, 0))
     return {script: root / script for script in SCRIPTS}
@@ -53,7 +53,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize(("script", "workers"), [("pretrain_ssl.py", 2), ("train_net.py", 0)])
 def test_killed_anywhere_and_resumed(
-    script: str, workers: int, root: Path, straight: dict[str, Path], tmp_path: Path
+    script: str, workers: int, root: Path, uninterrupted: dict[str, Path], tmp_path: Path
 ) -> None:
     resume: tuple[str, ...] = ()
     for fault, resumes_at in KILLS:
@@ -62,49 +62,56 @@ def test_killed_anywhere_and_resumed(
         kept = torch.load(tmp_path / pointer, weights_only=True)
         assert kept["iteration"] + 1 == resumes_at, fault
         resume = ("--resume",)
-    # The last stretch with other loader processes: no result depends on them.
+    # Damage to the newest checkpoint and the use of another number of workers do not affect the result.
+    newest = tmp_path / (tmp_path / "last_checkpoint").read_text()
+    newest.write_bytes(newest.read_bytes()[:-100])
     done = run(root, *command(script, tmp_path, *RUN, 2 - workers, flags=resume))
-    assert "resumed at iteration 36" in done.stdout
-    assert_same_run(straight[script], tmp_path)
+    assert f"passed over: '{newest}' is incomplete or damaged" in done.stdout
+    assert "resumed at iteration 35" in done.stdout
+    assert_same_run(uninterrupted[script], tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("script", "workers"), [("pretrain_ssl.py", 0), ("train_net.py", 2)])
 def test_killed_at_random_moments_25_times(
-    script: str, workers: int, root: Path, straight: dict[str, Path], tmp_path: Path
+    script: str, workers: int, root: Path, uninterrupted: dict[str, Path], tmp_path: Path
 ) -> None:
     draw, kills, trained = random.Random(script), 0, 0
-    times = [json.loads(line).get("time", 0.0) for line in (straight[script] / "metrics.json").read_text().splitlines()]
-    stretch = sum(times) / 25  # a kill comes after half of that on average, so that 25 of them find a run to kill
+    times = [
+        json.loads(line).get("time", 0.0) for line in (uninterrupted[script] / "metrics.json").read_text().splitlines()
+    ]
+    interval = sum(times) / 25  # a kill comes after half of it on average, so that 25 kills fit into the run
     metrics = tmp_path / "metrics.json"
-    given = command(script, tmp_path, *RUN, workers, "SOLVER.CHECKPOINT_PERIOD", 1, flags=("--resume",))
+    arguments = command(script, tmp_path, *RUN, workers, "SOLVER.CHECKPOINT_PERIOD", 1, flags=("--resume",))
     while kills < 25:
         before = metrics.stat().st_mtime_ns if metrics.exists() else 0
-        with started(root, *given) as process:
+        with started(root, *arguments) as process:
             if draw.random() < 0.1:  # while it starts
                 time.sleep(draw.uniform(0, 6))
             else:
                 while process.poll() is None and not (metrics.exists() and metrics.stat().st_mtime_ns > before):
                     time.sleep(0.01)
-                time.sleep(draw.uniform(0, stretch))
+                time.sleep(draw.uniform(0, interval))
                 trained += 1
             assert process.poll() is None, "".join(process.communicate())
             process.kill()
         kills += 1
-    run(root, *given)
+    run(root, *arguments)
     assert trained > 12
-    assert_same_run(straight[script], tmp_path)
+    assert_same_run(uninterrupted[script], tmp_path)
 
 
-def test_resume_in_an_empty_folder_starts_at_zero_and_says_so(root: Path, tmp_path: Path) -> None:
+def test_resume_in_an_empty_folder_starts_at_zero_and_logs_it(root: Path, tmp_path: Path) -> None:
     once = ("SOLVER.MAX_ITER", 1, "DATASETS.TEST", "()")
     done = run(root, *command("pretrain_ssl.py", tmp_path, *once, flags=("--resume",)))
     assert f"no checkpoint in '{tmp_path}': starting at iteration 0" in done.stdout
 
 
-def test_resume_refuses_another_config_unless_told(root: Path, straight: dict[str, Path], tmp_path: Path) -> None:
+def test_resume_refuses_another_config_unless_allowed(
+    root: Path, uninterrupted: dict[str, Path], tmp_path: Path
+) -> None:
     output = tmp_path / "copy"
-    shutil.copytree(straight["pretrain_ssl.py"], output)
+    shutil.copytree(uninterrupted["pretrain_ssl.py"], output)
     before = digests(output)
     changed = command("pretrain_ssl.py", output, *RUN, 0, "SOLVER.BASE_LR", 5e-4, "SEED", 4, flags=("--resume",))
     sentence = fails(root, *changed)
@@ -117,11 +124,9 @@ def test_resume_refuses_another_config_unless_told(root: Path, straight: dict[st
     assert torch.load(output / "model_final.pth", weights_only=True)["iteration"] == ITERATIONS
 
 
-def test_a_new_run_in_a_used_folder_is_never_continued_by_the_old_one(
-    root: Path, straight: dict[str, Path], tmp_path: Path
-) -> None:
+def test_resume_never_continues_an_overwritten_run(root: Path, uninterrupted: dict[str, Path], tmp_path: Path) -> None:
     output = tmp_path / "copy"
-    shutil.copytree(straight["pretrain_ssl.py"], output)
+    shutil.copytree(uninterrupted["pretrain_ssl.py"], output)
     again = command("pretrain_ssl.py", output, *RUN, 0)
     killed = run(root, *again, status=-signal.SIGKILL, fault="step:2")
     assert "holds an earlier run" in killed.stdout
@@ -136,18 +141,18 @@ def test_a_new_run_in_a_used_folder_is_never_continued_by_the_old_one(
         pytest.param(signal.SIGTERM, "pretrain_ssl.py", ("--num-gpus", "2"), marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_ends_the_run_after_the_iteration_with_a_checkpoint(
+def test_a_signal_ends_the_run_after_a_checkpoint(
     number: int, script: str, flags: tuple[str, ...], root: Path, tmp_path: Path
 ) -> None:
-    given = command(script, tmp_path, "SOLVER.MAX_ITER", 10_000, "DATALOADER.NUM_WORKERS", 2, flags=flags)
+    arguments = command(script, tmp_path, "SOLVER.MAX_ITER", 10_000, "DATALOADER.NUM_WORKERS", 2, flags=flags)
     metrics = tmp_path / "metrics.json"
-    with started(root, *given) as process:
+    with started(root, *arguments) as process:
         wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 3, process)
-        os.killpg(process.pid, number)  # as a terminal and Slurm do: the loader's processes get it too
+        os.killpg(process.pid, number)  # to all processes, workers included, as a terminal and Slurm do
         output, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + number, output + errors
     assert errors.count("stopped by") == 1
-    assert errors.count("finishing this iteration; once more ends at once") == 1
+    assert errors.count("finishing this iteration; repeat the signal to end immediately") == 1
     assert "Traceback" not in output + errors
     name = (tmp_path / "last_checkpoint").read_text()
     kept = torch.load(tmp_path / name, weights_only=True)["iteration"]
@@ -156,14 +161,39 @@ def test_a_signal_ends_the_run_after_the_iteration_with_a_checkpoint(
 
 
 @pytest.mark.parametrize("flags", [(), pytest.param(("--num-gpus", "2"), marks=pytest.mark.slow)])
-def test_all_processes_die_with_the_script(flags: tuple[str, ...], root: Path, tmp_path: Path) -> None:
-    given = command("train_net.py", tmp_path, "SOLVER.MAX_ITER", 10_000, "DATALOADER.NUM_WORKERS", 2, flags=flags)
+def test_all_processes_end_with_the_script(flags: tuple[str, ...], root: Path, tmp_path: Path) -> None:
+    arguments = command("train_net.py", tmp_path, "SOLVER.MAX_ITER", 10_000, "DATALOADER.NUM_WORKERS", 2, flags=flags)
     metrics = tmp_path / "metrics.json"
-    with started(root, *given) as process:
+    with started(root, *arguments) as process:
         wait_for(lambda: metrics.exists() and bool(metrics.read_text()), process)
         children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
         assert len(children) >= 2
         process.kill()
-        output, _ = process.communicate()  # returns only when nobody holds the pipes any more
-        assert "stopping after" not in output  # a tidy end would still write, where another run may have begun
+        output, _ = process.communicate()  # returns only when no process holds the pipes
+        assert "stopping after" not in output  # no process may write after the kill
         wait_for(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in children), None, seconds=10)
+
+
+def test_one_training_per_folder(root: Path, tmp_path: Path) -> None:
+    """A second training is refused, an evaluation is not; a lock of a killed process does not matter."""
+    arguments = command("train_net.py", tmp_path, "SOLVER.MAX_ITER", 10_000, "DATALOADER.NUM_WORKERS", 2)
+    resume = command("train_net.py", tmp_path, "SOLVER.MAX_ITER", 10_000, flags=("--resume",))
+    with started(root, *arguments) as process:
+        wait_for((tmp_path / "last_checkpoint").exists, process)
+        for second in (arguments, resume):
+            sentence = fails(root, *second)
+            assert f"OUTPUT_DIR '{tmp_path}' is in use by another training, process {process.pid} on " in sentence
+        evaluation = ("MODEL.WEIGHTS", tmp_path / (tmp_path / "last_checkpoint").read_text(), "OUTPUT_DIR", tmp_path)
+        run(root, *command("train_net.py", tmp_path, *evaluation, flags=("--eval-only",)))
+        assert process.poll() is None
+        process.kill()
+        process.wait()
+        reached = torch.load(tmp_path / (tmp_path / "last_checkpoint").read_text(), weights_only=True)["iteration"]
+        last = ("SOLVER.MAX_ITER", reached + 2, "DATASETS.TEST", "()")
+        changed = command("train_net.py", tmp_path, *last, flags=("--resume", "--allow-changes"))
+        done = run(root, *changed)
+    assert f"process {process.pid}, ended without releasing its lock" in done.stderr
+    assert not (tmp_path / ".run.json").exists()
+    (tmp_path / ".run.json").write_text(json.dumps({"host": "elsewhere", "process": 7}))
+    done = run(root, *changed)
+    assert "in use by process 7 on elsewhere; whether it has ended cannot be known here" in done.stderr

@@ -11,9 +11,9 @@ from relvit_d2.engine.schedule import build_schedule, quarter_cosine, warmup_cos
 from relvit_d2.utils.errors import UserError
 
 
-# Values read off the authors' schedule at base rate 5e-4 (share of the run: rate).
+# Values of the authors' schedule with base rate 5e-4 (fraction of the run, rate).
 @pytest.mark.parametrize(
-    ("share", "rate"),
+    ("fraction", "rate"),
     [
         (0, 0.0),
         (0.05, 2.5e-4),
@@ -25,8 +25,10 @@ from relvit_d2.utils.errors import UserError
         (1, 1.25e-6),
     ],
 )
-def test_quarter_cosine_has_the_published_values(share: float, rate: float) -> None:
-    assert quarter_cosine(int(share * 10_000), 10_000, 5e-4, 1.25e-6, 1000) == pytest.approx(rate, rel=2e-4, abs=1e-12)
+def test_quarter_cosine_has_the_published_values(fraction: float, rate: float) -> None:
+    assert quarter_cosine(int(fraction * 10_000), 10_000, 5e-4, 1.25e-6, 1000) == pytest.approx(
+        rate, rel=2e-4, abs=1e-12
+    )
 
 
 def test_warmup_cosine_is_fvcores_cosine_after_the_warmup() -> None:

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from benchmarks.plain import pair_loss_plain
 from relvit_d2.pretext.layout import PatchLayout
-from relvit_d2.pretext.pair_loss import Angle, Bearing, Distance, PairKind, Relation, pair_loss
+from relvit_d2.pretext.pair_loss import Bearing, PairKind, Relation, SquaredError, pair_loss
+from relvit_d2.pretext.targets import pair_angle, pair_distance
 from relvit_d2.utils.hashing import hashed_uniform
 
-KINDS = [Relation(), Relation(0.1), Distance(), Angle(), Bearing()]
+KINDS = [Relation(), Relation(0.1), SquaredError(pair_distance), SquaredError(pair_angle), Bearing()]
 NAMES = ["relation", "smoothed", "distance", "angle", "bearing"]
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=NAMES)
 

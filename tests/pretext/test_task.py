@@ -1,4 +1,4 @@
-"""Heads and tasks: a walk over the registry, and the object that trainers use."""
+"""Heads, every registered task, and the weighted sum of tasks."""
 
 import math
 from collections.abc import Iterator
@@ -37,8 +37,8 @@ class TestEveryTask:
         for parameter in [tokens, *task.parameters()]:
             assert parameter.grad is not None and parameter.grad.any()
 
-    def test_padding_changes_nothing(self, name: str, smoothing: float) -> None:
-        """Tokens of a padded batch score as the valid ones alone."""
+    def test_padding_is_ignored(self, name: str, smoothing: float) -> None:
+        """A padded batch has the loss of its valid tokens."""
         task = PRETEXT_TASKS[name](DIM, GRID, LossConfig(smoothing))
         tokens, layout = torch.randn(1, 12, DIM), PatchLayout.full(1, GRID)
         layout.valid[0, 7:] = False
@@ -46,18 +46,18 @@ class TestEveryTask:
         padded, short = task(tokens, layout), task(tokens[:, :7], alone)
         torch.testing.assert_close(padded, short)
 
-    def test_token_order_changes_nothing(self, name: str, smoothing: float) -> None:
+    def test_the_order_of_tokens_is_irrelevant(self, name: str, smoothing: float) -> None:
         task = PRETEXT_TASKS[name](DIM, GRID, LossConfig(smoothing))
         tokens, layout = torch.randn(2, 12, DIM), PatchLayout.full(2, GRID)
         order = torch.rand(2, 12).argsort(1)
         moved = task(tokens.gather(1, order[:, :, None].expand_as(tokens)), layout.permuted(order))
         torch.testing.assert_close(moved, task(tokens, layout))
 
-    def test_chance_is_neither_nothing_nor_all(self, name: str, smoothing: float) -> None:
+    def test_chance_is_between_0_and_1(self, name: str, smoothing: float) -> None:
         assert 0 < PRETEXT_TASKS[name](DIM, GRID, LossConfig(smoothing)).chance(GRID) < 1
 
-    def test_it_can_be_learnt(self, name: str, smoothing: float) -> None:
-        """Tokens that tell their own cell bring a fitted head far above chance."""
+    def test_it_is_learnable(self, name: str, smoothing: float) -> None:
+        """A head fitted to tokens that determine their cells is far better than chance."""
         task = PRETEXT_TASKS[name](DIM, GRID, LossConfig(smoothing))
         tokens, layout = torch.randn(1, 12, DIM), PatchLayout.full(1, GRID)
         optimizer = torch.optim.Adam(task.parameters(), lr=0.05)
@@ -68,8 +68,8 @@ class TestEveryTask:
             optimizer.step()
         assert measure > 0.9 if task.measure == "accuracy" else measure < task.chance(GRID) / 4
 
-    def test_no_constant_answer_beats_chance(self, name: str, smoothing: float) -> None:
-        """Heads that give every pair or token one answer: bias and constant tokens are all that they see."""
+    def test_no_constant_prediction_beats_chance(self, name: str, smoothing: float) -> None:
+        """With constant tokens a fitted head predicts a constant."""
         task = PRETEXT_TASKS[name](DIM, GRID, LossConfig(smoothing))
         tokens, layout = torch.ones(1, 12, DIM), PatchLayout.full(1, GRID)
         optimizer = torch.optim.Adam(task.parameters(), lr=0.02)
@@ -78,7 +78,7 @@ class TestEveryTask:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        # Corners are equally frequent, so which one is named, or none where scores tie, hangs on rounding.
+        # Corner classes are equally frequent, so rounding decides which one is predicted, or none in a tie.
         assert (
             measure <= task.chance(GRID) + 1e-6 if task.measure == "accuracy" else measure >= task.chance(GRID) - 1e-4
         )
@@ -86,7 +86,7 @@ class TestEveryTask:
             assert measure.item() == pytest.approx(task.chance(GRID), rel=0.01)
 
 
-def test_untrained_losses_are_the_logarithms_of_the_classes() -> None:
+def test_losses_of_uniform_scores_are_the_logarithms_of_the_classes() -> None:
     """With all weights zero the scores are uniform: ln 9 for relations, ln N for positions."""
     task = PretextTask(DIM, GRID, {"relation": 1, "position": 1})
     for parameter in task.parameters():
@@ -96,7 +96,7 @@ def test_untrained_losses_are_the_logarithms_of_the_classes() -> None:
     assert scores["loss_position"].item() == pytest.approx(math.log(12))
 
 
-def test_a_permutation_equivariant_encoder_cannot_see_the_permutation() -> None:
+def test_losses_of_a_permutation_equivariant_encoder_ignore_the_permutation() -> None:
     """Self-attention without position embedding: permuting the patches leaves every loss equal."""
     encoder = nn.TransformerEncoderLayer(DIM, 4, 40, dropout=0.0, batch_first=True)
     task = PretextTask(DIM, GRID, {"relation": 1, "position": 1})
@@ -106,7 +106,7 @@ def test_a_permutation_equivariant_encoder_cannot_see_the_permutation() -> None:
     torch.testing.assert_close(as_scalars(moved), as_scalars(task(encoder(patches), layout)))
 
 
-def test_weights_scale_the_losses_and_zero_builds_nothing() -> None:
+def test_weights_scale_the_losses_and_tasks_of_weight_zero_are_not_built() -> None:
     both = PretextTask(DIM, GRID, {"relation": 2.0, "position": 0.5})
     tokens, layout = torch.randn(2, 12, DIM), PatchLayout.full(2, GRID)
     scores = both(tokens, layout)
@@ -126,29 +126,29 @@ def test_weights_scale_the_losses_and_zero_builds_nothing() -> None:
     ("weights", "message"),
     [({"relatoin": 1.0}, "relation"), ({"relation": -1.0}, "relation"), ({"relation": 0.0}, "above 0")],
 )
-def test_impossible_weights_are_told(weights: dict[str, float], message: str) -> None:
+def test_invalid_weights_are_rejected(weights: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
         PretextTask(DIM, GRID, weights)
 
 
 @pytest.mark.parametrize(("dim", "parameters"), [(384, 290_304), (768, 1_175_040)])
-def test_relation_head_has_the_authors_live_parameters(dim: int, parameters: int) -> None:
-    """The authors' counts (435,456 and 1,762,560) less their dead value projections (145,152 and 587,520)."""
+def test_relation_head_has_the_authors_trained_parameters(dim: int, parameters: int) -> None:
+    """The authors' counts (435,456 and 1,762,560) without the unused value projections (145,152 and 587,520)."""
     assert sum(p.numel() for p in PairHead(dim, 9).parameters()) == parameters
 
 
-def test_tokens_too_narrow_for_nine_maps_are_told() -> None:
+def test_tokens_too_narrow_for_nine_maps_are_rejected() -> None:
     with pytest.raises(UserError, match="width 8"):
         PairHead(8, 9)
 
 
 @pytest.mark.parametrize(("smoothing", "dropout"), [(-0.1, 0), (1.5, 0), (0, -0.1), (0, 1)])
-def test_shares_out_of_range_are_told(smoothing: float, dropout: float) -> None:
+def test_loss_settings_out_of_range_are_rejected(smoothing: float, dropout: float) -> None:
     with pytest.raises(UserError, match=r"LABEL_SMOOTHING|PAIR_DROPOUT"):
         LossConfig(smoothing, dropout)
 
 
-def test_pairs_are_dropped_in_training_only() -> None:
+def test_pair_dropout_is_for_training_only() -> None:
     task = PretextTask(DIM, GRID, {"relation": 1}, LossConfig(pair_dropout=0.5))
     tokens, layout = torch.randn(2, 12, DIM), PatchLayout.full(2, GRID)
     whole = PretextTask(DIM, GRID, {"relation": 1})
@@ -158,8 +158,7 @@ def test_pairs_are_dropped_in_training_only() -> None:
     assert task.eval()(tokens, layout) == whole(tokens, layout)
 
 
-def test_tokens_of_another_grid_are_told_in_the_tasks_own() -> None:
-    """A fixed grid lies over an image of any size: see the positions of the targets."""
+def test_positions_of_another_grid_map_to_the_grid_of_the_task() -> None:
     task = PretextTask(DIM, (2, 2), {"position": 1})
     tokens, layout = torch.randn(1, 12, DIM), PatchLayout.full(1, GRID)
     position = task.tasks["position"]
@@ -171,7 +170,7 @@ def test_tokens_of_another_grid_are_told_in_the_tasks_own() -> None:
 
 
 @pytest.mark.parametrize("grid", [(14, 14), (7, 5), (1, 2)])
-def test_pooled_tokens_are_those_of_torchs_average_without_padding(grid: tuple[int, int]) -> None:
+def test_pooled_tokens_equal_avg_pool2d_without_padding(grid: tuple[int, int]) -> None:
     task = PretextTask(DIM, GRID, {"relation": 1.0}, pool=2)
     last = torch.randn(2, DIM, *grid)
     tokens, layout = task.pooled(last)
@@ -180,7 +179,7 @@ def test_pooled_tokens_are_those_of_torchs_average_without_padding(grid: tuple[i
     assert layout.grid == expected.shape[2:] and layout.valid.all()
 
 
-def test_pooled_tokens_of_an_image_do_not_depend_on_the_padding_of_its_batch() -> None:
+def test_pooled_tokens_do_not_depend_on_padding() -> None:
     task = PretextTask(DIM, GRID, {"relation": 1.0}, pool=2)
     last, extents = torch.randn(2, DIM, 9, 8), torch.tensor([[9, 8], [5, 4]])
     tokens, layout = task.pooled(last, extents)
@@ -190,7 +189,7 @@ def test_pooled_tokens_of_an_image_do_not_depend_on_the_padding_of_its_batch() -
 
 
 @pytest.mark.parametrize("name", list(PRETEXT_TASKS))
-def test_heads_start_as_the_authors_linear_layers(name: str) -> None:
+def test_heads_have_the_authors_initialisation(name: str) -> None:
     """nn.Linear's default: uniform within 1 / sqrt(dim) (models/relvit.py:66-81,134-149)."""
     dim = 256
     for parameter in PRETEXT_TASKS[name](dim, (8, 8)).parameters():

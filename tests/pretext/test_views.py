@@ -1,6 +1,5 @@
-"""Views against torchvision's operations, image by image and patch by patch, and their laws."""
+"""Views, compared with torchvision's operations on each image and patch, and their invariants."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,14 +8,13 @@ import torch
 import torchvision.transforms.functional as F
 from torch import Tensor
 from torchvision.io import read_image
-from torchvision.transforms import RandomCrop, RandomResizedCrop
+from torchvision.transforms import RandomCrop
 
-from benchmarks.plain import ADJUST, plain_patches
+from benchmarks.plain import plain_patches
 from relvit_d2.pretext import resampling
 from relvit_d2.pretext import views as module
-from relvit_d2.pretext.color import BRIGHTNESS, CONTRAST, SATURATION, add_noise_, blend_, grayscale_, hue_
 from relvit_d2.pretext.layout import PatchLayout
-from relvit_d2.pretext.resampling import random_boxes, random_flips, random_pad_corners, resample
+from relvit_d2.pretext.resampling import random_flips, random_pad_corners, resample
 from relvit_d2.pretext.views import (
     MegaPatches,
     PatchDraws,
@@ -43,53 +41,16 @@ def keys_of(count: int, seed: int = 0) -> Tensor:
 
 
 def batch_of(count: int, height: int = 30, width: int = 40, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Images of noise with gray and black stretches, where hue and saturation have no direction."""
+    """Noise images with gray and black rows, whose hue is undefined."""
     images = torch.randint(0, 256, (count, 3, height, width), generator=seeded(seed), dtype=torch.uint8)
     images[:, :, :8] = images[:, :1, :8]
     images[:, :, 8:12] = 0
     return images, torch.tensor([[height, width]]).repeat(count, 1)
 
 
-def color_patches() -> Tensor:
-    """``(3, L, P)`` random colours, with white, black, gray and pure colours among them."""
-    pixels = torch.rand(3, 16, 40, generator=seeded())
-    pixels[:, 0], pixels[:, 1], pixels[1:, 2], pixels[:, 3] = 0, 1, 0, 0.5
-    pixels[2, 4] = pixels[1, 4]
-    pixels[1, 5] = pixels[0, 5]
-    return pixels
-
-
-def one_by_one(pixels: Tensor, function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
-    """Call a torchvision function on each patch of ``(3, L, P)`` with its own arguments."""
-    columns = [function(pixels[:, :, n, None], *(a[n].item() for a in arguments)) for n in range(pixels.shape[2])]
-    return torch.cat(columns, 2)
-
-
-@pytest.mark.parametrize("operation", [BRIGHTNESS, CONTRAST, SATURATION])
-def test_blends_are_torchvisions(operation: int) -> None:
-    pixels, factor = color_patches(), torch.rand(40, generator=seeded(1)) * 2
-    expected = one_by_one(pixels, ADJUST[operation], factor)
-    torch.testing.assert_close(blend_(pixels, torch.full((40,), operation), factor), expected)
-
-
-def test_hue_is_torchvisions() -> None:
-    pixels, turn = color_patches(), torch.rand(40, generator=seeded(1)) - 0.5
-    turn[:5] = torch.tensor([0, 0.5, -0.5, 1 / 3, -1 / 6])
-    expected = one_by_one(pixels, F.adjust_hue, turn)
-    torch.testing.assert_close(hue_(pixels, turn), expected, rtol=0, atol=1e-5)
-
-
-def test_grayscale_is_torchvisions_where_chosen() -> None:
-    pixels, chosen = color_patches(), torch.arange(40) % 3 == 0
-    expected = torch.where(chosen, F.rgb_to_grayscale(pixels, 3), pixels)
-    result = grayscale_(pixels.clone(), chosen)
-    torch.testing.assert_close(result, expected)
-    assert torch.equal(result[:, :, ~chosen], pixels[:, :, ~chosen])
-
-
 @pytest.mark.parametrize("large", [1, 10**6], ids=["one by one", "together"])
-def test_resample_is_torchvisions_resized_crop(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Enlarged and reduced, flipped and not, down to a box of one pixel, channels last as decoders give."""
+def test_resample_equals_torchvisions_resized_crop(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enlarged and reduced, flipped and not, down to a box of one pixel, in channels-last memory format."""
     monkeypatch.setattr(resampling, "LARGE", large)
     images = batch_of(5, 50, 60)[0].to(memory_format=torch.channels_last)
     boxes = torch.tensor([[0, 0, 50, 60], [7, 3, 9, 50], [10, 20, 40, 11], [49, 59, 1, 1], [5, 6, 16, 24]])
@@ -102,10 +63,8 @@ def test_resample_is_torchvisions_resized_crop(large: int, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("mode", ["constant", "reflect"])
 @pytest.mark.parametrize("large", [1, 10**6], ids=["one by one", "together"])
-def test_padded_crops_are_those_of_torchvisions_random_crop(
-    large: int, mode: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With the corners that the views draw given to ``RandomCrop``, and its result mirrored where they mirror."""
+def test_padded_crops_equal_torchvisions_random_crop(large: int, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``RandomCrop`` uses the corners that the views draw; its result is flipped like the views."""
     monkeypatch.setattr(resampling, "LARGE", large)
     images, sizes = batch_of(40, 24, 24)
     views, _ = Views(replace(PLAIN, crop_kind="pad", pad_mode=mode)).train(images, sizes, keys_of(40))
@@ -119,7 +78,7 @@ def test_padded_crops_are_those_of_torchvisions_random_crop(
         torch.testing.assert_close(view, F.hflip(expected) if flip else expected, rtol=0, atol=1e-6)
 
 
-def test_a_padded_crop_of_another_size_is_that_of_the_resized_centre() -> None:
+def test_a_padded_crop_is_taken_from_the_resized_centre() -> None:
     images, sizes = batch_of(6, 40, 60)
     config = replace(PLAIN, crop_kind="pad", pad=3, flip=0.0)
     resized = F.resize(F.center_crop(images, [40, 40]).float() / 255, [24, 24], antialias=True)
@@ -130,7 +89,7 @@ def test_a_padded_crop_of_another_size_is_that_of_the_resized_centre() -> None:
         torch.testing.assert_close(view, expected, rtol=0, atol=1e-6)
 
 
-def test_mega_patches_cut_a_padded_crop() -> None:
+def test_mega_patches_of_a_padded_crop() -> None:
     images, sizes = batch_of(6, 24, 24)
     config = replace(PLAIN, crop_kind="pad", flip=0.0)
     cut = replace(config, mega=MegaPatches(2))
@@ -147,41 +106,7 @@ def test_mega_patches_cut_a_padded_crop() -> None:
                 torch.testing.assert_close(view[:, 8 * i : 8 * i + 8, 8 * j : 8 * j + 8], expected, rtol=0, atol=1e-5)
 
 
-def test_boxes_lie_inside_their_images_and_ranges() -> None:
-    sizes = torch.tensor([[300, 400], [400, 300], [64, 64]]).repeat_interleave(300, 0)
-    boxes = random_boxes(sizes, (0.2, 0.5), (0.5, 2.0), keys_of(len(sizes)))
-    corner, crop = boxes[:, :2], boxes[:, 2:]
-    assert (corner >= 0).all() and (corner + crop <= sizes).all()
-    share, ratio = crop.prod(1) / sizes.prod(1), crop[:, 1] / crop[:, 0]
-    assert 0.19 < share.min() < 0.22 and 0.46 < share.max() < 0.51
-    assert 0.48 < ratio.min() < 0.55 and 1.8 < ratio.max() < 2.06
-    # Every place that a crop may take is taken, the last row and column included.
-    room = random_boxes(torch.tensor([[4, 4]]).repeat(200, 1), (0.5, 0.6), (1, 1.01), keys_of(200))
-    assert room[:, 2:].unique().tolist() == [3] and room[:, :2].unique().tolist() == [0, 1]
-
-
-def test_boxes_are_spread_as_torchvisions() -> None:
-    sizes = torch.tensor([[90, 160]]).repeat(3000, 1)
-    ours = random_boxes(sizes, (0.08, 1.0), (3 / 4, 4 / 3), keys_of(len(sizes))).double()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        image = torch.empty(3, 90, 160)
-        params = [RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in sizes]
-    theirs = torch.tensor(params).double()
-    error = (ours.var(0) / len(ours) + theirs.var(0) / len(theirs)).sqrt()
-    assert ((ours.mean(0) - theirs.mean(0)).abs() < 4 * error).all()
-    torch.testing.assert_close(ours.std(0), theirs.std(0), rtol=0.06, atol=0)
-
-
-@pytest.mark.parametrize("size", [(20, 400), (400, 20), (50, 50), (51, 60)])
-def test_boxes_that_never_fit_are_torchvisions_centre(size: tuple[int, int]) -> None:
-    """A share of 1.5 of the area leaves nothing but the fallback."""
-    expected = RandomResizedCrop.get_params(torch.empty(3, *size), [1.5, 1.5], [3 / 4, 4 / 3])
-    boxes = random_boxes(torch.tensor([size]), (1.5, 1.5), (3 / 4, 4 / 3), keys_of(1))
-    assert boxes.tolist() == [list(expected)]
-
-
-def test_flips_come_with_their_probability() -> None:
+def test_flips_have_their_probability() -> None:
     images, sizes = batch_of(400, 8, 8)
     never = replace(PLAIN, size=8, crop_scale=(1, 1), crop_ratio=(1, 1), flip=0.0)
     straight, _ = Views(never).train(images, sizes, keys_of(400))
@@ -194,7 +119,7 @@ def test_flips_come_with_their_probability() -> None:
 
 
 def loop_over_patches(view: Tensor, config: ViewConfig, draws: PatchDraws) -> Tensor:
-    """The same patches one after the other with torchvision's functions: the oracle."""
+    """Augment the patches one after the other with torchvision's functions."""
     images = [plain_patches(view[:, b], config, PatchDraws(*(x[b] for x in draws))) for b in range(view.shape[1])]
     return torch.stack(images, 1)
 
@@ -213,25 +138,11 @@ def loop_over_patches(view: Tensor, config: ViewConfig, draws: PatchDraws) -> Te
     ],
     ids=str,
 )
-def test_patches_are_those_of_a_loop_over_torchvision(config: ViewConfig) -> None:
+def test_patches_equal_a_loop_over_torchvision(config: ViewConfig) -> None:
     view = torch.rand(3, 4, *config.shape, generator=seeded())
     draws = draw_patches(config, keys_of(4))
     expected = loop_over_patches(view, config, draws)
     torch.testing.assert_close(augment_patches(view, config, draws), expected, rtol=0, atol=3e-5)
-
-
-def test_noise_is_normal_and_only_where_chosen() -> None:
-    pixels, chosen = torch.full((3, 64, 400), 0.5), torch.arange(400) % 4 == 0
-    noisy = add_noise_(pixels.clone(), chosen, torch.arange(400) * 7919, 0.1)
-    assert torch.equal(noisy[..., ~chosen], pixels[..., ~chosen])
-    noise = (noisy[..., chosen] - 0.5).flatten() / 0.1
-    assert noise.mean().item() == pytest.approx(0, abs=4 / len(noise) ** 0.5)
-    assert noise.std().item() == pytest.approx(1, abs=0.03)
-    assert (noise.abs() > 1.96).float().mean().item() == pytest.approx(0.05, abs=0.01)
-    channels = noise.view(3, -1)
-    assert channels.corrcoef().triu(1).abs().max() < 4 / channels.shape[1] ** 0.5
-    loud = add_noise_(pixels.clone(), chosen, torch.arange(400), 10.0)
-    assert loud.min() == 0 and loud.max() == 1
 
 
 MEGA = [
@@ -246,7 +157,7 @@ MEGA = [
 
 
 def drawn_cuts(config: ViewConfig, batch: int) -> tuple[Tensor, Tensor]:
-    """Cuts as the views draw them."""
+    """Return the cuts that the views draw."""
     cuts = draw_cuts(config, keys_of(batch))
     assert cuts is not None
     return cuts
@@ -254,10 +165,10 @@ def drawn_cuts(config: ViewConfig, batch: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("config", MEGA, ids=str)
 @pytest.mark.parametrize("large", [1, 10**6], ids=["one by one", "together"])
-def test_mega_patches_are_those_of_a_loop_over_torchvision(
+def test_mega_patches_equal_a_loop_over_torchvision(
     large: int, config: ViewConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Crop and resize the image, cut it, resize each piece, put them side by side."""
+    """Crop and resize the image, cut it, resize each piece and join them."""
     monkeypatch.setattr(resampling, "LARGE", large)
     images, _ = batch_of(4, 60, 70)
     boxes = torch.tensor([[0, 0, 60, 70], [3, 5, 20, 30], [10, 0, 50, 40], [1, 2, 48, 48]])
@@ -280,7 +191,7 @@ def test_mega_patches_are_those_of_a_loop_over_torchvision(
 
 
 @pytest.mark.parametrize("config", MEGA, ids=str)
-def test_cuts_lie_on_their_lines_and_reach_all_of_them(config: ViewConfig) -> None:
+def test_cuts_are_multiples_of_the_unit_and_reach_all_of_them(config: ViewConfig) -> None:
     rows, cols = drawn_cuts(config, 600)
     assert config.mega is not None
     for cuts, side in zip((rows, cols), config.crop, strict=True):
@@ -293,7 +204,7 @@ def test_cuts_lie_on_their_lines_and_reach_all_of_them(config: ViewConfig) -> No
         assert torch.equal(rows, cols) == config.mega.shared_cuts
 
 
-def test_every_layout_of_rows_is_equally_frequent() -> None:
+def test_all_choices_of_cuts_are_equally_frequent() -> None:
     """C(6, 2) = 15 ways to cut seven units into three bands."""
     rows, _ = drawn_cuts(ViewConfig(56, 8, MegaPatches(3)), 15_000)
     _, counts = rows.unique(dim=0, return_counts=True)
@@ -302,7 +213,7 @@ def test_every_layout_of_rows_is_equally_frequent() -> None:
 
 
 @pytest.mark.parametrize("config", MEGA, ids=str)
-def test_a_view_of_mega_patches_has_the_layout_of_its_patches(config: ViewConfig) -> None:
+def test_views_with_mega_patches_have_an_unpermuted_layout(config: ViewConfig) -> None:
     images, sizes = batch_of(3)
     for views, layout in (
         Views(config).train(images, sizes, keys_of(3)),
@@ -313,7 +224,7 @@ def test_a_view_of_mega_patches_has_the_layout_of_its_patches(config: ViewConfig
         assert torch.equal(layout.row, PatchLayout.full(3, layout.grid).row)
 
 
-def test_evaluation_is_fixed_by_the_key_of_an_image_alone() -> None:
+def test_an_evaluation_view_depends_on_image_and_key_only() -> None:
     config = replace(FULL, size=48, mega=MegaPatches(4, 4, keep_size=True))
     images, sizes = batch_of(4)
     keys = torch.tensor([5, 9, 5, 6])
@@ -322,16 +233,16 @@ def test_evaluation_is_fixed_by_the_key_of_an_image_alone() -> None:
     assert torch.equal(together[0], together[2]) and torch.equal(layout.row[0], layout.row[2])
     assert not torch.equal(layout.row[0], layout.row[1])
     for i in range(4):
-        alone, own = Views(config).evaluate(images[i : i + 1], sizes[i : i + 1], keys[i : i + 1])
+        alone, its_layout = Views(config).evaluate(images[i : i + 1], sizes[i : i + 1], keys[i : i + 1])
         torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-6)
-        assert torch.equal(own.row[0], layout.row[i])
+        assert torch.equal(its_layout.row[0], layout.row[i])
     straight, _ = Views(replace(config, permute=False)).evaluate(images, sizes, keys)
     torch.testing.assert_close(unshuffled(together, layout, 8), straight)
     same_image, _ = Views(config).evaluate(images[:1].expand(2, -1, -1, -1), sizes[:2], torch.tensor([1, 2]))
     assert not torch.equal(same_image[0], same_image[1])
 
 
-def test_permuting_whole_patches_is_what_the_views_do() -> None:
+def test_permute_patches_equals_the_permutation_of_augmented_views() -> None:
     view = torch.rand(2, 3, 16, 24, generator=seeded())
     slot = torch.rand(2, 6, generator=seeded()).argsort(1)
     plain = replace(FULL, patch_crop=None, jitter_prob=0, gray_prob=0)
@@ -341,7 +252,7 @@ def test_permuting_whole_patches_is_what_the_views_do() -> None:
     )
 
 
-def test_patches_of_a_photograph_are_those_of_a_loop(samples: Path) -> None:
+def test_patches_of_a_photograph_equal_a_loop(samples: Path) -> None:
     photo = read_image(str(sorted((samples / "VOC2007/JPEGImages").glob("*.jpg"))[0]))
     config = ViewConfig(224, 16, permute=True)
     view = resample(photo[None], torch.tensor([[0, 0, *photo.shape[1:]]]), torch.tensor([False]), (224, 224))
@@ -350,7 +261,7 @@ def test_patches_of_a_photograph_are_those_of_a_loop(samples: Path) -> None:
     torch.testing.assert_close(augment_patches(view, config, draws), expected, rtol=0, atol=2e-5)
 
 
-def test_draws_keep_their_probabilities_and_ranges() -> None:
+def test_draws_have_their_probabilities_and_ranges() -> None:
     draws = draw_patches(replace(FULL, jitter=(0.4, 0.3, 1.5, 0.1)), keys_of(1000))
     assert draws.jittered.float().mean().item() == pytest.approx(0.8, abs=0.02)
     assert draws.gray.float().mean().item() == pytest.approx(0.2, abs=0.02)
@@ -362,7 +273,7 @@ def test_draws_keep_their_probabilities_and_ranges() -> None:
 
 
 def unshuffled(view: Tensor, layout: PatchLayout, patch: int) -> Tensor:
-    """Put each patch of ``(B, 3, h, w)`` back where the layout says that it comes from."""
+    """Move each patch of ``(B, 3, h, w)`` to its position in the layout."""
     result = torch.empty_like(view)
     for b in range(len(view)):
         for slot in range(layout.row.shape[1]):
@@ -373,7 +284,7 @@ def unshuffled(view: Tensor, layout: PatchLayout, patch: int) -> Tensor:
 
 
 @pytest.mark.parametrize("config", [PLAIN, replace(FULL, permute=False)], ids=["plain", "augmented"])
-def test_the_layout_undoes_the_permutation(config: ViewConfig) -> None:
+def test_the_layout_inverts_the_permutation(config: ViewConfig) -> None:
     images, sizes = batch_of(4)
     straight, whole = Views(config).train(images, sizes, keys_of(4))
     moved, layout = Views(replace(config, permute=True)).train(images, sizes, keys_of(4))
@@ -384,7 +295,7 @@ def test_the_layout_undoes_the_permutation(config: ViewConfig) -> None:
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_padding_is_never_seen(train: bool) -> None:
+def test_padding_is_ignored(train: bool) -> None:
     images, _ = batch_of(3, 40, 50)
     sizes = torch.tensor([[20, 50], [40, 13], [40, 50]])
     inside = (torch.arange(40)[:, None] < sizes[:, 0, None, None]) & (torch.arange(50) < sizes[:, 1, None, None])
@@ -396,7 +307,7 @@ def test_padding_is_never_seen(train: bool) -> None:
     assert torch.equal(make(images), make(images * inside[:, None]))
 
 
-def test_the_key_decides_alone() -> None:
+def test_a_training_view_depends_on_the_key_only() -> None:
     images, sizes = batch_of(3)
     before = torch.get_rng_state()
     first, second, other = (Views(FULL).train(images, sizes, keys_of(3, seed))[0] for seed in (3, 3, 4))
@@ -404,7 +315,7 @@ def test_the_key_decides_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_parts_of_a_batch_are_together_the_whole() -> None:
+def test_views_do_not_depend_on_the_batch() -> None:
     images, sizes = torch.randint(0, 256, (6, 3, 40, 48), dtype=torch.uint8), torch.tensor([[40, 48]] * 5 + [[31, 20]])
     config = replace(FULL, size=48, mega=MegaPatches(3, unit=4), noise_prob=0.5)
     keys = keys_of(6)
@@ -415,7 +326,7 @@ def test_parts_of_a_batch_are_together_the_whole() -> None:
     assert torch.equal(torch.cat([part.col for _, part in parts]), layout.col)
 
 
-def test_passes_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_views_do_not_depend_on_the_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     images, sizes = batch_of(5)
     whole, _ = Views(FULL).train(images, sizes, keys_of(5))
     monkeypatch.setattr(module, "CPU_PASS_PIXELS", 2 * 16 * 24)
@@ -423,7 +334,7 @@ def test_passes_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(split, whole, rtol=0, atol=1e-6)
 
 
-def test_normalisation_comes_last_and_colours_stay_in_range() -> None:
+def test_normalisation_is_last_and_colours_stay_in_range() -> None:
     images, sizes = batch_of(6)
     colors, _ = Views(FULL).train(images, sizes, keys_of(6))
     assert colors.min() >= -1e-6 and colors.max() <= 1 + 1e-6
@@ -432,7 +343,7 @@ def test_normalisation_comes_last_and_colours_stay_in_range() -> None:
     torch.testing.assert_close(normal, F.normalize(colors, list(mean), list(std)))
 
 
-def test_autocast_does_not_blur() -> None:
+def test_autocast_does_not_change_views() -> None:
     images, sizes = batch_of(2)
     exact, _ = Views(FULL).train(images, sizes, keys_of(2))
     with torch.autocast("cpu", torch.bfloat16):
@@ -440,7 +351,7 @@ def test_autocast_does_not_blur() -> None:
     assert cast.dtype == torch.float32 and torch.equal(cast, exact)
 
 
-def test_evaluation_shows_the_largest_centred_crop() -> None:
+def test_evaluation_uses_the_largest_centred_crop() -> None:
     images, sizes = batch_of(1, 30, 40)
     square, layout = Views(PLAIN).evaluate(images, sizes, torch.arange(1))
     crop = F.resized_crop(images[0] / 255, 0, 5, 30, 30, [24, 24], antialias=True)
@@ -463,6 +374,6 @@ def test_evaluation_shows_the_largest_centred_crop() -> None:
         ({"size": (32, 16), "mega": MegaPatches(2, shared_cuts=True)}, "square"),
     ],
 )
-def test_impossible_views_are_told(arguments: dict[str, object], message: str) -> None:
+def test_invalid_settings_are_rejected(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         ViewConfig(**({"size": 32, "patch_size": 8} | arguments))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Pre-training's choices: permutation, mega-patches, what it tells, and its picture."""
+"""Pre-training: permutation, mega-patches, metrics, warnings, and its visualisation."""
 
 import json
 import logging
@@ -39,20 +39,20 @@ def model_of(*overrides: object) -> PretrainingModel:
 
 
 @pytest.mark.parametrize(
-    ("asked", "positions", "permuted"),
+    ("setting", "positions", "permuted"),
     [("auto", False, False), ("auto", True, True), ("always", False, True), ("never", True, False)],
 )
-def test_auto_permutes_where_the_encoder_carries_positions(
-    asked: str, positions: bool, permuted: bool, caplog: pytest.LogCaptureFixture
+def test_auto_permutes_if_the_encoder_has_position_information(
+    setting: str, positions: bool, permuted: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="relvit_d2"):
-        model = model_of("PRETEXT.PERMUTE", asked, "MODEL.ENCODER.POS_EMBED", positions)
+        model = model_of("PRETEXT.PERMUTE", setting, "MODEL.ENCODER.POS_EMBED", positions)
     assert model.views.config.permute == permuted
-    assert ("PERMUTE" in caplog.text) == (asked == "auto")
+    assert ("PERMUTE" in caplog.text) == (setting == "auto")
 
 
-def test_permuting_leaves_the_losses_of_a_vit_without_position_embedding_equal() -> None:
-    """Why auto does not permute there; with a position embedding the losses differ."""
+def test_losses_of_a_vit_without_position_embedding_ignore_the_permutation() -> None:
+    """With a position embedding the losses differ."""
     images = torch.randint(0, 256, (3, 3, 40, 40), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     batch = {"images": images, "sizes": torch.tensor([[40, 40]] * 3), "keys": torch.arange(3)}
 
@@ -60,7 +60,7 @@ def test_permuting_leaves_the_losses_of_a_vit_without_position_embedding_equal()
         generator = torch.Generator().manual_seed(1)
         model = model_of("PRETEXT.PERMUTE", permute, "MODEL.ENCODER.POS_EMBED", positions).eval()
         with torch.no_grad():
-            for parameter in model.parameters():  # away from the initial values, so that positions matter
+            for parameter in model.parameters():  # initial values hardly depend on positions
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
             return as_scalars(model(batch))
 
@@ -70,12 +70,12 @@ def test_permuting_leaves_the_losses_of_a_vit_without_position_embedding_equal()
     assert not torch.isclose(moved["loss_position"], straight["loss_position"], rtol=1e-4)
 
 
-def test_unknown_permutation_is_told() -> None:
+def test_an_unknown_permutation_is_rejected() -> None:
     with pytest.raises(UserError, match="auto, always or never"):
         model_of("PRETEXT.PERMUTE", "sometimes")
 
 
-def test_mega_patches_set_the_grid_of_the_tasks() -> None:
+def test_mega_patches_determine_the_grid_of_the_tasks() -> None:
     model = model_of("PRETEXT.MEGA.M", 5)
     assert model.task.grid == model.views.config.grid == (5, 5)
     kept = model_of("PRETEXT.MEGA.M", 5, "PRETEXT.MEGA.UNIT", 2, "PRETEXT.MEGA.KEEP_SIZE", True)
@@ -85,7 +85,7 @@ def test_mega_patches_set_the_grid_of_the_tasks() -> None:
 
 
 def test_pooled_tokens_are_averages_on_half_the_grid() -> None:
-    """The authors' AvgPool2d(3, stride 2, padding 1, count_include_pad=False), counted by hand."""
+    """The authors' AvgPool2d(3, stride 2, padding 1, count_include_pad=False), computed window by window."""
     model = model_of("PRETEXT.POOL", 2).eval()
     assert model.task.grid == (4, 4) and model.views.config.patch_size == 8
     pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -98,7 +98,7 @@ def test_pooled_tokens_are_averages_on_half_the_grid() -> None:
         model_of("PRETEXT.POOL", 3)
 
 
-def test_every_task_trains_through_the_script_and_is_told_beside_its_chance(root: Path, tmp_path: Path) -> None:
+def test_the_script_trains_and_logs_all_tasks_with_chance_levels(root: Path, tmp_path: Path) -> None:
     weights = [part for task in ("DISTANCE", "ANGLE", "BEARING") for part in (f"PRETEXT.WEIGHTS.{task}", 0.5)]
     more = ("PRETEXT.MEGA.M", 4, "PRETEXT.NOISE_PROB", 0.3, "PRETEXT.PAIR_DROPOUT", 0.2, "PRETEXT.PERMUTE", "always")
     for name in ("a", "b"):
@@ -119,8 +119,8 @@ def test_every_task_trains_through_the_script_and_is_told_beside_its_chance(root
     assert "training images: " in done.stdout and "effective rank" in done.stdout
 
 
-def test_a_leak_is_said_once(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Positions are written into the tokens, so that the position head needs no look at the patches."""
+def test_a_position_leak_is_warned_about_once(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The position embedding lets the position head ignore the patches."""
     leaky = ("MODEL.ENCODER.POS_EMBED", True, "PRETEXT.PERMUTE", "never", "PRETEXT.WEIGHTS.RELATION", 0.0)
     fast = ("SOLVER.MAX_ITER", 70, "SOLVER.BASE_LR", 3e-3, "SOLVER.IMS_PER_BATCH", 16, "SOLVER.WARMUP_ITERS", 7)
     cfg = config("OUTPUT_DIR", tmp_path, *leaky, *fast)
@@ -129,11 +129,11 @@ def test_a_leak_is_said_once(root: Path, tmp_path: Path, caplog: pytest.LogCaptu
     files = [*sorted((root / "svhn/train").glob("*.png"))] * 100
     with caplog.at_level(logging.WARNING, logger="relvit_d2"):
         pretraining.build_trainer(cfg, model, files, files[:2]).train()
-    said = [record.message for record in caplog.records if "leak" in record.message]
-    assert len(said) == 1 and "PRETEXT.PERMUTE" in said[0]
+    warnings = [record.message for record in caplog.records if "leak" in record.message]
+    assert len(warnings) == 1 and "PRETEXT.PERMUTE" in warnings[0]
 
 
-def test_no_alarm_where_nothing_leaks(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_warning_without_a_position_leak(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cfg = config("OUTPUT_DIR", tmp_path, "SOLVER.MAX_ITER", 25)
     files = [*sorted((root / "svhn/train").glob("*.png"))] * 20
     with caplog.at_level(logging.WARNING, logger="relvit_d2"):
@@ -142,7 +142,7 @@ def test_no_alarm_where_nothing_leaks(root: Path, tmp_path: Path, caplog: pytest
 
 
 @pytest.mark.parametrize("folder", ["absent", "flat"])
-def test_a_knn_folder_without_classes_is_told(folder: str, tmp_path: Path) -> None:
+def test_a_knn_folder_without_classes_is_rejected(folder: str, tmp_path: Path) -> None:
     (tmp_path / "flat").mkdir()
     with pytest.raises(UserError, match=f"{folder}.*a folder of images for each class"):
         get_class_set(str(tmp_path / folder))
@@ -154,11 +154,11 @@ def test_joint_training_through_the_script(root: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     for name in ("loss_relation", "loss_position", "loss_distance", "loss_cls", "accuracy_relation", "error_distance"):
         assert name in rows[0]
-    assert done.stdout.count("its pretext tasks can be solved") == 1
+    assert done.stdout.count("pretext tasks can be solved") == 1
     run(root, *command("train_net.py", tmp_path, *joint, flags=("--eval-only", "--resume")))
 
 
-def test_the_picture_of_a_run(root: Path, tmp_path: Path) -> None:
+def test_visualisation_of_a_run(root: Path, tmp_path: Path) -> None:
     run(root, *command("pretrain_ssl.py", tmp_path / "run", "PRETEXT.PERMUTE", "always"))
     weights, images = tmp_path / "run/model_final.pth", root / "svhn/test"
     tool = ("relvit-d2", "visualize-pretext", "--images", images, "--output", tmp_path / "out.png", "--weights")
@@ -169,8 +169,8 @@ def test_the_picture_of_a_run(root: Path, tmp_path: Path) -> None:
     assert "model_x.pth" in fails(root, *tool, tmp_path / "run/model_x.pth")
 
 
-def test_rows_of_the_picture_show_the_true_layout(tmp_path: Path) -> None:
-    """With every patch put where the layout says, the view is the image again; the truth is the nine regions."""
+def test_rows_of_the_visualisation_have_the_true_layout(tmp_path: Path) -> None:
+    """The layout restores the image from the view; the relations of the centre are the nine regions."""
     model = model_of("PRETEXT.PERMUTE", "always", "PRETEXT.CROP_SCALE", "[1.0,1.0]", "PRETEXT.PATCH_CROP", 1.0).eval()
     images = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     rows = pretext_rows(model, images, torch.tensor([[32, 32]] * 2), torch.tensor([1, 2]))
@@ -186,10 +186,10 @@ def test_rows_of_the_picture_show_the_true_layout(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["stack", "folder"])
-def test_a_run_of_another_machine_has_its_picture(
+def test_visualisation_of_a_run_of_another_machine(
     kind: str, trees: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Trained on a GPU, compiled, on a folder or on a classification set in an archive, whose images are decoded."""
+    """Trained compiled on a GPU, on a folder or on a classification set in an archive."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     name = f"{trees}/train"
     if kind == "stack":
@@ -204,26 +204,28 @@ def test_a_run_of_another_machine_has_its_picture(
     assert np.asarray(sheet_of_run(tmp_path, count=2)).std() > 10
 
 
-def test_the_next_command_is_that_of_the_kind_of_data(trees: Path) -> None:
+def test_the_next_command_depends_on_the_kind_of_data(trees: Path) -> None:
     cifar, svhn, images = ("cifar10_train", "svhn_train", str(trees))
-    for name, own, data, words in (
+    for name, config_file, data, arguments in (
         (cifar, "configs/ssl/cifar10_vit_s4.yaml", None, "classify --config-file configs/cls/cifar10_vit_s4.yaml"),
         (svhn, "configs/ssl/svhn_vit_s.yaml", None, "train --config-file configs/svhn_vit_s.yaml"),
         (images, "configs/demo/ssl_streets.yaml", "my data", "train --config-file configs/demo/streets.yaml"),
         (images, str(trees / "mine.yaml"), None, "train --config-file FILE"),
     ):
-        said = next_command(own, data, config("DATASETS.TRAIN", f"('{name}',)"), Path("out/encoder.safetensors"))
+        found = next_command(
+            config_file, data, config("DATASETS.TRAIN", f"('{name}',)"), Path("out/encoder.safetensors")
+        )
         where = " --data 'my data'" if data else ""
-        assert said == f"relvit-d2 {words}{where} MODEL.WEIGHTS out/encoder.safetensors"
+        assert found == f"relvit-d2 {arguments}{where} MODEL.WEIGHTS out/encoder.safetensors"
 
 
-def test_every_pretraining_has_a_training_of_its_name() -> None:
-    for own in Path("configs/ssl").glob("*.yaml"):
-        cfg = load_config(str(own), [], "pretrain")
-        assert "FILE" not in next_command(str(own), None, cfg, Path("encoder.safetensors"))
+def test_every_pretraining_config_has_a_training_config_of_its_name() -> None:
+    for path in Path("configs/ssl").glob("*.yaml"):
+        cfg = load_config(str(path), [], "pretrain")
+        assert "FILE" not in next_command(str(path), None, cfg, Path("encoder.safetensors"))
 
 
-def test_assignment_gives_every_token_a_cell_of_its_own_the_surest_first() -> None:
+def test_assignment_is_one_to_one_and_greedy() -> None:
     scores = torch.tensor([[5.0, 4, 0], [6, 1, 0], [0, 0, -1]])
     assert assign(scores).tolist() == [1, 0, 2]
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
@@ -235,7 +237,7 @@ def test_assignment_gives_every_token_a_cell_of_its_own_the_surest_first() -> No
 @pytest.mark.parametrize("script", ["pretrain_ssl.py", "train_net.py"])
 def test_a_compiled_encoder_trains_as_the_eager_one(script: str, root: Path, tmp_path: Path) -> None:
     same = ("MODEL.ENCODER.DROP_PATH", 0.0, "SOLVER.MAX_ITER", 2, "MODEL.COMPILE")
-    eager, compiled = ([*command(script, tmp_path / str(asked), *same, asked)] for asked in (False, True))
+    eager, compiled = ([*command(script, tmp_path / str(on), *same, on)] for on in (False, True))
     run(root, *eager), run(root, *compiled)
-    rows = [json.loads((tmp_path / f"{asked}/metrics.json").read_text().splitlines()[0]) for asked in (False, True)]
+    rows = [json.loads((tmp_path / f"{on}/metrics.json").read_text().splitlines()[0]) for on in (False, True)]
     assert rows[1]["total_loss"] == pytest.approx(rows[0]["total_loss"], rel=1e-4)

@@ -1,4 +1,4 @@
-"""The report page: what it says is what the runs left, and a browser shows it without a word of complaint."""
+"""The report page: it shows the results of the runs, is self-contained, and a browser shows it without errors."""
 
 import html.parser
 import json
@@ -19,12 +19,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relvit_d2.evaluation.coco import coco_ground_truth, ground_truth_file
-from relvit_d2.report.curves import MOST, Line, chart, thinned, ticks
+from relvit_d2.report.comparison import Point, write_comparison
+from relvit_d2.report.curves import MAX_POINTS, Line, chart, thinned
 from relvit_d2.report.detection_sections import detection_sections
-from relvit_d2.report.detections import MIN_IOU, judge, match
+from relvit_d2.report.detections import MIN_IOU, analyze_detections, match
 from relvit_d2.report.page import write_report
-from relvit_d2.report.result_sections import result_table, verdict
-from relvit_d2.report.run_summary import closing_table, end_run
+from relvit_d2.report.results import class_rows, result_rows, seed_rows, summary
+from relvit_d2.report.run_summary import end_run, summary_table
 from relvit_d2.report.runs import Run, read_runs
 from relvit_d2.utils.errors import UserError
 from tests.support.scripts import command, run
@@ -92,15 +93,27 @@ def test_a_page_is_sound_and_holds_all_it_shows(runs: dict[str, Path], names: tu
         info = json.loads((runs[name] / "run.json").read_text())
         assert info["versions"] in page.words and info["command"] in page.words
     if len(names) > 1:
-        assert "Runs of one arm have the same config but for the seed" in page.words
+        assert "The runs of an arm have the same config except for the seed" in page.words
+
+
+def test_a_comparison_has_a_page_with_a_curve_for_each_metric(tmp_path: Path) -> None:
+    curves: dict[str, dict[str, list[Point]]] = {
+        "AP": {"scratch": [Point(10, 20, 3), Point(100, 40, None)], "a<b": [Point(10, 99, 5)]},
+        "AP50": {"a<b": []},
+    }
+    table = ("AP <1>", ["labels", "arm"], [["10 %", "a<b"]])
+    write_comparison("scratch & a<b", ["It is better."], curves, [table], ["a note"], tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.open == [] and page.pictures == ["AP: scratch ends at 40; a<b ends at 99"]
+    assert all(word in page.words for word in ("scratch & a<b", "It is better.", "AP <1>", "10 %", "a note"))
 
 
 def test_every_script_leaves_its_page(runs: dict[str, Path]) -> None:
     for folder in runs.values():
-        assert "What was run" in (folder / "report.html").read_text()
+        assert "Set-up" in (folder / "report.html").read_text()
 
 
-def test_the_tool_compares_runs_and_says_what_is_none(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_the_command_compares_runs_and_refuses_what_is_not_a_run(runs: dict[str, Path], tmp_path: Path) -> None:
     output = tmp_path / "both.html"
     run(tmp_path, "relvit-d2", "report", runs["a"], runs["b"], "--output", output)
     assert output.is_file()
@@ -110,9 +123,10 @@ def test_the_tool_compares_runs_and_says_what_is_none(runs: dict[str, Path], tmp
         read_runs([runs["a"], runs["a"]])
     broken = tmp_path / "broken"
     shutil.copytree(runs["a"], broken)
-    (broken / "metrics.json").write_text('{"iteration": 1, "lo')
-    with pytest.raises(UserError, match=r"broken' are damaged"):
-        read_runs([broken])
+    for line in (b'{"iteration": 1, "lo', b'{"iteration": "1"}', b"[1]", b"\xff"):
+        (broken / "metrics.json").write_bytes((runs["a"] / "metrics.json").read_bytes() + line)
+        with pytest.raises(UserError, match=r"broken' are damaged \(line \d+ of metrics.json\)"):
+            read_runs([broken])
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to open the page with")
@@ -140,29 +154,37 @@ def test_a_browser_shows_the_page_in_full_width_without_errors(
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=1000))
 def test_thinning_keeps_the_mean_of_whole_runs(values: list[float]) -> None:
     kept = thinned(np.array(values))
-    assert len(kept) <= MOST
-    length = -(-len(values) // MOST)
+    assert len(kept) <= MAX_POINTS
+    length = -(-len(values) // MAX_POINTS)
     oracle = [float(np.mean(values[i : i + length])) for i in range(0, len(values), length)]
     np.testing.assert_allclose(kept, oracle, rtol=1e-9, atol=1e-6)
 
 
-@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
-def test_ticks_are_equally_far_apart_and_enclose_the_data(low: float, span: float) -> None:
-    marks = ticks(low, low + span)
-    steps = np.diff(marks)
-    assert 3 <= len(marks) <= 8
-    np.testing.assert_allclose(steps, steps[0], rtol=1e-3)
-    slack = 1e-6 * (abs(low) + span)
-    assert marks[0] <= low + slack and marks[-1] >= low + span - slack
+def points(svg: ElementTree.Element, color: int) -> list[tuple[float, float]]:
+    """Points of the lines of a colour in a chart."""
+    paths = [e.attrib["d"] for e in svg.iter("path") if f"stroke: var(--c{color})" in e.attrib["style"]]
+    return [(float(x), float(y)) for path in paths for x, y in re.findall(r"[ML] (\S+) (\S+)", path)]
 
 
-def test_a_chart_is_sound_xml_whatever_its_names() -> None:
-    line = Line('<b> & "x"', np.arange(5.0), np.array([1.0, 3.0, 2.0, 5.0, 4.0]), 0)
-    root = ElementTree.fromstring(chart("a < b", [line]))
-    assert "ends at 4" in root.attrib["aria-label"]
-    points = root.find("polyline").attrib["points"].split()  # type: ignore[union-attr]
-    heights = [-float(point.split(",")[1]) for point in points]
-    assert np.argsort(heights).tolist() == [0, 2, 1, 4, 3]
+def test_a_chart_is_sound_xml_of_any_names_and_needs_no_other_element_of_the_page() -> None:
+    names = '<b> & "x"', "$x_$ 猫"
+    lines = [Line(name, np.arange(5.0), np.array([1.0, 3.0, 2.0, 5.0, 4.0]) + i, i) for i, name in enumerate(names)]
+    drawn = chart("a < b", lines)
+    svg = ElementTree.fromstring(re.sub(r"xlink:", "", str(drawn.svg)))
+    assert all(f"{name} ends at {value}" in svg.attrib["aria-label"] for name, value in zip(names, (4, 5), strict=True))
+    assert not re.search(r' id="|url\(|href|<style|font-family', drawn.svg)
+    colors = set(re.findall(r"(?:fill|stroke): ([^;\"]+)", drawn.svg))
+    assert colors == {"none", "var(--c0)", "var(--c1)", "var(--soft)", "var(--rule)"}
+    assert len({x for x, _ in points(svg, 0)}) == 5
+
+
+@pytest.mark.parametrize(("percent", "labels"), [(True, "0% 10% 20% 30% 40% 50%"), (False, "0 0.1 0.2 0.3 0.4 0.5")])
+def test_points_of_a_chart_lie_at_their_values(percent: bool, labels: str) -> None:
+    y = np.array([0.1, 0.3, 0.2, 0.45, 0.0])
+    svg = ElementTree.fromstring(chart("t", [Line("l", np.arange(5.0), y, 0)], percent=percent).svg)
+    assert " ".join(e.text or "" for e in svg.iter("text") if "text-anchor: end" in e.attrib["style"]) == labels
+    heights = np.array([height for _, height in points(svg, 0)])
+    assert np.corrcoef(heights, y)[0, 1] == pytest.approx(-1, abs=1e-6)
 
 
 def evaluated(folder: Path, name: str, detections: str = "[]") -> None:
@@ -179,25 +201,25 @@ def run_of(folder: Path, results: dict[str, Any], **config: Any) -> Run:
     return Run(folder, folder.name, config, {}, [], results)
 
 
-def test_detections_are_judged_by_the_truth_of_the_set_that_was_evaluated(tmp_path: Path) -> None:
+def test_detections_are_compared_with_the_truth_of_the_set_that_was_evaluated(tmp_path: Path) -> None:
     detection = {"image_id": "b[:2]", "category_id": 0, "bbox": [1, 1, 4, 4], "score": 0.9}
     evaluated(tmp_path / "inference", "a")
     evaluated(tmp_path / "inference", "b[:2]", json.dumps([detection]))
-    judged = judge(tmp_path / "inference", "b[:2]")
-    assert judged and judged.images[0].f1 == 1 and judged.precision[0].tolist() == [1] * 101
+    found = analyze_detections(tmp_path / "inference", "b[:2]")
+    assert found and found.images[0].f1 == 1 and found.precision[0].tolist() == [1] * 101
     detector = {"TASK": "detection", "DATASETS.TEST": ["a"]}
     one = run_of(tmp_path, {"b[:2]": {"bbox": {"AP": 1.0}}}, **detector)
-    assert [name for _, name, _ in detection_sections([one])] == ["b[:2]"]
+    assert [section.dataset for section in detection_sections([one])] == ["b[:2]"]
     for name in "cd":
         evaluated(tmp_path / "inference" / name, name)
     several = run_of(tmp_path, {"c": {}, "d": {}}, **detector)
-    assert [name for _, name, _ in detection_sections([several])] == ["c", "d"]
+    assert [section.dataset for section in detection_sections([several])] == ["c", "d"]
 
 
 def test_a_class_without_objects_has_no_precision_even_without_detections(tmp_path: Path) -> None:
     evaluated(tmp_path, "set")
-    judged = judge(tmp_path, "set")
-    assert judged and judged.precision[0].tolist() == [0] * 101 and np.isnan(judged.precision[1]).all()
+    found = analyze_detections(tmp_path, "set")
+    assert found and found.precision[0].tolist() == [0] * 101 and np.isnan(found.precision[1]).all()
 
 
 @pytest.mark.parametrize("damaged", ["[{", '[{"bbox": [1, 1, 4, 4]}]', '{"bbox": 1}'])
@@ -206,32 +228,51 @@ def test_damaged_detections_are_one_sentence(damaged: str, tmp_path: Path) -> No
     if damaged.startswith("{"):
         ground_truth_file(tmp_path, "set").write_text("[]")
     with pytest.raises(UserError, match=r"coco_instances_results\.json' or .* is damaged .* --eval-only"):
-        judge(tmp_path, "set")
+        analyze_detections(tmp_path, "set")
 
 
-def test_what_was_evaluated_is_said(tmp_path: Path) -> None:
+def test_the_summary_of_results(tmp_path: Path) -> None:
     errors = {"held_out": {"error_distance": 0.25, "chance_distance": 0.5, "feature_std": 1.0}}
     classifier = {"cifar10_test": {"test": {"top1": 90.1, "loss": 0.3}, "images": 9}, "validation": {"top1": 88.0}}
-    said: dict[str, dict[str, Any]] = {
+    expected: dict[str, dict[str, Any]] = {
         "distance error 0.250 (chance 0.500) on held out": errors,
         "relation accuracy 30.0% (chance 20.0%) on held out": {
             "held_out": {"accuracy_relation": 0.3, "chance_relation": 0.2}
         },
-        "bbox AP: nothing to find on svhn_test": {"svhn_test": {"bbox": {"AP": None, "AP50": None}}},
+        "bbox AP: no objects on svhn_test": {"svhn_test": {"bbox": {"AP": None, "AP50": None}}},
         "bbox AP 12.3 on svhn_test": {"svhn_test": {"bbox": {"AP": 12.34}}},
         "test top1 90.1 % on cifar10_test\ntop1 88.0 % on validation": classifier,
-        "no figures": {"svhn_test": {}},
+        "no metrics": {"svhn_test": {}},
         "no evaluation: DATASETS.TEST is empty": {},
     }
-    for words, results in said.items():
+    for words, results in expected.items():
         one = run_of(tmp_path, results, **{"SOLVER.IMS_PER_BATCH": 1})
-        assert "\n".join(verdict(one)) == ("" if words.startswith("no ") else words)
-        table = closing_table(one, "go on")
+        assert "\n".join(summary(one)) == ("" if words.startswith("no ") else words)
+        table = summary_table(one, "go on")
         assert all(line in table for line in words.splitlines()) and "go on" in table
-    assert "AP figures and top1 are in percent" in result_table([run_of(tmp_path, classifier)])
 
 
-def test_a_fault_of_the_report_is_told_and_spoils_nothing(
+def test_rows_of_results(tmp_path: Path) -> None:
+    def detector(seed: int, ap: float, cat: float | None) -> Run:
+        figures = {"AP": ap, "AP50": None, "AP-cat": cat}
+        held_out = {"accuracy_relation": 0.25, "chance_relation": 0.2 + seed / 10}
+        return run_of(tmp_path / str(seed), {"voc": {"bbox": figures}, "held_out": held_out}, SEED=seed)
+
+    runs = [detector(0, 12.0, 3.5), detector(1, 14.0, None)]
+    assert result_rows(runs) == [
+        ["voc bbox AP", ("12.00", ""), ("14.00", "+2")],
+        ["voc bbox AP50", ("-", ""), ("-", "")],
+        ["accuracy relation", ("0.25", ""), ("0.25", "+0")],
+        ["chance relation", ("0.2", ""), ("0.3", "")],
+    ]
+    assert seed_rows(runs) == [
+        ["0", "voc bbox AP", "13.00", f"{2**0.5:.4g}", "2 (0, 1)"],
+        ["0", "accuracy relation", "0.25", "0", "2 (0, 1)"],
+    ]
+    assert class_rows(runs) == [("AP on voc, bbox", [["cat", 3.5, None]])]
+
+
+def test_an_error_of_the_report_is_logged_and_does_not_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: object) -> None:
@@ -242,7 +283,7 @@ def test_a_fault_of_the_report_is_told_and_spoils_nothing(
     (tmp_path / "config.yaml").write_text("SOLVER: {IMS_PER_BATCH: 2}")
     with caplog.at_level("INFO"):
         end_run(tmp_path, "go on")
-    assert "the report is not whole: RuntimeError: it broke" in caplog.text
+    assert "the report could not be written: RuntimeError: it broke" in caplog.text
     assert "no evaluation" in caplog.text and "go on" in caplog.text
     caplog.clear()
     (tmp_path / "config.yaml").unlink()

@@ -1,9 +1,9 @@
-"""Runs commands in forks of one process that has imported what they import, most of the time of a short run.
+"""Runs commands in forks of a process with all imports, which take most of the time of a short run.
 
 Reads requests from its standard input, a JSON object a line: ``argv`` (``relvit-d2`` or a script, and arguments),
-``env`` (the whole environment), ``out`` and ``err`` (files for what is printed). Answers each with its exit status, a
-negative one for a signal. Only imports happen before a fork, so no thread and no random state is shared; variables that
-libraries read when they are imported must be those of the server.
+``env`` (the whole environment), ``out`` and ``err`` (output files). Prints the exit status of each, negative for a
+signal. Before a fork the server only imports, so forks share no threads and no random state. Environment variables that
+libraries read during imports are those of the server.
 """
 
 import json
@@ -16,10 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-# What the commands import when they run.
+# Imports of the commands.
 import relvit_d2.classification.run
 import relvit_d2.detection.run
 import relvit_d2.engine.distributed
+import relvit_d2.experiments.compare
 import relvit_d2.experiments.reproduce
 import relvit_d2.pretraining.run
 import relvit_d2.report.prediction_files
@@ -33,7 +34,7 @@ for line in sys.stdin:
         break
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     with suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)  # nothing that the script started is left
+        os.killpg(child, signal.SIGKILL)  # processes that the command started
     print(status, flush=True)
 else:
     sys.exit()

@@ -1,4 +1,4 @@
-"""Results of runs, compared."""
+"""Comparison of the results of runs."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def equal(a: object, b: object) -> bool:
 
 
 def rows(output: Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.json``, less what a clock measured."""
+    """Return the rows of ``metrics.json`` without measured times."""
     clocks = ("time", "data_time", "eta_seconds")
     lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in clocks} for line in lines]

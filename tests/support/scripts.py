@@ -1,4 +1,4 @@
-"""Commands and scripts as a user runs them: subprocesses, real files, exit statuses."""
+"""Run commands and scripts as subprocesses."""
 
 import json
 import os
@@ -24,7 +24,7 @@ SCRIPTS = tuple(CONFIGS)
 
 
 def command(script: str, output: Path, *more: object, flags: tuple[object, ...] = ()) -> tuple[object, ...]:
-    """A tiny run of ``script`` on what the data root holds as SVHN; ``more`` overrides its keys."""
+    """Return the command of a short run of ``script`` on the SVHN of the data root; ``more`` overrides its keys."""
     names = ("DATASETS.TRAIN", "('svhn_train',)", "DATASETS.TEST", "('svhn_test',)", "OUTPUT_DIR", output)
     return (script, "--config-file", CONFIGS[script], *flags, *TINY[script].split(), *names, *more)
 
@@ -40,20 +40,20 @@ def _environment(root: Path) -> dict[str, str]:
 
 @contextmanager
 def started(root: Path, *command: object, fault: str = "") -> Iterator[subprocess.Popen[str]]:
-    """Start a command with ``root`` as the data root; nothing of it is left when the block ends.
+    """Start a command with ``root`` as the data root; all its processes are killed after the block.
 
     Args:
         command: ``relvit-d2`` and its arguments, or a script and its arguments.
-        fault: see ``tests/support/faults/sitecustomize.py``.
+        fault: fault to inject; see ``tests/support/faults/sitecustomize.py``.
     """
     environment = _environment(root)
     if fault:
         environment |= {"PYTHONPATH": f"{Path(__file__).with_name('faults')}:{ROOT}", "RELVIT_FAULT": fault}
-    words = [*map(str, command)]
-    if words[0] == "relvit-d2":
-        words[:1] = ["-m", "relvit_d2"]
+    arguments = [*map(str, command)]
+    if arguments[0] == "relvit-d2":
+        arguments[:1] = ["-m", "relvit_d2"]
     process = subprocess.Popen(
-        [sys.executable, *words],
+        [sys.executable, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -70,7 +70,7 @@ def started(root: Path, *command: object, fault: str = "") -> Iterator[subproces
 
 @cache
 def _fork_server() -> subprocess.Popen[str]:
-    """Start ``tests/support/fork_server.py``; it ends with this process."""
+    """Start ``tests/support/fork_server.py``, which ends with this process."""
     return subprocess.Popen(
         [sys.executable, Path(__file__).with_name("fork_server.py")],
         stdin=subprocess.PIPE,
@@ -93,27 +93,27 @@ def _forked(root: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
 def run(
     root: Path, *command: object, status: int = 0, fault: str = "", fresh: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end; its exit status must be ``status``, a negative one for a signal.
+    """Run a command; its exit status must be ``status``, negative for a signal.
 
-    One process without a fault is forked from one that has imported everything: a start takes seconds.
+    A single process without a fault is forked from the fork server, which saves the time of imports.
 
     Args:
-        fault: see ``tests/support/faults/sitecustomize.py``.
-        fresh: start a new interpreter all the same, for variables that libraries read when they are imported.
+        fault: fault to inject; see ``tests/support/faults/sitecustomize.py``.
+        fresh: always start a new interpreter, for environment variables that are read during imports.
     """
-    words = [*map(str, command)]
-    if fresh or fault or "--num-gpus" in words or words[0].startswith("-"):
-        with started(root, *words, fault=fault) as process:
+    arguments = [*map(str, command)]
+    if fresh or fault or "--num-gpus" in arguments or arguments[0].startswith("-"):
+        with started(root, *arguments, fault=fault) as process:
             output, errors = process.communicate()
-        done = subprocess.CompletedProcess(words, process.returncode, output, errors)
+        done = subprocess.CompletedProcess(arguments, process.returncode, output, errors)
     else:
-        done = _forked(root, words)
+        done = _forked(root, arguments)
     assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
 
 def fails(root: Path, *command: object, fault: str = "", fresh: bool = False) -> str:
-    """Run a command that must fail with one sentence; return it."""
+    """Run a command that must fail with a one-sentence error; return it."""
     done = run(root, *command, status=1, fault=fault, fresh=fresh)
     assert "Traceback" not in done.stdout + done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -124,12 +124,19 @@ def fails(root: Path, *command: object, fault: str = "", fresh: bool = False) ->
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | None, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "timeout"
         assert process is None or process.poll() is None, "".join(process.communicate())
         time.sleep(0.02)
 
 
+def children(pid: int) -> list[int]:
+    """Return the process IDs of the children of a process; empty if it has ended."""
+    with suppress(OSError):
+        return [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
+    return []
+
+
 def digests(folder: Path, pattern: str = "*") -> dict[str, str]:
-    """Return the digest of each file right in ``folder``, but for the log, that every start adds to."""
+    """Return the digest of each file in ``folder``, without sub-folders and the log, to which every start appends."""
     files = [path for path in folder.glob(pattern) if path.is_file() and path.name != "log.txt"]
     return {path.name: sha256(path.read_bytes()).hexdigest() for path in files}

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all."""
+"""Atomic writes, encodings and output paths."""
 
 import ast
 import json
@@ -17,9 +17,11 @@ SOURCES = sorted(p for folder in ("relvit_d2", "tools", "benchmarks", "docs") fo
 
 
 def opens_text(call: ast.Call) -> bool:
-    """Whether a call reads or writes text, as far as its own words say; ``path.open()`` of an archive is left out."""
+    """Whether a call reads or writes text, judged by its arguments; ``path.open()`` of an archive is omitted."""
     function, keys = call.func, {keyword.arg: keyword.value for keyword in call.keywords}
     name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    if name == "read_text" and call.args:  # an encoding, or a file of importlib.metadata, which is UTF-8
+        return False
     if {"text", "universal_newlines"} & keys.keys() or name in ("read_text", "write_text"):
         return True
     if name not in ("open", "fdopen"):
@@ -30,8 +32,8 @@ def opens_text(call: ast.Call) -> bool:
 
 
 def test_text_is_utf8_whatever_the_locale() -> None:
-    """Every call that opens text names its encoding, but for ``write_text`` of ``relvit_d2.utils.files``."""
-    forgotten = []
+    """Every call that opens text has an encoding, except ``write_text`` of ``relvit_d2.utils.files``."""
+    missing = []
     for path in SOURCES:
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(call, ast.Call) and opens_text(call):
@@ -39,8 +41,8 @@ def test_text_is_utf8_whatever_the_locale() -> None:
                 ours = ast.unparse(call.func) == "write_text"
                 old = path.name == "setup_env.py" and "universal_newlines" in given  # for a Python without encoding=
                 if not (ours or old or "encoding" in given):
-                    forgotten.append(f"{path}:{call.lineno}: {ast.unparse(call)}")
-    assert not forgotten
+                    missing.append(f"{path}:{call.lineno}: {ast.unparse(call)}")
+    assert not missing
 
 
 def test_names_of_files_are_written_as_their_bytes(tmp_path: Path) -> None:
@@ -66,7 +68,7 @@ def test_a_folder_is_made_or_refused_in_one_sentence(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     for folder in (file, file / "below"):
-        with pytest.raises(UserError, match=f"'{folder}' cannot be made .*choose another folder"):
+        with pytest.raises(UserError, match=f"'{folder}' cannot be created .*choose another folder"):
             make_folder(folder)
 
 
@@ -82,17 +84,17 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
     assert path.read_text() == "old"
 
 
-def test_what_is_not_finite_becomes_null(tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_are_written_as_null(tmp_path: Path) -> None:
     write_json(tmp_path / "deep/results.json", {"AP": float("inf"), "rows": [1.5, float("nan")]})
     assert json.loads((tmp_path / "deep/results.json").read_text()) == {"AP": None, "rows": [1.5, None]}
 
 
-def test_leftovers_of_killed_processes_go(tmp_path: Path) -> None:
+def test_temporary_files_of_killed_processes_are_removed(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    stay = {f".model.pth.{os.getppid()}.part", "other/.model.pth.9.part", "model.pth"}
-    for name in (*stay, f".model.pth.{gone.pid}.part", f".config.yaml.{os.getpid()}.part", ".part", ".x.part"):
+    kept = {f".model.pth.{os.getppid()}.part", "other/.model.pth.9.part", "model.pth"}
+    for name in (*kept, f".model.pth.{gone.pid}.part", f".config.yaml.{os.getpid()}.part", ".part", ".x.part"):
         (tmp_path / name).touch()
     remove_leftovers(tmp_path)
-    assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()} == stay | {".part"}
+    assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()} == kept | {".part"}

@@ -11,14 +11,14 @@ metrics = st.builds(Metric, st.floats(0, 1), st.none() | st.floats(0, 1), st.sam
 
 
 @given(st.dictionaries(names.map(lambda name: name.rpartition("/")[2]), metrics), st.sampled_from(["", "held_out/"]))
-def test_metrics_are_read_as_they_were_written(written: dict[str, Metric[float]], head: str) -> None:
+def test_from_scalars_inverts_as_scalars(written: dict[str, Metric[float]], head: str) -> None:
     scalars = as_scalars({**written, "total_loss": 1.0, "feature_std": 0.5})
     assert scalars.items() >= {"total_loss": 1.0, "feature_std": 0.5}.items()
     under = {head + name: value for name, value in scalars.items()}
     assert from_scalars(under) == {head + name: metric for name, metric in written.items()}
 
 
-def test_the_scalars_have_the_names_of_earlier_runs() -> None:
+def test_names_of_scalars() -> None:
     outputs = {"relation": Metric(0.3, 0.2), "distance": Metric(0.25, None, "error"), "loss_relation": 2.0}
     scalars = {"accuracy_relation": 0.3, "chance_relation": 0.2, "error_distance": 0.25, "loss_relation": 2.0}
     assert as_scalars(outputs) == scalars
@@ -29,5 +29,5 @@ def test_the_scalars_have_the_names_of_earlier_runs() -> None:
     ("name", "less"),
     [("bbox/AP", False), ("held_out/loss_cls", True), ("held_out/error_angle", True), ("held_out/accuracy_x", False)],
 )
-def test_the_best_of_a_loss_or_an_error_is_the_least(name: str, less: bool) -> None:
+def test_losses_and_errors_are_better_if_lower(name: str, less: bool) -> None:
     assert less_is_better(name) == less

@@ -13,7 +13,7 @@ from relvit_d2.utils.hashing import hashed_uniform
 from relvit_d2.utils.randomness import image_keys
 
 
-def test_the_images_of_an_epoch_have_different_keys_and_epochs_seeds_and_purposes_have_others() -> None:
+def test_keys_differ_between_images_epochs_seeds_and_purposes() -> None:
     index = torch.arange(100_000)
     keys = image_keys(0, "views", 3, index)
     assert keys.unique().numel() == len(index)
@@ -23,7 +23,7 @@ def test_the_images_of_an_epoch_have_different_keys_and_epochs_seeds_and_purpose
     assert torch.equal(image_keys(2**70, "views", 3, index[:5]), image_keys(2**70, "views", 3, index)[:5])
 
 
-def test_numbers_for_all_purposes_images_and_epochs_are_uniform_and_uncorrelated() -> None:
+def test_numbers_are_uniform_and_uncorrelated() -> None:
     keys = image_keys(0, "views", torch.arange(8)[:, None], torch.arange(2000))
     numbers = hashed_uniform(keys[..., None, None], torch.tensor([*Draw])[:, None], torch.arange(3)).flatten(2)
     assert numbers.min() >= 0 and numbers.max() < 1
@@ -38,12 +38,12 @@ def test_numbers_for_all_purposes_images_and_epochs_are_uniform_and_uncorrelated
 
 
 @pytest.mark.parametrize("high", [1, 2, 3, 7, 24, 97, 5000, 2**20 + 1])
-def test_the_largest_number_stays_below_the_integer_that_it_is_scaled_to(high: int) -> None:
+def test_a_product_with_an_integer_is_below_the_integer(high: int) -> None:
     assert (torch.tensor(1 - 2.0**-24) * high).long() == high - 1
 
 
 def keys_and_labels(parts: int, start: int, count: int) -> tuple[Tensor, Tensor]:
-    """What ``count`` batches of parts hold, from iteration ``start`` on, in a row."""
+    """Return keys and labels of ``count`` batches from iteration ``start`` on, concatenated."""
     values = ["SOLVER.IMS_PER_BATCH", "6", "SOLVER.GRAD_ACCUM_STEPS", str(parts), "MODEL.DEVICE", "cpu"]
     cfg = load_config("configs/base/ssl.yaml", values)
     stack = ImageStack(torch.zeros(10, 3, 8, 8, dtype=torch.uint8), "zeros")
@@ -51,7 +51,7 @@ def keys_and_labels(parts: int, start: int, count: int) -> tuple[Tensor, Tensor]
     return torch.cat([batch["keys"] for batch in batches]), torch.cat([batch["labels"] for batch in batches])
 
 
-def test_the_keys_of_batches_depend_on_seed_epoch_and_image_alone() -> None:
+def test_keys_of_batches_depend_on_seed_epoch_and_image_only() -> None:
     keys, labels = keys_and_labels(1, 0, 5)
     epochs = torch.arange(30) // 10
     assert torch.equal(keys, image_keys(load_config("configs/base/ssl.yaml", []).SEED, "views", epochs, labels))

@@ -4,6 +4,7 @@
 folders with a folder for each class.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,9 +16,11 @@ from detectron2.utils import comm
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN, Flowers102
 
+from relvit_d2.data.classification.division import split
 from relvit_d2.data.classification.image_folder import LabelledImages, archive_of, concatenate, read_tree
 from relvit_d2.data.classification.imagenet100 import synsets
-from relvit_d2.data.detection.catalog import dataset_root, subset
+from relvit_d2.data.detection.catalog import dataset_root, subset, without_seed
+from relvit_d2.data.detection.splits import HELD_OUT, SEED
 from relvit_d2.data.images.batches import ImageStack
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.registry import Registry
@@ -35,13 +38,15 @@ _JPEG_NOTE = (
 def is_class_set(name: str) -> bool:
     """Whether ``name``, which may be a subset, is a classification set or a path into an archive."""
     base, _ = subset(name)
-    return base in CLASS_SETS or archive_of(Path(base).expanduser()) is not None
+    return base in CLASS_SETS or bool(_folder_and_part(base)[1]) or archive_of(Path(base).expanduser()) is not None
 
 
 def get_class_set(name: str, download: bool = False, synset_file: str = "") -> LabelledImages:
     """Return a set of ``CLASS_SETS``, or a folder of class folders, which may be inside an archive.
 
-    ``NAME[:500]`` and ``NAME[:10%]`` are subsets with equally many images of each class, up to one.
+    ``NAME[:500]`` and ``NAME[:10%]`` are subsets with equally many images of each class, up to one; ``NAME[:10%@3]`` is
+    a random one with seed 3. ``PATH[train]`` and ``PATH[val]`` are the parts of a folder without splits: one image in
+    five is in ``val``, duplicates and near-duplicates are in the same part.
 
     Args:
         name: the name or the path.
@@ -55,17 +60,27 @@ def get_class_set(name: str, download: bool = False, synset_file: str = "") -> L
 
 
 def _listed(name: str, download: bool, synset_file: str) -> LabelledImages:
-    base, select = subset(name)
+    plain, seed = without_seed(name)
+    base, select = subset(plain)
+    folder, part = _folder_and_part(base)
     if base in CLASS_SETS:
         whole = CLASS_SETS[base](download, synset_file)
-    elif "/" in base or Path(base).exists():
-        path = Path(base).expanduser()
-        whole = read_tree(path, note=_JPEG_NOTE if _is_jpeg_cifar(path) else "")
+    elif "/" in folder or Path(folder).exists():
+        path = Path(folder).expanduser()
+        whole = read_tree(path, name=base if part else "", note=_JPEG_NOTE if _is_jpeg_cifar(path) else "")
+        if part:
+            whole = split(whole, 1 / HELD_OUT, SEED)[part == "val"]
     else:
         whole = CLASS_SETS[base](download, synset_file)  # raises, with the nearest name
-    order = whole.class_interleaved()
+    order = whole.class_interleaved(seed)
     chosen = select(order.tolist())
     return whole if len(chosen) == len(whole) else whole.take(torch.tensor(chosen))
+
+
+def _folder_and_part(base: str) -> tuple[str, str]:
+    """Split ``PATH[train]`` or ``PATH[val]`` into the path and ``train`` or ``val``; return any other name with ""."""
+    match = re.fullmatch(r"(.+)\[(train|val)\]", base)
+    return (match[1], match[2]) if match and not Path(base).exists() else (base, "")
 
 
 def list_class_sets(key: str, names: Sequence[str], download: bool = False, synset_file: str = "") -> LabelledImages:

@@ -17,6 +17,7 @@ from relvit_d2.data.images.batches import Images, ImageStack, joined, take
 from relvit_d2.data.images.decode import image_size
 from relvit_d2.data.images.folder import EXTENSIONS, list_images
 from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.randomness import subset_order
 
 IN_MEMORY = 2**31  # bytes of decoded pixels up to which images of one size are kept decoded
 
@@ -82,9 +83,15 @@ class LabelledImages:
             target.copy_(pixels)
         return LabelledImages(self.name, ImageStack(stack, self.name), self.labels, self.classes, self.note)
 
-    def class_interleaved(self) -> Tensor:
-        """Return image indices, ``(n,)`` int64: the first of each class, then the second of each, and so on."""
-        return (rank_in_class(self.labels) * len(self.classes) + self.labels).argsort()
+    def class_interleaved(self, seed: int | None = None) -> Tensor:
+        """Return image indices, ``(n,)`` int64: the first of each class, then the second of each, and so on.
+
+        Args:
+            seed: seed of a random order within each class; None: the order of the data set.
+        """
+        order = torch.arange(len(self)) if seed is None else torch.from_numpy(subset_order(seed, len(self)))
+        labels = self.labels[order]
+        return order[(rank_in_class(labels) * len(self.classes) + labels).argsort()]
 
 
 def rank_in_class(labels: Tensor) -> Tensor:

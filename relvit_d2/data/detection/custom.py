@@ -86,7 +86,7 @@ def open_folder(root: Path, form: str = "") -> tuple[str, LabelledFolder]:
     missing = signs[form] if form else ", ".join(signs.values())
     near = "".join(f"; {reason}" for reason in near_misses(root))
     raise UserError(
-        f"'{root}' holds no labels that can be read ({missing}): correct the path, see docs/custom_data.md{near}"
+        f"'{root}' contains no labels that can be read ({missing}): correct the path, see docs/custom_data.md{near}"
     )
 
 
@@ -169,7 +169,7 @@ def config_pairs_of_inputs(inputs: list[str]) -> list[Any]:
 
 
 def register_custom(keys: Mapping[str, Any], labels: bool = True) -> None:
-    """Register the sets of ``CUSTOM`` that ``TRAIN`` or ``TEST`` contains.
+    """Register the sets of ``CUSTOM`` that ``TRAIN``, ``TEST`` or ``EXCLUDE`` contains.
 
     Args:
         keys: the config node ``DATASETS``; ``CUSTOM`` contains for each name ``ROOT``, and optionally ``FORMAT``,
@@ -179,7 +179,7 @@ def register_custom(keys: Mapping[str, Any], labels: bool = True) -> None:
     Raises:
         UserError: a key is unknown or missing, or the labels cannot be read.
     """
-    used = {catalog.subset(name)[0] for name in (*keys["TRAIN"], *keys["TEST"])}
+    used = {catalog.subset(name)[0] for name in (*keys["TRAIN"], *keys["TEST"], *keys.get("EXCLUDE", ()))}
     for name, entry in keys["CUSTOM"].items():
         where = f"DATASETS.CUSTOM.{name}"
         if not isinstance(entry, Mapping):

@@ -13,7 +13,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from relvit_d2.data.cache import Labels, cached
 from relvit_d2.data.detection.data_yaml import Description, read_description
 from relvit_d2.data.detection.records import (
     BoxValidator,
@@ -114,24 +113,20 @@ class YoloFolder:
                 f"no image of the split '{split}' of '{self.root}' has a label file: put the label files there"
             )
         keypoints = self.description.keypoints
-
-        def read() -> Labels:
-            names = self.description.names or self._class_numbers()
-            if not self.description.names and list(names.values()) != list(classes):
-                names = dict(enumerate(classes))
-            category_ids = {number: index for index, number in enumerate(names)}
-            validator = BoxValidator(str(self.root))
-            read_one = [
-                _record(image, label, self.root, category_ids, keypoints, validator)
-                for image, label in zip(images, labels, strict=True)
-            ]
-            warnings = [f"key points of '{self.root}' are not used, only the boxes"] if keypoints else []
-            return list(names.values()), read_one, validator.warnings() + warnings
-
-        sources = [*images, *labels, *self.description.sources]
-        name = f"YOLO labels, {split}, {keypoints} numbers of key points, {' '.join(classes)}"
-        names, records, _ = cached(name, self.root, sources, read)
-        return renumber_classes(records, names, classes, str(self.root))
+        names = self.description.names or self._class_numbers()
+        if not self.description.names and list(names.values()) != list(classes):
+            names = dict(enumerate(classes))
+        category_ids = {number: index for index, number in enumerate(names)}
+        validator = BoxValidator(str(self.root))
+        records = [
+            _record(image, label, self.root, category_ids, keypoints, validator)
+            for image, label in zip(images, labels, strict=True)
+        ]
+        for warning in validator.warnings():
+            logger.warning(warning)
+        if keypoints:
+            logger.warning(f"key points of '{self.root}' are not used, only the boxes")
+        return renumber_classes(records, list(names.values()), classes, str(self.root))
 
     def images(self, split: str, skip_missing: bool) -> list[Path]:
         """List the images of one of ``sets``; no label is read."""

@@ -107,9 +107,10 @@ class TrainingBatches:
             _check_channels(cfg, images)
             self._batches = StackBatches(images.to(cfg.MODEL.DEVICE), self._order)
         else:
-            options = ImageReader.of(cfg), pad_images, self._order, cfg.SEED, cfg.DATALOADER.NUM_WORKERS
+            options = ImageReader.of(cfg), pad_images, self._order, cfg.SEED
+            workers, timeout = cfg.DATALOADER.NUM_WORKERS, cfg.DATALOADER.TIMEOUT
             # A replacement for an unreadable image would have another label.
-            self._batches = EndlessBatches(images, *options, replaces=labels is None)
+            self._batches = EndlessBatches(images, *options, workers, timeout, replaces=labels is None)
 
     def __iter__(self) -> Generator[dict[str, Any], None, None]:
         with closing(iter(self._batches)) as batches:
@@ -138,7 +139,7 @@ def fixed_batches(cfg: CfgNode, images: Images, size: int, replaces: bool = Fals
             pixels = images.pixels[int(keys[0]) : int(keys[-1]) + 1]
             yield {"images": pixels, "sizes": _sizes(pixels, len(keys)), "keys": keys}
         return
-    options = ImageReader.of(cfg), pad_images, size, cfg.DATALOADER.NUM_WORKERS, rank, world
+    options = ImageReader.of(cfg), pad_images, size, cfg.DATALOADER.NUM_WORKERS, rank, world, cfg.DATALOADER.TIMEOUT
     batches = ordered_batches(images, *options, replaces=replaces)
     first = batches.first
     for batch in batches:

@@ -11,9 +11,7 @@ from relvit_d2.utils.errors import UserError
 def add_pixel_format_config(cfg: CfgNode) -> None:
     """Add the channels and the range of pixel values, in place; without these keys images are 8-bit RGB."""
     add_groups(cfg, "INPUT")
-    cfg.INPUT.CHANNELS = (
-        3  # of every image: 3 for RGB, 1 for grayscale; also the number of values of PIXEL_MEAN and PIXEL_STD
-    )
+    cfg.INPUT.CHANNELS = 3  # number of channels of an image, 3 for RGB; also the length of PIXEL_MEAN and PIXEL_STD
     cfg.INPUT.MAX_VALUE = 0  # value that becomes 255 for images of more than 8 bits; 0: 65535, the maximum of 16 bits
     cfg.register_renamed_key("INPUT.WHITE", "INPUT.MAX_VALUE")
 

@@ -24,7 +24,7 @@ from relvit_d2.data.images.limits import (
     open_image,
 )
 from relvit_d2.data.images.orientation import SWAPPED, orientation, upright
-from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.errors import UserError, resource_error
 
 DEEP_MODES = ("I", "F")  # Pillow's modes of more than eight bits, beside those that begin with I;16
 BLOCK = 2**20  # values that are converted at once
@@ -71,6 +71,8 @@ def reading(path: ImageFile | str) -> Iterator[None]:
     except LimitError as error:
         raise UnreadableImageError(f"image '{path}' {error}") from error
     except DAMAGE as error:
+        if isinstance(error, OSError) and (lack := resource_error(error)):  # not the image's fault
+            raise lack from error
         raise UnreadableImageError(f"image '{path}' is damaged or truncated ({error}): replace it") from error
 
 

@@ -34,6 +34,7 @@ NEAR = 7
 """Maximum number of different bits in hashes of nearly equal images. Of copies of 80 VOC photos in another quality or
 half the size, 99 % differ in at most 7 bits; any two of the photos differ in at least 37."""
 
+MAX_COMPARED = 200_000  # maximum number of images that are decoded to find duplicates, which takes minutes
 GRID = 8  # rows and columns of the hash
 MIN_BITS = 4  # minimum number of zeros and of ones in a hash that distinguishes images
 BLOCK = 2**20  # pairs of hashes that are compared at once

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from PIL import Image
 from scipy.io import loadmat, savemat
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN, Flowers102
 
-from relvit_d2.data.classification.datasets import CLASS_SETS, get_class_set, get_class_sets
+from relvit_d2.data.classification.datasets import CLASS_SETS, get_class_set, get_class_sets, list_class_sets
 from relvit_d2.data.classification.image_folder import LabelledImages, read_tree
 from relvit_d2.data.classification.imagenet100 import synsets
 from relvit_d2.data.images.batches import ImageStack
@@ -249,6 +250,30 @@ def test_subset_is_balanced_over_classes(tmp_path: Path) -> None:
 
 def damage(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_random_subset_of_a_class_folder_is_class_balanced(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for number in range(6):
+            pixels = random.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((32, 24)).save(tmp_path / name / f"{number}.png")
+    whole = read_tree(tmp_path)
+
+    def files(subset: str) -> list[str]:
+        return sorted(str(file) for file in list_class_sets("DATASETS.TRAIN", [f"{tmp_path}{subset}"]).images)
+
+    drawn = [files(f"[:50%@{seed}]") for seed in range(4)]
+    assert all([sum(f"/{name}/" in file for file in found) for name in "ab"] == [3, 3] for found in drawn)
+    assert drawn[1] == files("[:6@1]") and len({tuple(found) for found in drawn}) > 1
+    assert set(files("[:2@1]")) < set(drawn[1]) and files("[:100%@1]") == sorted(map(str, whole.images))
+    # The parts of a folder without splits: one image in five of each class, duplicates in the same part.
+    shutil.copy(tmp_path / "a/0.png", tmp_path / "a/copy.png")
+    train, held = files("[train]"), files("[val]")
+    assert sorted(train + held) == sorted(map(str, read_tree(tmp_path).images)) and len(held) in (2, 3)
+    assert (str(tmp_path / "a/0.png") in held) == (str(tmp_path / "a/copy.png") in held)
+    assert set(files("[train][:4@0]")) < set(train)
 
 
 def test_invalid_class_folders_are_errors(tmp_path: Path) -> None:

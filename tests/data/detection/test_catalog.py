@@ -1,22 +1,28 @@
 """Data sets by name: Detectron2's catalogs, subsets, images without labels, missing data."""
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from relvit_d2.data.detection import streets
 from relvit_d2.data.detection.catalog import (
     DATASETS,
+    classes_of,
     dataset_root,
     get_images,
     get_metadata,
     get_records,
+    random_subset,
     register_all,
     resolve,
+    subset_name,
 )
 from relvit_d2.data.images.folder import list_images
 from relvit_d2.utils.errors import UserError
@@ -46,6 +52,29 @@ def real(samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     register_all()
     return tmp_path
+
+
+@given(st.lists(st.frozensets(st.integers(0, 5), max_size=3), min_size=1, max_size=30), st.integers(0, 9))
+def test_random_subsets_are_nested_and_have_every_class(labels: list[frozenset[int]], seed: int) -> None:
+    records = [{"n": n, "annotations": [{"category_id": c} for c in sorted(x)]} for n, x in enumerate(labels)]
+    found = [random_subset(records, count, seed) for count in range(len(records) + 1)]
+    for fewer, more in pairwise(found):
+        indices = [record["n"] for record in more]
+        assert indices == sorted(indices) and {r["n"] for r in fewer} < set(indices)
+    assert found[-1] == records
+    classes = set().union(*labels)
+    assert set().union(*map(classes_of, found[min(len(classes), len(records))])) == classes
+    assert random_subset(records, 1, seed) == found[1]
+
+
+def test_random_subsets_differ_by_seed_and_have_the_images_of_their_records(root: Path) -> None:
+    subsets = [get_records(f"streets_train[:50%@{seed}]") for seed in range(6)]
+    assert {len(records) for records in subsets} == {6}
+    assert len({tuple(record["image_id"] for record in records) for records in subsets}) > 1
+    for seed, records in enumerate(subsets):
+        name = f"streets_train[:50%@{seed}]"
+        assert [Path(record["file_name"]) for record in records] == get_images(name)
+        assert subset_name(name, 0.5) == f"streets_train[:25%@{seed}]"
 
 
 def check_contract(name: str) -> None:

@@ -104,7 +104,7 @@ SIZE = [30, 40]
 
 
 @pytest.mark.parametrize(
-    ("where", "value", "says"),
+    ("where", "value", "message"),
     [
         (("images", 0, "id"), 3, "two images with the id 3"),
         (("images", 0, "id"), None, "an image with the id None"),

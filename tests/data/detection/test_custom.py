@@ -15,7 +15,7 @@ from relvit_d2.data.detection.coco import load_coco
 from relvit_d2.data.detection.custom import FORMATS, config_pairs, open_folder, register_custom
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
-from tests.support.custom_data import IMAGES, WRITERS, custom_keys, read_all, write_coco, write_voc, write_yolo
+from tests.support.custom_data import IMAGES, WRITERS, custom_keys, read_all, write_coco, write_voc
 
 
 def test_every_format_has_a_writer() -> None:
@@ -219,7 +219,7 @@ def test_cache_is_coco_json_and_is_updated_after_a_change(tmp_path: Path) -> Non
 
 
 def test_records_without_a_cache_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = write_yolo(tmp_path / "cells")
+    root = write_voc(tmp_path / "cells")
     first = open_folder(root)[1].records("train", ("cat", "dog"), False)
     (tmp_path / "file").write_text("a file instead of the cache folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

@@ -51,7 +51,7 @@ def test_locale_that_is_not_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv(name, value)
     done = run(tmp_path, "train_net.py", "--config-file", config, "--data", root, *TINY, fresh=True)
     assert "classes K\\xe4fer, \\u732b" in done.stdout
-    assert "the report is not whole" not in done.stdout
+    assert "the report could not be written" not in done.stdout
     for name in ("report.html", "log.txt"):
         text = (tmp_path / "out" / name).read_text(encoding="utf-8")
         assert "Käfer" in text and "猫" in text, name
@@ -77,18 +77,18 @@ def test_partial_masks_and_sets_without_objects(tmp_path: Path) -> None:
     masks = ("MODEL.MASK_ON", "True", "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead")
     output = tmp_path / "out"
     done = run(tmp_path, "train_net.py", *flags, "--data", root, *TINY, *masks, "OUTPUT_DIR", output)
-    sentence = "only box AP is computed on cells_val: there is 1 object without a mask"
+    sentence = "only box AP is computed on cells_val (objects without a mask: 1)"
     assert done.stdout.count(sentence) == 1 and "loss_mask" in done.stdout.partition(sentence)[2]
     results = json.loads((output / "inference/results.json").read_text())["cells_val"]
     assert results.keys() == {"bbox"} and results["bbox"]["AP"] is not None
     assert "result   bbox (at most 20 detections an image) AP" in done.stdout
     (root / "labels/val/c.txt").write_text("")
     again = ("train_net.py", "--config-file", output / "config.yaml", "--eval-only", "--resume")
-    assert "cells_val: not one object" not in run(tmp_path, *again).stdout
+    assert "cells_val: the images have no objects" not in run(tmp_path, *again).stdout
     assert json.loads((output / "inference/results.json").read_text())["cells_val"]["bbox"]["AP"] is None
     shutil.rmtree(root / "images/val")
     (root / "data.yaml").write_text("names: [Person, Cat]\n")
     (root / "images/train/b.png").unlink()  # a single image: nothing is held out
     done = run(tmp_path, "train_net.py", *flags, "--data", root, *TINY, "OUTPUT_DIR", tmp_path / "one")
-    assert "cells_val: no image, so that an evaluation on it finds nothing" in done.stdout
-    assert "AP: nothing to find on cells_val" in done.stdout
+    assert "cells_val: there are no images, so AP on this set is NaN" in done.stdout
+    assert "AP: no objects on cells_val" in done.stdout

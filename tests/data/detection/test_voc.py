@@ -71,7 +71,7 @@ def test_parts_are_not_objects(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "says"),
+    ("old", "new", "expected"),
     [
         ("<xmin>2<", "<xmin>20<", "without area"),
         ("<xmin>2<", "<xmin>21<", "without area"),
@@ -101,14 +101,14 @@ def test_parts_are_not_objects(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_invalid_annotation_error_contains_the_file(tmp_path: Path, old: str, new: str, message: str) -> None:
+def test_invalid_annotation_error_contains_the_file(tmp_path: Path, old: str, new: str, expected: str) -> None:
     assert old in ANNOTATION
     root = make_voc(tmp_path, ANNOTATION.replace(old, new))
     with pytest.raises(UserError) as caught:
         load_voc(root, "train", CLASS_NAMES)
     message = str(caught.value)
     assert "000001.xml" in message
-    assert message in message
+    assert expected in message
     assert "\n" not in message
 
 

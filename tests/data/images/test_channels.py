@@ -199,7 +199,7 @@ def test_pixel_statistics_equal_those_of_all_pixels(tmp_path: Path) -> None:
     np.testing.assert_allclose(found.mean, pixels.mean(0))
     np.testing.assert_allclose(found.std, pixels.std(0))
     assert found.images == 5
-    with pytest.raises(UserError, match="not one of the 1 images"):
+    with pytest.raises(UserError, match="none of the 1 images"):
         pixel_statistics([tmp_path / "bad.png"], PixelFormat())
 
 

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from relvit_d2.classification import run
-from relvit_d2.classification.run import split
+from relvit_d2.data.classification import division
+from relvit_d2.data.classification.division import split
 from relvit_d2.data.classification.image_folder import LabelledImages, read_tree
 from relvit_d2.data.detection import splits
 from relvit_d2.data.detection.splits import divide
@@ -247,7 +247,7 @@ def pictures(data: LabelledImages) -> list[object]:
 def test_only_equal_images_cannot_be_split(tmp_path: Path, decoded: bool) -> None:
     data = tree(tmp_path / "same", [0] * 20)
     with pytest.raises(
-        UserError, match=r"VALIDATION 10\.000% holds out 0 of the 20 images .*, since equal images stay"
+        UserError, match=r"VALIDATION 10\.000% holds out 0 of the 20 images .*, because duplicates stay"
     ):
         split(data.decoded() if decoded else data, 0.1, seed=0)
 
@@ -265,7 +265,7 @@ def test_split_is_cached_until_its_inputs_change(
         made += 1
         return splits.hold_out(*args)
 
-    monkeypatch.setattr(run, "hold_out", counted)
+    monkeypatch.setattr(division, "hold_out", counted)
 
     def parts(seeds: Sequence[int], share: float = 0.2, seed: int = 0) -> list[list[object]]:
         data = tree(tmp_path / "images", seeds) if len(seeds) else read_tree(tmp_path / "images")
@@ -293,7 +293,7 @@ def test_split_is_cached_until_its_inputs_change(
 def test_images_of_a_large_set_are_not_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(run, "COMPARED", 19)
+    monkeypatch.setattr(division, "MAX_COMPARED", 19)
     data = tree(tmp_path / "images", range(20))
     for file in data.images:
         assert isinstance(file, Path)

@@ -1,13 +1,13 @@
-"""Faults on demand, in scripts that run as a user would run them.
+"""Fault injection into commands.
 
-With this folder on ``PYTHONPATH`` Python imports this module when it starts. ``RELVIT_FAULT=PLACE:COUNT`` then kills
-the process (SIGKILL) the COUNTth time that it comes to PLACE; ``PLACE:COUNT:RANK`` only that one of several processes.
+With this folder on ``PYTHONPATH`` Python imports this module at start-up. ``RELVIT_FAULT=POINT:COUNT`` kills the
+process (SIGKILL) the COUNTth time that it reaches POINT; ``POINT:COUNT:RANK`` only the process of that rank.
 
-Places: ``step``, an optimiser's step that is done but not yet kept; ``raise``, the same with a ZeroDivisionError in
-place of the kill; ``checkpoint``, a file half written; ``pointer``, a checkpoint that ``last_checkpoint`` does not name
-yet; ``evaluation``, one batch into an evaluation; ``nan``, a step's losses, which then are no numbers, in place of the
-kill. ``full:BYTES`` kills nothing: a file cannot grow beyond that size, as
-on a disk that is full.
+Points: ``step``, after an optimiser's step; ``checkpoint``, in the middle of writing a checkpoint; ``pointer``, before
+``last_checkpoint`` is written; ``evaluation``, after the first batch of an evaluation. Instead of the kill, ``raise``
+raises a ZeroDivisionError after a step, ``nan`` makes the losses of a step NaN, and ``memory`` allocates more than the
+memory in a step. ``full:BYTES`` limits the size of files, like a full disk;
+``clock:SECONDS`` sets the clock by that many seconds after 5 s.
 """
 
 import io
@@ -16,6 +16,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 FAULT = os.environ.get("RELVIT_FAULT", "")
 
 
-def install(place: str, count: int, rank: int | None) -> None:
+def install(point: str, count: int, rank: int | None) -> None:
     import torch
     from detectron2.utils import comm
 
@@ -31,10 +32,10 @@ def install(place: str, count: int, rank: int | None) -> None:
     from relvit_d2.engine.checkpoint import Checkpointer
     from relvit_d2.engine.trainer import Trainer
 
-    visits = itertools.count(1)
+    calls = itertools.count(1)
 
     def is_now() -> bool:
-        return (rank is None or comm.get_rank() == rank) and next(visits) == count
+        return (rank is None or comm.get_rank() == rank) and next(calls) == count
 
     def kill() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -46,43 +47,46 @@ def install(place: str, count: int, rank: int | None) -> None:
         def stepped(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
             if is_now():
-                if place == "raise":
+                if point == "raise":
                     raise ZeroDivisionError("on demand")
                 kill()
             return result
 
         return stepped
 
-    def spoil(original: Callable[..., Any]) -> Callable[..., Any]:
-        def spoilt(*args: Any) -> Any:
+    def make_nan(original: Callable[..., Any]) -> Callable[..., Any]:
+        def losses(*args: Any) -> Any:
             factor = float("nan") if is_now() else 1.0
             return {n: v * factor if isinstance(v, torch.Tensor) else v for n, v in original(*args).items()}
 
-        return spoilt
+        return losses
+
+    def allocate(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: torch.empty(2**50) if is_now() else original(*args)
 
     def save(original: Callable[..., Any]) -> Callable[..., Any]:
         def saved(data: Any, path: Any) -> None:
-            if isinstance(path, Path) and is_now():  # Detectron2's evaluator saves too, into an open file
-                whole = io.BytesIO()
-                original(data, whole)
+            if isinstance(path, Path) and is_now():  # not Detectron2's evaluator, which saves to an open file
+                content = io.BytesIO()
+                original(data, content)
                 with path.open("wb") as file:
-                    file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+                    file.write(content.getvalue()[: len(content.getvalue()) // 2])
                 kill()
             original(data, path)
 
         return saved
 
-    def point(original: Callable[..., Any]) -> Callable[..., Any]:
-        def pointed(*args: Any) -> None:
+    def tag(original: Callable[..., Any]) -> Callable[..., Any]:
+        def tagged(*args: Any) -> None:
             if is_now():
                 kill()
             original(*args)
 
-        return pointed
+        return tagged
 
     def read(original: Callable[..., Any]) -> Callable[..., Any]:
         def batches(self: Batches) -> Iterator[Any]:
-            fatal = type(self) is Batches and is_now()  # an evaluation's, not the training's
+            fatal = type(self) is Batches and is_now()  # of an evaluation, not of training
             for batch in original(self):
                 yield batch
                 if fatal:
@@ -90,23 +94,28 @@ def install(place: str, count: int, rank: int | None) -> None:
 
         return batches
 
-    if place in ("step", "raise"):
+    if point in ("step", "raise"):
         wrap(torch.optim.AdamW, "step", step)
-    elif place == "nan":
-        wrap(Trainer, "_forward", spoil)
-    elif place == "checkpoint":
+    elif point == "nan":
+        wrap(Trainer, "_forward", make_nan)
+    elif point == "memory":
+        wrap(Trainer, "_forward", allocate)
+    elif point == "checkpoint":
         wrap(torch, "save", save)
-    elif place == "pointer":
-        wrap(Checkpointer, "tag_last_checkpoint", point)
-    elif place == "evaluation":
+    elif point == "pointer":
+        wrap(Checkpointer, "tag_last_checkpoint", tag)
+    elif point == "evaluation":
         wrap(Batches, "__iter__", read)
     else:
-        raise ValueError(f"no place '{place}'")
+        raise ValueError(f"unknown point '{point}'")
 
 
 if FAULT and not any("multiprocessing.resource_tracker" in argument for argument in sys.orig_argv):
     where, number, *rest = FAULT.split(":")
-    if where == "full":
+    if where == "clock":
+        clock, start = time.time, time.monotonic()
+        time.time = lambda: clock() + (int(number) if time.monotonic() > start + 5 else 0)
+    elif where == "full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(number), int(number)))
     else:
         install(where, int(number), int(rest[0]) if rest else None)

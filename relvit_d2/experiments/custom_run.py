@@ -1,0 +1,323 @@
+"""From a folder of labelled images to a detector: check, recipe, pre-training, training, pictures."""
+
+import dataclasses
+import json
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml  # type: ignore[import-untyped]
+from fvcore.common.config import CfgNode
+from tabulate import tabulate  # type: ignore[import-untyped]
+
+from relvit_d2.analysis.anchors import Anchors, proposal, training_boxes
+from relvit_d2.analysis.data_checks import check_images, check_labels, raise_first_error
+from relvit_d2.analysis.model_cost import step_cost
+from relvit_d2.data.detection.catalog import get_metadata
+from relvit_d2.data.detection.custom import config_pairs, register_custom
+from relvit_d2.detection.cost import detector_subject
+from relvit_d2.detection.run import evaluation_sets, training_records
+from relvit_d2.engine.run_setup import silence_warnings
+from relvit_d2.evaluation.coco import without_mask
+from relvit_d2.experiments import recipe
+from relvit_d2.experiments.commands import TRIAL_KEYS, run_command, run_trial
+from relvit_d2.experiments.recipe import Choices, Data, Machine, Timing
+from relvit_d2.tasks import load_config
+from relvit_d2.utils.config_keys import get_key
+from relvit_d2.utils.config_paths import find_config
+from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.files import make_folder, write_json, write_text
+from relvit_d2.utils.hardware import cores, device_name, free_memory
+
+CONFIG, PRETRAINING_CONFIG = "configs/custom.yaml", "configs/ssl/custom.yaml"
+SHOWN = 3  # pictures of detections
+
+# Fits any number of levels until the boxes at training size decide.
+ONE_ANCHOR = {"MODEL.ANCHOR_GENERATOR.SIZES": recipe.Choice([[32]], "")}
+
+Records = list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the user asks for.
+
+    Attributes:
+        data: folder of the custom data set.
+        seconds: of everything; None for an hour on a GPU and half an hour on a CPU.
+        weights: what the training starts from instead of a pre-training; "" for a pre-training.
+        pretrain: whether to pre-train, if there are no ``weights``.
+        opts: keys and values in turn, which replace those of the recipe.
+    """
+
+    data: str
+    seconds: float | None
+    weights: str
+    pretrain: bool
+    opts: tuple[str, ...]
+
+    @property
+    def given(self) -> dict[str, str]:
+        """The user's keys."""
+        return dict(zip(self.opts[::2], self.opts[1::2], strict=True))
+
+
+def train_custom(request: Request, dry_run: bool) -> None:
+    """Check the data, print the recipe and run it.
+
+    Raises:
+        UserError: the data have an error, the time is too short, the output folder is in use, or a run fails.
+    """
+    started = time.monotonic()
+    silence_warnings()
+    pairs = [str(part) for part in config_pairs(request.data, "detection")]
+    cfg = load_config(CONFIG, [*pairs, *request.opts], "detection")
+    name = Path(request.data).expanduser().resolve().name
+    output = Path(cfg.OUTPUT_DIR) if "OUTPUT_DIR" in request.given else Path("output") / name
+    if used := next((path for path in (output / "pretraining", output / "detector") if path.exists()), None):
+        raise UserError(
+            f"'{used}' holds a run: continue it with relvit-d2 train --config-file {output / 'recipe.yaml'} --resume, "
+            "delete it, or choose another OUTPUT_DIR"
+        )
+    make_folder(output)
+    data = check_data(cfg, output)
+    seconds = request.seconds or (3600.0 if cfg.MODEL.DEVICE.startswith("cuda") else 1800.0)
+    machine = measure_machine(cfg, pairs)
+    encoder, choices = recipe.choose_model(data, machine, seconds, request.given)
+    files = Files(request, pairs, output, recipe.pretraining_choices(encoder, machine))
+    choices |= anchor_choices(data, files.detector(choices | ONE_ANCHOR))
+    timing = files.measure(choices, data)
+    try:
+        before, schedule = recipe.choose_schedules(data, timing, seconds - (time.monotonic() - started))
+    except ValueError as error:
+        raise UserError(
+            f"--hours {seconds / 3600:g} is too short: {error} of {timing.training:.2g} s fit in; give more time"
+        ) from error
+    choices |= schedule
+    files.write(choices, before)
+    print(files.describe(choices, before, data, machine, seconds), flush=True)
+    if dry_run:
+        return
+    files.run(data)
+    print(f"{time.monotonic() - started:.0f} s of the planned {seconds:.0f} s")
+
+
+def check_data(cfg: CfgNode, output: Path) -> Data:
+    """Check labels and images, print warnings, write ``check.json`` and return the facts for the recipe.
+
+    Raises:
+        UserError: the first error that training would stop at.
+    """
+    register_custom(cfg.DATASETS)
+    records, tests = training_records(cfg), evaluation_sets(cfg)
+    classes = tuple(get_metadata(cfg.DATASETS.TRAIN[0]).thing_classes)
+    sets = {cfg.DATASETS.TRAIN[0]: records, **tests}
+    report = check_labels(sets, classes, cfg, cfg.DATASETS.TRAIN, tuple(tests))
+    images = check_images(sets, cfg, labelled=True)
+    for key in ("errors", "warnings"):
+        report[key] = report[key] + images[key]
+    write_json(output / "check.json", report)
+    for warning in report["warnings"]:
+        if "anchors" not in warning:  # the recipe chooses them
+            print(f"warning: {warning}")
+    raise_first_error(report)
+    return data_facts(records, sum(map(len, tests.values())), classes)
+
+
+def data_facts(records: Records, evaluated: int, classes: tuple[str, ...]) -> Data:
+    """Return what the recipe takes from training records."""
+    sides = np.array([(record["width"], record["height"]) for record in records], dtype=np.float64)
+    objects = [[a for a in record["annotations"] if not a.get("iscrowd")] for record in records]
+    counts = [len(found) for found in objects]
+    boxes = np.array([a["bbox"] for found in objects for a in found], dtype=np.float64).reshape(-1, 4)
+    modes = np.array([a["bbox_mode"] for found in objects for a in found])
+    boxes[modes == 1, 2:] += boxes[modes == 1, :2]  # BoxMode.XYWH_ABS
+    return Data(
+        images=len(records),
+        evaluated=evaluated,
+        longer=float(np.median(sides.max(1))),
+        shorter=float(np.median(sides.min(1))),
+        boxes=boxes,
+        sizes=sides.repeat(counts, axis=0),
+        classes=classes,
+        masks=not without_mask(records),
+        most_objects=max(counts),
+    )
+
+
+def measure_machine(cfg: CfgNode, pairs: Sequence[str]) -> Machine:
+    """Return the machine, with the cost of a training step of each encoder on random images."""
+    device, side = cfg.MODEL.DEVICE, recipe.REFERENCE_SIDE
+    costs = {}
+    for encoder in recipe.ENCODERS:
+        keys = {
+            "MODEL.ENCODER.NAME": encoder.name,
+            "MODEL.ENCODER.PATCH_SIZE": encoder.patch,
+            "MODEL.DEVICE": device,
+            "MODEL.ENCODER.IMG_SIZE": side,
+            "INPUT.MIN_SIZE_TRAIN": f"({side * 3 // 4},)",
+            "INPUT.MAX_SIZE_TRAIN": side,
+        }
+        subject = detector_subject(load_config(CONFIG, [*pairs, *_words(keys)]))
+        costs[encoder.name] = recipe.Cost(*step_cost(subject, 2))
+    return Machine(device, cores(), free_memory(device), costs)
+
+
+def anchor_choices(data: Data, cfg: CfgNode) -> Choices:
+    """Return the anchors that fit the boxes at training size: two sizes per level and three ratios."""
+    strides = cfg.MODEL.PYRAMID.STRIDES + ([2 * cfg.MODEL.PYRAMID.STRIDES[-1]] if cfg.MODEL.PYRAMID.TOP_BLOCK else [])
+    start = Anchors(
+        tuple(strides),
+        tuple((3.0 * stride, 4.5 * stride) for stride in strides),
+        ((0.5, 1.0, 2.0),) * len(strides),
+        cfg.MODEL.ANCHOR_GENERATOR.OFFSET,
+    )
+    boxes, sizes = training_boxes(data.boxes, data.sizes, cfg)
+    best = proposal(boxes, sizes, start)
+    fit = best.best_ious(boxes, sizes)
+    reason = f"k-means of the boxes: mean best IoU {fit.mean():.2f}, {(fit >= 0.5).mean():.0%} of them above 0.5"
+    return {
+        "MODEL.ANCHOR_GENERATOR.SIZES": recipe.Choice([list(level) for level in best.sizes], reason),
+        "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": recipe.Choice([list(best.ratios[0])], "of the same clusters"),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """The configs and runs of a request in its output folder.
+
+    Attributes:
+        request: of the user.
+        pairs: keys of the data set.
+        output: folder of all runs.
+        model: keys of the pre-training but for its schedule.
+    """
+
+    request: Request
+    pairs: list[str]
+    output: Path
+    model: Choices
+
+    @property
+    def pretrains(self) -> bool:
+        """Whether there is a pre-training."""
+        return self.request.pretrain and not self.request.weights
+
+    def detector(self, choices: Choices) -> CfgNode:
+        """Return the config of the training."""
+        keys = {key: choice.value for key, choice in choices.items()}
+        keys |= {"OUTPUT_DIR": str(self.output / "detector"), "MODEL.WEIGHTS": self._weights()}
+        return load_config(CONFIG, [*self.pairs, *_words(keys), *self.request.opts, *self._place("detector")])
+
+    def _weights(self) -> str:
+        return str(self.output / "pretraining/encoder.safetensors") if self.pretrains else self.request.weights
+
+    def _place(self, folder: str) -> list[str]:
+        return ["OUTPUT_DIR", str(self.output / folder)]
+
+    def pretraining(self, choices: Choices) -> CfgNode:
+        """Return the config of the pre-training, which has the data, encoder and device of the training."""
+        given = self.request.given
+        keys: dict[str, Any] = {"DATASETS.TEST": "()"}
+        keys |= {key: choice.value for key, choice in {**self.model, **choices}.items()}
+        keys |= {key: given[key] for key in ("MODEL.DEVICE", "SEED", "DATALOADER.NUM_WORKERS") if key in given}
+        pairs = [str(part) for part in config_pairs(self.request.data, "pretrain")]
+        return load_config(PRETRAINING_CONFIG, [*pairs, *_words(keys), *self._place("pretraining")])
+
+    def measure(self, choices: Choices, data: Data) -> Timing:
+        """Run a few iterations of each command in the folder ``trial`` and return their times."""
+        trial = Files(self.request, self.pairs, self.output / "trial", self.model)
+        seconds = [0.0, 0.0]
+        start = 0.0
+        shorts = {key: recipe.Choice(value, "") for key, value in TRIAL_KEYS.items()}
+        runs = {"pretrain": trial.pretraining(shorts)} if self.pretrains else {}
+        runs["train"] = trial.detector(choices | shorts)
+        for command, cfg in runs.items():
+            folder = Path(cfg.OUTPUT_DIR)
+            make_folder(folder)
+            cfg.DATASETS.TEST = ()
+            write_text(folder / "trial.yaml", cfg.dump())
+            words = [command, "--config-file", str(folder / "trial.yaml")]
+            seconds[command == "train"], rest = run_trial(f"measuring {command}", words, folder)
+            start = max(start, rest)
+        shutil.rmtree(trial.output)
+        batch = runs["train"].SOLVER.IMS_PER_BATCH
+        return Timing(seconds[0], seconds[1], start, seconds[1] / batch / 2)
+
+    def write(self, choices: Choices, before: Choices) -> None:
+        """Write ``recipe.yaml``, and ``pretraining.yaml``, each value with its reason."""
+        given = recipe.with_given(choices, self.request.given)
+        sets = ("DATASETS.CUSTOM", "DATASETS.TRAIN", "DATASETS.TEST")
+        shared = dict.fromkeys(sets, recipe.Choice(None, "the data set"))
+        shared |= {"OUTPUT_DIR": recipe.Choice(None, "folder of the run"), "SEED": recipe.Choice(None, "of every draw")}
+        shared |= {"MODEL.DEVICE": recipe.Choice(None, "the device that was measured")}
+        detector = {"MODEL.WEIGHTS": recipe.Choice(None, "start of the training"), **shared, **given}
+        write_text(self.output / "recipe.yaml", recipe_yaml(CONFIG, self.detector(choices), detector))
+        if self.pretrains:
+            text = recipe_yaml(PRETRAINING_CONFIG, self.pretraining(before), {**shared, **self.model, **before})
+            write_text(self.output / "pretraining.yaml", text)
+
+    def describe(self, choices: Choices, before: Choices, data: Data, machine: Machine, seconds: float) -> str:
+        """Return the recipe as a table."""
+        cfg = self.detector(choices)
+        rows = [
+            (key, str(get_key(cfg, key)), choice.reason)
+            for key, choice in recipe.with_given(choices, self.request.given).items()
+            if key != "OUTPUT_DIR"
+        ]
+        if before:
+            count, why = before["SOLVER.MAX_ITER"]
+            rows.append(("pre-training", f"{count} iterations", why))
+        lines = [
+            f"{data.images} training images, {data.evaluated} validation images, {len(data.boxes)} objects of "
+            f"{len(data.classes)} classes; {device_name(machine.device)}",
+            tabulate(rows, ("key", "value", "reason"), disable_numparse=True),
+            f"planned time: {seconds / 60:.0f} min; written: {self.output}/recipe.yaml",
+        ]
+        return "\n\n".join(lines)
+
+    def run(self, data: Data) -> None:
+        """Run pre-training and training, and draw detections."""
+        steps = [("pretrain", "pretraining", "pretraining.yaml")] if self.pretrains else []
+        for command, folder, config in [*steps, ("train", "detector", "recipe.yaml")]:
+            path = self.output / config
+            total = load_config(str(path), []).SOLVER.MAX_ITER
+            run_command(command, [command, "--config-file", str(path), "--resume"], self.output / folder, total)
+        detector, pictures = self.output / "detector", self.output / "predictions"
+        cfg = load_config(str(self.output / "recipe.yaml"), [])
+        records = next(iter(evaluation_sets(cfg).values()), None) or training_records(cfg)
+        step = max(len(records) // SHOWN, 1)
+        shown = [record["file_name"] for record in records[::step][:SHOWN]]
+        words = ["predict", "--weights", str(detector), "--input", *shown, "--output", str(pictures)]
+        run_command("predict", words, self.output / "predict", 0)
+        results = detector / "inference/results.json"
+        for name, found in json.loads(results.read_text(encoding="utf-8")).items() if data.evaluated else ():
+            print(f"AP on {name}: {found['bbox']['AP'] or 0:.1f}, AP50 {found['bbox']['AP50'] or 0:.1f}")
+        following = shlex.join(["relvit-d2", "predict", "--weights", str(detector), "--input", "IMAGES"])
+        print(f"report: {detector}/report.html\npictures: {pictures}\nnext: {following}")
+
+
+def _words(keys: Mapping[str, Any]) -> list[str]:
+    return [str(part) for pair in keys.items() for part in pair]
+
+
+def recipe_yaml(base: str, cfg: CfgNode, choices: Choices) -> str:
+    """Return a config file over ``base`` with the values that ``cfg`` has for the keys, each with its reason."""
+    lines = [f"_BASE_: {json.dumps(str(find_config(base).resolve()))}"]
+    before: list[str] = []
+    for key in sorted(choices, key=lambda key: ("." in key, key)):
+        *groups, leaf = key.split(".")
+        shared = len(os.path.commonprefix([groups, before]))
+        lines += [f"{'  ' * depth}{groups[depth]}:" for depth in range(shared, len(groups))]
+        before = groups
+        value = get_key(cfg, key)
+        plain = yaml.safe_load(value.dump()) if isinstance(value, CfgNode) else value
+        plain = list(plain) if isinstance(plain, tuple) else plain
+        text = yaml.safe_dump(plain, default_flow_style=True, width=10_000, allow_unicode=True).removesuffix("...\n")
+        lines.append(f"{'  ' * len(groups)}{leaf}: {text.strip()}  # {choices[key].reason}")
+    return "\n".join(lines) + "\n"

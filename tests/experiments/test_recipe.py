@@ -1,0 +1,148 @@
+"""The recipe for custom data: laws of its rules, its file, and a real run."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from relvit_d2.experiments.custom_run import CONFIG, anchor_choices, recipe_yaml
+from relvit_d2.experiments.recipe import (
+    ENCODERS,
+    EVALUATIONS,
+    MARGIN,
+    Choice,
+    Choices,
+    Cost,
+    Data,
+    Machine,
+    Timing,
+    choose_model,
+    choose_schedules,
+    pretraining_choices,
+    with_given,
+)
+from relvit_d2.tasks import load_config
+from tests.support.custom_data import write_yolo
+from tests.support.scripts import fails, run
+
+COSTS = {"vit_small": Cost(0.6, 6e7), "vit_tiny": Cost(0.25, 3e7), "vit_nano": Cost(0.12, 2e7)}
+CPU = Machine("cpu", 2, 16e9, COSTS)
+
+
+def data_of(object_side: float, images: int = 200, classes: tuple[str, ...] = ("cat", "dog")) -> Data:
+    """Images of 640 x 480 with one square object each, whose sides vary by a third around ``object_side``."""
+    sides = object_side * np.random.default_rng(0).uniform(0.67, 1.33, images)
+    corners = np.full((images, 2), 20.0)
+    boxes = np.hstack([corners, corners + sides[:, None]])
+    return Data(images, 40, 640.0, 480.0, boxes, np.tile([640.0, 480.0], (images, 1)), classes, False, 1)
+
+
+def values(choices: Choices) -> dict[str, object]:
+    return {key: choice.value for key, choice in choices.items()}
+
+
+def test_a_recipe_depends_on_data_machine_and_time_alone() -> None:
+    first, second = (choose_model(data_of(80), CPU, 1800, {}) for _ in range(2))
+    assert first == second
+    assert all(choice.reason for choice in first[1].values())
+    assert choose_model(data_of(80), CPU, 100, {}) != first
+    assert choose_model(data_of(30), CPU, 1800, {}) != first
+    assert choose_model(data_of(80), dataclasses.replace(CPU, memory=1e7), 1800, {}) != first
+
+
+def test_more_time_never_gives_a_weaker_encoder_or_a_smaller_image_for_it() -> None:
+    before = (len(ENCODERS), 0)
+    for seconds in (60, 300, 900, 1800, 3600, 10_000, 100_000):
+        encoder, choices = choose_model(data_of(80), CPU, seconds, {})
+        now = (ENCODERS.index(encoder), choices["INPUT.MAX_SIZE_TRAIN"].value)
+        assert now[0] < before[0] or (now[0] == before[0] and now[1] >= before[1])
+        before = now
+    assert before[0] == 0
+
+
+def test_smaller_objects_get_larger_images_and_finer_levels() -> None:
+    large, small = (
+        choose_model(data_of(side), CPU, 20_000, {"MODEL.ENCODER.NAME": "vit_nano"})[1] for side in (200, 30)
+    )
+    assert large["INPUT.MAX_SIZE_TRAIN"].value < small["INPUT.MAX_SIZE_TRAIN"].value <= 640
+    short = choose_model(data_of(12), CPU, 20_000, {"MODEL.ENCODER.NAME": "vit_nano"})[1]
+    assert short["MODEL.PYRAMID.STRIDES"].value[0] == 4
+
+
+def test_a_batch_that_does_not_fit_is_divided() -> None:
+    choices = choose_model(data_of(80), dataclasses.replace(CPU, memory=2.2e8), 50_000, {})[1]
+    batch, parts = choices["SOLVER.IMS_PER_BATCH"].value, choices["SOLVER.GRAD_ACCUM_STEPS"].value
+    assert parts > 1 and batch % parts == 0
+
+
+@pytest.mark.parametrize(
+    ("classes", "flip"),
+    [
+        (("cat",), "horizontal"),
+        (("left shoe", "shoe"), "none"),
+        (("copyright", "bright"), "horizontal"),
+        (("turn-right",), "none"),
+        (("0", "1"), "none"),
+    ],
+)
+def test_classes_with_a_side_are_not_mirrored(classes: tuple[str, ...], flip: str) -> None:
+    assert choose_model(data_of(80, classes=classes), CPU, 1800, {})[1]["INPUT.RANDOM_FLIP"].value == flip
+
+
+@pytest.mark.parametrize("pretraining", [0.0, 0.7])
+def test_the_schedule_fills_the_time(pretraining: float) -> None:
+    data, timing = data_of(80), Timing(pretraining, 0.5, 12.0, 0.05)
+    before, training = choose_schedules(data, timing, 1800)
+    commands = 3 if pretraining else 2
+    planned = commands * timing.start + EVALUATIONS * data.evaluated * timing.image
+    planned += training["SOLVER.MAX_ITER"].value * timing.training
+    planned += before["SOLVER.MAX_ITER"].value * pretraining if before else 0
+    assert MARGIN * 1800 - 2 < planned <= MARGIN * 1800
+    with pytest.raises(ValueError, match="iterations"):
+        choose_schedules(data, timing, 40)
+
+
+def test_the_file_is_the_config_and_gives_each_reason(tmp_path: Path) -> None:
+    data = data_of(80)
+    encoder, choices = choose_model(data, CPU, 1800, {})
+    choices |= choose_schedules(data, Timing(0.7, 0.5, 12.0, 0.05), 1800)[1]
+    words = [str(part) for key, choice in choices.items() for part in (key, choice.value)]
+    cfg = load_config(CONFIG, [*words, "MODEL.ANCHOR_GENERATOR.SIZES", "[[32]]"])
+    choices |= anchor_choices(data, cfg)
+    words = [str(part) for key, choice in choices.items() for part in (key, choice.value)]
+    choices = with_given(choices, {"SEED": "3", "SOLVER.BASE_LR": "0.25"})
+    cfg = load_config(CONFIG, [*words, "SEED", "3", "SOLVER.BASE_LR", "0.25"])
+    (tmp_path / "recipe.yaml").write_text(text := recipe_yaml(CONFIG, cfg, choices))
+    assert load_config(str(tmp_path / "recipe.yaml"), []) == cfg
+    assert "  BASE_LR: 0.25  # given\n" in text
+    assert all(f"  # {choice.reason}\n" in text for choice in choices.values())
+    side = pretraining_choices(encoder, CPU)["PRETEXT.IMAGE_SIZE"]
+    assert side == Choice(8 * encoder.patch, "8 x 8 patches")
+
+
+def test_bad_arguments(tmp_path: Path) -> None:
+    root = write_yolo(tmp_path / "cells")
+    config = ("--config-file", "configs/demo/streets.yaml")
+    for words, sentence in (
+        (("--data", root, "--hours", 0), "--hours 0: give a number above 0"),
+        (("--data", root, "--hours", "nan"), "--hours nan: give a number above 0"),
+        ((*config, "--hours", 1), "need --data and no --config-file"),
+        (("--data", root, "--resume"), "need a config: give --config-file with the recipe.yaml"),
+        (("--data", tmp_path / "nothing", "--dry-run"), "the data folder '.*nothing' does not exist"),
+    ):
+        assert re.search(sentence, fails(tmp_path, "relvit-d2", "train", *words))
+
+
+@pytest.mark.slow
+def test_a_folder_becomes_a_detector(tmp_path: Path) -> None:
+    root = write_yolo(tmp_path / "cells")
+    output = ("OUTPUT_DIR", tmp_path / "run")
+    words = ("relvit-d2", "train", "--data", root, "--hours", 0.06, *output, "MODEL.ENCODER.NAME", "vit_nano")
+    done = run(tmp_path, *words)
+    assert "reason" in done.stdout and "next: relvit-d2 predict" in done.stdout
+    for name in ("recipe.yaml", "pretraining.yaml", "detector/report.html", "pretraining/encoder.safetensors"):
+        assert (tmp_path / "run" / name).is_file(), name
+    assert list((tmp_path / "run/predictions").glob("*.png"))
+    assert "holds a run: continue it with" in fails(tmp_path, *words)
