@@ -136,8 +136,7 @@ class PixelFormat:
         if size != image.size:
             image.draft(mode, (2 * size[0], 2 * size[1]))
             reduced = image.convert(mode).resize(size, Image.Resampling.BILINEAR)
-        pixels = np.array(upright(reduced, stored).convert(mode))
-        return pixels.reshape(*pixels.shape[:2], self.channels)
+        return _converted(upright(reduced, stored), mode)
 
     def _fitted(self, pixels: np.ndarray, path: ImageFile | str, longest: int) -> np.ndarray:
         """Convert pixels ``(H, W)`` or ``(H, W, C)`` of any type to this format."""
@@ -248,6 +247,16 @@ def _load_array(path: ImageFile | str) -> np.ndarray:
         raise ValueError("not an array of height, width and channels")
     check_limit("pixels", pixels.shape[0] * pixels.shape[1], MAX_PIXELS)
     check_limit("bytes of pixels", pixels.nbytes, MAX_BYTES)
+    return pixels
+
+
+def _converted(image: Image.Image, mode: str) -> np.ndarray:
+    """Return the pixels ``(H, W, C)`` of an image in the mode ``L`` or ``RGB``, converted in parts to save memory."""
+    pixels = np.empty((image.height, image.width, len(mode)), np.uint8)
+    rows = 1 + BLOCK // image.width
+    for top in range(0, image.height, rows):
+        part = image.crop((0, top, image.width, min(top + rows, image.height))).convert(mode)
+        pixels[top : top + rows] = np.asarray(part).reshape(-1, *pixels.shape[1:])
     return pixels
 
 
