@@ -27,6 +27,7 @@ from relvit_d2.data.images.archive import ImageFile
 from relvit_d2.data.images.decode import PixelFormat
 from relvit_d2.data.images.seen import SeenImages, fingerprints_of
 from relvit_d2.data.images.similarity import pixel_digest
+from relvit_d2.data.subsets import subset
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.hardware import cores
 
@@ -61,7 +62,7 @@ def unrecognised_warnings(names: list[str]) -> list[str]:
     """Return a warning for each of ``names`` that is a folder or archive of images without labels."""
     warnings = []
     for name in filter(catalog.is_folder, dict.fromkeys(names)):
-        path = Path(catalog.subset(name)[0]).expanduser()
+        path = Path(subset(name)[0]).expanduser()
         reasons = "".join(f"; {reason}" for reason in (near_misses(path) if path.is_dir() else []))
         warnings.append(f"{name}: no labels were recognised, so it can be used for pre-training only{reasons}")
     return warnings

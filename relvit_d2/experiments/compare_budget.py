@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from tabulate import tabulate  # type: ignore[import-untyped]
 
-from relvit_d2.data.detection.catalog import subset_name
+from relvit_d2.data.subsets import subset_name
 from relvit_d2.experiments.commands import TRIAL_KEYS, run_trial
 from relvit_d2.experiments.compare_arms import ComparedArm, Comparison
 from relvit_d2.experiments.runs import Run, plan_runs

@@ -12,6 +12,7 @@ from relvit_d2.data.classification.datasets import CLASS_SETS, list_class_sets
 from relvit_d2.data.detection import catalog
 from relvit_d2.data.detection.custom import TRAINING_SPLITS, detect_format, named_sets, near_misses, register_custom
 from relvit_d2.data.detection.splits import split_of
+from relvit_d2.data.subsets import classes_of, subset, without_seed
 from relvit_d2.utils.errors import UserError, nearest
 
 SPLITS = (*TRAINING_SPLITS, "val", "test")
@@ -123,7 +124,7 @@ def check_labels(data: ComparedData, cfg: CfgNode, shares: Sequence[float], seed
         records = {name: catalog.get_records(name, cfg.DATASETS.SKIP_MISSING) for name in names}
         counts = {name: len(found) for name, found in records.items()}
         items: list[Any] = records[data.train]
-        labels = [catalog.classes_of(record) for record in items]
+        labels = [classes_of(record) for record in items]
         classes = catalog.get_metadata(data.train).thing_classes
     else:
         sets = {n: list_class_sets("DATASETS", [n], cfg.DATASETS.DOWNLOAD, cfg.DATASETS.SYNSETS) for n in names}
@@ -140,12 +141,12 @@ def check_labels(data: ComparedData, cfg: CfgNode, shares: Sequence[float], seed
     for share in shares:
         subsets = []
         for seed in range(seeds):
-            plain, _ = catalog.without_seed(name := labelled_subset(data.train, share, seed))
+            plain, _ = without_seed(name := labelled_subset(data.train, share, seed))
             if data.task == "detection":
                 index = {id(item): i for i, item in enumerate(items)}
-                chosen = [index[id(item)] for item in catalog.subset(name)[1](items)]
+                chosen = [index[id(item)] for item in subset(name)[1](items)]
             else:
-                chosen = catalog.subset(plain)[1](whole.class_interleaved(seed).tolist())
+                chosen = subset(plain)[1](whole.class_interleaved(seed).tolist())
             absent = all_classes - set().union(*(labels[i] for i in chosen))
             if absent:
                 raise UserError(

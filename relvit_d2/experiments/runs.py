@@ -12,6 +12,7 @@ from relvit_d2.classification.run import list_data
 from relvit_d2.config.config_file import COMMANDS
 from relvit_d2.data.classification.datasets import is_class_set, list_class_sets
 from relvit_d2.data.detection import catalog
+from relvit_d2.data.subsets import subset_name
 from relvit_d2.detection.run import evaluation_sets, training_records
 from relvit_d2.experiments.commands import run_command
 from relvit_d2.experiments.steps import Step
@@ -156,9 +157,9 @@ def _scaled_keys(cfg: CfgNode, scale: float, labels: float) -> list[str]:
     found: dict[str, object] = {}
     if scale < 1:
         found = scaled_schedule(cfg, scale)
-        found["DATASETS.TEST"] = tuple(catalog.subset_name(name, scale) for name in cfg.DATASETS.TEST)
+        found["DATASETS.TEST"] = tuple(subset_name(name, scale) for name in cfg.DATASETS.TEST)
     if scale * labels < 1:
-        found["DATASETS.TRAIN"] = tuple(catalog.subset_name(name, scale * labels) for name in cfg.DATASETS.TRAIN)
+        found["DATASETS.TRAIN"] = tuple(subset_name(name, scale * labels) for name in cfg.DATASETS.TRAIN)
     return [str(part) for pair in found.items() for part in pair]
 
 

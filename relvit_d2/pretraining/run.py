@@ -21,6 +21,7 @@ from relvit_d2.data.images.batches import Images, TrainingBatches, fixed_batches
 from relvit_d2.data.images.folder import is_image_source, readable
 from relvit_d2.data.images.seen import SeenImages, fingerprints_of, seen_metadata, training_metadata
 from relvit_d2.data.listing import data_lines
+from relvit_d2.data.subsets import subset
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.run_setup import save_config, start_run
 from relvit_d2.engine.trainer import Trainer
@@ -76,7 +77,7 @@ def image_files(
 
 def _has_classes(name: str) -> bool:
     """Whether a name is a classification set and not an archive of class folders."""
-    return is_class_set(name) and not is_image_source(catalog.subset(name)[0])
+    return is_class_set(name) and not is_image_source(subset(name)[0])
 
 
 def exclude_images(files: Images, name: str, excluded: Images, excluded_name: str) -> Images:

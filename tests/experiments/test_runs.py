@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from relvit_d2.classification.run import load_data
-from relvit_d2.data.detection import catalog
+from relvit_d2.data.subsets import subset_name
 from relvit_d2.experiments.runs import ImageCounts, count_images, plan_runs
 from relvit_d2.experiments.table_rows import tables
 from relvit_d2.tasks import load_config
@@ -64,7 +64,7 @@ def test_labels_are_cut_and_pretraining_sees_all(tmp_path: Path) -> None:
     ],
 )
 def test_a_part_of_a_subset_is_a_subset(name: str, share: float, part: str) -> None:
-    assert catalog.subset_name(name, share) == part
+    assert subset_name(name, share) == part
 
 
 def test_the_images_that_are_counted_are_those_that_the_scripts_train_on(

@@ -19,10 +19,11 @@ from torchvision.datasets import CIFAR10, CIFAR100, SVHN, Flowers102
 from relvit_d2.data.classification.division import split
 from relvit_d2.data.classification.image_folder import LabelledImages, archive_of, concatenate, read_tree
 from relvit_d2.data.classification.imagenet100 import synsets
-from relvit_d2.data.detection.catalog import dataset_root, subset, without_seed
 from relvit_d2.data.detection.splits import HELD_OUT, SEED
 from relvit_d2.data.images.batches import ImageStack
+from relvit_d2.data.subsets import subset, without_seed
 from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.paths import dataset_root
 from relvit_d2.utils.registry import Registry
 
 Reader = Callable[[bool, str], LabelledImages]

@@ -14,6 +14,7 @@ from relvit_d2.data.detection.voc import VocFolder
 from relvit_d2.data.detection.yolo import YoloFolder
 from relvit_d2.data.images.folder import is_image_source, linked_folders
 from relvit_d2.data.images.similarity import fingerprints
+from relvit_d2.data.subsets import subset
 from relvit_d2.utils.errors import UserError, nearest
 from relvit_d2.utils.paths import DataRoot
 
@@ -179,7 +180,7 @@ def register_custom(keys: Mapping[str, Any], labels: bool = True) -> None:
     Raises:
         UserError: a key is unknown or missing, or the labels cannot be read.
     """
-    used = {catalog.subset(name)[0] for name in (*keys["TRAIN"], *keys["TEST"], *keys.get("EXCLUDE", ()))}
+    used = {subset(name)[0] for name in (*keys["TRAIN"], *keys["TEST"], *keys.get("EXCLUDE", ()))}
     for name, entry in keys["CUSTOM"].items():
         where = f"DATASETS.CUSTOM.{name}"
         if not isinstance(entry, Mapping):

@@ -14,17 +14,15 @@ from PIL import Image
 from relvit_d2.data.detection import streets
 from relvit_d2.data.detection.catalog import (
     DATASETS,
-    classes_of,
     dataset_root,
     get_images,
     get_metadata,
     get_records,
-    random_subset,
     register_all,
     resolve,
-    subset_name,
 )
 from relvit_d2.data.images.folder import list_images
+from relvit_d2.data.subsets import classes_of, random_subset, subset_name
 from relvit_d2.utils.errors import UserError
 
 
