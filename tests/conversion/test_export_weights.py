@@ -190,7 +190,8 @@ def test_timm_weights_for_other_pixel_statistics_are_rejected(
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     cached(tmp_path, "test_vit", "test_vit.r160_in1k")
     keys = ("MODEL.WEIGHTS", "timm:test_vit", "MODEL.ENCODER.NAME", "timm:test_vit", "MODEL.ENCODER.PATCH_SIZE", 16)
-    error = fails(root, *command("train_net.py", tmp_path / "out", *keys), fresh=True)
+    anchors = ("MODEL.ANCHOR_GENERATOR.SIZES", "[[32]]")
+    error = fails(root, *command("train_net.py", tmp_path / "out", *keys, *anchors), fresh=True)
     assert "'timm:test_vit' was pre-trained with MODEL.PIXEL_MEAN [127.5, 127.5, 127.5]" in error
     half = ("MODEL.PIXEL_MEAN", "[127.5, 127.5, 127.5]", "MODEL.PIXEL_STD", "[127.5, 127.5, 127.5]")
     done = run(root, *command("pretrain_ssl.py", tmp_path / "ssl", *keys, *half, "SOLVER.MAX_ITER", 1), fresh=True)

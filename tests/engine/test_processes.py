@@ -146,7 +146,8 @@ def test_a_killed_process_is_reported(rank: int, root: Path, tmp_path: Path) -> 
     assert f"process {rank} was killed (SIGKILL)" in sentence
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_torchrun_restarts_a_killed_process_and_the_run_resumes(rank: int, root: Path, tmp_path: Path) -> None:
     arguments = ("SOLVER.MAX_ITER", 8, "SOLVER.CHECKPOINT_PERIOD", 2)
     run(root, *command("pretrain_ssl.py", tmp_path / "straight", *arguments, flags=TWO))
