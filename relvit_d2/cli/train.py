@@ -6,6 +6,7 @@ and pre-training, training and evaluation run one after the other.
 
 import argparse
 import math
+from pathlib import Path
 
 from relvit_d2.cli.training import add_training_arguments, run_training
 from relvit_d2.utils.errors import UserError
@@ -32,14 +33,17 @@ def run(args: argparse.Namespace) -> int:
     if args.config_file or not args.data:
         if asked:
             raise UserError("--hours, --no-pretrain, --weights and --dry-run need --data and no --config-file")
-        return run_training(args, EXAMPLE.splitlines()[-1])
+        return run_training(args, EXAMPLE.replace("\n", " or "))
     if args.resume or args.eval_only or args.num_gpus != 1 or args.num_machines != 1:
         raise UserError(
             "--resume, --eval-only, --num-gpus and --num-machines need a config: give --config-file with the "
             "recipe.yaml of the run"
         )
     if args.hours is not None and not 0 < args.hours < math.inf:
-        raise UserError(f"--hours {args.hours:g}: give a number above 0")
+        raise UserError(f"--hours {args.hours:g}: give a number above 0, such as 0.5")
+    elsewhere = args.weights.startswith("timm:") or "://" in args.weights
+    if args.weights and not elsewhere and not Path(args.weights).is_file():
+        raise UserError(f"--weights '{args.weights}' is not an existing file: give a file, a URL or timm:NAME")
     if len(args.opts) % 2:
         raise UserError(f"overrides are KEY VALUE pairs, but '{args.opts[-1]}' has no value")
     from relvit_d2.experiments.custom_run import Request, train_custom

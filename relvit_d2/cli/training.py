@@ -54,7 +54,7 @@ def run_training(args: argparse.Namespace, example: str) -> int:
 
     Args:
         args: those of :func:`add_training_arguments`.
-        example: a valid command line, for the error of a missing config.
+        example: valid command lines, for the error of a missing config.
     """
     if not args.config_file:
         raise UserError(f"--config-file is missing; for example: {example}")

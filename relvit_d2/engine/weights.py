@@ -59,9 +59,11 @@ def run_config(weights: str | Path, config_file: str | Path, overrides: Sequence
         task: task of the model.
 
     Raises:
-        UserError: the config is missing or invalid.
+        UserError: the weights or the config are missing, or the config is invalid.
     """
     path = Path(weights)
+    if not config_file and not path.exists():
+        raise UserError(f"weights '{path}' do not exist: give the output folder of a run or one of its checkpoints")
     folder = path if path.is_dir() else path.parent
     cfg = load_config(str(config_file or folder / "config.yaml"), [*map(str, overrides)], {task.name: task}, task.name)
     adapt_to_machine(cfg)

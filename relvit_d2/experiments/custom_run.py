@@ -80,11 +80,7 @@ def train_custom(request: Request, dry_run: bool) -> None:
     cfg = load_config(CONFIG, [*pairs, *request.opts], "detection")
     name = Path(request.data).expanduser().resolve().name
     output = Path(cfg.OUTPUT_DIR) if "OUTPUT_DIR" in request.given else Path("output") / name
-    if used := next((path for path in (output / "pretraining", output / "detector") if path.exists()), None):
-        raise UserError(
-            f"'{used}' holds a run: continue it with relvit-d2 train --config-file {output / 'recipe.yaml'} --resume, "
-            "delete it, or choose another OUTPUT_DIR"
-        )
+    _check_unused(output)
     make_folder(output)
     data = check_data(cfg, output)
     seconds = request.seconds or (3600.0 if cfg.MODEL.DEVICE.startswith("cuda") else 1800.0)
@@ -106,6 +102,19 @@ def train_custom(request: Request, dry_run: bool) -> None:
         return
     files.run(data)
     print(f"{time.monotonic() - started:.0f} s of the planned {seconds:.0f} s")
+
+
+def _check_unused(output: Path) -> None:
+    if not any((output / name).exists() for name in ("pretraining", "detector")):
+        return
+    configs = {"pretrain": output / "pretraining.yaml", "train": output / "recipe.yaml"}
+    if not (output / "pretraining").exists() or (output / "pretraining/encoder.safetensors").exists():
+        del configs["pretrain"]
+    commands = [f"relvit-d2 {command} --config-file {path} --resume" for command, path in configs.items()]
+    raise UserError(
+        f"'{output}' holds a run: continue it with {' and then '.join(commands)}, delete the folder, or choose another "
+        "OUTPUT_DIR"
+    )
 
 
 def check_data(cfg: CfgNode, output: Path) -> Data:

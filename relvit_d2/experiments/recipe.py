@@ -153,7 +153,7 @@ def choose_model(data: Data, machine: Machine, seconds: float, given: Mapping[st
             data.masks, "every object has a mask" if data.masks else "there are objects without a mask"
         ),
         "MODEL.PYRAMID.STRIDES": Choice(strides, f"from {finest} px, half of a small object, to twice the patch"),
-        "SOLVER.IMS_PER_BATCH": Choice(batch, f"about {UPDATES} iterations in the time, 4 to 16 images"),
+        "SOLVER.IMS_PER_BATCH": Choice(batch, f"4 to 16 images, for {UPDATES} iterations or more in the time"),
         "SOLVER.REFERENCE_BATCH": Choice(16, "batch of the learning rate"),
         "SOLVER.GRAD_ACCUM_STEPS": Choice(parts, f"{fits} images fit into half of the free memory"),
         "SOLVER.BASE_LR": Choice(encoder.rate, f"of {encoder.name} for 16 images, scaled with the batch"),
@@ -189,10 +189,10 @@ def _encoder_and_side(
 def _flip(classes: tuple[str, ...]) -> tuple[str, str]:
     sided = [name for name in classes if {"left", "right"} & set(re.split(r"[^a-z]+", name.lower()))]
     if sided:
-        return "none", f"the class '{sided[0]}' has a side"
+        return "none", f"the class name '{sided[0]}' contains left or right"
     if all(len(name) == 1 for name in classes):
         return "none", "the classes are single characters"
-    return "horizontal", "no class has a side"
+    return "horizontal", "no class name contains left or right"
 
 
 def _workers(machine: Machine) -> tuple[int, str]:
@@ -239,7 +239,9 @@ def choose_schedules(data: Data, timing: Timing, seconds: float, least: int = 20
         raise ValueError(f"{max(iterations, 0)} iterations")
     period = max(iterations // EVALUATIONS, 1)
     training: Choices = {
-        "SOLVER.MAX_ITER": Choice(iterations, f"{timing.training:.2g} s each fill the time"),
+        "SOLVER.MAX_ITER": Choice(
+            iterations, f"{timing.training:.2g} s each; fills the time left by pre-training, evaluation and starts"
+        ),
         "SOLVER.WARMUP_ITERS": Choice(iterations // 20, "a twentieth of the iterations"),
         "SOLVER.CHECKPOINT_PERIOD": Choice(period, f"{EVALUATIONS} checkpoints"),
         "SOLVER.CHECKPOINT_MAX_TO_KEEP": Choice(2, "one to resume, one in case it is damaged"),
@@ -250,7 +252,9 @@ def choose_schedules(data: Data, timing: Timing, seconds: float, least: int = 20
         return {}, training
     count = max(int(before / timing.pretraining), 2)
     pretraining: Choices = {
-        "SOLVER.MAX_ITER": Choice(count, f"{PRETRAINING:.0%} of the time, {timing.pretraining:.2g} s each"),
+        "SOLVER.MAX_ITER": Choice(
+            count, f"{PRETRAINING:.0%} of the time for iterations, {timing.pretraining:.2g} s each"
+        ),
         "SOLVER.WARMUP_ITERS": Choice(count // 10, "a tenth of the iterations"),
         "SOLVER.CHECKPOINT_PERIOD": Choice(max(count // 4, 1), "four checkpoints"),
         "SOLVER.CHECKPOINT_MAX_TO_KEEP": Choice(2, "one to resume, one in case it is damaged"),

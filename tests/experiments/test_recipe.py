@@ -124,13 +124,19 @@ def test_the_file_is_the_config_and_gives_each_reason(tmp_path: Path) -> None:
 
 def test_bad_arguments(tmp_path: Path) -> None:
     root = write_yolo(tmp_path / "cells")
+    (tmp_path / "begun/pretraining").mkdir(parents=True)
+    begun = r"continue it with relvit-d2 pretrain --config-file \S+/pretraining.yaml --resume and then relvit-d2 train "
     config = ("--config-file", "configs/demo/streets.yaml")
     for words, sentence in (
         (("--data", root, "--hours", 0), "--hours 0: give a number above 0"),
         (("--data", root, "--hours", "nan"), "--hours nan: give a number above 0"),
         ((*config, "--hours", 1), "need --data and no --config-file"),
+        (("--data", root, "OUTPUT_DIR", tmp_path / "begun"), begun),
         (("--data", root, "--resume"), "need a config: give --config-file with the recipe.yaml"),
         (("--data", tmp_path / "nothing", "--dry-run"), "the data folder '.*nothing' does not exist"),
+        (("--data", root / "data.yaml", "--dry-run"), "the data folder '.*data.yaml' is a file, not a folder"),
+        ((), "for example: relvit-d2 train --data path/to/folder --hours 0.5 or relvit-d2 train --config-file"),
+        (("--data", root, "--weights", tmp_path / "no.pth"), "--weights '.*no.pth' is not an existing file"),
     ):
         assert re.search(sentence, fails(tmp_path, "relvit-d2", "train", *words))
 

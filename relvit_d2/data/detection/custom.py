@@ -246,4 +246,5 @@ def _folder(root: Path, where: str, keys: Mapping[str, Any]) -> tuple[str, Label
 
 def _check_exists(root: Path) -> None:
     if not root.is_dir():
-        raise UserError(f"the data folder '{root}' does not exist: correct the path")
+        problem = "is a file, not a folder" if root.exists() else "does not exist"
+        raise UserError(f"the data folder '{root}' {problem}: correct the path")

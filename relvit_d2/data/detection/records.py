@@ -286,8 +286,8 @@ def renumber_classes(
         name = names[annotation["category_id"]]
         if name not in indices:
             raise UserError(
-                f"'{where}' has objects of the class '{name}', which is not one of {', '.join(classes)}"
-                f"{nearest(name, list(classes))}"
+                f"'{where}' has objects of the class '{name}', which is not one of {', '.join(classes)}: "
+                f"correct the labels or CLASSES{nearest(name, list(classes))}"
             )
         return annotation | {"category_id": indices[name]}
 

@@ -74,7 +74,8 @@ def load_voc(root: Path, split: str, class_names: Sequence[str], skip_missing: b
             if name not in category_ids:
                 known = list(category_ids)
                 raise UserError(
-                    f"{where} has the class '{name}', which is not one of {', '.join(known)}{nearest(name, known)}"
+                    f"{where} has the class '{name}', which is not one of {', '.join(known)}: "
+                    f"correct the file or CLASSES{nearest(name, known)}"
                 )
             return category_ids[name]
 

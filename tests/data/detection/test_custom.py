@@ -49,7 +49,7 @@ def test_format_is_detected(kind: str, tmp_path: Path) -> None:
     # Another list of classes renumbers, or lacks a class.
     if form != "coco":
         assert folder.records("val", ("dog", "cat"), False)[0]["annotations"][0]["category_id"] == 0
-        with pytest.raises(UserError, match="of the class 'dog', which is not one of cat, dogs; did you mean 'dogs'"):
+        with pytest.raises(UserError, match=r"'dog', which is not one of cat, dogs: correct .*; did you mean 'dogs'"):
             folder.records("val", ("cat", "dogs"), False)
 
 
