@@ -365,5 +365,6 @@ def test_anchors_that_miss_many_boxes_are_a_warning() -> None:
 
 
 def test_anchors_of_levels_without_a_known_stride_are_skipped() -> None:
-    cfg = load_config(DETECTION, ["MODEL.RPN.IN_FEATURES", "['res4']", "MODEL.ANCHOR_GENERATOR.SIZES", "[[32]]"])
+    levels = "MODEL.RPN.IN_FEATURES ['res4'] MODEL.ANCHOR_GENERATOR.SIZES [[32]]"
+    cfg = load_config(DETECTION, ["MODEL.BACKBONE.NAME", "build_resnet_backbone", *levels.split()])
     assert fit_report(*scattered(5, 64, 64), cfg) == {}
