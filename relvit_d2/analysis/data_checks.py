@@ -207,7 +207,7 @@ def _corners(annotations: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
 def _check_ids(name: str, records: Sequence[Record], messages: list[str]) -> None:
     repeated = [str(key) for key, count in Counter(record["image_id"] for record in records).items() if count > 1]
     if repeated:
-        text = "image ids that several images have, so their detections cannot be told apart"
+        text = "image ids that several images have, so their detections cannot be distinguished"
         messages.append(_message(name, text, repeated))
 
 

@@ -84,7 +84,9 @@ def run(args: argparse.Namespace) -> None:
         seen = check_seen(sets, args.against)
         report |= {"seen": seen["seen"], "warnings": report["warnings"] + seen["warnings"]}
         for name, files in seen["seen"].items():
-            print("\n".join([f"{name}: {len(files)} images were seen in training", *(f"  {file}" for file in files)]))
+            print_text(
+                "\n".join([f"{name}: {len(files)} images were seen in training", *(f"  {file}" for file in files)])
+            )
     for kind in ("warnings", "errors"):
         for message in report[kind]:
             print_text(f"{kind[:-1]}: {message}")

@@ -94,6 +94,7 @@ def run(args: argparse.Namespace) -> None:
         find_config(file)
     from relvit_d2.engine.provenance import command_line
     from relvit_d2.experiments.compare import compare
+    from relvit_d2.utils.printing import print_text
 
     results = compare(
         args.data,
@@ -108,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
         [word for pair in args.pretrain_opt for word in pair],
         command_line(),
     )
-    print(f"\n{results}")
+    print_text(f"\n{results}")
 
 
 def _share(word: str) -> float:

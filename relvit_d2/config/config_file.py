@@ -1,6 +1,8 @@
 """Loading of configs from yaml files and ``KEY VALUE`` overrides."""
 
 import ast
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +19,8 @@ from relvit_d2.utils.errors import UserError, nearest
 
 COMMANDS = {"pretrain": "pretrain", "detection": "train", "classification": "classify"}
 """The training command of relvit-d2 by task."""
+
+_NOT_IN_PATHS = re.compile(r"[\0\ud800-\udc7f\udd00-\udfff]")  # other surrogates are bytes that are not UTF-8
 
 
 @dataclass(frozen=True)
@@ -197,16 +201,17 @@ def _base_path(path: Path, base: Any) -> Path:
     Raises:
         UserError: it is not a path, a URL, or relative and outside of the folders of configs.
     """
-    if not isinstance(base, str) or not base or "://" in base:
+    if not isinstance(base, str) or not base or "://" in base or _NOT_IN_PATHS.search(base):
         raise UserError(f"config file '{path}': _BASE_ {base!r} is not the path of a yaml file on this machine")
-    if (given := Path(base).expanduser()).is_absolute():
+    # Unlike Path.expanduser, it leaves the name of an unknown user unchanged.
+    if (given := Path(os.path.expanduser(base))).is_absolute():  # noqa: PTH111
         return given
-    own = path.parent.resolve()
-    folders = {own, (ROOT / "configs").resolve()}
-    if own.is_relative_to(Path.cwd()):
+    folder = path.parent.resolve()
+    folders = {folder, (ROOT / "configs").resolve()}
+    if folder.is_relative_to(Path.cwd()):
         folders.add(Path.cwd())
     target = path.parent / given
-    if not any(target.resolve().is_relative_to(folder) for folder in folders):
+    if not any(target.resolve().is_relative_to(allowed) for allowed in folders):
         raise UserError(
             f"config file '{path}': _BASE_ {base!r} leads out of its folder and of the current folder: give an "
             "absolute path"

@@ -148,6 +148,7 @@ def _serve(
             message.details = traceback.format_exc()
             connection.sendall(pickle.dumps(message))  # without a file, which could fail for the same reason
             connection.shutdown(socket.SHUT_WR)
+            mine = iter(())  # the process remains until its error is read: its end would be reported instead
             continue
         socket.send_fds(connection, [b"\0"], [descriptor])
         os.close(descriptor)

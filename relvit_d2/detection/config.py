@@ -59,6 +59,9 @@ def derive_levels(cfg: CfgNode) -> None:
 
     The strides of the pyramid follow from the encoder if ``MODEL.PYRAMID.STRIDES`` is [0]. The RPN reads all levels and
     the region heads all but the top block's, if their ``IN_FEATURES`` are Detectron2's default, [res4].
+
+    Raises:
+        UserError: a stride is not a positive integer.
     """
     if cfg.MODEL.BACKBONE.NAME != BACKBONE:
         return
@@ -68,6 +71,8 @@ def derive_levels(cfg: CfgNode) -> None:
         last = strides[-1]
         around = [stride for stride in (last // 4, last // 2, last, 2 * last) if stride >= min(4, last)]
         keys.STRIDES = strides if len(strides) > 1 else around
+    if not all(isinstance(stride, int) and stride > 0 for stride in keys.STRIDES):
+        raise UserError(f"MODEL.PYRAMID.STRIDES {keys.STRIDES} are not powers of two, each twice the one before")
     levels = [f"p{stride.bit_length() - 1}" for stride in keys.STRIDES]
     top = [f"p{keys.STRIDES[-1].bit_length()}"] if keys.TOP_BLOCK and keys.STRIDES else []
     if cfg.MODEL.RPN.IN_FEATURES == ["res4"]:

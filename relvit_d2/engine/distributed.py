@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from urllib.parse import urlparse
 
@@ -192,6 +193,7 @@ def _work(main: Main, args: argparse.Namespace, url: str, *ranks: int) -> None:
         distributed.destroy_process_group()
     except Exception as error:
         if distributed.is_torchelastic_launched() and type(error) is UserError:
-            _agent_store().set(_USER_ERROR, "")
+            with suppress(RuntimeError):  # torchrun has ended, and does not restart the processes
+                _agent_store().set(_USER_ERROR, "")
         signals.uninstall()  # so that the parent process can end this one
         raise

@@ -11,7 +11,7 @@ from relvit_d2 import __version__
 from relvit_d2.engine import signals
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.schedule import build_schedule
-from relvit_d2.experiments.compare_arms import Comparison, read_arm
+from relvit_d2.experiments.compare_arms import Comparison, read_arms
 from relvit_d2.experiments.compare_budget import (
     Cost,
     Estimate,
@@ -68,10 +68,10 @@ def compare(
     """
     signals.install(patient=False)
     data = find_data(source)
-    folder = (output or Path("output/compare") / Path(source).name).absolute()
+    folder = (output or Path("output/compare") / Path(source).expanduser().resolve().name).absolute()
     comparison = Comparison(
         data,
-        tuple(map(read_arm, arms)),
+        read_arms(arms),
         tuple(sorted(shares)),
         config or CONFIGS[data.task],
         tuple(opts),
@@ -142,7 +142,7 @@ def _read_plan(folder: Path, about: dict[str, Any]) -> dict[str, Any]:
     if path.is_file():
         try:
             plan = json.loads(path.read_text(encoding="utf-8"))
-            previous = plan["about"]
+            previous, _, _ = dict(plan["about"]), dict(plan["costs"]), plan["scale"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"'{path}' is damaged ({error}): choose another --output, or delete the folder") from error
         if key := next((key for key in about if previous.get(key) != about[key]), None):

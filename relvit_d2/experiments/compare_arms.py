@@ -104,6 +104,20 @@ def read_arm(name: str) -> ComparedArm:
     return ComparedArm(name, weights, f"pretrain_from_{_folder_name(weights)}" if weights != name else "")
 
 
+def read_arms(names: Sequence[str]) -> tuple[ComparedArm, ...]:
+    """Return arms by their names.
+
+    Raises:
+        UserError: a name is not a valid arm, or two arms would have the same folder.
+    """
+    arms: dict[str, ComparedArm] = {}
+    for arm in map(read_arm, names):
+        if other := arms.get(folder := _folder_name(arm.name)):
+            raise UserError(f"--arms '{other.name}' and '{arm.name}' have the same folder '{folder}': rename one file")
+        arms[folder] = arm
+    return tuple(arms.values())
+
+
 def _folder_name(name: str) -> str:
     return re.sub(r"[^\w+.-]+", "_", name).strip("_.")
 
@@ -209,7 +223,7 @@ class Comparison:
             except UserError:
                 pass  # a file of another project, or a damaged one, which the conversion reports
         converted = convert(find_encoder(path))
-        target = self.output / "weights" / f"{_folder_name(path.stem)}.safetensors"
+        target = self.output / "weights" / f"{_folder_name(weights)}.safetensors"
         make_folder(target.parent)
         save_encoder(converted.encoder, target, {"source": f"{converted.kind}: {path.name}", **converted.pixels})
         return str(target)

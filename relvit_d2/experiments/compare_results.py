@@ -158,7 +158,7 @@ def verdict(rows: Mapping[str, Any], metric: str, comparison: Comparison, seeds:
 
     Each arm is compared with the first one; an arm with pre-training or weights also with the longer one.
     """
-    sentences = [_headline(arm, rows, comparison) for arm in comparison.arms[1:] if arm.pretraining]
+    sentences = [text for arm in comparison.arms[1:] if arm.pretraining for text in _headline(arm, rows, comparison)]
     for arm in comparison.arms[1:]:
         for other in _others(comparison, arm):
             if other == comparison.arms[0] or arm.pretraining or arm.weights:
@@ -168,13 +168,19 @@ def verdict(rows: Mapping[str, Any], metric: str, comparison: Comparison, seeds:
     return sentences
 
 
-def _headline(arm: ComparedArm, rows: Mapping[str, Any], comparison: Comparison) -> str:
-    """Return a sentence with the shares for which an arm beats all arms with which it is compared, beyond noise."""
+def _headline(arm: ComparedArm, rows: Mapping[str, Any], comparison: Comparison) -> list[str]:
+    """Return a sentence with the shares for which an arm beats all arms with which it is compared, beyond noise.
+
+    None while no pair of runs is finished.
+    """
     others = [other.name for other in _others(comparison, arm)]
-    won = [share for share, cell in rows[arm.name].items() if all(_beats(cell["against"][name]) for name in others)]
+    found = {share: [cell["against"][name] for name in others] for share, cell in rows[arm.name].items()}
+    if not any(all(differences) for differences in found.values()):
+        return []
+    won = [share for share, differences in found.items() if all(map(_beats, differences))]
     if won:
-        return f"{arm.name} beats {' and '.join(others)} beyond noise with {', '.join(won)} % of the labels."
-    return f"{arm.name} does not beat {' and '.join(others)} beyond noise with any share of the labels."
+        return [f"{arm.name} beats {' and '.join(others)} beyond noise with {', '.join(won)} % of the labels."]
+    return [f"{arm.name} does not beat {' and '.join(others)} beyond noise with any share of the labels."]
 
 
 def _beats(found: Mapping[str, Any] | None) -> bool:
@@ -209,7 +215,7 @@ def saved_sentences(results: Mapping[str, Any], first: str) -> list[str]:
             if reached == "more":
                 sentences.append(f"{arm} with {share} % of the labels is better than {first} with {whole:g} %.")
             else:
-                sentences.append(f"{arm} with {share} % of the labels is as good as {first} with {reached:.0f} %.")
+                sentences.append(f"{arm} with {share} % of the labels is as good as {first} with {reached:.3g} %.")
     return sentences
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import shlex
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -34,6 +33,7 @@ from relvit_d2.utils.config_paths import find_config
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import make_folder, write_json, write_text
 from relvit_d2.utils.hardware import cores, device_name, free_memory
+from relvit_d2.utils.printing import print_text, printable, shell_command
 
 CONFIG, PRETRAINING_CONFIG = "configs/custom.yaml", "configs/ssl/custom.yaml"
 SHOWN = 3  # pictures of detections
@@ -97,7 +97,7 @@ def train_custom(request: Request, dry_run: bool) -> None:
         ) from error
     choices |= schedule
     files.write(choices, before)
-    print(files.describe(choices, before, data, machine, seconds), flush=True)
+    print_text(files.describe(choices, before, data, machine, seconds))
     if dry_run:
         return
     files.run(data)
@@ -134,7 +134,7 @@ def check_data(cfg: CfgNode, output: Path) -> Data:
     write_json(output / "check.json", report)
     for warning in report["warnings"]:
         if "anchors" not in warning:  # the recipe chooses them
-            print(f"warning: {warning}")
+            print(printable(f"warning: {warning}"))
     raise_first_error(report)
     return data_facts(records, sum(map(len, tests.values())), classes)
 
@@ -308,9 +308,9 @@ class Files:
         run_command("predict", words, self.output / "predict", 0)
         results = detector / "inference/results.json"
         for name, found in json.loads(results.read_text(encoding="utf-8")).items() if data.evaluated else ():
-            print(f"AP on {name}: {found['bbox']['AP'] or 0:.1f}, AP50 {found['bbox']['AP50'] or 0:.1f}")
-        following = shlex.join(["relvit-d2", "predict", "--weights", str(detector), "--input", "IMAGES"])
-        print(f"report: {detector}/report.html\npictures: {pictures}\nnext: {following}")
+            print_text(f"AP on {name}: {found['bbox']['AP'] or 0:.1f}, AP50 {found['bbox']['AP50'] or 0:.1f}")
+        following = shell_command(["relvit-d2", "predict", "--weights", str(detector), "--input", "IMAGES"])
+        print_text(f"report: {detector}/report.html\npictures: {pictures}\nnext: {following}")
 
 
 def _words(keys: Mapping[str, Any]) -> list[str]:
@@ -330,5 +330,5 @@ def recipe_yaml(base: str, cfg: CfgNode, choices: Choices) -> str:
         plain = yaml.safe_load(value.dump()) if isinstance(value, CfgNode) else value
         plain = list(plain) if isinstance(plain, tuple) else plain
         text = yaml.safe_dump(plain, default_flow_style=True, width=10_000, allow_unicode=True).removesuffix("...\n")
-        lines.append(f"{'  ' * len(groups)}{leaf}: {text.strip()}  # {choices[key].reason}")
+        lines.append(f"{'  ' * len(groups)}{leaf}: {text.strip()}  # {printable(choices[key].reason)}")
     return "\n".join(lines) + "\n"

@@ -7,7 +7,7 @@ from relvit_d2.experiments.runs import ImageCounts, Run
 from relvit_d2.experiments.statistics import RunStatistics, difference
 from relvit_d2.experiments.table_rows import PaperData, Published, Row
 
-# Keys that concern the machine and the data folder, not what is learned.
+# Keys that concern the machine and the data folder, not the trained model.
 _MACHINE_KEYS = (
     "MODEL.DEVICE",
     "MODEL.ACTIVATION_CHECKPOINT",

@@ -16,7 +16,7 @@ def printable(text: object, kept: str = "") -> str:
 
 def print_text(text: object) -> None:
     """Print text of several lines that may contain names from others."""
-    print(printable(text, _LAYOUT))
+    print(printable(text, _LAYOUT), flush=True)
 
 
 def shell_command(words: Sequence[str]) -> str:

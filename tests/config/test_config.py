@@ -233,6 +233,7 @@ def test_bad_overrides(overrides: list[str], words: str) -> None:
         ("VERSION: 2\nSOLVER: [\n", "not valid yaml"),
         ("OUTPUT_DIR: 2024-13-01\n", "bad.yaml' is not valid yaml: month must be in 1..12"),
         ("_BASE_: nowhere.yaml\n", "nowhere.yaml"),
+        ("_BASE_: ~nobody_here/a.yaml\n", "~nobody_here/a.yaml', the _BASE_ of .*, does not exist"),
         ("just words\n", "bad.yaml"),
     ],
 )
@@ -343,7 +344,17 @@ def test_relative_bases_stay_in_the_folders_of_configs(tmp_path: Path, monkeypat
     for base in ("../../outside/a.yaml", "link.yaml"):
         with pytest.raises(UserError, match=rf"_BASE_ '{base}' leads out of"):
             seed(base)
-    for base in ("3", "{a: b.yaml}", "[[a.yaml]]", "''", "~", "https://example.org/a.yaml", "[file:///a.yaml]"):
+    for base in (
+        "3",
+        "{a: b.yaml}",
+        "[[a.yaml]]",
+        "''",
+        "~",
+        r'"a\0.yaml"',
+        r'"\ud800"',
+        "https://example.org/a.yaml",
+        "[file:///a.yaml]",
+    ):
         with pytest.raises(UserError, match=r"_BASE_ .* is not the path of a yaml file on this machine"):
             seed(base)
 

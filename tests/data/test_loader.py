@@ -173,6 +173,15 @@ def test_user_errors_of_workers_are_raised_in_the_main_process(workers: int) -> 
         list(ordered_batches(range(5), refuse, list, 2, workers))
 
 
+def test_the_error_of_a_worker_is_raised_in_its_turn_whatever_the_others_do_before() -> None:
+    found = []
+    with pytest.raises(UserError, match=r"^sample 3 is damaged; replace it$"):
+        for batch in ordered_batches(range(9), refuse, list, 1, 3):
+            found += batch
+            time.sleep(0.2)  # in which the workers read on
+    assert found == [0, 1, 2]
+
+
 @pytest.mark.parametrize(("count", "world"), [(7, 3), (2, 3), (6, 2)])
 def test_ordered_batches_read_each_sample_in_exactly_one_process(count: int, world: int) -> None:
     shares = [ordered_batches(range(count), int, list, 2, 0, rank, world) for rank in range(world)]

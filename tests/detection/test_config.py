@@ -30,6 +30,8 @@ LEVELS = r"MODEL.RPN.IN_FEATURES has 2 levels \['p2', 'p3'\]: give one list for 
         ("MODEL.ROI_HEADS.IN_FEATURES ['p3','p2']", "must be consecutive levels, finest first"),
         ("MODEL.ROI_HEADS.IOU_LABELS [0]", "MODEL.ROI_HEADS.IOU_THRESHOLDS .* do not match"),
         ("MODEL.ROI_BOX_HEAD.POOLER_TYPE ROI", "is not supported; give ROIAlignV2, ROIAlign, ROIPool"),
+        ("MODEL.PYRAMID.STRIDES [8.5]", r"MODEL.PYRAMID.STRIDES \[8.5\] are not powers of two"),
+        ("MODEL.PYRAMID.STRIDES [-8,0]", r"MODEL.PYRAMID.STRIDES \[-8, 0\] are not powers of two"),
         ("MODEL.PYRAMID.NORM BatchNorm", "MODEL.PYRAMID.NORM 'BatchNorm' is not supported"),
         (
             "MODEL.PYRAMID.NORM SyncBN",

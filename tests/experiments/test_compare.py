@@ -129,8 +129,11 @@ def test_weights_are_loaded_by_their_arm_or_its_pretraining(crops: Path, tmp_pat
         tmp_path / "other.pth",
     )
     native, other = str(tmp_path / "native.safetensors"), str(tmp_path / "other.pth")
-    compared = comparison(crops, tmp_path / "out", "scratch", native, f"{other}+pretrained")
+    namesake = str(tmp_path / "other.pt")
+    shutil.copy(other, namesake)
+    compared = comparison(crops, tmp_path / "out", "scratch", native, f"{other}+pretrained", namesake)
     weights = compared.prepare_weights()
+    assert weights[namesake] != weights[f"{other}+pretrained"]
     assert weights[native] == native and Path(weights[f"{other}+pretrained"]).parent == tmp_path / "out/weights"
     runs = compared.plan(0, weights, 1.0, 1.0)
     starts = {name: planned.config.MODEL.WEIGHTS for name, planned in runs.items() if name.endswith("_100")}
@@ -214,7 +217,7 @@ def test_results_are_paired_and_the_verdict_follows_them(yolo: Path, tmp_path: P
     }
     markdown = page(results | about)
     assert "| 10 % | pretrained | 21.67 | 1.53 | 3 | +10.67 ± 1.43 | +9.50 ± 1.24 |" in markdown
-    assert "pretrained with 10 % of the labels is as good as scratch with 23 %." in markdown
+    assert "pretrained with 10 % of the labels is as good as scratch with 22.7 %." in markdown
     assert "pretrained: 2 of 6 images of cells_test were seen in pre-training" in markdown
     write_page(results | about, tmp_path / "report.html")
     html = (tmp_path / "report.html").read_text()
@@ -235,6 +238,8 @@ def test_one_seed_has_no_interval_and_unfinished_runs_no_result(yolo: Path, tmp_
     text = " ".join(results["verdict"])
     assert "differs from scratch in AP by +10.00 with 10 %" in text and "One seed has no interval" in text
     assert "beats" not in text.replace("does not beat", "") and "±" not in text
+    other = comparison(yolo, tmp_path / "other", *FIGURES, shares=(10, 100))
+    assert collect(other, written(other, {"scratch": FIGURES["scratch"]}, 1))["verdict"] == []
 
 
 def test_subsets_of_a_class_folder_have_every_class_and_differ_by_seed(crops: Path, tmp_path: Path) -> None:
@@ -258,6 +263,7 @@ def test_subsets_of_a_class_folder_have_every_class_and_differ_by_seed(crops: Pa
         ("--hours 0 is not positive", ("--hours", 0)),
         ("is one arm", ("--arms", "scratch")),
         ("give each value once", ("--arms", "scratch", "scratch")),
+        ("'a/b.pth' and 'a_b.pth' have the same folder", ("--arms", "a/b.pth", "a_b.pth")),
         ("did you mean 'pretrained'", ("--arms", "scratch", "pretraind")),
         ("absent.pth': the file does not exist", ("--arms", "scratch", "absent.pth")),
         ("has no model 'no_such'", ("--arms", "scratch", "timm:no_such")),
@@ -300,8 +306,9 @@ def test_invalid_data_and_keys_are_errors(crops: Path, yolo: Path, tmp_path: Pat
     plan: dict[str, Any] = {"about": {"data": {}}, "costs": {}, "scale": None}
     (tmp_path / "out/plan.json").write_text(json.dumps(plan))
     assert "contains another comparison, with data" in sentence(crops)
-    (tmp_path / "out/plan.json").write_text("{")
-    assert "plan.json' is damaged" in sentence(crops)
+    for text in ("{", '{"about": {}}'):
+        (tmp_path / "out/plan.json").write_text(text)
+        assert "plan.json' is damaged" in sentence(crops)
 
 
 def outcome(output: Path) -> dict[str, Any]:

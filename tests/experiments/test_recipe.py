@@ -118,6 +118,9 @@ def test_the_file_is_the_config_and_gives_each_reason(tmp_path: Path) -> None:
     assert load_config(str(tmp_path / "recipe.yaml"), []) == cfg
     assert "  BASE_LR: 0.25  # given\n" in text
     assert all(f"  # {choice.reason}\n" in text for choice in choices.values())
+    flip = choose_model(dataclasses.replace(data, classes=("left\nSEED: 4",)), CPU, 1800, {})[1]["INPUT.RANDOM_FLIP"]
+    (tmp_path / "recipe.yaml").write_text(recipe_yaml(CONFIG, cfg, choices | {"INPUT.RANDOM_FLIP": flip}))
+    assert load_config(str(tmp_path / "recipe.yaml"), []) == cfg  # a class name in a reason adds no line
     side = pretraining_choices(encoder, CPU)["PRETEXT.IMAGE_SIZE"]
     assert side == Choice(8 * encoder.patch, "8 x 8 patches")
 
