@@ -190,7 +190,7 @@ def test_real_voc_sample(samples: Path, caplog: pytest.LogCaptureFixture) -> Non
     assert "BloodImage_00338.xml, object" in caplog.text
     assert "BloodImage_00343.xml, object" in caplog.text
     caplog.clear()
-    cache._told.clear()
+    cache._logged.clear()
     open_folder(root)[1].classes()
     assert "2 of the 349 boxes" in caplog.text  # also when the records come from the cache
 
