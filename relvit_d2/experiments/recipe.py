@@ -153,7 +153,9 @@ def choose_model(data: Data, machine: Machine, seconds: float, given: Mapping[st
             data.masks, "every object has a mask" if data.masks else "there are objects without a mask"
         ),
         "MODEL.PYRAMID.STRIDES": Choice(strides, f"from {finest} px, half of a small object, to twice the patch"),
-        "SOLVER.IMS_PER_BATCH": Choice(batch, f"4 to 16 images, for {UPDATES} iterations or more in the time"),
+        "SOLVER.IMS_PER_BATCH": Choice(
+            batch, f"4 to 16 images; more than 4 if the time allows over {UPDATES} iterations"
+        ),
         "SOLVER.REFERENCE_BATCH": Choice(16, "batch of the learning rate"),
         "SOLVER.GRAD_ACCUM_STEPS": Choice(parts, f"{fits} images fit into half of the free memory"),
         "SOLVER.BASE_LR": Choice(encoder.rate, f"of {encoder.name} for 16 images, scaled with the batch"),
@@ -183,7 +185,9 @@ def _encoder_and_side(
         if affordable:
             side = next((side for side in affordable if data.small_object(side) >= SMALL_OBJECT), affordable[-1])
             return encoder, side, f"the strongest of {len(ENCODERS)} that sees {EPOCHS} epochs of {side} px in the time"
-    return encoder, resolved[0], f"the fastest; the time is short for {EPOCHS} epochs of {resolved[0]} px"
+    affordable = [side for side in sides if _seconds(machine, encoder, side) <= seconds]
+    side = affordable[-1] if affordable else sides[0]
+    return encoder, side, f"the fastest; small objects need {resolved[0]} px, but the time allows {side} px"
 
 
 def _flip(classes: tuple[str, ...]) -> tuple[str, str]:

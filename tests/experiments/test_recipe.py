@@ -71,6 +71,14 @@ def test_smaller_objects_get_larger_images_and_finer_levels() -> None:
     assert short["MODEL.PYRAMID.STRIDES"].value[0] == 4
 
 
+def test_a_short_time_gives_images_that_it_allows() -> None:
+    encoder, choices = choose_model(data_of(12), CPU, 900, {})
+    side = choices["INPUT.MAX_SIZE_TRAIN"].value
+    seconds = 900 * 0.7 / 4000  # of an image: 20 epochs of 200 images, in the share of the training
+    assert encoder.name == "vit_nano" and data_of(12).small_object(side) < 2 * encoder.patch
+    assert side == 192 and COSTS["vit_nano"].seconds <= seconds < COSTS["vit_nano"].seconds * (224 / 192) ** 2
+
+
 def test_a_batch_that_does_not_fit_is_divided() -> None:
     choices = choose_model(data_of(80), dataclasses.replace(CPU, memory=2.2e8), 50_000, {})[1]
     batch, parts = choices["SOLVER.IMS_PER_BATCH"].value, choices["SOLVER.GRAD_ACCUM_STEPS"].value
