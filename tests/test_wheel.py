@@ -65,7 +65,8 @@ def run(installed: Path, folder: Path, *words: object) -> subprocess.CompletedPr
 
 def test_the_wheel_has_every_file_of_the_package_and_every_config(wheel: Path) -> None:
     expected = {"relvit_d2/py.typed"}
-    expected |= {str(path.relative_to(ROOT)) for path in ROOT.glob("relvit_d2/**/*") if path.suffix in (".py", ".txt")}
+    kinds = (".py", ".txt", ".html", ".css")
+    expected |= {str(path.relative_to(ROOT)) for path in ROOT.glob("relvit_d2/**/*") if path.suffix in kinds}
     expected |= {f"relvit_d2/{path.relative_to(ROOT)}" for path in ROOT.glob("configs/**/*.yaml")}
     with zipfile.ZipFile(wheel) as archive:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
