@@ -222,7 +222,7 @@ class Files:
     def detector(self, choices: Choices) -> CfgNode:
         """Return the config of the training."""
         keys = {key: choice.value for key, choice in choices.items()}
-        keys |= {"OUTPUT_DIR": str(self.output / "detector"), "MODEL.WEIGHTS": self._weights()}
+        keys["MODEL.WEIGHTS"] = self._weights()
         return load_config(CONFIG, [*self.pairs, *_words(keys), *self.request.opts, *self._output_keys("detector")])
 
     def _weights(self) -> str:
@@ -245,13 +245,14 @@ class Files:
         trial = Files(self.request, self.pairs, self.output / "trial", self.model)
         seconds = [0.0, 0.0]
         start = 0.0
-        shorts = {key: recipe.Choice(value, "") for key, value in TRIAL_KEYS.items()}
-        runs = {"pretrain": trial.pretraining(shorts)} if self.pretrains else {}
-        runs["train"] = trial.detector(choices | shorts)
+        runs = {"pretrain": trial.pretraining({})} if self.pretrains else {}
+        runs["train"] = trial.detector(choices)
+        short = TRIAL_KEYS | {"TEST.EVAL_PERIOD": 0, "TEST.BEST_METRIC": "", "TEST.PATIENCE": 0}
         for command, cfg in runs.items():
             folder = Path(cfg.OUTPUT_DIR)
             make_folder(folder)
             cfg.DATASETS.TEST = ()
+            cfg.merge_from_list([part for pair in short.items() for part in pair])  # whatever schedule the user gave
             write_text(folder / "trial.yaml", cfg.dump())
             words = [command, "--config-file", str(folder / "trial.yaml")]
             seconds[command == "train"], rest = run_trial(f"measuring {command}", words, folder)
