@@ -1,6 +1,7 @@
 """Start and end of the processes of a run, which this module or ``torchrun`` starts."""
 
 import argparse
+import gc
 import logging
 import multiprocessing
 import os
@@ -184,13 +185,22 @@ def _process(main: Main, args: argparse.Namespace, url: str, *ranks: int) -> Non
         os._exit(status)
 
 
+def leave_process_group() -> None:
+    """Wait for the other processes and end the communication with them.
+
+    The threads of a group that something still refers to would abort the process when it exits.
+    """
+    comm.synchronize()
+    comm._get_global_gloo_group.cache_clear()
+    gc.collect()  # a trainer's model refers to the group
+    distributed.destroy_process_group()
+
+
 def _work(main: Main, args: argparse.Namespace, url: str, *ranks: int) -> None:
     try:
         _join(url, *ranks)
         main(args)
-        # A process that leaves early would break the communication of the others.
-        comm.synchronize()
-        distributed.destroy_process_group()
+        leave_process_group()
     except Exception as error:
         if distributed.is_torchelastic_launched() and type(error) is UserError:
             with suppress(RuntimeError):  # torchrun has ended, and does not restart the processes

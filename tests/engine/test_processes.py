@@ -8,17 +8,20 @@ import re
 import signal
 import socket
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from detectron2.engine import launch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from PIL import Image
 from torch.multiprocessing import ProcessContext, start_processes
+from torch.nn.parallel import DistributedDataParallel
 
 from relvit_d2.classification.run import split
 from relvit_d2.data.classification.image_folder import read_tree
@@ -278,6 +281,17 @@ def test_processes_without_a_gpu_share_the_cores(monkeypatch: pytest.MonkeyPatch
     with handlers_kept():
         assert distributed._spawn(print, launcher(), "auto") == 0
     assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
+def test_nothing_refers_to_the_process_group_after_the_end(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    group = weakref.ref(dist.group.WORLD)
+    model = DistributedDataParallel(torch.nn.Linear(1, 1))
+    model.itself = model  # as in a trainer with hooks that refer to it
+    assert comm._get_global_gloo_group() is group() is model.process_group
+    del model
+    distributed.leave_process_group()
+    assert group() is None
 
 
 @contextmanager

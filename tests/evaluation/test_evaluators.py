@@ -17,6 +17,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from relvit_d2.data.detection.svhn import load_svhn
+from relvit_d2.engine.distributed import leave_process_group
 from relvit_d2.evaluation.coco import CocoStyleEvaluator, coco_ground_truth
 from relvit_d2.evaluation.kitti import KittiEvaluator
 from relvit_d2.evaluation.voc07 import Voc07Evaluator
@@ -368,7 +369,7 @@ def _evaluate_share(rank: int, folder: str) -> None:
         **run(Voc07Evaluator("shared", records, ["x", "y"], True), share),
     }
     Path(folder, f"{rank}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 def test_two_processes_give_the_results_of_one(tmp_path: Path) -> None:
