@@ -3,6 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from relvit_d2.utils.hardware import device_name, free_memory
 
 ADAMW = 16  # bytes per trained parameter: value, gradient and AdamW's two moments, float32
 USABLE = 0.8  # fraction of the free memory for activations; the rest is for temporary buffers of the backward pass
+LARGEST = 16  # images per measured step if none are given
 REPEATS = 3
 REST = "rest"  # the parts of the model outside of the stages
 ALL = "all"
@@ -45,10 +47,8 @@ class Subject(NamedTuple):
 
 
 def assumption(cfg: CfgNode, error: UserError) -> str:
-    """Return a note on a value that is assumed because data cannot be read; without data sets, raise ``error``."""
-    if not cfg.DATASETS.TRAIN:
-        raise error
-    return f"assumed, since the data cannot be read ({error})"
+    """Return a note on a value that is assumed because data are not given or cannot be read."""
+    return f"assumed, since the data cannot be read ({error})" if cfg.DATASETS.TRAIN else "assumed, without data"
 
 
 def fitting_batch(subject: Subject) -> int:
@@ -78,11 +78,19 @@ def _step(subject: Subject, batch: int) -> Callable[[], Tensor]:
     return loss
 
 
-def cost_table(subject: Subject, batch: int) -> str:
-    """Measure a model with batches of ``batch`` images; return a table and the batch size that fits, as text."""
+def cost_table(subject: Subject, batch: int | None) -> str:
+    """Measure a model; return a table, the batch size that fits and the time of the schedule, as text.
+
+    Args:
+        subject: the model.
+        batch: images per measured step; None: the config's, at most what fits and ``LARGEST``.
+    """
     cfg, model = subject.cfg, subject.model
     precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE))
     meter = Meter(subject.stages)
+    fits = _fitting_batch(subject, sum(meter.memory(_step(subject, 1)).values()))
+    part = -(-cfg.SOLVER.IMS_PER_BATCH // cfg.SOLVER.GRAD_ACCUM_STEPS)
+    batch = batch or max(min(part, fits, LARGEST), 1)
     loss = _step(subject, batch)
     memory, flops = meter.memory(loss), meter.flops(loss)
     counts, seconds = meter.parameters(model), meter.seconds(loss, cfg.MODEL.DEVICE)
@@ -99,14 +107,34 @@ def cost_table(subject: Subject, batch: int) -> str:
         for name in [*subject.stages, REST, ALL]
     ]
     heads = ("stage", "parameters, M", "GFLOP/image", "memory, MiB/image", "images/s")
-    free = free_memory(cfg.MODEL.DEVICE)
-    fits = _fitting_batch(subject, memory[ALL] / batch)
     return (
-        f"{subject.title}, {precision.name} on {device_name(cfg.MODEL.DEVICE)}\n\n"
+        f"{subject.title}, {precision.name} on {device_name(cfg.MODEL.DEVICE)}, {batch} at a time\n\n"
         f"{tabulate(rows, heads, stralign='right', disable_numparse=True)}\n\n"
-        f"{free / 2**30:.1f} GiB of memory are free: batches of about {fits} images fit with AdamW"
-        f"{'' if fits else '; set MODEL.ACTIVATION_CHECKPOINT True or smaller images'}. "
-        "For larger batches set SOLVER.GRAD_ACCUM_STEPS."
+        f"{_advice(cfg, fits)}\n{_schedule_time(cfg, seconds[ALL] / batch)}"
+    )
+
+
+def _advice(cfg: CfgNode, fits: int) -> str:
+    """Return whether the config's batches fit into the free memory, and otherwise the keys with which they do."""
+    images, parts = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.GRAD_ACCUM_STEPS
+    free = f"{free_memory(cfg.MODEL.DEVICE) / 2**30:.1f} GiB of free memory"
+    if not fits:
+        return f"Not one image fits into {free}: set MODEL.ACTIVATION_CHECKPOINT True or use smaller images."
+    if images <= fits * parts:
+        return f"Batches of SOLVER.IMS_PER_BATCH {images} images fit into {free}."
+    parts = next(n for n in range(parts, images + 1) if images % n == 0 and images <= fits * n)
+    return (
+        f"Batches of SOLVER.IMS_PER_BATCH {images} images do not fit into {free}, about {fits} at a time do: "
+        f"set SOLVER.GRAD_ACCUM_STEPS {parts}."
+    )
+
+
+def _schedule_time(cfg: CfgNode, seconds: float) -> str:
+    """Return the time of the whole schedule if an image takes ``seconds``."""
+    total = timedelta(seconds=round(seconds * cfg.SOLVER.IMS_PER_BATCH * cfg.SOLVER.MAX_ITER))
+    return (
+        f"{cfg.SOLVER.MAX_ITER} iterations (SOLVER.MAX_ITER) take about {total} (h:mm:ss) in one process, without "
+        "loading of images, optimizer steps and evaluation."
     )
 
 

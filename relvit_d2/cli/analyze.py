@@ -1,4 +1,4 @@
-"""Print the parameters, FLOPs, memory and speed of each stage of a config's model, and the batch size that fits.
+"""Print the parameters, FLOPs, memory and speed of each stage of a config's model, and the time of its schedule.
 
 Takes a config of any task and needs no data set: one training step on random images is measured. FLOPs are those of
 the forward pass, fused attention included, a multiply-add counted as two. Memory is that of the activations kept for
@@ -23,13 +23,13 @@ EXAMPLE = "relvit-d2 analyze --config-file configs/demo/streets.yaml"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("--config-file", required=True, help="a config of any task")
-    parser.add_argument("--batch", type=int, default=1, help="batch size of the measured step (default 1)")
+    parser.add_argument("--batch", type=int, help="images per measured step (default: as in training, at most 16)")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that override the config")
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the table."""
-    if args.batch < 1:
+    if args.batch is not None and args.batch < 1:
         raise UserError(f"--batch {args.batch}: give at least 1")
     find_config(args.config_file)
     from relvit_d2.analysis.model_cost import cost_table

@@ -15,6 +15,7 @@ from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.randomness import torch_generator
 
 OBJECTS = 8  # per random image
+UNKNOWN_CLASSES = 80  # assumed without data
 
 
 def detector_subject(cfg: CfgNode) -> Subject:
@@ -24,10 +25,12 @@ def detector_subject(cfg: CfgNode) -> Subject:
     try:
         records = training_records(cfg)
     except UserError as error:
-        records, assumed = [], f"; {assumption(cfg, error)}"
-    mask_on, cfg = cfg.MODEL.MASK_ON, resolve_config(cfg, records)
+        records, assumed = [], f"; classes {assumption(cfg, error)}"
+    mask_on, named = cfg.MODEL.MASK_ON, cfg.DATASETS.TRAIN
+    cfg = resolve_config(cfg, records) if named else cfg.clone()
     if assumed:
         cfg.defrost()
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.ROI_HEADS.NUM_CLASSES or UNKNOWN_CLASSES
         # Among the data sets of the catalog, only COCO has masks.
         metadata = [catalog.get_metadata(name).as_dict() for name in cfg.DATASETS.TRAIN]
         cfg.MODEL.MASK_ON = mask_on and all("thing_dataset_id_to_contiguous_id" in known for known in metadata)

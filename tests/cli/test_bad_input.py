@@ -321,7 +321,7 @@ STREETS = ("--config-file", "configs/demo/streets.yaml")
         (("overfit-check", *STREETS, "DATASETS.TRAIN", "('streets_trian',)"), "did you mean 'streets_train'"),
         (("compare-runs", "no", "no"), "'no' cannot be read"),
         (("analyze", *STREETS, "SOLVER.BASE_LRR", 1), "did you mean 'SOLVER.BASE_LR'"),
-        (("analyze", *STREETS, "DATASETS.TRAIN", "()"), "DATASETS.TRAIN is empty"),
+        (("analyze", *STREETS, "--batch", 0), "--batch 0: give at least 1"),
     ],
 )
 def test_other_commands_report_invalid_input_in_one_sentence(
