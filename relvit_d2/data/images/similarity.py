@@ -5,23 +5,21 @@ Two images are equal if their pixels are. They are nearly equal if their differe
 """
 
 import hashlib
-import json
 import logging
 import os
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from relvit_d2.data.cache import cache_root
+from relvit_d2.data.cache import cache_root, load, store
 from relvit_d2.data.images.archive import ImageFile, Member
 from relvit_d2.data.images.decode import PixelFormat, channels_and_max_value
 from relvit_d2.utils.errors import UserError
-from relvit_d2.utils.files import write_text
 from relvit_d2.utils.hardware import cores
 
 VERSION = 1  # of the fingerprints; cached ones of another version are not used
@@ -122,11 +120,7 @@ def fingerprints(images: Sequence[ImageFile], root: Path) -> list[Fingerprint]:
             found = pool.map(fingerprint_file, [images[index] for index in new])
             known |= {states[index]: one for index, one in zip(new, found, strict=True)}
         entries = {state: [known[state].exact.hex(), known[state].near] for state in states}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps({"version": VERSION, "root": real, "images": entries}))
-        except (OSError, UserError, ValueError) as error:
-            logger.info(f"fingerprints of '{root}' are computed at every start: the cache cannot be written ({error})")
+        store(path, {"version": VERSION, "root": real, "images": entries}, f"the fingerprints of '{root}'")
     return [known[state] for state in states]
 
 
@@ -142,12 +136,12 @@ def file_state(image: ImageFile) -> str:
 
 def _load(path: Path) -> dict[str, Fingerprint]:
     try:
-        document: Any = json.loads(path.read_text(encoding="utf-8"))
+        document = load(path)
         if document["version"] == VERSION:
             return {
                 state: Fingerprint(bytes.fromhex(exact), near) for state, (exact, near) in document["images"].items()
             }
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         pass  # missing or damaged
     return {}
 

@@ -11,7 +11,6 @@ from detectron2.structures import BoxMode
 
 from relvit_d2.data import cache
 from relvit_d2.data.detection import catalog
-from relvit_d2.data.detection.coco import load_coco
 from relvit_d2.data.detection.custom import FORMATS, config_pairs, open_folder, register_custom
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
@@ -195,15 +194,11 @@ def test_real_voc_sample(samples: Path, caplog: pytest.LogCaptureFixture) -> Non
     assert "2 of the 349 boxes" in caplog.text  # also when the records come from the cache
 
 
-def test_cache_is_coco_json_and_is_updated_after_a_change(tmp_path: Path) -> None:
+def test_cache_is_updated_after_a_change(tmp_path: Path) -> None:
     root = write_voc(tmp_path / "cells")
     before = open_folder(root)[1].records("train", ("cat", "dog"), False)
+    assert open_folder(root)[1].records("train", ("cat", "dog"), False) == before
     (path,) = (tmp_path / "cache/relvit_d2/records").glob("*.json")
-    by_name = {record["file_name"]: record for record in load_coco(path, root)}
-    for record in before:
-        assert by_name[record["file_name"]]["annotations"] == [
-            {key: value for key, value in a.items() if key != "difficult"} for a in record["annotations"]
-        ]
     # Change the cache to show that it is read.
     path.write_text(path.read_text().replace('"cat"', '"cow"'))
     assert open_folder(root)[1].classes() == ("cow", "dog")
