@@ -4,6 +4,7 @@ import atexit
 import itertools
 import logging
 import random
+from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
@@ -16,7 +17,7 @@ from relvit_d2.data.workers import read_in_workers
 from relvit_d2.utils.errors import UserError, defect, resource_error
 from relvit_d2.utils.randomness import generator, sequence
 
-Key = tuple[int, int]  # epoch, index
+Key = tuple[int, int]  # number that seeds the sample's random draws, index
 
 MAX_REPLACEMENTS = 16  # samples that are tried, beginning with the unreadable one
 
@@ -30,7 +31,8 @@ class EndlessOrder:
 
     The samples are a sequence of permutations, one per epoch, each a function of ``(seed, epoch)``. Iteration i takes
     positions ``i * batch`` to ``(i + 1) * batch``, and each process an equal contiguous part of them. A batch may
-    contain samples of two epochs, so that no sample is dropped.
+    contain samples of two epochs, so that no sample is dropped. With ``repeats``, an epoch contains each sample as
+    often as its factor, stochastically rounded (as Detectron2's ``RepeatFactorTrainingSampler``).
 
     Args:
         count: number of samples.
@@ -39,13 +41,25 @@ class EndlessOrder:
         start: first iteration.
         rank, world: index of this process and number of processes.
         parts: batches per iteration and process (gradient accumulation).
+        repeats: ``(count,)`` how often an epoch contains each sample, at least 1; None: once.
     """
 
     def __init__(
-        self, count: int, batch: int, seed: int, start: int, rank: int = 0, world: int = 1, parts: int = 1
+        self,
+        count: int,
+        batch: int,
+        seed: int,
+        start: int,
+        rank: int = 0,
+        world: int = 1,
+        parts: int = 1,
+        repeats: np.ndarray | None = None,
     ) -> None:
         self._count, self._batch, self._seed, self.start = count, batch, seed, start
         self._rank, self._world, self.parts = rank, world, parts
+        self._repeats = repeats
+        self._starts = [0]  # first positions of the epochs, with repeats
+        self._latest: dict[int, np.ndarray] = {}  # samples of the last epochs, with repeats
 
     def __iter__(self) -> Iterator[list[Key]]:
         for iteration in itertools.count(self.start):
@@ -55,11 +69,32 @@ class EndlessOrder:
                 yield keys[part * size : (part + 1) * size]
 
     def keys(self, iteration: int) -> list[Key]:
-        """Return the epochs and indices of this process's samples in an iteration."""
+        """Return the keys of this process's samples in an iteration.
+
+        They seed the draws by the epoch or, with repeats, by the position, since an epoch may repeat a sample.
+        """
         size = self._batch // self._world
         start = iteration * self._batch + self._rank * size
+        if self._repeats is not None:
+            return [(position, self._repeated(position)) for position in range(start, start + size)]
         samples = (divmod(position, self._count) for position in range(start, start + size))
         return [(epoch, int(_permutation(self._count, self._seed, epoch)[rest])) for epoch, rest in samples]
+
+    def _repeated(self, position: int) -> int:
+        """Return the sample at a position of the endless sequence with repeats."""
+        while position >= self._starts[-1]:
+            self._starts.append(self._starts[-1] + len(self._epoch(len(self._starts) - 1)))
+        epoch = bisect_right(self._starts, position) - 1
+        return int(self._epoch(epoch)[position - self._starts[epoch]])
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        if epoch not in self._latest:
+            assert self._repeats is not None
+            random = generator(self._seed, "order", epoch)
+            counts = np.floor(self._repeats + random.random(self._count)).astype(np.int64)
+            kept = {number: samples for number, samples in self._latest.items() if number == epoch - 1}
+            self._latest = kept | {epoch: random.permutation(np.arange(self._count).repeat(counts))}
+        return self._latest[epoch]
 
 
 @lru_cache(maxsize=2)  # a batch may contain samples of two epochs

@@ -21,6 +21,8 @@ _RANGES = {
     "MODEL.ANCHOR_GENERATOR.OFFSET": (0, 1),
 }
 
+REPEATING = "RepeatFactorTrainingSampler"  # of DATALOADER.SAMPLER_TRAIN
+
 _NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "LN", "naiveSyncBN", "naiveSyncBN_N", "nnSyncBN")
 _BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
 _CHOICES = {
@@ -34,6 +36,7 @@ _CHOICES = {
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
     "INPUT.CROP.TYPE": ("relative", "relative_range", "absolute", "absolute_range"),
     "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
+    "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler", REPEATING),
 }
 
 # The registry of detectron2.modeling for each class name.
@@ -71,6 +74,12 @@ def check_config(cfg: CfgNode, defaults: CfgNode) -> None:
     for key, registry in _REGISTRIES.items():
         if (name := get_key(cfg, key)) != (default := get_key(defaults, key)):
             _check_registered(key, name, default, registry)
+    loader = cfg.DATALOADER
+    if loader.SAMPLER_TRAIN == REPEATING and not 0 < loader.REPEAT_THRESHOLD <= 1:
+        raise UserError(
+            f"DATALOADER.REPEAT_THRESHOLD {loader.REPEAT_THRESHOLD:g} must be above 0 and at most 1 with {REPEATING}: "
+            "give the fraction of images below which a class is rare, such as 0.1"
+        )
     _check_sizes(cfg.INPUT)
     _check_anchors(cfg.MODEL)
     _check_matching(cfg.MODEL)

@@ -11,6 +11,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.evaluation import (
     DatasetEvaluator,
     DatasetEvaluators,
@@ -31,6 +33,7 @@ from relvit_d2.data.detection.mapper import DetectionMapper
 from relvit_d2.data.images.seen import SEEN, count_seen, seen_metadata
 from relvit_d2.data.listing import data_lines
 from relvit_d2.data.loader import EndlessBatches, EndlessOrder, ordered_batches
+from relvit_d2.detection.config_check import REPEATING
 from relvit_d2.detection.model import build_detector
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.run_setup import save_config, start_run
@@ -132,11 +135,20 @@ def training_records(cfg: CfgNode) -> Records:
     return records
 
 
+def repeat_factors(cfg: CfgNode, records: Records) -> np.ndarray | None:
+    """Return how often an epoch contains each image, by Detectron2's rule for rare classes; None: once."""
+    if cfg.DATALOADER.SAMPLER_TRAIN != REPEATING:
+        return None
+    by_frequency = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency
+    return by_frequency(records, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT).numpy()
+
+
 def training_batches(cfg: CfgNode, records: Records, start: int) -> EndlessBatches:
     """Return the endless training batches of this process from iteration ``start`` on."""
     solver = cfg.SOLVER
     rank, world = comm.get_rank(), comm.get_world_size()
-    order = EndlessOrder(len(records), solver.IMS_PER_BATCH, cfg.SEED, start, rank, world, solver.GRAD_ACCUM_STEPS)
+    parts, repeats = solver.GRAD_ACCUM_STEPS, repeat_factors(cfg, records)
+    order = EndlessOrder(len(records), solver.IMS_PER_BATCH, cfg.SEED, start, rank, world, parts, repeats)
     mapper = DetectionMapper(cfg, is_train=True)
     workers, timeout = cfg.DATALOADER.NUM_WORKERS, cfg.DATALOADER.TIMEOUT
     return EndlessBatches(records, mapper, list, order, cfg.SEED, workers, timeout)

@@ -19,8 +19,6 @@ WITHOUT_EFFECT = {
     "SOLVER.WARMUP_METHOD": "SOLVER.WARMUP_ITERS",
     "SOLVER.REFERENCE_WORLD_SIZE": "SOLVER.IMS_PER_BATCH, the batch of all processes together",
     "TEST.PRECISE_BN.ENABLED": "nothing, models have no batch norm",
-    "DATALOADER.SAMPLER_TRAIN": "nothing, SEED determines the order",
-    "DATALOADER.REPEAT_THRESHOLD": "nothing, SEED determines the order",
     "VIS_PERIOD": "nothing, report.html in OUTPUT_DIR shows the images",
 }
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from detectron2.data.samplers import RepeatFactorTrainingSampler
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
@@ -32,16 +33,23 @@ def take(order: EndlessOrder, count: int) -> list[list[tuple[int, int]]]:
     return list(itertools.islice(iter(order), count))
 
 
-@given(count=st.integers(1, 30), batch=st.integers(1, 12), start=st.integers(0, 20))
-def test_later_start_gives_the_same_batches(count: int, batch: int, start: int) -> None:
-    straight = take(EndlessOrder(count, batch, 3, 0), start + 5)
-    assert take(EndlessOrder(count, batch, 3, start), 5) == straight[start:]
+FACTORS = st.none() | arrays(np.float32, 30, elements=st.floats(1, 6, width=32))
 
 
-@given(count=st.integers(1, 30), share=st.integers(1, 5), world=st.integers(1, 4))
-def test_processes_together_read_the_batches_of_one_process(count: int, share: int, world: int) -> None:
-    one = take(EndlessOrder(count, share * world, 5, 2), 4)
-    ranks = [take(EndlessOrder(count, share * world, 5, 2, rank, world), 4) for rank in range(world)]
+@given(count=st.integers(1, 30), batch=st.integers(1, 12), start=st.integers(0, 20), factors=FACTORS)
+def test_later_start_gives_the_same_batches(count: int, batch: int, start: int, factors: np.ndarray | None) -> None:
+    repeats = None if factors is None else factors[:count]
+    straight = take(EndlessOrder(count, batch, 3, 0, repeats=repeats), start + 5)
+    assert take(EndlessOrder(count, batch, 3, start, repeats=repeats), 5) == straight[start:]
+
+
+@given(count=st.integers(1, 30), share=st.integers(1, 5), world=st.integers(1, 4), factors=FACTORS)
+def test_processes_together_read_the_batches_of_one_process(
+    count: int, share: int, world: int, factors: np.ndarray | None
+) -> None:
+    repeats = None if factors is None else factors[:count]
+    one = take(EndlessOrder(count, share * world, 5, 2, repeats=repeats), 4)
+    ranks = [take(EndlessOrder(count, share * world, 5, 2, rank, world, repeats=repeats), 4) for rank in range(world)]
     assert [list(itertools.chain(*parts)) for parts in zip(*ranks, strict=True)] == one
 
 
@@ -49,6 +57,20 @@ def test_each_epoch_is_another_permutation() -> None:
     keys = list(itertools.chain(*take(EndlessOrder(10, 4, 0, 0), 5)))
     assert Counter(index for epoch, index in keys if epoch == 0) == Counter(range(10))
     assert [i for e, i in keys if e == 0] != [i for e, i in keys if e == 1]
+
+
+def test_samples_are_repeated_as_often_as_their_factor() -> None:
+    """Counts over many epochs are those of Detectron2's sampler up to rounding; no two draws have the same seed."""
+    factors = np.array([1.0, 1.25, 2.0, 3.6], dtype=np.float32)
+    keys = list(itertools.chain(*take(EndlessOrder(4, 8, 0, 0, repeats=factors), 2000)))
+    counts = np.bincount([index for _, index in keys])
+    theirs = RepeatFactorTrainingSampler(torch.from_numpy(factors), seed=0)
+    expected = np.bincount(list(itertools.islice(iter(theirs), len(keys))))
+    assert np.abs(counts / len(keys) - expected / len(keys)).max() < 0.01
+    assert np.abs(counts / counts[0] - factors).max() < 0.06
+    assert len(set(keys)) == len(keys)
+    first = [index for _, index in keys[: int(np.ceil(factors).sum())]]
+    assert np.bincount(first)[2] in (2, 3) and first != sorted(first)
 
 
 def draw(sample: int) -> tuple[int, float, float]:
