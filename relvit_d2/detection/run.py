@@ -32,7 +32,7 @@ from relvit_d2.data.detection.custom import register_custom
 from relvit_d2.data.detection.mapper import DetectionMapper
 from relvit_d2.data.images.seen import SEEN, count_seen, seen_metadata
 from relvit_d2.data.listing import data_lines
-from relvit_d2.data.loader import EndlessBatches, EndlessOrder, ordered_batches
+from relvit_d2.data.loader import Batches, EndlessOrder, ordered_batches
 from relvit_d2.detection.config_check import REPEATING
 from relvit_d2.detection.model import build_detector
 from relvit_d2.engine.precision import choose_precision
@@ -143,7 +143,7 @@ def repeat_factors(cfg: CfgNode, records: Records) -> np.ndarray | None:
     return by_frequency(records, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT).numpy()
 
 
-def training_batches(cfg: CfgNode, records: Records, start: int) -> EndlessBatches:
+def training_batches(cfg: CfgNode, records: Records, start: int) -> Batches:
     """Return the endless training batches of this process from iteration ``start`` on."""
     solver = cfg.SOLVER
     rank, world = comm.get_rank(), comm.get_world_size()
@@ -151,7 +151,7 @@ def training_batches(cfg: CfgNode, records: Records, start: int) -> EndlessBatch
     order = EndlessOrder(len(records), solver.IMS_PER_BATCH, cfg.SEED, start, rank, world, parts, repeats)
     mapper = DetectionMapper(cfg, is_train=True)
     workers, timeout = cfg.DATALOADER.NUM_WORKERS, cfg.DATALOADER.TIMEOUT
-    return EndlessBatches(records, mapper, list, order, cfg.SEED, workers, timeout)
+    return Batches(records, mapper, list, order, cfg.SEED, workers, timeout)
 
 
 def evaluation_sets(cfg: CfgNode) -> dict[str, Records]:

@@ -13,7 +13,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from fvcore.common.config import CfgNode
 
-from relvit_d2.data.classification.datasets import get_class_set, get_class_sets, is_class_set
+from relvit_d2.data.classification.datasets import get_class_set, is_class_set, list_class_sets
 from relvit_d2.data.detection import catalog
 from relvit_d2.data.detection.catalog import save_splits
 from relvit_d2.data.detection.custom import register_custom
@@ -66,7 +66,7 @@ def image_files(
 
     def read(name: str) -> Images:
         if _has_classes(name):
-            return get_class_sets(key, [name], download, synset_file).images
+            return list_class_sets(key, [name], download, synset_file).decoded().images
         return readable(catalog.get_images(name, skip_missing))
 
     parts = [read(name) for name in names]

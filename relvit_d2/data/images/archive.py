@@ -156,7 +156,7 @@ def _tar_members(archive: Path, selects: Callable[[str], bool], unpack: bool) ->
             if not (info.isdir() or (info.isreg() and not info.issparse())) or not selects(name):
                 continue
             file = tar.extractfile(info) if unpack and info.size <= MAX_SIZE else None
-            members.append(Member(archive, name, info.offset_data, info.size, file and file.read()))
+            members.append(Member(archive, name, info.offset_data, info.size, file.read() if file else None))
     return members
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from relvit_d2.data.detection.mapper import ImageReader, pad_images
 from relvit_d2.data.images.decode import PixelFormat
-from relvit_d2.data.loader import EndlessBatches, EndlessOrder, ordered_batches
+from relvit_d2.data.loader import Batches, EndlessOrder, ordered_batches
 from relvit_d2.utils.batch_source import BatchSource
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.randomness import image_keys
@@ -110,7 +110,7 @@ class TrainingBatches:
             options = ImageReader.of(cfg), pad_images, self._order, cfg.SEED
             workers, timeout = cfg.DATALOADER.NUM_WORKERS, cfg.DATALOADER.TIMEOUT
             # A replacement for an unreadable image would have another label.
-            self._batches = EndlessBatches(images, *options, workers, timeout, replaces=labels is None)
+            self._batches = Batches(images, *options, workers, timeout, replaces=labels is None)
 
     def __iter__(self) -> Generator[dict[str, Any], None, None]:
         with closing(iter(self._batches)) as batches:
@@ -141,11 +141,8 @@ def fixed_batches(cfg: CfgNode, images: Images, size: int, replaces: bool = Fals
         return
     options = ImageReader.of(cfg), pad_images, size, cfg.DATALOADER.NUM_WORKERS, rank, world, cfg.DATALOADER.TIMEOUT
     batches = ordered_batches(images, *options, replaces=replaces)
-    first = batches.first
-    for batch in batches:
-        end = first + len(batch["sizes"])
-        yield batch | {"keys": torch.arange(first, end)}
-        first = end
+    for keys, batch in zip(batches.keys, batches, strict=True):
+        yield batch | {"keys": torch.tensor(keys)[:, 1]}
 
 
 def _check_channels(cfg: CfgNode, images: ImageStack) -> None:
