@@ -7,9 +7,13 @@ and pre-training, training and evaluation run one after the other.
 import argparse
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from relvit_d2.cli.training import add_training_arguments, run_training
 from relvit_d2.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from relvit_d2.experiments.commands import Runner
 
 EXAMPLE = """\
 relvit-d2 train --data path/to/folder --hours 0.5
@@ -39,6 +43,12 @@ def run(args: argparse.Namespace) -> int:
             "--resume, --eval-only, --num-gpus and --num-machines need a config: give --config-file with the "
             "recipe.yaml of the run"
         )
+    run_recipe(args)
+    return 0
+
+
+def run_recipe(args: argparse.Namespace, runner: "Runner | None" = None) -> None:
+    """Run the recipe of ``--data``; ``runner`` runs its commands, in subprocesses by default."""
     if args.hours is not None and not 0 < args.hours < math.inf:
         raise UserError(f"--hours {args.hours:g}: give a number above 0, such as 0.5")
     elsewhere = args.weights.startswith("timm:") or "://" in args.weights
@@ -46,8 +56,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--weights '{args.weights}' is not an existing file: give a file, a URL or timm:NAME")
     if len(args.opts) % 2:
         raise UserError(f"overrides are KEY VALUE pairs, but '{args.opts[-1]}' has no value")
+    from relvit_d2.experiments.commands import run_command
     from relvit_d2.experiments.custom_run import Request, train_custom
 
     seconds = None if args.hours is None else 3600 * args.hours
-    train_custom(Request(args.data, seconds, args.weights, not args.no_pretrain, tuple(args.opts)), args.dry_run)
-    return 0
+    request = Request(args.data, seconds, args.weights, not args.no_pretrain, tuple(args.opts))
+    train_custom(request, args.dry_run, runner or run_command)

@@ -19,6 +19,9 @@ from relvit_d2.utils.hardware import device_name
 from relvit_d2.utils.printing import shell_command
 from relvit_d2.utils.randomness import seed_everything
 
+LOGGERS = {"relvit_d2": "relvit", "detectron2": "d2", "fvcore": "fvcore"}
+"""Loggers whose lines a run writes to its log, and their names there."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -49,7 +52,7 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     try:
         os.fsencode(cfg.OUTPUT_DIR.encode().decode())  # TensorBoard's writer encodes it as UTF-8
         output.mkdir(parents=True, exist_ok=True)
-        for name, short in (("relvit_d2", "relvit"), ("detectron2", "d2"), ("fvcore", "fvcore")):
+        for name, short in LOGGERS.items():
             log = setup_logger(str(output), distributed_rank=comm.get_rank(), name=name, abbrev_name=short)
             # Detectron2 opens log.txt in the locale's encoding.
             log.handlers[-1].stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[attr-defined]

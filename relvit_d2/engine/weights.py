@@ -114,6 +114,7 @@ def export_encoder(
         "pixel_mean": list(cfg.MODEL.PIXEL_MEAN),
         "pixel_std": list(cfg.MODEL.PIXEL_STD),
         "input_format": "RGB",
+        "max_value": cfg.INPUT.get("MAX_VALUE", 0),
         "patch": encoder.strides[encoder.last],
         "image_size": image_size,
         "iteration": iterations,

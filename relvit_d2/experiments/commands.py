@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -19,6 +20,10 @@ TRIAL = 8  # iterations of a run that is timed
 TRIAL_KEYS = {"SOLVER.MAX_ITER": TRIAL, "SOLVER.WARMUP_ITERS": 0, "SOLVER.CHECKPOINT_PERIOD": 0}
 
 
+Runner = Callable[[str, list[str], Path, int], None]
+"""Runs a command, as :func:`run_command`, whose arguments it has."""
+
+
 class TrialTime(NamedTuple):
     """Time of a run of ``TRIAL`` iterations.
 
@@ -31,10 +36,10 @@ class TrialTime(NamedTuple):
     rest: float
 
 
-def run_trial(title: str, command: list[str], output: Path) -> TrialTime:
-    """Run a training command, whose config has ``TRIAL_KEYS``, by :func:`run_command` and return its time."""
+def run_trial(title: str, command: list[str], output: Path, run: Runner) -> TrialTime:
+    """Run a training command, whose config has ``TRIAL_KEYS``, by ``run``, and return its time."""
     started = time.monotonic()
-    run_command(title, command, output, TRIAL)
+    run(title, command, output, TRIAL)
     wall = time.monotonic() - started
     seconds = iteration_seconds(output)
     return TrialTime(median(seconds[TRIAL // 2 :]), max(wall - sum(seconds), 0.0))

@@ -25,7 +25,7 @@ from relvit_d2.detection.run import evaluation_sets, training_records
 from relvit_d2.engine.run_setup import silence_warnings
 from relvit_d2.evaluation.coco import without_mask
 from relvit_d2.experiments import recipe
-from relvit_d2.experiments.commands import TRIAL_KEYS, run_command, run_trial
+from relvit_d2.experiments.commands import TRIAL_KEYS, Runner, run_trial
 from relvit_d2.experiments.recipe import Choices, Data, Machine, Timing
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.config_keys import get_key
@@ -68,8 +68,13 @@ class Request:
         return dict(zip(self.opts[::2], self.opts[1::2], strict=True))
 
 
-def train_custom(request: Request, dry_run: bool) -> None:
+def train_custom(request: Request, dry_run: bool, run: Runner) -> None:
     """Check the data, print the recipe and run it.
+
+    Args:
+        request: of the user.
+        dry_run: only print the recipe.
+        run: runs a command.
 
     Raises:
         UserError: the data have an error, the time is too short, the output folder is in use, or a run fails.
@@ -86,7 +91,7 @@ def train_custom(request: Request, dry_run: bool) -> None:
     seconds = request.seconds or (3600.0 if cfg.MODEL.DEVICE.startswith("cuda") else 1800.0)
     machine = measure_machine(cfg, pairs)
     encoder, choices = recipe.choose_model(data, machine, seconds, request.given)
-    files = Files(request, pairs, output, recipe.pretraining_choices(encoder, machine))
+    files = Files(request, pairs, output, recipe.pretraining_choices(encoder, machine), run)
     choices |= anchor_choices(data, files.detector(choices | ONE_ANCHOR))
     timing = files.measure(choices, data)
     try:
@@ -207,12 +212,14 @@ class Files:
         pairs: keys of the data set.
         output: folder of all runs.
         model: keys of the pre-training but for its schedule.
+        run_command: runs a command.
     """
 
     request: Request
     pairs: list[str]
     output: Path
     model: Choices
+    run_command: Runner
 
     @property
     def pretrains(self) -> bool:
@@ -242,7 +249,7 @@ class Files:
 
     def measure(self, choices: Choices, data: Data) -> Timing:
         """Run a few iterations of each command in the folder ``trial`` and return their times."""
-        trial = Files(self.request, self.pairs, self.output / "trial", self.model)
+        trial = Files(self.request, self.pairs, self.output / "trial", self.model, self.run_command)
         seconds = [0.0, 0.0]
         start = 0.0
         runs = {"pretrain": trial.pretraining({})} if self.pretrains else {}
@@ -255,7 +262,7 @@ class Files:
             cfg.merge_from_list([part for pair in short.items() for part in pair])  # whatever schedule the user gave
             write_text(folder / "trial.yaml", cfg.dump())
             words = [command, "--config-file", str(folder / "trial.yaml")]
-            seconds[command == "train"], rest = run_trial(f"measuring {command}", words, folder)
+            seconds[command == "train"], rest = run_trial(f"measuring {command}", words, folder, self.run_command)
             start = max(start, rest)
         shutil.rmtree(trial.output)
         batch = runs["train"].SOLVER.IMS_PER_BATCH
@@ -299,14 +306,14 @@ class Files:
         for command, folder, config in [*steps, ("train", "detector", "recipe.yaml")]:
             path = self.output / config
             total = load_config(str(path), []).SOLVER.MAX_ITER
-            run_command(command, [command, "--config-file", str(path), "--resume"], self.output / folder, total)
+            self.run_command(command, [command, "--config-file", str(path), "--resume"], self.output / folder, total)
         detector, pictures = self.output / "detector", self.output / "predictions"
         cfg = load_config(str(self.output / "recipe.yaml"), [])
         records = next(iter(evaluation_sets(cfg).values()), None) or training_records(cfg)
         step = max(len(records) // SHOWN, 1)
         shown = [record["file_name"] for record in records[::step][:SHOWN]]
         words = ["predict", "--weights", str(detector), "--input", *shown, "--output", str(pictures)]
-        run_command("predict", words, self.output / "predict", 0)
+        self.run_command("predict", words, self.output / "predict", 0)
         results = detector / "inference/results.json"
         for name, found in json.loads(results.read_text(encoding="utf-8")).items() if data.evaluated else ():
             print_text(f"AP on {name}: {found['bbox']['AP'] or 0:.1f}, AP50 {found['bbox']['AP50'] or 0:.1f}")

@@ -40,7 +40,7 @@ def predict(
     """
     silence_warnings()
     files = list(dict.fromkeys(file for word in inputs for file in input_files(word)))
-    detector = load_detector(weights, config_file, opts)
+    detector = load_detector(weights, config_file, opts, threshold)
     if any(file.suffix.lower() in VIDEOS for file in files):
         from relvit_d2.report.prediction_videos import annotate_video  # needs PyAV, which is optional
 
@@ -58,15 +58,14 @@ def predict(
             except UserError as error:
                 errors.append(str(error))
         for (file, image), instances in zip(batch.items(), detector.batch([*batch.values()]), strict=True):
-            kept = instances[instances.scores >= threshold]
             with appearing(output / outputs[file]) as part:
-                draw_instances(detector, image, kept).save(part, format="PNG")
-            results += coco_results(str(file), kept, detector)
+                draw_instances(detector, image, instances).save(part, format="PNG")
+            results += coco_results(str(file), instances, detector)
             made["picture"] += 1
     for file in files:
         if file.suffix.lower() in VIDEOS:
             try:
-                rows, failure = annotate_video(file, output / outputs[file], detector, threshold, size)
+                rows, failure = annotate_video(file, output / outputs[file], detector, size)
             except UnreadableImageError as error:
                 errors.append(str(error))
                 continue

@@ -88,8 +88,8 @@ def register_custom(name: str, entry: DatasetEntry) -> None:
 
 def _register(name: str, entry: DatasetEntry) -> None:
     for catalog in (DatasetCatalog, MetadataCatalog):
-        if name in catalog:
-            catalog.remove(name)
+        for known in [known for known in catalog if known == name or known.startswith(f"{name}[:")]:  # and its subsets
+            catalog.remove(known)
     DatasetCatalog.register(name, partial(entry.records, False))
     MetadataCatalog.get(name).set(**{"thing_classes": list(entry.classes), **entry.metadata()}, metrics=entry.metrics)
 
