@@ -18,6 +18,7 @@ from tabulate import tabulate  # type: ignore[import-untyped]
 from relvit_d2.analysis.anchors import Anchors, proposal, training_boxes
 from relvit_d2.analysis.data_checks import check_images, check_labels, raise_first_error
 from relvit_d2.analysis.model_cost import step_cost
+from relvit_d2.conversion.encoder_file import read_encoder
 from relvit_d2.data.detection.catalog import get_metadata
 from relvit_d2.data.detection.custom import config_pairs, register_custom
 from relvit_d2.detection.cost import detector_subject
@@ -64,8 +65,17 @@ class Request:
 
     @property
     def given(self) -> dict[str, str]:
-        """The user's keys."""
+        """The user's keys, which include the encoder of the weights."""
         return dict(zip(self.opts[::2], self.opts[1::2], strict=True))
+
+    def with_encoder_of_weights(self) -> "Request":
+        """Return the request with the encoder of an ``encoder.safetensors`` as keys, which others may replace."""
+        path = Path(self.weights)
+        if path.suffix != ".safetensors" or not path.is_file():
+            return self
+        encoder = read_encoder(path)[1]["encoder"]
+        keys = {"MODEL.ENCODER.NAME": encoder["name"], "MODEL.ENCODER.PATCH_SIZE": encoder["patch_size"]}
+        return dataclasses.replace(self, opts=(*_words(keys), *self.opts))
 
 
 def train_custom(request: Request, dry_run: bool, run: Runner) -> None:
@@ -81,6 +91,7 @@ def train_custom(request: Request, dry_run: bool, run: Runner) -> None:
     """
     started = time.monotonic()
     silence_warnings()
+    request = request.with_encoder_of_weights()
     pairs = [str(part) for part in config_pairs(request.data, "detection")]
     cfg = load_config(CONFIG, [*pairs, *request.opts], "detection")
     name = Path(request.data).expanduser().resolve().name

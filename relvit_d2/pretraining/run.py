@@ -111,25 +111,30 @@ def exclude_images(files: Images, name: str, excluded: Images, excluded_name: st
     return take(files, remaining.nonzero()[:, 0])
 
 
-def next_command(config_file: str, data: str | None, cfg: CfgNode, encoder: Path) -> str:
+def next_command(args: argparse.Namespace, cfg: CfgNode, encoder: Path) -> str:
     """Return the command that fine-tunes a pre-trained encoder on the same kind of data.
 
     Its config has the name of the pre-training config: ``configs/NAME.yaml`` or ``configs/cls/NAME.yaml`` for
-    ``configs/ssl/NAME.yaml``; FILE if it does not exist.
+    ``configs/ssl/NAME.yaml``; FILE if it does not exist. If the user gave ``OUTPUT_DIR``, the folder ``finetune`` is
+    below it, or beside it if its name is ``pretrain``.
 
     Args:
-        config_file: config file of the pre-training.
-        data: its argument ``--data``.
+        args: arguments of the pre-training.
         cfg: its config.
         encoder: its ``encoder.safetensors``.
     """
     classes = all(map(_has_classes, cfg.DATASETS.TRAIN))
     command, folder = ("classify", "cls") if classes else ("train", "")
-    ssl = Path(config_file)
+    ssl = Path(args.config_file)
     names = (ssl.parent.parent / folder / ssl.name, ssl.with_name(ssl.name.removeprefix("ssl_")))
     config = next((str(path) for path in names if path != ssl and has_config(str(path))), "FILE")
-    where = ["--data", data] if data else []
-    return shell_command(["relvit-d2", command, "--config-file", config, *where, "MODEL.WEIGHTS", str(encoder)])
+    where = ["--data", args.data] if args.data else []
+    output: list[str] = []
+    if "OUTPUT_DIR" in args.opts[::2]:
+        folder = Path(cfg.OUTPUT_DIR)
+        output = ["OUTPUT_DIR", str((folder.parent if folder.name == "pretrain" else folder) / "finetune")]
+    words = ["--config-file", config, *where, "MODEL.WEIGHTS", str(encoder), *output]
+    return shell_command(["relvit-d2", command, *words])
 
 
 def build_trainer(cfg: CfgNode, model: PretrainingModel, files: Images, tests: Images) -> Trainer:
@@ -258,4 +263,4 @@ def run_process(cfg: CfgNode, args: argparse.Namespace, end: Callable[[Path, str
         size = cfg.PRETEXT.IMAGE_SIZE
         seen = training_metadata({name: files}, SeenImages.of_metadata(trainer.metadata))
         path = export_encoder(cfg, model.encoder, size, trainer.iter + 1, trainer.results, pretext=cfg.PRETEXT, **seen)
-        end(path.parent, next_command(args.config_file, args.data, cfg, path))
+        end(path.parent, next_command(args, cfg, path))
