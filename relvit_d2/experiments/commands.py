@@ -13,11 +13,15 @@ from typing import NamedTuple
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 from tqdm import tqdm
 
+from relvit_d2.engine.config import EPOCH_KEYS
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import make_folder
 
 TRIAL = 8  # iterations of a run that is timed
-TRIAL_KEYS = {"SOLVER.MAX_ITER": TRIAL, "SOLVER.WARMUP_ITERS": 0, "SOLVER.CHECKPOINT_PERIOD": 0}
+TRIAL_KEYS = {
+    **{"SOLVER.MAX_ITER": TRIAL, "SOLVER.WARMUP_ITERS": 0, "SOLVER.CHECKPOINT_PERIOD": 0},
+    **dict.fromkeys(EPOCH_KEYS, 0.0),
+}
 
 
 Runner = Callable[[str, list[str], Path, int], None]

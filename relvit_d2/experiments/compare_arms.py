@@ -178,7 +178,10 @@ class Comparison:
         """Return the config of a training or a pre-training."""
         pairs = [str(part) for pair in overrides for part in pair]
         file, task = (self.pretrain_config, "pretrain") if pretraining else (self.config, self.data.task)
-        return load_config(file, pairs, task)
+        cfg = load_config(file, pairs, task)
+        if cfg.SOLVER.EPOCHS:
+            raise UserError(f"'{file}': a comparison counts iterations: set SOLVER.MAX_ITER in place of SOLVER.EPOCHS")
+        return cfg
 
     def check_keys(self) -> None:
         """Refuse keys that the comparison sets, and a channel order that pre-training does not support.

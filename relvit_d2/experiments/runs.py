@@ -168,10 +168,10 @@ def scaled_schedule(cfg: CfgNode, scale: float) -> dict[str, object]:
     found: dict[str, object] = {}
     for key in _SCHEDULE:
         section, name = key.split(".")
-        if cfg[section][name] > 0:
+        if cfg[section][name] >= 1:  # a fraction of the run or a number of epochs stays
             found[key] = max(round(cfg[section][name] * scale), 1)
     if "Step" in cfg.SOLVER.LR_SCHEDULER_NAME:
-        found["SOLVER.STEPS"] = tuple(max(round(step * scale), 1) for step in cfg.SOLVER.STEPS)
+        found["SOLVER.STEPS"] = tuple(max(round(step * scale), 1) if step >= 1 else step for step in cfg.SOLVER.STEPS)
     return found
 
 
