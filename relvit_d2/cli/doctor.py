@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="install Detectron2's Python code into this environment, without a compiler; a working one is kept",
     )
+    parser.add_argument("--data", help="report on this folder of a custom data set too")
     parser.add_argument(
         "--requirements", type=Path, default=REQUIREMENTS, help="with --install-detectron2: file that pins the wheel"
     )
@@ -79,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
     if not missing:
         check_device()
         check_data()
+        if args.data:
+            check_folder(args.data)
         print("\nTraining can start.")
         return 0
     print("\nTraining cannot start. To install what is missing:")
@@ -195,13 +198,17 @@ def check_device() -> None:
 
 
 def check_data() -> None:
-    """Print the number of images of each data set in the catalog, or why it is not usable (each reason once)."""
+    """Print the number of images of each data set in the catalog, or why it is not usable (each reason once).
+
+    Without ``$DETECTRON2_DATASETS``, sets that are not usable are only counted.
+    """
     from relvit_d2.data.detection import catalog
     from relvit_d2.utils.errors import UserError
 
-    state = "is set" if os.environ.get("DETECTRON2_DATASETS") else "is not set"
-    row("data root", f"{catalog.dataset_root()}   ($DETECTRON2_DATASETS {state})")
+    is_set = bool(os.environ.get("DETECTRON2_DATASETS"))
+    row("data root", f"{catalog.dataset_root()}   ($DETECTRON2_DATASETS {'is set' if is_set else 'is not set'})")
     reasons: dict[str, int] = {}
+    absent = 0
     for name in catalog.DATASETS:
         if name.startswith("streets_") and not (catalog.streets_root() / "streets").is_dir():
             row(f"  {name}", f"drawn on first use, in {catalog.streets_root()}")
@@ -209,7 +216,29 @@ def check_data() -> None:
         try:
             row(f"  {name}", f"{len(catalog.get_images(name))} images")
         except UserError as error:
+            absent += 1
             number = reasons.setdefault(str(error), len(reasons) + 1)
-            row(f"  {name}", f"not usable ({number})")
-    for reason, number in reasons.items():
+            if is_set:
+                row(f"  {name}", f"not usable ({number})")
+    for reason, number in reasons.items() if is_set else ():
         print(f"  ({number}) {reason}.")
+    if absent and not is_set:
+        row("", f"{absent} public data sets are not there; your own images need none of them")
+
+
+def check_folder(data: str) -> None:
+    """Print the sets of a custom data set and the number of their images.
+
+    Raises:
+        UserError: the folder is missing, or contains no labels that can be read.
+    """
+    from pathlib import Path
+
+    from relvit_d2.data.detection.catalog import get_images
+    from relvit_d2.data.detection.custom import named_sets, open_folder, register_custom
+
+    form, folder = open_folder(Path(data).expanduser())
+    row("custom data", f"{data}, format {form}")
+    for name, keys in (sets := named_sets(data, form, folder)).items():
+        register_custom({"TRAIN": (name,), "TEST": (), "CUSTOM": sets}, labels=False)
+        row(f"  {keys['SPLIT']}", f"{len(get_images(name))} images")

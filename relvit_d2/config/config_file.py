@@ -92,10 +92,8 @@ def read_config(config_file: str, overrides: list[str], tasks: Mapping[str, Task
     for file, content, text in files:
         _merge(cfg, content, text, f"config file '{file}'", defaults, explain)
         _choose_alternatives(cfg, flat(content), f"config file '{file}'", chosen.alternatives)
-    if flag := next((word for word in overrides[::2] if word.startswith("--")), None):
-        raise UserError(f"'{flag}' is among the KEY VALUE pairs: put flags before them")
     if len(overrides) % 2:
-        raise UserError(f"'{overrides[-1]}' has no value: give KEY VALUE pairs, and flags before them")
+        raise UserError(f"'{overrides[-1]}' has no value: give KEY VALUE pairs")
     given = dict[str, Any]()
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):
         where, content, text = f"override '{key} {value}'", _decode(value), value

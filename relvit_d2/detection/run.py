@@ -44,6 +44,7 @@ from relvit_d2.evaluation.kitti import KittiEvaluator
 from relvit_d2.evaluation.voc07 import Voc07Evaluator
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import write_json
+from relvit_d2.utils.loader_workers import loader_workers
 from relvit_d2.utils.printing import shell_command
 
 Records = list[dict[str, Any]]
@@ -150,7 +151,7 @@ def training_batches(cfg: CfgNode, records: Records, start: int) -> Batches:
     parts, repeats = solver.GRAD_ACCUM_STEPS, repeat_factors(cfg, records)
     order = EndlessOrder(len(records), solver.IMS_PER_BATCH, cfg.SEED, start, rank, world, parts, repeats)
     mapper = DetectionMapper(cfg, is_train=True)
-    workers, timeout = cfg.DATALOADER.NUM_WORKERS, cfg.DATALOADER.TIMEOUT
+    workers, timeout = loader_workers(cfg), cfg.DATALOADER.TIMEOUT
     return Batches(records, mapper, list, order, cfg.SEED, workers, timeout)
 
 
@@ -262,7 +263,7 @@ def _evaluate(cfg: CfgNode, model: nn.Module, tests: dict[str, Records], folder:
             DetectionMapper(cfg, is_train=False),
             list,
             cfg.TEST.BATCH_SIZE,
-            cfg.DATALOADER.NUM_WORKERS,
+            loader_workers(cfg),
             comm.get_rank(),
             comm.get_world_size(),
             cfg.DATALOADER.TIMEOUT,

@@ -238,7 +238,7 @@ class Trainer(TrainerBase):
         for file in output.glob("not_finite_*.json"):
             file.unlink()
         if self.start_iter == 0 and self.checkpointer.has_checkpoint():
-            logger.warning(f"'{output}' holds an earlier run, whose files are overwritten; --resume would continue it")
+            logger.warning(f"'{output}' holds an earlier run, whose files are overwritten")
             # Otherwise --resume after a kill before the first checkpoint would continue the earlier run.
             (output / "last_checkpoint").unlink()
 

@@ -15,6 +15,7 @@ from relvit_d2.engine.running import RunningTrainer
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import appearing, write_text
 from relvit_d2.utils.hardware import peak_memory
+from relvit_d2.utils.loader_workers import loader_workers
 from relvit_d2.utils.metrics import Metric, from_scalars, parse_row
 
 PERIOD = 20  # iterations between lines on the console and points in TensorBoard
@@ -107,7 +108,7 @@ class ProgressPrinter(EventWriter):
 
     def __init__(self, cfg: CfgNode) -> None:
         self._max_iter, self._batch, self._device = cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH, cfg.MODEL.DEVICE
-        self._workers = cfg.DATALOADER.NUM_WORKERS
+        self._workers = loader_workers(cfg)
         self._has_warned = False
 
     def write(self) -> None:

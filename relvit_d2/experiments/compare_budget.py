@@ -66,7 +66,7 @@ def measure(comparison: Comparison, kind: str, tested: int) -> Cost:
         short |= {"TEST.BEST_METRIC": ""} | ({"DATASETS.VALIDATION": ""} if "DATASETS.VALIDATION" in dict(keys) else {})
     step = Step(kind, config, overrides=tuple((dict(keys) | short).items()))
     (run,) = plan_runs([step], 0, 1.0, comparison.output / "trial", []).values()
-    command = [word for word in run.command if word != "--resume"]
+    command = ["--overwrite" if word == "--resume" else word for word in run.command]
     iteration, rest = run_trial(f"measuring {kind}", command, run.folder, run_command)
     result, model = run.folder / "inference/results.json", run.folder / "model_final.pth"
     evaluation = 0.0 if pretrains else max(result.stat().st_mtime - model.stat().st_mtime, 0.0)

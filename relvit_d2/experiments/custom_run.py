@@ -23,6 +23,7 @@ from relvit_d2.data.detection.catalog import get_metadata
 from relvit_d2.data.detection.custom import config_pairs, register_custom
 from relvit_d2.detection.cost import detector_subject
 from relvit_d2.detection.run import evaluation_sets, training_records
+from relvit_d2.engine.config import EPOCH_KEYS
 from relvit_d2.engine.run_setup import silence_warnings
 from relvit_d2.evaluation.coco import without_mask
 from relvit_d2.experiments import recipe
@@ -55,6 +56,7 @@ class Request:
         weights: what the training starts from instead of a pre-training; "" for a pre-training.
         pretrain: whether to pre-train, if there are no ``weights``.
         opts: keys and values in turn, which replace those of the recipe.
+        overwrite: replace the runs in the output folder.
     """
 
     data: str
@@ -62,6 +64,7 @@ class Request:
     weights: str
     pretrain: bool
     opts: tuple[str, ...]
+    overwrite: bool = False
 
     @property
     def given(self) -> dict[str, str]:
@@ -96,7 +99,8 @@ def train_custom(request: Request, dry_run: bool, run: Runner) -> None:
     cfg = load_config(CONFIG, [*pairs, *request.opts], "detection")
     name = Path(request.data).expanduser().resolve().name
     output = Path(cfg.OUTPUT_DIR) if "OUTPUT_DIR" in request.given else Path("output") / name
-    _check_unused(output)
+    if not request.overwrite:
+        _check_unused(output)
     make_folder(output)
     data = check_data(cfg, output)
     seconds = request.seconds or (3600.0 if cfg.MODEL.DEVICE.startswith("cuda") else 1800.0)
@@ -111,11 +115,13 @@ def train_custom(request: Request, dry_run: bool, run: Runner) -> None:
         raise UserError(
             f"--hours {seconds / 3600:g} is too short: {error} of {timing.training:.2g} s fit in; give more time"
         ) from error
-    choices |= schedule
+    replaced = {iterations for epochs, iterations in EPOCH_KEYS.items() if epochs in request.given}
+    choices |= {key: choice for key, choice in schedule.items() if key not in replaced}
     files.write(choices, before)
     print_text(files.describe(choices, before, data, machine, seconds))
     if dry_run:
         return
+    (output / "pretraining/encoder.safetensors").unlink(missing_ok=True)  # by which a finished pre-training is known
     files.run(data)
     print(f"{time.monotonic() - started:.0f} s of the planned {seconds:.0f} s")
 
@@ -128,8 +134,8 @@ def _check_unused(output: Path) -> None:
         del configs["pretrain"]
     commands = [f"relvit-d2 {command} --config-file {path} --resume" for command, path in configs.items()]
     raise UserError(
-        f"'{output}' holds a run: continue it with {' and then '.join(commands)}, delete the folder, or choose another "
-        "OUTPUT_DIR"
+        f"'{output}' holds a run: continue it with {' and then '.join(commands)}, replace it with --overwrite, or "
+        "choose another OUTPUT_DIR"
     )
 
 
@@ -317,7 +323,8 @@ class Files:
         for command, folder, config in [*steps, ("train", "detector", "recipe.yaml")]:
             path = self.output / config
             total = load_config(str(path), []).SOLVER.MAX_ITER
-            self.run_command(command, [command, "--config-file", str(path), "--resume"], self.output / folder, total)
+            flag = "--overwrite" if self.request.overwrite else "--resume"
+            self.run_command(command, [command, "--config-file", str(path), flag], self.output / folder, total)
         detector, pictures = self.output / "detector", self.output / "predictions"
         cfg = load_config(str(self.output / "recipe.yaml"), [])
         records = next(iter(evaluation_sets(cfg).values()), None) or training_records(cfg)

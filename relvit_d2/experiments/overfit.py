@@ -57,7 +57,7 @@ def overfit_check(config_file: str, images: int, opts: list[str]) -> None:
     command = ["train", "--config-file", config_file]
     start = time.monotonic()
     for end in range(FIRST_ROUND, LAST + 1, ROUND):
-        resume = ["--resume", "--allow-changes"] if end > FIRST_ROUND else []
+        resume = ["--resume", "--allow-changes"] if end > FIRST_ROUND else ["--overwrite"]
         goal = ["DATASETS.TEST", "()", "SOLVER.MAX_ITER", str(end)]
         run_command(f"training to {end}", [*command, *resume, *pairs, *goal], output, end)
         test = ["DATASETS.TEST", f"({name!r},)", "MODEL.WEIGHTS", str(output / "model_final.pth")]

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from relvit_d2.utils.loader_workers import default_workers
+
 SIDES = (128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 """Longer sides of training images to choose from, pixels."""
 
@@ -200,9 +202,9 @@ def _flip(classes: tuple[str, ...]) -> tuple[str, str]:
 
 
 def _workers(machine: Machine) -> tuple[int, str]:
-    if machine.device.startswith("cuda"):
-        return min(machine.cores, 8), f"{machine.cores} cores, at most 8"
-    return (1 if machine.cores > 1 else 0), f"the model needs the {machine.cores} cores itself"
+    on_gpu = machine.device.startswith("cuda")
+    reason = "at most 8" if on_gpu else "a quarter of them, since the model needs the others"
+    return default_workers(machine.device, machine.cores), f"{machine.cores} cores, {reason}"
 
 
 class Timing(NamedTuple):

@@ -63,7 +63,7 @@ OTHER = {bool: "True", float: "0.7", int: "7", str: "other"}
     [
         ("MODEL.DEVICE", "gpu", "MODEL.DEVICE 'gpu' is not a device of torch"),
         ("SOLVER.BASE_LR", "-1", "SOLVER.BASE_LR -1.0 is too small: give 0 or more"),
-        ("DATALOADER.NUM_WORKERS", "-1", "NUM_WORKERS -1 is too small"),
+        ("DATALOADER.NUM_WORKERS", "-2", "NUM_WORKERS -2 is too small"),
         ("MODEL.ENCODER.PATCH_SIZE", "0", "MODEL.ENCODER.PATCH_SIZE 0 is too small: give 1 or more"),
         ("MODEL.ENCODER.DROP_PATH", "2", "MODEL.ENCODER.DROP_PATH 2.0 is too large: give 1 or less"),
     ],

@@ -15,6 +15,7 @@ from relvit_d2.data.images.decode import PixelFormat
 from relvit_d2.data.loader import Batches, EndlessOrder, ordered_batches
 from relvit_d2.utils.batch_source import BatchSource
 from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.loader_workers import loader_workers
 from relvit_d2.utils.randomness import image_keys
 
 Images = Sequence[Any]  # an ImageStack, or image files for ImageReader
@@ -108,7 +109,7 @@ class TrainingBatches:
             self._batches = StackBatches(images.to(cfg.MODEL.DEVICE), self._order)
         else:
             options = ImageReader.of(cfg), pad_images, self._order, cfg.SEED
-            workers, timeout = cfg.DATALOADER.NUM_WORKERS, cfg.DATALOADER.TIMEOUT
+            workers, timeout = loader_workers(cfg), cfg.DATALOADER.TIMEOUT
             # A replacement for an unreadable image would have another label.
             self._batches = Batches(images, *options, workers, timeout, replaces=labels is None)
 
@@ -139,7 +140,7 @@ def fixed_batches(cfg: CfgNode, images: Images, size: int, replaces: bool = Fals
             pixels = images.pixels[int(keys[0]) : int(keys[-1]) + 1]
             yield {"images": pixels, "sizes": _sizes(pixels, len(keys)), "keys": keys}
         return
-    options = ImageReader.of(cfg), pad_images, size, cfg.DATALOADER.NUM_WORKERS, rank, world, cfg.DATALOADER.TIMEOUT
+    options = ImageReader.of(cfg), pad_images, size, loader_workers(cfg), rank, world, cfg.DATALOADER.TIMEOUT
     batches = ordered_batches(images, *options, replaces=replaces)
     for keys, batch in zip(batches.keys, batches, strict=True):
         yield batch | {"keys": torch.tensor(keys)[:, 1]}
