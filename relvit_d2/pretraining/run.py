@@ -131,8 +131,8 @@ def next_command(args: argparse.Namespace, cfg: CfgNode, encoder: Path) -> str:
     where = ["--data", args.data] if args.data else []
     output: list[str] = []
     if "OUTPUT_DIR" in args.opts[::2]:
-        folder = Path(cfg.OUTPUT_DIR)
-        output = ["OUTPUT_DIR", str((folder.parent if folder.name == "pretrain" else folder) / "finetune")]
+        pretrain = Path(cfg.OUTPUT_DIR)
+        output = ["OUTPUT_DIR", str((pretrain.parent if pretrain.name == "pretrain" else pretrain) / "finetune")]
     words = ["--config-file", config, *where, "MODEL.WEIGHTS", str(encoder), *output]
     return shell_command(["relvit-d2", command, *words])
 

@@ -76,7 +76,7 @@ def test_a_killed_run_of_epochs_continues_as_one_of_iterations(
     script: str, epochs: tuple[float, float, float], root: Path, uninterrupted: dict[str, Path], tmp_path: Path
 ) -> None:
     run_length, checkpoints, evaluations = epochs  # of 12 images
-    keys = ("SOLVER.MAX_ITER", 0, "SOLVER.EPOCHS", run_length, "TEST.EVAL_EPOCHS", evaluations)
+    keys: tuple[object, ...] = ("SOLVER.MAX_ITER", 0, "SOLVER.EPOCHS", run_length, "TEST.EVAL_EPOCHS", evaluations)
     keys += ("SOLVER.CHECKPOINT_PERIOD", 0, "SOLVER.CHECKPOINT_EPOCHS", checkpoints)
     run(root, *command(script, tmp_path, *keys), status=-signal.SIGKILL, fault="step:23")
     assert "resumed at iteration 20" in run(root, *command(script, tmp_path, *RUN, 0, flags=("--resume",))).stdout
