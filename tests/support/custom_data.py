@@ -130,7 +130,7 @@ def write_labelme(root: Path) -> Path:
     """A JSON file beside each image, rectangles drawn from any corner."""
     for name, split, objects in IMAGES:
         picture(root / f"{split}/{name}.png")
-        shapes = [
+        shapes: list[dict[str, Any]] = [
             {"label": kind, "shape_type": "rectangle", "points": [[x1, y0], [x0, y1]], "group_id": None, "flags": {}}
             for kind, (x0, y0, x1, y1) in objects
         ]
@@ -193,8 +193,8 @@ def write_csv(root: Path) -> Path:
         if not table.exists():
             table.write_text("filename,width,height,class,xmin,ymin,xmax,ymax\n")
         with table.open("a") as file:
-            for kind, box in objects or [("", [])]:
-                file.write(",".join(map(str, (f"{name}.png", 40, 30, kind, *(box or [""] * 4)))) + "\n")
+            for row in [(kind, *box) for kind, box in objects] or [("", "", "", "", "")]:
+                file.write(",".join(map(str, (f"{name}.png", 40, 30, *row))) + "\n")
     return root
 
 

@@ -92,7 +92,7 @@ def _labelme_image(path: Path) -> Iterator[LabelledImage]:
             raise UserError(f"{where} is a {kind} of {len(points)} points: correct or remove it")
         if kind == "circle":  # the centre and a point of the circle
             radius = math.dist(*points[:2])
-            points = ellipse(*points[0], radius, radius, 0)
+            points = ellipse(points[0][0], points[0][1], radius, radius, 0)
         group = entry.get("group_id")
         key = (number, None) if group is None else (str(entry["label"]), str(group))
         parts.setdefault(key, []).append((points, kind == "polygon"))
