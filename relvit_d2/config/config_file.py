@@ -1,6 +1,7 @@
 """Loading of configs from yaml files and ``KEY VALUE`` overrides."""
 
 import ast
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -97,7 +98,8 @@ def read_config(config_file: str, overrides: list[str], tasks: Mapping[str, Task
     given = dict[str, Any]()
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):
         where, content, text = f"override '{key} {value}'", _decode(value), value
-        if isinstance(value, str) and value.startswith("{"):  # a mapping, as of DATASETS.CUSTOM
+        is_text = isinstance(defaults.get(key), str)  # such as a path
+        if isinstance(value, str) and value.startswith("{") and not is_text:  # a mapping, as of DATASETS.CUSTOM
             content, text = _parse(value, where)
         for part in reversed(key.split(".")):
             content, text = {part: content}, {part: text}
@@ -118,6 +120,20 @@ def _choose_alternatives(cfg: CfgNode, given: dict[str, Any], where: str, altern
         elif other in given or (key in given and get_key(cfg, key)):
             *groups, name = (key if other in given else other).split(".")
             get_key(cfg, ".".join(groups))[name] *= 0  # keeps the type
+
+
+def override_words(pairs: Mapping[str, object]) -> list[str]:
+    """Return keys and values as words of a command line, which :func:`read_config` reads as these values.
+
+    Text is unchanged, since it may be an override that the user gave.
+    """
+
+    def word(value: object) -> str:
+        if isinstance(value, dict):
+            return yaml.safe_dump(value, default_flow_style=True, width=math.inf).strip()
+        return str(value)
+
+    return [part for key, value in pairs.items() for part in (key, word(value))]
 
 
 def _task_name(path: Path, contents: list[dict[str, Any]], task: str | None) -> str:

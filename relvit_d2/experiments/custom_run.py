@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tabulate import tabulate  # type: ignore[import-untyped]
 from relvit_d2.analysis.anchors import Anchors, proposal, training_boxes
 from relvit_d2.analysis.data_checks import check_images, check_labels, raise_first_error
 from relvit_d2.analysis.model_cost import step_cost
+from relvit_d2.config.config_file import override_words
 from relvit_d2.conversion.encoder_file import read_encoder
 from relvit_d2.data.detection.catalog import get_metadata
 from relvit_d2.data.detection.custom import config_pairs, register_custom
@@ -95,7 +96,7 @@ def train_custom(request: Request, dry_run: bool, run: Runner) -> None:
     started = time.monotonic()
     silence_warnings()
     request = request.with_encoder_of_weights()
-    pairs = [str(part) for part in config_pairs(request.data, "detection")]
+    pairs = config_pairs(request.data, "detection")
     cfg = load_config(CONFIG, [*pairs, *request.opts], "detection")
     name = Path(request.data).expanduser().resolve().name
     output = Path(cfg.OUTPUT_DIR) if "OUTPUT_DIR" in request.given else Path("output") / name
@@ -132,7 +133,10 @@ def _check_unused(output: Path) -> None:
     configs = {"pretrain": output / "pretraining.yaml", "train": output / "recipe.yaml"}
     if not (output / "pretraining").exists() or (output / "pretraining/encoder.safetensors").exists():
         del configs["pretrain"]
-    commands = [f"relvit-d2 {command} --config-file {path} --resume" for command, path in configs.items()]
+    commands = [
+        shell_command(["relvit-d2", command, "--config-file", str(path), "--resume"])
+        for command, path in configs.items()
+    ]
     raise UserError(
         f"'{output}' holds a run: continue it with {' and then '.join(commands)}, replace it with --overwrite, or "
         "choose another OUTPUT_DIR"
@@ -183,7 +187,7 @@ def data_facts(records: Records, evaluated: int, classes: tuple[str, ...]) -> Da
     )
 
 
-def measure_machine(cfg: CfgNode, pairs: Sequence[str]) -> Machine:
+def measure_machine(cfg: CfgNode, pairs: Sequence[Any]) -> Machine:
     """Return the machine, with the cost of a training step of each encoder on random images."""
     device, side = cfg.MODEL.DEVICE, recipe.REFERENCE_SIDE
     costs = {}
@@ -196,7 +200,7 @@ def measure_machine(cfg: CfgNode, pairs: Sequence[str]) -> Machine:
             "INPUT.MIN_SIZE_TRAIN": f"({side * 3 // 4},)",
             "INPUT.MAX_SIZE_TRAIN": side,
         }
-        subject = detector_subject(load_config(CONFIG, [*pairs, *_words(keys)]))
+        subject = detector_subject(load_config(CONFIG, [*pairs, *override_words(keys)]))
         costs[encoder.name] = recipe.Cost(*step_cost(subject, 2))
     return Machine(device, cores(), free_memory(device), costs)
 
@@ -233,7 +237,7 @@ class Files:
     """
 
     request: Request
-    pairs: list[str]
+    pairs: list[Any]
     output: Path
     model: Choices
     run_command: Runner
@@ -247,7 +251,8 @@ class Files:
         """Return the config of the training."""
         keys = {key: choice.value for key, choice in choices.items()}
         keys["MODEL.WEIGHTS"] = self._weights()
-        return load_config(CONFIG, [*self.pairs, *_words(keys), *self.request.opts, *self._output_keys("detector")])
+        words = [*self.pairs, *override_words(keys), *self.request.opts, *self._output_keys("detector")]
+        return load_config(CONFIG, words)
 
     def _weights(self) -> str:
         return str(self.output / "pretraining/encoder.safetensors") if self.pretrains else self.request.weights
@@ -261,8 +266,8 @@ class Files:
         keys: dict[str, Any] = {"DATASETS.TEST": "()"}
         keys |= {key: choice.value for key, choice in {**self.model, **choices}.items()}
         keys |= {key: given[key] for key in ("MODEL.DEVICE", "SEED", "DATALOADER.NUM_WORKERS") if key in given}
-        pairs = [str(part) for part in config_pairs(self.request.data, "pretrain")]
-        return load_config(PRETRAINING_CONFIG, [*pairs, *_words(keys), *self._output_keys("pretraining")])
+        pairs = config_pairs(self.request.data, "pretrain")
+        return load_config(PRETRAINING_CONFIG, [*pairs, *override_words(keys), *self._output_keys("pretraining")])
 
     def measure(self, choices: Choices, data: Data) -> Timing:
         """Run a few iterations of each command in the folder ``trial`` and return their times."""
@@ -337,10 +342,6 @@ class Files:
             print_text(f"AP on {name}: {found['bbox']['AP'] or 0:.1f}, AP50 {found['bbox']['AP50'] or 0:.1f}")
         following = shell_command(["relvit-d2", "predict", "--weights", str(detector), "--input", "IMAGES"])
         print_text(f"report: {detector}/report.html\npictures: {pictures}\nnext: {following}")
-
-
-def _words(keys: Mapping[str, Any]) -> list[str]:
-    return [str(part) for pair in keys.items() for part in pair]
 
 
 def recipe_yaml(base: str, cfg: CfgNode, choices: Choices) -> str:

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import yaml  # type: ignore[import-untyped]
 from detectron2.config import get_cfg
+from hypothesis import given
+from hypothesis import strategies as st
 
-from relvit_d2.config.config_file import COMMANDS, flat
+from relvit_d2.config.config_file import COMMANDS, flat, override_words
 from relvit_d2.detection.config import add_relvit_config
 from relvit_d2.encoders import ENCODERS
 from relvit_d2.tasks import TASKS, load_config, read_config
@@ -371,6 +373,31 @@ def test_an_own_set_takes_texts_as_they_are_written(tmp_path: Path) -> None:
     assert {"cells": meant | {"ROOT": "2025"}} == load_config(
         base, ["DATASETS.CUSTOM.cells", text, "DATASETS.CUSTOM.cells.ROOT", "2025"]
     ).DATASETS.CUSTOM
+
+
+NAMES = st.text(st.characters(exclude_characters="\0"), min_size=1) | st.sampled_from(
+    ["it's", 'a "b"', "C:\\new", "a: b", "a #b", "{a}", "[a", "2024", "None", "null", "\x1b[31m", "\udcff", "\u2028"]
+)
+
+
+@given(NAMES, st.lists(NAMES, max_size=2))
+def test_values_are_read_back_from_the_words_of_a_command_line(name: str, classes: list[str]) -> None:
+    pairs = {
+        "DATASETS.CUSTOM": {"cells": {"ROOT": name, "CLASSES": classes}},
+        "DATASETS.TRAIN": (name, *classes),
+        "MODEL.WEIGHTS": f"out/{name}/encoder.safetensors",
+        "SOLVER.BASE_LR": 1e-5,
+        "SOLVER.STEPS": (3, 5),
+        "MODEL.MASK_ON": False,
+    }
+    words = override_words(pairs)
+    assert all(type(word) is str for word in words)
+    cfg = read_config("configs/base/detection.yaml", words)
+    assert {key: get_key(cfg, key) for key in pairs} == pairs
+
+
+def test_a_folder_in_braces_is_a_path() -> None:
+    assert load_config("configs/base/detection.yaml", ["OUTPUT_DIR", "{runs}/1"]).OUTPUT_DIR == "{runs}/1"
 
 
 def test_an_absent_file_is_named() -> None:

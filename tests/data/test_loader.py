@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 import random
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -97,6 +98,20 @@ raise ZeroDivisionError
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr.endswith("ZeroDivisionError\n")
+
+
+def test_a_signal_to_a_worker_that_has_just_started_does_not_end_it() -> None:
+    script = """
+import os, signal
+from relvit_d2.data.loader import ordered_batches
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+for number in (signal.SIGINT, signal.SIGTERM):
+    os.register_at_fork(after_in_child=lambda number=number: os.kill(os.getpid(), number))
+assert sum(map(sum, ordered_batches(range(9), abs, list, 2, 2))) == 36
+signal.raise_signal(signal.SIGTERM)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (-signal.SIGTERM, "")
 
 
 def refuse(sample: int) -> int:

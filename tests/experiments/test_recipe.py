@@ -154,7 +154,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_folder_becomes_a_detector(tmp_path: Path) -> None:
-    root = write_yolo(tmp_path / "cells")
+    root = write_yolo(tmp_path / "it's C:\\new" / "cells")
     output = ("OUTPUT_DIR", tmp_path / "run")
     words = ("relvit-d2", "train", "--data", root, "--hours", 0.06, *output, "MODEL.ENCODER.NAME", "vit_nano")
     done = run(tmp_path, *words)
