@@ -26,7 +26,10 @@ def run(args: argparse.Namespace) -> None:
     if args.images < 1:
         raise UserError(f"--images {args.images}: give at least 1")
     find_config(args.config_file)
+    from relvit_d2.config.config_file import override_words
     from relvit_d2.data.detection.custom import config_pairs
     from relvit_d2.experiments.overfit import overfit_check
 
-    overfit_check(args.config_file, args.images, [*map(str, config_pairs(args.data, "detection")), *args.opts])
+    pairs = config_pairs(args.data, "detection")
+    data = override_words(dict(zip(pairs[::2], pairs[1::2], strict=True)))
+    overfit_check(args.config_file, args.images, [*data, *args.opts])

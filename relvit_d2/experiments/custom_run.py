@@ -79,7 +79,7 @@ class Request:
             return self
         encoder = read_encoder(path)[1]["encoder"]
         keys = {"MODEL.ENCODER.NAME": encoder["name"], "MODEL.ENCODER.PATCH_SIZE": encoder["patch_size"]}
-        return dataclasses.replace(self, opts=(*_words(keys), *self.opts))
+        return dataclasses.replace(self, opts=(*override_words(keys), *self.opts))
 
 
 def train_custom(request: Request, dry_run: bool, run: Runner) -> None:
