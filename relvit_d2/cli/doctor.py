@@ -186,13 +186,14 @@ def check_device() -> None:
     import torch
 
     from relvit_d2.engine.precision import choose_precision
-    from relvit_d2.utils.hardware import processor
+    from relvit_d2.utils.hardware import default_device, processor
 
     row("processor", processor())
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(default_device())
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     gpus = [f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" for gpu in properties]
-    row("device", "; ".join(gpus) or "the processor, no GPU")
+    other = "Apple's GPU (mps), untested" if device.type == "mps" else "the processor, no GPU"
+    row("device", "; ".join(gpus) or other)
     chosen = choose_precision("auto", device)
     row("precision auto", f"{chosen.name}: {chosen.reason}")
 

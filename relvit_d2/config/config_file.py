@@ -17,6 +17,7 @@ from fvcore.common.config import CfgNode
 from relvit_d2.utils.config_keys import get_key
 from relvit_d2.utils.config_paths import ROOT, find_config
 from relvit_d2.utils.errors import UserError, nearest
+from relvit_d2.utils.hardware import default_device
 
 COMMANDS = {"pretrain": "pretrain", "detection": "train", "classification": "classify"}
 """The training command of relvit-d2 by task."""
@@ -177,9 +178,9 @@ def _without_effect(key: str, instead: str) -> str:
 
 
 def adapt_to_machine(cfg: CfgNode) -> None:
-    """Adapt the config of a trained model, in place: the CPU if there is no GPU, without torch.compile."""
-    if not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
+    """Adapt the config of a trained model, in place: a device of this machine, without torch.compile."""
+    if cfg.MODEL.DEVICE != "cpu" and torch.device(cfg.MODEL.DEVICE).type != (device := default_device()):
+        cfg.MODEL.DEVICE = device
     cfg.MODEL.COMPILE = False
 
 

@@ -2,7 +2,8 @@
 
 Each worker is connected by a socket of its own, so that a worker that is killed at any moment cannot block the others,
 and its death is noticed at once. A batch travels as an anonymous file in memory whose descriptor is sent over the
-socket: no copy in the main process, no use of ``/dev/shm``, nothing to remove after a crash.
+socket: no copy in the main process, no use of ``/dev/shm``, nothing to remove after a crash. On Windows, where sockets
+cannot send descriptors, the batch itself is sent.
 """
 
 import io
@@ -13,27 +14,24 @@ import os
 import pickle
 import signal
 import socket
-import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 
 from relvit_d2.utils.errors import ResumableError, UserError, defect, resource_error
+from relvit_d2.utils.processes import end_with_parent, process_context
 
 _PREFETCH = 2  # batches that a worker reads in advance
 _ALIGNMENT = 64  # bytes
-
-
-# Processes that multiprocessing has spawned would spawn by default, which imports all packages for each worker.
-_context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+SENDS_FILES = hasattr(socket, "send_fds")
+HAS_MASK = hasattr(signal, "pthread_sigmask")  # of signals; Windows has none
 
 
 class _Worker(NamedTuple):
@@ -75,19 +73,30 @@ def read_in_workers(
 
 def _start(read: Callable[[Any], Any], batches: Iterable[Any], number: int, workers: int) -> _Worker:
     ours, theirs = socket.socketpair()
-    process = _context.Process(target=_work, args=(theirs, read, batches, number, workers), daemon=True)
-    # Ctrl-C and Slurm's SIGTERM reach every process of a run, whose main process finishes its iteration: a worker
-    # inherits the mask.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
+    process = process_context().Process(target=_work, args=(theirs, read, batches, number, workers), daemon=True)
+    with _without_signals():
         process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()  # so that the death of the process closes the connection
     worker = _Worker(process, ours)
     _running.add(worker)
     ours.sendall(bytes(_PREFETCH))
     return worker
+
+
+@contextmanager
+def _without_signals() -> Iterator[None]:
+    """Start a worker that ignores Ctrl-C and Slurm's SIGTERM, which reach every process of a run: it inherits the mask.
+
+    The main process finishes its iteration.
+    """
+    if not HAS_MASK:
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _receive(number: int, worker: _Worker, timeout: float) -> Any:
@@ -102,11 +111,15 @@ def _receive(number: int, worker: _Worker, timeout: float) -> Any:
             "check the storage of the images, or raise DATALOADER.TIMEOUT"
         )
     try:
-        data, descriptors, _, _ = socket.recv_fds(worker.connection, 4096, 1)
-        if descriptors:
+        if SENDS_FILES:
+            error, descriptors, _, _ = socket.recv_fds(worker.connection, 4096, 1)
+            batch = _map(descriptors[0]) if descriptors else None
+        else:
+            error = worker.connection.recv(1)
+            batch = _receive_batch(worker.connection) if error == b"\0" else None
+        if batch is not None:
             worker.connection.sendall(b"\0")
-            return _load(descriptors[0])
-        error = data
+            return _load(batch)
         while part := worker.connection.recv(4096):
             error += part
     except ConnectionError:
@@ -128,7 +141,9 @@ def _work(
     connection: socket.socket, read: Callable[[Any], Any], batches: Iterable[Any], number: int, workers: int
 ) -> None:
     """Run a worker process."""
-    _prctl_pr_set_pdeathsig(signal.SIGKILL)
+    end_with_parent()
+    if not HAS_MASK:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     if (parent := multiprocessing.parent_process()) and parent.pid != os.getppid():
         return  # it has ended before
     torch.set_num_threads(1)
@@ -143,7 +158,7 @@ def _serve(
     mine: Iterator[Any] = itertools.islice(batches, number, None, workers)
     while connection.recv(1):
         try:
-            descriptor = _store(read(next(mine)))
+            batch = _store(read(next(mine)))
         except StopIteration:
             continue
         except Exception as error:
@@ -153,8 +168,12 @@ def _serve(
             connection.shutdown(socket.SHUT_WR)
             mine = iter(())  # the process remains until its error is read: its end would be reported instead
             continue
-        socket.send_fds(connection, [b"\0"], [descriptor])
-        os.close(descriptor)
+        with batch:
+            if isinstance(batch, io.FileIO):
+                socket.send_fds(connection, [b"\0"], [batch.fileno()])
+            else:
+                connection.sendall(b"\0" + len(batch.getbuffer()).to_bytes(8, "little"))
+                connection.sendall(batch.getbuffer())
 
 
 class _Pickler(pickle.Pickler):
@@ -164,8 +183,8 @@ class _Pickler(pickle.Pickler):
         return (torch.from_numpy, (value.numpy(),)) if type(value) is torch.Tensor else NotImplemented
 
 
-def _store(message: Any) -> int:
-    """Write an object to an anonymous file in memory; return its descriptor.
+def _store(message: Any) -> io.FileIO | io.BytesIO:
+    """Write an object to an anonymous file in memory, or to a buffer of this process if sockets cannot send files.
 
     Layout: the number of parts and their sizes (int64), then the parts, aligned: the pickle and its buffers.
     """
@@ -174,13 +193,13 @@ def _store(message: Any) -> int:
     _Pickler(stream, protocol=5, buffer_callback=buffers.append).dump(message)
     parts = [stream.getbuffer(), *(buffer.raw() for buffer in buffers)]
     header = np.array([len(parts), *(part.nbytes for part in parts)], np.int64).data
-    with io.FileIO(_anonymous_file(), "w", closefd=False) as file:
-        for part in (header, *parts):
-            view = part.cast("B")
-            while view:
-                view = view[file.write(view) :]
-            file.write(bytes(-file.tell() % _ALIGNMENT))
-        return file.fileno()
+    file = io.FileIO(_anonymous_file(), "w") if SENDS_FILES else io.BytesIO()
+    for part in (header, *parts):
+        view = part.cast("B")
+        while view:
+            view = view[file.write(view) :]
+        file.write(bytes(-file.tell() % _ALIGNMENT))
+    return file
 
 
 def _anonymous_file() -> int:
@@ -190,12 +209,30 @@ def _anonymous_file() -> int:
         return os.dup(file.fileno())
 
 
-def _load(descriptor: int) -> Any:
-    """Return the object that :func:`_store` wrote, whose tensors and arrays share the file's memory."""
+def _map(descriptor: int) -> memoryview:
     try:
-        memory = memoryview(mmap.mmap(descriptor, 0))
+        return memoryview(mmap.mmap(descriptor, 0))
     finally:
         os.close(descriptor)
+
+
+def _receive_batch(connection: socket.socket) -> memoryview:
+    """Return a batch that follows its size in bytes, of 8 bytes itself."""
+
+    def exactly(size: int) -> memoryview:
+        content = memoryview(bytearray(size))
+        rest = content
+        while rest:
+            if not (count := connection.recv_into(rest)):
+                raise ConnectionError
+            rest = rest[count:]
+        return content
+
+    return exactly(int.from_bytes(exactly(8), "little"))
+
+
+def _load(memory: memoryview) -> Any:
+    """Return the object that :func:`_store` wrote, whose tensors and arrays share ``memory``."""
     count = int(np.frombuffer(memory, np.int64, 1)[0])
     sizes = np.frombuffer(memory, np.int64, count, offset=8).tolist()
     position, parts = 8 * (1 + count), []

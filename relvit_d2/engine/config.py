@@ -9,6 +9,7 @@ from fvcore.common.config import CfgNode
 
 from relvit_d2.utils.config_keys import add_groups, check_ranges, get_key
 from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.hardware import default_device
 
 VERSION = 2  # of Detectron2's config format
 
@@ -54,7 +55,7 @@ def add_engine_config(cfg: CfgNode, task: str) -> None:
     cfg.SEED = 0  # seed of all random numbers
     cfg.OUTPUT_DIR = "./output"  # folder of all files that a run writes
     cfg.CUDNN_BENCHMARK = False  # let cuDNN benchmark its algorithms
-    cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # torch device
+    cfg.MODEL.DEVICE = default_device()  # torch device: cuda, mps (untested) or cpu
     cfg.MODEL.WEIGHTS = ""  # encoder.safetensors, model_*.pth or timm:NAME; empty: train from scratch
     cfg.MODEL.ALLOW_PICKLE = False  # read pickled weights, such as *.pkl, which can run arbitrary code
     cfg.SOLVER.MAX_ITER = 40000  # number of iterations; 0: SOLVER.EPOCHS
@@ -146,7 +147,7 @@ def finish_engine_config(cfg: CfgNode) -> None:
     try:
         torch.device(cfg.MODEL.DEVICE)
     except RuntimeError as error:
-        raise UserError(f"MODEL.DEVICE '{cfg.MODEL.DEVICE}' is not a device of torch; set cpu or cuda") from error
+        raise UserError(f"MODEL.DEVICE '{cfg.MODEL.DEVICE}' is not a device of torch; set cpu, cuda or mps") from error
     if cfg.SOLVER.AMP.ENABLED:
         if cfg.SOLVER.PRECISION == "float32":
             raise UserError(

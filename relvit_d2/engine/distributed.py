@@ -17,16 +17,13 @@ from urllib.parse import urlparse
 import torch
 from detectron2.utils import comm
 from torch import distributed
-from torch.multiprocessing import (  # type: ignore[attr-defined]
-    ProcessExitedException,
-    _prctl_pr_set_pdeathsig,
-    start_processes,
-)
+from torch.multiprocessing import ProcessExitedException, start_processes
 
 from relvit_d2.engine import signals
 from relvit_d2.engine.error_reporting import guard, print_error
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.hardware import cores
+from relvit_d2.utils.processes import end_with_parent
 
 Main = Callable[[argparse.Namespace], None]
 
@@ -132,8 +129,10 @@ def _spawn(main: Main, args: argparse.Namespace, url: str) -> int:
         signals_received.append(number)
         children = multiprocessing.active_children()
         for child in children:
-            if child.pid:
-                os.kill(child.pid, number if len(signals_received) == 1 else signal.SIGKILL)
+            if len(signals_received) > 1:
+                child.kill()
+            elif child.pid:
+                os.kill(child.pid, number)
         if not children:
             raise signals.Interrupted(number)
 
@@ -174,7 +173,7 @@ def _start(local_rank: int, main: Main, args: argparse.Namespace, url: str) -> N
 def _process(main: Main, args: argparse.Namespace, url: str, *ranks: int) -> None:
     """Run ``main`` in one of several processes, with the ranks of :func:`_join`; exit if it fails."""
     # An orphan could still write to a folder that another run uses.
-    _prctl_pr_set_pdeathsig(signal.SIGKILL)
+    end_with_parent()
     signals.install(patient=True)
     status = guard(lambda: _work(main, args, url, *ranks), resumes=not args.eval_only)
     if status:

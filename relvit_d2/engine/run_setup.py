@@ -33,7 +33,8 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         UserError: ``OUTPUT_DIR`` is empty, holds another run or cannot be written, the device does not exist, or the
             batch cannot be divided among the processes.
     """
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+    kind = torch.device(cfg.MODEL.DEVICE).type
+    if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
         raise UserError(f"MODEL.DEVICE '{cfg.MODEL.DEVICE}' needs a GPU, but torch finds none; set MODEL.DEVICE cpu")
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     solver, processes = cfg.SOLVER, comm.get_world_size()
@@ -72,6 +73,8 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     silence_warnings()
     device = f"{device_name(cfg.MODEL.DEVICE)}, {torch.get_num_threads()} threads"
     logger.info(f"{VERSIONS}, {device}")
+    if kind == "mps":
+        logger.warning("MODEL.DEVICE mps is untested: compare a short run with MODEL.DEVICE cpu")
     logger.info(f"command: {shell_command(sys.argv)}")
     seed_everything(cfg.SEED, "model")
 

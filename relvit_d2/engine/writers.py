@@ -2,6 +2,7 @@
 
 import datetime
 import logging
+import math
 import sys
 from contextvars import ContextVar
 from pathlib import Path
@@ -132,7 +133,9 @@ class ProgressPrinter(EventWriter):
             parts.append(f"{name} {Metric(_median(storage, metric.value), chance, metric.kind)}")
         if "lr" in names:
             parts.append(f"lr {storage.history('lr').latest():.2e}")
-        logger.info("  ".join([*parts, *speed, f"memory {peak_memory(self._device):.1f} GiB"]))
+        peak = peak_memory(self._device)
+        memory = [] if math.isnan(peak) else [f"memory {peak:.1f} GiB"]
+        logger.info("  ".join([*parts, *speed, *memory]))
         if waiting > SLOW_DATA and not self._has_warned:
             self._has_warned = True
             logger.warning(

@@ -1,6 +1,7 @@
 """Execution of relvit-d2 commands in subprocesses, with a progress bar."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -78,8 +79,9 @@ def run_command(title: str, command: list[str], output: Path, total: int) -> Non
         before = _iterations(metrics, total)
         # A session of its own: Ctrl-C reaches this process only, which sends one signal; a second one would stop the
         # command without a checkpoint. If this process is killed, the command ends too: another run may use its folder.
+        preexec = _die_with_parent if os.name == "posix" else None
         process = subprocess.Popen(
-            full, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_die_with_parent
+            full, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=preexec
         )
         try:
             while process.poll() is None:

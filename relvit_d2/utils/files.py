@@ -73,7 +73,9 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def is_other_process(pid: int) -> bool:
-    """Whether a process of this machine, other than this one, has the ID ``pid``."""
+    """Whether a process of this machine, other than this one, has the ID ``pid``; on Windows this is assumed."""
+    if os.name == "nt":  # where os.kill ends the process
+        return pid != os.getpid()
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -84,7 +86,9 @@ def is_other_process(pid: int) -> bool:
 
 
 def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():
+        return  # Windows does not open folders
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes for writing only
     try:
         os.fsync(descriptor)
     finally:

@@ -1,12 +1,26 @@
 """Names and memory of the hardware."""
 
+import math
 import os
 import platform
-import resource
 import sys
 from pathlib import Path
 
 import torch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+UNKNOWN_MEMORY = 8 * 2.0**30  # bytes that are assumed to be free where the system does not report them
+
+
+def default_device() -> str:
+    """Return the device of a run that does not set ``MODEL.DEVICE``: CUDA, Apple's GPU (untested) or the processor."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def processor() -> str:
@@ -34,9 +48,11 @@ def device_name(device: str) -> str:
 
 
 def peak_memory(device: str) -> float:
-    """Return the peak memory in GiB: on the GPU for a CUDA device, else of this process."""
+    """Return the peak memory in GiB: on the GPU for a CUDA device, else of this process; NaN if it is not known."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if not resource:
+        return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
@@ -49,4 +65,4 @@ def free_memory(device: str) -> float:
     if info.exists():
         lines = dict(line.split(":", 1) for line in info.read_text(encoding="utf-8").splitlines())
         return float(lines["MemAvailable"].split()[0]) * 2**10
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) if hasattr(os, "sysconf") else UNKNOWN_MEMORY

@@ -2,6 +2,7 @@
 
 import itertools
 import multiprocessing
+import os
 import random
 import resource
 import signal
@@ -26,7 +27,7 @@ from PIL import Image
 from relvit_d2.data.detection.mapper import pad_images
 from relvit_d2.data.images.decode import read_rgb
 from relvit_d2.data.loader import Batches, EndlessOrder, ordered_batches
-from relvit_d2.data.workers import _load, _store
+from relvit_d2.data.workers import _load, _map, _store
 from relvit_d2.utils.errors import ResumableError, UserError
 
 
@@ -195,7 +196,8 @@ def test_a_lack_of_resources_in_a_worker_is_one_sentence(mapper: Callable[[int],
 )
 def test_a_batch_arrives_as_it_was_sent(array: np.ndarray, text: bytes) -> None:
     sent = {"tensor": torch.from_numpy(array), "view": array.T, "arrays": [array, array[..., None]], "text": text}
-    found = _load(_store(sent))
+    with _store(sent) as file:
+        found = _load(_map(os.dup(file.fileno())))
     torch.testing.assert_close(found["tensor"], sent["tensor"], rtol=0, atol=0, equal_nan=True)  # and the dtype
     for one, other in zip([found["view"], *found["arrays"]], [sent["view"], *sent["arrays"]], strict=True):
         np.testing.assert_array_equal(one, other, strict=True)

@@ -219,6 +219,8 @@ def _image_paths(root: Path, entries: Sequence[LabelledImage]) -> list[Path | No
 
 def _find_image(entry: LabelledImage, by_name: dict[str, list[Path]]) -> Path | None:
     """Return the image whose path has the longest end in common with the name, of several the nearest to the labels."""
+    if not entry.names:
+        raise UserError(f"{entry.source} has an entry that names no image: correct or remove it")
     for name in entry.names:
         parts = [part for part in normal_form(str(name)).replace("\\", "/").split("/") if part not in ("", ".", "..")]
         candidates = by_name.get(parts[-1], []) if parts else []

@@ -6,9 +6,7 @@ number itself for one digit and references to numbers for several. Label 10 is t
 """
 
 import math
-import multiprocessing
 import os
-import signal
 from collections.abc import Iterator
 from itertools import islice
 from multiprocessing.connection import Connection
@@ -18,7 +16,6 @@ from typing import Any
 import h5py
 import numpy as np
 from h5py import h5d, h5g, h5l, h5o, h5r, h5s, h5t
-from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 
 from relvit_d2.data.cache import Labels, cached
 from relvit_d2.data.detection.records import (
@@ -33,6 +30,7 @@ from relvit_d2.data.detection.records import (
 from relvit_d2.data.images.decode import image_size
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.paths import DataRoot
+from relvit_d2.utils.processes import end_with_parent, process_context
 
 CLASS_NAMES = tuple("0123456789")
 LABELS_FILE = "digitStruct.mat"
@@ -119,7 +117,7 @@ def _read_rows(path: Path) -> list[Row]:
     if not path.is_file():
         raise UserError(f"the label file {path} is missing: unpack the archive of SVHN's format 1 there")
     DataRoot().check_links([path])
-    context = multiprocessing.get_context("fork")
+    context = process_context()
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send_rows, args=(path, sender))
     process.start()
@@ -145,7 +143,7 @@ def _read_rows(path: Path) -> list[Row]:
 
 def _send_rows(path: Path, sender: Connection) -> None:
     """Send the rows in parts and an empty list at the end, or a :class:`UserError`."""
-    _prctl_pr_set_pdeathsig(signal.SIGKILL)
+    end_with_parent()
     try:
         rows = _rows(path)
         while part := list(islice(rows, ROWS_AT_ONCE)):

@@ -7,7 +7,8 @@ Points: ``step``, after an optimiser's step; ``checkpoint``, in the middle of wr
 ``last_checkpoint`` is written; ``evaluation``, after the first batch of an evaluation. Instead of the kill, ``raise``
 raises a ZeroDivisionError after a step, ``nan`` makes the losses of a step NaN, and ``memory`` allocates more than the
 memory in a step. ``full:BYTES`` limits the size of files, like a full disk;
-``clock:SECONDS`` sets the clock by that many seconds after 5 s.
+``clock:SECONDS`` sets the clock by that many seconds after 5 s. ``windows:0`` hides the modules, functions and signals
+that Python does not have on Windows.
 """
 
 import io
@@ -110,11 +111,46 @@ def install(point: str, count: int, rank: int | None) -> None:
         raise ValueError(f"unknown point '{point}'")
 
 
+class PosixModules:
+    """Finder that refuses modules that do not exist on Windows, except for a package that has another way there."""
+
+    NAMES = ("fcntl", "grp", "pty", "pwd", "resource", "syslog", "termios", "tty")
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name in self.NAMES:
+            frame = sys._getframe(1)
+            while str(frame.f_globals.get("__name__")).startswith("importlib") and frame.f_back:
+                frame = frame.f_back
+            if str(frame.f_globals.get("__name__")).startswith("portalocker"):
+                return
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+
+
+def hide_posix() -> None:
+    import multiprocessing.popen_fork
+    import socket
+
+    os.environ.setdefault("USERNAME", "user")  # always set on Windows
+    multiprocessing.popen_fork.Popen.kill = lambda self: self._send_signal(9)  # type: ignore[attr-defined, method-assign]
+    for name in PosixModules.NAMES:
+        sys.modules.pop(name, None)
+    sys.meta_path.insert(0, PosixModules())  # type: ignore[arg-type]
+    functions = ("fork", "forkpty", "getuid", "geteuid", "getpgid", "killpg", "memfd_create", "nice", "pwrite")
+    for name in (*functions, "sched_getaffinity", "setsid", "statvfs", "sysconf"):
+        delattr(os, name)
+    for name in ("send_fds", "recv_fds"):
+        delattr(socket, name)
+    for name in ("SIGALRM", "SIGCHLD", "SIGHUP", "SIGKILL", "SIGUSR1", "SIGUSR2", "pthread_sigmask"):
+        delattr(signal, name)
+
+
 if FAULT and not any("multiprocessing.resource_tracker" in argument for argument in sys.orig_argv):
     where, number, *rest = FAULT.split(":")
     if where == "clock":
         clock, start = time.time, time.monotonic()
         time.time = lambda: clock() + (int(number) if time.monotonic() > start + 5 else 0)
+    elif where == "windows":
+        hide_posix()
     elif where == "full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(number), int(number)))
     else:
