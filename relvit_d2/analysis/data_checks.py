@@ -264,7 +264,7 @@ def _read_facts(path: ImageFile | str, pixel_format: PixelFormat) -> ImageFacts:
 def check_images(
     sets: Mapping[str, Sequence[Record | ImageFile]],
     cfg: CfgNode,
-    labelled: bool,
+    strict: bool,
     progress: Callable[[], object] | None = None,
 ) -> Report:
     """Decode and check every image.
@@ -272,7 +272,7 @@ def check_images(
     Args:
         sets: records or image files by name of the data set.
         cfg: for the number of channels and the range of values.
-        labelled: whether an unreadable image stops the training (as in detection) or is skipped.
+        strict: whether an unreadable image stops the training or is skipped.
         progress: called after each image.
 
     Returns:
@@ -294,7 +294,7 @@ def check_images(
             if progress:
                 progress()
     if unreadable := [fact.error for fact in facts.values() if fact.error]:
-        messages = errors if labelled else warnings
+        messages = errors if strict else warnings
         messages.append(_message(" and ".join(sets), "images that cannot be read", unreadable))
     for name, items in files.items():
         wrong = [

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
         report = check_labels(sets, classes, cfg, tuple(dict.fromkeys(cfg.DATASETS.TRAIN)), tests)
         print_labels(report, len(classes))
     with tqdm(total=len({str(file_of(item)) for items in sets.values() for item in items}), unit="image") as bar:
-        images = check_images(sets, cfg, labelled, bar.update)
+        images = check_images(sets, cfg, not cfg.DATASETS.get("SKIP_UNREADABLE", False), bar.update)
     print_images(images, cfg)
     report = {**report, **images, **{key: report[key] + images[key] for key in ("errors", "warnings")}}
     if args.against:

@@ -6,6 +6,7 @@ import logging
 import random
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from functools import lru_cache
 from typing import Any
 from weakref import WeakSet
@@ -116,6 +117,10 @@ class Batches:
         timeout: seconds to wait for a worker; 0: no limit.
         replaces: replace an unreadable image by the next readable sample, so that a run remains a function of its seed
             and its images.
+        leaves_out: leave an unreadable image out of its batch. Without both it is an error.
+
+    Attributes:
+        unreadable: indices of the unreadable samples of all batches so far.
     """
 
     def __init__(
@@ -128,51 +133,79 @@ class Batches:
         workers: int,
         timeout: float = 0,
         replaces: bool = False,
+        leaves_out: bool = False,
     ) -> None:
         self._samples, self._mapper, self._collate, self.keys = samples, mapper, collate, keys
-        self._seed, self._workers, self._timeout, self._replaces = seed, workers, timeout, replaces
+        self._seed, self._workers, self._timeout = seed, workers, timeout
+        self._tried = MAX_REPLACEMENTS if replaces else 0 if leaves_out else 1  # beginning with the unreadable sample
         self._reported: set[int] = set()
+        self.unreadable: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __iter__(self) -> Generator[Any, None, None]:
         if not self._workers:
-            return (self._batch(keys) for keys in self.keys)
-        batches = read_in_workers(self._batch, self.keys, self._workers, self._timeout)
+            return self._checked(self._batch(keys) for keys in self.keys)
+        batches = self._checked(read_in_workers(self._batch, self.keys, self._workers, self._timeout))
         _open.add(batches)
         return batches
+
+    def _checked(self, results: Generator[tuple[Any, list[int]], None, None]) -> Generator[Any, None, None]:
+        """Yield the batches; batches whose samples are all left out, and thus empty, are skipped."""
+        with closing(results):
+            for batch, unreadable in results:
+                self.unreadable.update(unreadable)
+                if batch or not isinstance(batch, list):
+                    yield batch
+
+    @property
+    def replaced(self) -> list[str]:
+        """Files of the unreadable images so far."""
+        return [_file(self._samples[index]) for index in sorted(self.unreadable)]
 
     def names(self, iteration: int) -> list[Any]:
         """Return names of the images of an iteration, for messages: the file, and for a record the image's id."""
         return [_name(self._samples[index]) for _, index in self.keys.keys(iteration)]
 
-    def _batch(self, keys: list[Key]) -> Any:
-        return self._collate([self._read(*key) for key in keys])
+    def _batch(self, keys: list[Key]) -> tuple[Any, list[int]]:
+        """Return the batch and the indices of its unreadable samples."""
+        unreadable: list[int] = []
+        items = [item for key in keys for item in self._read(*key, unreadable)]
+        return self._collate(items), unreadable
 
-    def _read(self, epoch: int, index: int) -> Any:
+    def _read(self, epoch: int, index: int, unreadable: list[int]) -> list[Any]:
         # Detectron2's augmentations draw from the global NumPy generator.
         seeds = sequence(self._seed, "sample", epoch, index).generate_state(2)
         np.random.seed(seeds[0])
         random.seed(int(seeds[1]))
-        for candidate in range(index, index + (MAX_REPLACEMENTS if self._replaces else 1)):
-            sample = self._samples[candidate % len(self._samples)]
+        for candidate in range(index, index + max(self._tried, 1)):
+            position = candidate % len(self._samples)
+            sample = self._samples[position]
             try:
-                return self._mapper(sample)
+                return [self._mapper(sample)]
             except UnreadableImageError as error:
-                unreadable = error
-                self._report(candidate % len(self._samples), error)
+                last = error
+                unreadable.append(position)
+                self._report(position, error)
             except UserError:
                 raise
             except Exception as error:
                 raise resource_error(error) or defect(f"reading {_name(sample)}", error) from error
-        raise unreadable
+        if not self._tried:
+            return []
+        raise last
 
     def _report(self, index: int, error: UnreadableImageError) -> None:
-        if self._replaces and index not in self._reported:
+        if self._tried != 1 and index not in self._reported:
             self._reported.add(index)
             count = len(self._reported)
-            logger.warning(f"{error}; the next image replaces it ({count} replaced so far in this process)")
+            how = "the next image replaces it" if self._tried else "it is left out"
+            logger.warning(f"{error}; {how} ({count} so far in this process)")
+
+
+def _file(sample: Any) -> str:
+    return str(sample["file_name"] if isinstance(sample, dict) else sample)
 
 
 def _name(sample: Any) -> Any:
@@ -196,11 +229,13 @@ def ordered_batches(
     world: int = 1,
     timeout: float = 0,
     replaces: bool = False,
+    leaves_out: bool = False,
 ) -> Batches:
     """Return one process's part of the samples in order; each sample is in exactly one process's part.
 
-    With ``replaces`` an unreadable image is replaced by the next one. ``timeout`` as in :class:`Batches`.
+    With ``replaces`` an unreadable image is replaced by the next one, with ``leaves_out`` it is left out of its batch.
+    ``timeout`` as in :class:`Batches`.
     """
     share = np.array_split(np.arange(len(samples)), world)[rank].tolist()
     keys = [[(0, index) for index in share[i : i + batch]] for i in range(0, len(share), batch)]
-    return Batches(samples, mapper, collate, keys, 0, workers, timeout, replaces)
+    return Batches(samples, mapper, collate, keys, 0, workers, timeout, replaces, leaves_out)

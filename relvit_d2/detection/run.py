@@ -15,7 +15,6 @@ import numpy as np
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.evaluation import (
     DatasetEvaluator,
-    DatasetEvaluators,
     inference_on_dataset,
     print_csv_format,
     verify_results,
@@ -30,6 +29,7 @@ from relvit_d2.data.detection import catalog
 from relvit_d2.data.detection.catalog import get_metadata, save_splits
 from relvit_d2.data.detection.custom import register_custom
 from relvit_d2.data.detection.mapper import DetectionMapper
+from relvit_d2.data.detection.records import first_few
 from relvit_d2.data.images.seen import SEEN, count_seen, seen_metadata
 from relvit_d2.data.listing import data_lines
 from relvit_d2.data.loader import Batches, EndlessOrder, ordered_batches
@@ -39,6 +39,7 @@ from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.run_setup import save_config, start_run
 from relvit_d2.engine.trainer import Trainer
 from relvit_d2.engine.weights import load_trained, load_weights
+from relvit_d2.evaluation.base import UNREADABLE, ReadableEvaluators
 from relvit_d2.evaluation.coco import CocoStyleEvaluator, without_mask
 from relvit_d2.evaluation.kitti import KittiEvaluator
 from relvit_d2.evaluation.voc07 import Voc07Evaluator
@@ -117,14 +118,16 @@ def evaluated_records(tests: dict[str, Records]) -> Records:
 
 
 def training_records(cfg: CfgNode) -> Records:
-    """Return the records to train on.
+    """Return the records to train on, without unreadable images if ``DATASETS.SKIP_UNREADABLE`` is set.
 
     Without VOC's difficult objects unless ``DATASETS.TRAIN_DIFFICULT`` is set, and without images that have no objects
     if ``DATALOADER.FILTER_EMPTY_ANNOTATIONS`` is set.
     """
     if not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty; name a data set, such as ('voc_2007_trainval',)")
-    records = [record for name in cfg.DATASETS.TRAIN for record in catalog.get_records(name, cfg.DATASETS.SKIP_MISSING)]
+    data = cfg.DATASETS
+    records = [record for name in data.TRAIN for record in catalog.get_records(name, data.SKIP_MISSING)]
+    records = catalog.readable_records(records, data.SKIP_UNREADABLE)
     if not cfg.DATASETS.TRAIN_DIFFICULT:
         records = [r | {"annotations": [a for a in r["annotations"] if not a.get("difficult")]} for r in records]
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
@@ -152,12 +155,21 @@ def training_batches(cfg: CfgNode, records: Records, start: int) -> Batches:
     order = EndlessOrder(len(records), solver.IMS_PER_BATCH, cfg.SEED, start, rank, world, parts, repeats)
     mapper = DetectionMapper(cfg, is_train=True)
     workers, timeout = loader_workers(cfg), cfg.DATALOADER.TIMEOUT
-    return Batches(records, mapper, list, order, cfg.SEED, workers, timeout)
+    return Batches(records, mapper, list, order, cfg.SEED, workers, timeout, cfg.DATASETS.SKIP_UNREADABLE)
 
 
 def evaluation_sets(cfg: CfgNode) -> dict[str, Records]:
-    """Return the records of each set of ``DATASETS.TEST``."""
-    return {name: catalog.get_records(name, cfg.DATASETS.SKIP_MISSING) for name in cfg.DATASETS.TEST}
+    """Return the records of each set of ``DATASETS.TEST``, after a check of the headers of its images.
+
+    Unreadable images remain in the records: :func:`evaluate` leaves them out and counts them.
+
+    Raises:
+        UserError: an image is unreadable and ``DATASETS.SKIP_UNREADABLE`` is not set, or all are.
+    """
+    sets = {name: catalog.get_records(name, cfg.DATASETS.SKIP_MISSING) for name in cfg.DATASETS.TEST}
+    for records in sets.values():
+        catalog.readable_records(records, cfg.DATASETS.SKIP_UNREADABLE)
+    return sets
 
 
 def build_trainer(cfg: CfgNode, model: GeneralizedRCNN, records: Records, tests: dict[str, Records]) -> Trainer:
@@ -203,7 +215,7 @@ def evaluate_with_tta(
     return _write_results(
         cfg,
         {
-            name: plain[name] | {f"{task}_TTA": values for task, values in found.items()}
+            name: plain[name] | {f"{task}_TTA": values for task, values in found.items() if task != UNREADABLE}
             for name, found in augmented.items()
         },
     )
@@ -267,16 +279,31 @@ def _evaluate(cfg: CfgNode, model: nn.Module, tests: dict[str, Records], folder:
             comm.get_rank(),
             comm.get_world_size(),
             cfg.DATALOADER.TIMEOUT,
+            leaves_out=cfg.DATASETS.SKIP_UNREADABLE,
         )
         with autocast():
             output = Path(cfg.OUTPUT_DIR) / folder / (name if len(tests) > 1 else "")
-            evaluators = DatasetEvaluators(list(_evaluators(cfg, name, records, output)))
+            evaluators = ReadableEvaluators(
+                list(_evaluators(cfg, name, records, output)),
+                partial(_unreadable_ids, records, batches),
+            )
             result = inference_on_dataset(model, batches, evaluators)
         if comm.is_main_process():
             results[name] = result
             logger.info(f"results on {name}:")
             print_csv_format(result)
+            if left_out := evaluators.left_out:
+                files = [record["file_name"] for record in records if record["image_id"] in left_out]
+                logger.warning(
+                    f"{len(files)} of {len(records)} images of {name} cannot be read and are left out of the results: "
+                    f"{first_few(files)}"
+                )
+                results[name] = result | {UNREADABLE: {"images": len(files)}}
     return results
+
+
+def _unreadable_ids(records: Records, batches: Batches) -> list[Any]:
+    return [records[index]["image_id"] for index in batches.unreadable]
 
 
 def _evaluators(cfg: CfgNode, name: str, records: Records, output: Path) -> Iterable[DatasetEvaluator]:

@@ -81,6 +81,11 @@ class Trainer(TrainerBase):
         list_data: Callable[[], list[str]] | None = None,
     ) -> None:
         super().__init__()
+        if len(counts := set(comm.all_gather(samples))) > 1:
+            raise UserError(
+                f"the processes found different numbers of training images ({', '.join(map(str, sorted(counts)))}): "
+                "give a folder that all machines read alike"
+            )
         self.cfg, self.samples = (cfg := resolve_epochs(cfg, samples)), samples
         self.precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE))
         self._evaluates = evaluate is not None
@@ -215,6 +220,7 @@ class Trainer(TrainerBase):
                     self._batches = self.make_batches(self.start_iter)
                     with closing(iter(self._batches)) as self._parts:  # ends the worker processes
                         self._iterate()
+                    self._report_replaced()
                 if self.stopped:
                     self.save("model_final")
             except BaseException:
@@ -260,6 +266,14 @@ class Trainer(TrainerBase):
                 raise Interrupted(self.interrupt)
             if self.stopped:
                 break
+
+    def _report_replaced(self) -> None:
+        files = sorted({file for files in comm.gather(self._batches.replaced) for file in files})
+        if files:
+            logger.warning(
+                f"{len(files)} training images could not be read and were replaced by the next ones: "
+                f"{', '.join(files[:5])}{', ...' if len(files) > 5 else ''}"
+            )
 
     def run_step(self) -> None:
         """Read a batch, in parts, and take an optimisation step."""

@@ -1,11 +1,11 @@
 """Base class of evaluators: collects the detections of all images from all processes."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
 
 
@@ -23,6 +23,33 @@ class ImageDetections(NamedTuple):
     box: np.ndarray
     score: np.ndarray
     label: np.ndarray
+
+
+UNREADABLE = "unreadable_images"  # key of the number of images that were left out of the results of a test set
+
+
+class ReadableEvaluators(DatasetEvaluators):
+    """Evaluators of a test set whose unreadable images do not count.
+
+    Args:
+        evaluators: each has a method ``leave_out`` that takes a set of image ids.
+        unreadable: returns the ids that this process could not read.
+
+    Attributes:
+        left_out: ids that no process could read, after :meth:`evaluate`.
+    """
+
+    def __init__(self, evaluators: Sequence[Any], unreadable: Callable[[], Iterable[Any]]) -> None:
+        super().__init__(evaluators)
+        self._unreadable = unreadable
+        self.left_out: set[Any] = set()
+
+    def evaluate(self) -> Any:
+        """Compute the results of the readable images; all processes must call it."""
+        self.left_out = set(itertools.chain.from_iterable(comm.all_gather(list(self._unreadable()))))
+        for evaluator in self._evaluators if self.left_out else ():
+            evaluator.leave_out(self.left_out)
+        return super().evaluate()
 
 
 class GatheringEvaluator(DatasetEvaluator):

@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ class CocoStyleEvaluator(COCOEvaluator):
         output_dir = Path(output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         self._name = dataset_name
+        self._truth_file: Path | None = None
         options: dict[str, Any] = {"output_dir": str(output_dir), "use_fast_impl": False, "max_dets_per_image": limit}
         if records is None:
             if MetadataCatalog.get(dataset_name).get("json_file") is None:
@@ -74,7 +75,7 @@ class CocoStyleEvaluator(COCOEvaluator):
                 self._tasks = ("bbox",)
             return
 
-        json_file = ground_truth_file(output_dir, dataset_name)
+        json_file = self._truth_file = ground_truth_file(output_dir, dataset_name)
         write_text(json_file, json.dumps(coco_ground_truth(records, class_names, ignore_difficult)))
         # Detectron2 reads the path from the global catalog, where it cannot be set twice: use a temporary entry.
         entry = f"{dataset_name} as written to {json_file}"
@@ -83,6 +84,15 @@ class CocoStyleEvaluator(COCOEvaluator):
             super().__init__(entry, tasks=None if not without_mask(records) else ("bbox",), **options)
         finally:
             MetadataCatalog.remove(entry)
+
+    def leave_out(self, image_ids: Collection[Any]) -> None:
+        """Remove images that were not evaluated from the ground truth, and from its file if this class wrote it."""
+        truth = self._coco_api.dataset
+        truth["images"] = [image for image in truth["images"] if image["id"] not in image_ids]
+        truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] not in image_ids]
+        self._coco_api.createIndex()
+        if self._truth_file and comm.is_main_process():
+            write_text(self._truth_file, json.dumps(truth))
 
     def evaluate(self, img_ids: list[Any] | None = None) -> dict[str, dict[str, float]]:
         """Return the results of all processes' detections on the main process, ``{}`` on the others."""

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,6 +84,11 @@ class KittiEvaluator(GatheringEvaluator):
         self._dataset_name = dataset_name
         self._class_names = list(class_names)
         self._objects = [record["annotations"] for record in sorted(records, key=lambda r: str(r["image_id"]))]
+
+    def leave_out(self, image_ids: Collection[Any]) -> None:
+        """Remove the objects of images that were not evaluated."""
+        for image_id in image_ids:
+            self._objects[self._image_index[image_id]] = []
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Compute the metric of all processes' detections; all processes must call it.

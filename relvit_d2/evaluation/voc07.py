@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,13 @@ class Voc07Evaluator(GatheringEvaluator):
         self._object_class = np.array(classes, dtype=np.int64)[order]
         self._object_box = np.array(boxes, dtype=np.float64).reshape(-1, 4)[order]
         self._object_counted = np.array(counted, dtype=bool)[order]
+
+    def leave_out(self, image_ids: Collection[Any]) -> None:
+        """Remove the objects of images that were not evaluated."""
+        images = [self._image_index[image_id] for image_id in image_ids]
+        kept = ~np.isin(self._object_key // max(len(self._class_names), 1), images)
+        self._object_key, self._object_class = self._object_key[kept], self._object_class[kept]
+        self._object_box, self._object_counted = self._object_box[kept], self._object_counted[kept]
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Compute the metric of all processes' detections; all processes must call it.

@@ -154,7 +154,7 @@ def check_data(cfg: CfgNode, output: Path) -> Data:
     classes = tuple(get_metadata(cfg.DATASETS.TRAIN[0]).thing_classes)
     sets = {cfg.DATASETS.TRAIN[0]: records, **tests}
     report = check_labels(sets, classes, cfg, cfg.DATASETS.TRAIN, tuple(tests))
-    images = check_images(sets, cfg, labelled=True)
+    images = check_images(sets, cfg, strict=not cfg.DATASETS.SKIP_UNREADABLE)
     for key in ("errors", "warnings"):
         report[key] = report[key] + images[key]
     write_json(output / "check.json", report)

@@ -47,11 +47,14 @@ logger = logging.getLogger(__name__)
 
 
 def image_files(
-    key: str, names: Sequence[str], skip_missing: bool, download: bool = False, synset_file: str = ""
+    key: str,
+    names: Sequence[str],
+    skip_missing: bool,
+    download: bool = False,
+    synset_file: str = "",
+    skip_unreadable: bool = True,
 ) -> Images:
     """Return the images of data sets, folders and archives, without labels.
-
-    Images with unreadable headers are omitted and logged.
 
     Args:
         key: config key of the names, for error messages.
@@ -59,6 +62,7 @@ def image_files(
             :func:`relvit_d2.data.detection.catalog.get_images`.
         skip_missing: omit images that are listed but missing.
         download, synset_file: as for :func:`relvit_d2.data.classification.datasets.get_class_set`.
+        skip_unreadable: omit and log images with unreadable headers, instead of an error.
 
     Raises:
         UserError: a name is not a data set and has no images, or ``names`` is empty.
@@ -67,7 +71,7 @@ def image_files(
     def read(name: str) -> Images:
         if _has_classes(name):
             return list_class_sets(key, [name], download, synset_file).decoded().images
-        return readable(catalog.get_images(name, skip_missing))
+        return readable(catalog.get_images(name, skip_missing), skip_unreadable)
 
     parts = [read(name) for name in names]
     if not any(map(len, parts)):
@@ -216,7 +220,7 @@ def describe(metrics: dict[str, float], dim: int) -> str:
 def _fixed_batches(cfg: CfgNode, files: Images) -> Iterator[dict[str, Any]]:
     """Yield this process's part of the images in batches."""
     size = max(1, cfg.SOLVER.IMS_PER_BATCH // (comm.get_world_size() * cfg.SOLVER.GRAD_ACCUM_STEPS))
-    return fixed_batches(cfg, files, size, replaces=True)
+    return fixed_batches(cfg, files, size, replaces=cfg.DATASETS.SKIP_UNREADABLE)
 
 
 def run_process(cfg: CfgNode, args: argparse.Namespace, end: Callable[[Path, str], None]) -> None:
@@ -234,7 +238,7 @@ def run_process(cfg: CfgNode, args: argparse.Namespace, end: Callable[[Path, str
     start_run(cfg, args)
     register_custom(cfg.DATASETS, labels=False)
     data = cfg.DATASETS
-    options = (data.SKIP_MISSING, data.DOWNLOAD, data.SYNSETS)
+    options = (data.SKIP_MISSING, data.DOWNLOAD, data.SYNSETS, data.SKIP_UNREADABLE)
     tests = image_files("DATASETS.TEST", data.TEST, *options) if args.eval_only or data.TEST else []
     files = [] if args.eval_only else image_files("DATASETS.TRAIN", data.TRAIN, *options)
     name = ", ".join(data.TRAIN)

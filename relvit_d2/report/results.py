@@ -7,6 +7,7 @@ from typing import Any
 
 from relvit_d2.data.images.seen import SEEN, seen_sentence
 from relvit_d2.evaluation.average_precision import COCO_LIMIT
+from relvit_d2.evaluation.base import UNREADABLE
 from relvit_d2.report.runs import Run
 from relvit_d2.utils.metrics import from_scalars
 
@@ -26,6 +27,8 @@ def summary(run: Run) -> list[str]:
         for key, value in values.items():
             if key == SEEN:
                 sentences.append(seen_sentence(name, **value))
+            elif key == UNREADABLE:
+                sentences.append(f"{value['images']} images of {name} cannot be read and are left out")
             elif isinstance(value, dict) and value:
                 sentences.append(f"{_task(run, key)} {_first(*next(iter(value.items())))} {where}")
             elif key == "top1":
@@ -96,7 +99,7 @@ def _values(run: Run) -> dict[Key, float | None]:
     values: dict[Key, float | None] = {}
     for name, tasks in run.results.items():
         for task, metrics in tasks.items():
-            if task == SEEN:  # a sentence of the summary
+            if task in (SEEN, UNREADABLE):  # a sentence of the summary
                 continue
             for key, value in metrics.items() if isinstance(metrics, dict) else [("", metrics)]:
                 if value is None or isinstance(value, int | float):

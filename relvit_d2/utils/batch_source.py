@@ -9,6 +9,11 @@ class BatchSource(Protocol):
 
     def __iter__(self) -> Generator[Any, None, None]: ...
 
+    @property
+    def replaced(self) -> list[str]:
+        """Files that this process could not read so far, and replaced."""
+        ...
+
     def names(self, iteration: int) -> list[Any]:
         """Return the names of this process's images in an iteration, plain values."""
         ...

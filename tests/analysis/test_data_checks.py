@@ -202,7 +202,7 @@ def test_every_image_is_read(tmp_path: Path) -> None:
     Image.new("RGB", (9, 9), (1, 2, 3)).save(test / "flat.png")
     sets = {"train": sorted(train.iterdir()), "test": sorted(test.iterdir())}
     cfg = load_config(DETECTION, [])
-    report = check_images(sets, cfg, labelled=False)
+    report = check_images(sets, cfg, strict=False)
     assert report["images"] == {"read": 7, "unreadable": 2, "one_colour": 1}
     assert report["errors"] == []
     text = " ".join(report["warnings"])
@@ -222,9 +222,9 @@ def test_every_image_is_read(tmp_path: Path) -> None:
     )
     np.testing.assert_allclose(report["mean"], pixels.mean(0), atol=1e-3)
     np.testing.assert_allclose(report["std"], pixels.std(0), atol=1e-3)
-    reversed_ = check_images(sets, load_config(DETECTION, ["INPUT.FORMAT", "BGR"]), labelled=False)
+    reversed_ = check_images(sets, load_config(DETECTION, ["INPUT.FORMAT", "BGR"]), strict=False)
     assert reversed_["mean"] == report["mean"][::-1]
-    assert len(check_images(sets, cfg, labelled=True)["errors"]) == 1
+    assert len(check_images(sets, cfg, strict=True)["errors"]) == 1
 
 
 @pytest.mark.parametrize("channels", [1, 5])
@@ -237,7 +237,7 @@ def test_images_of_other_channels_are_read_as_training_reads_them(channels: int,
     keys = ["INPUT.CHANNELS", str(channels), "INPUT.MAX_VALUE", "4095", "INPUT.FORMAT", "BGR"]
     keys += ["MODEL.PIXEL_MEAN", str([100.0] * channels), "MODEL.PIXEL_STD", str([50.0] * channels)]
     files = sorted(tmp_path.iterdir())
-    report = check_images({"set": files}, load_config(DETECTION, keys), labelled=True)
+    report = check_images({"set": files}, load_config(DETECTION, keys), strict=True)
     pixels = np.concatenate([(image * (255 / 4095)).round().reshape(-1, channels) for image in images])
     if channels == 1:  # black, turned into gray
         pixels = np.concatenate([pixels, np.zeros((600, 1))])
@@ -255,7 +255,7 @@ def test_images_in_an_archive_are_read(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as packed:
         for index in range(2):
             packed.write(noise(tmp_path / f"{index}.png", 0), f"{index}.png")
-    report = check_images({"zip": get_images(str(tmp_path / "photos.zip"))}, load_config(DETECTION, []), labelled=False)
+    report = check_images({"zip": get_images(str(tmp_path / "photos.zip"))}, load_config(DETECTION, []), strict=False)
     assert report["images"]["read"] == 2 and len(report["duplicates"]) == 1
 
 
@@ -263,8 +263,8 @@ def test_a_wrong_recorded_size_is_an_error(tmp_path: Path) -> None:
     path = str(noise(tmp_path / "a.png", 0))
     cfg = load_config(DETECTION, [])
     right = {"set": [record(path, size=(40, 30))]}
-    assert check_images(right, cfg, labelled=True)["errors"] == []
-    (error,) = check_images({"set": [record(path, size=(30, 40))]}, cfg, labelled=True)["errors"]
+    assert check_images(right, cfg, strict=True)["errors"] == []
+    (error,) = check_images({"set": [record(path, size=(30, 40))]}, cfg, strict=True)["errors"]
     assert f"{path} (recorded 30 x 40, actual 40 x 30)" in error
 
 

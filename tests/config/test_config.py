@@ -40,6 +40,7 @@ def test_our_keys_leave_detectron2s_as_they_are_but_for_the_named_ones() -> None
     assert keys(stock) < keys(ours)
     assert {key for key in keys(stock) if get_key(stock, key) != get_key(ours, key)} - {"MODEL.DEVICE"} == {
         "SEED",
+        "DATALOADER.NUM_WORKERS",
         "INPUT.FORMAT",
         "MODEL.PIXEL_MEAN",
         "MODEL.PIXEL_STD",

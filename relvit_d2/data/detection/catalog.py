@@ -29,7 +29,8 @@ from relvit_d2.data.detection.svhn import CLASS_NAMES as DIGITS
 from relvit_d2.data.detection.svhn import load_svhn, svhn_images
 from relvit_d2.data.detection.voc import load_voc, voc_images
 from relvit_d2.data.images.archive import ImageFile
-from relvit_d2.data.images.folder import is_image_source, list_images, unlabelled_images
+from relvit_d2.data.images.decode import check_header
+from relvit_d2.data.images.folder import is_image_source, list_images, readable, unlabelled_images
 from relvit_d2.data.subsets import subset, without_seed
 from relvit_d2.utils.errors import UserError, nearest
 from relvit_d2.utils.files import write_text
@@ -91,8 +92,17 @@ def _register(name: str, entry: DatasetEntry) -> None:
     for catalog in (DatasetCatalog, MetadataCatalog):
         for known in [known for known in catalog if known == name or known.startswith(f"{name}[:")]:  # and its subsets
             catalog.remove(known)
-    DatasetCatalog.register(name, partial(entry.records, False))
+    DatasetCatalog.register(name, partial(_strict_records, entry))
     MetadataCatalog.get(name).set(**{"thing_classes": list(entry.classes), **entry.metadata()}, metrics=entry.metrics)
+
+
+def _strict_records(entry: DatasetEntry) -> list[Record]:
+    """Return all records, as Detectron2 expects; raise an ``UnreadableImageError`` for the first one without a size."""
+    records = entry.records(False)
+    for record in records:
+        if not record["width"]:
+            check_header(record["file_name"])
+    return records
 
 
 def _entry(name: str) -> DatasetEntry | None:
@@ -151,6 +161,12 @@ def get_records(name: str, skip_missing: bool = False) -> list[Record]:
     paths = [Path(record["file_name"]) for record in records]
     found = set(existing_images(paths, f"data set '{base}'", skip_missing, DataRoot()))
     return take([record for record, path in zip(records, paths, strict=True) if path in found])
+
+
+def readable_records(records: list[Record], skip: bool) -> list[Record]:
+    """Return the records whose images have readable headers; see :func:`relvit_d2.data.images.folder.readable`."""
+    kept = set(map(str, readable([Path(record["file_name"]) for record in records], skip)))
+    return [record for record in records if str(Path(record["file_name"])) in kept]
 
 
 def get_images(name: str, skip_missing: bool = False) -> list[ImageFile]:

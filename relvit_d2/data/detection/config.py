@@ -13,6 +13,7 @@ def add_custom_data_config(cfg: CfgNode) -> None:
     # see docs/custom_data.md
     cfg.DATASETS.CUSTOM = type(cfg)(new_allowed=True)
     cfg.DATASETS.SKIP_MISSING = False  # leave out images that are listed but missing, instead of an error
+    cfg.DATASETS.SKIP_UNREADABLE = True  # leave out or replace images that cannot be read, instead of an error
 
 
 def add_mapper_config(cfg: CfgNode) -> None:

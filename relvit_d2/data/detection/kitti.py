@@ -22,7 +22,7 @@ from relvit_d2.data.detection.records import (
     make_annotation,
     make_record,
 )
-from relvit_d2.data.images.decode import image_size
+from relvit_d2.data.images.decode import size_if_readable
 from relvit_d2.utils.errors import UserError, nearest
 from relvit_d2.utils.paths import DataRoot
 
@@ -186,9 +186,9 @@ def _quarter(count: int) -> int:
 
 
 def _read_record(image: Path, label: Path, text: str, class_names: Sequence[str]) -> Record:
-    size = image_size(image)
+    size = size_if_readable(image)
     annotations: list[Record] = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.splitlines() if size[0] else (), start=1):
         if line.strip():
             annotations += _read_line(line.split(), *size, f"{label}, line {number}", class_names)
     return make_record(image, image.stem, size, annotations)

@@ -5,6 +5,9 @@ A record is Detectron2's standard data set dict: ``file_name`` (str), ``image_id
 "iscrowd": 0 | 1}``, for VOC with ``"difficult": 0 | 1`` too. A crowd is a region that is neither object nor background:
 in training for all classes, in evaluation for its own class. Boxes are ``[x0, y0, x1, y1]`` floats in continuous pixel
 coordinates: the image spans ``[0, width] x [0, height]``.
+
+An image whose size is needed but cannot be read has height and width 0 and no annotation; see
+:func:`relvit_d2.data.detection.catalog.readable_records`.
 """
 
 import logging

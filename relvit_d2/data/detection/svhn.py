@@ -27,7 +27,7 @@ from relvit_d2.data.detection.records import (
     make_annotation,
     make_record,
 )
-from relvit_d2.data.images.decode import image_size
+from relvit_d2.data.images.decode import size_if_readable
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.paths import DataRoot
 from relvit_d2.utils.processes import end_with_parent, process_context
@@ -86,7 +86,8 @@ def _read(folder: Path, path: Path, skip_missing: bool) -> Labels:
     present = [(folder / name, digits) for name, digits in rows if folder / name in found]
     records, dropped = [], 0
     for image, digits in present:
-        size = image_size(image)
+        size = size_if_readable(image)
+        digits = digits if size[0] else []
         boxes = [clip_box((left, top, left + width, top + height), *size) for left, top, width, height, _ in digits]
         pairs = zip(boxes, digits, strict=True)
         annotations = [make_annotation(box, int(digit[-1]) % 10) for box, digit in pairs if box]

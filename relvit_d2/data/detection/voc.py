@@ -28,7 +28,7 @@ from relvit_d2.data.detection.records import (
     renumber_classes,
 )
 from relvit_d2.data.detection.splits import ALL, merge_single_split, splits_of_folders
-from relvit_d2.data.images.decode import image_size
+from relvit_d2.data.images.decode import size_if_readable
 from relvit_d2.data.images.folder import EXTENSIONS, list_images
 from relvit_d2.utils.errors import UserError, nearest
 from relvit_d2.utils.paths import DataRoot, match_case, normal_form
@@ -284,14 +284,18 @@ def _read_annotation(
     except (ParseError, OSError, ValueError, LookupError) as error:
         raise UserError(f"the annotation {path} is not valid XML ({error}): restore it") from error
     if isinstance(validator, BoxValidator) and tree.findtext("size/width", "0").strip() in ("0", ""):
-        size = image_size(image)  # some annotation programs write no size
+        size = size_if_readable(image)  # some annotation programs write no size
     else:
         size = _side(tree, "width", path), _side(tree, "height", path)
     objects = [
-        _read_object(element, size, f"{path}, object {number}", category_id, validator)
+        _read_object(element, size, f"{path}, object {number}", category_id, validator if size[0] else _no_box)
         for number, element in enumerate(tree.findall("object"), start=1)
     ]
     return make_record(image, image_id, size, [annotation for annotation in objects if annotation])
+
+
+def _no_box(*_: object, **__: object) -> None:
+    """Validate the boxes of an image that cannot be read, whose classes count all the same."""
 
 
 def _read_object(

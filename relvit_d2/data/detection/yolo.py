@@ -27,7 +27,7 @@ from relvit_d2.data.detection.records import (
     renumber_classes,
 )
 from relvit_d2.data.detection.splits import ALL, merge_single_split, splits_of_folders
-from relvit_d2.data.images.decode import image_size
+from relvit_d2.data.images.decode import size_if_readable
 from relvit_d2.data.images.folder import EXTENSIONS, files_below
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.paths import DataRoot, normal_form
@@ -184,8 +184,9 @@ def _class_number(fields: list[str], where: str) -> int:
 def _record(
     image: Path, label: Path, root: Path, category_ids: dict[int, int], keypoints: int, validator: BoxValidator
 ) -> Record:
-    size = image_size(image)
-    objects = [_annotation(*line, size, category_ids, keypoints, validator) for line in _lines(label)]
+    size = size_if_readable(image)
+    lines = _lines(label) if size[0] else []
+    objects = [_annotation(*line, size, category_ids, keypoints, validator) for line in lines]
     image_id = image.relative_to(root).with_suffix("").as_posix()
     return make_record(image, image_id, size, [annotation for annotation in objects if annotation])
 

@@ -78,6 +78,8 @@ class StackBatches:
             index = torch.tensor([index for _, index in keys]).to(pixels.device, non_blocking=True)
             yield {"images": pixels[index], "sizes": _sizes(pixels, len(keys))}
 
+    replaced: list[str] = []
+
     def names(self, iteration: int) -> list[Any]:
         """Return names of the images of an iteration, for messages."""
         return [f"image {index} of {self._stack.name}" for _, index in self._order.keys(iteration)]
@@ -111,7 +113,8 @@ class TrainingBatches:
             options = ImageReader.of(cfg), pad_images, self._order, cfg.SEED
             workers, timeout = loader_workers(cfg), cfg.DATALOADER.TIMEOUT
             # A replacement for an unreadable image would have another label.
-            self._batches = Batches(images, *options, workers, timeout, replaces=labels is None)
+            replaces = labels is None and cfg.DATASETS.SKIP_UNREADABLE
+            self._batches = Batches(images, *options, workers, timeout, replaces=replaces)
 
     def __iter__(self) -> Generator[dict[str, Any], None, None]:
         with closing(iter(self._batches)) as batches:
@@ -119,6 +122,11 @@ class TrainingBatches:
                 epochs, index = torch.tensor(samples).unbind(1)
                 labels = {} if self._labels is None else {"labels": self._labels[index]}
                 yield batch | {"keys": image_keys(self._seed, "views", epochs, index)} | labels
+
+    @property
+    def replaced(self) -> list[str]:
+        """Files of the unreadable images so far."""
+        return self._batches.replaced
 
     def names(self, iteration: int) -> list[Any]:
         """Return names of the images of an iteration, for messages."""

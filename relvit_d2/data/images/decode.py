@@ -219,6 +219,14 @@ def image_size(path: ImageFile | str) -> tuple[int, int]:
             return (image.height, image.width) if orientation(image) in SWAPPED else image.size
 
 
+def size_if_readable(path: ImageFile | str) -> tuple[int, int]:
+    """Return :func:`image_size`, or (0, 0) for an image whose header cannot be read."""
+    try:
+        return image_size(path)
+    except UnreadableImageError:
+        return 0, 0
+
+
 def check_header(path: ImageFile | str) -> None:
     """Read an image's header; of a member of an archive, only its first bytes if they suffice.
 

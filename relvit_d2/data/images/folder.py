@@ -99,11 +99,11 @@ def linked_folders(folder: Path) -> list[Path]:
     return sorted(map(Path, links))
 
 
-def readable(images: Sequence[ImageFile]) -> list[ImageFile]:
+def readable(images: Sequence[ImageFile], skip: bool = True) -> list[ImageFile]:
     """Return the images whose headers can be read, in their order; a warning names the others.
 
     Raises:
-        UserError: none can be read.
+        UserError: none can be read, or without ``skip`` one cannot.
     """
 
     def header_error(image: ImageFile) -> UnreadableImageError | None:
@@ -118,6 +118,8 @@ def readable(images: Sequence[ImageFile]) -> list[ImageFile]:
     bad = [image for image, error in zip(images, errors, strict=True) if error]
     if bad:
         reason = next(filter(None, errors))
+        if not skip:
+            raise reason
         if len(bad) == len(images):
             raise UserError(f"none of the {len(images)} images can be read: {reason}")
         logger.warning(
