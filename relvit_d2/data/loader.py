@@ -200,8 +200,8 @@ class Batches:
         if self._tried != 1 and index not in self._reported:
             self._reported.add(index)
             count = len(self._reported)
-            how = "the next image replaces it" if self._tried else "it is left out"
-            logger.warning(f"{error}; {how} ({count} so far in this process)")
+            how, done = ("the next image replaces it", "replaced") if self._tried else ("it is left out", "left out")
+            logger.warning(f"{error}; {how} ({count} {done} so far in this process)")
 
 
 def _file(sample: Any) -> str:

@@ -44,6 +44,11 @@ def cut(root: Path) -> None:
     image.write_bytes(image.read_bytes()[:500])
 
 
+def empty(root: Path) -> None:
+    for image in write_voc(root).iterdir():
+        image.write_bytes(b"")
+
+
 def huge(root: Path) -> None:
     (write_voc(root) / "b.jpg").write_bytes(huge_png())
 
@@ -70,6 +75,7 @@ class Case:
 
 
 BOTH = (SSL, DETECT)
+STRICT = (*VOC, "DATASETS.SKIP_UNREADABLE", "False")
 CASES = {
     "misspelt key": Case("did you mean 'SOLVER.MAX_ITER'", ("SOLVER.MAX_ITTER", 3)),
     "wrong type": Case("SOLVER.MAX_ITER takes a value of type int", ("SOLVER.MAX_ITER", "soon")),
@@ -152,11 +158,12 @@ CASES = {
     "image is absent": Case(
         "b.jpg is missing but listed in", VOC, make=lambda root: (write_voc(root) / "b.jpg").unlink()
     ),
-    "image is cut short": Case("b.jpg' is damaged or truncated", VOC, make=cut),
+    "image is cut short": Case("b.jpg' is damaged or truncated", STRICT, BOTH, make=cut),
     "image is cut short, with workers": Case(
-        "b.jpg' is damaged or truncated", (*VOC, "DATALOADER.NUM_WORKERS", 2), make=cut
+        "b.jpg' is damaged or truncated", (*STRICT, "DATALOADER.NUM_WORKERS", 2), make=cut
     ),
-    "image of 100,000 x 100,000": Case("b.jpg' has too many pixels", VOC, make=huge),
+    "image of 100,000 x 100,000": Case("b.jpg' has too many pixels", STRICT, BOTH, make=huge),
+    "no readable image": Case("none of the 4 images can be read: '", VOC, BOTH, make=empty),
     "channels without statistics": Case(
         "MODEL.PIXEL_MEAN has 3 values, but images have 1 channels", ("INPUT.CHANNELS", 1)
     ),

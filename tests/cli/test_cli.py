@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from detectron2.engine import default_argument_parser
 
-from relvit_d2.cli import COMMANDS, main, module_of, parser_of
+from relvit_d2.cli import COMMANDS, main, module_of, parse_arguments, parser_of
 from relvit_d2.conversion import KINDS
 from relvit_d2.conversion.convert import CONVERTERS
 from relvit_d2.experiments.table_rows import row_names, tables
@@ -101,6 +101,17 @@ def test_training_has_the_arguments_of_detectron2() -> None:
             assert getattr(mine, name) == getattr(action, name), (action.dest, name)
         if action.dest not in ("dist_url", "opts"):  # a free port instead of a fixed one
             assert mine.default == action.default
+
+
+def test_flags_may_follow_the_overrides(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = parser_of("train")
+    words = "--config-file a.yaml SEED 3 --resume OUTPUT_DIR -1 TEST.EVAL_PERIOD 2 --num-gpus 2 SEED 4"
+    args = parse_arguments(parser, words.split())
+    assert (args.config_file, args.resume, args.num_gpus, args.eval_only) == ("a.yaml", True, 2, False)
+    assert args.opts == ["SEED", "3", "OUTPUT_DIR", "-1", "TEST.EVAL_PERIOD", "2", "SEED", "4"]
+    with pytest.raises(SystemExit):
+        parse_arguments(parser, ["--config-file", "a.yaml", "SEED", "3", "--resum3"])
+    assert "unrecognized arguments: --resum3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("script", "command"), SCRIPTS.items())

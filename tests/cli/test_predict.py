@@ -21,6 +21,7 @@ from relvit_d2.detection.predictor import Detector
 from relvit_d2.report.prediction_files import input_files
 from relvit_d2.report.prediction_videos import annotate_video, timed, upright
 from relvit_d2.utils.errors import UserError
+from tests.support.custom_data import yolo_folder
 from tests.support.scripts import command, fails, run
 
 Failing = Callable[..., str]
@@ -346,6 +347,50 @@ def test_detections_below_the_threshold_are_left_out(
     assert default == parser_of("predict").get_default("threshold")
 
 
+def test_splits_and_overrides(trained: Path, images: list[Path], tmp_path: Path) -> None:
+    def predicted(*arguments: object) -> dict[str, list[float]]:
+        assert main(["predict", "--weights", *map(str, (trained, *arguments, "--output", tmp_path / "out"))]) == 0
+        scores: dict[str, list[float]] = {}
+        for row in json.loads((tmp_path / "out/detections.json").read_text()):
+            scores.setdefault(row["image_id"], []).append(row["score"])
+        return scores
+
+    low = ("--confidence-threshold", 0)
+    held_out = predicted("--split", "val", *low)
+    assert held_out.keys() == {str(image) for image in images} and len(max(held_out.values(), key=len)) > 3
+    few = ("TEST.DETECTIONS_PER_IMAGE", 3)
+    for line in (
+        ("--split", "val", *low, *few),
+        ("--input", *images, *few, *low),
+        ("--input", *images, *low, "--opts", *few),
+    ):
+        assert predicted(*line) == {image: sorted(found)[::-1][:3] for image, found in held_out.items()}
+    folder = yolo_folder(tmp_path / "cells", "train/a", "train/b", "val/c")
+    for split, names in (("train", "ab"), ("val", "c")):
+        found = predicted("--split", split, "--data", folder, *low)
+        assert found.keys() == {f"{folder}/images/{split}/{name}.png" for name in names}
+
+
+def test_weights_of_another_kind_are_named(failing: Failing, root: Path, images: list[Path], tmp_path: Path) -> None:
+    ssl, out = tmp_path / "ssl", ("--input", images[0], "--output", tmp_path / "out")
+    run(root, *command("pretrain_ssl.py", ssl, "DATASETS.TEST", "()", "SOLVER.MAX_ITER", 2))
+    for weights in (ssl, ssl / "model_final.pth"):
+        sentence = failing(*out, weights=weights)
+        assert f"'{ssl}' is a pre-training, which has an encoder but no detection heads" in sentence
+        assert f"MODEL.WEIGHTS '{ssl}/encoder.safetensors'" in sentence
+    final = command("train_net.py", tmp_path / "cut", "MODEL.WEIGHTS", ssl / "model_final.pth")
+    for flags in ((), ("--eval-only",)):
+        sentence = fails(root, *final[:3], *flags, *final[3:])
+        assert f"set MODEL.WEIGHTS to '{ssl}/encoder.safetensors'" in sentence and "task pretrain" in sentence
+    done = run(root, *command("train_net.py", tmp_path / "tuned", "MODEL.WEIGHTS", ssl, "SOLVER.MAX_ITER", 1))
+    assert f"weights '{ssl}': 100.0% of the encoder's values matched" in done.stdout
+    (tmp_path / "data/detector").mkdir(parents=True)
+    (tmp_path / "data/detector/config.yaml").touch()
+    for folder, instead in ((tmp_path, "the OUTPUT_DIR of a run"), (tmp_path / "data", f"'{tmp_path}/data/detector'")):
+        sentence = failing(*out, weights=folder)
+        assert f"'{folder}' is not the folder of a run, since it has no config.yaml: give {instead}" in sentence
+
+
 def test_unreadable_files_are_reported_and_the_rest_is_predicted(
     failing: Failing, detector: Detector, images: list[Path], tmp_path: Path
 ) -> None:
@@ -379,6 +424,14 @@ def test_invalid_input_is_reported_in_one_sentence(failing: Failing, images: lis
     assert "absent.png" in failing("--input", tmp_path / "absent.png", *output)
     assert "--threshold 2" in failing("--input", images[0], *output, "--threshold", 2)
     assert "--batch 0" in failing("--input", images[0], *output, "--batch", 0)
+    assert "give either --input or --split" in failing(*output)
+    assert "give either --input or --split" in failing(*output, "--input", images[0], "--split", "val")
+    assert "--data needs --split" in failing(*output, "--input", images[0], "--data", tmp_path)
+    cells = yolo_folder(tmp_path / "cells", "train/a", "val/b")
+    assert "has no split test: give --split with one of train, val" in failing(
+        *output, "--split", "test", "--data", cells
+    )
+    assert "did you mean 'MODEL.DEVICE'" in failing("--input", images[0], "MODEL.DEVIC", "cpu", *output)
     cut = tmp_path / "cut.png"
     cut.write_bytes(images[0].read_bytes()[:200])
     assert "cut.png" in failing("--input", cut, *output)

@@ -139,10 +139,17 @@ def test_resume_refuses_another_config_unless_allowed(
     assert torch.load(output / "model_final.pth", weights_only=True)["iteration"] == ITERATIONS
 
 
-def test_resume_never_continues_an_overwritten_run(root: Path, uninterrupted: dict[str, Path], tmp_path: Path) -> None:
+def test_a_run_is_overwritten_on_request_only_and_then_not_continued(
+    root: Path, uninterrupted: dict[str, Path], tmp_path: Path
+) -> None:
     output = tmp_path / "copy"
     shutil.copytree(uninterrupted["pretrain_ssl.py"], output)
-    again = command("pretrain_ssl.py", output, *RUN, 0)
+    before = digests(output)
+    sentence = fails(root, *command("pretrain_ssl.py", output, *RUN, 0))
+    assert f"OUTPUT_DIR '{output}' holds a run (last_checkpoint, model_final.pth, encoder.safetensors): " in sentence
+    assert "continue it with --resume, replace it with --overwrite, or choose another OUTPUT_DIR" in sentence
+    assert before == digests(output)
+    again = command("pretrain_ssl.py", output, *RUN, 0, flags=("--overwrite",))
     killed = run(root, *again, status=-signal.SIGKILL, fault="step:2")
     assert "holds an earlier run" in killed.stdout
     assert not (output / "last_checkpoint").exists()

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from pycocotools.cocoeval import COCOeval
 
 from relvit_d2.data.detection.svhn import load_svhn
 from relvit_d2.engine.distributed import leave_process_group
+from relvit_d2.evaluation.base import ReadableEvaluators
 from relvit_d2.evaluation.coco import CocoStyleEvaluator, coco_ground_truth
 from relvit_d2.evaluation.kitti import KittiEvaluator
 from relvit_d2.evaluation.voc07 import Voc07Evaluator
@@ -172,6 +174,37 @@ def test_results_do_not_depend_on_the_order_of_images(samples: Path, tmp_path: P
     assert run(Voc07Evaluator("order", shuffled, VOC_CLASSES, True), shuffled_found) == straight_voc
     straight_coco = run(CocoStyleEvaluator("order", records, VOC_CLASSES, tmp_path, True), found)
     assert run(CocoStyleEvaluator("order", shuffled, VOC_CLASSES, tmp_path, True), shuffled_found) == straight_coco
+
+
+@pytest.mark.parametrize("kind", ["records", "json", "voc07"])
+def test_images_left_out_do_not_count(samples: Path, tmp_path: Path, kind: str) -> None:
+    records = voc_records(samples)
+    left_out = {item["image_id"] for item in records[::3]}
+    others = [item for item in records if item["image_id"] not in left_out]
+    found = noisy_detections(others, seed=3)
+
+    def evaluator(name: str, items: list[dict[str, Any]]) -> CocoStyleEvaluator | Voc07Evaluator:
+        if kind == "voc07":
+            return Voc07Evaluator(name, items, VOC_CLASSES, ignore_difficult=True)
+        folder = tmp_path / name
+        if kind == "records":
+            return CocoStyleEvaluator(name, items, VOC_CLASSES, folder, ignore_difficult=True)
+        folder.mkdir()
+        (folder / "truth.json").write_text(json.dumps(coco_ground_truth(items, VOC_CLASSES, ignore_difficult=True)))
+        MetadataCatalog.get(name).set(json_file=str(folder / "truth.json"), thing_classes=VOC_CLASSES)
+        return CocoStyleEvaluator(name, None, VOC_CLASSES, folder, ignore_difficult=True)
+
+    expected = run(evaluator("others", others), found)
+    evaluators = ReadableEvaluators([evaluator("all", records)], lambda: left_out)
+    assert repr(dict(run(evaluators, found))) == repr(dict(expected))  # NaN for classes without objects
+    assert evaluators.left_out == left_out
+    if kind == "records":
+        files = [tmp_path / f"{name}/{name}_ground_truth.json" for name in ("all", "others")]
+        images, objects = ([json.loads(file.read_text())[key] for file in files] for key in ("images", "annotations"))
+        assert images[0] == images[1] and len(objects[0]) == len(objects[1])
+    if kind == "json":
+        for name in ("others", "all"):
+            MetadataCatalog.remove(name)
 
 
 def test_image_ids_may_be_text_or_numbers(tmp_path: Path) -> None:

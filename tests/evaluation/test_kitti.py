@@ -9,6 +9,7 @@ import pytest
 from detectron2.structures import BoxMode
 
 from relvit_d2.data.detection.kitti import CLASS_SETS, NEIGHBOURS, kitti_ids, load_kitti
+from relvit_d2.evaluation.base import ReadableEvaluators
 from relvit_d2.evaluation.kitti import LEVELS, MIN_IOU, KittiEvaluator, recall_thresholds
 from tests.support.evaluation_cases import Found, Records, run
 
@@ -382,3 +383,14 @@ def test_results_do_not_depend_on_the_order_of_images() -> None:
     straight = run(KittiEvaluator("order", records, CLASSES), found)
     turned = run(KittiEvaluator("order", records[::-1], CLASSES), dict(reversed(found.items())))
     assert straight["kitti"] == pytest.approx(turned["kitti"], nan_ok=True, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_images_left_out_do_not_count(seed: int) -> None:
+    records, found = random_scene(seed)
+    left_out = {record["image_id"] for record in records[1::2]}
+    others = [record for record in records if record["image_id"] not in left_out]
+    kept = {image_id: boxes for image_id, boxes in found.items() if image_id not in left_out}
+    evaluators = ReadableEvaluators([KittiEvaluator("scene", records, CLASSES)], lambda: left_out)
+    expected = run(KittiEvaluator("scene", others, CLASSES), kept)
+    assert left_out and repr(dict(run(evaluators, kept))) == repr(expected)  # NaN for classes without objects
