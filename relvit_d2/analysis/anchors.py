@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from fvcore.common.config import CfgNode
 
 from relvit_d2.data.detection.mapper import ShortestEdge
+from relvit_d2.utils.printing import shell_command
 
 SAMPLE = 20_000  # maximum number of boxes, evenly spaced: the standard error of a fraction of them is below 0.4 %
 _BASES = 2.0 ** np.arange(0, 5.01, 0.25)  # tried ratios of anchor size to stride, 1 to 32; Detectron2's default is 8
@@ -142,6 +143,11 @@ def fit_report(boxes: np.ndarray, sizes: np.ndarray, cfg: CfgNode) -> dict[str, 
         "anchors": fit(anchors),
         "proposal": fit(proposal(boxes, sizes, anchors)),
     }
+
+
+def anchor_keys(row: Mapping[str, Any]) -> list[str]:
+    """Return the ``KEY VALUE`` pairs for an entry of :func:`fit_report`, to be pasted into a command line."""
+    return [shell_command([f"MODEL.ANCHOR_GENERATOR.{key}", str(row[key])]) for key in ("SIZES", "ASPECT_RATIOS")]
 
 
 def _per_level(values: Sequence[Any], levels: int) -> tuple[tuple[float, ...], ...]:

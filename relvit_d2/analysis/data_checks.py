@@ -17,7 +17,7 @@ import numpy as np
 from detectron2.structures import BoxMode
 from fvcore.common.config import CfgNode
 
-from relvit_d2.analysis.anchors import fit_report
+from relvit_d2.analysis.anchors import anchor_keys, fit_report
 from relvit_d2.analysis.pixel_statistics import PixelStatistics, histogram
 from relvit_d2.conversion.encoder_file import read_encoder
 from relvit_d2.data.detection import catalog
@@ -218,8 +218,7 @@ def _check_anchors(report: Report) -> None:
     if other["reach_50"] - current["reach_50"] >= REACH_GAIN:
         report["warnings"].append(
             f"only {current['reach_50']:.0%} of the training boxes have an IoU of 0.5 or more with an anchor; with "
-            f"MODEL.ANCHOR_GENERATOR.SIZES {other['SIZES']} ASPECT_RATIOS {other['ASPECT_RATIOS']} "
-            f"{other['reach_50']:.0%} would"
+            f"{' '.join(anchor_keys(other))} {other['reach_50']:.0%} would"
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from relvit_d2.utils.config_paths import find_config
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import make_folder, write_json
-from relvit_d2.utils.printing import print_text, shell_command
+from relvit_d2.utils.printing import print_text
 
 EXAMPLE = """\
 relvit-d2 check-data --config-file configs/demo/streets.yaml
@@ -121,6 +121,8 @@ def print_labels(report: dict[str, Any], classes: int) -> None:
         print_text(f"  {label:<{width}}" + "".join(f"{row['classes'][label]:>9}" for row in counts.values()))
     if not report["anchors"]:
         return
+    from relvit_d2.analysis.anchors import anchor_keys
+
     fit = report["anchors"]
     print(f"{fit['boxes']} boxes of {next(iter(counts))} at training size, percentiles 1, 25, 50, 75 and 99:")
     for key, text in (("side", "square root of the area, pixels"), ("ratio", "height over width")):
@@ -132,11 +134,6 @@ def print_labels(report: dict[str, Any], classes: int) -> None:
             f"  mean best IoU {row['best_iou']:.3f}; boxes with an IoU of 0.5 or more: {row['reach_50']:.1%}, of "
             f"{fit['positive_iou']:g} or more: {row['reach_positive']:.1%}"
         )
-
-
-def anchor_keys(row: dict[str, Any]) -> list[str]:
-    """Return the ``KEY VALUE`` pairs of anchors, to be pasted into a command line."""
-    return [shell_command([f"MODEL.ANCHOR_GENERATOR.{key}", str(row[key])]) for key in ("SIZES", "ASPECT_RATIOS")]
 
 
 def print_images(images: dict[str, Any], cfg: Any) -> None:

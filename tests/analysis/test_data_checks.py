@@ -361,7 +361,7 @@ def test_training_logs_the_checks_and_rejects_invalid_labels(caplog: pytest.LogC
 def test_anchors_that_miss_many_boxes_are_a_warning() -> None:
     tiny = [record(str(i), thing(*box), size=(800, 800)) for i, box in enumerate(scattered(200, 12, 12)[0].tolist())]
     (warning,) = check_labels({"s": tiny}, ("cat",), load_config(DETECTION, []))["warnings"]
-    assert "MODEL.ANCHOR_GENERATOR.SIZES [[" in warning
+    assert "MODEL.ANCHOR_GENERATOR.SIZES '[[" in warning
 
 
 def test_anchors_of_levels_without_a_known_stride_are_skipped() -> None:

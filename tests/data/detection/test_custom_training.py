@@ -6,9 +6,12 @@ import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.support.custom_data import write_yolo
+from relvit_d2.analysis.anchors import fit_report
+from relvit_d2.tasks import load_config
+from tests.support.custom_data import write_yolo, yolo_folder
 from tests.support.scripts import fails, run
 
 TINY = ("SOLVER.MAX_ITER", 2, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.WARMUP_ITERS", 1)
@@ -92,3 +95,26 @@ def test_partial_masks_and_sets_without_objects(tmp_path: Path) -> None:
     done = run(tmp_path, "train_net.py", *flags, "--data", root, *TINY, "OUTPUT_DIR", tmp_path / "one")
     assert "cells_val: there are no images, so AP on this set is NaN" in done.stdout
     assert "AP: no objects on cells_val" in done.stdout
+
+
+def test_other_commands_take_a_folder(tmp_path: Path) -> None:
+    root = yolo_folder(tmp_path / "cells", "train/a", "train/b", "val/c")
+    (root / "classes.txt").write_text("RBC\n")
+    config = ("--config-file", "configs/demo/streets.yaml")
+    small = ("INPUT.MIN_SIZE_TRAIN", "(96,)")
+    done = run(tmp_path, "relvit-d2", "check-data", *config, "--data", root, *small, "--output", tmp_path / "check")
+    lines = done.stdout.splitlines()
+    start = lines.index("proposed anchors:")
+    cfg = load_config(config[1], [*map(str, small), *shlex.split(" ".join(lines[start + 1 : start + 3]))])
+    report = json.loads((tmp_path / "check/check.json").read_text())
+    proposal = report["anchors"]["proposal"]
+    assert report["sets"].keys() == {"cells_train", "cells_val"}
+    assert proposal["SIZES"] == cfg.MODEL.ANCHOR_GENERATOR.SIZES
+    assert proposal["ASPECT_RATIOS"] == cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS
+    boxes = np.tile([[12.0, 9.0, 28.0, 21.0]], (2, 1))  # 0.4 of 40 x 30 pixels
+    fit = fit_report(boxes, np.tile([[40.0, 30.0]], (2, 1)), cfg)["anchors"]  # at the training size of the config
+    assert fit["best_iou"] == pytest.approx(proposal["best_iou"])
+    table = run(tmp_path, "relvit-d2", "doctor", "--data", root).stdout
+    assert re.search(r"^  train +2 images$", table, re.M) and re.search(r"^  val +1 images$", table, re.M)
+    assert "assum" not in run(tmp_path, "relvit-d2", "analyze", *config, "--data", root).stdout
+    assert "does not exist" in fails(tmp_path, "relvit-d2", "overfit-check", *config, "--data", tmp_path / "no")
