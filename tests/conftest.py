@@ -5,12 +5,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from relvit_d2.data.detection.streets import generate
+from tests.support.labelled_folders import draw_trees
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -68,13 +67,7 @@ def log_lines() -> Iterator[list[str]]:
 
 @pytest.fixture(scope="module")
 def trees(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes, red and blue pictures of 16 px: ``train`` with 12 each, ``test`` with 6 each."""
-    root, random = tmp_path_factory.mktemp("trees"), np.random.default_rng(0)
-    for part, count in (("train", 12), ("test", 6)):
-        for label, name in enumerate(("red", "blue")):
-            (root / part / name).mkdir(parents=True)
-            for number in range(count):
-                pixels = random.integers(0, 60, (16, 16, 3), dtype=np.uint8)
-                pixels[..., 2 * label] += 180
-                Image.fromarray(pixels).save(root / part / name / f"{number}.png")
+    """The images of :func:`draw_trees`."""
+    root = tmp_path_factory.mktemp("trees")
+    draw_trees(root)
     return root

@@ -1,12 +1,13 @@
 """Endurance test: runs that are killed, damaged and resumed at random must equal an uninterrupted run.
 
-For each script a chain of starts with ``--resume`` in one folder: each start gets a random fault, its end is checked,
-and when the run is complete it is compared with an uninterrupted run and the chain begins again. Usage:
-``python -m tests.soak [--minutes 60] [--seed 0]``. Prints the number of faults by kind; exits with 1 at the first
-violation.
+For each script, with one and with two processes in turn, a chain of starts with ``--resume`` in one folder: each start
+gets a random fault, its end is checked, and the completed run is compared with an uninterrupted one. When the time is
+over, the chain is completed without faults. Usage: ``python -m tests.soak [--minutes 60] [--seed 0]``. Prints the
+number of faults by kind; exits with 1 at the first violation.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -21,17 +22,27 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from PIL import Image
+from safetensors.torch import load_file
 
 from relvit_d2.data.detection.streets import generate
-from tests.support.classifiers import SMALL
+from tests.support import classifiers
+from tests.support.labelled_folders import draw_trees
 from tests.support.runs import equal, rows
-from tests.support.scripts import children, command, started
+from tests.support.scripts import command, kill_one, ranks, started, workers
 
 ITERATIONS = 60
 KEYS = f"SOLVER.MAX_ITER {ITERATIONS} SOLVER.CHECKPOINT_PERIOD 4 TEST.EVAL_PERIOD 25 DATALOADER.NUM_WORKERS 2".split()
 LIMIT = 30.0  # seconds from a death to the end of all processes
-TWO = ("--num-gpus", 2)
+ONE, TWO = (), ("--num-gpus", 2)
+# Scripts and their flags, in the order of the chains.
+CHAINS: tuple[tuple[str, tuple[object, ...]], ...] = (
+    ("pretrain_ssl.py", TWO),
+    ("train_net.py", ONE),
+    ("train_cls.py", TWO),
+    ("pretrain_ssl.py", ONE),
+    ("train_net.py", TWO),
+    ("train_cls.py", ONE),
+)
 
 
 class ViolationError(Exception):
@@ -50,37 +61,51 @@ class Chain:
 
     def __init__(self, root: Path, script: str, flags: tuple[object, ...], draw: random.Random) -> None:
         self.root, self.script, self.flags, self.draw = root, script, flags, draw
-        self.straight = root / f"straight_{script}"
-        self.output = root / f"chain_{script}"
+        self.name = f"{script} {' '.join(map(str, flags))}".strip()
+        self.straight, self.output = (root / what / self.name.replace(" ", "_") for what in ("straight", "chain"))
         self.counts: Counter[str] = Counter()
 
-    def arguments(self, output: Path, *flags: object) -> tuple[object, ...]:
+    def _arguments(self, output: Path, *flags: object) -> tuple[object, ...]:
         """Return the command that writes to ``output``."""
-        if self.script != "train_cls.py":
-            return command(self.script, output, *KEYS, flags=(*self.flags, *flags))
-        trees = self.root / "trees"
-        keys = SMALL | {"DATASETS.TRAIN": f"('{trees}',)", "DATASETS.TEST": "()", "OUTPUT_DIR": output}
-        given = [part for pair in keys.items() for part in pair]
-        config = ("--config-file", "configs/cls/cifar10_vit_s4.yaml")
-        return (self.script, *config, *self.flags, *flags, *given, *KEYS)
+        flags = (*self.flags, *flags)
+        if self.script == "train_cls.py":
+            return classifiers.command(self.root / "trees", output, *KEYS, flags=flags)
+        return command(self.script, output, *KEYS, flags=flags)
 
-    def run_straight(self) -> None:
-        """Run without interruption."""
-        status, output, _ = self._start(self.straight, "", lambda process: None)
-        if status:
-            raise ViolationError(f"the uninterrupted run failed:\n{output}")
+    def run(self, end: float) -> None:
+        """Start the run with random faults until it is complete, without faults from the time ``end`` on."""
+        if not self.straight.exists():
+            status, output, errors = self._start(self.straight, "", lambda process: None)
+            if status:
+                raise ViolationError(f"{self.name}: the uninterrupted run failed:\n{output}\n{errors}")
+        while not self._step("none" if time.monotonic() > end else self.draw.choice(self._kinds())):
+            pass
+        one, other = (torch.load(o / "model_final.pth", weights_only=True) for o in (self.straight, self.output))
+        if not all(equal(one[key], other[key]) for key in ("model", "optimizer", "iteration")):
+            raise ViolationError(f"{self.name}: the weights differ from those of the uninterrupted run")
+        encoders = [o / "encoder.safetensors" for o in (self.straight, self.output)]
+        if encoders[0].exists() and not equal(*map(load_file, encoders)):
+            raise ViolationError(f"{self.name}: the encoder differs from that of the uninterrupted run")
+        if rows(self.straight) != rows(self.output):
+            raise ViolationError(f"{self.name}: metrics.json differs from that of the uninterrupted run")
+        if left := list(self.output.rglob("*.part")):
+            raise ViolationError(f"{self.name}: temporary files remain: {left}")
+        self.counts["complete runs"] += 1
+        shutil.rmtree(self.output)
 
-    def step(self) -> None:
-        """Start the run with a random fault; compare the result if it is complete."""
-        kinds = ("kill", "worker", "rank", "signal", "full disk", "clock", "damage")
-        kind = self.draw.choice(kinds if self.flags else [k for k in kinds if k != "rank"])
+    def _kinds(self) -> list[str]:
+        return ["kill", "worker", "signal", "full disk", "clock", "damage", *(["rank"] if self.flags else [])]
+
+    def _step(self, kind: str) -> bool:
+        """Start the run with a fault; return whether it is complete."""
         fault = ""
         expected: tuple[int, ...] = (0,)
         act: Callable[[subprocess.Popen[str]], object] = lambda process: None  # noqa: E731
         if kind == "kill":
             act, expected = (lambda process: process.kill()), (0, -signal.SIGKILL)
         elif kind in ("worker", "rank"):
-            act, expected = (lambda process: self._kill_descendant(process, kind)), (0, 1)
+            members = workers if kind == "worker" else ranks
+            act, expected = (lambda process: kill_one(members(process.pid, self.flags), self.draw)), (0, 1)
         elif kind == "signal":
             number = self.draw.choice((signal.SIGINT, signal.SIGTERM))
             act, expected = (lambda process: os.killpg(process.pid, number)), (0, 128 + number, -number)
@@ -88,14 +113,16 @@ class Chain:
             fault, expected = f"full:{self.draw.choice((2_000, 50_000, 1_000_000))}", (0, 1)
         elif kind == "clock":
             fault = f"clock:{self.draw.choice((-1, 1)) * self.draw.randrange(10**3, 10**9)}"
-        elif kind == "damage":
-            self._damage()
+        elif kind == "damage" and not self._damage():
+            kind = "none"
         self.counts[kind] += 1
         status, output, errors = self._start(self.output, fault, act, "--resume")
-        if status not in expected or "Traceback" in errors or errors.count("error: ") > 1:
-            raise ViolationError(f"{self.script}, {kind}: status {status}\n{output[-3000:]}\n{errors[-3000:]}")
-        if (self.output / "model_final.pth").exists() and status == 0:
-            self._compare()
+        sentences = errors.count("error: ")
+        if status not in expected or "Traceback" in output + errors or sentences != (status == 1):
+            raise ViolationError(
+                f"{self.name}, {kind}: status {status}, {sentences} errors\n{output[-3000:]}\n{errors[-3000:]}"
+            )
+        return status == 0
 
     def _start(
         self, output: Path, fault: str, act: Callable[[subprocess.Popen[str]], object], *flags: object
@@ -103,7 +130,7 @@ class Chain:
         """Run the command, call ``act`` at a random moment, and wait for the end of all its processes."""
         metrics = output / "metrics.json"
         before = metrics.stat().st_mtime_ns if metrics.exists() else 0
-        with started(self.root, *self.arguments(output, *flags), fault=fault) as process:
+        with started(self.root, *self._arguments(output, *flags), fault=fault) as process:
             moment = time.monotonic() + self.draw.uniform(0, 8)
             if self.draw.random() < 0.85:  # else while it starts
                 while process.poll() is None and not (metrics.exists() and metrics.stat().st_mtime_ns > before):
@@ -115,62 +142,40 @@ class Chain:
             try:
                 printed, errors = process.communicate(timeout=LIMIT if acted is True else 600)
             except subprocess.TimeoutExpired as error:
-                raise ViolationError(f"{self.script} has not ended {LIMIT:.0f} s after a death") from error
-            if left := _descendants(process.pid):
-                raise ViolationError(f"{self.script} has left processes {left}")
+                raise ViolationError(f"{self.name} has not ended {LIMIT:.0f} s after a death") from error
+            if left := _session(process.pid):
+                raise ViolationError(f"{self.name} has left processes {left}")
             return process.returncode, printed, errors
 
-    def _kill_descendant(self, process: subprocess.Popen[str], kind: str) -> bool:
-        """Kill a random worker or rank; return whether there was one."""
-        spawned = [pid for pid in children(process.pid) if "resource_tracker" not in _command(pid)]
-        ranks = spawned if self.flags else [process.pid]
-        victims = ranks if kind == "rank" else [pid for rank in ranks for pid in children(rank)]
-        if not victims:
-            return False
-        os.kill(self.draw.choice(victims), signal.SIGKILL)
-        return True
-
-    def _damage(self) -> None:
-        """Damage the newest checkpoint if there is an earlier one."""
+    def _damage(self) -> bool:
+        """Damage or remove the newest checkpoint if there is one before it; return whether there is."""
         files = sorted(self.output.glob("model_" + "[0-9]" * 7 + ".pth"))
         if len(files) < 2:
-            return
+            return False
         content = bytearray(files[-1].read_bytes())
-        how = self.draw.choice(("flip", "cut", "empty"))
+        how = self.draw.choice(("flip", "cut", "empty", "remove"))
+        if how == "remove":
+            files[-1].unlink()
+            return True
         if how == "flip":
             content[self.draw.randrange(len(content))] ^= 1 << self.draw.randrange(8)
         else:
             del content[self.draw.randrange(len(content)) if how == "cut" else 0 :]
         files[-1].write_bytes(content)
-
-    def _compare(self) -> None:
-        one, other = (torch.load(o / "model_final.pth", weights_only=True) for o in (self.straight, self.output))
-        if not all(equal(one[key], other[key]) for key in ("model", "optimizer", "iteration")):
-            raise ViolationError(f"{self.script}: the weights differ from those of the uninterrupted run")
-        if rows(self.straight) != rows(self.output):
-            raise ViolationError(f"{self.script}: metrics.json differs from that of the uninterrupted run")
-        self.counts["complete runs"] += 1
-        shutil.rmtree(self.output)
+        return True
 
 
-def _command(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
-    except OSError:
-        return ""
-
-
-def _descendants(group: int) -> list[int]:
-    """Return the running processes of a session, after a second in which they may end."""
+def _session(number: int) -> list[int]:
+    """Return the running processes of a session, after 5 seconds in which they may end."""
     end = time.monotonic() + 5
     while True:
         found = []
         for path in Path("/proc").glob("[0-9]*/stat"):
             try:
-                state, _, number, *_ = path.read_text().rpartition(")")[2].split()
+                state, _, _, session, *_ = path.read_text().rpartition(")")[2].split()
             except OSError:
                 continue
-            if int(number) == group and state != "Z":
+            if int(session) == number and state != "Z":
                 found.append(int(path.parent.name))
         if not found or time.monotonic() > end:
             return found
@@ -178,7 +183,7 @@ def _descendants(group: int) -> list[int]:
 
 
 def main() -> int:
-    """Run the chains alternately; return the exit status."""
+    """Run the chains one after another; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
@@ -187,25 +192,19 @@ def main() -> int:
         root = Path(folder)
         generate(root / "svhn/train", 12, seed=1)
         generate(root / "svhn/test", 5, seed=2)
-        for number in range(24):
-            image = root / "trees" / "ab"[number % 2] / f"{number}.png"
-            image.parent.mkdir(parents=True, exist_ok=True)
-            Image.effect_noise((16, 16), 50).save(image)
-        scripts = {"pretrain_ssl.py": TWO, "train_net.py": (), "train_cls.py": TWO}
-        chains = [Chain(root, s, flags, random.Random(f"{args.seed} {s}")) for s, flags in scripts.items()]
-        status = 0
+        draw_trees(root / "trees")
+        chains = [Chain(root, s, flags, random.Random(f"{args.seed} {s} {flags}")) for s, flags in CHAINS]
+        status, end = 0, time.monotonic() + 60 * args.minutes
         try:
-            for chain in chains:
-                chain.run_straight()
-            end = time.monotonic() + 60 * args.minutes
-            while time.monotonic() < end:
-                for chain in chains:
-                    chain.step()
+            for chain in itertools.cycle(chains):
+                if time.monotonic() > end:
+                    break
+                chain.run(end)
         except ViolationError as violation:
             print(f"violation (seed {args.seed}): {violation}", file=sys.stderr)
             status = 1
         for chain in chains:
-            print(f"{chain.script}: {json.dumps(chain.counts)}")
+            print(f"{chain.name}: {json.dumps(chain.counts)}")
         return status
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from relvit_d2.utils.config_paths import find_config
 from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.printing import print_text
 
 if TYPE_CHECKING:
     from fvcore.common.config import CfgNode
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--data is the folder of a data set for detection or pre-training: set DATASETS.TRAIN instead")
     cfg = load_config(args.config_file, [*config_pairs(args.data, task), *args.opts])
     adapt_to_machine(cfg)
-    print(cost_table(subject_of(cfg), args.batch))
+    print_text(cost_table(subject_of(cfg), args.batch))
 
 
 def subject_of(cfg: "CfgNode") -> "Subject":

@@ -103,10 +103,10 @@ def run(args: argparse.Namespace) -> None:
     if drawn:
         legend = "".join(f"   {sign} {key.removeprefix('is')}" for key, sign in MARKS.items()) if labelled else ""
         draw_samples(drawn, output / "check.png", f"{first}: {len(drawn)} of {len(items)} images{legend}")
-    print(f"written: {output}/check.json" + (f" and {output}/check.png" if drawn else ""))
+    print_text(f"written: {output}/check.json" + (f" and {output}/check.png" if drawn else ""))
     raise_first_error(report)
     ready = "training can start" if labelled else "pre-training can start (no labels were checked)"
-    print(f"{ready}, {len(report['warnings'])} warnings")
+    print_text(f"{ready}, {len(report['warnings'])} warnings")
 
 
 def print_labels(report: dict[str, Any], classes: int) -> None:
@@ -115,8 +115,8 @@ def print_labels(report: dict[str, Any], classes: int) -> None:
     width = max(len(label) for row in counts.values() for label in row["classes"])
     for name, row in counts.items():
         counted = ("images", "objects", "crowds", "difficult", "without_objects")
-        print(f"{name}: " + ", ".join(f"{row[key]} {key.replace('_', ' ')}" for key in counted))
-    print("objects per class in " + ", ".join(counts))
+        print_text(f"{name}: " + ", ".join(f"{row[key]} {key.replace('_', ' ')}" for key in counted))
+    print_text("objects per class in " + ", ".join(counts))
     for label in next(iter(counts.values()))["classes"]:
         print_text(f"  {label:<{width}}" + "".join(f"{row['classes'][label]:>9}" for row in counts.values()))
     if not report["anchors"]:
@@ -124,13 +124,13 @@ def print_labels(report: dict[str, Any], classes: int) -> None:
     from relvit_d2.analysis.anchors import anchor_keys
 
     fit = report["anchors"]
-    print(f"{fit['boxes']} boxes of {next(iter(counts))} at training size, percentiles 1, 25, 50, 75 and 99:")
+    print_text(f"{fit['boxes']} boxes of {next(iter(counts))} at training size, percentiles 1, 25, 50, 75 and 99:")
     for key, text in (("side", "square root of the area, pixels"), ("ratio", "height over width")):
-        print(f"  {text:<32}" + "".join(f"{value:>9.2f}" for value in fit[key].values()))
+        print_text(f"  {text:<32}" + "".join(f"{value:>9.2f}" for value in fit[key].values()))
     for key, title in (("anchors", "anchors of the config"), ("proposal", "proposed anchors")):
         row = fit[key]
-        print("\n".join([f"{title}:", *(f"  {line}" for line in anchor_keys(row))]))
-        print(
+        print_text("\n".join([f"{title}:", *(f"  {line}" for line in anchor_keys(row))]))
+        print_text(
             f"  mean best IoU {row['best_iou']:.3f}; boxes with an IoU of 0.5 or more: {row['reach_50']:.1%}, of "
             f"{fit['positive_iou']:g} or more: {row['reach_positive']:.1%}"
         )
@@ -138,10 +138,10 @@ def print_labels(report: dict[str, Any], classes: int) -> None:
 
 def print_images(images: dict[str, Any], cfg: Any) -> None:
     """Print the number of images read, and their pixel statistics beside those of the config."""
-    print("images: " + ", ".join(f"{count} {key.replace('_', ' ')}" for key, count in images["images"].items()))
+    print_text("images: " + ", ".join(f"{count} {key.replace('_', ' ')}" for key, count in images["images"].items()))
     from relvit_d2.data.images.decode import PixelFormat
 
     order = f" {cfg.INPUT.get('FORMAT', 'RGB')}" if PixelFormat.of(cfg).channels == 3 else ""
     for statistic, key in (("mean", "PIXEL_MEAN"), ("std", "PIXEL_STD")):
         values = ", ".join(f"{value:.2f}" for value in images[statistic])
-        print(f"pixel {statistic}: [{values}]{order}; MODEL.{key} is {list(cfg.MODEL[key])}")
+        print_text(f"pixel {statistic}: [{values}]{order}; MODEL.{key} is {list(cfg.MODEL[key])}")

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from relvit_d2 import __version__
 from relvit_d2.utils.detectron2_installer import REQUIREMENTS, ensure
+from relvit_d2.utils.printing import print_text
 
 EXAMPLE = "relvit-d2 doctor"
 
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         UserError: if Detectron2 cannot be installed.
     """
     if args.install_detectron2:
-        print(ensure(args.requirements))
+        print_text(ensure(args.requirements))
         return 0
     warnings.simplefilter("ignore")
     row("Python", f"{platform.python_version()}   {sys.executable}")
@@ -82,17 +83,17 @@ def run(args: argparse.Namespace) -> int:
         check_data()
         if args.data:
             check_folder(args.data)
-        print("\nTraining can start.")
+        print_text("\nTraining can start.")
         return 0
-    print("\nTraining cannot start. To install what is missing:")
+    print_text("\nTraining cannot start. To install what is missing:")
     for command in missing:
-        print(f"  {command}")
+        print_text(f"  {command}")
     return 1
 
 
 def row(name: str, value: str) -> None:
     """Print one line of the table."""
-    print(f"{name:<27}{value}", flush=True)
+    print_text(f"{name:<27}{value}")
 
 
 def commands() -> tuple[str, str]:
@@ -222,7 +223,7 @@ def check_data() -> None:
             if is_set:
                 row(f"  {name}", f"not usable ({number})")
     for reason, number in reasons.items() if is_set else ():
-        print(f"  ({number}) {reason}.")
+        print_text(f"  ({number}) {reason}.")
     if absent and not is_set:
         row("", f"{absent} public data sets are not there; your own images need none of them")
 

@@ -6,6 +6,7 @@ For images that are not 8-bit RGB, INPUT.CHANNELS and INPUT.MAX_VALUE are printe
 import argparse
 
 from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.printing import print_text
 
 EXAMPLE = "relvit-d2 estimate-pixels datasets/streets/train/"
 
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     detected = pixel_format(images)
     pixels = PixelFormat(args.channels or detected.channels, args.max_value or detected.max_value)
     found = pixel_statistics(images, pixels, args.most)
-    print(f"# {found.images} of {len(images)} images of {args.images}")
+    print_text(f"# {found.images} of {len(images)} images of {args.images}")
     if pixels != PixelFormat():
-        print(f"INPUT:\n  CHANNELS: {pixels.channels}\n  MAX_VALUE: {pixels.max_value:.0f}")
-    print(found.config_lines())
+        print_text(f"INPUT:\n  CHANNELS: {pixels.channels}\n  MAX_VALUE: {pixels.max_value:.0f}")
+    print_text(found.config_lines())

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import check_target
+from relvit_d2.utils.printing import print_text
 
 EXAMPLE = "relvit-d2 report output/demo/finetune output/demo/supervised --output report.html"
 
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     silence_warnings()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     write_report(args.runs, args.output)
-    print(f"written: {args.output}")
+    print_text(f"written: {args.output}")
 
 
 def check_page(path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from relvit_d2.experiments.table_rows import row_names
 from relvit_d2.utils.errors import UserError, nearest
+from relvit_d2.utils.printing import print_text
 
 EXAMPLE = (
     "relvit-d2 reproduce table2 --row vit_s --seeds 3\n"
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
 
     plan = plan_row(args.table, name, args.arm, args.seeds, args.scale, args.output, args.opts)
     if args.print:
-        print("\n".join(command_lines(plan)))
+        print_text("\n".join(command_lines(plan)))
         return
     about = {"table": args.table, "row": name, "scale": args.scale, "note": args.data_note, "command": command_line()}
-    print(f"\n{reproduce(plan, about)}")
+    print_text(f"\n{reproduce(plan, about)}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from relvit_d2.utils.config_paths import find_config
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import check_target
+from relvit_d2.utils.printing import print_text
 
 EXAMPLE = """\
 relvit-d2 visualize-pretext --weights output/demo/pretrain/model_final.pth --images datasets/streets/test \\
@@ -50,4 +51,6 @@ def run(args: argparse.Namespace) -> None:
     folder = args.weights if args.weights.is_dir() else args.weights.parent
     draw_pretext(rows, args.output, f"pretext tasks: inputs and predictions of {folder.name}")
     placed, right = (torch.tensor([getattr(row, name) for row in rows]).mean() for name in ("placed", "right"))
-    print(f"written: {args.output} ({len(rows)} images; correct: {placed:.0%} of positions, {right:.0%} of relations)")
+    print_text(
+        f"written: {args.output} ({len(rows)} images; correct: {placed:.0%} of positions, {right:.0%} of relations)"
+    )

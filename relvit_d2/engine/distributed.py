@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
@@ -49,7 +50,8 @@ def run(main: Main, args: argparse.Namespace) -> int:
         if args.num_gpus > 1 or args.num_machines > 1:
             raise UserError("torchrun starts the processes: leave out --num-gpus and --num-machines")
         if int(os.environ["TORCHELASTIC_RESTART_COUNT"]):
-            if _agent_store().check([_USER_ERROR]):  # printed at the first start; a restart cannot correct it
+            store = _agent_store()
+            if store and store.check([_USER_ERROR]):  # printed at the first start; a restart cannot correct it
                 return 1
             args.resume |= not (args.eval_only or getattr(args, "eval", None))
         keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -63,8 +65,10 @@ def run(main: Main, args: argparse.Namespace) -> int:
     return 0
 
 
-def _agent_store() -> distributed.Store:
-    """Return the store of ``torchrun``, which outlives the processes that it restarts."""
+def _agent_store() -> distributed.Store | None:
+    """Return the store of ``torchrun``, which outlives the processes that it restarts, if it shares one."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return distributed.TCPStore(address, port, is_master=False)
 
@@ -78,7 +82,11 @@ def _join(url: str, rank: int, world: int, local_rank: int, local_world: int) ->
             "give that many to --nproc-per-node at most"
         )
     try:
-        distributed.init_process_group("nccl" if on_gpu else "gloo", url, rank=rank, world_size=world)
+        agent = _agent_store()
+        # Keys of an earlier start, such as of a reported failure, must not be found.
+        store = agent and distributed.PrefixStore(f"start_{os.environ['TORCHELASTIC_RESTART_COUNT']}", agent)
+        where: dict[str, Any] = {"store": store} if store else {"init_method": url}
+        distributed.init_process_group("nccl" if on_gpu else "gloo", **where, rank=rank, world_size=world)
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"process {rank} could not connect at '{url}' ({str(error).strip().splitlines()[0]}): give --dist-url "
@@ -203,6 +211,7 @@ def _work(main: Main, args: argparse.Namespace, url: str, *ranks: int) -> None:
     except Exception as error:
         if distributed.is_torchelastic_launched() and type(error) is UserError:
             with suppress(RuntimeError):  # torchrun has ended, and does not restart the processes
-                _agent_store().set(_USER_ERROR, "")
+                if store := _agent_store():
+                    store.set(_USER_ERROR, "")
         signals.uninstall()  # so that the parent process can end this one
         raise

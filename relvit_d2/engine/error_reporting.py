@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from relvit_d2.engine import signals
 from relvit_d2.utils.errors import ResumableError, UserError, resource_error
-from relvit_d2.utils.printing import escape_log_records
+from relvit_d2.utils.printing import escape_log_records, print_text
 from relvit_d2.utils.processes import process_group
 
 # Seconds that a process waits after a lost connection, since the error of the other process is the cause.
@@ -49,7 +49,7 @@ def guard(function: Callable[[], int | None], resumes: bool = False) -> int:
     except (signals.Interrupted, KeyboardInterrupt) as stop:
         number = stop.number if isinstance(stop, signals.Interrupted) else signal.SIGINT
         if is_first_failure():
-            print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
+            print_text(f"stopped by {signal.Signals(number).name}", sys.stderr)
         return 128 + number
     except Exception as error:
         if resource := resource_error(error):
@@ -61,7 +61,7 @@ def guard(function: Callable[[], int | None], resumes: bool = False) -> int:
         elif isinstance(error, RuntimeError) and any(message in str(error) for message in _LOST):
             _print_lost_connection(error)
         elif is_first_failure():
-            traceback.print_exception(error)
+            print_text("".join(traceback.format_exception(error)), sys.stderr)
         return 1
 
 
@@ -86,10 +86,9 @@ def _with_resume(error: ResumableError) -> ResumableError:
 def print_error(error: UserError) -> None:
     """Print the message of ``error``, or with ``RELVIT_DEBUG=1`` its traceback."""
     if os.environ.get("RELVIT_DEBUG") == "1":
-        print(error.details, file=sys.stderr, end="", flush=True)
-        traceback.print_exception(error)
+        print_text(error.details + "".join(traceback.format_exception(error)), sys.stderr)
     else:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print_text(f"error: {error}", sys.stderr)
 
 
 def is_first_failure() -> bool:

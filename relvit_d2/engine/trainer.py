@@ -34,7 +34,19 @@ from relvit_d2.utils.batch_source import BatchSource
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import write_json, write_text
 from relvit_d2.utils.metrics import Metric, as_scalars
+from relvit_d2.utils.processes import first_process_first
 from relvit_d2.utils.randomness import seed_everything
+
+# What a resumed run and the commands that follow a run read.
+_RUN_FILES = (
+    "model_*.pth",
+    "last_checkpoint",
+    "encoder.safetensors",
+    "metrics.json",
+    "training_data.jsonl",
+    "config.yaml",
+    "run.json",
+)
 
 logger = logging.getLogger(__name__)
 
@@ -180,8 +192,9 @@ class Trainer(TrainerBase):
         if not newest:
             logger.info(f"no checkpoint in '{self.cfg.OUTPUT_DIR}': starting at iteration 0")
             return False
-        if self._list_data:
-            self._data = DataList(self._list_data())
+        with first_process_first():
+            if self._list_data:
+                self._data = DataList(self._list_data())
         self.checkpointer.validate = partial(check_same_run, self.cfg, self.samples, self._data, allow_changes)
         extra = self.checkpointer.load(newest)
         self.start_iter, self._scalars, self.run_id = extra["iteration"] + 1, extra["scalars"], extra.get("run")
@@ -208,7 +221,9 @@ class Trainer(TrainerBase):
         Raises:
             Interrupted: after SIGINT or SIGTERM, once the current iteration is saved.
         """
-        self._prepare_output()
+        with first_process_first() as is_first:
+            if is_first:
+                self._prepare_output()
         self.iter = self.start_iter
         self.model.train()
         with EventStorage(self.start_iter) as self.storage, signals.deferred():
@@ -231,11 +246,11 @@ class Trainer(TrainerBase):
             self.after_train()
 
     def _prepare_output(self) -> None:
-        """Write config and provenance; remove ``not_finite_*.json`` and, unless resumed, ``last_checkpoint``."""
-        if not comm.is_main_process():
-            return
+        """Write config and provenance, remove ``not_finite_*.json``; unless resumed, move an earlier run's files."""
         output = Path(self.cfg.OUTPUT_DIR)
         output.mkdir(parents=True, exist_ok=True)
+        if self.start_iter == 0:
+            _move_earlier_run(output)
         write_text(output / "config.yaml", self.cfg.dump())
         if self._list_data:
             self._data = self._data or DataList(self._list_data())
@@ -243,10 +258,6 @@ class Trainer(TrainerBase):
         write_json(output / "run.json", provenance(self.cfg) | {"run": self.run_id})
         for file in output.glob("not_finite_*.json"):
             file.unlink()
-        if self.start_iter == 0 and self.checkpointer.has_checkpoint():
-            logger.warning(f"'{output}' holds an earlier run, whose files are overwritten")
-            # Otherwise --resume after a kill before the first checkpoint would continue the earlier run.
-            (output / "last_checkpoint").unlink()
 
     def _finish_iteration(self) -> None:
         """Repeat the hooks of the checkpoint's iteration, which a kill may have interrupted."""
@@ -341,6 +352,21 @@ class Trainer(TrainerBase):
             "SOLVER.WARMUP_ITERS or set SOLVER.PRECISION float32, then "
             f"{'continue with --resume --allow-changes' if resumable else 'restart'}"
         )
+
+
+def _move_earlier_run(output: Path) -> None:
+    """Move the files of an earlier run into ``earlier_run``: none of them may be taken for one of the new run."""
+    files = [path for pattern in _RUN_FILES for path in output.glob(pattern)]
+    if not any(path.suffix == ".pth" for path in files):
+        return
+    target = output / "earlier_run"
+    target.mkdir(exist_ok=True)
+    for path in files:
+        path.replace(target / path.name)
+    logger.warning(
+        f"'{output}' holds an earlier run, which --resume would have continued: its checkpoints and metrics were moved "
+        f"to '{target}'"
+    )
 
 
 def _distributed(model: nn.Module) -> nn.Module:

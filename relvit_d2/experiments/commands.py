@@ -17,6 +17,7 @@ from tqdm import tqdm
 from relvit_d2.engine.config import EPOCH_KEYS
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import make_folder
+from relvit_d2.utils.printing import printable
 
 TRIAL = 8  # iterations of a run that is timed
 TRIAL_KEYS = {
@@ -74,7 +75,10 @@ def run_command(title: str, command: list[str], output: Path, total: int) -> Non
     make_folder(output)
     console, metrics = output / "console.txt", output / "metrics.json"
     pause = 0.5 if sys.stderr.isatty() else 10.0
-    with console.open("w", encoding="utf-8") as log, tqdm(desc=title, total=total, unit="it", mininterval=pause) as bar:
+    with (
+        console.open("w", encoding="utf-8") as log,
+        tqdm(desc=printable(title), total=total, unit="it", mininterval=pause) as bar,
+    ):
         full = [sys.executable, "-m", "relvit_d2", *command]
         before = _iterations(metrics, total)
         # A session of its own: Ctrl-C reaches this process only, which sends one signal; a second one would stop the

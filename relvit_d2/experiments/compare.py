@@ -28,6 +28,7 @@ from relvit_d2.experiments.runs import run_unfinished
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import make_folder, write_json, write_text
 from relvit_d2.utils.hardware import device_name
+from relvit_d2.utils.printing import print_text
 
 CONFIGS = {"detection": "configs/custom.yaml", "classification": "configs/cls/custom.yaml"}
 PRETRAINING_CONFIG = "configs/ssl/custom.yaml"
@@ -105,7 +106,7 @@ def compare(
         plan["scale"] = fitting_scale(total, hours) if hours else 1.0
         _write_plan(folder, plan)
     planned = [comparison.plan(seed, weights, plan["scale"], longer) for seed in range(seeds)]
-    print(table(comparison, estimates(comparison, planned, costs, images), costs), flush=True)
+    print_text(table(comparison, estimates(comparison, planned, costs, images), costs))
 
     def write() -> str:
         cfg = planned[0][comparison.arms[0].step_name(comparison.shares[0])].config

@@ -124,7 +124,7 @@ def train_custom(request: Request, dry_run: bool, run: Runner) -> None:
         return
     (output / "pretraining/encoder.safetensors").unlink(missing_ok=True)  # by which a finished pre-training is known
     files.run(data)
-    print(f"{time.monotonic() - started:.0f} s of the planned {seconds:.0f} s")
+    print_text(f"{time.monotonic() - started:.0f} s of the planned {seconds:.0f} s")
 
 
 def _check_unused(output: Path) -> None:
@@ -160,7 +160,7 @@ def check_data(cfg: CfgNode, output: Path) -> Data:
     write_json(output / "check.json", report)
     for warning in report["warnings"]:
         if "anchors" not in warning:  # the recipe chooses them
-            print(printable(f"warning: {warning}"))
+            print_text(f"warning: {warning}")
     raise_first_error(report)
     return data_facts(records, sum(map(len, tests.values())), classes)
 

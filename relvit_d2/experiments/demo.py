@@ -20,6 +20,7 @@ from relvit_d2.report.predictions import DetectionRow, draw_detections
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.files import write_json, write_text
 from relvit_d2.utils.hardware import device_name
+from relvit_d2.utils.printing import print_text
 
 SSL, DETECT = "configs/demo/ssl_streets.yaml", "configs/demo/streets.yaml"
 TASKS = ("relation", "position")
@@ -31,7 +32,7 @@ def demo(opts: list[str]) -> None:
     output = Path("output/demo")
     shutil.rmtree(output, ignore_errors=True)
     started = time.monotonic()
-    print("1/4 generating street numbers", flush=True)
+    print_text("1/4 generating street numbers")
     records = catalog.get_records("streets_test")
     encoder = output / "pretrain" / "encoder.safetensors"
     arms = {"finetune": ["MODEL.WEIGHTS", str(encoder)], "supervised": []}
@@ -50,7 +51,7 @@ def demo(opts: list[str]) -> None:
     draw(records, output)
     write_report([output / arm for arm in (*arms, "pretrain")], output / "report.html")
     written = f"written: {output}/results.json, {output}/results.md, {output}/predictions.png"
-    print(f"\n{text}\n{written}\nreport: {output}/report.html")
+    print_text(f"\n{text}\n{written}\nreport: {output}/report.html")
 
 
 def run(title: str, command: str, config: str, output: Path, opts: list[str]) -> float:

@@ -9,6 +9,7 @@ from relvit_d2.data.detection.custom import register_custom
 from relvit_d2.experiments.commands import run_command
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.printing import print_text
 
 PASS = 95.0  # percent
 FIRST_ROUND, ROUND, LAST = 200, 100, 1000  # iterations
@@ -65,8 +66,8 @@ def overfit_check(config_file: str, images: int, opts: list[str]) -> None:
         run_command("evaluating", [*command, "--eval-only", *pairs, *test], output, 0)
         ap50 = json.loads((output / "inference/results.json").read_text(encoding="utf-8"))[name]["bbox"]["AP50"] or 0.0
         seconds = time.monotonic() - start
-        print(f"after {end} iterations and {seconds:.0f} s: AP50 {ap50:.1f} on {images} images", flush=True)
+        print_text(f"after {end} iterations and {seconds:.0f} s: AP50 {ap50:.1f} on {images} images")
         if ap50 > PASS:
-            print(f"passed: AP50 {ap50:.1f} is above {PASS:.0f}")
+            print_text(f"passed: AP50 {ap50:.1f} is above {PASS:.0f}")
             return
     raise UserError(f"AP50 stayed at or below {PASS:.0f} after {LAST} iterations on '{name}': see {output}/log.txt")

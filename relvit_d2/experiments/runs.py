@@ -61,12 +61,12 @@ class Run:
         path = self.folder / "finished.json"
         if not path.is_file():
             return False
-        there = json.loads(path.read_text(encoding="utf-8"))
-        for key, value in self.settings.items():
-            if there.get(key) != json.loads(json.dumps(value)):
+        there, here = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(self.settings))
+        for key in here | there:
+            if there.get(key) != here.get(key):
                 raise UserError(
-                    f"'{self.folder}' holds a finished run with {key} {there.get(key)}, but now it is {value}: choose "
-                    "another --output, or delete that folder"
+                    f"'{self.folder}' holds a finished run with {key} {there.get(key)}, but now it is {here.get(key)}: "
+                    "choose another --output, or delete that folder"
                 )
         return True
 
@@ -163,13 +163,16 @@ def _scaled_keys(cfg: CfgNode, scale: float, labels: float) -> list[str]:
     return override_words(found)
 
 
-def scaled_schedule(cfg: CfgNode, scale: float) -> dict[str, object]:
+def scaled_schedule(cfg: CfgNode, scale: float) -> dict[str, Any]:
     """Return keys and values that multiply the length of the schedule by ``scale``."""
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
     for key in _SCHEDULE:
         section, name = key.split(".")
         if cfg[section][name] >= 1:  # a fraction of the run or a number of epochs stays
             found[key] = max(round(cfg[section][name] * scale), 1)
+    if "TEST.EVAL_PERIOD" in found:  # rounded up: there are never more evaluations
+        iterations = found["SOLVER.MAX_ITER"]
+        found["TEST.EVAL_PERIOD"] = -(-cfg.TEST.EVAL_PERIOD * iterations // cfg.SOLVER.MAX_ITER)
     if "Step" in cfg.SOLVER.LR_SCHEDULER_NAME:
         found["SOLVER.STEPS"] = tuple(max(round(step * scale), 1) if step >= 1 else step for step in cfg.SOLVER.STEPS)
     return found

@@ -38,6 +38,7 @@ from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import write_json
 from relvit_d2.utils.metrics import Metric, as_scalars, from_scalars
 from relvit_d2.utils.printing import shell_command
+from relvit_d2.utils.processes import first_process_first
 
 EVALUATED_TRAINING_IMAGES = 256  # without test images
 LEAK_ACCURACY = 0.95  # accuracy in the first epoch that only leaked positions can explain
@@ -97,9 +98,10 @@ def exclude_images(files: Images, name: str, excluded: Images, excluded_name: st
         UserError: no image remains.
     """
     found = None
-    if comm.is_main_process():
-        seen = SeenImages.of(fingerprints_of(excluded, excluded_name))
-        found = seen.indices(fingerprints_of(files, name))
+    with first_process_first() as is_first:
+        if is_first:
+            seen = SeenImages.of(fingerprints_of(excluded, excluded_name))
+            found = seen.indices(fingerprints_of(files, name))
     removed = torch.tensor(comm.all_gather(found)[0], dtype=torch.int64)
     remaining = torch.ones(len(files), dtype=torch.bool)
     remaining[removed] = False

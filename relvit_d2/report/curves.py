@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
 from PIL import Image
 
+from relvit_d2.utils.printing import printable
+
 MAX_POINTS = 240  # of a line; more are averaged
 _LINES = [f"#a0000{index}" for index in range(7)]
 _TEXT, _GRID = "#b00000", "#b00001"
@@ -128,7 +130,7 @@ def _inline(svg: str, label: str) -> Markup:
     body = re.sub(r""" (id|clip-path)="[^"]*"| font-family: [^;"]*;""", "", body)
     for color, variable in _VARIABLES.items():
         body = body.replace(color, variable)
-    return Markup(f'<svg class="chart" {view[0]} role="img" aria-label="{escape(label)}">{body}')
+    return Markup(f'<svg class="chart" {view[0]} role="img" aria-label="{escape(printable(label))}">{body}')
 
 
 def thinned(values: np.ndarray) -> np.ndarray:

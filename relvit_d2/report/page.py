@@ -17,6 +17,7 @@ from relvit_d2.report.runs import Run, read_runs
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import write_text
 from relvit_d2.utils.metrics import from_scalars
+from relvit_d2.utils.printing import LAYOUT, printable
 
 # Scalars whose charts are shown first, in this order.
 _MAIN_SCALARS = (r"total_loss$", r"loss", r"accuracy", r".*/(AP|accuracy|loss|error)", r"error", r"lr$")
@@ -67,6 +68,7 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
+        finalize=lambda value: value if hasattr(value, "__html__") else printable(value, LAYOUT),
     )
 
 

@@ -2,21 +2,27 @@
 
 import logging
 import os
+import re
 import shlex
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
-_LAYOUT = "\n\t"
+LAYOUT = "\n\t"  # control characters of text of several lines
+_COLOR = re.compile(r"(\x1b\[[0-9;]*m)")
+_LIBRARIES = ("detectron2", "fvcore", "iopath")
 
 
 def printable(text: object, kept: str = "") -> str:
     """Return text with an escape such as ``\\x1b`` for each character that is not printable and not in ``kept``."""
-    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in str(text))
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
 
 
-def print_text(text: object) -> None:
-    """Print text of several lines that may contain names from others."""
-    print(printable(text, _LAYOUT), flush=True)
+def print_text(text: object, file: TextIO | None = None) -> None:
+    """Print text of several lines that may contain names from others; ``file`` as of ``print``."""
+    print(printable(text, LAYOUT), file=file, flush=True)
 
 
 def shell_command(words: Sequence[str]) -> str:
@@ -34,15 +40,19 @@ def _ansi_quoted(word: str) -> str:
 
 
 def escape_log_records() -> None:
-    """Make the messages of the package's loggers printable, from now on in this process."""
+    """Make the messages of the loggers printable, from now on in this process; libraries may use colours."""
     factory = logging.getLogRecordFactory()
     if getattr(factory, "escapes", False):
         return
 
     def record(*args: Any, **more: Any) -> logging.LogRecord:
         made = factory(*args, **more)
-        if made.name.partition(".")[0] == "relvit_d2":
-            made.msg, made.args = printable(made.getMessage(), _LAYOUT), ()
+        package = made.name.partition(".")[0]
+        if package == "relvit_d2":
+            made.msg, made.args = printable(made.getMessage(), LAYOUT), ()
+        elif package in _LIBRARIES:
+            parts = _COLOR.split(made.getMessage())  # every other part is a colour
+            made.msg, made.args = "".join(p if i % 2 else printable(p, LAYOUT) for i, p in enumerate(parts)), ()
         return made
 
     record.escapes = True  # type: ignore[attr-defined]

@@ -1,10 +1,18 @@
 """Child processes on all operating systems, and the process group of torch.distributed; does not import torch."""
 
+import itertools
 import multiprocessing
 import os
 import signal
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+_POLL = 0.2  # seconds
+
+_uses = itertools.count()
 
 
 def process_context() -> Any:
@@ -28,3 +36,23 @@ def process_group() -> Any:
     """Return the module ``torch.distributed`` if a process group is initialised, else None."""
     distributed = sys.modules.get("torch.distributed")
     return distributed if distributed is not None and distributed.is_initialized() else None
+
+
+@contextmanager
+def first_process_first() -> Iterator[bool]:
+    """Run the block in the first process, and then in the others, which all must reach it.
+
+    They wait by polling: the work of the first process may take longer than the time limit of a barrier.
+
+    Yields:
+        Whether this is the first process.
+    """
+    group = process_group()
+    is_first = group is None or group.get_rank() == 0
+    store = group and group.distributed_c10d._get_default_store()
+    key = f"relvit_d2/first_process/{next(_uses)}"
+    while not is_first and not store.check([key]):
+        time.sleep(_POLL)
+    yield is_first
+    if store and is_first:
+        store.set(key, "")

@@ -10,16 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.classifiers import SMALL, config, trained
+from tests.support.classifiers import command, config, trained
 from tests.support.runs import equal, rows
 from tests.support.scripts import fails, run
-
-
-def command(trees: Path, output: Path, *more: object, flags: tuple[object, ...] = ()) -> tuple[object, ...]:
-    """A short run on the red and blue images."""
-    data = {"DATASETS.TRAIN": f"('{trees}/train',)", "DATASETS.TEST": f"('{trees}/test',)", "OUTPUT_DIR": output}
-    given = [part for pair in (SMALL | data).items() for part in pair]
-    return ("train_cls.py", "--config-file", "configs/cls/cifar10_vit_s4.yaml", *flags, *given, *more)
 
 
 def read(path: Path) -> dict[str, Any]:

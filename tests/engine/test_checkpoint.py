@@ -1,6 +1,7 @@
 """Checkpoints: reading, writing and their errors."""
 
 import copy
+import shutil
 from argparse import Namespace
 from collections.abc import Callable
 from fractions import Fraction
@@ -245,13 +246,18 @@ def test_a_pointer_that_leads_out_of_the_folder_is_refused(outside: str, tmp_pat
 
 def test_checkpoints_of_an_earlier_run_in_the_folder_are_ignored(tmp_path: Path) -> None:
     trainer(tmp_path, 12).train()  # checkpoints of iterations 4, 9 and 11
-    (tmp_path / "model_0000009.pth").rename(tmp_path / "model_0000006.pth")
     trainer(tmp_path, 8).train()  # 4 and 7
+    shutil.copy(tmp_path / "earlier_run/model_0000009.pth", tmp_path / "model_0000006.pth")
     truncate(tmp_path / "model_final.pth")
     again = trainer(tmp_path, 8)
     assert again.resume()
     assert again.start_iter == 5
+    (tmp_path / "model_best.pth").touch()
     fresh = trainer(tmp_path, 8)
     fresh._prepare_output()  # a start without --resume, killed before its first checkpoint
-    (tmp_path / "model_final.pth").unlink()
     assert not trainer(tmp_path, 8).resume()
+    # Nothing of the earlier run is taken for a file of the new one, and it can still be continued.
+    assert sorted(path.name for path in tmp_path.glob("*.*")) == ["config.yaml", "run.json"]
+    earlier = trainer(tmp_path / "earlier_run", 8)
+    assert earlier.resume()
+    assert earlier.start_iter == 5

@@ -32,8 +32,9 @@ from relvit_d2.engine import distributed
 from relvit_d2.engine.signals import Interrupted
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.randomness import seed_everything
+from tests.support import classifiers
 from tests.support.runs import equal, rows
-from tests.support.scripts import SCRIPTS, children, command, fails, run, started, wait_for
+from tests.support.scripts import SCRIPTS, command, fails, kill_one, run, started, wait_for, workers
 
 TWO = ("--num-gpus", 2)
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
@@ -168,20 +169,42 @@ def test_torchrun_does_not_repeat_a_user_error(root: Path, tmp_path: Path) -> No
     assert done.stderr.count("error: SOLVER.IMS_PER_BATCH 3 is not a multiple of 2") == 1
 
 
+@pytest.mark.slow
+def test_an_error_after_a_restart_by_torchrun_is_printed(root: Path, tmp_path: Path) -> None:
+    elastic = (*TORCHRUN, "--max-restarts", 1)
+    done = run(root, *elastic, *command("pretrain_ssl.py", tmp_path), status=1, fault="raise:2:1")
+    assert done.stderr.count("ZeroDivisionError: on demand") == 2
+
+
+@pytest.mark.slow
+def test_torchrun_may_keep_its_store_for_itself(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    elastic = (*TORCHRUN, "--max-restarts", 1)
+    done = run(root, *elastic, *command("pretrain_ssl.py", tmp_path / "bad", "SOLVER.IMS_PER_BATCH", 3), status=1)
+    assert done.stderr.count("error: SOLVER.IMS_PER_BATCH 3 is not a multiple of 2") == 2
+    done = run(root, *elastic, *command("pretrain_ssl.py", tmp_path / "run"), fault="step:5:1")
+    assert "resumed at iteration 3" in done.stdout
+
+
 SLOW = pytest.mark.slow
 CASES = [("pretrain_ssl.py", TWO), ("train_net.py", ())]
+ALL_SCRIPTS = (*SCRIPTS, "train_cls.py")
 
 
 @pytest.mark.parametrize(
     ("script", "flags", "kills"),
     [(*case, 1) for case in CASES]
-    + [pytest.param(script, flags, 20, marks=SLOW) for script in SCRIPTS for flags in ((), TWO)],
+    + [pytest.param(script, flags, 20, marks=SLOW) for script in ALL_SCRIPTS for flags in ((), TWO)],
 )
 def test_a_killed_worker_ends_the_run_with_one_sentence(
-    script: str, flags: tuple[object, ...], kills: int, root: Path, tmp_path: Path
+    script: str, flags: tuple[object, ...], kills: int, root: Path, trees: Path, tmp_path: Path
 ) -> None:
     more = ("SOLVER.MAX_ITER", 100_000, "DATALOADER.NUM_WORKERS", 2, "TEST.EVAL_PERIOD", 40)
-    arguments = command(script, tmp_path, *more, flags=(*flags, "--resume"))
+    if script == "train_cls.py":
+        period = ("SOLVER.CHECKPOINT_PERIOD", 20)
+        arguments = classifiers.command(trees, tmp_path, *more, *period, flags=(*flags, "--resume"))
+    else:
+        arguments = command(script, tmp_path, *more, flags=(*flags, "--resume"))
     metrics, pointer = tmp_path / "metrics.json", tmp_path / "last_checkpoint"
     draw = random.Random(f"{script} {flags}")
     for _ in range(kills):
@@ -189,8 +212,7 @@ def test_a_killed_worker_ends_the_run_with_one_sentence(
         with started(root, *arguments) as process:
             wait_for(lambda: pointer.exists() and metrics.stat().st_mtime_ns > before, process)  # noqa: B023
             time.sleep(draw.uniform(0, 2))
-            ranks = [pid for pid in children(process.pid) if children(pid)] if flags else [process.pid]
-            os.kill(draw.choice([pid for rank in ranks for pid in children(rank)]), signal.SIGKILL)
+            wait_for(lambda: kill_one(workers(process.pid, flags), draw), process)
             output, errors = process.communicate(
                 timeout=60
             )  # at most 15 s on an idle machine; returns only when no process holds the pipes

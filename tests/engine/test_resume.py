@@ -153,6 +153,7 @@ def test_a_run_is_overwritten_on_request_only_and_then_not_continued(
     killed = run(root, *again, status=-signal.SIGKILL, fault="step:2")
     assert "holds an earlier run" in killed.stdout
     assert not (output / "last_checkpoint").exists()
+    assert_same_run(uninterrupted["pretrain_ssl.py"], output / "earlier_run")
 
 
 @pytest.mark.parametrize(

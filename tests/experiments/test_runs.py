@@ -1,19 +1,25 @@
 """Runs with resume: settings that are compared, refused keys, metrics that are read, images that are counted."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from relvit_d2.classification.run import load_data
 from relvit_d2.data.subsets import subset_name
-from relvit_d2.experiments.runs import ImageCounts, count_images, plan_runs
+from relvit_d2.experiments.runs import ImageCounts, count_images, plan_runs, scaled_schedule
+from relvit_d2.experiments.steps import Step
 from relvit_d2.experiments.table_rows import tables
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
 from tests.support.run_results import write_results
 
 TABLES = tables()
+CONFIG = load_config("configs/demo/streets.yaml", [])
 
 
 def test_a_finished_run_of_another_kind_is_not_taken(tmp_path: Path) -> None:
@@ -22,6 +28,20 @@ def test_a_finished_run_of_another_kind_is_not_taken(tmp_path: Path) -> None:
     assert plan_runs(row.steps(), 0, 1.0, tmp_path, [])["pretrain"].finished()
     with pytest.raises(UserError, match="choose another --output"):
         plan_runs(row.steps(), 0, 1.0, tmp_path, ["SOLVER.MAX_ITER", "3"])["pretrain"].finished()
+    step = Step("train", "configs/demo/streets.yaml", weights="encoder.safetensors")
+    plan_runs([step], 0, 1.0, tmp_path, [])["train"].finish()
+    assert plan_runs([step], 0, 1.0, tmp_path, [])["train"].finished()
+    with pytest.raises(UserError, match=r"with weights encoder\.safetensors, but now it is None"):
+        plan_runs([replace(step, weights="")], 0, 1.0, tmp_path, [])["train"].finished()
+
+
+@given(st.integers(1, 10_000), st.integers(1, 10_000), st.floats(1e-4, 3))
+def test_a_scaled_schedule_has_at_most_as_many_evaluations(iterations: int, period: int, scale: float) -> None:
+    cfg = CONFIG.clone()
+    cfg.SOLVER.MAX_ITER, cfg.TEST.EVAL_PERIOD = iterations, period
+    scaled = scaled_schedule(cfg, scale)
+    assert math.ceil(scaled["SOLVER.MAX_ITER"] / scaled["TEST.EVAL_PERIOD"]) <= math.ceil(iterations / period)
+    assert scaled["TEST.EVAL_PERIOD"] == pytest.approx(period * scaled["SOLVER.MAX_ITER"] / iterations, abs=1)
 
 
 @pytest.mark.parametrize("key", ["SEED", "OUTPUT_DIR", "MODEL.WEIGHTS", "SOLVER.CHECKPOINT_MAX_TO_KEEP"])

@@ -37,6 +37,13 @@ SMALL: dict[str, object] = {
 }
 
 
+def command(trees: Path, output: Path, *more: object, flags: tuple[object, ...] = ()) -> tuple[object, ...]:
+    """A short run on the images of ``draw_trees``."""
+    data = {"DATASETS.TRAIN": f"('{trees}/train',)", "DATASETS.TEST": f"('{trees}/test',)", "OUTPUT_DIR": output}
+    given = [part for pair in (SMALL | data).items() for part in pair]
+    return ("train_cls.py", "--config-file", "configs/cls/cifar10_vit_s4.yaml", *flags, *given, *more)
+
+
 def config(trees: Path, output: Path, *overrides: object) -> CfgNode:
     data = {"DATASETS.TRAIN": f"('{trees}/train',)", "DATASETS.TEST": f"('{trees}/test',)", "OUTPUT_DIR": output}
     given = [part for pair in (SMALL | data).items() for part in pair]

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from relvit_d2.data.detection.custom import open_folder
@@ -49,3 +50,15 @@ def write_crops(samples: Path, folder: Path, size: int = 32, splits: bool = True
                     counts[label] += 1
                     crop = Image.open(record["file_name"]).convert("RGB").crop(tuple(annotation["bbox"]))
                     crop.resize((size, size)).save(target / f"{split}_{counts[label]}.png")
+
+
+def draw_trees(root: Path) -> None:
+    """Write two classes, red and blue pictures of 16 px: ``train`` with 12 each, ``test`` with 6 each."""
+    random = np.random.default_rng(0)
+    for part, count in (("train", 12), ("test", 6)):
+        for label, name in enumerate(("red", "blue")):
+            (root / part / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(0, 60, (16, 16, 3), dtype=np.uint8)
+                pixels[..., 2 * label] += 180
+                Image.fromarray(pixels).save(root / part / name / f"{number}.png")

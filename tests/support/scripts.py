@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -134,6 +135,34 @@ def children(pid: int) -> list[int]:
     with suppress(OSError):
         return [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
     return []
+
+
+def ranks(pid: int, flags: tuple[object, ...]) -> list[int]:
+    """Return the training processes of a command with ``flags``."""
+    if "--num-gpus" not in flags:
+        return [pid]
+
+    def name(pid: int) -> str:
+        with suppress(OSError):
+            return Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+        return ""
+
+    return [child for child in children(pid) if "resource_tracker" not in name(child)]
+
+
+def workers(pid: int, flags: tuple[object, ...]) -> list[int]:
+    """Return the processes that a command's training processes have started."""
+    return [worker for rank in ranks(pid, flags) for worker in children(rank)]
+
+
+def kill_one(pids: list[int], draw: random.Random) -> bool:
+    """Kill a random process; return whether there was one."""
+    if not pids:
+        return False
+    with suppress(ProcessLookupError):
+        os.kill(draw.choice(pids), signal.SIGKILL)
+        return True
+    return False
 
 
 def digests(folder: Path, pattern: str = "*") -> dict[str, str]:

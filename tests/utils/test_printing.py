@@ -33,7 +33,7 @@ def test_messages_have_no_control_characters(
         escape_log_records()
         escape_log_records()
         logging.getLogger("relvit_d2.data.images.folder").warning("%s\n%s", ATTACK, "second line")
-        logging.getLogger("fvcore").warning("\x1b[32mgreen\x1b[0m")
+        logging.getLogger("fvcore").warning("\x1b[32mgreen\x1b[2J\x1b[0m")
     finally:
         logging.setLogRecordFactory(before)
     print_text(f"{ATTACK}\n\tsecond line")
@@ -41,5 +41,5 @@ def test_messages_have_no_control_characters(
         assert all(c.isprintable() or c in "\n\t" for c in text)
         assert r"a\x1b]0;title\x07\x1b[2J" in text and r"\u202e\x9b1mb" in text
     assert caplog.messages[0].endswith("\nsecond line")
-    assert caplog.messages[1] == "\x1b[32mgreen\x1b[0m"  # of a library that colours its messages
+    assert caplog.messages[1] == "\x1b[32mgreen\\x1b[2J\x1b[0m"  # of a library that colours its messages
     assert printable("caf\u00e9 \u4e2d \U0001f600") == "caf\u00e9 \u4e2d \U0001f600"

@@ -6,13 +6,13 @@ folders with a folder for each class.
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from detectron2.utils import comm
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN, Flowers102
 
@@ -24,6 +24,7 @@ from relvit_d2.data.images.batches import ImageStack
 from relvit_d2.data.subsets import subset, without_seed
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.paths import dataset_root
+from relvit_d2.utils.processes import first_process_first
 from relvit_d2.utils.registry import Registry
 
 Reader = Callable[[bool, str], LabelledImages]
@@ -98,11 +99,8 @@ def list_class_sets(key: str, names: Sequence[str], download: bool = False, syns
         raise UserError(
             f"{key} is empty: set it to a data set, such as ('cifar10_train',), or a folder with a folder per class"
         )
-    if download and not comm.is_main_process():
-        comm.synchronize()
-    sets = [_listed(name, download, synset_file) for name in names]
-    if download and comm.is_main_process():
-        comm.synchronize()
+    with first_process_first() if download else nullcontext():
+        sets = [_listed(name, download, synset_file) for name in names]
     if len({isinstance(part.images, ImageStack) for part in sets}) > 1:
         sets = [part.decoded() for part in sets]  # pixels and files cannot be concatenated
     return concatenate(sets)

@@ -5,7 +5,6 @@ import logging
 
 import numpy as np
 import torch
-from detectron2.utils import comm
 
 from relvit_d2.data.cache import remembered
 from relvit_d2.data.classification.image_folder import LabelledImages, rank_in_class
@@ -14,6 +13,7 @@ from relvit_d2.data.images.batches import ImageStack
 from relvit_d2.data.images.seen import fingerprints_of
 from relvit_d2.data.images.similarity import MAX_COMPARED, NEAR, VERSION, file_state
 from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.processes import first_process_first
 from relvit_d2.utils.randomness import generator
 
 logger = logging.getLogger(__name__)
@@ -70,11 +70,8 @@ def _hold_out_groups(data: LabelledImages, order: torch.Tensor, count: int) -> l
         held, warning = hold_out(prints, count, lambda group: min(ranks[i] for i in group), f"'{data.name}'")
         return sorted(held), warning
 
-    if not comm.is_main_process():
-        comm.synchronize()  # wait until the first process has filled the cache
-    held, warning = remembered("held_out", digest.hexdigest(), compute)
-    if comm.is_main_process():
-        comm.synchronize()
+    with first_process_first():  # it fills the cache
+        held, warning = remembered("held_out", digest.hexdigest(), compute)
     if warning:
         warn_once(warning)
     return held
