@@ -5,6 +5,10 @@
 of 16 and no worker processes. ``reader`` is the image reader of pre-training, compared with Detectron2's
 ``read_image``. The images are the VOC samples under ``$RELVIT_SAMPLES``, or else JPEGs of smoothed noise with three
 boxes each. The ratio is the speed-up in CPU time, of the fastest round of each side.
+
+``workers_224`` compares this project's loader with torch's ``DataLoader``: the same mapper, images and batches, two
+worker processes, from their start to their end. The ratio is the median over rounds, each of which reads with both in
+turn, of the ratio of wall-clock times.
 """
 
 import itertools
@@ -13,8 +17,11 @@ import math
 import os
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -23,18 +30,21 @@ from detectron2.data import DatasetMapper, build_detection_train_loader
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
 from fvcore.common.config import CfgNode
+from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.harness import Pair, Row, arguments, print_rows, seconds
 from benchmarks.pretrain import draw_images
 from relvit_d2.data.detection.catalog import VOC_CLASSES
 from relvit_d2.data.detection.mapper import DetectionMapper, ImageReader
 from relvit_d2.data.detection.voc import load_voc
+from relvit_d2.data.loader import ordered_batches
 from relvit_d2.detection.run import training_batches
 from relvit_d2.tasks import load_config
 
 SIZE = (500, 375)  # width and height of most of VOC's images
 CONFIGS = {"224": "configs/paper/voc_vit_s_224.yaml", "512": "configs/voc_vit_s.yaml"}
-BATCH = 16
+BATCH, WORKERS = 16, 2
+SPEEDS = ("images_per_s", "torch_images_per_s")
 
 
 def main() -> None:
@@ -52,7 +62,8 @@ def main() -> None:
             pairs[f"loader_{side}"] = loaders(cfg, records)
         files = [record["file_name"] for record in records]
         pairs["reader"] = over(files, ImageReader(longest=512)), over(files, plain_reader)
-        print_rows([row(name, *pair, len(records), budget) for name, pair in pairs.items()], args)
+        rows = [row(name, *pair, len(records), budget) for name, pair in pairs.items()]
+        print_rows([*rows, workers_row(records * 8, 4 * budget)], args)
 
 
 def images_with_boxes(folder: Path) -> list[dict[str, Any]]:
@@ -93,6 +104,27 @@ def loaders(cfg: CfgNode, records: list[dict[str, Any]]) -> tuple[Callable[[], o
             pass
 
     return lambda: read(ours), lambda: read(theirs)
+
+
+def workers_row(records: list[dict[str, Any]], budget: float) -> Row:
+    """Read all records by worker processes of our loader and of torch's, alternately for ``budget`` seconds."""
+    mapper = DetectionMapper(load_config(CONFIGS["224"], ["MODEL.MASK_ON", "False"]))
+
+    class Mapped(Dataset[Any]):
+        def __len__(self) -> int:
+            return len(records)
+
+        def __getitem__(self, index: int) -> Any:
+            return mapper(records[index])
+
+    ours = ordered_batches(records, mapper, list, BATCH, WORKERS)
+    theirs = DataLoader(Mapped(), BATCH, num_workers=WORKERS, collate_fn=list)
+    pairs: list[Pair] = []
+    start = time.perf_counter()
+    while len(pairs) < 5 or time.perf_counter() - start < budget:
+        pairs.append(Pair(*(seconds(partial(deque, batches, 0), "cpu") for batches in (ours, theirs))))
+    speed = {name: len(records) / median(times) for name, times in zip(SPEEDS, zip(*pairs, strict=True), strict=True)}
+    return {"name": "workers_224", "ratio": median(p.ratio for p in pairs), "images": len(records), **speed}
 
 
 def plain_reader(path: str) -> torch.Tensor:

@@ -43,6 +43,7 @@ _RUN_FILES = (
     "last_checkpoint",
     "encoder.safetensors",
     "metrics.json",
+    "events.out.tfevents.*",
     "training_data.jsonl",
     "config.yaml",
     "run.json",
