@@ -5,6 +5,7 @@ SETUP := $(PYTHON) tools/setup_env.py $(if $(TORCH),--torch $(TORCH))
 BIN := .venv/bin
 READY := .venv/.ready
 DOCS := .venv/.docs
+BCCD ?= $(if $(RELVIT_SAMPLES),$(RELVIT_SAMPLES)/bccd/BCCD,.venv/BCCD_Dataset/BCCD)
 
 .PHONY: setup demo test test-slow fuzz soak check docs clean
 
@@ -42,9 +43,14 @@ $(DOCS): $(READY) requirements-docs.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
 	@touch $(DOCS)
 
-# The documentation as pages to read in a browser, site/index.html; a warning is an error.
-docs: $(DOCS)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+# Images of the notebook; without them, as offline, it is not executed.
+$(BCCD):
+	-git clone --quiet --depth 1 https://github.com/Shenggan/BCCD_Dataset $(@D)
+
+# The documentation as pages to read in a browser, site/index.html; a warning is an error. Takes some minutes, for the
+# notebook is executed.
+docs: $(DOCS) $(BCCD)
+	BCCD=$(BCCD) NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "written: site/index.html"
 
 clean:

@@ -1,8 +1,12 @@
-"""MkDocs hooks: pages that are generated from files outside ``docs/``."""
+"""MkDocs hooks: pages that are generated from files outside ``docs/``, from config keys and from a notebook."""
 
 import ast
 import io
+import json
+import logging
+import os
 import re
+import tempfile
 import tokenize
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,6 +24,11 @@ if TYPE_CHECKING:  # the tests read the keys without MkDocs
 ROOT = Path(__file__).resolve().parents[1]
 # Files of the repository's root that are pages too.
 PAGES = {"README.md": "index.md", **{f"{n}.md": f"{n.lower()}.md" for n in ("MODEL_ZOO", "CONTRIBUTING", "CHANGELOG")}}
+
+NOTEBOOK = "custom_data.ipynb"
+NOTEBOOK_PAGE = "custom_data_notebook.md"
+
+logger = logging.getLogger("mkdocs")
 
 
 class Key(NamedTuple):
@@ -130,18 +139,53 @@ def page_of(name: str) -> str:
     return text.replace("](docs/", "](")
 
 
+def notebook_page() -> str:
+    """Return the notebook as a page, with outputs if the environment variable ``BCCD`` names the folder of its data."""
+    text = (ROOT / "docs" / NOTEBOOK).read_text(encoding="utf-8")
+    data = os.environ.get("BCCD")
+    if not data or not Path(data).is_dir():
+        logger.info(f"{NOTEBOOK} is not executed: the environment variable BCCD does not name the folder of its data")
+        return "\n\n".join(map(_cell, json.loads(text)["cells"])) + "\n"
+    import nbformat
+    from nbclient import NotebookClient
+
+    os.environ["BCCD"] = str(Path(data).resolve())
+    with tempfile.TemporaryDirectory() as folder:
+        notebook = NotebookClient(
+            nbformat.reads(text, as_version=4), resources={"metadata": {"path": folder}}
+        ).execute()
+    return "\n\n".join(map(_cell, notebook.cells)) + "\n"
+
+
+def _cell(cell: dict[str, Any]) -> str:
+    """Return a cell with its outputs, but for stderr (progress bars), in Markdown."""
+    source = "".join(cell["source"])
+    if cell["cell_type"] == "markdown":
+        return source
+    parts = [f"```python\n{source}\n```"]
+    for output in cell["outputs"]:
+        data = output.get("data", {"text/plain": output["text"]} if output.get("name") == "stdout" else {})
+        if "image/png" in data:
+            parts.append(f'<img alt="output of the cell" src="data:image/png;base64,{data["image/png"].strip()}">')
+        elif "text/plain" in data:
+            parts.append(f"```text\n{data['text/plain'].strip()}\n```")
+    return "\n\n".join(parts)
+
+
 def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
     """Add the generated pages."""
     from mkdocs.structure.files import File
 
-    made = {page: page_of(name) for name, page in PAGES.items()} | {"config.md": config_page()}
+    made = {page: page_of(name) for name, page in PAGES.items()}
+    made |= {"config.md": config_page(), NOTEBOOK_PAGE: notebook_page()}
     for name, text in made.items():
         files.append(File.generated(config, name, content=text))
     return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace link texts that are paths of pages by the page's name."""
+    """Replace link texts that are paths of pages by the page's name, and links to the notebook by its page."""
+    markdown = markdown.replace(f"]({NOTEBOOK})", f"]({NOTEBOOK_PAGE})")
     return re.sub(r"\[(?:docs/)?([\w/]+)\.md\]\(", lambda match: f"[{match[1].replace('_', ' ')}](", markdown)
 
 

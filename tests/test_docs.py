@@ -4,6 +4,7 @@ import argparse
 import ast
 import builtins
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -247,6 +248,9 @@ def test_the_commands_for_voc_run(samples: Path, tmp_path: Path, monkeypatch: py
     for line in lines:
         run_line(tmp_path, line, SHORT_VOC)
     assert (tmp_path / "output/voc_vit_s/model_final.pth").is_file()
+    shutil.copy(next((samples / "VOC2007/JPEGImages").glob("*.jpg")), tmp_path / "image.jpg")
+    ((_, code),) = fences(ROOT / "docs/weights.md", "python")
+    run_python(tmp_path, "-c", code)
 
 
 def all_lines(*pages: Path) -> list[list[str]]:
@@ -264,21 +268,61 @@ def run_python(folder: Path, *words: str) -> None:
     subprocess.run([sys.executable, *words], cwd=folder, env=os.environ | variables, check=True)
 
 
+EXECUTED = {"api.md", "custom_data.md", "weights.md", "CONTRIBUTING.md"}
+"""Pages with Python examples, each of which a test executes."""
+
+
+def test_every_page_with_python_examples_is_executed() -> None:
+    assert {page.name for page in WRITTEN if fences(page, "python")} == EXECUTED
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_api_run(samples: Path, tmp_path: Path) -> None:
+    """In their order, and then the notebook, in one folder."""
+    shutil.copytree(samples / "bccd/BCCD", tmp_path / "DATA")
+    shutil.copy(next((tmp_path / "DATA/JPEGImages").glob("*.jpg")), tmp_path / "photo.jpg")
+    cells = json.loads((ROOT / "docs/custom_data.ipynb").read_text())["cells"]
+    notebook = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    code = "\n".join(code for _, code in fences(ROOT / "docs/api.md", "python"))
+    for name, text in (("api", code), ("notebook", notebook)):
+        short = re.sub(r"hours=[\d.]+", "hours=0.06", text)
+        short = re.sub(r'"SOLVER.MAX_ITER": \d+, "SOLVER.WARMUP_ITERS": \d+', '"SOLVER.MAX_ITER": 2', short)
+        assert short != text
+        short = short.replace('"SOLVER.MAX_ITER": 2', '"SOLVER.MAX_ITER": 2, "SOLVER.WARMUP_ITERS": 0')
+        (tmp_path / name).mkdir()
+        for shared in ("DATA", "photo.jpg"):
+            (tmp_path / name / shared).symlink_to(tmp_path / shared)
+        run_python(tmp_path / name, "-c", f"import os; os.environ['BCCD'] = 'DATA'\n{short}")
+
+
 @pytest.mark.slow
 def test_the_snippets_for_contributors_work() -> None:
+    """Each is executed in its module, which the text above names last; a module that is missing is created."""
     page = ROOT / "CONTRIBUTING.md"
-    (encoder,) = [code for _, code in fences(page, "python") if "class ResNet" in code]
-    (task,) = [code for _, code in fences(page, "python") if "class RowTask" in code]
+    snippets = []
+    for above, code in fences(page, "python"):
+        path = re.findall(r"`(relvit_d2/[\w/]+)\.py`", above)[-1]
+        snippets.append((path.removesuffix("/__init__").replace("/", "."), code))
     check = f"""
-import math, torch
-exec({encoder!r}, {{"__name__": "resnet"}})
-from relvit_d2.encoders.base import build_encoder, ENCODERS
+import importlib, math, sys, types, torch
+sys.modules["wandb"] = types.SimpleNamespace(Run=object)  # not installed
+for name, code in {snippets!r}:
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError:
+        module = sys.modules[name] = types.ModuleType(name)
+    exec(code, vars(module))
+    package, _, leaf = name.rpartition(".")
+    setattr(sys.modules[package], leaf, module)
+from relvit_d2.data.classification.datasets import CLASS_SETS
+from relvit_d2.data.detection.catalog import DATASETS
+from relvit_d2.encoders.base import ENCODERS
+from relvit_d2.pretext import task
+assert "blobs_train" in DATASETS and "shapes_train" in CLASS_SETS
 maps = ENCODERS["resnet18"]()(torch.zeros(2, 3, 64, 96))
 assert {{name: tuple(m.shape) for name, m in maps.items()}} == {{
     "s8": (2, 128, 8, 12), "s16": (2, 256, 4, 6), "s32": (2, 512, 2, 3)
 }}
-from relvit_d2.pretext import task
-exec({task!r}, vars(task))
 row = task.PRETEXT_TASKS["row"](8, (3, 4))
 torch.nn.init.zeros_(row.head.weight), torch.nn.init.zeros_(row.head.bias)
 loss, accuracy = row(torch.randn(2, 12, 8), task.PatchLayout.full(2, (3, 4)))

@@ -80,14 +80,13 @@ def load_encoder(file: str | Path, device: str = "cpu") -> ImageEncoder:
     Raises:
         UserError: if the file is missing, damaged or not of an encoder.
     """
-    path = Path(file) / "encoder.safetensors" if Path(file).is_dir() else Path(file)
-    tensors, info = read_encoder(path)
-    encoder = build_described(path, tensors, info["encoder"]).to(device)
+    tensors, info = read_encoder(file)
+    encoder = build_described(file, tensors, info["encoder"]).to(device)
     try:
         mean, std = ([float(value) for value in info[key]] for key in ("pixel_mean", "pixel_std"))
         pixels = PixelFormat(len(mean), float(info.get("max_value", 0)))
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(
-            f"'{path}' has no valid pixel_mean and pixel_std: write it again with pixel statistics"
+            f"'{file}' has no valid pixel_mean and pixel_std: write it again with pixel statistics"
         ) from error
     return ImageEncoder(encoder, pixels, mean, std, int(info.get("image_size", encoder.arguments["img_size"])))

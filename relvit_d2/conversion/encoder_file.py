@@ -46,14 +46,14 @@ def save_encoder(encoder: Encoder, path: Path, info: dict[str, Any]) -> None:
         save_file(tensors, str(part), texts)
 
 
-def read_encoder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_encoder(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the tensors and the metadata of an encoder file, or of the ``encoder.safetensors`` in a folder.
 
     Raises:
         UserError: if the file is missing or damaged, is not a safetensors file, or was not written by
             :func:`save_encoder`.
     """
-    path = path / "encoder.safetensors" if path.is_dir() else path
+    path = Path(path, "encoder.safetensors") if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UserError(
             f"weights file '{path}' does not exist; pre-train first, give the path of an encoder.safetensors, or '' "
