@@ -22,7 +22,7 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(_LAZY[name]), name)
     except ModuleNotFoundError as error:
-        if error.name != "detectron2":
+        if (error.name or "").partition(".")[0] != "detectron2":
             raise
         from relvit_d2.utils.errors import UserError
 
