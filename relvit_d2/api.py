@@ -13,7 +13,7 @@ from typing import Any
 from relvit_d2.cli import module_of, parser_of
 from relvit_d2.cli.train import run_recipe
 from relvit_d2.cli.training import run_process
-from relvit_d2.config.config_file import COMMANDS
+from relvit_d2.config.config_file import COMMANDS, override_words
 from relvit_d2.engine.in_process import in_process
 from relvit_d2.experiments.custom_run import PRETRAINING_CONFIG
 from relvit_d2.tasks import load_config
@@ -32,13 +32,21 @@ def _user_errors() -> Iterator[None]:
 
 
 @_user_errors()
-def pretrain(data: str | Path, output: str | Path, *, config: str | Path = PRETRAINING_CONFIG, **keys: Any) -> Path:
+def pretrain(
+    data: str | Path,
+    output: str | Path,
+    *,
+    config: str | Path = PRETRAINING_CONFIG,
+    overwrite: bool = False,
+    **keys: Any,
+) -> Path:
     """Pre-train an encoder on images without labels, like ``relvit-d2 pretrain``.
 
     Args:
         data: folder, glob pattern, archive or text file of images, or a labelled folder, for its training images.
         output: folder of the run.
         config: config file.
+        overwrite: replace the run in ``output``, if there is one.
         keys: config keys, which override the file.
 
     Returns:
@@ -48,7 +56,7 @@ def pretrain(data: str | Path, output: str | Path, *, config: str | Path = PRETR
         UserError: the data, the config or a key is invalid.
         KeyboardInterrupt: Ctrl-C; ``relvit-d2 pretrain --config-file OUTPUT/config.yaml --resume`` continues.
     """
-    _run("pretrain", str(config), data, _with_output(keys, output))
+    _run("pretrain", str(config), data, _with_output(keys, output), *["--overwrite"] * overwrite)
     return Path(output) / "encoder.safetensors"
 
 
@@ -61,6 +69,7 @@ def train(
     config: str | Path = "",
     hours: float | None = None,
     pretrain: bool = True,
+    overwrite: bool = False,
     **keys: Any,
 ) -> Path:
     """Train a detector on a folder of labelled images, like ``relvit-d2 train``.
@@ -71,10 +80,12 @@ def train(
     Args:
         data: folder of labelled images.
         output: folder of the run, or of all runs of the recipe.
-        weights: ``encoder.safetensors``, a checkpoint or ``timm:NAME`` to start from. The recipe pre-trains without.
+        weights: ``encoder.safetensors``, a checkpoint, the folder of a run or ``timm:NAME`` to start from. Without, the
+            recipe pre-trains.
         config: config file instead of the recipe.
         hours: for the recipe: time of everything; default 1 on a GPU, 0.5 on a CPU.
         pretrain: for the recipe: whether to pre-train if there are no weights.
+        overwrite: replace the runs in ``output``, if there are any.
         keys: config keys, which override the file or the recipe.
 
     Returns:
@@ -88,10 +99,11 @@ def train(
     if config:
         if hours is not None or not pretrain:
             raise UserError("hours and pretrain belong to the recipe: leave them out, or leave out config")
-        _run("train", str(config), data, keys | {"MODEL.WEIGHTS": weights})
+        keys = ({"MODEL.WEIGHTS": weights} if weights else {}) | keys
+        _run("train", str(config), data, keys, *["--overwrite"] * overwrite)
         return Path(output)
     args = parser_of("train").parse_args([f"--data={data}", f"--weights={weights}", *_words(keys)])
-    args.hours, args.no_pretrain = hours, not pretrain
+    args.hours, args.no_pretrain, args.overwrite = hours, not pretrain, overwrite
     run_recipe(args, _run_command)
     return Path(output) / "detector"
 
@@ -137,7 +149,7 @@ def _words(keys: Mapping[str, Any]) -> list[str]:
     """Return the keys as words of a command line."""
     if odd := next((key for key in keys if not key[:1].isupper()), None):
         raise UserError(f"'{odd}' is neither an argument nor a config key, such as SOLVER.MAX_ITER")
-    return [str(part) for pair in keys.items() for part in pair]
+    return override_words(keys)
 
 
 def _run(command: str, config: str, data: str | Path | None, keys: Mapping[str, Any], *flags: str) -> None:

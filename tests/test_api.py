@@ -104,7 +104,7 @@ def test_log_lines_are_in_the_file_once_and_the_bar_on_stderr(
     data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for folder in ("one", "two", "two"):
-        shutil.rmtree(tmp_path / folder, ignore_errors=True)
+        shutil.rmtree(tmp_path / folder, ignore_errors=True)  # also the file of the log
         relvit_d2.pretrain(data, tmp_path / folder, **PRETRAIN)
         lines = (tmp_path / folder / "log.txt").read_text().splitlines()
         assert sum("iter 3/3" in line for line in lines) == sum("run finished" in line for line in lines) == 1
@@ -154,7 +154,7 @@ def test_a_call_works_in_another_thread(data: Path, tmp_path: Path) -> None:
 def test_errors_are_exceptions_and_leave_the_next_call_unharmed(
     data: Path, encoder: Path, detector: Path, tmp_path: Path
 ) -> None:
-    new, nothing = tmp_path / "new", tmp_path / "nothing"
+    new, nothing, first = tmp_path / "new", tmp_path / "nothing", read_encoder(encoder)
     calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], str]] = [
         (relvit_d2.pretrain, (nothing, new), {}, "the data folder '.*nothing' does not exist"),
         (relvit_d2.pretrain, (data, new), {"SOLVER_MAX_ITER": 3}, "did you mean 'SOLVER.MAX_ITER'"),
@@ -162,9 +162,10 @@ def test_errors_are_exceptions_and_leave_the_next_call_unharmed(
         (relvit_d2.pretrain, (data, new), {"max_iter": 3}, "'max_iter' is neither an argument nor a config key"),
         (relvit_d2.pretrain, (data, new), {"--resume": True}, "'--resume' is neither an argument nor a config key"),
         (relvit_d2.pretrain, (data, new), {"OUTPUT_DIR": "x"}, "OUTPUT_DIR is the argument output"),
+        (relvit_d2.pretrain, (data, encoder.parent), PRETRAIN, "--overwrite, or choose another OUTPUT_DIR"),
         (relvit_d2.train, (nothing, new), {}, "the data folder '.*nothing' does not exist"),
         (relvit_d2.train, (data, new), {"hours": 0}, "hours 0: give a number above 0"),
-        (relvit_d2.train, (data, new), {"weights": nothing}, "weights '.*nothing' is not an existing file"),
+        (relvit_d2.train, (data, new), {"weights": nothing}, "weights '.*nothing' does not exist"),
         (relvit_d2.train, (data, new), {"config": CONFIG, "hours": 1}, "hours and pretrain belong to the recipe"),
         (relvit_d2.train, (data, new), {"config": CONFIG, "weights": nothing} | TRAIN, "nothing' does not exist"),
         (relvit_d2.train, (data, encoder.parents[1] / "run/log.txt"), {"config": CONFIG} | TRAIN, "OUTPUT_DIR"),
@@ -178,7 +179,8 @@ def test_errors_are_exceptions_and_leave_the_next_call_unharmed(
         with pytest.raises(UserError, match=message):
             function(*arguments, **keys)
         assert state() == before
-    assert equal(read_encoder(relvit_d2.pretrain(data, tmp_path / "after", **PRETRAIN)), read_encoder(encoder))
+    again = relvit_d2.pretrain(data, encoder.parent, overwrite=True, **PRETRAIN)
+    assert again == encoder and equal(read_encoder(again), first)
 
 
 def test_a_data_set_may_change_between_calls(data: Path, tmp_path: Path) -> None:

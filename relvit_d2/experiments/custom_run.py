@@ -74,7 +74,7 @@ class Request:
 
     def with_encoder_of_weights(self) -> "Request":
         """Return the request with the encoder of an ``encoder.safetensors`` as keys, which others may replace."""
-        path = Path(self.weights)
+        path = Path(self.weights, "encoder.safetensors") if Path(self.weights).is_dir() else Path(self.weights)
         if path.suffix != ".safetensors" or not path.is_file():
             return self
         encoder = read_encoder(path)[1]["encoder"]
