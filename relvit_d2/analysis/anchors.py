@@ -73,7 +73,6 @@ def training_boxes(boxes: np.ndarray, sizes: np.ndarray, cfg: CfgNode) -> tuple[
     Args:
         boxes: (N, 4) XYXY in pixels.
         sizes: (N, 2) width and height of each box's image.
-        cfg: a detection config.
     """
     shapes, inverse = np.unique(sizes, axis=0, return_inverse=True)
     resized = np.array([_resized(int(width), int(height), cfg) for width, height in shapes], dtype=np.float64)
@@ -109,7 +108,6 @@ def fit_report(boxes: np.ndarray, sizes: np.ndarray, cfg: CfgNode) -> dict[str, 
     Args:
         boxes: (N, 4) XYXY in pixels, with positive areas.
         sizes: (N, 2) width and height of each box's image.
-        cfg: a detection config.
 
     Returns:
         Empty without boxes or if :meth:`Anchors.of` finds no anchors. Else ``side``: percentiles of the square root of

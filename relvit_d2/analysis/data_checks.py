@@ -80,7 +80,6 @@ def check_labels(
     Args:
         sets: records by name of the data set.
         classes: class names in the order of the category ids.
-        cfg: a detection config.
         training: names of the sets to train on. Anchors are compared with the boxes of the first of them, or of
             ``sets``.
         tests: names of the sets to evaluate on.
@@ -110,14 +109,7 @@ def check_labels(
 def before_training(
     cfg: CfgNode, records: Sequence[Record], tests: Mapping[str, Sequence[Record]], classes: Sequence[str]
 ) -> None:
-    """Check the labels, log the warnings and raise a :class:`UserError` for the first error.
-
-    Args:
-        cfg: a detection config.
-        records: the training set.
-        tests: records by name of the test set.
-        classes: class names in the order of the category ids.
-    """
+    """Check the labels, log the warnings and raise a :class:`UserError` for the first error."""
     training = " + ".join(cfg.DATASETS.TRAIN)
     # A set in both TRAIN and TEST is listed twice, and reported as shared with itself.
     sets = {f"{training} (training)": records, **tests}
@@ -232,7 +224,6 @@ class ImageFacts(NamedTuple):
     """Properties of an image file.
 
     Attributes:
-        path: the file.
         error: why it cannot be read; ``""`` if it can. The other attributes are empty if it cannot.
         size: width and height in pixels, after EXIF rotation.
         digest: hash of size and pixels, independent of the file format.

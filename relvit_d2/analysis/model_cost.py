@@ -32,7 +32,6 @@ class Subject(NamedTuple):
     """A model to measure.
 
     Attributes:
-        cfg: its config.
         model: maps a batch to a dict that includes the losses.
         stages: see :class:`Meter`.
         batches: maps a batch size to a batch of random images.

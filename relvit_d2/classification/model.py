@@ -25,8 +25,6 @@ class Classifier(nn.Module):
     """An encoder and a linear head.
 
     Args:
-        encoder: the encoder.
-        classes: number of classes.
         pool: input of the head. ``cls``: the class token, or the mean of the patch tokens if the encoder has no class
             token (like the authors' code, models/relvit.py:218-227). ``mean``: always the mean of the patch tokens.
 

@@ -32,7 +32,6 @@ def fit_linear(features: Tensor, labels: Tensor, classes: int, penalty: float, s
     Args:
         features: ``(n, dim)``.
         labels: ``(n,)`` int64.
-        classes: number of classes.
         penalty: factor of half the sum of the squared weights, without the bias.
         start: initial solution; None: zeros.
 
@@ -66,7 +65,6 @@ def linear_probe(
 
     Args:
         train, validation, test: features ``(n, dim)`` and labels ``(n,)`` int64.
-        classes: number of classes.
 
     Returns:
         ``top1`` and ``validation_top1``, accuracies in percent, and ``penalty``.

@@ -55,7 +55,6 @@ def list_data(cfg: CfgNode, training: bool) -> ClassificationData:
     """Return the data sets of a config, without decoding image files.
 
     Args:
-        cfg: the config.
         training: whether the training set is needed; ``DATASETS.VALIDATION`` is then held out from it.
 
     Raises:

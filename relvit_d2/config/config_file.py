@@ -138,13 +138,7 @@ def override_words(pairs: Mapping[str, object]) -> list[str]:
 
 
 def _task_name(path: Path, contents: list[dict[str, Any]], task: str | None) -> str:
-    """Return the task of a config file.
-
-    Args:
-        path: path of the file.
-        contents: contents of its bases and, last, of the file.
-        task: the required task, or None.
-    """
+    """Return the task of a config file with the ``contents`` of its bases and, last, of the file."""
     name = next((content["TASK"] for content in reversed(contents) if "TASK" in content), task)
     if name is None:
         raise UserError(f"config file '{path}' has no key TASK: add TASK with one of {', '.join(COMMANDS)}")
@@ -231,11 +225,7 @@ def _files(path: Path, above: tuple[Path, ...]) -> Iterator[tuple[Path, dict[str
 
 
 def _base_path(path: Path, base: Any) -> Path:
-    """Return the path of a base of the config file ``path``.
-
-    Raises:
-        UserError: it is not a path, a URL, or relative and outside of the folders of configs.
-    """
+    """Return the path of a base of the config file ``path``; a relative one must be in a folder of configs."""
     if not isinstance(base, str) or not base or "://" in base or _NOT_IN_PATHS.search(base):
         raise UserError(f"config file '{path}': _BASE_ {base!r} is not the path of a yaml file on this machine")
     # Unlike Path.expanduser, it leaves the name of an unknown user unchanged.
@@ -280,19 +270,9 @@ def _merge(
     explain: Callable[[str], str],
     prefix: str = "",
 ) -> None:
-    """Set keys of a config in place.
+    """Set keys of ``node``, whose full name is ``prefix``, in place; ``texts`` is ``content`` with scalars as text.
 
-    Args:
-        node: the config or one of its groups.
-        content: values by name.
-        texts: the same with scalars as text.
-        where: source of the content, for errors.
-        defaults: defaults by full key, which determine the types.
-        explain: returns the error message for an unknown key.
-        prefix: full name of ``node`` with a dot.
-
-    Raises:
-        UserError: a key is unknown or a value has the wrong type.
+    The ``defaults`` by full key determine the types; ``explain`` returns the error message for an unknown key.
     """
     for name, value in content.items():
         key, text = f"{prefix}{name}", texts.get(name) if isinstance(texts, dict) else None
@@ -328,16 +308,7 @@ def _merge(
 
 
 def _as_type_of(default: Any, value: Any, text: Any) -> Any:
-    """Convert a value without loss to the type of a default: 0 to 0.0, 3.0 to 3, a number to its text.
-
-    Args:
-        default: a value of the required type.
-        value: the Python value.
-        text: the value as text.
-
-    Raises:
-        TypeError, ValueError, OverflowError: it cannot be converted.
-    """
+    """Convert a value without loss to the type of a default: 0 to 0.0, 3.0 to 3, a number to its ``text``."""
     kind = type(default)
     if kind is str:
         if isinstance(value, str) or value is None:

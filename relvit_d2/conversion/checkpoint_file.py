@@ -55,7 +55,6 @@ class FoundEncoder:
     """The tensors of an encoder in a file.
 
     Attributes:
-        path: the file.
         tensors: tensors by name without the prefix.
         prefix: common prefix of the names, such as ``teacher.module.backbone.``.
         other_tensors: full names of the other tensors in the file.

@@ -51,7 +51,6 @@ def convert(found: FoundEncoder, kind: str | None = None) -> Converted:
     """Convert the tensors of a file to an encoder, and compare it with the original model.
 
     Args:
-        found: the tensors.
         kind: the family, a key of :data:`CONVERTERS`; None: detected from the names of the tensors.
 
     Raises:
@@ -149,8 +148,6 @@ def timm_vit(
     """Convert a ViT with timm's names to the matching encoder (LayerScale folded) or else to ``timm:ARCHITECTURE``.
 
     Args:
-        found: the tensors.
-        kind: the family.
         architecture: timm's name of the model; None: that in a ``config.json`` in the folder of the file.
         keep: always return ``timm:ARCHITECTURE``.
         pixels: metadata of the pixel statistics; None: those in ``config.json``.

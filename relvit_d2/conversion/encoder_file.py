@@ -34,7 +34,6 @@ def save_encoder(encoder: Encoder, path: Path, info: dict[str, Any]) -> None:
     """Write ``encoder`` atomically.
 
     Args:
-        encoder: the encoder.
         path: the file, usually ``encoder.safetensors``.
         info: further metadata (pixel mean and std, image size, iteration, pretext settings): JSON values.
     """

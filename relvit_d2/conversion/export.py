@@ -200,10 +200,7 @@ def _heads(block: Any) -> int:
 
 @torch.no_grad()
 def _swin(encoder: Swin) -> Detectron2Export:
-    """Export to Detectron2's Swin, with norms on all maps and downsampling at the end of a stage.
-
-    (``modeling/backbone/swin.py``)
-    """
+    """Export to Detectron2's Swin, with norms on all maps and downsampling at the end of a stage (``swin.py``)."""
     swin, in_chans = encoder.swin, encoder.arguments["in_chans"]
     backbone = SwinTransformer(in_chans=in_chans).eval()
     kept: dict[str, Tensor] = {}

@@ -79,10 +79,7 @@ def cached(name: str, root: Path, sources: Iterable[Path], read: Callable[[], La
 def remembered(kind: str, key: str, make: Callable[[], tuple[list[int], str]]) -> tuple[list[int], str]:
     """Return the integers and the warning that ``make`` returns, from the cache if they are there.
 
-    Args:
-        kind: folder in the cache.
-        key: digest of everything that the result depends on.
-        make: returns integers and a text.
+    They are in the folder ``kind``; ``key`` is a digest of everything that the result depends on.
     """
     path = cache_root() / kind / f"{key}.json"
     match load(path):

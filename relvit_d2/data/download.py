@@ -34,7 +34,6 @@ class Archive:
     """A file to download.
 
     Attributes:
-        url: its address.
         size: bytes.
         checksum: ``sha256:...`` or ``md5:...``; ``""`` if none is known, so that only the size is checked.
     """
@@ -55,7 +54,6 @@ def fetch(archive: Archive, folder: Path, progress: Progress | None = None) -> P
     The file is written as ``NAME.part`` and renamed when it is complete and verified.
 
     Args:
-        archive: the file.
         folder: target folder; created if missing.
         progress: called with the number of new bytes, first with those of an earlier call.
 
@@ -175,7 +173,6 @@ def unpack(path: Path, folder: Path) -> None:
     changes nothing. Links, devices, and names that lead out of the folder are errors.
 
     Args:
-        path: the archive.
         folder: target folder; created if missing.
 
     Raises:

@@ -36,7 +36,6 @@ class Source:
         title: full name.
         page: the authors' page with the description and the downloads.
         folder: relative to the data root, to unpack the archives in.
-        parts: its files.
         archives: the downloads, each with the prefixes of the patterns of its parts.
         alternative: a folder of the patterns, and the folder that may replace it.
     """

@@ -36,9 +36,7 @@ class EndlessOrder:
     often as its factor, stochastically rounded (as Detectron2's ``RepeatFactorTrainingSampler``).
 
     Args:
-        count: number of samples.
         batch: samples per iteration of all processes and parts together; a multiple of ``world * parts``.
-        seed: the run's seed.
         start: first iteration.
         rank, world: index of this process and number of processes.
         parts: batches per iteration and process (gradient accumulation).
@@ -112,7 +110,6 @@ class Batches:
             for each sample.
         collate: list of items -> batch.
         keys: the samples of each batch, an :class:`EndlessOrder` or a list.
-        seed: the run's seed.
         workers: number of processes; 0: this process reads.
         timeout: seconds to wait for a worker; 0: no limit.
         replaces: replace an unreadable image by the next readable sample, so that a run remains a function of its seed

@@ -50,7 +50,6 @@ def random_subset(items: list, count: int, seed: int) -> list:
 
     Args:
         items: records, or items without annotations.
-        count: number of items.
         seed: seed of the order, 0 or more.
     """
     order = subset_order(seed, len(items)).tolist()

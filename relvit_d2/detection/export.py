@@ -22,7 +22,6 @@ def export(cfg: CfgNode, to: str, output: Path, size: list[int] | None) -> str:
     """Export the backbone with the weights of ``MODEL.WEIGHTS``, compare it with the original one and write it.
 
     Args:
-        cfg: a detection config.
         to: ``torch-export`` or ``onnx``.
         output: the file to write.
         size: height and width of the input of a Swin, pixels; None: ``INPUT.MAX_SIZE_TEST``.

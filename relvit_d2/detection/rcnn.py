@@ -124,12 +124,7 @@ def _pretext(cfg: CfgNode, encoder: Encoder) -> PretextTask:
 
 
 def _batched(parts: list[Tensor], groups: Iterable[list[int]]) -> Tensor:
-    """Combine maps ``(b, C, h, w)`` of several sizes to ``(B, C, max h, max w)``, with replication padding.
-
-    Args:
-        parts: the maps of each group.
-        groups: batch indices of the maps of each group.
-    """
+    """Combine maps ``(b, C, h, w)`` of several sizes to ``(B, C, max h, max w)``, with replication padding."""
     height, width = (max(part.shape[axis] for part in parts) for axis in (2, 3))
     padded = [F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]), mode="replicate") for x in parts]
     indices = torch.tensor([index for group in groups for index in group], device=parts[0].device)

@@ -57,7 +57,6 @@ def resolve_config(cfg: CfgNode, records: Records) -> CfgNode:
     """Return the config with the number of classes, and without a mask head unless all objects have masks.
 
     Args:
-        cfg: the user's config.
         records: the images to train on or, in evaluation only, to evaluate on.
 
     Raises:
@@ -222,13 +221,7 @@ def evaluate_with_tta(
 
 
 def add_seen(cfg: CfgNode, tests: dict[str, Records], metadata: dict[str, Any]) -> None:
-    """Log how many test images the initial weights were trained on; add the counts to ``results.json``.
-
-    Args:
-        cfg: the config.
-        tests: records by data set name.
-        metadata: metadata of the initial weights.
-    """
+    """Log how many test images the initial weights were trained on; add the counts to ``results.json``."""
     path = Path(cfg.OUTPUT_DIR) / "inference" / "results.json"
     if not tests or not comm.is_main_process():
         return

@@ -29,7 +29,6 @@ def guard(function: Callable[[], int | None], resumes: bool = False) -> int:
     only the first that fails prints. Characters that the terminal cannot encode are escaped, such as ``\\u4e2d``.
 
     Args:
-        function: the command.
         resumes: whether the command has ``--resume``, which the message recommends if a file could not be written.
 
     Raises:

@@ -90,13 +90,7 @@ def build_clipper(cfg: CfgNode, model: nn.Module) -> "GradientClipper":
 
 
 class GradientClipper:
-    """Clips the global norm of all gradients.
-
-    Args:
-        model: its parameters are clipped.
-        limit: maximum norm; infinity: no clipping.
-        norm_type: order of the norm.
-    """
+    """Clips the global norm, of order ``norm_type``, of all gradients to ``limit``; infinity: no clipping."""
 
     def __init__(self, model: nn.Module, limit: float, norm_type: float) -> None:
         self._parameters = [p for p in model.parameters() if p.requires_grad]

@@ -92,7 +92,6 @@ def check_same_run(
     """Compare a run with the one that wrote a checkpoint.
 
     Args:
-        cfg: config of this run.
         samples: number of its training images.
         data: the images; None: only their number is compared.
         allow_changes: accept another config and other images.

@@ -178,9 +178,6 @@ class Trainer(TrainerBase):
     def resume(self, allow_changes: bool = False) -> bool:
         """Load the last checkpoint in ``OUTPUT_DIR``; return whether there was one.
 
-        Args:
-            allow_changes: accept a checkpoint of another config.
-
         Raises:
             UserError: the checkpoint is of another config or program or does not fit, or only some processes find it.
         """

@@ -36,9 +36,6 @@ def load_weights(cfg: CfgNode, model: nn.Module, encoder: Encoder, input_format:
     """Load ``MODEL.WEIGHTS``: encoder weights, a checkpoint of the whole model, or nothing if empty.
 
     Args:
-        cfg: the config.
-        model: the whole model.
-        encoder: its encoder.
         input_format: order of the encoder's input channels, such as ``RGB``.
 
     Returns:
@@ -98,7 +95,6 @@ def load_trained(cfg: CfgNode, model: nn.Module, weights: str | Path) -> dict[st
     """Load a trained model with its heads.
 
     Args:
-        cfg: its config.
         model: the model, changed in place.
         weights: a checkpoint ``model_*.pth``, or the folder of a run, for its last checkpoint.
 
@@ -145,8 +141,6 @@ def export_encoder(
     """Write ``encoder.safetensors`` to ``OUTPUT_DIR`` and return its path.
 
     Args:
-        cfg: config of the run.
-        encoder: the encoder.
         image_size: side in pixels of the training images.
         iterations: number of training iterations.
         results: results of the last evaluation.

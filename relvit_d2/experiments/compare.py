@@ -53,7 +53,6 @@ def compare(
         source: folder or registered name, see :func:`relvit_d2.experiments.compare_data.find_data`.
         arms: names of the arms; the first one is the baseline.
         shares: percentages of labelled images.
-        seeds: number of runs of each arm and share.
         hours: time of all runs; None: that of the configs' schedules.
         output: folder of all runs; None: ``output/compare/NAME``.
         config, opts: config file of the training, "" for a small model, and alternating keys and values that override

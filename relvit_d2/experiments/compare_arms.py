@@ -128,7 +128,6 @@ class Comparison:
     """A comparison without its seeds and schedule.
 
     Attributes:
-        data: the data sets.
         arms: the arms in the order of the tables; the first one is the baseline.
         shares: percentages of labelled images, ascending.
         config, opts: config file of the training, and alternating keys and values that override it.

@@ -46,7 +46,6 @@ def measure(comparison: Comparison, kind: str, tested: int) -> Cost:
     """Measure a few iterations of a kind and an evaluation, in the folder ``trial`` of the output.
 
     Args:
-        comparison: the comparison.
         kind: one of :func:`kinds`.
         tested: number of test images.
 

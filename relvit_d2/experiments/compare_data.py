@@ -106,7 +106,6 @@ def check_labels(data: ComparedData, cfg: CfgNode, shares: Sequence[float], seed
     """Read all labels; refuse labelled subsets that lack a class or are equal for two seeds.
 
     Args:
-        data: the data sets.
         cfg: config of the training.
         shares: percentages of labelled images.
         seeds: number of seeds.

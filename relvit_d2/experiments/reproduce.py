@@ -22,7 +22,6 @@ class RowPlan(NamedTuple):
     """The runs of a row.
 
     Attributes:
-        row: the row.
         folder: output folder of all runs.
         seeds: the runs of all arms by the name of their step, of each seed.
         selected: those of the selected arms.
@@ -42,7 +41,6 @@ def plan_row(
     Args:
         table, name: table and name of the row.
         arms: names of the arms to run; empty for all.
-        seeds: number of runs of every arm.
         scale: share of the schedule and of the images, 0..1.
         output: folder of all runs; None: ``output/TABLE_ROW``, ``output/TABLE_ROW_SCALE`` if scaled.
         opts: keys and values for every config.
@@ -74,7 +72,6 @@ def reproduce(plan: RowPlan, about: dict[str, Any]) -> str:
     """Execute the selected runs that are not finished, and write the results of the row after each.
 
     Args:
-        plan: the runs.
         about: ``table``, ``row``, ``note`` on the data, ``command`` line and ``scale``, stored with the results.
 
     Returns:

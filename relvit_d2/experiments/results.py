@@ -61,7 +61,6 @@ def collect(
     """Return the results so far, as plain values for ``results.json``.
 
     Args:
-        row: the row.
         seeds: the runs of each seed by the name of their step.
         images: numbers of images of each arm's last run.
         scale: share of the schedule and of the images, 0..1.

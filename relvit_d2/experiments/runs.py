@@ -37,7 +37,6 @@ class Run:
     """A step with one seed, ready to be executed.
 
     Attributes:
-        step: the step.
         folder: its ``OUTPUT_DIR``.
         command: name of a relvit-d2 command and its arguments; executed again, it resumes.
         config: the config that the command loads.
@@ -182,7 +181,6 @@ def run_unfinished(seeds: Sequence[Mapping[str, Run]], after_each: Callable[[], 
     """Execute the runs that are not finished, in order; an interrupted one resumes.
 
     Args:
-        seeds: the runs of each seed.
         after_each: called after every executed run, to write the results so far.
 
     Raises:

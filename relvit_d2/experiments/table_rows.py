@@ -174,10 +174,8 @@ def _classifier(name: str, title: str, config: str, paper: PaperData, authors: b
     """Return a row of Table 1.
 
     Args:
-        name: name of the row.
         title: data set and encoder.
         config: name of its files in ``configs/ssl`` and ``configs/cls``.
-        paper: the paper's data.
         authors: whether the model is selected as the authors do.
     """
     from relvit_d2.tasks import load_config  # not at the top: the command line lists the rows without torch
@@ -225,7 +223,6 @@ def _detector(table: str, row: str, title: str, config: str, pretraining: str, p
         title: data set, encoder and image size.
         config: name of the detector's config in ``configs``.
         pretraining: name of its pre-training's config in ``configs/ssl``.
-        paper: the paper's data.
     """
     figures = (TABLE2 if table == "table2" else TABLE3)[row]
 

@@ -25,7 +25,6 @@ class PretrainingModel(nn.Module):
     """Maps uint8 images to the losses and metrics of the pretext tasks.
 
     Args:
-        encoder: the encoder to pre-train.
         task: the pretext heads.
         views: augmentation on the model's device; its patches correspond to the tokens of the heads.
     """

@@ -159,11 +159,7 @@ def build_trainer(cfg: CfgNode, model: PretrainingModel, files: Images, tests: I
 
 
 class PositionLeakWarning(HookBase):
-    """Warns once if a task is solved in the first epoch.
-
-    Args:
-        epoch: iterations of the first epoch.
-    """
+    """Warns once if a task is solved in the first ``epoch`` iterations."""
 
     trainer: Trainer
 

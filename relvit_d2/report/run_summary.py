@@ -18,12 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def end_run(folder: Path, command: str) -> None:
-    """Write the run's ``report.html`` and log its summary; an error is logged and does not end the process.
-
-    Args:
-        folder: the run's OUTPUT_DIR.
-        command: the next command.
-    """
+    """Write ``report.html`` of a run and log its summary with the next command; an error does not end the process."""
     table = f"next: {command}"
     try:
         try:

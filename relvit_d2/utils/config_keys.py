@@ -23,15 +23,7 @@ def get_key(cfg: Any, key: str) -> Any:
 
 
 def check_ranges(cfg: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
-    """Check the values of keys.
-
-    Args:
-        cfg: a CfgNode.
-        ranges: minimum and maximum by full key.
-
-    Raises:
-        UserError: a value is out of range.
-    """
+    """Raise a :class:`UserError` for a value out of the range, minimum and maximum, of its full key."""
     for key, (minimum, maximum) in ranges.items():
         value = get_key(cfg, key)
         if not value >= minimum:  # NaN too

@@ -16,11 +16,7 @@ def has_config(name: str) -> bool:
 
 
 def find_config(name: str) -> Path:
-    """Return the path of a config file.
-
-    Args:
-        name: path of the file. A relative path, such as ``configs/voc_vit_s.yaml``, is resolved in the working
-            directory, then in :data:`ROOT`.
+    """Return the path of a config file; a relative one is resolved in the working directory, then in :data:`ROOT`.
 
     Raises:
         UserError: the file does not exist.

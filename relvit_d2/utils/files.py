@@ -37,15 +37,7 @@ def appearing(path: Path) -> Iterator[Path]:
 
 
 def check_target(target: Path, *suffixes: str) -> None:
-    """Check the path of an output file.
-
-    Args:
-        target: the file.
-        suffixes: allowed suffixes; none: any.
-
-    Raises:
-        UserError: the folder does not exist or the suffix is not allowed.
-    """
+    """Raise a :class:`UserError` if the folder of an output file is missing, or its suffix is none of ``suffixes``."""
     if suffixes and target.suffix not in suffixes:
         raise UserError(f"'{target}' does not end in {' or '.join(suffixes)}: rename it")
     if not target.parent.is_dir():

@@ -51,7 +51,6 @@ def get_class_set(name: str, download: bool = False, synset_file: str = "") -> L
     five is in ``val``, duplicates and near-duplicates are in the same part.
 
     Args:
-        name: the name or the path.
         download: whether the files may be downloaded.
         synset_file: see :func:`relvit_d2.data.classification.imagenet100.synsets`.
 

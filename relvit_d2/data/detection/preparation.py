@@ -15,13 +15,7 @@ DOWNLOADS = ".downloads"  # under the data root; an archive is kept until it is 
 
 
 def download_missing(source: Source, root: Path, report: Callable[[str], None]) -> None:
-    """Download and unpack the archives of parts that are missing.
-
-    Args:
-        source: the data set.
-        root: the data root.
-        report: called with each line of progress.
-    """
+    """Download and unpack the archives of parts that are missing; ``report`` is called with each line of progress."""
     for archive, prefixes in source.archives:
         parts = [part for part in source.located(root) if part.pattern.startswith(prefixes)]
         if not (root / DOWNLOADS / archive.name).exists() and parts and all(part.count_files(root) for part in parts):

@@ -14,7 +14,6 @@ class InstancesWithIgnoreRegions(Instances):
     """Detectron2's instances of an image, and the regions to ignore; other heads use it as plain instances.
 
     Args:
-        objects: the instances.
         regions: boxes of the regions, pixels of the network's input.
     """
 

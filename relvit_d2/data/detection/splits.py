@@ -84,7 +84,6 @@ def hold_out(
 
     Args:
         prints: the fingerprint of each image.
-        count: number of images to hold out.
         rank: sort key of the groups, different for each.
         where: the data set, for the warning.
     """

@@ -34,7 +34,6 @@ class Member:
     """An image inside an archive.
 
     Attributes:
-        archive: the file.
         name: of the member; never used as a path to write to.
         offset: of its bytes in a tar; -1 in a zip, which finds members by name.
         size: bytes, unpacked.

@@ -93,7 +93,6 @@ class TrainingBatches:
     int64, if given. An image's view therefore does not depend on the number of processes or accumulation steps.
 
     Args:
-        cfg: the run's config.
         images: a stack, or files that the loader's processes read.
         start: the first iteration.
         labels: ``(n,)`` int64, one per image.

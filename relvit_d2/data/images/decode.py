@@ -104,7 +104,6 @@ class PixelFormat:
         grayscale images get three equal channels, and an alpha channel is dropped.
 
         Args:
-            path: the file.
             longest: if above 0, the maximum of the longer side in pixels; larger images are reduced with antialiasing
                 (a JPEG is decoded at a reduced size of at least twice the result).
 

@@ -24,12 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class SeenCount(NamedTuple):
-    """Number of images of a data set on which, or on near-duplicates of which, an encoder was trained.
-
-    Attributes:
-        seen: number of these images.
-        images: number of images of the data set.
-    """
+    """Number of images of a data set on which, or on near-duplicates of which, an encoder was trained, and of all."""
 
     seen: int
     images: int
@@ -121,10 +116,6 @@ def training_metadata(sets: Mapping[str, Images], before: SeenImages | None = No
     """Return the fingerprints of the training images, and those of earlier training, as metadata.
 
     Empty for more than ``MAX_COMPARED`` images, which would take hours to decode.
-
-    Args:
-        sets: training images by data set name.
-        before: fingerprints in the metadata of the initial weights.
     """
     count = sum(map(len, sets.values()))
     if count > MAX_COMPARED:
@@ -143,15 +134,7 @@ def seen_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def count_seen(metadata: Mapping[str, Any], sets: Mapping[str, Images]) -> dict[str, SeenCount]:
-    """Count the images of each data set on which weights were trained, and log the counts.
-
-    Args:
-        metadata: metadata of the weights.
-        sets: test images by data set name.
-
-    Returns:
-        Counts by data set name; empty if the metadata have no fingerprints.
-    """
+    """Count and log the images of each data set on which weights were trained; empty without fingerprints in them."""
     counts: dict[str, SeenCount] = {}
     seen = SeenImages.of_metadata(metadata)
     if seen is None:
