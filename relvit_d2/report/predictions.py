@@ -34,7 +34,8 @@ FONT_SIZE, LABEL_PADDING = 15, 3
 STRIP = 22  # pixels above and below an image, for the labels of boxes at its edge
 MIN_SIDE = 800  # pixels of the longer side of a picture of one image
 PAIR_GAP, GAP, BORDER = 10, 36, 16
-TITLE_HEIGHT, CAPTION_HEIGHT = 40, 20
+TITLE_HEIGHT, CAPTION_HEIGHT, NAME_HEIGHT = 40, 20, 20
+NAME_SIZE = 12
 
 
 class DetectionRow(NamedTuple):
@@ -46,6 +47,16 @@ class DetectionRow(NamedTuple):
     boxes: np.ndarray  # (P, 4)
     classes: np.ndarray  # (P,) indices into the class names
     scores: np.ndarray  # (P,) in [0, 1]
+
+
+class Cell(NamedTuple):
+    """One image of a contact sheet; boxes are XYXY in pixels of the image."""
+
+    image: np.ndarray  # (H, W, 3) uint8, RGB
+    boxes: np.ndarray  # (N, 4)
+    classes: np.ndarray  # (N,) indices, on which the colours depend
+    labels: Sequence[str]  # (N,) text at each box, empty for none
+    name: str = ""  # caption
 
 
 def draw_detections(
@@ -73,41 +84,64 @@ def detections_sheet(rows: Sequence[DetectionRow], class_names: Sequence[str], t
     Raises:
         ValueError: ``rows`` is empty.
     """
-    if not rows:
-        raise ValueError("detections_sheet needs at least one image")
-    class_names, title = legible(class_names), escaped(title or "")
-    panels = [fit(row.image) for row in rows]
-    cell_width = max(PANEL_HEIGHT, *(panel.width for panel in panels))  # never too narrow for a label
-    pair_width = 2 * cell_width + PAIR_GAP
-    columns = max(1, min(3, len(rows), (SHEET_WIDTH - 2 * BORDER + GAP) // (pair_width + GAP)))
-    line_heights = [
-        max(panel.height for panel in panels[first : first + columns]) + 2 * STRIP
+    names, cells = legible(class_names), []
+    for row in rows:
+        truth = [names[c] for c in row.truth_classes]
+        found = [f"{names[c]} {s:.2f}" for c, s in zip(row.classes, row.scores, strict=True)]
+        cells.append(Cell(row.image, row.truth_boxes, row.truth_classes, truth))
+        cells.append(Cell(row.image, row.boxes, row.classes, found))
+    return contact_sheet(cells, title or "", ("truth", "detections"), most=3, limit=SHEET_WIDTH)
+
+
+def contact_sheet(cells: Sequence[Cell], title: str, heads: Sequence[str], most: int, limit: int) -> Image.Image:
+    """Return a sheet of images, row by row, as :func:`detections_sheet` describes it.
+
+    Args:
+        cells: 1 or more images, as many for each group as there are heads.
+        title: a line above the sheet, or empty.
+        heads: texts above the images of a group, which are beside each other.
+        most: maximum number of groups in a row.
+        limit: maximum width in pixels, unless a single group is wider.
+
+    Raises:
+        ValueError: ``cells`` is empty.
+    """
+    if not cells:
+        raise ValueError("a contact sheet needs at least one image")
+    title = escaped(title)
+    panels = [fit(cell.image) for cell in cells]
+    width = max(PANEL_HEIGHT, *(panel.width for panel in panels))  # never too narrow for a label
+    group = len(heads) * (width + PAIR_GAP) - PAIR_GAP
+    groups = max(1, min(most, len(cells) // len(heads), (limit - 2 * BORDER + GAP) // (group + GAP)))
+    columns = groups * len(heads)
+    below = NAME_HEIGHT if any(cell.name for cell in cells) else 0
+    heights = [
+        max(panel.height for panel in panels[first : first + columns]) + 2 * STRIP + below
         for first in range(0, len(panels), columns)
     ]
     header = BORDER + (TITLE_HEIGHT if title else 0)
-    tops = list(accumulate(line_heights, initial=header + CAPTION_HEIGHT))
-    sheet = Image.new("RGB", (2 * BORDER + columns * (pair_width + GAP) - GAP, tops[-1] + BORDER), PAPER)
+    tops = list(accumulate(heights, initial=header + (CAPTION_HEIGHT if any(heads) else 0)))
+    sheet = Image.new("RGB", (2 * BORDER + groups * (group + GAP) - GAP, tops[-1] + BORDER), PAPER)
     draw = ImageDraw.Draw(sheet)
     if title:
         draw.text((BORDER, BORDER), title, INK, font(FONT_SIZE + 7, title), anchor="lt")
-    for column in range(columns):
-        left = BORDER + column * (pair_width + GAP)
-        for caption, x in (("truth", left), ("detections", left + cell_width + PAIR_GAP)):
-            draw.text((x + cell_width // 2, header), caption, INK, font(FONT_SIZE + 3), anchor="mt")
-
-    for index, (row, panel) in enumerate(zip(rows, panels, strict=True)):
+    places = (divmod(column, len(heads)) for column in range(columns))
+    lefts = [BORDER + number * (group + GAP) + inner * (width + PAIR_GAP) for number, inner in places]
+    for left, head in zip(lefts, [*heads] * groups, strict=True):
+        draw.text((left + width // 2, header), head, INK, font(FONT_SIZE + 3), anchor="mt")
+    for index, (cell, panel) in enumerate(zip(cells, panels, strict=True)):
         line, column = divmod(index, columns)
-        left, top = BORDER + column * (pair_width + GAP), tops[line]
-        truth = [class_names[c] for c in row.truth_classes]
-        found = [f"{class_names[c]} {s:.2f}" for c, s in zip(row.classes, row.scores, strict=True)]
-        for x, boxes, classes, texts in (
-            (left, row.truth_boxes, row.truth_classes, truth),
-            (left + cell_width + PAIR_GAP, row.boxes, row.classes, found),
-        ):
-            cell = (x, top, x + cell_width, top + line_heights[line])
-            corner = (x + (cell_width - panel.width) // 2, top + (line_heights[line] - panel.height) // 2)
-            colors = [class_color(int(c)) for c in classes]
-            draw_panel(sheet, panel, corner, boxes, row.image.shape, colors, texts, cell)
+        left, top, bottom = lefts[column], tops[line], tops[line + 1] - below
+        corner = (left + (width - panel.width) // 2, top + (bottom - top - panel.height) // 2)
+        sheet.paste(panel, corner)
+        scale = np.array([panel.width / cell.image.shape[1], panel.height / cell.image.shape[0]] * 2)
+        inside = np.array([panel.width - 1, panel.height - 1] * 2)
+        scaled = np.clip(np.asarray(cell.boxes, dtype=np.float64).reshape(-1, 4) * scale, 0, inside)
+        placed = [tuple(box) for box in (scaled + np.array(corner * 2)).tolist()]
+        colors = [class_color(int(number)) for number in cell.classes]
+        draw_boxes(draw, placed, colors, cell.labels, (left, top, left + width, bottom))
+        name = escaped(cell.name)
+        draw.text((left + width / 2, bottom + 2), name, INK, font(NAME_SIZE, name), anchor="mt")
     return sheet
 
 
@@ -226,7 +260,7 @@ def _contrast(color: Color) -> Color:
 
 
 def draw_boxes(
-    draw: ImageDraw.ImageDraw, boxes: list[Box], colors: list[Color], texts: list[str], cell: Box, zoom: float = 1.0
+    draw: ImageDraw.ImageDraw, boxes: list[Box], colors: list[Color], texts: Sequence[str], cell: Box, zoom: float = 1.0
 ) -> None:
     """Draw boxes, in pixels of the sheet, and over them the labels that are not empty, inside the cell.
 
@@ -247,25 +281,6 @@ def draw_boxes(
         taken.append(label)
         draw.rectangle(label, fill=color)
         draw.text((label[0] + LABEL_PADDING, label[1] + height / 2), text, _contrast(color), face, anchor="lm")
-
-
-def draw_panel(
-    sheet: Image.Image,
-    panel: Image.Image,
-    corner: tuple[int, int],
-    boxes: np.ndarray,
-    shape: tuple[int, ...],
-    colors: list[Color],
-    texts: list[str],
-    cell: Box,
-) -> None:
-    """Paste an image of ``shape`` that was scaled to ``panel`` at ``corner``, and draw boxes in its pixels on it."""
-    sheet.paste(panel, corner)
-    scale = np.array([panel.width / shape[1], panel.height / shape[0]] * 2)
-    limit = np.array([panel.width - 1, panel.height - 1] * 2)
-    scaled = np.clip(np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * scale, 0, limit)
-    placed = [tuple(box) for box in (scaled + np.array(corner * 2)).tolist()]
-    draw_boxes(ImageDraw.Draw(sheet), placed, colors, texts, cell)
 
 
 def _place_label(box: Box, width: float, height: float, cell: Box, boxes: list[Box], taken: list[Box]) -> Box:

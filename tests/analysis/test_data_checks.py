@@ -21,7 +21,8 @@ from relvit_d2.data.detection.catalog import get_images
 from relvit_d2.data.detection.custom import config_pairs_of_inputs
 from relvit_d2.data.detection.mapper import DetectionMapper
 from relvit_d2.data.images.decode import PixelFormat
-from relvit_d2.report.samples import Sample, draw_samples
+from relvit_d2.report.predictions import Cell
+from relvit_d2.report.samples import draw_samples
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
 from tests.support.scripts import run
@@ -272,9 +273,9 @@ def test_the_page_of_samples_shows_every_image_and_its_boxes(tmp_path: Path) -> 
     grey = np.full((48, 64, 3), 128, np.uint8)
     crowded = np.array([[4 * i, 10, 4 * i + 3, 30] for i in range(12)], dtype=float)
     pictures = [
-        Sample(grey, np.array([[8.0, 8, 40, 40]]), np.array([1]), ["dog*"], "a.png"),
-        Sample(grey, crowded, np.array([0] * 12), ["cat"] * 12, "b.png"),
-        Sample(grey, np.zeros((0, 4)), np.zeros(0, int), [], "c.png"),
+        Cell(grey, np.array([[8.0, 8, 40, 40]]), np.array([1]), ["dog*"], "a.png"),
+        Cell(grey, crowded, np.array([0] * 12), ["cat"] * 12, "b.png"),
+        Cell(grey, np.zeros((0, 4)), np.zeros(0, int), [], "c.png"),
     ]
     draw_samples(pictures, tmp_path / "page.png", "title")
     with Image.open(tmp_path / "page.png") as page:
