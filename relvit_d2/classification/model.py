@@ -1,7 +1,5 @@
 """The classification model: augmentation, encoder and linear head; in joint training the pretext heads too."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -93,6 +91,7 @@ class ClassificationModel(nn.Module):
             outputs |= self.pretext(tokens, layout)
         return outputs
 
+    @torch.no_grad()
     def evaluated(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return scores and tokens of a batch with fixed views, with the averaged weights if there are any."""
         images = batch["images"].to(self.device, non_blocking=True)
@@ -112,17 +111,6 @@ class ClassificationModel(nn.Module):
     def encoder(self) -> Encoder:
         """The encoder that is evaluated and exported."""
         return self.evaluated_network.encoder
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Use evaluation mode without gradients inside the block."""
-        was_training = self.training
-        self.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.train(was_training)
 
     def update_average(self) -> None:
         """Update the average of the weights, if there is one."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from detectron2.evaluation import inference_context
 from detectron2.utils import comm
 from torch import Tensor
 
@@ -20,7 +21,7 @@ def features(model: ClassificationModel, batches: Iterable[dict[str, Any]]) -> T
 
     The class token is not used because pre-training does not train it. Empty in all processes but the first.
     """
-    with model.evaluating():
+    with inference_context(model):
         means = [model.evaluated(batch)[1].float().mean(1).cpu() for batch in batches]
     parts = comm.gather(torch.cat([torch.empty(0, model.encoder.dim), *means]))
     return torch.cat(parts) if parts else torch.empty(0, model.encoder.dim)

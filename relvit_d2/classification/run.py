@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from detectron2.evaluation import inference_context
 from detectron2.utils import comm
 from fvcore.common.config import CfgNode
 
@@ -145,7 +146,7 @@ def _formatted(metrics: dict[str, float]) -> str:
 def evaluate(cfg: CfgNode, model: ClassificationModel, data: LabelledImages) -> dict[str, float]:
     """Return ``top1``, accuracy in percent, and ``loss``, mean cross entropy; empty in all processes but the first."""
     sums = torch.zeros(3, dtype=torch.float64)
-    with model.evaluating(), choose_precision(cfg.SOLVER.PRECISION, model.device).autocast():
+    with inference_context(model), choose_precision(cfg.SOLVER.PRECISION, model.device).autocast():
         for batch in fixed_batches(cfg, data.images, cfg.TEST.BATCH_SIZE):
             labels = data.labels[batch["keys"]].to(model.device)
             scores, _ = model.evaluated(batch)

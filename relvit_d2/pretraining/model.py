@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from detectron2.evaluation import inference_context
 from detectron2.utils import comm
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
@@ -124,18 +125,16 @@ def evaluate_pretext(model: PretrainingModel, batches: Iterable[dict[str, Any]])
         Means over the images of all losses and metrics; ``feature_std`` and ``feature_rank`` of all tokens
         (:class:`relvit_d2.pretext.monitor.FeatureStatistics`).
     """
-    was_training = model.training
-    model.eval()
     sums: Any = Counter()
     statistics = FeatureStatistics(model.encoder.dim)
-    for batch in batches:
-        pixels, layout = model.make_views(batch)
-        tokens = model.tokens(pixels)
-        statistics.update(tokens)
-        for name, value in as_scalars(model.task(tokens, layout)).items():
-            sums[name] += float(value) * len(pixels)
-        sums["images"] += len(pixels)
-    model.train(was_training)
+    with inference_context(model):
+        for batch in batches:
+            pixels, layout = model.make_views(batch)
+            tokens = model.tokens(pixels)
+            statistics.update(tokens)
+            for name, value in as_scalars(model.task(tokens, layout)).items():
+                sums[name] += float(value) * len(pixels)
+            sums["images"] += len(pixels)
     parts = comm.gather((sums, statistics))
     if not parts:
         return {}
@@ -151,13 +150,11 @@ def evaluate_pretext(model: PretrainingModel, batches: Iterable[dict[str, Any]])
 @torch.no_grad()
 def image_features(model: PretrainingModel, batches: Iterable[dict[str, Any]]) -> Tensor:
     """Return the mean token of each unaugmented image, ``(n, dim)`` float32 on the CPU."""
-    was_training = model.training
-    model.eval()
     views = Views(model.views.config.plain())
     features = [torch.empty(0, model.encoder.dim)]
-    for batch in batches:
-        images = batch["images"].to(next(model.parameters()).device)
-        pixels, _ = views.evaluate(images, batch["sizes"], batch["keys"])
-        features.append(model.encoder.tokens(pixels).float().mean(1).cpu())
-    model.train(was_training)
+    with inference_context(model):
+        for batch in batches:
+            images = batch["images"].to(next(model.parameters()).device)
+            pixels, _ = views.evaluate(images, batch["sizes"], batch["keys"])
+            features.append(model.encoder.tokens(pixels).float().mean(1).cpu())
     return torch.cat(features)

@@ -105,11 +105,8 @@ def rows_of_files(cfg: CfgNode, model: PretrainingModel, files: Images, count: i
     chosen = files[:: max(len(files) // count, 1)][:count]
     batch = pad_images([file if isinstance(file, Tensor) else reader(file) for file in chosen])
     images = batch["images"].to(next(model.parameters()).device)
-    was_training = model.training
     keys = image_keys(cfg.SEED, "picture", torch.arange(len(images)))
-    rows = pretext_rows(model.eval(), images, batch["sizes"], keys)
-    model.train(was_training)
-    return rows
+    return pretext_rows(model.eval(), images, batch["sizes"], keys)
 
 
 def assign(scores: Tensor) -> Tensor:
