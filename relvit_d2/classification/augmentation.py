@@ -28,9 +28,6 @@ class AugmentationConfig:
         randaugment: number of RandAugment operations per image (Cubuk et al., 2020); 0: none.
         magnitude: magnitude of the operations, 0..30.
         mean, std: of RGB values in 0..1.
-
-    Raises:
-        UserError: for an unknown crop or a number out of range.
     """
 
     size: int

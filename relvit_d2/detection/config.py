@@ -82,11 +82,7 @@ def derive_levels(cfg: CfgNode) -> None:
 
 
 def finish_config(cfg: CfgNode) -> None:
-    """Check the values, and derive those that follow from others, in place.
-
-    Raises:
-        UserError: a value is out of range, or two contradict each other.
-    """
+    """Check the values, and derive those that follow from others, in place."""
     finish_engine_config(cfg)
     check_encoder_config(cfg)
     derive_levels(cfg)

@@ -206,11 +206,7 @@ def _builder(name: str) -> Callable[..., Encoder]:
 
 
 def map_strides(keys: Mapping[str, Any]) -> list[int]:
-    """Return the strides, ascending, of the maps of the encoder that the config node ``MODEL`` describes.
-
-    Raises:
-        UserError: see :func:`encoder_from_keys`.
-    """
+    """Return the strides, ascending, of the maps of the encoder that the config node ``MODEL`` describes."""
     with torch.device("meta"):  # parameters without memory
         encoder = encoder_from_keys(dict(keys) | {"COMPILE": False})
     return sorted(encoder.strides.values())

@@ -48,9 +48,6 @@ def timm_vit(model: str) -> Callable[..., Encoder]:
 
     The arguments of the builder override the patch and image size in the name. Features are the patch tokens of timm's
     ``forward_features``, which are not normed in models that norm the pooled features only (``*_gap_*``).
-
-    Raises:
-        UserError: as :func:`entry`.
     """
     function = entry(model)
     return vit_builder(lambda **arguments: without_head(function(**arguments)))

@@ -129,11 +129,7 @@ def _exact(number: float) -> Fraction:
 
 
 def finish_engine_config(cfg: CfgNode) -> None:
-    """Check the values and set ``PRECISION`` from ``AMP.ENABLED``, in place.
-
-    Raises:
-        UserError: a value is out of range, or two contradict each other.
-    """
+    """Check the values and set ``PRECISION`` from ``AMP.ENABLED``, in place."""
     if cfg.VERSION != VERSION:
         raise UserError(
             f"VERSION {cfg.VERSION} of Detectron2's configs is not supported: rewrite the file for version {VERSION}"

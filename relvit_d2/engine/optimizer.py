@@ -23,9 +23,6 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.AdamW:
     biases and class tokens have none. Frozen parameters are omitted. The learning rate of a group is multiplied by its
     ``scale``: ``SOLVER.LAYER_DECAY`` to the power of the number of encoder layers above, and 1 outside the encoder (K.
     Clark et al., "ELECTRA", 2020).
-
-    Raises:
-        UserError: ``LAYER_DECAY`` is out of range.
     """
     solver = cfg.SOLVER
     if not 0 < solver.LAYER_DECAY <= 1:

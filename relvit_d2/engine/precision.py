@@ -38,9 +38,6 @@ def choose_precision(setting: str, device: torch.device) -> Precision:
 
     ``auto`` is bfloat16 if the GPU, or the processor (AMX or AVX512-BF16), supports it natively; elsewhere bfloat16 is
     several times slower than float32.
-
-    Raises:
-        UserError: the setting is not auto, float32 or bfloat16.
     """
     if setting in ("float32", "bfloat16"):
         return Precision(getattr(torch, setting), "SOLVER.PRECISION", device)

@@ -79,9 +79,6 @@ class Trainer(TrainerBase):
         metadata: JSON values that every checkpoint contains; a resumed run has those of its checkpoint.
         run_id: random identifier of the run, by which checkpoints of an earlier run in ``OUTPUT_DIR`` are recognised;
             None after resuming from a file of an earlier version.
-
-    Raises:
-        UserError: keys contradict each other.
     """
 
     def __init__(

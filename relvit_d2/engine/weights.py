@@ -40,9 +40,6 @@ def load_weights(cfg: CfgNode, model: nn.Module, encoder: Encoder, input_format:
 
     Returns:
         Metadata of the encoder's file or of the checkpoint; empty if there is none.
-
-    Raises:
-        UserError: the file is missing or does not fit; see :func:`load_verified`.
     """
     weights = cfg.MODEL.WEIGHTS
     if not weights:

@@ -62,9 +62,6 @@ def compare(
 
     Returns:
         The results as Markdown, and the files in which they are.
-
-    Raises:
-        UserError: arguments, data or weights are invalid, or a run fails.
     """
     signals.install(patient=False)
     data = find_data(source)
@@ -134,9 +131,6 @@ def _read_plan(folder: Path, about: dict[str, Any]) -> dict[str, Any]:
     """Return the plan in the output folder, or a new one.
 
     The plan keeps the measured times, so that a resumed or extended comparison has the same schedules.
-
-    Raises:
-        UserError: the folder contains another comparison or other files.
     """
     path = folder / "plan.json"
     if path.is_file():

@@ -183,11 +183,7 @@ class Comparison:
         return cfg
 
     def check_keys(self) -> None:
-        """Refuse keys that the comparison sets, and a channel order that pre-training does not support.
-
-        Raises:
-            UserError: the overrides have such a key.
-        """
+        """Refuse keys that the comparison sets, and a channel order that pre-training does not support."""
         check_free_keys(self.opts[::2], _SET_BY_DATA)
         check_free_keys(self.pretrain_opts[::2], _SET_BY_ARM)
         order = self.config_of(self.training()).INPUT.get("FORMAT", "RGB")

@@ -48,9 +48,6 @@ def measure(comparison: Comparison, kind: str, tested: int) -> Cost:
     Args:
         kind: one of :func:`kinds`.
         tested: number of test images.
-
-    Raises:
-        UserError: the run fails.
     """
     short: dict[str, Any] = dict(TRIAL_KEYS)
     pretrains = kind.startswith("pretrain")

@@ -77,11 +77,7 @@ def find_data(source: str) -> ComparedData:
 
 
 def _class_folders(root: Path) -> dict[str, str]:
-    """Return the names of the training, validation and test set of a folder of class folders, by split.
-
-    Raises:
-        UserError: the folder has no subfolders.
-    """
+    """Return the names of the training, validation and test set of a folder of class folders, by split."""
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     splits = {path: split_of(path.name) for path in folders if re.fullmatch("[A-Za-z]+", path.name)}
     sets = {split: str(path) for path, split in splits.items() if split}

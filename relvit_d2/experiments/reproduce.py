@@ -76,9 +76,6 @@ def reproduce(plan: RowPlan, about: dict[str, Any]) -> str:
 
     Returns:
         The results as Markdown, and the paths of the files.
-
-    Raises:
-        UserError: if data are missing or a run fails.
     """
     signals.install(patient=False)
     row = plan.row

@@ -93,11 +93,7 @@ class Run:
 
 
 def check_free_keys(keys: Iterable[str], more: Mapping[str, str] | None = None) -> None:
-    """Refuse keys that every plan sets itself, and ``more`` of them, each with what to do instead.
-
-    Raises:
-        UserError: for the first one.
-    """
+    """Refuse keys that every plan sets itself, and ``more`` of them, each with what to do instead."""
     instead = _SET_BY_PLAN | dict(more or {})
     if key := next((key for key in keys if key in instead), None):
         raise UserError(f"key {key} is set for every run here: leave it out; {instead[key]}")

@@ -27,9 +27,6 @@ class LossConfig:
     Attributes:
         label_smoothing: of every cross entropy, 0..1.
         pair_dropout: fraction of the pairs that a training loss omits, 0 or more and less than 1.
-
-    Raises:
-        UserError: a value is out of range.
     """
 
     label_smoothing: float = 0.0

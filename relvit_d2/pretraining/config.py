@@ -28,11 +28,7 @@ def add_pretraining_config(cfg: CfgNode) -> None:
 
 
 def finish_config(cfg: CfgNode) -> None:
-    """Check the values and set derived ones, in place.
-
-    Raises:
-        UserError: a value is out of range, or two contradict each other.
-    """
+    """Check the values and set derived ones, in place."""
     finish_engine_config(cfg)
     check_encoder_config(cfg)
     check_data_config(cfg)

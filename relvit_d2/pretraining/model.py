@@ -55,11 +55,7 @@ class PretrainingModel(nn.Module):
 
 
 def build_pretraining_model(cfg: CfgNode) -> PretrainingModel:
-    """Build the model from the keys ``MODEL.ENCODER`` and ``PRETEXT``, on ``MODEL.DEVICE``.
-
-    Raises:
-        UserError: a key of ``PRETEXT`` is invalid or does not fit the encoder.
-    """
+    """Build the model from the keys ``MODEL.ENCODER`` and ``PRETEXT``, on ``MODEL.DEVICE``."""
     encoder = encoder_from_keys(cfg.MODEL)
     pretext = cfg.PRETEXT
     for key, count in (("CROP_SCALE", 2), ("JITTER", 4)):

@@ -228,9 +228,6 @@ def run_process(cfg: CfgNode, args: argparse.Namespace, end: Callable[[Path, str
         cfg: the config; it is frozen.
         args: arguments of the command ``pretrain``.
         end: called after training, in the first process, with ``OUTPUT_DIR`` and the command of the next step.
-
-    Raises:
-        UserError: images or weights are missing or damaged.
     """
     cfg.freeze()
     start_run(cfg, args)

@@ -45,9 +45,6 @@ def write_comparison(
         tables: tables in their order on the page.
         notes: paragraphs on data, machine and command.
         path: the HTML file, written atomically.
-
-    Raises:
-        UserError: the file cannot be written.
     """
     arms = list(dict.fromkeys(arm for points in curves.values() for arm in points))
     shares = sorted({point.share for arm in curves.values() for points in arm.values() for point in points})

@@ -42,11 +42,7 @@ class DetectionSection(NamedTuple):
 
 
 def detection_sections(runs: Sequence[Run]) -> Iterable[DetectionSection]:
-    """Yield a section for each data set whose detections and ground truth exist.
-
-    Raises:
-        UserError: if the files of one are damaged.
-    """
+    """Yield a section for each data set whose detections and ground truth exist."""
     for run in runs:
         if not run.detects:
             continue

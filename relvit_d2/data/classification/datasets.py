@@ -90,9 +90,6 @@ def list_class_sets(key: str, names: Sequence[str], download: bool = False, syns
     Args:
         key: the config key with the names, for the message.
         names, download, synset_file: see :func:`get_class_set`.
-
-    Raises:
-        UserError: ``names`` is empty, or as :func:`get_class_set`.
     """
     if not names:
         raise UserError(

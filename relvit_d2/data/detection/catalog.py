@@ -199,11 +199,7 @@ def is_folder(name: str) -> bool:
 
 
 def get_metadata(name: str) -> Metadata:
-    """Return Detectron2's metadata of a data set or subset: ``thing_classes``, ``metrics`` and more.
-
-    Raises:
-        UserError: the name is unknown.
-    """
+    """Return Detectron2's metadata of a data set or subset: ``thing_classes``, ``metrics`` and more."""
     return MetadataCatalog.get(resolve(name))
 
 

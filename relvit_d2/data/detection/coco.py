@@ -98,11 +98,7 @@ def load_coco(
 
 
 def coco_classes(json_file: Path) -> tuple[str, ...]:
-    """Return the names of an annotation file's categories in the order of their ids.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
+    """Return the names of an annotation file's categories in the order of their ids."""
     return tuple(_categories(_read(json_file), json_file)[0])
 
 

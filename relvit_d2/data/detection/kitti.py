@@ -152,11 +152,7 @@ def sequence_split(ids: Sequence[str], mapping: Path) -> dict[str, list[str]]:
 
 
 def read_drives(mapping: Path) -> list[str]:
-    """Return the drive of image 0, 1, ... (see :func:`sequence_split`), such as ``2011_09_28_drive_0106_sync``.
-
-    Raises:
-        UserError: a file is missing or damaged.
-    """
+    """Return the drive of image 0, 1, ... (see :func:`sequence_split`), such as ``2011_09_28_drive_0106_sync``."""
     root, rand_file = DataRoot(), mapping / "train_rand.txt"
     lines = root.read_text(mapping / "train_mapping.txt", "ascii").splitlines()
     numbers = re.split(r"[\s,]+", root.read_text(rand_file, "ascii").strip(" \r\n,"))

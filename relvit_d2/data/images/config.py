@@ -23,11 +23,7 @@ def add_load_size_config(cfg: CfgNode) -> None:
 
 
 def check_pixel_format_config(cfg: CfgNode) -> None:
-    """Check the keys of :func:`add_pixel_format_config`, and see :func:`check_pixel_statistics`.
-
-    Raises:
-        UserError: a value is out of range.
-    """
+    """Check the keys of :func:`add_pixel_format_config`, and see :func:`check_pixel_statistics`."""
     check_ranges(cfg, {"INPUT.CHANNELS": (1, inf), "INPUT.MAX_VALUE": (0, inf)})
     check_pixel_statistics(cfg, cfg.INPUT.CHANNELS)
 
