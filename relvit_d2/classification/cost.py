@@ -9,7 +9,6 @@ from relvit_d2.analysis.model_cost import Stages, Subject, assumption
 from relvit_d2.classification.model import build_classifier
 from relvit_d2.classification.run import load_data
 from relvit_d2.utils.errors import UserError
-from relvit_d2.utils.randomness import torch_generator
 
 UNKNOWN_CLASSES = 1000  # assumed number of classes if the data cannot be read
 
@@ -33,7 +32,7 @@ def classifier_subject(cfg: CfgNode) -> Subject:
     side = cfg.INPUT.VIEW.SIZE
 
     def batches(images: int) -> dict[str, Any]:
-        generator = torch_generator(0, "analysis")
+        generator = torch.Generator().manual_seed(0)
         pixels = torch.randint(256, (images, 3, side, side), dtype=torch.uint8, generator=generator)
         labels = torch.randint(classes, (images,), generator=generator)
         sizes = torch.tensor([(side, side)] * images)

@@ -76,20 +76,6 @@ def cached(name: str, root: Path, sources: Iterable[Path], read: Callable[[], La
     return document["classes"], document["records"], document["warnings"]
 
 
-def remembered(kind: str, key: str, make: Callable[[], tuple[list[int], str]]) -> tuple[list[int], str]:
-    """Return the integers and the warning that ``make`` returns, from the cache if they are there.
-
-    They are in the folder ``kind``; ``key`` is a digest of everything that the result depends on.
-    """
-    path = cache_root() / kind / f"{key}.json"
-    match load(path):
-        case [list(numbers), str(note)] if all(type(number) is int for number in numbers):
-            return numbers, note
-    made = make()
-    store(path, made, f"the values in {path}")
-    return made
-
-
 def _digest(real: Path, sources: Iterable[Path]) -> str:
     """Return a digest of the names, sizes and times of files; missing files are allowed."""
     total = hashlib.blake2b(f"{VERSION}".encode(), digest_size=16)

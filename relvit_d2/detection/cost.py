@@ -12,7 +12,6 @@ from relvit_d2.data.detection.custom import register_custom
 from relvit_d2.detection.model import build_detector
 from relvit_d2.detection.run import resolve_config, training_records
 from relvit_d2.utils.errors import UserError
-from relvit_d2.utils.randomness import torch_generator
 
 OBJECTS = 8  # per random image
 UNKNOWN_CLASSES = 80  # assumed without data
@@ -48,7 +47,7 @@ def detector_subject(cfg: CfgNode) -> Subject:
         height = width = keys.LSJ.SIZE
 
     def batches(images: int) -> list[dict[str, Any]]:
-        generator = torch_generator(0, "analysis")
+        generator = torch.Generator().manual_seed(0)
         return [_random_image(height, width, cfg, generator) for _ in range(images)]
 
     masks = "with" if cfg.MODEL.MASK_ON else "without"

@@ -20,6 +20,7 @@ from relvit_d2.utils.errors import UserError
 
 PATCH = 16  # pixels; the product of the soft splits' strides 4, 2 and 2
 DIM, DEPTH, HEADS, MLP_RATIO = 384, 14, 6, 3.0
+PERFORMER_DROPOUT = 0.1  # rate after the projection and after the MLP
 TOKEN_DIM = 64  # channels of the performers' tokens
 
 
@@ -34,7 +35,6 @@ class Performer(nn.Module):
     Args:
         in_dim: channels of the input tokens.
         dim: channels of the output tokens.
-        dropout: dropout rate after the projection and after the MLP, 0..1.
 
     Attributes:
         w: ``(dim // 2, dim)`` random directions: orthogonal, each of length ``sqrt(dim // 2)``, not trained.
@@ -42,14 +42,14 @@ class Performer(nn.Module):
 
     epsilon = 1e-8  # added to the denominator
 
-    def __init__(self, in_dim: int, dim: int, dropout: float = 0.1) -> None:
+    def __init__(self, in_dim: int, dim: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(in_dim)
         self.kqv = nn.Linear(in_dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.dp = nn.Dropout(dropout)
+        self.dp = nn.Dropout(PERFORMER_DROPOUT)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.Dropout(dropout))
+        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.Dropout(PERFORMER_DROPOUT))
         self.w: Tensor
         features = dim // 2
         self.register_buffer("w", nn.init.orthogonal_(torch.empty(features, dim)) * math.sqrt(features))

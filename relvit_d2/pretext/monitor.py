@@ -26,14 +26,11 @@ class FeatureStatistics:
         self.sum += unit.sum(0).double().cpu()
         self.products += (unit.mT @ unit).double().cpu()
 
-    def __add__(self, other: "FeatureStatistics") -> "FeatureStatistics":
-        both = FeatureStatistics(len(self.sum))
-        both.count, both.sum, both.products = (
-            self.count + other.count,
-            self.sum + other.sum,
-            self.products + other.products,
-        )
-        return both
+    def __iadd__(self, other: "FeatureStatistics") -> "FeatureStatistics":
+        self.count += other.count
+        self.sum += other.sum
+        self.products += other.products
+        return self
 
     def covariance(self) -> Tensor:
         """Return the ``(dim, dim)`` float64 covariance."""

@@ -7,7 +7,6 @@ from fvcore.common.config import CfgNode
 
 from relvit_d2.analysis.model_cost import Stages, Subject
 from relvit_d2.pretraining.model import build_pretraining_model
-from relvit_d2.utils.randomness import torch_generator
 
 
 def pretraining_subject(cfg: CfgNode) -> Subject:
@@ -22,7 +21,7 @@ def pretraining_subject(cfg: CfgNode) -> Subject:
     shape = (len(cfg.MODEL.PIXEL_MEAN), loaded * 3 // 4, loaded)
 
     def batches(images: int) -> dict[str, Any]:
-        generator = torch_generator(0, "analysis")
+        generator = torch.Generator().manual_seed(0)
         pixels = torch.randint(256, (images, *shape), dtype=torch.uint8, generator=generator)
         sizes = torch.tensor([shape[1:]] * images)
         return {"images": pixels, "sizes": sizes, "keys": torch.arange(images)}

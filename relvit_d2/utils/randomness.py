@@ -35,12 +35,6 @@ def subset_order(seed: int, count: int) -> np.ndarray:
     return generator(seed, "subset").permutation(count)
 
 
-def torch_generator(seed: int, purpose: str, *counters: int) -> torch.Generator:
-    """Return a torch generator on the CPU; arguments as for :func:`sequence`."""
-    state = int(sequence(seed, purpose, *counters).generate_state(1, np.uint64)[0] >> np.uint64(1))
-    return torch.Generator().manual_seed(state)
-
-
 def image_keys(seed: int, purpose: str, *counters: Tensor | int) -> Tensor:
     """Return the keys of the random numbers of images (:mod:`relvit_d2.utils.hashing`).
 

@@ -31,7 +31,8 @@ def test_standard_deviation_and_rank_equal_those_of_the_whole_matrix() -> None:
 
 def test_statistics_are_additive() -> None:
     features = torch.randn(40, 5, generator=torch.Generator().manual_seed(1))
-    both = statistics_of(features[:13]) + statistics_of(features[13:])
+    both = statistics_of(features[:13])
+    both += statistics_of(features[13:])
     assert both.std() == pytest.approx(statistics_of(features).std())
     assert both.rank() == pytest.approx(statistics_of(features).rank())
 

@@ -6,7 +6,7 @@ import logging
 import numpy as np
 import torch
 
-from relvit_d2.data.cache import remembered
+from relvit_d2.data.cache import cache_root, load, store
 from relvit_d2.data.classification.image_folder import LabelledImages, rank_in_class
 from relvit_d2.data.detection.splits import hold_out, warn_once
 from relvit_d2.data.images.batches import ImageStack
@@ -64,14 +64,17 @@ def _hold_out_groups(data: LabelledImages, order: torch.Tensor, count: int) -> l
     else:
         digest.update("\n".join(map(file_state, images)).encode(errors="surrogateescape"))
 
-    def compute() -> tuple[list[int], str]:
-        prints = fingerprints_of(images, data.name)
-        ranks = order.argsort().tolist()
-        held, warning = hold_out(prints, count, lambda group: min(ranks[i] for i in group), f"'{data.name}'")
-        return sorted(held), warning
-
+    path = cache_root() / "held_out" / f"{digest.hexdigest()}.json"
     with first_process_first():  # it fills the cache
-        held, warning = remembered("held_out", digest.hexdigest(), compute)
+        match load(path):
+            case [list(held), str(warning)] if all(type(index) is int for index in held):
+                pass
+            case _:
+                ranks = order.argsort().tolist()
+                prints = fingerprints_of(images, data.name)
+                found, warning = hold_out(prints, count, lambda group: min(ranks[i] for i in group), f"'{data.name}'")
+                held = sorted(found)
+                store(path, [held, warning], f"the duplicates in '{data.name}'")
     if warning:
         warn_once(warning)
     return held
