@@ -18,6 +18,7 @@ from detectron2.structures import BoxMode
 from hypothesis import given
 from hypothesis import strategies as st
 
+from relvit_d2.cli.report import check_page
 from relvit_d2.evaluation.coco import coco_ground_truth, ground_truth_file
 from relvit_d2.report.comparison import Point, write_comparison
 from relvit_d2.report.curves import MAX_POINTS, Line, chart, thinned
@@ -29,7 +30,7 @@ from relvit_d2.report.run_summary import end_run, summary_table
 from relvit_d2.report.runs import Run, read_runs
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.printing import printable
-from tests.support.scripts import command, run
+from tests.support.scripts import command, fails, run
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +119,11 @@ def test_the_command_compares_runs_and_refuses_what_is_not_a_run(runs: dict[str,
     output = tmp_path / "both.html"
     run(tmp_path, "relvit-d2", "report", runs["a"], runs["b"], "--output", output)
     assert output.is_file()
+    check_page(output)  # may be replaced
+    output.write_text("<html>my notes</html>")
+    sentence = fails(tmp_path, "relvit-d2", "report", runs["a"], "--output", output)
+    assert "both.html' exists and is not a report of relvit-d2: choose another --output" in sentence
+    assert output.read_text() == "<html>my notes</html>"
     with pytest.raises(UserError, match=r"no config\.yaml"):
         read_runs([tmp_path])
     with pytest.raises(UserError, match="given twice"):
