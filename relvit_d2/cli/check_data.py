@@ -41,8 +41,6 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("nothing to check: give --config-file, or names of data sets or folders")
     if args.config_file:
         find_config(args.config_file)
-    from tqdm import tqdm
-
     from relvit_d2.analysis.data_checks import (
         check_images,
         check_labels,
@@ -56,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
     from relvit_d2.data.images.decode import PixelFormat
     from relvit_d2.report.samples import MARKS, draw_samples, samples_of
     from relvit_d2.tasks import load_config
+    from relvit_d2.utils.progress import Progress
 
     cfg = load_config(args.config_file or DEFAULT, args.data if args.config_file else config_pairs_of_inputs(args.data))
     names, tests = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], tuple(cfg.DATASETS.TEST)
@@ -76,7 +75,9 @@ def run(args: argparse.Namespace) -> None:
     if labelled:
         report = check_labels(sets, classes, cfg, tuple(dict.fromkeys(cfg.DATASETS.TRAIN)), tests)
         print_labels(report, len(classes))
-    with tqdm(total=len({str(file_of(item)) for items in sets.values() for item in items}), unit="image") as bar:
+    with Progress(
+        desc="images", total=len({str(file_of(item)) for items in sets.values() for item in items}), unit="image"
+    ) as bar:
         images = check_images(sets, cfg, labelled, bar.update)
     print_images(images, cfg)
     report = {**report, **images, **{key: report[key] + images[key] for key in ("errors", "warnings")}}

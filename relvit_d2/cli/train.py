@@ -15,6 +15,9 @@ EXAMPLE = """\
 relvit-d2 train --data path/to/folder --hours 0.5
 relvit-d2 train --config-file configs/demo/streets.yaml"""
 
+# Arguments that the recipe does not support.
+CONFIG_ONLY = ("resume", "allow_changes", "eval_only", "num_gpus", "num_machines", "machine_rank", "dist_url")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
@@ -25,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     start.add_argument("--weights", default="", help="start from timm:NAME or a file instead of pre-training")
     recipe.add_argument("--dry-run", action="store_true", help="print the recipe and the time only")
     add_training_arguments(parser, task="detection")
+    parser.set_defaults(defaults={name: parser.get_default(name) for name in CONFIG_ONLY})
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,11 +38,11 @@ def run(args: argparse.Namespace) -> int:
         if asked:
             raise UserError("--hours, --no-pretrain, --weights and --dry-run need --data and no --config-file")
         return run_training(args, EXAMPLE.replace("\n", " or "))
-    if args.resume or args.eval_only or args.num_gpus != 1 or args.num_machines != 1:
-        raise UserError(
-            "--resume, --eval-only, --num-gpus and --num-machines need a config: give --config-file with the "
-            "recipe.yaml of the run"
-        )
+    for name in CONFIG_ONLY:
+        if getattr(args, name) != args.defaults[name]:
+            raise UserError(
+                f"--{name.replace('_', '-')} needs a config: give --config-file with the recipe.yaml of the run"
+            )
     if args.hours is not None and not 0 < args.hours < math.inf:
         raise UserError(f"--hours {args.hours:g}: give a number above 0, such as 0.5")
     elsewhere = args.weights.startswith("timm:") or "://" in args.weights
