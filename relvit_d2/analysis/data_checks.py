@@ -362,7 +362,8 @@ def _duplicates(
             warnings.append(_message(name, "images with equal pixels", repeated))
     for first, second in combinations(files, 2):
         pairs = zip(by_set[first], by_set[second], strict=True)
-        if shared := [f"{ours[0]} = {theirs[0]}" for ours, theirs in pairs if ours and theirs]:
+        # check_labels reports the files that are in both sets.
+        if shared := [f"{a[0]} = {b[0]}" for a, b in pairs if a and b and a[0] != b[0]]:
             warnings.append(_message(f"{first} and {second}", "images with equal pixels in both", shared))
     return [group for group in groups.values() if len(group) > 1]
 

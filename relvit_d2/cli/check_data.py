@@ -88,9 +88,10 @@ def run(args: argparse.Namespace) -> None:
             print_text(
                 "\n".join([f"{name}: {len(files)} images were seen in training", *(f"  {file}" for file in files)])
             )
-    for kind in ("warnings", "errors"):
-        for message in report[kind]:
-            print_text(f"{kind[:-1]}: {message}")
+    for message in report["warnings"]:
+        print_text(f"warning: {message}")
+    for message in report["errors"] if len(report["errors"]) > 1 else ():  # a single one is the last line
+        print_text(f"error: {message}")
     write_json(output / "check.json", report)
     first, items = next(iter(sets.items()))
     drawn = samples_of(items, classes, PixelFormat.of(cfg))
@@ -98,6 +99,8 @@ def run(args: argparse.Namespace) -> None:
         legend = "".join(f"   {sign} {key.removeprefix('is')}" for key, sign in MARKS.items()) if labelled else ""
         draw_samples(drawn, output / "check.png", f"{first}: {len(drawn)} of {len(items)} images{legend}")
     print(f"written: {output}/check.json" + (f" and {output}/check.png" if drawn else ""))
+    if len(report["errors"]) > 1:
+        raise UserError(f"training cannot start: correct the {len(report['errors'])} errors above")
     raise_first_error(report)
     ready = "training can start" if labelled else "pre-training can start (no labels were checked)"
     print(f"{ready}, {len(report['warnings'])} warnings")

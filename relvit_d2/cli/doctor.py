@@ -195,21 +195,19 @@ def check_device() -> None:
 
 
 def check_data() -> None:
-    """Print the number of images of each data set in the catalog, or why it is not usable (each reason once)."""
+    """Print the number of images of each data set of the catalog that is present, and how to get others."""
     from relvit_d2.data.detection import catalog
     from relvit_d2.utils.errors import UserError
 
     state = "is set" if os.environ.get("DETECTRON2_DATASETS") else "is not set"
     row("data root", f"{catalog.dataset_root()}   ($DETECTRON2_DATASETS {state})")
-    reasons: dict[str, int] = {}
+    absent = 0
     for name in catalog.DATASETS:
         if name.startswith("streets_") and not (catalog.streets_root() / "streets").is_dir():
-            row(f"  {name}", f"drawn on first use, in {catalog.streets_root()}")
-            continue
+            continue  # drawn on first use
         try:
             row(f"  {name}", f"{len(catalog.get_images(name))} images")
-        except UserError as error:
-            number = reasons.setdefault(str(error), len(reasons) + 1)
-            row(f"  {name}", f"not usable ({number})")
-    for reason, number in reasons.items():
-        print(f"  ({number}) {reason}.")
+        except UserError:
+            absent += 1
+    row("  other data sets", f"{absent} known but not there: relvit-d2 prepare-data NAME; relvit-d2 demo needs none")
+    row("  your images", "relvit-d2 train --data FOLDER")

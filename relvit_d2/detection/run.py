@@ -30,9 +30,9 @@ from relvit_d2.data.detection import catalog
 from relvit_d2.data.detection.catalog import get_metadata, save_splits
 from relvit_d2.data.detection.custom import register_custom
 from relvit_d2.data.detection.mapper import DetectionMapper
-from relvit_d2.data.images.seen import SEEN, count_seen, seen_metadata
+from relvit_d2.data.images.seen import SEEN, SeenImages, count_seen, fingerprints_of, seen_metadata
 from relvit_d2.data.listing import data_lines
-from relvit_d2.data.loader import EndlessBatches, EndlessOrder, ordered_batches
+from relvit_d2.data.loader import Batches, EndlessBatches, EndlessOrder, ordered_batches
 from relvit_d2.detection.config_check import REPEATING
 from relvit_d2.detection.model import build_detector
 from relvit_d2.engine.precision import choose_precision
@@ -47,6 +47,9 @@ from relvit_d2.utils.files import write_json
 from relvit_d2.utils.printing import shell_command
 
 Records = list[dict[str, Any]]
+
+TRAINING_IMAGES = 100  # evaluated at the end
+COMPARED = 5_000  # images whose pixels are compared; decoding them takes about a minute
 
 logger = logging.getLogger(__name__)
 
@@ -257,25 +260,63 @@ def _evaluate(cfg: CfgNode, model: nn.Module, tests: dict[str, Records], folder:
     results: dict[str, Any] = {}
     autocast = choose_precision(cfg.SOLVER.PRECISION, next(model.parameters()).device).autocast
     for name, records in tests.items():
-        batches = ordered_batches(
-            records,
-            DetectionMapper(cfg, is_train=False),
-            list,
-            cfg.TEST.BATCH_SIZE,
-            cfg.DATALOADER.NUM_WORKERS,
-            comm.get_rank(),
-            comm.get_world_size(),
-            cfg.DATALOADER.TIMEOUT,
-        )
         with autocast():
             output = Path(cfg.OUTPUT_DIR) / folder / (name if len(tests) > 1 else "")
             evaluators = DatasetEvaluators(list(_evaluators(cfg, name, records, output)))
-            result = inference_on_dataset(model, batches, evaluators)
+            result = inference_on_dataset(model, _test_batches(cfg, records), evaluators)
         if comm.is_main_process():
             results[name] = result
             logger.info(f"results on {name}:")
             print_csv_format(result)
     return results
+
+
+def _test_batches(cfg: CfgNode, records: Records) -> Batches:
+    return ordered_batches(
+        records,
+        DetectionMapper(cfg, is_train=False),
+        list,
+        cfg.TEST.BATCH_SIZE,
+        cfg.DATALOADER.NUM_WORKERS,
+        comm.get_rank(),
+        comm.get_world_size(),
+        cfg.DATALOADER.TIMEOUT,
+    )
+
+
+def evaluate_training_images(cfg: CfgNode, model: GeneralizedRCNN, records: Records) -> None:
+    """Evaluate on at most :data:`TRAINING_IMAGES` training images, evenly spaced, and write the results.
+
+    They are written into ``inference/training_images/results.json``, with the number of images.
+    """
+    chosen = records[:: -(-len(records) // TRAINING_IMAGES)]
+    classes = catalog.get_metadata(cfg.DATASETS.TRAIN[0]).thing_classes
+    folder = Path(cfg.OUTPUT_DIR) / "inference/training_images"
+    limit, ignore = cfg.TEST.DETECTIONS_PER_IMAGE, cfg.DATASETS.IGNORE_DIFFICULT
+    evaluator = CocoStyleEvaluator("training_images", chosen, classes, folder, ignore_difficult=ignore, limit=limit)
+    logger.info(f"evaluation on {len(chosen)} training images, to compare with the test images")
+    with choose_precision(cfg.SOLVER.PRECISION, next(model.parameters()).device).autocast():
+        results = inference_on_dataset(model, _test_batches(cfg, chosen), evaluator)
+    if comm.is_main_process():
+        write_json(folder / "results.json", {"images": len(chosen), **results})
+
+
+def list_shared_images(cfg: CfgNode, records: Records, tests: dict[str, Records]) -> None:
+    """Write the test images that are training images, or duplicates of one, into ``inference/shared_images.json``.
+
+    Pixels are compared in data sets of at most :data:`COMPARED` images together, else only the names of files.
+    """
+    files = [Path(record["file_name"]) for record in records]
+    names = set(files)
+    seen = None
+    if len(files) + sum(map(len, tests.values())) <= COMPARED:
+        seen = SeenImages.of(fingerprints_of(files, cfg.DATASETS.TRAIN[0]))
+    shared = {}
+    for name, test in tests.items():
+        tested = [Path(record["file_name"]) for record in test]
+        equal = set(seen.indices(fingerprints_of(tested, name))) if seen else set()
+        shared[name] = [str(file) for index, file in enumerate(tested) if index in equal or file in names]
+    write_json(Path(cfg.OUTPUT_DIR) / "inference/shared_images.json", shared)
 
 
 def _evaluators(cfg: CfgNode, name: str, records: Records, output: Path) -> Iterable[DatasetEvaluator]:
@@ -327,7 +368,10 @@ def run_process(requested: CfgNode, args: argparse.Namespace, end: Callable[[Pat
     trainer.train()
     results = evaluate_with_tta(cfg, model, tests, trainer.results)
     add_seen(cfg, tests, trainer.metadata)
+    if tests:
+        evaluate_training_images(cfg, model, records)
     if comm.is_main_process():
+        list_shared_images(cfg, records, tests)
         end(
             Path(cfg.OUTPUT_DIR),
             shell_command(["relvit-d2", "predict", "--weights", cfg.OUTPUT_DIR, "--input", "IMAGES"]),

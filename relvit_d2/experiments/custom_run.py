@@ -341,6 +341,8 @@ class Files:
             folder = Path(cfg.OUTPUT_DIR)
             make_folder(folder)
             cfg.DATASETS.TEST = ()
+            if self.pretrains:
+                cfg.MODEL.WEIGHTS = ""  # a pre-training that takes long is stopped before it writes the encoder
             cfg.merge_from_list([part for pair in short.items() for part in pair])  # whatever schedule the user gave
             write_text(folder / "trial.yaml", cfg.dump())
             words = [command, "--config-file", str(folder / "trial.yaml")]

@@ -24,6 +24,7 @@ from relvit_d2.data.images.decode import PixelFormat
 from relvit_d2.report.samples import Sample, draw_samples
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
+from tests.support.custom_data import write_voc
 from tests.support.scripts import run
 
 CLASSES = ("cat", "dog")
@@ -200,7 +201,7 @@ def test_every_image_is_read(tmp_path: Path) -> None:
     cut.write_bytes(cut.read_bytes()[:300])
     (test / "empty.png").touch()
     Image.new("RGB", (9, 9), (1, 2, 3)).save(test / "flat.png")
-    sets = {"train": sorted(train.iterdir()), "test": sorted(test.iterdir())}
+    sets = {"train": sorted(train.iterdir()), "test": [*sorted(test.iterdir()), files[2]]}
     cfg = load_config(DETECTION, [])
     report = check_images(sets, cfg, labelled=False)
     assert report["images"] == {"read": 7, "unreadable": 2, "one_colour": 1}
@@ -345,6 +346,13 @@ def test_folders_whose_data_sets_have_the_same_name_are_rejected(tmp_path: Path)
     assert "cells_train" in config_pairs_of_inputs([a])[1]
     with pytest.raises(UserError, match=r"a/cells' and '.*b/cells' both contain the set cells_train"):
         config_pairs_of_inputs([a, b])
+
+
+def test_each_image_of_a_folder_with_a_trainval_list_is_checked_once(tmp_path: Path) -> None:
+    root = write_voc(tmp_path / "cells")
+    (root / "ImageSets/Main/trainval.txt").write_text("a\nb\nc\n")
+    keys = config_pairs_of_inputs([str(root)])
+    assert keys[3] == ("cells_train",) and keys[5] == ("cells_val",)
 
 
 def test_training_logs_the_checks_and_rejects_invalid_labels(caplog: pytest.LogCaptureFixture) -> None:

@@ -160,6 +160,8 @@ def config_pairs_of_inputs(inputs: list[str]) -> list[Any]:
         root = Path(name).expanduser()
         found = detect_format(root) if root.is_dir() and catalog.is_folder(name) else None
         sets = named_sets(name, *found) if found else {}
+        if "train" in (splits := [keys["SPLIT"] for keys in sets.values()]) and "trainval" in splits:
+            sets = {split: keys for split, keys in sets.items() if keys["SPLIT"] != "trainval"}  # train and val again
         if common := custom.keys() & sets.keys():
             first = custom[min(common)]["ROOT"]
             raise UserError(f"'{first}' and '{name}' both contain the set {min(common)}: check them one by one")
