@@ -18,6 +18,8 @@ relvit-d2 train --config-file configs/demo/streets.yaml"""
 # Arguments that the recipe does not support.
 CONFIG_ONLY = ("resume", "allow_changes", "eval_only", "num_gpus", "num_machines", "machine_rank", "dist_url")
 
+SHORTEST = 1 / 60  # hours; the start of the commands takes longer
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
@@ -45,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
             )
     if args.hours is not None and not 0 < args.hours < math.inf:
         raise UserError(f"--hours {args.hours:g}: give a number above 0, such as 0.5")
+    if args.hours is not None and args.hours < SHORTEST:
+        raise UserError(f"--hours {args.hours:g} is too short to measure and train: give 0.05 or more")
     elsewhere = args.weights.startswith("timm:") or "://" in args.weights
     if args.weights and not elsewhere and not Path(args.weights).is_file():
         raise UserError(f"--weights '{args.weights}' is not an existing file: give a file, a URL or timm:NAME")

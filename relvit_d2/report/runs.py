@@ -94,7 +94,7 @@ def _read(folder: Path, name: str) -> Run:
         config = flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
         info = _json(folder / "run.json")
         training, shared = (
-            _json(folder / "inference" / name) for name in ("training/results.json", "shared_images.json")
+            _json(folder / "inference" / name) for name in ("training_images/results.json", "shared_images.json")
         )
         results = {k: v for k, v in _json(folder / "inference" / "results.json").items() if isinstance(v, dict)}
         # --eval-only does not change config.yaml, but may use another limit.

@@ -229,6 +229,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
     for words, sentence in (
         (("--data", root, "--hours", 0), "--hours 0: give a number above 0"),
         (("--data", root, "--hours", "nan"), "--hours nan: give a number above 0"),
+        (("--data", root, "--hours", 0.001), "--hours 0.001 is too short to measure and train: give 0.05 or more"),
         ((*config, "--hours", 1), "need --data and no --config-file"),
         (("--data", root, "OUTPUT_DIR", tmp_path / "begun"), begun),
         *(

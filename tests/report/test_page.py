@@ -224,7 +224,7 @@ def test_detections_are_compared_with_the_truth_of_the_set_that_was_evaluated(tm
 
 def test_test_images_in_the_training_set_are_listed(runs: dict[str, Path], tmp_path: Path) -> None:
     copy = shutil.copytree(runs["a"], tmp_path / "a")
-    (copy / "inference/shared_images.json").write_text(json.dumps({"streets_test": ["one.png", "two <2>.png"]}))
+    (copy / "inference/shared_images.json").write_text(json.dumps({"svhn_test": ["one.png", "two <2>.png"]}))
     write_report([copy], tmp_path / "report.html")
     page = Page((tmp_path / "report.html").read_text())
     assert "2 of these images are in the training set too" in page.words and "two <2>.png" in page.words
