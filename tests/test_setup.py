@@ -302,6 +302,11 @@ def test_make_setup_fails_in_one_sentence_and_repairs(wheels: Path, tmp_path: Pa
     assert found(tmp_path / ".venv" / "bin" / "python") == INSTALLED
     done = run(tmp_path / ".venv/bin/relvit-d2", "--version", cwd=wheels, env=offline)
     assert done.stdout == "relvit-d2 0.1.0\n"
+    shutil.copytree(tmp_path / "relvit_d2", tmp_path / "second/relvit_d2")
+    for folder, checkout in ((wheels, tmp_path), (tmp_path / "second", tmp_path / "second")):  # a second checkout
+        code = "import relvit_d2; print(relvit_d2.__file__)"
+        done = run(tmp_path / ".venv/bin/python", "-c", code, cwd=folder, env=offline)
+        assert done.stdout == f"{checkout}/relvit_d2/__init__.py\n"
 
     frozen = run(tmp_path / ".venv/bin/python", "-m", "pip", "freeze", cwd=wheels, env=offline).stdout
     assert re.findall("^torch.*", frozen, re.MULTILINE) == ["torch==2.11.0+cpu", "torchvision==0.26.0+cpu"]

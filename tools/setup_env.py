@@ -128,7 +128,8 @@ def set_up(torch_build: str) -> None:
         builds = [f"{pin}+{torch_build}" for pin in read_pins("requirements.txt", r"^torch(?:vision)?==[\d.]+")]
         pip_install(" and ".join(builds), *builds)
     pip_install("requirements.txt", "-r", str(ROOT / "requirements.txt"))
-    pip_install("the command relvit-d2", "--no-deps", "-e", str(ROOT))
+    # With the pinned setuptools: an isolated build would download another one.
+    pip_install("the package relvit_d2", "--no-deps", "--no-build-isolation", "-e", str(ROOT))
     print("[3/3] installing Detectron2 ...", flush=True)
     status, output = run(str(PYTHON), "-m", "relvit_d2", "doctor", "--install-detectron2")
     if status:

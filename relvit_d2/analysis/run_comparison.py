@@ -1,11 +1,11 @@
 """Comparison of the losses of two runs, iteration by iteration."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.metrics import parse_row
 
 Losses = dict[int, dict[str, float]]
 """Iteration to loss name to value."""
@@ -40,19 +40,16 @@ def read_losses(run: Path) -> Losses:
         ) from error
     losses: Losses = {}
     for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            step = row["iteration"]
-            values = {name: float(row[name]) for name in row if name.startswith("loss") or name == "total_loss"}
-            if not (isinstance(step, int) and all(map(math.isfinite, values.values()))):
-                raise ValueError
-        except (ValueError, KeyError, TypeError) as error:
+        row = parse_row(line.encode())
+        scalars = row.scalars if row else {}
+        values = {name: x for name, x in scalars.items() if name.startswith("loss") or name == "total_loss"}
+        if row is None or not all(map(math.isfinite, values.values())):
             raise UserError(
                 f"'{path}' line {number} is not a JSON object with an 'iteration' and finite losses; if the run was "
                 "killed while writing, continue it with --resume"
-            ) from error
+            )
         if values:
-            losses.setdefault(step, {}).update(values)
+            losses.setdefault(row.iteration, {}).update(values)
     if not losses:
         raise UserError(f"'{path}' contains no losses; give the output folder of a training run")
     return losses

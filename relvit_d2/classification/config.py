@@ -12,7 +12,7 @@ from relvit_d2.data.config import (
 )
 from relvit_d2.data.images.config import add_load_size_config, check_pixel_statistics
 from relvit_d2.encoders.config import add_encoder_config, check_encoder_config
-from relvit_d2.engine.config import WITHOUT_EFFECT, add_engine_config, finish_engine_config
+from relvit_d2.engine.config import EPOCH_KEYS, WITHOUT_EFFECT, add_engine_config, finish_engine_config
 from relvit_d2.pretext.config import add_joint_config
 from relvit_d2.utils.config_keys import add_groups
 
@@ -61,4 +61,4 @@ def finish_config(cfg: CfgNode) -> None:
     check_pixel_statistics(cfg, channels=3)
 
 
-CLASSIFICATION = Task("classification", CfgNode, add_classification_config, finish_config, WITHOUT_EFFECT)
+CLASSIFICATION = Task("classification", CfgNode, add_classification_config, finish_config, WITHOUT_EFFECT, EPOCH_KEYS)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from relvit_d2.classification.augmentation import Augmentation, AugmentationConfig
 from relvit_d2.encoders import Encoder, encoder_from_keys
-from relvit_d2.engine.joint import warn_position_leak
 from relvit_d2.pretext.task import PretextTask, pooling
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.metrics import Metric
@@ -164,7 +163,7 @@ def build_classifier(cfg: CfgNode, classes: int) -> ClassificationModel:
     network = Classifier(encoder_from_keys(cfg.MODEL), classes, cfg.MODEL.CLASSIFIER.POOL)
     pretext = None
     if cfg.MODEL.RELVIT.JOINT:
-        warn_position_leak(network.encoder)
+        network.encoder.warn_position_leak()
         rows, cols = (-(-side // pooling(cfg.PRETEXT)) for side in network.encoder.grid(view.SIZE, view.SIZE))
         pretext = PretextTask.from_keys(network.encoder.dim, (rows, cols), cfg.PRETEXT)
     model = ClassificationModel(network, augmentation, pretext, _mix(cfg, classes), decay)

@@ -108,7 +108,7 @@ def resolve_config(cfg: CfgNode, data: ClassificationData) -> CfgNode:
     if cfg.TEST.BEST_ON_TEST and data.test is None:
         raise UserError("TEST.BEST_ON_TEST selects the model on DATASETS.TEST, which is empty: name a data set")
     selection = TEST_SELECTION if cfg.TEST.BEST_ON_TEST else "validation" if data.validation else ""
-    if selection and cfg.TEST.EVAL_PERIOD > 0 and not cfg.TEST.BEST_METRIC:
+    if selection and max(cfg.TEST.EVAL_PERIOD, cfg.TEST.EVAL_EPOCHS) > 0 and not cfg.TEST.BEST_METRIC:
         cfg.TEST.BEST_METRIC = f"{selection}/top1"
     cfg.freeze()
     return cfg

@@ -69,7 +69,7 @@ def _run(arguments: list[str]) -> int:
         parser.error(f"unknown command '{parsed.command}'; {hint}")
     module = module_of(parsed.command)
     command_parser = parser_of(parsed.command)
-    args = getattr(module, "parse", argparse.ArgumentParser.parse_args)(command_parser, parsed.arguments)
+    args = getattr(module, "parse", parse_arguments)(command_parser, parsed.arguments)
     try:
         return module.run(args) or 0
     except ModuleNotFoundError as error:
@@ -96,6 +96,19 @@ def parser_of(command: str) -> argparse.ArgumentParser:
     )
     module.add_arguments(parser)
     return parser
+
+
+def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """Parse the arguments of a command, whose flags may also follow ``KEY VALUE`` pairs."""
+    args = parser.parse_args(arguments)
+    pairs: list[str] = getattr(args, "opts", [])
+    for index in range(0, len(pairs), 2):
+        if pairs[index].startswith("--"):
+            before = arguments[: len(arguments) - len(pairs)]
+            args = parse_arguments(parser, [*before, *pairs[index:]])
+            args.opts = pairs[:index] + args.opts
+            break
+    return args
 
 
 def _summary(module: ModuleType) -> str:

@@ -23,6 +23,7 @@ EXAMPLE = "relvit-d2 analyze --config-file configs/demo/streets.yaml"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("--config-file", required=True, help="a config of any task")
+    parser.add_argument("--data", help="folder of a custom data set, in place of DATASETS.TRAIN and TEST")
     parser.add_argument("--batch", type=int, help="images per measured step (default: as in training, at most 16)")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that override the config")
 
@@ -34,11 +35,15 @@ def run(args: argparse.Namespace) -> None:
     find_config(args.config_file)
     from relvit_d2.analysis.model_cost import cost_table
     from relvit_d2.config.config_file import adapt_to_machine
+    from relvit_d2.data.detection.custom import config_pairs
     from relvit_d2.engine.run_setup import silence_warnings
-    from relvit_d2.tasks import load_config
+    from relvit_d2.tasks import load_config, read_config
 
     silence_warnings()
-    cfg = load_config(args.config_file, args.opts)
+    task = read_config(args.config_file, []).TASK
+    if args.data and task == "classification":
+        raise UserError("--data is the folder of a data set for detection or pre-training: set DATASETS.TRAIN instead")
+    cfg = load_config(args.config_file, [*config_pairs(args.data, task), *args.opts])
     adapt_to_machine(cfg)
     print(cost_table(subject_of(cfg), args.batch))
 

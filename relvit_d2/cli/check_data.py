@@ -12,7 +12,7 @@ from typing import Any
 from relvit_d2.utils.config_paths import find_config
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import make_folder, write_json
-from relvit_d2.utils.printing import print_text
+from relvit_d2.utils.printing import print_text, shell_command
 
 EXAMPLE = """\
 relvit-d2 check-data --config-file configs/demo/streets.yaml
@@ -26,6 +26,7 @@ DEFAULT = "configs/base/detection.yaml"  # its anchors and training size are che
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("--config-file", help="check its DATASETS.TRAIN and DATASETS.TEST")
+    parser.add_argument("--data", dest="folder", metavar="DATA", help="the same as DATA; with --config-file too")
     parser.add_argument("--output", type=Path, help="folder for check.json and check.png (default output/check/NAME)")
     parser.add_argument(
         "--against", type=Path, metavar="ENCODER", help="list the training images of this encoder.safetensors"
@@ -37,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Check the data, print the results and write the files."""
+    if not args.config_file and args.folder:
+        args.data = [args.folder, *args.data]
     if not args.config_file and not args.data:
         raise UserError("nothing to check: give --config-file, or names of data sets or folders")
     if args.config_file:
@@ -50,13 +53,17 @@ def run(args: argparse.Namespace) -> None:
         read_sets,
         unrecognised_warnings,
     )
-    from relvit_d2.data.detection.custom import config_pairs_of_inputs, register_custom
+    from relvit_d2.data.detection.custom import config_pairs, config_pairs_of_inputs, register_custom
     from relvit_d2.data.images.decode import PixelFormat
     from relvit_d2.report.samples import MARKS, draw_samples, samples_of
-    from relvit_d2.tasks import load_config
+    from relvit_d2.tasks import load_config, read_config
     from relvit_d2.utils.progress import Progress
 
-    cfg = load_config(args.config_file or DEFAULT, args.data if args.config_file else config_pairs_of_inputs(args.data))
+    if args.config_file:
+        pairs = [*config_pairs(args.folder, read_config(args.config_file, []).TASK), *args.data]
+    else:
+        pairs = config_pairs_of_inputs(args.data)
+    cfg = load_config(args.config_file or DEFAULT, pairs)
     names, tests = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], tuple(cfg.DATASETS.TEST)
     if not names:
         raise UserError(f"config file '{args.config_file}' names no data set (DATASETS.TRAIN)")
@@ -124,11 +131,16 @@ def print_labels(report: dict[str, Any], classes: int) -> None:
         print(f"  {text:<32}" + "".join(f"{value:>9.2f}" for value in fit[key].values()))
     for key, title in (("anchors", "anchors of the config"), ("proposal", "proposed anchors")):
         row = fit[key]
+        print("\n".join([f"{title}:", *(f"  {line}" for line in anchor_keys(row))]))
         print(
-            f"{title}: SIZES {row['SIZES']} ASPECT_RATIOS {row['ASPECT_RATIOS']}\n"
             f"  mean best IoU {row['best_iou']:.3f}; boxes with an IoU of 0.5 or more: {row['reach_50']:.1%}, of "
             f"{fit['positive_iou']:g} or more: {row['reach_positive']:.1%}"
         )
+
+
+def anchor_keys(row: dict[str, Any]) -> list[str]:
+    """Return the ``KEY VALUE`` pairs of anchors, to be pasted into a command line."""
+    return [shell_command([f"MODEL.ANCHOR_GENERATOR.{key}", str(row[key])]) for key in ("SIZES", "ASPECT_RATIOS")]
 
 
 def print_images(images: dict[str, Any], cfg: Any) -> None:

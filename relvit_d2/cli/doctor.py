@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="install Detectron2's Python code into this environment, without a compiler; a working one is kept",
     )
+    parser.add_argument("--data", help="report on this folder of a custom data set too")
     parser.add_argument(
         "--requirements", type=Path, default=REQUIREMENTS, help="with --install-detectron2: file that pins the wheel"
     )
@@ -79,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
     if not missing:
         check_device()
         check_data()
+        if args.data:
+            check_folder(args.data)
         print("\nTraining can start.")
         return 0
     print("\nTraining cannot start. To install what is missing:")
@@ -211,3 +214,21 @@ def check_data() -> None:
             absent += 1
     row("  other data sets", f"{absent} known but not there: relvit-d2 prepare-data NAME; relvit-d2 demo needs none")
     row("  your images", "relvit-d2 train --data FOLDER")
+
+
+def check_folder(data: str) -> None:
+    """Print the sets of a custom data set and the number of their images.
+
+    Raises:
+        UserError: the folder is missing, or contains no labels that can be read.
+    """
+    from pathlib import Path
+
+    from relvit_d2.data.detection.catalog import get_images
+    from relvit_d2.data.detection.custom import named_sets, open_folder, register_custom
+
+    form, folder = open_folder(Path(data).expanduser())
+    row("custom data", f"{data}, format {form}")
+    for name, keys in (sets := named_sets(data, form, folder)).items():
+        register_custom({"TRAIN": (name,), "TEST": (), "CUSTOM": sets}, labels=False)
+        row(f"  {keys['SPLIT']}", f"{len(get_images(name))} images")

@@ -16,6 +16,7 @@ EXAMPLE = "relvit-d2 overfit-check --config-file configs/paper/voc_vit_s_224.yam
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("--config-file", required=True, help="a detection config; its first training set is used")
+    parser.add_argument("--data", help="folder of a custom data set, in place of DATASETS.TRAIN")
     parser.add_argument("--images", type=int, default=8, help="number of images to train on (default 8)")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that override the config")
 
@@ -25,6 +26,10 @@ def run(args: argparse.Namespace) -> None:
     if args.images < 1:
         raise UserError(f"--images {args.images}: give at least 1")
     find_config(args.config_file)
+    from relvit_d2.config.config_file import override_words
+    from relvit_d2.data.detection.custom import config_pairs
     from relvit_d2.experiments.overfit import overfit_check
 
-    overfit_check(args.config_file, args.images, args.opts)
+    pairs = config_pairs(args.data, "detection")
+    data = override_words(dict(zip(pairs[::2], pairs[1::2], strict=True)))
+    overfit_check(args.config_file, args.images, [*data, *args.opts])

@@ -24,20 +24,30 @@ from relvit_d2.utils.config_paths import find_config
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.printing import print_text
 
+_GROUPS = ("DATALOADER.", "DATASETS.", "INPUT.", "MODEL.", "SOLVER.", "TEST.")  # of keys of a detector
+
 EXAMPLE = """\
 relvit-d2 predict --weights output/demo/finetune/model_final.pth --input datasets/streets/test \\
-    --output predictions"""
+    --output predictions
+relvit-d2 predict --weights output/custom/finetune --split val --confidence-threshold 0.3"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("--weights", required=True, help="model_*.pth of a detector, or the output folder of its run")
     parser.add_argument("--config-file", default="", help="default: config.yaml in the folder of the weights")
-    parser.add_argument("--input", required=True, nargs="+", help="images, folders, patterns or videos")
+    parser.add_argument("--input", nargs="+", default=[], help="images, folders, patterns or videos")
+    parser.add_argument(
+        "--split", choices=("train", "val", "test"), help="instead of --input: images of this split of a data set"
+    )
+    parser.add_argument("--data", help="with --split: folder of a custom data set (default: that of the training)")
     parser.add_argument("--output", type=Path, default=Path("predictions"), help="folder (default: predictions)")
-    parser.add_argument("--threshold", type=float, default=0.5, help="minimum score, 0..1 (default 0.5)")
+    parser.add_argument(
+        "--threshold", "--confidence-threshold", type=float, default=0.5, help="minimum score, 0..1 (default 0.5)"
+    )
     parser.add_argument("--batch", type=int, default=4, help="batch size (default 4)")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs that override the config")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that override the config")
+    parser.add_argument("--opts", dest="more", nargs=argparse.REMAINDER, default=[], help="the same")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -46,14 +56,27 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--threshold {args.threshold}: give 0 to 1")
     if args.batch < 1:
         raise UserError(f"--batch {args.batch}: give at least 1")
+    inputs, opts = split_overrides(args.input)
+    if bool(inputs) == bool(args.split):
+        raise UserError("nothing to detect in, or twice: give either --input or --split")
+    if args.data and not args.split:
+        raise UserError("--data needs --split, which selects the images: give train, val or test, or --input")
     if args.config_file:
         find_config(args.config_file)
-    from relvit_d2.report.prediction_files import predict
+    from relvit_d2.report.prediction_files import predict, split_images
 
-    written, unreadable = predict(
-        args.weights, args.config_file, args.opts, args.input, args.output, args.threshold, args.batch
-    )
+    opts += [*args.opts, *args.more]
+    if args.split:
+        inputs = split_images(args.weights, args.config_file, opts, args.data, args.split)
+    written, unreadable = predict(args.weights, args.config_file, opts, inputs, args.output, args.threshold, args.batch)
     if written:
         print_text(written)
     if unreadable:
         raise UserError(unreadable)
+
+
+def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
+    """Split the words after ``--input`` into inputs and the ``KEY VALUE`` pairs that follow them."""
+    keys = (index for index, word in enumerate(words) if word.startswith(_GROUPS) and not Path(word).exists())
+    first = next(keys, len(words))
+    return words[:first], words[first:]

@@ -5,12 +5,12 @@ Nothing is downloaded without --download. Exit status 0 if the data set can be u
 
 import argparse
 import os
-import shlex
 from pathlib import Path
 
 from relvit_d2.data.download_urls import SOURCES, Source
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.paths import dataset_root
+from relvit_d2.utils.printing import print_text, shell_command
 
 EXAMPLE = "relvit-d2 prepare-data voc_2007 --download"
 
@@ -36,32 +36,32 @@ def run(args: argparse.Namespace) -> None:
     source = SOURCES.get(args.name)
     if source:
         if args.download:
-            download_missing(source, root, print)
+            download_missing(source, root, print_text)
         found = [(part, part.count_files(root)) for part in source.located(root)]
         if missing := [part for part, count in found if part.required and not count]:
             print_layout(source, root)
             raise UserError(
                 f"{source.title} is incomplete in '{root}': {missing[0].pattern} is missing (see above); add it, or "
-                f"run relvit-d2 prepare-data {args.name} --root {shlex.quote(str(root))} --download"
+                f"run {shell_command(['relvit-d2', 'prepare-data', args.name, '--root', str(root), '--download'])}"
             )
         for part, count in found:
             state = "" if count == part.count else f" of the official {part.count:,}"
-            print(f"{part.pattern}: {count:,} {part.what}{state}")
+            print_text(f"{part.pattern}: {count:,} {part.what}{state}")
     for entry in (entry for entry in catalog.DATASETS if entry.startswith(f"{args.name}_")):
-        print(describe(entry))
+        print_text(describe(entry))
 
 
 def print_layout(source: Source, root: Path) -> None:
     """Print the official directory layout, with the number of files found in each part."""
     size = sum(archive.size for archive, _ in source.archives)
-    print(f"{source.title}, {size / 1e9:.1f} GB compressed, from {source.page}\n{root}/")
+    print_text(f"{source.title}, {size / 1e9:.1f} GB compressed, from {source.page}\n{root}/")
     shown: tuple[str, ...] = ()
     for part in source.located(root):
         *folders, leaf = Path(part.pattern).parts
         for depth, folder in enumerate(folders):
             if shown[: depth + 1] != tuple(folders[: depth + 1]):
-                print(f"{'    ' * (depth + 1)}{folder}/")
+                print_text(f"{'    ' * (depth + 1)}{folder}/")
         shown = tuple(folders)
         found = part.count_files(root)
         state = f" ({found:,} found)" if found else f" <- missing{'' if part.required else ', optional'}"
-        print(f"{'    ' * (len(folders) + 1)}{leaf:<28}{part.count:>8,} {part.what}{state}")
+        print_text(f"{'    ' * (len(folders) + 1)}{leaf:<28}{part.count:>8,} {part.what}{state}")

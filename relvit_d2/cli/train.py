@@ -7,9 +7,13 @@ and pre-training, training and evaluation run one after the other.
 import argparse
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from relvit_d2.cli.training import add_training_arguments, run_training
 from relvit_d2.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from relvit_d2.experiments.commands import Runner
 
 EXAMPLE = """\
 relvit-d2 train --data path/to/folder --hours 0.5
@@ -27,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--hours", type=float, help="time of everything (default: 1 on a GPU, 0.5 on a CPU)")
     start = recipe.add_mutually_exclusive_group()
     start.add_argument("--no-pretrain", action="store_true", help="train from scratch")
-    start.add_argument("--weights", default="", help="start from timm:NAME or a file instead of pre-training")
+    start.add_argument("--weights", default="", help="start from timm:NAME, a file or a run's folder")
     recipe.add_argument("--dry-run", action="store_true", help="print the recipe and the time only")
     add_training_arguments(parser, task="detection")
     parser.set_defaults(defaults={name: parser.get_default(name) for name in CONFIG_ONLY})
@@ -45,17 +49,24 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(
                 f"--{name.replace('_', '-')} needs a config: give --config-file with the recipe.yaml of the run"
             )
+    run_recipe(args)
+    return 0
+
+
+def run_recipe(args: argparse.Namespace, runner: "Runner | None" = None) -> None:
+    """Run the recipe of ``--data``; ``runner`` runs its commands, in subprocesses by default."""
     if args.hours is not None and not 0 < args.hours < math.inf:
         raise UserError(f"--hours {args.hours:g}: give a number above 0, such as 0.5")
     if args.hours is not None and args.hours < SHORTEST:
         raise UserError(f"--hours {args.hours:g} is too short to measure and train: give 0.05 or more")
     elsewhere = args.weights.startswith("timm:") or "://" in args.weights
-    if args.weights and not elsewhere and not Path(args.weights).is_file():
-        raise UserError(f"--weights '{args.weights}' is not an existing file: give a file, a URL or timm:NAME")
+    if args.weights and not elsewhere and not Path(args.weights).exists():
+        raise UserError(f"--weights '{args.weights}' does not exist: give a file, the folder of a run or timm:NAME")
     if len(args.opts) % 2:
         raise UserError(f"overrides are KEY VALUE pairs, but '{args.opts[-1]}' has no value")
+    from relvit_d2.experiments.commands import run_command
     from relvit_d2.experiments.custom_run import Request, train_custom
 
     seconds = None if args.hours is None else 3600 * args.hours
-    train_custom(Request(args.data, seconds, args.weights, not args.no_pretrain, tuple(args.opts)), args.dry_run)
-    return 0
+    request = Request(args.data, seconds, args.weights, not args.no_pretrain, tuple(args.opts), args.overwrite)
+    train_custom(request, args.dry_run, runner or run_command)

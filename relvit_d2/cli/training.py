@@ -28,6 +28,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, task: str) -> None:
         action="store_true",
         help="with --resume: continue although the config or the training data have changed",
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in OUTPUT_DIR, if there is one")
     parser.add_argument("--eval-only", action="store_true", help="evaluate only")
     parser.add_argument("--num-gpus", type=int, default=1, help="number of GPUs per machine (default 1)")
     parser.add_argument("--num-machines", type=int, default=1, help="number of machines (default 1)")

@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
     model = build_pretraining_model(cfg)
     load_trained(cfg, model, args.weights)
     rows = rows_of_files(cfg, model, files, args.count)
-    draw_pretext(rows, args.output, f"pretext tasks: inputs and predictions of {args.weights.parent.name}")
+    folder = args.weights if args.weights.is_dir() else args.weights.parent
+    draw_pretext(rows, args.output, f"pretext tasks: inputs and predictions of {folder.name}")
     placed, right = (torch.tensor([getattr(row, name) for row in rows]).mean() for name in ("placed", "right"))
     print(f"written: {args.output} ({len(rows)} images; correct: {placed:.0%} of positions, {right:.0%} of relations)")

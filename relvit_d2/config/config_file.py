@@ -1,6 +1,7 @@
 """Loading of configs from yaml files and ``KEY VALUE`` overrides."""
 
 import ast
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,8 @@ from relvit_d2.utils.errors import UserError, nearest
 COMMANDS = {"pretrain": "pretrain", "detection": "train", "classification": "classify"}
 """The training command of relvit-d2 by task."""
 
+FRACTIONS = ("SOLVER.WARMUP_ITERS",)  # integers that may be fractions below 1 too
+
 _NOT_IN_PATHS = re.compile(r"[\0\ud800-\udc7f\udd00-\udfff]")  # other surrogates are bytes that are not UTF-8
 
 
@@ -33,6 +36,8 @@ class Task:
         add_keys: adds all keys of the task with their defaults, in place.
         finish: checks the values and sets derived ones, in place; raises :class:`UserError`.
         without_effect: unused keys of Detectron2, and the replacement of each.
+        alternatives: keys that are 0 by default, and the key that each replaces; a file or a command line gives one of
+            the two, which sets the other to 0.
     """
 
     name: str
@@ -40,6 +45,7 @@ class Task:
     add_keys: Callable[[CfgNode], None]
     finish: Callable[[CfgNode], None]
     without_effect: Mapping[str, str]
+    alternatives: Mapping[str, str]
 
     def defaults(self) -> CfgNode:
         """Return a new config with the defaults."""
@@ -86,20 +92,48 @@ def read_config(config_file: str, overrides: list[str], tasks: Mapping[str, Task
     explain = partial(_explain_unknown, cfg=cfg, chosen=chosen, tasks=tasks)
     for file, content, text in files:
         _merge(cfg, content, text, f"config file '{file}'", defaults, explain)
-    if flag := next((word for word in overrides[::2] if word.startswith("--")), None):
-        raise UserError(f"'{flag}' is among the KEY VALUE pairs: put flags before them")
+        _choose_alternatives(cfg, flat(content), f"config file '{file}'", chosen.alternatives)
     if len(overrides) % 2:
-        raise UserError(f"'{overrides[-1]}' has no value: give KEY VALUE pairs, and flags before them")
+        raise UserError(f"'{overrides[-1]}' has no value: give KEY VALUE pairs")
+    given = dict[str, Any]()
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):
         where, content, text = f"override '{key} {value}'", _decode(value), value
-        if isinstance(value, str) and value.startswith("{"):  # a mapping, as of DATASETS.CUSTOM
+        is_text = isinstance(defaults.get(key), str)  # such as a path
+        if isinstance(value, str) and value.startswith("{") and not is_text:  # a mapping, as of DATASETS.CUSTOM
             content, text = _parse(value, where)
         for part in reversed(key.split(".")):
             content, text = {part: content}, {part: text}
         _merge(cfg, content, text, where, defaults, explain)
+        given |= flat(content)
+    _choose_alternatives(cfg, given, "the command line", chosen.alternatives)
     if chosen.name != cfg.TASK:
         raise UserError(f"override 'TASK {cfg.TASK}': the config is of the task {chosen.name}; give another config")
     return cfg
+
+
+def _choose_alternatives(cfg: CfgNode, given: dict[str, Any], where: str, alternatives: Mapping[str, str]) -> None:
+    """Set the key of each pair of alternatives to 0 that a source, named ``where``, does not give but replaces."""
+    for key, other in alternatives.items():
+        if key in given and other in given:
+            if get_key(cfg, key) and get_key(cfg, other):
+                raise UserError(f"{where} gives both {key} and {other}: remove one")
+        elif other in given or (key in given and get_key(cfg, key)):
+            *groups, name = (key if other in given else other).split(".")
+            get_key(cfg, ".".join(groups))[name] *= 0  # keeps the type
+
+
+def override_words(pairs: Mapping[str, object]) -> list[str]:
+    """Return keys and values as words of a command line, which :func:`read_config` reads as these values.
+
+    Text is unchanged, since it may be an override that the user gave.
+    """
+
+    def word(value: object) -> str:
+        if isinstance(value, dict):
+            return yaml.safe_dump(value, default_flow_style=True, width=math.inf).strip()
+        return str(value)
+
+    return [part for key, value in pairs.items() for part in (key, word(value))]
 
 
 def _task_name(path: Path, contents: list[dict[str, Any]], task: str | None) -> str:
@@ -282,7 +316,9 @@ def _merge(
             if isinstance(default, list | tuple):
                 example = f", such as {default}" if default else " of text"
             try:
-                node[name] = _as_type_of(default, value, text)
+                fraction = _decode(value) if key in FRACTIONS else 0
+                is_fraction = isinstance(fraction, float) and 0 < fraction < 1
+                node[name] = fraction if is_fraction else _as_type_of(default, value, text)
             except (TypeError, ValueError, OverflowError) as error:
                 raise UserError(
                     f"{where}: key {key} takes a value of type {type(default).__name__}{example}, not {value!r} of "

@@ -23,8 +23,8 @@ from relvit_d2.utils.errors import UserError
 _ANCHORS = ("patch_embed.proj.weight", "tokens_to_token.project.weight")
 
 
-# Raised by the readers for damaged files and for other kinds of files.
-_UNREADABLE = (
+# Raised by torch and safetensors for damaged files and for other kinds of files.
+UNREADABLE = (
     SafetensorError,
     OSError,
     pickle.UnpicklingError,
@@ -85,7 +85,7 @@ def read_file(path: Path) -> dict[str, Any]:
         foreign: list[Any] = [(_Inert, name) for name in _foreign_classes(path)]
         with torch.serialization.safe_globals(foreign):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         if is_damaged(path):
             raise UserError(damaged(path)) from error
         reason = " ".join(str(error).split())[:120]

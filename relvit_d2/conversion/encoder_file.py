@@ -47,12 +47,13 @@ def save_encoder(encoder: Encoder, path: Path, info: dict[str, Any]) -> None:
 
 
 def read_encoder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the tensors and the metadata of an encoder file.
+    """Read the tensors and the metadata of an encoder file, or of the ``encoder.safetensors`` in a folder.
 
     Raises:
         UserError: if the file is missing or damaged, is not a safetensors file, or was not written by
             :func:`save_encoder`.
     """
+    path = path / "encoder.safetensors" if path.is_dir() else path
     if not path.is_file():
         raise UserError(
             f"weights file '{path}' does not exist; pre-train first, give the path of an encoder.safetensors, or '' "

@@ -13,7 +13,8 @@ def add_data_config(cfg: CfgNode) -> None:
     cfg.DATASETS.TRAIN = ()  # names of data sets, or folders if the task accepts them
     cfg.DATASETS.TEST = ()  # evaluation data sets, as TRAIN; empty: no evaluation
     cfg.DATASETS.HASH_CONTENTS = False  # --resume compares contents of the images, not times; reads all at each start
-    cfg.DATALOADER.NUM_WORKERS = 4  # processes that read images; 0: the main process does
+    # processes that read images; 0: the main process does; -1: as many as suit the cores, at most 8
+    cfg.DATALOADER.NUM_WORKERS = -1
     cfg.DATALOADER.TIMEOUT = 600  # seconds without a batch after which such a process counts as hanging; 0: no limit
 
 
@@ -24,8 +25,8 @@ def add_evaluation_batch_config(cfg: CfgNode) -> None:
 
 
 def check_data_config(cfg: CfgNode) -> None:
-    """Raise a ``UserError`` if the number of processes or the time-out is negative."""
-    check_ranges(cfg, {"DATALOADER.NUM_WORKERS": (0, inf), "DATALOADER.TIMEOUT": (0, inf)})
+    """Raise a ``UserError`` if the number of processes or the time-out is too small."""
+    check_ranges(cfg, {"DATALOADER.NUM_WORKERS": (-1, inf), "DATALOADER.TIMEOUT": (0, inf)})
 
 
 def check_evaluation_batch_config(cfg: CfgNode) -> None:

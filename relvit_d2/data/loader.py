@@ -102,11 +102,20 @@ def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
     return generator(seed, "order", epoch).permutation(count)
 
 
-class _Reader:
-    """Reads a batch: maps its samples, with the global generators seeded for each, and collates them.
+class Batches:
+    """The batches of one process, read by worker processes, which do not affect them.
 
-    With ``replaces``, an unreadable image is replaced by the next readable sample, so that a run remains a function of
-    its seed and its images.
+    Args:
+        samples: inputs of the mapper.
+        mapper: sample -> item; its random draws must come from the global NumPy or Python generator, which is seeded
+            for each sample.
+        collate: list of items -> batch.
+        keys: the samples of each batch, an :class:`EndlessOrder` or a list.
+        seed: the run's seed.
+        workers: number of processes; 0: this process reads.
+        timeout: seconds to wait for a worker; 0: no limit.
+        replaces: replace an unreadable image by the next readable sample, so that a run remains a function of its seed
+            and its images.
     """
 
     def __init__(
@@ -114,14 +123,31 @@ class _Reader:
         samples: Sequence[Any],
         mapper: Callable[[Any], Any],
         collate: Callable[[list[Any]], Any],
+        keys: Any,
         seed: int,
-        replaces: bool,
+        workers: int,
+        timeout: float = 0,
+        replaces: bool = False,
     ) -> None:
-        self._samples, self._mapper, self._collate = samples, mapper, collate
-        self._seed, self._replaces = seed, replaces
+        self._samples, self._mapper, self._collate, self.keys = samples, mapper, collate, keys
+        self._seed, self._workers, self._timeout, self._replaces = seed, workers, timeout, replaces
         self._reported: set[int] = set()
 
-    def __call__(self, keys: list[Key]) -> Any:
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __iter__(self) -> Generator[Any, None, None]:
+        if not self._workers:
+            return (self._batch(keys) for keys in self.keys)
+        batches = read_in_workers(self._batch, self.keys, self._workers, self._timeout)
+        _open.add(batches)
+        return batches
+
+    def names(self, iteration: int) -> list[Any]:
+        """Return names of the images of an iteration, for messages: the file, and for a record the image's id."""
+        return [_name(self._samples[index]) for _, index in self.keys.keys(iteration)]
+
+    def _batch(self, keys: list[Key]) -> Any:
         return self._collate([self._read(*key) for key in keys])
 
     def _read(self, epoch: int, index: int) -> Any:
@@ -147,67 +173,6 @@ class _Reader:
             self._reported.add(index)
             count = len(self._reported)
             logger.warning(f"{error}; the next image replaces it ({count} replaced so far in this process)")
-
-
-class Batches:
-    """The batches of one process, read by worker processes.
-
-    Args:
-        reader: maps keys of samples to a batch.
-        keys: the keys of each batch.
-        workers: number of processes; 0: this process reads.
-        timeout: seconds to wait for a worker; 0: no limit.
-        first: index of the first sample, if the samples are read in order.
-    """
-
-    def __init__(
-        self, reader: Callable[[list[Key]], Any], keys: Any, workers: int, timeout: float, first: int = 0
-    ) -> None:
-        self._reader, self._keys, self._workers, self._timeout = reader, keys, workers, timeout
-        self.first = first
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def __iter__(self) -> Generator[Any, None, None]:
-        if not self._workers:
-            return (self._reader(keys) for keys in self._keys)
-        batches = read_in_workers(self._reader, self._keys, self._workers, self._timeout)
-        _open.add(batches)
-        return batches
-
-
-class EndlessBatches(Batches):
-    """The endless batches of one process.
-
-    Args:
-        samples: inputs of the mapper.
-        mapper: sample -> item; its random draws must come from the global NumPy or Python generator.
-        collate: list of items -> batch.
-        order: the samples of each batch.
-        seed: the run's seed.
-        workers: number of loader processes; 0 reads in this process. The batches do not depend on it.
-        timeout: seconds to wait for a loader process; 0: no limit.
-        replaces: replace an unreadable image by the next one.
-    """
-
-    def __init__(
-        self,
-        samples: Sequence[Any],
-        mapper: Callable[[Any], Any],
-        collate: Callable[[list[Any]], Any],
-        order: EndlessOrder,
-        seed: int,
-        workers: int,
-        timeout: float = 0,
-        replaces: bool = False,
-    ) -> None:
-        self._samples, self._order = samples, order
-        super().__init__(_Reader(samples, mapper, collate, seed, replaces), order, workers, timeout)
-
-    def names(self, iteration: int) -> list[Any]:
-        """Return names of the images of an iteration, for messages: the file, and for a record the image's id."""
-        return [_name(self._samples[index]) for _, index in self._order.keys(iteration)]
 
 
 def _name(sample: Any) -> Any:
@@ -238,5 +203,4 @@ def ordered_batches(
     """
     share = np.array_split(np.arange(len(samples)), world)[rank].tolist()
     keys = [[(0, index) for index in share[i : i + batch]] for i in range(0, len(share), batch)]
-    reader = _Reader(samples, mapper, collate, 0, replaces)
-    return Batches(reader, keys, workers, timeout, share[0] if share else 0)
+    return Batches(samples, mapper, collate, keys, 0, workers, timeout, replaces)

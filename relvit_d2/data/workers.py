@@ -76,7 +76,13 @@ def read_in_workers(
 def _start(read: Callable[[Any], Any], batches: Iterable[Any], number: int, workers: int) -> _Worker:
     ours, theirs = socket.socketpair()
     process = _context.Process(target=_work, args=(theirs, read, batches, number, workers), daemon=True)
-    process.start()
+    # Ctrl-C and Slurm's SIGTERM reach every process of a run, whose main process finishes its iteration: a worker
+    # inherits the mask.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()  # so that the death of the process closes the connection
     worker = _Worker(process, ours)
     _running.add(worker)
@@ -122,9 +128,6 @@ def _work(
     connection: socket.socket, read: Callable[[Any], Any], batches: Iterable[Any], number: int, workers: int
 ) -> None:
     """Run a worker process."""
-    # Ctrl-C and Slurm's SIGTERM reach every process of a run, whose main process finishes its iteration.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _prctl_pr_set_pdeathsig(signal.SIGKILL)
     if (parent := multiprocessing.parent_process()) and parent.pid != os.getppid():
         return  # it has ended before

@@ -15,7 +15,7 @@ from relvit_d2.data.images.config import add_pixel_format_config, check_pixel_fo
 from relvit_d2.detection.config_check import check_config
 from relvit_d2.encoders import map_strides
 from relvit_d2.encoders.config import add_encoder_config, check_encoder_config
-from relvit_d2.engine.config import WITHOUT_EFFECT, add_engine_config, finish_engine_config
+from relvit_d2.engine.config import EPOCH_KEYS, WITHOUT_EFFECT, add_engine_config, finish_engine_config
 from relvit_d2.pretext.config import add_joint_config
 from relvit_d2.utils.config_keys import add_groups
 from relvit_d2.utils.errors import UserError
@@ -122,4 +122,5 @@ DETECTION = Task(
         "MODEL.LOAD_PROPOSALS": "nothing, the detector has an RPN",
         "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": "nothing, the number of images per class is not known",
     },
+    EPOCH_KEYS,
 )

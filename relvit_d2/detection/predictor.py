@@ -10,18 +10,15 @@ import torch
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Instances
 from fvcore.common.config import CfgNode
-from PIL import Image
 
 from relvit_d2.data.detection import catalog
 from relvit_d2.data.detection.mapper import DetectionMapper
-from relvit_d2.data.images.decode import PixelFormat
+from relvit_d2.data.images.decode import ImageInput, PixelFormat
 from relvit_d2.detection.config import DETECTION
 from relvit_d2.detection.model import build_detector
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.weights import load_trained, run_config
 from relvit_d2.utils.errors import UserError
-
-ImageInput = str | Path | Image.Image | np.ndarray
 
 
 class Detector:
@@ -29,11 +26,12 @@ class Detector:
 
     Attributes:
         class_names: name of each class index; the index itself if the name is not known.
+        threshold: minimum score of a detection, 0..1.
         channels: number of channels of an image.
     """
 
-    def __init__(self, cfg: CfgNode, model: GeneralizedRCNN, class_names: Sequence[str]) -> None:
-        self.class_names = list(class_names)
+    def __init__(self, cfg: CfgNode, model: GeneralizedRCNN, class_names: Sequence[str], threshold: float) -> None:
+        self.class_names, self.threshold = list(class_names), threshold
         self.channels: int = cfg.INPUT.CHANNELS
         self._model = model.eval()
         self._mapper = DetectionMapper(cfg, is_train=False)
@@ -61,29 +59,25 @@ class Detector:
         inputs = [{"image": self._mapper.network_input(a), "height": a.shape[0], "width": a.shape[1]} for a in arrays]
         with self._precision.autocast():
             outputs = self._model(inputs)
-        return [output["instances"].to("cpu") for output in outputs]
+        found = [output["instances"].to("cpu") for output in outputs]
+        return [instances[instances.scores >= self.threshold] for instances in found]
 
     def read(self, image: ImageInput) -> np.ndarray:
         """Return an image as an array ``(H, W, channels)`` of uint8; see :meth:`batch`."""
-        if isinstance(image, str | Path):
-            return self._pixels.read(image)
-        if isinstance(image, Image.Image):
-            image = self._pixels.convert(image)
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != self._pixels.channels or not image.size:
-            raise UserError(
-                f"an array of {image.dtype} and shape {image.shape} is not an image: give uint8, height x width x "
-                f"{self._pixels.channels}"
-            )
-        return np.require(image, requirements="W")  # torch warns about read-only arrays
+        return self._pixels.array(image)
 
 
-def load_detector(path: str | Path, config_file: str = "", overrides: Sequence[Any] = ()) -> Detector:
+def load_detector(
+    path: str | Path, config_file: str = "", overrides: Sequence[Any] = (), threshold: float = 0.5
+) -> Detector:
     """Load a detector that ``relvit-d2 train`` trained.
 
     Args:
         path: a checkpoint ``model_*.pth``, or ``OUTPUT_DIR`` for the last checkpoint.
         config_file: default: ``config.yaml`` in the folder of the checkpoint.
         overrides: alternating keys and values, such as ``["MODEL.DEVICE", "cpu"]``.
+        threshold: minimum score of a detection, 0..1; the default is that of ``relvit-d2 predict``. Detections below
+            ``MODEL.ROI_HEADS.SCORE_THRESH_TEST`` of the config are never returned.
 
     Raises:
         UserError: if the checkpoint or the config is missing or invalid.
@@ -95,7 +89,7 @@ def load_detector(path: str | Path, config_file: str = "", overrides: Sequence[A
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(names)
     model = build_detector(cfg)
     load_trained(cfg, model, path)
-    return Detector(cfg, model, names)
+    return Detector(cfg, model, names, threshold)
 
 
 def _class_names(cfg: CfgNode, folder: Path) -> list[str]:

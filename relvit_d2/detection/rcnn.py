@@ -14,7 +14,6 @@ from torch import Tensor
 
 from relvit_d2.detection.regions import padded_size
 from relvit_d2.encoders import Encoder
-from relvit_d2.engine.joint import warn_position_leak
 from relvit_d2.pretext.task import PretextTask
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.metrics import Metric
@@ -120,7 +119,7 @@ def _pretext(cfg: CfgNode, encoder: Encoder) -> PretextTask:
     grid = tuple(cfg.MODEL.RELVIT.GRID)
     if len(grid) != 2 or min(grid) < 1:
         raise UserError(f"MODEL.RELVIT.GRID {list(grid)} is not a grid: give rows and columns, such as [7, 7]")
-    warn_position_leak(encoder)
+    encoder.warn_position_leak()
     return PretextTask.from_keys(encoder.dim, grid, cfg.PRETEXT)
 
 

@@ -32,7 +32,7 @@ from relvit_d2.data.detection.custom import register_custom
 from relvit_d2.data.detection.mapper import DetectionMapper
 from relvit_d2.data.images.seen import SEEN, SeenImages, count_seen, fingerprints_of, seen_metadata
 from relvit_d2.data.listing import data_lines
-from relvit_d2.data.loader import Batches, EndlessBatches, EndlessOrder, ordered_batches
+from relvit_d2.data.loader import Batches, EndlessOrder, ordered_batches
 from relvit_d2.detection.config_check import REPEATING
 from relvit_d2.detection.model import build_detector
 from relvit_d2.engine.precision import choose_precision
@@ -44,6 +44,7 @@ from relvit_d2.evaluation.kitti import KittiEvaluator
 from relvit_d2.evaluation.voc07 import Voc07Evaluator
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import write_json
+from relvit_d2.utils.loader_workers import loader_workers
 from relvit_d2.utils.printing import shell_command
 
 Records = list[dict[str, Any]]
@@ -146,15 +147,15 @@ def repeat_factors(cfg: CfgNode, records: Records) -> np.ndarray | None:
     return by_frequency(records, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT).numpy()
 
 
-def training_batches(cfg: CfgNode, records: Records, start: int) -> EndlessBatches:
+def training_batches(cfg: CfgNode, records: Records, start: int) -> Batches:
     """Return the endless training batches of this process from iteration ``start`` on."""
     solver = cfg.SOLVER
     rank, world = comm.get_rank(), comm.get_world_size()
     parts, repeats = solver.GRAD_ACCUM_STEPS, repeat_factors(cfg, records)
     order = EndlessOrder(len(records), solver.IMS_PER_BATCH, cfg.SEED, start, rank, world, parts, repeats)
     mapper = DetectionMapper(cfg, is_train=True)
-    workers, timeout = cfg.DATALOADER.NUM_WORKERS, cfg.DATALOADER.TIMEOUT
-    return EndlessBatches(records, mapper, list, order, cfg.SEED, workers, timeout)
+    workers, timeout = loader_workers(cfg), cfg.DATALOADER.TIMEOUT
+    return Batches(records, mapper, list, order, cfg.SEED, workers, timeout)
 
 
 def evaluation_sets(cfg: CfgNode) -> dict[str, Records]:
@@ -277,7 +278,7 @@ def _test_batches(cfg: CfgNode, records: Records) -> Batches:
         DetectionMapper(cfg, is_train=False),
         list,
         cfg.TEST.BATCH_SIZE,
-        cfg.DATALOADER.NUM_WORKERS,
+        loader_workers(cfg),
         comm.get_rank(),
         comm.get_world_size(),
         cfg.DATALOADER.TIMEOUT,

@@ -1,6 +1,7 @@
 """The encoder base class and the registry of encoders."""
 
 import inspect
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from relvit_d2.utils.errors import UserError, nearest
 from relvit_d2.utils.registry import Registry
+
+logger = logging.getLogger(__name__)
 
 
 class Encoder(nn.Module):
@@ -61,6 +64,14 @@ class Encoder(nn.Module):
         If not, permuting the patches only permutes the tokens.
         """
         return True
+
+    def warn_position_leak(self) -> None:
+        """Warn that accuracies of pretext tasks without permuted patches are uninformative, if they are."""
+        if self.has_position_information:
+            logger.warning(
+                "joint training does not permute patches, and the encoder has position information, so the pretext "
+                "tasks can be solved without the patch contents: their accuracies are not informative"
+            )
 
     @property
     def last(self) -> str:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from relvit_d2.encoders.base import ENCODERS, Encoder
+from relvit_d2.encoders.base import ENCODERS
 from relvit_d2.encoders.plain import PlainEncoder
 from relvit_d2.utils.errors import UserError
 
@@ -123,27 +123,46 @@ def sinusoid(length: int, dim: int, device: torch.device | None = None) -> Tenso
     return torch.stack((angles.sin(), angles.cos()), dim=2).flatten(1)
 
 
+@ENCODERS.register("t2t_vit_14")
 class T2T(PlainEncoder):
-    """A T2T-ViT: one map of stride 16 and 384 channels, after the final norm.
+    """T2T-ViT-14 (21.1 million parameters): one map of stride 16 and 384 channels, after the final norm.
 
     Positions are encoded by a sinusoid of the index in the sequence: 0 for the class token, ``1 + row * cols + col``
     for a patch. The table is computed for each image size and not stored; for 14 x 14 patches it is the published one.
     The soft splits pad with zeros, so tokens near the border have position information without the sinusoid too.
 
     Args:
+        patch_size: 16.
+        img_size: no effect.
         pos_embed: whether to add the sinusoid.
         drop_path: stochastic depth rate of the last block, 0..1; it decreases linearly towards the first.
         dropout: dropout rate after the embedding, after the attention projection and in the MLP of the blocks, 0..1;
             that of the performers is 0.1, as published.
         in_chans: channels of the images.
+
+    Raises:
+        UserError: ``patch_size`` is not 16.
     """
 
     traced = ("height", "width")  # torch 2.11 specialises on a batch of one
     position_embedding = "sinusoid"  # not a parameter
     prefix = 1  # the class token
 
-    def __init__(self, pos_embed: bool, drop_path: float, dropout: float, in_chans: int) -> None:
+    def __init__(
+        self,
+        patch_size: int = PATCH,
+        img_size: int = 224,
+        pos_embed: bool = True,
+        drop_path: float = 0.0,
+        dropout: float = 0.0,
+        in_chans: int = 3,
+    ) -> None:
         super().__init__(PATCH, DIM)
+        if patch_size != PATCH:
+            raise UserError(
+                f"MODEL.ENCODER.PATCH_SIZE {patch_size} is not supported by t2t_vit_14, whose soft splits give patches "
+                f"of {PATCH} pixels; set it to {PATCH}"
+            )
         self.positions = pos_embed
         self.tokens_to_token = TokensToToken(in_chans, DIM)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, DIM))
@@ -197,25 +216,3 @@ class T2T(PlainEncoder):
             yield
         finally:
             self.positions = before
-
-
-@ENCODERS.register("t2t_vit_14")
-def t2t_vit_14(
-    patch_size: int = PATCH,
-    img_size: int = 224,
-    pos_embed: bool = True,
-    drop_path: float = 0.0,
-    dropout: float = 0.0,
-    in_chans: int = 3,
-) -> Encoder:
-    """Build a T2T-ViT-14 (21.1 million parameters); ``img_size`` has no effect.
-
-    Raises:
-        UserError: ``patch_size`` is not 16.
-    """
-    if patch_size != PATCH:
-        raise UserError(
-            f"MODEL.ENCODER.PATCH_SIZE {patch_size} is not supported by t2t_vit_14, whose soft splits give patches of "
-            f"{PATCH} pixels; set it to {PATCH}"
-        )
-    return T2T(pos_embed, drop_path, dropout, in_chans)

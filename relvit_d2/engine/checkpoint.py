@@ -5,7 +5,6 @@ import os
 import pickle
 import re
 import shutil
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,26 +15,13 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from relvit_d2.conversion.checkpoint_file import damaged, is_damaged, is_pickle, verify_digest
+from relvit_d2.conversion.checkpoint_file import UNREADABLE, damaged, is_damaged, is_pickle, verify_digest
 from relvit_d2.utils.digest import content_digest
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import appearing, write_text
 
 # Messages of a RuntimeError by which torch.save reports a full disk.
 _WRITE_ERRORS = ("PytorchStreamWriter", "inline_container", "unexpected pos")
-# Exceptions of torch.load for other kinds of files.
-_READ_ERRORS = (
-    pickle.UnpicklingError,
-    struct.error,
-    OSError,
-    EOFError,
-    LookupError,
-    RuntimeError,
-    AttributeError,
-    TypeError,
-    ValueError,
-)
-
 _NUMBERED = re.compile(r"model_([0-9]{7,})\.pth")  # a checkpoint, with its iteration
 
 _PICKLE = "; unpickling can run arbitrary code: if you trust the source, set MODEL.ALLOW_PICKLE True"
@@ -239,7 +225,7 @@ class Checkpointer(DetectionCheckpointer):
         )
         try:
             content = super()._load_file(filename)
-        except _READ_ERRORS as error:
+        except (*UNREADABLE, AttributeError) as error:
             if isinstance(error, OSError) and error.filename:  # without a name, the content is damaged
                 raise UserError(f"checkpoint '{filename}' cannot be read ({error.strerror})") from error
             if is_damaged(Path(filename)):

@@ -1,11 +1,13 @@
 """Config keys of the trainer."""
 
+import math
+from fractions import Fraction
 from math import inf
 
 import torch
 from fvcore.common.config import CfgNode
 
-from relvit_d2.utils.config_keys import add_groups, check_ranges
+from relvit_d2.utils.config_keys import add_groups, check_ranges, get_key
 from relvit_d2.utils.errors import UserError
 
 VERSION = 2  # of Detectron2's config format
@@ -22,7 +24,18 @@ WITHOUT_EFFECT = {
     "VIS_PERIOD": "nothing, report.html in OUTPUT_DIR shows the images",
 }
 
+# Each key in epochs, and Detectron2's key in iterations that it is given instead of.
+EPOCH_KEYS = {
+    "SOLVER.EPOCHS": "SOLVER.MAX_ITER",
+    "SOLVER.CHECKPOINT_EPOCHS": "SOLVER.CHECKPOINT_PERIOD",
+    "TEST.EVAL_EPOCHS": "TEST.EVAL_PERIOD",
+}
+
+_MAX_EPOCHS = 1e6
 _RANGES = {
+    **dict.fromkeys(EPOCH_KEYS, (0, _MAX_EPOCHS)),
+    "SOLVER.MAX_ITER": (0, inf),
+    "SOLVER.WARMUP_ITERS": (0, inf),
     "SEED": (0, inf),
     "SOLVER.IMS_PER_BATCH": (1, inf),
     "SOLVER.GRAD_ACCUM_STEPS": (1, inf),
@@ -44,7 +57,8 @@ def add_engine_config(cfg: CfgNode, task: str) -> None:
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # torch device
     cfg.MODEL.WEIGHTS = ""  # encoder.safetensors, model_*.pth or timm:NAME; empty: train from scratch
     cfg.MODEL.ALLOW_PICKLE = False  # read pickled weights, such as *.pkl, which can run arbitrary code
-    cfg.SOLVER.MAX_ITER = 40000  # number of iterations
+    cfg.SOLVER.MAX_ITER = 40000  # number of iterations; 0: SOLVER.EPOCHS
+    cfg.SOLVER.EPOCHS = 0.0  # instead of MAX_ITER: passes over the training images; fractions are possible
     cfg.SOLVER.IMS_PER_BATCH = 16  # batch size of all processes together
     cfg.SOLVER.GRAD_ACCUM_STEPS = 1  # gradient accumulation: each batch is computed in as many parts
     cfg.SOLVER.BASE_LR = 5e-4  # AdamW's learning rate, at the batch size REFERENCE_BATCH
@@ -53,8 +67,9 @@ def add_engine_config(cfg: CfgNode, task: str) -> None:
     cfg.SOLVER.BASE_LR_END = 0.0  # learning rate at the end of a cosine schedule
     # WarmupCosineLR, WarmupMultiStepLR or QuarterCosineLR (the authors')
     cfg.SOLVER.LR_SCHEDULER_NAME = "WarmupCosineLR"
-    cfg.SOLVER.WARMUP_ITERS = 1000  # iterations of the linear warm-up
-    cfg.SOLVER.STEPS = (30000,)  # WarmupMultiStepLR: iterations at which the learning rate is multiplied by GAMMA
+    cfg.SOLVER.WARMUP_ITERS = 1000  # iterations of the linear warm-up; below 1: fraction of all iterations
+    # WarmupMultiStepLR: iterations at which the learning rate is multiplied by GAMMA; below 1: fractions of all
+    cfg.SOLVER.STEPS = (30000,)
     cfg.SOLVER.GAMMA = 0.1  # WarmupMultiStepLR: factor at each of STEPS
     cfg.SOLVER.LAYER_DECAY = 1.0  # layer-wise learning rate decay, 0..1; 1: off
     cfg.SOLVER.WEIGHT_DECAY = 0.1  # AdamW's weight decay
@@ -65,14 +80,51 @@ def add_engine_config(cfg: CfgNode, task: str) -> None:
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 1.0  # maximum norm
     cfg.SOLVER.CLIP_GRADIENTS.NORM_TYPE = 2.0  # order of the norm
     cfg.SOLVER.CHECKPOINT_PERIOD = 5000  # iterations between checkpoints; 0: none before the end
+    cfg.SOLVER.CHECKPOINT_EPOCHS = 0.0  # instead of CHECKPOINT_PERIOD: epochs between checkpoints
     cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP = 0  # number of the newest checkpoints to keep; 0: all
     # Precision of the forward pass: auto, float32 or bfloat16; auto: bfloat16 if the device supports it natively
     cfg.SOLVER.PRECISION = "auto"
     cfg.SOLVER.AMP.ENABLED = False  # Detectron2's key; True sets PRECISION bfloat16
     cfg.TEST.EVAL_PERIOD = 0  # iterations between evaluations; 0: only at the end
+    cfg.TEST.EVAL_EPOCHS = 0.0  # instead of EVAL_PERIOD: epochs between evaluations
     cfg.TEST.BEST_METRIC = ""  # metric that selects model_best.pth, such as "bbox/AP"; a loss is minimised
     cfg.TEST.PATIENCE = 0  # early stopping after so many evaluations without a better BEST_METRIC; 0: off
     cfg.register_renamed_key("SOLVER.ACCUMULATE", "SOLVER.GRAD_ACCUM_STEPS")
+
+
+def resolve_epochs(cfg: CfgNode, images: int) -> CfgNode:
+    """Return the config with iterations in place of epochs and of fractions of the run.
+
+    An epoch is ``images / SOLVER.IMS_PER_BATCH`` iterations, whatever the number of processes and of accumulation
+    steps. The run is rounded up, so that every image is seen in every epoch; periods are rounded, to at least 1.
+
+    Args:
+        cfg: the config; unchanged.
+        images: number of training images.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    solver = cfg.SOLVER
+    epoch = Fraction(images, solver.IMS_PER_BATCH)
+    if solver.EPOCHS:
+        solver.MAX_ITER = math.ceil(_exact(solver.EPOCHS) * epoch)
+    if solver.CHECKPOINT_EPOCHS:
+        solver.CHECKPOINT_PERIOD = max(round(_exact(solver.CHECKPOINT_EPOCHS) * epoch), 1)
+    if cfg.TEST.EVAL_EPOCHS:
+        cfg.TEST.EVAL_PERIOD = max(round(_exact(cfg.TEST.EVAL_EPOCHS) * epoch), 1)
+    solver.EPOCHS = solver.CHECKPOINT_EPOCHS = cfg.TEST.EVAL_EPOCHS = 0.0
+    solver.WARMUP_ITERS, *steps = (
+        round(_exact(value) * solver.MAX_ITER) if 0 < value < 1 else value
+        for value in (solver.WARMUP_ITERS, *solver.STEPS)
+    )
+    solver.STEPS = tuple(steps)
+    cfg.freeze()
+    return cfg
+
+
+def _exact(number: float) -> Fraction:
+    """Return the decimal number that a float is written as, so that 0.1 of 30 is 3 and not more."""
+    return Fraction(str(number))
 
 
 def finish_engine_config(cfg: CfgNode) -> None:
@@ -86,6 +138,11 @@ def finish_engine_config(cfg: CfgNode) -> None:
             f"VERSION {cfg.VERSION} of Detectron2's configs is not supported: rewrite the file for version {VERSION}"
         )
     check_ranges(cfg, _RANGES)
+    for key, other in EPOCH_KEYS.items():
+        if get_key(cfg, key) and get_key(cfg, other):
+            raise UserError(f"{key} {get_key(cfg, key):g} and {other} {get_key(cfg, other)} are both set: set one to 0")
+    if not cfg.SOLVER.EPOCHS and not cfg.SOLVER.MAX_ITER:
+        raise UserError("SOLVER.MAX_ITER and SOLVER.EPOCHS are both 0: set one of them")
     try:
         torch.device(cfg.MODEL.DEVICE)
     except RuntimeError as error:

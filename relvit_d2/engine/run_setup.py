@@ -19,6 +19,10 @@ from relvit_d2.utils.hardware import device_name
 from relvit_d2.utils.printing import shell_command
 from relvit_d2.utils.randomness import seed_everything
 
+LOGGERS = {"relvit_d2": "relvit", "detectron2": "d2", "fvcore": "fvcore"}
+"""Loggers whose lines a run writes to its log, and their names there."""
+RESULTS = ("last_checkpoint", "model_final.pth", "encoder.safetensors")  # files that a run does not overwrite unasked
+
 logger = logging.getLogger(__name__)
 
 
@@ -26,8 +30,8 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Create ``OUTPUT_DIR``, set up logging, log versions, device and command, and seed the generators.
 
     Raises:
-        UserError: ``OUTPUT_DIR`` is empty or cannot be written, the device does not exist, or the batch cannot be
-            divided among the processes.
+        UserError: ``OUTPUT_DIR`` is empty, holds another run or cannot be written, the device does not exist, or the
+            batch cannot be divided among the processes.
     """
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"MODEL.DEVICE '{cfg.MODEL.DEVICE}' needs a GPU, but torch finds none; set MODEL.DEVICE cpu")
@@ -46,10 +50,12 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     if not cfg.OUTPUT_DIR.strip():
         raise UserError("OUTPUT_DIR is empty: give a folder for the results of the run")
     output = Path(cfg.OUTPUT_DIR)
+    if not (args.eval_only or args.resume or args.overwrite):
+        check_unused(output)
     try:
         os.fsencode(cfg.OUTPUT_DIR.encode().decode())  # TensorBoard's writer encodes it as UTF-8
         output.mkdir(parents=True, exist_ok=True)
-        for name, short in (("relvit_d2", "relvit"), ("detectron2", "d2"), ("fvcore", "fvcore")):
+        for name, short in LOGGERS.items():
             log = setup_logger(str(output), distributed_rank=comm.get_rank(), name=name, abbrev_name=short)
             # Detectron2 opens log.txt in the locale's encoding.
             log.handlers[-1].stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[attr-defined]
@@ -68,6 +74,15 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     logger.info(f"{VERSIONS}, {device}")
     logger.info(f"command: {shell_command(sys.argv)}")
     seed_everything(cfg.SEED, "model")
+
+
+def check_unused(output: Path) -> None:
+    """Raise a :class:`UserError` if a folder holds a model or a checkpoint of a run."""
+    if kept := [name for name in RESULTS if (output / name).exists()]:
+        raise UserError(
+            f"OUTPUT_DIR '{output}' holds a run ({', '.join(kept)}): continue it with --resume, replace it with "
+            "--overwrite, or choose another OUTPUT_DIR"
+        )
 
 
 def silence_warnings() -> None:

@@ -8,7 +8,7 @@ from types import FrameType
 
 from relvit_d2.utils.processes import process_group
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(BaseException):
@@ -35,13 +35,13 @@ def install(patient: bool) -> None:
             parent.
     """
     _State.received, _State.deferring, _State.patient = 0, False, patient
-    for number in _SIGNALS:
+    for number in SIGNALS:
         signal.signal(number, _handle)
 
 
 def uninstall() -> None:
     """Restore the default: signals end this process immediately."""
-    for number in _SIGNALS:
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
 
 

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from relvit_d2.engine import signals
 from relvit_d2.engine.checkpoint import Checkpointer, check_space
+from relvit_d2.engine.config import resolve_epochs
 from relvit_d2.engine.hooks import CheckpointHook, EvaluationHook
 from relvit_d2.engine.optimizer import build_clipper, build_optimizer
 from relvit_d2.engine.precision import choose_precision
@@ -48,7 +49,7 @@ class Trainer(TrainerBase):
     ``register_hooks`` before :meth:`train` and run after the trainer's.
 
     Args:
-        cfg: the full config.
+        cfg: the full config; epochs are resolved by :func:`relvit_d2.engine.config.resolve_epochs`.
         model: maps a batch to a dict of scalar losses, whose sum is minimised, and of
             :class:`relvit_d2.utils.metrics.Metric`, which are logged.
         samples: number of training images.
@@ -80,7 +81,7 @@ class Trainer(TrainerBase):
         list_data: Callable[[], list[str]] | None = None,
     ) -> None:
         super().__init__()
-        self.cfg, self.samples = cfg, samples
+        self.cfg, self.samples = (cfg := resolve_epochs(cfg, samples)), samples
         self.precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE))
         self._evaluates = evaluate is not None
         self._check_and_log_settings()
@@ -238,7 +239,7 @@ class Trainer(TrainerBase):
         for file in output.glob("not_finite_*.json"):
             file.unlink()
         if self.start_iter == 0 and self.checkpointer.has_checkpoint():
-            logger.warning(f"'{output}' holds an earlier run, whose files are overwritten; --resume would continue it")
+            logger.warning(f"'{output}' holds an earlier run, whose files are overwritten")
             # Otherwise --resume after a kill before the first checkpoint would continue the earlier run.
             (output / "last_checkpoint").unlink()
 

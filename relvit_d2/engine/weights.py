@@ -1,10 +1,14 @@
 """Weights: initialisation of training, loading for evaluation, export of the encoder."""
 
 import logging
+import os
+import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from fvcore.common.config import CfgNode
 from torch import nn
 
@@ -20,8 +24,12 @@ logger = logging.getLogger(__name__)
 
 
 def holds_encoder(weights: str) -> bool:
-    """Whether ``MODEL.WEIGHTS`` is an ``encoder.safetensors`` or ``timm:NAME``."""
-    return weights.endswith(".safetensors") or is_published(weights)
+    """Whether ``MODEL.WEIGHTS`` is an ``encoder.safetensors``, a folder with one, or ``timm:NAME``."""
+    return weights.endswith(".safetensors") or is_published(weights) or _has_encoder(weights)
+
+
+def _has_encoder(folder: str) -> bool:
+    return os.path.isfile(os.path.join(folder, "encoder.safetensors"))  # noqa: PTH113,PTH118  (False for a long name)
 
 
 def load_weights(cfg: CfgNode, model: nn.Module, encoder: Encoder, input_format: str) -> dict[str, Any]:
@@ -45,8 +53,7 @@ def load_weights(cfg: CfgNode, model: nn.Module, encoder: Encoder, input_format:
         return {}
     if holds_encoder(weights):
         return load_verified(cfg, encoder, weights, input_format)
-    checkpointer = Checkpointer(model, min_match=ENOUGH, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
-    return checkpointer.load(weights, checkpointables=[]).get("metadata", {})
+    return _load_checkpoint(cfg, model, weights, ENOUGH).get("metadata", {})
 
 
 def run_config(weights: str | Path, config_file: str | Path, overrides: Sequence[Any], task: Task) -> CfgNode:
@@ -65,9 +72,26 @@ def run_config(weights: str | Path, config_file: str | Path, overrides: Sequence
     if not config_file and not path.exists():
         raise UserError(f"weights '{path}' do not exist: give the output folder of a run or one of its checkpoints")
     folder = path if path.is_dir() else path.parent
+    if not config_file:
+        _check_run(folder, task.name)
     cfg = load_config(str(config_file or folder / "config.yaml"), [*map(str, overrides)], {task.name: task}, task.name)
     adapt_to_machine(cfg)
     return cfg
+
+
+def _check_run(folder: Path, task: str) -> None:
+    """Raise a :class:`UserError` if a folder is not that of a run, or is that of a pre-training for another task."""
+    config = folder / "config.yaml"
+    if not config.is_file():
+        inner = folder / "detector"  # of relvit-d2 train --data
+        instead = f"'{inner}'" if (inner / "config.yaml").is_file() else "the OUTPUT_DIR of a run"
+        raise UserError(f"'{folder}' is not the folder of a run, since it has no config.yaml: give {instead}")
+    text = config.read_text(encoding="utf-8", errors="replace")
+    if task != "pretrain" and re.search(r"^TASK: pretrain$", text, re.M):
+        raise UserError(
+            f"'{folder}' is a pre-training, which has an encoder but no {task} heads: train them with MODEL.WEIGHTS "
+            f"'{folder / 'encoder.safetensors'}', then give the folder of that run"
+        )
 
 
 def load_trained(cfg: CfgNode, model: nn.Module, weights: str | Path) -> dict[str, Any]:
@@ -85,15 +109,34 @@ def load_trained(cfg: CfgNode, model: nn.Module, weights: str | Path) -> dict[st
         UserError: there is no checkpoint, or it does not fit the model.
     """
     source = str(weights)
-    if not source or holds_encoder(source):
+    if not source or (holds_encoder(source) and not Path(source).is_dir()):
         what = f"'{source}' holds an encoder without heads" if source else "MODEL.WEIGHTS is empty"
         raise UserError(f"{what}: give the model_final.pth of a trained model, or the folder of its run")
-    checkpointer = Checkpointer(model, source, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
-    if Path(source).is_dir():
+    return _load_checkpoint(cfg, model, source, min_match=1)
+
+
+def _load_checkpoint(cfg: CfgNode, model: nn.Module, source: str, min_match: float) -> dict[str, Any]:
+    """Load a checkpoint, or the last one in a folder, into a model; return the other entries."""
+    checkpointer = Checkpointer(model, source, min_match=min_match, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
+    if os.path.isdir(source):  # noqa: PTH112  (False for a name that is too long)
         if not checkpointer.has_checkpoint():
             raise UserError(f"'{source}' holds no checkpoint: give the OUTPUT_DIR of a training run or a model_*.pth")
         source = checkpointer.get_checkpoint_file()
+    checkpointer.validate = partial(_check_task, cfg.TASK, source)
     return checkpointer.load(source, checkpointables=[])
+
+
+def _check_task(task: str, source: str, checkpoint: dict[str, Any]) -> None:
+    """Raise a :class:`UserError` if a checkpoint was written by another task of this package."""
+    config = checkpoint.get("config")
+    saved = yaml.safe_load(config).get("TASK", task) if isinstance(config, str) else task
+    if saved != task:
+        beside = Path(source).with_name("encoder.safetensors")
+        instead = f"'{beside}'" if beside.is_file() else "its encoder.safetensors"
+        raise UserError(
+            f"'{source}' is a checkpoint of the task {saved}, which has an encoder but not the heads of the task "
+            f"{task}: set MODEL.WEIGHTS to {instead}"
+        )
 
 
 def export_encoder(
@@ -114,6 +157,7 @@ def export_encoder(
         "pixel_mean": list(cfg.MODEL.PIXEL_MEAN),
         "pixel_std": list(cfg.MODEL.PIXEL_STD),
         "input_format": "RGB",
+        "max_value": cfg.INPUT.get("MAX_VALUE", 0),
         "patch": encoder.strides[encoder.last],
         "image_size": image_size,
         "iteration": iterations,

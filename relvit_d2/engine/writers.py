@@ -2,20 +2,27 @@
 
 import datetime
 import logging
+import sys
+from contextvars import ContextVar
 from pathlib import Path
 
 from detectron2.engine import HookBase
 from detectron2.utils.events import EventStorage, EventWriter, JSONWriter, TensorboardXWriter, get_event_storage
 from fvcore.common.config import CfgNode
+from tqdm.auto import tqdm
 
 from relvit_d2.engine.running import RunningTrainer
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import appearing, write_text
 from relvit_d2.utils.hardware import peak_memory
+from relvit_d2.utils.loader_workers import loader_workers
 from relvit_d2.utils.metrics import Metric, from_scalars, parse_row
 
 PERIOD = 20  # iterations between lines on the console and points in TensorBoard
 SLOW_DATA = 0.5  # fraction of the time spent waiting for data from which on a warning is logged
+
+bar_title: ContextVar[str] = ContextVar("bar_title", default="")
+"""Text beside a progress bar of the iterations; empty for no bar."""
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +49,8 @@ class WriterHook(HookBase):
         else:
             write_text(output / "metrics.json", "")
         self._every_step = [JSONWriter(str(output / "metrics.json"), window_size=1)]
+        if title := bar_title.get():
+            self._every_step.append(ProgressBar(title, trainer.start_iter, trainer.max_iter))
         self._periodic = [
             ProgressPrinter(trainer.cfg),
             _Board(str(output), window_size=1, purge_step=trainer.first_row),
@@ -77,12 +86,29 @@ class _Board(TensorboardXWriter):
         self._writer.flush()
 
 
+class ProgressBar(EventWriter):
+    """A bar of the iterations on stderr, or in a notebook."""
+
+    def __init__(self, title: str, done: int, total: int) -> None:
+        pause = 0.5 if sys.stderr.isatty() or "ipykernel" in sys.modules else 10.0  # seconds
+        self._bar = tqdm(desc=title, initial=done, total=total, unit="it", mininterval=pause)
+
+    def write(self) -> None:
+        storage = get_event_storage()
+        if "total_loss" in storage.histories():
+            self._bar.set_postfix_str(f"loss {_median(storage, 'total_loss'):.4g}", refresh=False)
+            self._bar.update(storage.iter + 1 - self._bar.n)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
 class ProgressPrinter(EventWriter):
     """Logs a line: progress, remaining time, losses, metrics with chance levels, speed, memory."""
 
     def __init__(self, cfg: CfgNode) -> None:
         self._max_iter, self._batch, self._device = cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH, cfg.MODEL.DEVICE
-        self._workers = cfg.DATALOADER.NUM_WORKERS
+        self._workers = loader_workers(cfg)
         self._has_warned = False
 
     def write(self) -> None:

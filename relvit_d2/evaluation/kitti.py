@@ -9,7 +9,7 @@ import numpy as np
 from detectron2.structures import BoxMode
 
 from relvit_d2.evaluation.average_precision import explain_zero_ap
-from relvit_d2.evaluation.base import GatheringEvaluator, ImageDetections
+from relvit_d2.evaluation.base import GatheringEvaluator, ImageDetections, area, intersection, iou
 
 MIN_IOU = {"Car": 0.7, "Pedestrian": 0.5, "Cyclist": 0.5}
 POINTS = 41
@@ -136,11 +136,10 @@ class KittiEvaluator(GatheringEvaluator):
         annotations = self._objects[index]
         objects = [a for a in annotations if name in (a["type"], a.get("resembles"))]
         box = _corners(objects)
-        common, area, detection_area = _intersections(box, found.box)
-        union = area[:, None] + detection_area - common
-        overlap = np.divide(common, union, out=np.zeros_like(common), where=common > 0)
-        inside, _, _ = _intersections(_corners([a for a in annotations if a["type"] == "DontCare"]), found.box)
-        in_dont_care: np.ndarray = np.any(inside > MIN_IOU[name] * detection_area, axis=0)
+        overlap = iou(box[:, None], found.box)
+        regions = _corners([a for a in annotations if a["type"] == "DontCare"])
+        inside = intersection(regions[:, None], found.box)
+        in_dont_care: np.ndarray = np.any(inside > MIN_IOU[name] * area(found.box), axis=0)
         of_class = found.label == self._class_names.index(name)
         return _ClassView(objects, box, overlap, found, of_class, in_dont_care)
 
@@ -245,11 +244,3 @@ def _corners(annotations: list[dict[str, Any]]) -> np.ndarray:
     """Return the boxes, (G, 4) XYXY."""
     boxes = [BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
     return np.array(boxes, dtype=np.float64).reshape(-1, 4)
-
-
-def _intersections(boxes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the intersection areas of all pairs, (G, D), and the areas of the boxes, (G,) and (D,)."""
-    low = np.maximum(boxes[:, None, :2], others[:, :2])
-    high = np.minimum(boxes[:, None, 2:], others[:, 2:])
-    common = (high - low).clip(min=0).prod(axis=2)
-    return common, (boxes[:, 2:] - boxes[:, :2]).prod(axis=1), (others[:, 2:] - others[:, :2]).prod(axis=1)

@@ -9,7 +9,7 @@ import numpy as np
 from detectron2.structures import BoxMode
 
 from relvit_d2.evaluation.average_precision import explain_zero_ap
-from relvit_d2.evaluation.base import GatheringEvaluator
+from relvit_d2.evaluation.base import GatheringEvaluator, iou
 
 logger = logging.getLogger(__name__)
 
@@ -117,8 +117,8 @@ class Voc07Evaluator(GatheringEvaluator):
 
     def _match(self, key: np.ndarray, box: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return which of the detections (D,), in order of decreasing score, are true and which are false positives."""
-        best, iou = best_overlaps(key, box, self._object_key, self._object_box)
-        overlaps = iou > MIN_IOU
+        best, overlap = best_overlaps(key, box, self._object_key, self._object_box)
+        overlaps = overlap > MIN_IOU
         hit = np.zeros(len(key), dtype=bool)
         hit[overlaps] = self._object_counted[best[overlaps]]
         neutral = overlaps & ~hit
@@ -170,15 +170,9 @@ def best_overlaps(
     owner = np.repeat(np.arange(len(key)), count)
     candidate = np.arange(len(owner)) + np.repeat(start - (np.cumsum(count) - count), count)
 
-    a, b = box[owner], object_box[candidate]
-    sides = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
-    intersection = sides.clip(min=0).prod(axis=1)
-    area_a, area_b = (a[:, 2:] - a[:, :2]).prod(axis=1), (b[:, 2:] - b[:, :2]).prod(axis=1)
-    union = area_a + area_b - intersection
-    pair_iou = np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
-
+    pair_iou = iou(box[owner], object_box[candidate])
     order = np.lexsort((-pair_iou, owner))
     found, first = np.unique(owner[order], return_index=True)
-    best, iou = np.full(len(key), -1), np.zeros(len(key))
-    best[found], iou[found] = candidate[order[first]], pair_iou[order[first]]
-    return best, iou
+    best, overlap = np.full(len(key), -1), np.zeros(len(key))
+    best[found], overlap[found] = candidate[order[first]], pair_iou[order[first]]
+    return best, overlap

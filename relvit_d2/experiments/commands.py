@@ -6,19 +6,28 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 
+from relvit_d2.engine.config import EPOCH_KEYS
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import make_folder
 from relvit_d2.utils.progress import Progress
 
 TRIAL = 8  # iterations of a run that is timed
 TRIAL_SECONDS = 30.0  # of the iterations of such a run, after which it is stopped
-TRIAL_KEYS = {"SOLVER.MAX_ITER": TRIAL, "SOLVER.WARMUP_ITERS": 0, "SOLVER.CHECKPOINT_PERIOD": 0}
+TRIAL_KEYS = {
+    **{"SOLVER.MAX_ITER": TRIAL, "SOLVER.WARMUP_ITERS": 0, "SOLVER.CHECKPOINT_PERIOD": 0},
+    **dict.fromkeys(EPOCH_KEYS, 0.0),
+}
+
+
+Runner = Callable[[str, list[str], Path, int], None]
+"""Runs a command, as :func:`run_command`, whose arguments it has."""
 
 
 class TrialTime(NamedTuple):
@@ -33,10 +42,16 @@ class TrialTime(NamedTuple):
     rest: float
 
 
-def run_trial(title: str, command: list[str], output: Path, console: Path | None = None) -> TrialTime:
-    """Run a training command, whose config has ``TRIAL_KEYS``, by :func:`run_command` and return its time."""
+def run_trial(title: str, command: list[str], output: Path, run: Runner, console: Path) -> TrialTime:
+    """Run a training command, whose config has ``TRIAL_KEYS``, by ``run``, and return its time.
+
+    Only a subprocess can be stopped after ``TRIAL_SECONDS``; it writes its output to ``console``.
+    """
     started = time.monotonic()
-    run_command(title, command, output, TRIAL, console, TRIAL_SECONDS)
+    if run is run_command:
+        run_command(title, command, output, TRIAL, console, TRIAL_SECONDS)
+    else:
+        run(title, command, output, TRIAL)
     wall = time.monotonic() - started
     seconds = iteration_seconds(output)
     return TrialTime(median(seconds[len(seconds) // 2 :]), max(wall - sum(seconds), 0.0))

@@ -8,6 +8,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
+from relvit_d2.config.config_file import override_words
 from relvit_d2.conversion.checkpoint_file import find_encoder
 from relvit_d2.conversion.convert import convert
 from relvit_d2.conversion.encoder_file import read_encoder, save_encoder
@@ -176,9 +177,11 @@ class Comparison:
 
     def config_of(self, overrides: Overrides, pretraining: bool = False) -> CfgNode:
         """Return the config of a training or a pre-training."""
-        pairs = [str(part) for pair in overrides for part in pair]
         file, task = (self.pretrain_config, "pretrain") if pretraining else (self.config, self.data.task)
-        return load_config(file, pairs, task)
+        cfg = load_config(file, override_words(dict(overrides)), task)
+        if cfg.SOLVER.EPOCHS:
+            raise UserError(f"'{file}': a comparison counts iterations: set SOLVER.MAX_ITER in place of SOLVER.EPOCHS")
+        return cfg
 
     def check_keys(self) -> None:
         """Refuse keys that the comparison sets, and a channel order that pre-training does not support.

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from tabulate import tabulate  # type: ignore[import-untyped]
 
 from relvit_d2.data.subsets import subset_name
-from relvit_d2.experiments.commands import TRIAL_KEYS, run_trial
+from relvit_d2.experiments.commands import TRIAL_KEYS, run_command, run_trial
 from relvit_d2.experiments.compare_arms import ComparedArm, Comparison
 from relvit_d2.experiments.runs import Run, plan_runs
 from relvit_d2.experiments.steps import Step
@@ -66,8 +66,8 @@ def measure(comparison: Comparison, kind: str, tested: int) -> Cost:
         short |= {"TEST.BEST_METRIC": ""} | ({"DATASETS.VALIDATION": ""} if "DATASETS.VALIDATION" in dict(keys) else {})
     step = Step(kind, config, overrides=tuple((dict(keys) | short).items()))
     (run,) = plan_runs([step], 0, 1.0, comparison.output / "trial", []).values()
-    command = [word for word in run.command if word != "--resume"]
-    iteration, rest = run_trial(f"measuring {kind}", command, run.folder)
+    command = ["--overwrite" if word == "--resume" else word for word in run.command]
+    iteration, rest = run_trial(f"measuring {kind}", command, run.folder, run_command, run.folder / "console.txt")
     result, model = run.folder / "inference/results.json", run.folder / "model_final.pth"
     evaluation = 0.0 if pretrains else max(result.stat().st_mtime - model.stat().st_mtime, 0.0)
     return Cost(iteration, max(rest - evaluation, 0.0), evaluation / min(TRIAL_IMAGES, tested))

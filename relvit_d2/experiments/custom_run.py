@@ -20,6 +20,7 @@ from tabulate import tabulate  # type: ignore[import-untyped]
 from relvit_d2.analysis.anchors import Anchors, proposal, training_boxes
 from relvit_d2.analysis.data_checks import check_images, check_labels, raise_first_error
 from relvit_d2.analysis.model_cost import step_cost
+from relvit_d2.config.config_file import override_words
 from relvit_d2.conversion.encoder_file import read_weights
 from relvit_d2.data.detection.catalog import get_metadata
 from relvit_d2.data.detection.custom import config_pairs, register_custom
@@ -32,7 +33,7 @@ from relvit_d2.engine.run_setup import silence_warnings
 from relvit_d2.engine.weights import holds_encoder
 from relvit_d2.evaluation.coco import without_mask
 from relvit_d2.experiments import recipe
-from relvit_d2.experiments.commands import TRIAL_KEYS, run_command, run_trial
+from relvit_d2.experiments.commands import TRIAL_KEYS, Runner, run_trial
 from relvit_d2.experiments.recipe import Choices, Data, Encoder, Machine, Timing
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.config_keys import get_key
@@ -68,6 +69,7 @@ class Request:
         weights: what the training starts from instead of a pre-training; "" for a pre-training.
         pretrain: whether to pre-train, if there are no ``weights``.
         opts: keys and values in turn, which replace those of the recipe.
+        overwrite: replace the runs in the output folder.
     """
 
     data: str
@@ -75,6 +77,7 @@ class Request:
     weights: str
     pretrain: bool
     opts: tuple[str, ...]
+    overwrite: bool = False
 
     @property
     def given(self) -> dict[str, str]:
@@ -82,22 +85,28 @@ class Request:
         return dict(zip(self.opts[::2], self.opts[1::2], strict=True))
 
 
-def train_custom(request: Request, dry_run: bool) -> None:
+def train_custom(request: Request, dry_run: bool, run: Runner) -> None:
     """Check the data, print the recipe and run it.
+
+    Args:
+        request: of the user.
+        dry_run: only print the recipe.
+        run: runs a command.
 
     Raises:
         UserError: the data have an error, the time is too short, the output folder is in use, or a run fails.
     """
     started = time.monotonic()
     silence_warnings()
-    pairs = [str(part) for part in config_pairs(request.data, "detection")]
+    pairs = config_pairs(request.data, "detection")
     cfg = load_config(CONFIG, [*pairs, *request.opts], "detection")
     given = {key: get_key(cfg, key) for key in request.given}
     if "MODEL.WEIGHTS" in given:
         request = dataclasses.replace(request, weights=cfg.MODEL.WEIGHTS, pretrain=False)
     name = Path(request.data).expanduser().resolve().name
     output = Path(cfg.OUTPUT_DIR) if "OUTPUT_DIR" in given else Path("output") / name
-    _check_unused(output)
+    if not request.overwrite:
+        _check_unused(output)
     pinned = weights_choices(cfg, request.weights)
     known = {key: choice.value for key, choice in pinned.items()} | given
     make_folder(output)
@@ -107,7 +116,7 @@ def train_custom(request: Request, dry_run: bool) -> None:
     machine = measure_machine(cfg, [*pairs, *request.opts], encoders)
     encoder, choices = recipe.choose_model(data, machine, seconds, known, encoders)
     choices |= pinned
-    files = Files(request, given, pairs, output, recipe.pretraining_choices(encoder, machine))
+    files = Files(request, given, pairs, output, recipe.pretraining_choices(encoder, machine), run)
     choices |= anchor_choices(data, files.detector(choices | ONE_ANCHOR))
     timing = files.measure(choices)
     batch = known.get("SOLVER.IMS_PER_BATCH", choices["SOLVER.IMS_PER_BATCH"].value)
@@ -121,6 +130,7 @@ def train_custom(request: Request, dry_run: bool) -> None:
         print_text(f"warning: the given schedule needs more than the {seconds / 60:.0f} min of --hours")
     if dry_run:
         return
+    (output / "pretraining/encoder.safetensors").unlink(missing_ok=True)  # by which a finished pre-training is known
     files.run(data)
     print(f"{time.monotonic() - started:.0f} s of the planned {expected:.0f} s")
 
@@ -173,10 +183,13 @@ def _check_unused(output: Path) -> None:
     configs = {"pretrain": output / "pretraining.yaml", "train": output / "recipe.yaml"}
     if not (output / "pretraining").exists() or (output / "pretraining/encoder.safetensors").exists():
         del configs["pretrain"]
-    commands = [f"relvit-d2 {command} --config-file {path} --resume" for command, path in configs.items()]
+    commands = [
+        shell_command(["relvit-d2", command, "--config-file", str(path), "--resume"])
+        for command, path in configs.items()
+    ]
     raise UserError(
-        f"'{output}' holds a run: continue it with {' and then '.join(commands)}, delete the folder, or choose another "
-        "OUTPUT_DIR"
+        f"'{output}' holds a run: continue it with {' and then '.join(commands)}, replace it with --overwrite, or "
+        "choose another OUTPUT_DIR"
     )
 
 
@@ -225,7 +238,7 @@ def data_facts(records: Records, evaluated: int, classes: tuple[str, ...]) -> Da
     )
 
 
-def measure_machine(cfg: CfgNode, pairs: Sequence[str], encoders: Sequence[Encoder]) -> Machine:
+def measure_machine(cfg: CfgNode, pairs: Sequence[Any], encoders: Sequence[Encoder]) -> Machine:
     """Return the machine, with the cost of a training step of each encoder on random images.
 
     Args:
@@ -248,7 +261,7 @@ def measure_machine(cfg: CfgNode, pairs: Sequence[str], encoders: Sequence[Encod
         if encoder.strides:
             keys |= {key: choice.value for key, choice in ONE_ANCHOR.items()}
             keys["MODEL.PYRAMID.STRIDES"] = list(encoder.strides)
-        subject = detector_subject(load_config(CONFIG, _words(shared | keys)))
+        subject = detector_subject(load_config(CONFIG, override_words(shared | keys)))
         costs[encoder.name] = recipe.Cost(*step_cost(subject, 2))
     precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(device))
     return Machine(device, cores(), free_memory(device), (precision.name, precision.reason), costs)
@@ -283,13 +296,15 @@ class Files:
         pairs: keys of the data set.
         output: folder of all runs.
         model: keys of the pre-training but for its schedule.
+        run_command: runs a command.
     """
 
     request: Request
     given: Mapping[str, Any]
-    pairs: list[str]
+    pairs: list[Any]
     output: Path
     model: Choices
+    run_command: Runner
 
     @property
     def pretrains(self) -> bool:
@@ -300,7 +315,8 @@ class Files:
         """Return the config of the training."""
         keys = {key: choice.value for key, choice in self._with_given(choices).items() if key not in self.given}
         keys["MODEL.WEIGHTS"] = self._weights()
-        return load_config(CONFIG, [*self.pairs, *_words(keys), *self.request.opts, *self._output_keys("detector")])
+        words = [*self.pairs, *override_words(keys), *self.request.opts, *self._output_keys("detector")]
+        return load_config(CONFIG, words)
 
     def _with_given(self, choices: Choices) -> Choices:
         return recipe.with_given(choices, {key: value for key, value in self.given.items() if key != "OUTPUT_DIR"})
@@ -316,8 +332,8 @@ class Files:
         given = self.request.given
         keys: dict[str, Any] = {key: choice.value for key, choice in {**self.model, **choices}.items()}
         keys |= {key: given[key] for key in SHARED if key in given}
-        pairs = [str(part) for part in config_pairs(self.request.data, "pretrain")]
-        return load_config(PRETRAINING_CONFIG, [*pairs, *_words(keys), *self._output_keys("pretraining")])
+        pairs = config_pairs(self.request.data, "pretrain")
+        return load_config(PRETRAINING_CONFIG, [*pairs, *override_words(keys), *self._output_keys("pretraining")])
 
     def measure(self, choices: Choices) -> Timing:
         """Run a few iterations of each command in the folder ``trial``, which is removed, and return their times.
@@ -347,9 +363,9 @@ class Files:
             write_text(folder / "trial.yaml", cfg.dump())
             words = [command, "--config-file", str(folder / "trial.yaml")]
             console = self.output / f"measuring_{command}.txt"  # outlives the trial if it fails
-            seconds[command == "train"], rest = run_trial(f"measuring {command}", words, folder, console)
-            console.unlink()
-            start = max(start, rest)
+            found = run_trial(f"measuring {command}", words, folder, self.run_command, console)
+            console.unlink(missing_ok=True)
+            seconds[command == "train"], start = found.iteration, max(start, found.rest)
             needed += CHECKPOINTS * max(file.stat().st_size for file in folder.glob("model_*.pth"))
         check_space(self.output, needed)
         image, view = (
@@ -394,23 +410,20 @@ class Files:
         for command, folder, config in [*steps, ("train", "detector", "recipe.yaml")]:
             path = self.output / config
             total = load_config(str(path), []).SOLVER.MAX_ITER
-            run_command(command, [command, "--config-file", str(path), "--resume"], self.output / folder, total)
+            flag = "--overwrite" if self.request.overwrite else "--resume"
+            self.run_command(command, [command, "--config-file", str(path), flag], self.output / folder, total)
         detector, pictures = self.output / "detector", self.output / "predictions"
         cfg = load_config(str(self.output / "recipe.yaml"), [])
         records = next(iter(evaluation_sets(cfg).values()), None) or training_records(cfg)
         step = max(len(records) // SHOWN, 1)
         shown = [record["file_name"] for record in records[::step][:SHOWN]]
         words = ["predict", "--weights", str(detector), "--input", *shown, "--output", str(pictures)]
-        run_command("predict", words, self.output / "predict", 0)
+        self.run_command("predict", words, self.output / "predict", 0)
         results = detector / "inference/results.json"
         for name, found in json.loads(results.read_text(encoding="utf-8")).items() if data.evaluated else ():
             print_text(f"AP on {name}: {found['bbox']['AP'] or 0:.1f}, AP50 {found['bbox']['AP50'] or 0:.1f}")
         following = shell_command(["relvit-d2", "predict", "--weights", str(detector), "--input", "IMAGES"])
         print_text(f"report: {detector}/report.html\npictures: {pictures}\nnext: {following}")
-
-
-def _words(keys: Mapping[str, Any]) -> list[str]:
-    return [str(part) for pair in keys.items() for part in pair]
 
 
 def recipe_yaml(base: str, cfg: CfgNode, choices: Choices) -> str:

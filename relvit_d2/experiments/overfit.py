@@ -4,6 +4,7 @@ import json
 import time
 from pathlib import Path
 
+from relvit_d2.config.config_file import override_words
 from relvit_d2.data.detection.custom import register_custom
 from relvit_d2.experiments.commands import run_command
 from relvit_d2.tasks import load_config
@@ -52,15 +53,15 @@ def overfit_check(config_file: str, images: int, opts: list[str]) -> None:
         "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": 5.0,
         "OUTPUT_DIR": f"output/overfit/{Path(config_file).stem}",
     }
-    pairs = [str(item) for pair in overrides.items() for item in pair] + opts
+    pairs = override_words(overrides) + opts
     output = Path(load_config(config_file, pairs).OUTPUT_DIR)
     command = ["train", "--config-file", config_file]
     start = time.monotonic()
     for end in range(FIRST_ROUND, LAST + 1, ROUND):
-        resume = ["--resume", "--allow-changes"] if end > FIRST_ROUND else []
+        resume = ["--resume", "--allow-changes"] if end > FIRST_ROUND else ["--overwrite"]
         goal = ["DATASETS.TEST", "()", "SOLVER.MAX_ITER", str(end)]
         run_command(f"training to {end}", [*command, *resume, *pairs, *goal], output, end)
-        test = ["DATASETS.TEST", f"({name!r},)", "MODEL.WEIGHTS", str(output / "model_final.pth")]
+        test = override_words({"DATASETS.TEST": (name,), "MODEL.WEIGHTS": output / "model_final.pth"})
         run_command("evaluating", [*command, "--eval-only", *pairs, *test], output, 0)
         ap50 = json.loads((output / "inference/results.json").read_text(encoding="utf-8"))[name]["bbox"]["AP50"] or 0.0
         seconds = time.monotonic() - start

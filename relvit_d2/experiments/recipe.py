@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from relvit_d2.engine.config import EPOCH_KEYS
 from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.loader_workers import default_workers
 
 SIDES = (128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 """Longer sides of training images to choose from, pixels."""
@@ -29,14 +31,6 @@ PRETEXT_EVALUATIONS = 4  # during the pre-training
 PATIENT = 0.75  # share of the evaluations without a better AP after which the training ends
 RARE = 0.25  # a class in fewer images than this share of the median class's is rare
 MARGIN = 0.95  # share of the time that is planned
-
-
-IN_EPOCHS = {
-    "SOLVER.EPOCHS": "SOLVER.MAX_ITER",
-    "SOLVER.CHECKPOINT_EPOCHS": "SOLVER.CHECKPOINT_PERIOD",
-    "TEST.EVAL_EPOCHS": "TEST.EVAL_PERIOD",
-}
-"""Keys in epochs, and the keys in iterations that they replace."""
 
 
 class Encoder(NamedTuple):
@@ -282,9 +276,9 @@ def _sampler(data: Data) -> Choices:
 
 
 def _workers(machine: Machine) -> tuple[int, str]:
-    if machine.device.startswith("cuda"):
-        return min(machine.cores, 8), f"{machine.cores} cores, at most 8"
-    return (1 if machine.cores > 1 else 0), f"the model needs the {machine.cores} cores itself"
+    on_gpu = machine.device.startswith("cuda")
+    reason = "at most 8" if on_gpu else "a quarter of them, since the model needs the others"
+    return default_workers(machine.device, machine.cores), f"{machine.cores} cores, {reason}"
 
 
 class Timing(NamedTuple):
@@ -334,7 +328,7 @@ def choose_schedules(
     Raises:
         UserError: the time is too short for ``least`` iterations.
     """
-    for key, replaced in IN_EPOCHS.items():
+    for key, replaced in EPOCH_KEYS.items():
         if given.get(key):
             given = {**given, replaced: max(round(given[key] * data.images / batch), 1)}
     iterations, period, why = given.get("SOLVER.MAX_ITER"), given.get("TEST.EVAL_PERIOD"), "given"
@@ -399,7 +393,7 @@ def with_given(choices: Choices, given: Given) -> Choices:
 
     A given number of epochs replaces the choice of the number of iterations.
     """
-    replaced = {iterations for epochs, iterations in IN_EPOCHS.items() if given.get(epochs)}
+    replaced = {iterations for epochs, iterations in EPOCH_KEYS.items() if given.get(epochs)}
     kept = {key: choice for key, choice in choices.items() if key not in replaced}
     return kept | {key: Choice(value, "given") for key, value in given.items()}
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from fvcore.common.config import CfgNode
 
 from relvit_d2.classification.run import list_data
-from relvit_d2.config.config_file import COMMANDS
+from relvit_d2.config.config_file import COMMANDS, override_words
 from relvit_d2.data.classification.datasets import is_class_set, list_class_sets
 from relvit_d2.data.detection import catalog
 from relvit_d2.data.subsets import subset_name
@@ -128,7 +128,7 @@ def plan_runs(steps: Iterable[Step], seed: int, scale: float, output: Path, opts
     for step in steps:
         if step.name in runs:
             continue
-        keys = [str(part) for pair in step.overrides for part in pair] + opts
+        keys = override_words(dict(step.overrides)) + opts
         cfg = load_config(step.config, keys)
         keys += _scaled_keys(cfg, scale, step.labels)
         keys += ["SOLVER.CHECKPOINT_MAX_TO_KEEP", "1", "SEED", str(seed)]
@@ -160,7 +160,7 @@ def _scaled_keys(cfg: CfgNode, scale: float, labels: float) -> list[str]:
         found["DATASETS.TEST"] = tuple(subset_name(name, scale) for name in cfg.DATASETS.TEST)
     if scale * labels < 1:
         found["DATASETS.TRAIN"] = tuple(subset_name(name, scale * labels) for name in cfg.DATASETS.TRAIN)
-    return [str(part) for pair in found.items() for part in pair]
+    return override_words(found)
 
 
 def scaled_schedule(cfg: CfgNode, scale: float) -> dict[str, object]:
@@ -168,10 +168,10 @@ def scaled_schedule(cfg: CfgNode, scale: float) -> dict[str, object]:
     found: dict[str, object] = {}
     for key in _SCHEDULE:
         section, name = key.split(".")
-        if cfg[section][name] > 0:
+        if cfg[section][name] >= 1:  # a fraction of the run or a number of epochs stays
             found[key] = max(round(cfg[section][name] * scale), 1)
     if "Step" in cfg.SOLVER.LR_SCHEDULER_NAME:
-        found["SOLVER.STEPS"] = tuple(max(round(step * scale), 1) for step in cfg.SOLVER.STEPS)
+        found["SOLVER.STEPS"] = tuple(max(round(step * scale), 1) if step >= 1 else step for step in cfg.SOLVER.STEPS)
     return found
 
 

@@ -8,7 +8,7 @@ from relvit_d2.data.config import add_data_config, check_data_config
 from relvit_d2.data.detection.config import add_custom_data_config
 from relvit_d2.data.images.config import add_load_size_config, add_pixel_format_config, check_pixel_format_config
 from relvit_d2.encoders.config import add_encoder_config, check_encoder_config
-from relvit_d2.engine.config import WITHOUT_EFFECT, add_engine_config, finish_engine_config
+from relvit_d2.engine.config import EPOCH_KEYS, WITHOUT_EFFECT, add_engine_config, finish_engine_config
 from relvit_d2.pretext.config import add_pretext_config, add_views_config
 
 
@@ -39,4 +39,4 @@ def finish_config(cfg: CfgNode) -> None:
     check_pixel_format_config(cfg)
 
 
-PRETRAINING = Task("pretrain", CfgNode, add_pretraining_config, finish_config, WITHOUT_EFFECT)
+PRETRAINING = Task("pretrain", CfgNode, add_pretraining_config, finish_config, WITHOUT_EFFECT, EPOCH_KEYS)

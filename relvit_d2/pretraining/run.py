@@ -13,7 +13,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from fvcore.common.config import CfgNode
 
-from relvit_d2.data.classification.datasets import get_class_set, get_class_sets, is_class_set
+from relvit_d2.data.classification.datasets import get_class_set, is_class_set, list_class_sets
 from relvit_d2.data.detection import catalog
 from relvit_d2.data.detection.catalog import save_splits
 from relvit_d2.data.detection.custom import register_custom
@@ -66,7 +66,7 @@ def image_files(
 
     def read(name: str) -> Images:
         if _has_classes(name):
-            return get_class_sets(key, [name], download, synset_file).images
+            return list_class_sets(key, [name], download, synset_file).decoded().images
         return readable(catalog.get_images(name, skip_missing))
 
     parts = [read(name) for name in names]
@@ -111,25 +111,30 @@ def exclude_images(files: Images, name: str, excluded: Images, excluded_name: st
     return take(files, remaining.nonzero()[:, 0])
 
 
-def next_command(config_file: str, data: str | None, cfg: CfgNode, encoder: Path) -> str:
+def next_command(args: argparse.Namespace, cfg: CfgNode, encoder: Path) -> str:
     """Return the command that fine-tunes a pre-trained encoder on the same kind of data.
 
     Its config has the name of the pre-training config: ``configs/NAME.yaml`` or ``configs/cls/NAME.yaml`` for
-    ``configs/ssl/NAME.yaml``; FILE if it does not exist.
+    ``configs/ssl/NAME.yaml``; FILE if it does not exist. If the user gave ``OUTPUT_DIR``, the folder ``finetune`` is
+    below it, or beside it if its name is ``pretrain``.
 
     Args:
-        config_file: config file of the pre-training.
-        data: its argument ``--data``.
+        args: arguments of the pre-training.
         cfg: its config.
         encoder: its ``encoder.safetensors``.
     """
     classes = all(map(_has_classes, cfg.DATASETS.TRAIN))
     command, folder = ("classify", "cls") if classes else ("train", "")
-    ssl = Path(config_file)
+    ssl = Path(args.config_file)
     names = (ssl.parent.parent / folder / ssl.name, ssl.with_name(ssl.name.removeprefix("ssl_")))
     config = next((str(path) for path in names if path != ssl and has_config(str(path))), "FILE")
-    where = ["--data", data] if data else []
-    return shell_command(["relvit-d2", command, "--config-file", config, *where, "MODEL.WEIGHTS", str(encoder)])
+    where = ["--data", args.data] if args.data else []
+    output: list[str] = []
+    if "OUTPUT_DIR" in args.opts[::2]:
+        pretrain = Path(cfg.OUTPUT_DIR)
+        output = ["OUTPUT_DIR", str((pretrain.parent if pretrain.name == "pretrain" else pretrain) / "finetune")]
+    words = ["--config-file", config, *where, "MODEL.WEIGHTS", str(encoder), *output]
+    return shell_command(["relvit-d2", command, *words])
 
 
 def build_trainer(cfg: CfgNode, model: PretrainingModel, files: Images, tests: Images) -> Trainer:
@@ -258,4 +263,4 @@ def run_process(cfg: CfgNode, args: argparse.Namespace, end: Callable[[Path, str
         size = cfg.PRETEXT.IMAGE_SIZE
         seen = training_metadata({name: files}, SeenImages.of_metadata(trainer.metadata))
         path = export_encoder(cfg, model.encoder, size, trainer.iter + 1, trainer.results, pretext=cfg.PRETEXT, **seen)
-        end(path.parent, next_command(args.config_file, args.data, cfg, path))
+        end(path.parent, next_command(args, cfg, path))

@@ -6,10 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from relvit_d2.data.detection import catalog
+from relvit_d2.data.detection.custom import TRAINING_SPLITS, named_sets, open_folder, register_custom
 from relvit_d2.data.images.decode import UnreadableImageError
 from relvit_d2.data.images.folder import EXTENSIONS, list_images, matching_files
+from relvit_d2.data.subsets import subset
+from relvit_d2.detection.config import DETECTION
 from relvit_d2.detection.predictor import load_detector
 from relvit_d2.engine.run_setup import silence_warnings
+from relvit_d2.engine.weights import run_config
 from relvit_d2.report.predictions import coco_results, draw_instances
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import appearing, make_folder, write_text
@@ -39,7 +44,7 @@ def predict(
     """
     silence_warnings()
     files = list(dict.fromkeys(file for word in inputs for file in input_files(word)))
-    detector = load_detector(weights, config_file, opts)
+    detector = load_detector(weights, config_file, opts, threshold)
     if any(file.suffix.lower() in VIDEOS for file in files):
         from relvit_d2.report.prediction_videos import annotate_video  # needs PyAV, which is optional
 
@@ -57,15 +62,14 @@ def predict(
             except UserError as error:
                 errors.append(str(error))
         for (file, image), instances in zip(batch.items(), detector.batch([*batch.values()]), strict=True):
-            kept = instances[instances.scores >= threshold]
             with appearing(output / outputs[file]) as part:
-                draw_instances(detector, image, kept).save(part, format="PNG")
-            results += coco_results(str(file), kept, detector)
+                draw_instances(detector, image, instances).save(part, format="PNG")
+            results += coco_results(str(file), instances, detector)
             made["picture"] += 1
     for file in files:
         if file.suffix.lower() in VIDEOS:
             try:
-                rows, failure = annotate_video(file, output / outputs[file], detector, threshold, size)
+                rows, failure = annotate_video(file, output / outputs[file], detector, size)
             except UnreadableImageError as error:
                 errors.append(str(error))
                 continue
@@ -81,6 +85,39 @@ def predict(
         more = f"; and {len(errors) - MAX_NAMED} more" if len(errors) > MAX_NAMED else ""
         unreadable = f"{len(errors)} of {len(files)} inputs could not be read: {'; '.join(errors[:MAX_NAMED])}{more}"
     return written, unreadable
+
+
+def split_images(weights: str, config_file: str, opts: list[str], data: str | None, split: str) -> list[str]:
+    """Return the images of a split of a data set.
+
+    Args:
+        weights, config_file, opts: see :func:`relvit_d2.detection.predictor.load_detector`.
+        data: folder of a custom data set; None: that of the training, or its ``DATASETS.TRAIN`` and ``TEST``.
+        split: ``train``, ``val`` or ``test``.
+
+    Raises:
+        UserError: the data set does not have the split.
+    """
+    keys: Any = {}
+    if not data:
+        keys = run_config(weights, config_file, opts, DETECTION).DATASETS
+        trained = keys.CUSTOM.get(subset(keys.TRAIN[0])[0], {}) if keys.TRAIN else {}
+        data = trained.get("ROOT") if trained.get("SPLIT") else None
+    if data:
+        form, folder = open_folder(Path(data).expanduser())
+        custom = named_sets(data, form, folder)
+        wanted = TRAINING_SPLITS if split == "train" else (split,)
+        names = tuple(name for name, entry in custom.items() if entry["SPLIT"] in wanted)[:1]
+        if not names:
+            splits = ", ".join(entry["SPLIT"] for entry in custom.values())
+            raise UserError(f"'{data}' has no split {split}: give --split with one of {splits}")
+        keys = {"TRAIN": names, "TEST": (), "CUSTOM": custom}
+    else:
+        names = tuple(keys.TRAIN if split == "train" else keys.TEST)
+        if not names:
+            raise UserError(f"the config of '{weights}' names no data set for the split {split}: give --data FOLDER")
+    register_custom(keys, labels=False)
+    return [str(image) for name in names for image in catalog.get_images(name)]
 
 
 def input_files(word: str) -> list[Path]:

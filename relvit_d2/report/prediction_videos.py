@@ -20,9 +20,7 @@ TICK = Fraction(1, 60000)  # seconds; common frame intervals are multiples; MPEG
 MAX_INTERVAL = 3600  # seconds between two frames; a longer interval is taken as a damaged time stamp
 
 
-def annotate_video(
-    file: Path, output: Path, detector: Detector, threshold: float, size: int
-) -> tuple[list[dict[str, Any]], str]:
+def annotate_video(file: Path, output: Path, detector: Detector, size: int) -> tuple[list[dict[str, Any]], str]:
     """Detect objects in every frame of a video and write an annotated copy.
 
     Returns:
@@ -58,8 +56,7 @@ def annotate_video(
                     break
                 found = detector.batch([image for _, image in batch])
                 for (seconds, image), instances in zip(batch, found, strict=True):
-                    kept = instances[instances.scores >= threshold]
-                    drawn = draw_instances(detector, image, kept)
+                    drawn = draw_instances(detector, image, instances)
                     drawn = drawn.resize((drawn.width // 2 * 2, drawn.height // 2 * 2))  # the codec needs even sides
                     if written is None:
                         written = sink.add_stream("mpeg4", rate=max(rate, Fraction(1)).limit_denominator(1001))
@@ -70,7 +67,7 @@ def annotate_video(
                     frame.pts, frame.time_base = round(seconds / TICK), TICK
                     sink.mux(encoded(written, frame, file))
                     time = {"time": round(float(seconds), 6)}
-                    results += [row | time for row in coco_results(f"{file}#{count}", kept, detector)]
+                    results += [row | time for row in coco_results(f"{file}#{count}", instances, detector)]
                     count += 1
                     bar.update()
             if written is None:

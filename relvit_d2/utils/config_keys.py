@@ -34,7 +34,7 @@ def check_ranges(cfg: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
     """
     for key, (minimum, maximum) in ranges.items():
         value = get_key(cfg, key)
-        if value < minimum:
+        if not value >= minimum:  # NaN too
             raise UserError(f"{key} {value} is too small: give {minimum} or more")
         if value > maximum:
             raise UserError(f"{key} {value} is too large: give {maximum} or less")

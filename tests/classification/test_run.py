@@ -101,4 +101,4 @@ def test_probes_and_evaluation_again(trees: Path, tmp_path: Path) -> None:
 def test_a_damaged_archive_is_reported_in_one_sentence(trees: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.tar.gz").write_bytes(b"\x1f\x8b\x08")
     given = ("DATASETS.TRAIN", f"('{tmp_path}/bad.tar.gz/train',)")
-    assert "bad.tar.gz' is damaged or not a tar archive" in fails(trees, *command(trees, tmp_path / "out", *given))
+    assert "bad.tar.gz' is damaged or not an archive" in fails(trees, *command(trees, tmp_path / "out", *given))

@@ -73,7 +73,6 @@ BOTH = (SSL, DETECT)
 CASES = {
     "misspelt key": Case("did you mean 'SOLVER.MAX_ITER'", ("SOLVER.MAX_ITTER", 3)),
     "wrong type": Case("SOLVER.MAX_ITER takes a value of type int", ("SOLVER.MAX_ITER", "soon")),
-    "flag after the overrides": Case("put flags before", ("--resume", "--eval-only")),
     "key twice in a file": Case(
         "bad.yaml' has the key 'MAX_ITER' twice, the second time in line 4",
         flags=("--config-file", "{here}/bad.yaml"),
@@ -134,7 +133,7 @@ CASES = {
         "SOLVER.CHECKPOINT_MAX_TO_KEEP -1 is too small", ("SOLVER.CHECKPOINT_MAX_TO_KEEP", -1), (SSL,)
     ),
     "patience below nothing": Case("TEST.PATIENCE -1 is too small", ("TEST.PATIENCE", -1), (SSL,)),
-    "less than no workers": Case("DATALOADER.NUM_WORKERS -1 is too small", ("DATALOADER.NUM_WORKERS", -1), (SSL,)),
+    "less than no workers": Case("DATALOADER.NUM_WORKERS -2 is too small", ("DATALOADER.NUM_WORKERS", -2), (SSL,)),
     "patience without a metric": Case("needs TEST.BEST_METRIC", ("TEST.PATIENCE", 2, "TEST.EVAL_PERIOD", 1)),
     "metric that is none": Case(
         "did you mean 'bbox/AP50'", ("TEST.BEST_METRIC", "box/AP50", "TEST.EVAL_PERIOD", 1, "SOLVER.MAX_ITER", 2)
@@ -175,7 +174,7 @@ CASES = {
     ),
     "class count": Case("NUM_CLASSES 7 contradicts data set 'svhn_train'", ("MODEL.ROI_HEADS.NUM_CLASSES", 7)),
     "weights are absent": Case("no/encoder.safetensors' does not exist", ("MODEL.WEIGHTS", "no/encoder.safetensors")),
-    "weights are a folder": Case("does not exist", ("MODEL.WEIGHTS", "{here}")),
+    "weights are a folder": Case("holds no checkpoint", ("MODEL.WEIGHTS", "{here}")),
     "weights are text": Case(
         "not a readable safetensors file",
         ("MODEL.WEIGHTS", "{here}/a.safetensors"),
@@ -224,7 +223,6 @@ LIKE_OTHERS = {
     "image is cut short",
     "annotation of an unknown class",
     "own folder is absent",
-    "weights are a folder",
     "weights are text",
 }
 ROWS = [

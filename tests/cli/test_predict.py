@@ -1,5 +1,6 @@
 """Prediction on files, arrays and videos, in Python and from the command line."""
 
+import inspect
 import json
 import re
 import subprocess
@@ -15,7 +16,7 @@ from detectron2.structures import BoxMode, Instances
 from PIL import Image
 
 from relvit_d2 import load_detector
-from relvit_d2.cli import main
+from relvit_d2.cli import main, parser_of
 from relvit_d2.detection.predictor import Detector
 from relvit_d2.report.prediction_files import input_files
 from relvit_d2.report.prediction_videos import annotate_video, timed, upright
@@ -36,7 +37,7 @@ def trained(root: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def detector(trained: Path) -> Detector:
-    return load_detector(trained)
+    return load_detector(trained, threshold=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +161,7 @@ def test_pillow_images_are_read_like_files(detector: Detector, images: list[Path
 def test_a_checkpoint_and_its_folder_load_the_same_detector(
     trained: Path, detector: Detector, images: list[Path]
 ) -> None:
-    same(load_detector(trained / "model_final.pth")(images[0]), detector(images[0]))
+    same(load_detector(trained / "model_final.pth", threshold=0.0)(images[0]), detector(images[0]))
 
 
 def test_predict_draws_every_input_and_writes_coco_results(
@@ -203,7 +204,7 @@ def times(path: Path) -> list[float]:
 def test_frames_of_a_variable_rate_keep_their_times(detector: Detector, tmp_path: Path, suffix: str) -> None:
     steps = [2001, 180_000, 2009, 60, 300_022, 2000]
     made = video(tmp_path / f"clip.{suffix}", [np.full((32, 32, 3), 50, np.uint8)] * 6, steps)
-    rows, fault = annotate_video(made, tmp_path / "out.mp4", detector, 0.0, 4)
+    rows, fault = annotate_video(made, tmp_path / "out.mp4", detector, 4)
     expected = times(made)
     assert expected[-1] > 8 and not fault
     assert times(tmp_path / "out.mp4") == pytest.approx(expected, abs=2e-5)
@@ -215,7 +216,7 @@ def test_frames_of_a_variable_rate_keep_their_times(detector: Detector, tmp_path
 def test_frames_of_a_constant_rate_keep_their_times(detector: Detector, tmp_path: Path, rate: Fraction) -> None:
     frames = [np.full((32, 32, 3), 50, np.uint8)] * 5
     made = video(tmp_path / "clip.mkv", frames, [round(60000 / rate)] * 5)
-    annotate_video(made, tmp_path / "out.mp4", detector, 0.5, 2)
+    annotate_video(made, tmp_path / "out.mp4", detector, 2)
     assert times(tmp_path / "out.mp4") == pytest.approx(times(made), abs=2e-5)
 
 
@@ -250,7 +251,7 @@ def test_videos_are_rotated_upright(detector: Detector, tmp_path: Path, degrees:
         for frame in source.decode(video=0):
             shown = upright(frame)
             assert shown.shape == expected.shape and np.abs(shown.astype(int) - expected).mean() < 12
-    annotate_video(made, tmp_path / "out.mp4", detector, 1.0, 4)
+    annotate_video(made, tmp_path / "out.mp4", detector, 4)
     with av.open(str(tmp_path / "out.mp4")) as written:
         for frame in written.decode(video=0):
             shown = np.array(frame.to_image().resize(expected.shape[1::-1])).astype(int)
@@ -261,7 +262,7 @@ def test_written_videos_have_a_high_psnr(detector: Detector, samples: Path, tmp_
     with Image.open(min((samples / "VOC2007/JPEGImages").glob("*.jpg"))) as photo:
         pixels = np.array(photo.convert("RGB").resize((800, 600)))
     made = video(tmp_path / "clip.mp4", [np.roll(pixels, 8 * i, axis=1) for i in range(6)], rate=30, bits=8_000_000)
-    annotate_video(made, tmp_path / "out.mp4", detector, 1.0, 2)
+    annotate_video(made, tmp_path / "out.mp4", detector, 2)
     with av.open(str(made)) as source, av.open(str(tmp_path / "out.mp4")) as written:
         pairs = zip(source.decode(video=0), written.decode(video=0), strict=True)
         apart = [np.subtract(*(f.to_ndarray(format="gray").astype(int) for f in pair)) for pair in pairs]
@@ -338,6 +339,11 @@ def test_detections_below_the_threshold_are_left_out(
     assert main(["predict", "--weights", *map(str, (trained, *arguments))]) == 0
     results = json.loads((tmp_path / "detections.json").read_text())
     assert 0 < len(results) == int((scores >= middle).sum()) < len(scores)
+    assert [row["score"] for row in results] == pytest.approx(
+        load_detector(trained, threshold=middle)(images[0]).scores.tolist(), abs=1e-5
+    )
+    default = inspect.signature(load_detector).parameters["threshold"].default
+    assert default == parser_of("predict").get_default("threshold")
 
 
 def test_unreadable_files_are_reported_and_the_rest_is_predicted(

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import yaml  # type: ignore[import-untyped]
 from detectron2.config import get_cfg
+from hypothesis import given
+from hypothesis import strategies as st
 
-from relvit_d2.config.config_file import COMMANDS, flat
+from relvit_d2.config.config_file import COMMANDS, flat, override_words
 from relvit_d2.detection.config import add_relvit_config
 from relvit_d2.encoders import ENCODERS
 from relvit_d2.tasks import TASKS, load_config, read_config
@@ -63,7 +65,7 @@ OTHER = {bool: "True", float: "0.7", int: "7", str: "other"}
     [
         ("MODEL.DEVICE", "gpu", "MODEL.DEVICE 'gpu' is not a device of torch"),
         ("SOLVER.BASE_LR", "-1", "SOLVER.BASE_LR -1.0 is too small: give 0 or more"),
-        ("DATALOADER.NUM_WORKERS", "-1", "NUM_WORKERS -1 is too small"),
+        ("DATALOADER.NUM_WORKERS", "-2", "NUM_WORKERS -2 is too small"),
         ("MODEL.ENCODER.PATCH_SIZE", "0", "MODEL.ENCODER.PATCH_SIZE 0 is too small: give 1 or more"),
         ("MODEL.ENCODER.DROP_PATH", "2", "MODEL.ENCODER.DROP_PATH 2.0 is too large: give 1 or less"),
     ],
@@ -173,6 +175,10 @@ def test_amp_is_bfloat16_and_contradicts_float32(task: str) -> None:
         (["SOLVER.MAX_ITER"], "KEY VALUE pairs"),
         (["SOLVER.MAX_ITER", "2.5"], r"SOLVER.MAX_ITER takes a value of type int, not 2.5"),
         (["SOLVER.MAX_ITER", "True"], r"SOLVER.MAX_ITER takes a value of type int, not True"),
+        (["SOLVER.WARMUP_ITERS", "2.5"], r"SOLVER.WARMUP_ITERS takes a value of type int, not 2.5"),
+        (["SOLVER.WARMUP_ITERS", "-0.1"], r"SOLVER.WARMUP_ITERS takes a value of type int, not -0.1"),
+        (["SOLVER.EPOCHS", "-1"], r"SOLVER.EPOCHS -1.0 is too small: give 0 or more"),
+        (["SOLVER.EPOCHS", "1e400"], r"SOLVER.EPOCHS inf is too large: give 1000000.0 or less"),
         (["SOLVER.BASE_LR", "nan"], r"SOLVER.BASE_LR takes a value of type float"),
         (["MODEL.MASK_ON", "2"], r"MODEL.MASK_ON takes a value of type bool, not 2"),
         (["INPUT.MIN_SIZE_TRAIN", "512"], r"takes a value of type tuple, such as \(800,\), not 512 of type int"),
@@ -258,7 +264,8 @@ MEANT: dict[type, list[tuple[str, Any]]] = {
 @pytest.mark.parametrize("as_file", [False, True], ids=["override", "file"])
 def test_every_key_takes_another_notation_of_its_type(as_file: bool, number: int, task: str, tmp_path: Path) -> None:
     base = str(Path(f"configs/base/{BASES[task]}.yaml").resolve())
-    fixed = {"TASK", "VERSION", "INPUT.CHANNELS", "TEST.AUG.ENABLED", "SOLVER.PRECISION", *TASKS[task].without_effect}
+    fixed = {"TASK", "VERSION", "INPUT.CHANNELS", "TEST.AUG.ENABLED", "SOLVER.PRECISION"}
+    fixed |= {*TASKS[task].without_effect, *TASKS[task].alternatives}
     given, meant = dict[str, str](), dict[str, Any]()
     for key, item in flat(read_config(base, [])).items():
         if type(item) in MEANT and key not in fixed:
@@ -279,6 +286,55 @@ def test_every_key_takes_another_notation_of_its_type(as_file: bool, number: int
 def flow(node: Any) -> str:
     """The yaml of nested dictionaries with the texts as they are."""
     return "{" + ", ".join(f"{k}: {flow(v)}" for k, v in node.items()) + "}" if isinstance(node, dict) else node
+
+
+EPOCHS_OVER_ITERATIONS = [("SOLVER", "EPOCHS", "MAX_ITER"), ("TEST", "EVAL_EPOCHS", "EVAL_PERIOD")]
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(("group", "epochs", "iterations"), EPOCHS_OVER_ITERATIONS)
+def test_epochs_replace_the_iterations_of_an_earlier_source_and_the_other_way_round(
+    group: str, epochs: str, iterations: str, task: str, tmp_path: Path
+) -> None:
+    base = f"_BASE_: {Path(f'configs/base/{BASES[task]}.yaml').resolve()}\n"
+
+    def read(text: str, *overrides: str) -> tuple[float, int]:
+        (tmp_path / "own.yaml").write_text(base + text)
+        cfg = load_config(str(tmp_path / "own.yaml"), list(overrides))
+        (tmp_path / "dump.yaml").write_text(cfg.dump())
+        assert load_config(str(tmp_path / "dump.yaml"), [])[group] == cfg[group]
+        assert type(cfg[group][epochs]) is float and type(cfg[group][iterations]) is int
+        return cfg[group][epochs], cfg[group][iterations]
+
+    assert read(f"{group}: {{{epochs}: 12}}\n") == (12, 0)
+    assert read(f"{group}: {{{iterations}: 5}}\n", f"{group}.{epochs}", "0.5") == (0.5, 0)
+    assert read(f"{group}: {{{epochs}: 12}}\n", f"{group}.{iterations}", "5") == (0, 5)
+    assert read(f"{group}: {{{epochs}: 12, {iterations}: 0}}\n") == (12, 0)
+    assert read(f"{group}: {{{iterations}: 5}}\n", group, f"{{{epochs}: 3}}") == (3, 0)
+    with pytest.raises(UserError, match=rf"own.yaml' gives both {group}.{epochs} and {group}.{iterations}: remove one"):
+        read(f"{group}: {{{epochs}: 12, {iterations}: 5}}\n")
+    with pytest.raises(UserError, match=rf"the command line gives both {group}.{epochs} and {group}.{iterations}"):
+        read("", f"{group}.{iterations}", "5", f"{group}.{epochs}", "12")
+
+
+def test_epochs_and_iterations_of_a_config_without_sources() -> None:
+    """As in Detectron2's way to make a config."""
+    cfg = get_cfg()
+    add_relvit_config(cfg)
+    cfg.SOLVER.EPOCHS = 3.0
+    with pytest.raises(UserError, match=r"SOLVER.EPOCHS 3 and SOLVER.MAX_ITER 40000 are both set: set one to 0"):
+        TASKS["detection"].finish(cfg)
+    cfg.SOLVER.EPOCHS, cfg.SOLVER.MAX_ITER = 0.0, 0
+    with pytest.raises(UserError, match=r"SOLVER.MAX_ITER and SOLVER.EPOCHS are both 0: set one of them"):
+        TASKS["detection"].finish(cfg)
+
+
+@pytest.mark.parametrize(("given", "meant"), [("0.1", 0.1), ("0", 0), ("1", 1), ("1.0", 1), ("1e-2", 0.01)])
+def test_a_warmup_may_be_a_fraction(given: str, meant: float, tmp_path: Path) -> None:
+    cfg = load_config("configs/base/ssl.yaml", ["SOLVER.WARMUP_ITERS", given])
+    (tmp_path / "dump.yaml").write_text(cfg.dump())
+    for read in (cfg, load_config(str(tmp_path / "dump.yaml"), [])):
+        assert (read.SOLVER.WARMUP_ITERS, type(read.SOLVER.WARMUP_ITERS)) == (meant, type(meant))
 
 
 def test_lists_take_other_notations_too(tmp_path: Path) -> None:
@@ -317,6 +373,31 @@ def test_an_own_set_takes_texts_as_they_are_written(tmp_path: Path) -> None:
     assert {"cells": meant | {"ROOT": "2025"}} == load_config(
         base, ["DATASETS.CUSTOM.cells", text, "DATASETS.CUSTOM.cells.ROOT", "2025"]
     ).DATASETS.CUSTOM
+
+
+NAMES = st.text(st.characters(exclude_characters="\0"), min_size=1) | st.sampled_from(
+    ["it's", 'a "b"', "C:\\new", "a: b", "a #b", "{a}", "[a", "2024", "None", "null", "\x1b[31m", "\udcff", "\u2028"]
+)
+
+
+@given(NAMES, st.lists(NAMES, max_size=2))
+def test_values_are_read_back_from_the_words_of_a_command_line(name: str, classes: list[str]) -> None:
+    pairs = {
+        "DATASETS.CUSTOM": {"cells": {"ROOT": name, "CLASSES": classes}},
+        "DATASETS.TRAIN": (name, *classes),
+        "MODEL.WEIGHTS": f"out/{name}/encoder.safetensors",
+        "SOLVER.BASE_LR": 1e-5,
+        "SOLVER.STEPS": (3, 5),
+        "MODEL.MASK_ON": False,
+    }
+    words = override_words(pairs)
+    assert all(type(word) is str for word in words)
+    cfg = read_config("configs/base/detection.yaml", words)
+    assert {key: get_key(cfg, key) for key in pairs} == pairs
+
+
+def test_a_folder_in_braces_is_a_path() -> None:
+    assert load_config("configs/base/detection.yaml", ["OUTPUT_DIR", "{runs}/1"]).OUTPUT_DIR == "{runs}/1"
 
 
 def test_an_absent_file_is_named() -> None:

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from relvit_d2.conversion.checkpoint_file import find_encoder
 from relvit_d2.conversion.convert import convert
 from relvit_d2.conversion.encoder_file import feature_difference, load_encoder, read_encoder, save_encoder
-from relvit_d2.conversion.to_detectron2 import to_detectron2
-from relvit_d2.conversion.to_timm import to_timm, verify_timm
+from relvit_d2.conversion.export import to_detectron2, to_timm, verify_timm
 from relvit_d2.encoders import Encoder, build_encoder
 from relvit_d2.utils.errors import UserError
 from tests.support.scripts import command, fails, run

@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 import random
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -24,7 +25,7 @@ from PIL import Image
 
 from relvit_d2.data.detection.mapper import pad_images
 from relvit_d2.data.images.decode import read_rgb
-from relvit_d2.data.loader import EndlessBatches, EndlessOrder, ordered_batches
+from relvit_d2.data.loader import Batches, EndlessOrder, ordered_batches
 from relvit_d2.data.workers import _load, _store
 from relvit_d2.utils.errors import ResumableError, UserError
 
@@ -79,7 +80,7 @@ def draw(sample: int) -> tuple[int, float, float]:
 
 def test_random_draws_do_not_depend_on_the_number_of_workers() -> None:
     def batches(workers: int) -> list[list[tuple[int, float, float]]]:
-        loader = EndlessBatches(range(7), draw, list, EndlessOrder(7, 3, 1, 4), 1, workers)
+        loader = Batches(range(7), draw, list, EndlessOrder(7, 3, 1, 4), 1, workers)
         return list(itertools.islice(iter(loader), 6))
 
     alone = batches(0)
@@ -99,6 +100,20 @@ raise ZeroDivisionError
     assert done.stderr.endswith("ZeroDivisionError\n")
 
 
+def test_a_signal_to_a_worker_that_has_just_started_does_not_end_it() -> None:
+    script = """
+import os, signal
+from relvit_d2.data.loader import ordered_batches
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+for number in (signal.SIGINT, signal.SIGTERM):
+    os.register_at_fork(after_in_child=lambda number=number: os.kill(os.getpid(), number))
+assert sum(map(sum, ordered_batches(range(9), abs, list, 2, 2))) == 36
+signal.raise_signal(signal.SIGTERM)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (-signal.SIGTERM, "")
+
+
 def refuse(sample: int) -> int:
     if sample == 3:
         raise UserError("sample 3 is damaged; replace it")
@@ -113,7 +128,7 @@ def batches_of_arrays(sample: int) -> tuple[np.ndarray, torch.Tensor]:
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_worker_that_is_killed_at_any_moment_is_one_error_and_none_remains(seed: int, workers: int) -> None:
     random_moment = random.Random(seed)
-    loader = EndlessBatches(range(7), batches_of_arrays, list, EndlessOrder(7, 3, 1, 0), 1, workers)
+    loader = Batches(range(7), batches_of_arrays, list, EndlessOrder(7, 3, 1, 0), 1, workers)
     batches = iter(loader)
     next(batches)
     other = iter(ordered_batches(range(9), int, list, 1, 1))  # an evaluation, while the training loader is open

@@ -71,6 +71,21 @@ def test_killed_anywhere_and_resumed(
     assert_same_run(uninterrupted[script], tmp_path)
 
 
+@pytest.mark.parametrize(("script", "epochs"), [("pretrain_ssl.py", (29.3, 3.3, 8)), ("train_net.py", (14.5, 1.7, 4))])
+def test_a_killed_run_of_epochs_continues_as_one_of_iterations(
+    script: str, epochs: tuple[float, float, float], root: Path, uninterrupted: dict[str, Path], tmp_path: Path
+) -> None:
+    run_length, checkpoints, evaluations = epochs  # of 12 images
+    keys: tuple[object, ...] = ("SOLVER.MAX_ITER", 0, "SOLVER.EPOCHS", run_length, "TEST.EVAL_EPOCHS", evaluations)
+    keys += ("SOLVER.CHECKPOINT_PERIOD", 0, "SOLVER.CHECKPOINT_EPOCHS", checkpoints)
+    run(root, *command(script, tmp_path, *keys), status=-signal.SIGKILL, fault="step:23")
+    assert "resumed at iteration 20" in run(root, *command(script, tmp_path, *RUN, 0, flags=("--resume",))).stdout
+    assert (tmp_path / "config.yaml").read_text().replace(str(tmp_path), "") == (
+        uninterrupted[script] / "config.yaml"
+    ).read_text().replace(str(uninterrupted[script]), "")
+    assert_same_run(uninterrupted[script], tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("script", "workers"), [("pretrain_ssl.py", 0), ("train_net.py", 2)])
 def test_killed_at_random_moments_25_times(

@@ -1,12 +1,16 @@
 """Learning rates against closed forms and an independent implementation."""
 
 import math
+from collections import Counter
+from itertools import chain
 
 import pytest
 from detectron2.config import get_cfg
 from fvcore.common.param_scheduler import CosineParamScheduler
 
+from relvit_d2.data.loader import EndlessOrder
 from relvit_d2.detection.config import add_relvit_config
+from relvit_d2.engine.config import resolve_epochs
 from relvit_d2.engine.schedule import build_schedule, quarter_cosine, warmup_cosine, warmup_multistep
 from relvit_d2.utils.errors import UserError
 
@@ -78,3 +82,39 @@ def test_an_unknown_schedule_names_the_nearest() -> None:
     cfg.SOLVER.LR_SCHEDULER_NAME = "QuaterCosineLR"
     with pytest.raises(UserError, match="did you mean 'QuarterCosineLR'"):
         build_schedule(cfg)
+
+
+@pytest.mark.parametrize("epochs", [1.0, 3.0])
+@pytest.mark.parametrize(("images", "batch"), [(10, 4), (12, 4), (3, 8), (7, 7), (1, 2)])
+def test_a_run_of_some_epochs_is_the_shortest_that_sees_every_image_so_often(
+    images: int, batch: int, epochs: float
+) -> None:
+    cfg = get_cfg()
+    add_relvit_config(cfg)
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.EPOCHS, cfg.SOLVER.IMS_PER_BATCH = 0, epochs, batch
+    iterations = resolve_epochs(cfg, images).SOLVER.MAX_ITER
+    order = EndlessOrder(images, batch, seed=0, start=0)
+
+    def least(count: int) -> int:
+        seen = Counter(index for _, index in chain.from_iterable(map(order.keys, range(count))))
+        return min(seen[index] for index in range(images))
+
+    assert least(iterations) >= epochs > least(iterations - 1)
+
+
+def test_periods_are_in_epochs_and_parts_of_the_schedule_in_fractions() -> None:
+    cfg = get_cfg()
+    add_relvit_config(cfg)
+    solver = cfg.SOLVER
+    solver.MAX_ITER, solver.EPOCHS, solver.IMS_PER_BATCH, solver.GRAD_ACCUM_STEPS = 0, 0.1, 10, 5
+    solver.CHECKPOINT_PERIOD, solver.CHECKPOINT_EPOCHS, cfg.TEST.EVAL_EPOCHS = 0, 0.05, 1e-4
+    solver.WARMUP_ITERS, solver.STEPS = 0.1, (0.7, 28)
+    found = resolve_epochs(cfg, 3000)
+    assert found.SOLVER.MAX_ITER == 30  # 0.1 * 300 is 30.000000000000004 in floating point
+    assert (found.SOLVER.CHECKPOINT_PERIOD, found.TEST.EVAL_PERIOD) == (15, 1)
+    assert (found.SOLVER.WARMUP_ITERS, found.SOLVER.STEPS) == (3, (21, 28))
+    assert resolve_epochs(found, 77) == found  # it has no epochs any more
+    assert solver.EPOCHS == 0.1
+    iterations = get_cfg()
+    add_relvit_config(iterations)
+    assert resolve_epochs(iterations, 3000) == iterations

@@ -49,7 +49,7 @@ def crops(samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def yolo(samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("yolo") / "cells"
+    folder = tmp_path_factory.mktemp("yolo") / "it's C:\\new" / "cells"
     write_yolo(samples, folder)
     return folder
 

@@ -247,14 +247,14 @@ def test_bad_arguments(tmp_path: Path) -> None:
         (("--data", tmp_path / "nothing", "--dry-run"), "the data folder '.*nothing' does not exist"),
         (("--data", root / "data.yaml", "--dry-run"), "the data folder '.*data.yaml' is a file, not a folder"),
         ((), "for example: relvit-d2 train --data path/to/folder --hours 0.5 or relvit-d2 train --config-file"),
-        (("--data", root, "--weights", tmp_path / "no.pth"), "--weights '.*no.pth' is not an existing file"),
+        (("--data", root, "--weights", tmp_path / "no.pth"), "--weights '.*no.pth' does not exist"),
     ):
         assert re.search(sentence, fails(tmp_path, "relvit-d2", "train", *words))
 
 
 @pytest.mark.slow
 def test_a_folder_becomes_a_detector(tmp_path: Path) -> None:
-    root = write_yolo(tmp_path / "cells")
+    root = write_yolo(tmp_path / "it's C:\\new" / "cells")
     output = ("OUTPUT_DIR", tmp_path / "run")
     words = ("relvit-d2", "train", "--data", root, "--hours", 0.06, *output, "MODEL.ENCODER.NAME", "vit_nano")
     done = run(tmp_path, *words)

@@ -1,5 +1,6 @@
 """Pre-training: permutation, mega-patches, metrics, warnings, and its visualisation."""
 
+import argparse
 import json
 import logging
 import shutil
@@ -212,17 +213,22 @@ def test_the_next_command_depends_on_the_kind_of_data(trees: Path) -> None:
         (images, "configs/demo/ssl_streets.yaml", "my data", "train --config-file configs/demo/streets.yaml"),
         (images, str(trees / "mine.yaml"), None, "train --config-file FILE"),
     ):
-        found = next_command(
-            config_file, data, config("DATASETS.TRAIN", f"('{name}',)"), Path("out/encoder.safetensors")
-        )
+        args = argparse.Namespace(config_file=config_file, data=data, opts=[])
+        keys = ["DATASETS.TRAIN", f"('{name}',)"]
         where = " --data 'my data'" if data else ""
-        assert found == f"relvit-d2 {arguments}{where} MODEL.WEIGHTS out/encoder.safetensors"
+        expected = f"relvit-d2 {arguments}{where} MODEL.WEIGHTS out/encoder.safetensors"
+        assert next_command(args, config(*keys), Path("out/encoder.safetensors")) == expected
+        for output, following in (("my/pretrain", "my/finetune"), ("my", "my/finetune")):
+            args.opts = [*keys, "OUTPUT_DIR", output]
+            found = next_command(args, config(*args.opts), Path("out/encoder.safetensors"))
+            assert found == f"{expected} OUTPUT_DIR {following}"
 
 
 def test_every_pretraining_config_has_a_training_config_of_its_name() -> None:
     for path in Path("configs/ssl").glob("*.yaml"):
         cfg = load_config(str(path), [], "pretrain")
-        assert "FILE" not in next_command(str(path), None, cfg, Path("encoder.safetensors"))
+        args = argparse.Namespace(config_file=str(path), data=None, opts=[])
+        assert "FILE" not in next_command(args, cfg, Path("encoder.safetensors"))
 
 
 def test_assignment_is_one_to_one_and_greedy() -> None:

@@ -1,11 +1,13 @@
 """Small custom data sets in every format and folder layout."""
 
+import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from fvcore.common.config import CfgNode
 from PIL import Image
 
@@ -124,6 +126,132 @@ def write_split_first_yolo(root: Path) -> Path:
     return root
 
 
+def write_labelme(root: Path) -> Path:
+    """A JSON file beside each image, rectangles drawn from any corner."""
+    for name, split, objects in IMAGES:
+        picture(root / f"{split}/{name}.png")
+        shapes: list[dict[str, Any]] = [
+            {"label": kind, "shape_type": "rectangle", "points": [[x1, y0], [x0, y1]], "group_id": None, "flags": {}}
+            for kind, (x0, y0, x1, y1) in objects
+        ]
+        document = {"version": "5.5.0", "imagePath": f"..\\{split}\\{name}.png", "imageData": None, "shapes": shapes}
+        text = json.dumps(document | {"imageWidth": 40, "imageHeight": 30})
+        (root / f"{split}/{name}.json").write_text(text)
+    return root
+
+
+def cvat_xml(images: Sequence[tuple[str, str, list[tuple[str, list[int]]]]]) -> str:
+    entries = []
+    for number, (name, split, objects) in enumerate(images):
+        boxes = "".join(
+            f'<box label="{kind}" source="manual" occluded="0" xtl="{x0}.00" ytl="{y0}.00" xbr="{x1}.00" '
+            f'ybr="{y1}.00" z_order="0"><attribute name="colour">red</attribute></box>'
+            for kind, (x0, y0, x1, y1) in objects
+        )
+        start = f'<image id="{number}" name="{name}.png" subset="{split.title()}" task_id="1" width="40" height="30">'
+        entries.append(f"{start}{boxes}</image>")
+    labels = "".join(f"<label><name>{name}</name><type>any</type></label>" for name in ("dog", "cat"))
+    meta = f"<version>1.1</version><meta><project><labels>{labels}</labels></project></meta>"
+    return f'<?xml version="1.0" encoding="utf-8"?>\n<annotations>{meta}{"".join(entries)}</annotations>'
+
+
+def write_cvat(root: Path) -> Path:
+    """One file for all images, as CVAT exports a project."""
+    for name, _, _ in IMAGES:
+        picture(root / f"images/{name}.png")
+    (root / "annotations.xml").write_text(cvat_xml(IMAGES))
+    return root
+
+
+def write_label_studio(root: Path) -> Path:
+    """A file for each split; images were uploaded."""
+    for split in ("train", "val"):
+        tasks = []
+        for name, part, objects in IMAGES:
+            if part == split:
+                picture(root / f"photos/{name}.png")
+                results = [
+                    {"original_width": 40, "original_height": 30, "type": "rectanglelabels", "id": "x"}
+                    | {"from_name": "label", "to_name": "image", "image_rotation": 0}
+                    | {"value": {"x": x0 / 0.4, "y": y0 / 0.3, "width": (x1 - x0) / 0.4, "height": (y1 - y0) / 0.3}}
+                    for _, (x0, y0, x1, y1) in objects
+                ]
+                for result, (kind, _) in zip(results, objects, strict=True):
+                    result["value"] |= {"rotation": 0, "rectanglelabels": [kind]}  # type: ignore[operator]
+                link = {"image": f"/data/upload/3/0123abcd-{name}.png"}
+                annotations = [{"id": 1, "was_cancelled": False, "ground_truth": False, "result": results}]
+                tasks.append({"id": ord(name), "data": link, "annotations": annotations, "predictions": []})
+        (root / f"{split}.json").write_text(json.dumps(tasks))
+    return root
+
+
+def write_csv(root: Path) -> Path:
+    """A table in the folder of each split, with a row without a box for an image without objects."""
+    for name, split, objects in IMAGES:
+        picture(root / f"{split}/{name}.png")
+        table = root / f"{split}/_annotations.csv"
+        if not table.exists():
+            table.write_text("filename,width,height,class,xmin,ymin,xmax,ymax\n")
+        with table.open("a") as file:
+            for row in [(kind, *box) for kind, box in objects] or [("", "", "", "", "")]:
+                file.write(",".join(map(str, (f"{name}.png", 40, 30, *row))) + "\n")
+    return root
+
+
+def objects_of(objects: list[tuple[str, list[int]]]) -> dict[str, list[Any]]:
+    """Return boxes and classes as data sets of the Hugging Face Hub have them."""
+    boxes = [[x0, y0, x1 - x0, y1 - y0] for _, (x0, y0, x1, y1) in objects]
+    return {"bbox": boxes, "categories": [kind for kind, _ in objects]}
+
+
+def write_image_folder(root: Path) -> Path:
+    for name, split, objects in IMAGES:
+        picture(root / f"{split}/{name}.png")
+        with (root / f"{split}/metadata.jsonl").open("a") as file:
+            file.write(json.dumps({"file_name": f"{name}.png", "objects": objects_of(objects)}) + "\n")
+    return root
+
+
+def write_image_folder_csv(root: Path) -> Path:
+    for name, split, objects in IMAGES:
+        picture(root / f"{split}/{name}.png")
+        table = root / f"{split}/metadata.csv"
+        new = not table.exists()
+        with table.open("a", newline="") as file:
+            rows = csv.writer(file)
+            if new:
+                rows.writerow(["file_name", "objects"])
+            rows.writerow([f"{name}.png", json.dumps(objects_of(objects))])
+    return root
+
+
+def write_parquet(root: Path) -> Path:
+    """A file for each split with the images in it and numbers for classes; skips the test without pyarrow."""
+    reason = "the extra relvit_d2[formats] is not installed"
+    pyarrow = pytest.importorskip("pyarrow", reason=reason)
+    parquet = pytest.importorskip("pyarrow.parquet", reason=reason)
+    label = {"feature": {"names": ["cat", "dog"], "_type": "ClassLabel"}, "_type": "Sequence"}
+    features = {"image": {"_type": "Image"}, "objects": {"bbox": {}, "category": label}}
+    for split in ("train", "val"):
+        images, objects = [], []
+        for name, part, labels in IMAGES:
+            if part == split:
+                picture(root / f"{name}.png")
+                images.append({"bytes": (root / f"{name}.png").read_bytes(), "path": f"{name}.png"})
+                (root / f"{name}.png").unlink()
+                found = objects_of(labels)
+                numbers = [("cat", "dog").index(kind) for kind in found["categories"]]
+                objects.append({"bbox": found["bbox"], "category": numbers})
+        box = pyarrow.list_(pyarrow.list_(pyarrow.float32()))
+        kinds = pyarrow.struct([("bbox", box), ("category", pyarrow.list_(pyarrow.int64()))])
+        table = pyarrow.table({"image": images, "objects": pyarrow.array(objects, kinds)})
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+        (root / "data").mkdir(exist_ok=True)
+        stem = {"train": "train", "val": "validation"}[split]
+        parquet.write_table(table, root / f"data/{stem}-00000-of-00001.parquet")
+    return root
+
+
 WRITERS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "coco": ("coco", write_coco),
     "coco by split": ("coco", write_split_first_coco),
@@ -132,6 +260,12 @@ WRITERS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "voc beside the images": ("voc", write_flat_voc),
     "yolo": ("yolo", write_yolo),
     "yolo by split": ("yolo", write_split_first_yolo),
+    "labelme": ("labelme", write_labelme),
+    "cvat": ("cvat", write_cvat),
+    "label studio": ("labelstudio", write_label_studio),
+    "csv": ("csv", write_csv),
+    "image folder": ("huggingface", write_image_folder),
+    "image folder with a table": ("huggingface", write_image_folder_csv),
 }
 
 

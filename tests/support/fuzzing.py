@@ -10,9 +10,9 @@ import shutil
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,16 @@ from relvit_d2.data.detection.catalog import DATASETS, get_images, get_records
 from relvit_d2.data.images.archive import Member
 from relvit_d2.data.images.decode import image_size, read_rgb
 from relvit_d2.utils.errors import UserError
-from tests.support.custom_data import read_all
+from tests.support.custom_data import (
+    read_all,
+    write_csv,
+    write_cvat,
+    write_image_folder,
+    write_image_folder_csv,
+    write_label_studio,
+    write_labelme,
+    write_parquet,
+)
 from tests.support.damaged_files import write_mat
 
 
@@ -192,12 +201,14 @@ class Reader:
         read: reads it; ``DETECTRON2_DATASETS`` is the data root.
         classes: number of classes.
         links: whether it follows links, since all paths are given by the user.
+        cached: whether images are written to the user's cache.
     """
 
-    make: Callable[[Path], None]
+    make: Callable[[Path], Any]
     read: Callable[[Path], list[dict[str, Any]]]
     classes: int = 0
     links: bool = False
+    cached: bool = False
 
 
 def of_catalog(make: Callable[[Path], None], name: str) -> Reader:
@@ -205,16 +216,27 @@ def of_catalog(make: Callable[[Path], None], name: str) -> Reader:
     return Reader(make, lambda _: get_records(name), len(DATASETS[name].classes))
 
 
+def of_custom(make: Callable[[Path], Any], form: str) -> Reader:
+    """Return the reader of a custom data set, whose classes are those in its files."""
+    return Reader(make, lambda root: read_all(root, form), MANY)
+
+
 READERS = {
     "voc": of_catalog(make_voc, "voc_2007_train"),
     "svhn": of_catalog(make_svhn, "svhn_test"),
     "coco": of_catalog(make_coco, "coco_2017_val"),
     "kitti": of_catalog(make_kitti, "kitti_train"),
-    # The classes of custom data sets are those in their files.
-    "custom_coco": Reader(make_coco, lambda root: read_all(root, "coco"), MANY),
-    "custom_voc": Reader(make_voc, lambda root: read_all(root, "voc"), MANY),
-    "custom_xml": Reader(make_xml, lambda root: read_all(root, "voc"), MANY),
-    "custom_yolo": Reader(make_yolo, lambda root: read_all(root, "yolo"), MANY),
+    "custom_coco": of_custom(make_coco, "coco"),
+    "custom_voc": of_custom(make_voc, "voc"),
+    "custom_xml": of_custom(make_xml, "voc"),
+    "custom_yolo": of_custom(make_yolo, "yolo"),
+    "custom_labelme": of_custom(write_labelme, "labelme"),
+    "custom_cvat": of_custom(write_cvat, "cvat"),
+    "custom_labelstudio": of_custom(write_label_studio, "labelstudio"),
+    "custom_csv": of_custom(write_csv, "csv"),
+    "custom_huggingface": of_custom(write_image_folder, "huggingface"),
+    "custom_huggingface_csv": of_custom(write_image_folder_csv, "huggingface"),
+    "custom_parquet": replace(of_custom(write_parquet, "huggingface"), cached=True),
     "images": Reader(make_images, lambda root: read_images(root / "images"), links=True),
     "zip": Reader(make_archives, lambda root: read_images(root / "photos.zip")),
     "tar": Reader(make_archives, lambda root: read_images(root / "photos.tar")),
@@ -223,13 +245,13 @@ READERS = {
 }
 
 
-def check_records(records: list[dict[str, Any]], root: Path, classes: int) -> None:
-    """Assert that records are valid."""
-    real = os.path.realpath(root)
+def check_records(records: list[dict[str, Any]], roots: Sequence[Path], classes: int) -> None:
+    """Assert that records are valid, and their images below one of ``roots``."""
+    real = tuple(os.path.realpath(root) + os.sep for root in roots)
     ids = [record["image_id"] for record in records]
     assert len(set(ids)) == len(ids)
     for record in records:
-        assert os.path.realpath(record["file_name"]).startswith(real + os.sep), record["file_name"]
+        assert os.path.realpath(record["file_name"]).startswith(real), record["file_name"]
         width, height = record["width"], record["height"]
         assert type(width) is int and type(height) is int and width > 0 and height > 0
         for annotation in record.get("annotations", []):
@@ -278,5 +300,6 @@ def outcome(reader: Reader, root: Path, *allowed: Path) -> list[dict[str, Any]] 
         except UserError as error:
             assert str(error).isprintable() and str(error), repr(str(error))
             return error
-    check_records(records, root.parent if reader.links else root, reader.classes)
+    roots = [root.parent] if reader.links else [root, *allowed] if reader.cached else [root]
+    check_records(records, roots, reader.classes)
     return records

@@ -9,7 +9,7 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from torch import Tensor, nn
 
-from relvit_d2.data.loader import EndlessBatches, EndlessOrder
+from relvit_d2.data.loader import Batches, EndlessOrder
 from relvit_d2.detection.config import add_relvit_config
 from relvit_d2.engine.trainer import Trainer
 
@@ -53,8 +53,8 @@ def trainer(
     cfg = config(output, iterations)
     cfg.merge_from_list([part for key, value in overrides.items() for part in (key.replace("__", "."), value)])
 
-    def batches(start: int) -> EndlessBatches:
+    def batches(start: int) -> Batches:
         order = EndlessOrder(10, cfg.SOLVER.IMS_PER_BATCH, cfg.SEED, start, parts=cfg.SOLVER.GRAD_ACCUM_STEPS)
-        return EndlessBatches(range(10), mapper, torch.stack, order, cfg.SEED, workers)
+        return Batches(range(10), mapper, torch.stack, order, cfg.SEED, workers)
 
     return Trainer(cfg, model or Regression(), 10, batches, evaluate)

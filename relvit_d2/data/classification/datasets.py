@@ -108,11 +108,6 @@ def list_class_sets(key: str, names: Sequence[str], download: bool = False, syns
     return concatenate(sets)
 
 
-def get_class_sets(key: str, names: Sequence[str], download: bool = False, synset_file: str = "") -> LabelledImages:
-    """Return :func:`list_class_sets`, decoded if they are small."""
-    return list_class_sets(key, names, download, synset_file).decoded()
-
-
 def _checked(what: str, place: Path, download: bool, make: Callable[[], Any]) -> Any:
     """Make one of torchvision's data sets, which compares checksums before it reads; errors as one sentence."""
     if not (place.exists() or download):

@@ -1,10 +1,8 @@
 """Classification data sets as a folder, zip or tar with a folder of images for each class."""
 
-import io
-import tarfile
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor
 
 from relvit_d2.data.detection.mapper import ImageReader
-from relvit_d2.data.images.archive import ARCHIVE_DAMAGE, Member, each_member, list_members
+from relvit_d2.data.images.archive import list_members
 from relvit_d2.data.images.batches import Images, ImageStack, joined, take
 from relvit_d2.data.images.decode import image_size
 from relvit_d2.data.images.folder import EXTENSIONS, list_images
@@ -127,17 +125,6 @@ def check_same_classes(one: LabelledImages, other: LabelledImages) -> None:
     raise UserError(f"data sets '{one.name}' and '{other.name}' have different classes{which}: make them agree")
 
 
-@dataclass(frozen=True)
-class UnpackedImage(Member):
-    """An image of a tar with its content: a compressed tar can only be read sequentially, once."""
-
-    content: bytes = field(repr=False)
-
-    def open(self, limit: int = -1) -> io.BytesIO:
-        """Return the bytes, or the first ``limit`` if that is not negative."""
-        return io.BytesIO(self.content if limit < 0 else self.content[:limit])
-
-
 def archive_of(path: Path) -> tuple[Path, PurePosixPath] | None:
     """Split a path into an archive, ``a/b.tar.gz/train``, into the archive and the path inside; None for others."""
     for archive in (path, *path.parents):
@@ -159,7 +146,7 @@ def read_tree(path: Path, classes: Sequence[str] | None = None, name: str = "", 
         UserError: there are fewer than two classes, a class has no image, or the archive is damaged.
     """
     archive = archive_of(path)
-    files = _read_archive(*archive) if archive else _list_folder(path, classes)
+    files = _list_archive(*archive) if archive else _list_folder(path, classes)
     if len(files) < 2:
         raise UserError(f"'{path}' contains no class folders: use a folder with a folder of images for each class")
     known = tuple(classes or sorted(files))
@@ -178,43 +165,13 @@ def _list_folder(path: Path, classes: Sequence[str] | None) -> dict[str, list[An
     return {folder.name: list(list_images(folder)) for folder in folders if not folder.name.startswith(".")}
 
 
-def _read_archive(archive: Path, inside: PurePosixPath) -> dict[str, list[Any]]:
-    return (_read_zip if archive.suffix.lower() == ".zip" else _read_tar)(archive, inside)
-
-
-def _parts_below(name: str, folder: PurePosixPath) -> tuple[str, ...]:
-    """Return the parts of a member's name below ``folder``, () if it is elsewhere."""
-    path = PurePosixPath(name)
-    return path.relative_to(folder).parts if path.is_relative_to(folder) else ()
-
-
-def _read_zip(archive: Path, inside: PurePosixPath) -> dict[str, list[Any]]:
-    """Return the images of each class, unread: a zip allows random access."""
+def _list_archive(archive: Path, inside: PurePosixPath) -> dict[str, list[Any]]:
     files: defaultdict[str, list[Any]] = defaultdict(list)
     for member in list_members(archive, sorted(EXTENSIONS), folders=True):
-        parts = _parts_below(member.name, inside)
+        path = PurePosixPath(member.name)
+        parts = path.relative_to(inside).parts if path.is_relative_to(inside) else ()
         if parts and member.name.endswith("/"):
             files[parts[0]] += []
         elif len(parts) > 1:
             files[parts[0]].append(member)
     return dict(files)
-
-
-def _read_tar(archive: Path, inside: PurePosixPath) -> dict[str, list[Any]]:
-    files: defaultdict[str, list[Any]] = defaultdict(list)
-    try:
-        with tarfile.open(archive) as tar:
-            for member in each_member(tar):
-                parts = _parts_below(member.name, inside)
-                if not parts or any(part.startswith(".") for part in parts):
-                    continue
-                if member.isdir():
-                    files[parts[0]] += []
-                elif len(parts) > 1 and member.isfile() and Path(member.name).suffix.lower() in EXTENSIONS:
-                    content = tar.extractfile(member)
-                    assert content is not None
-                    image = UnpackedImage(archive, member.name, 0, member.size, content.read())
-                    files[parts[0]].append(image)
-    except (OSError, *ARCHIVE_DAMAGE) as error:
-        raise UserError(f"archive '{archive}' is damaged or not a tar archive ({error}): download it again") from error
-    return {name: sorted(images, key=str) for name, images in files.items()}

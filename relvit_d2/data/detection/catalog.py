@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -30,7 +31,7 @@ from relvit_d2.data.detection.voc import load_voc, voc_images
 from relvit_d2.data.images.archive import ImageFile
 from relvit_d2.data.images.folder import is_image_source, list_images, unlabelled_images
 from relvit_d2.data.subsets import subset, without_seed
-from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.errors import UserError, nearest
 from relvit_d2.utils.files import write_text
 from relvit_d2.utils.paths import DataRoot, dataset_root
 from relvit_d2.utils.registry import Registry
@@ -88,8 +89,8 @@ def register_custom(name: str, entry: DatasetEntry) -> None:
 
 def _register(name: str, entry: DatasetEntry) -> None:
     for catalog in (DatasetCatalog, MetadataCatalog):
-        if name in catalog:
-            catalog.remove(name)
+        for known in [known for known in catalog if known == name or known.startswith(f"{name}[:")]:  # and its subsets
+            catalog.remove(known)
     DatasetCatalog.register(name, partial(entry.records, False))
     MetadataCatalog.get(name).set(**{"thing_classes": list(entry.classes), **entry.metadata()}, metrics=entry.metrics)
 
@@ -113,7 +114,13 @@ def resolve(name: str) -> str:
         return name
     base, take = subset(name)
     if base not in DatasetCatalog:
-        DATASETS[base]  # raises, with the nearest name
+        known = [*DATASETS, *_custom]
+        # The name of a custom set and a public set may have the split in common, and nothing else.
+        like = [name for name in known if get_close_matches(base.split("_")[0], [name.split("_")[0]], cutoff=0.65)]
+        raise UserError(
+            f"unknown data set '{base}'{nearest(base, like)}; known are {', '.join(known)}; for a folder of your own, "
+            "give --data FOLDER or define the set under DATASETS.CUSTOM"
+        )
     DatasetCatalog.register(name, lambda: take(DatasetCatalog.get(base)))
     # Without json_file, dirname and the like: an evaluator would use the ground truth of the whole set.
     keep = ("thing_classes", "thing_dataset_id_to_contiguous_id", "thing_colors", "metrics")

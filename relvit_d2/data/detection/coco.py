@@ -90,7 +90,7 @@ def load_coco(
         if image in records:
             record = records[image]
             where = f"{where} ({Path(record['file_name']).name})"
-            if valid := _read_annotation(annotation, record, numbers, validator, where):
+            if valid := read_annotation(annotation, record, numbers, validator, where):
                 record["annotations"].append(valid)
     for warning in validator.warnings():
         logger.warning(warning)
@@ -138,10 +138,10 @@ class CocoFolder:
             images: the folder that file names are relative to, itself relative to ``root``; "" searches for it.
         """
         data_root = DataRoot(root)
-        files = [data_root.resolve(json_file, "JSON")] if json_file else _json_files(root)
+        files = [data_root.resolve(json_file, "JSON")] if json_file else json_files(root)
         data_root.check_links(files)
         if not json_file:
-            files = [path for path in files if _has_keys(path, KEYS)]
+            files = [path for path in files if has_keys(path, KEYS)]
             # COCO's captions and keypoints of the same images are in files beside the instances.
             files = [path for path in files if path.name.startswith("instances_")] or files
         if not files:
@@ -175,15 +175,16 @@ class CocoFolder:
 
 def without_categories(root: Path) -> list[Path]:
     """Return the annotation files that :meth:`CocoFolder.find` ignores because they have no categories."""
-    files = [path for path in _json_files(root) if not path.is_symlink()]
-    return [path for path in files if _has_keys(path, KEYS[:2]) and not _has_keys(path, KEYS[2:])]
+    files = [path for path in json_files(root) if not path.is_symlink()]
+    return [path for path in files if has_keys(path, KEYS[:2]) and not has_keys(path, KEYS[2:])]
 
 
-def _json_files(root: Path) -> list[Path]:
+def json_files(root: Path) -> list[Path]:
+    """Return the JSON files in a folder and up to two folders below."""
     return [path for folder in folders_below(root) for path in files_with(folder, ".json")]
 
 
-def _has_keys(path: Path, keys: Sequence[str]) -> bool:
+def has_keys(path: Path, keys: Sequence[str]) -> bool:
     """Whether a JSON file contains the keys; it is searched, not parsed, since it may have hundreds of megabytes."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -276,9 +277,21 @@ def _image_id(value: Any) -> int | str | None:
     return value if isinstance(value, str) else parse_integer(value)
 
 
-def _read_annotation(
+def read_annotation(
     annotation: dict[str, Any], record: Record, numbers: dict[int, int], validator: BoxValidator, where: str
 ) -> dict[str, Any] | None:
+    """Return an annotation of a COCO file as one of a record, or None for a box without area.
+
+    Args:
+        annotation: with ``category_id``, ``bbox``, and optionally ``segmentation`` and ``iscrowd``.
+        record: of the image.
+        numbers: index of the class by category id.
+        validator: of the box.
+        where: the position in the file, for messages.
+
+    Raises:
+        UserError: a value is invalid.
+    """
     category, crowd = parse_integer(annotation.get("category_id")), parse_flag(annotation.get("iscrowd"))
     if category is None or category not in numbers:
         raise UserError(
@@ -287,7 +300,7 @@ def _read_annotation(
         )
     if crowd is None:
         raise UserError(f"{where} has iscrowd {annotation['iscrowd']!r}: set it to 0 or 1")
-    x, y, width, height = _finite(annotation.get("bbox"), where, 4)
+    x, y, width, height = finite_numbers(annotation.get("bbox"), where, 4)
     if width < 0 or height < 0:
         raise UserError(f"{where} has the box {annotation['bbox']}, of negative width or height: correct or remove it")
     size = record["width"], record["height"]
@@ -306,7 +319,7 @@ def _read_annotation(
 def _segmentation(given: Any, width: int, height: int, where: str) -> list[list[float]] | dict[str, Any] | None:
     """Return the polygons that have an area, or an RLE of the image's size; None or [] for an empty mask."""
     if isinstance(given, list):
-        polygons = [_finite(polygon, where) for polygon in given]
+        polygons = [finite_numbers(polygon, where) for polygon in given]
         limit = max(width, height)
         if any(not -limit <= value <= 2 * limit for polygon in polygons for value in polygon):
             raise UserError(f"{where} has a polygon far outside its image of {width} x {height} pixels: correct it")
@@ -364,7 +377,8 @@ def _runs(counts: str) -> list[int]:
     return runs
 
 
-def _finite(given: Any, where: str, count: int | None = None) -> list[float]:
+def finite_numbers(given: Any, where: str, count: int | None = None) -> list[float]:
+    """Return a list of numbers as floats; raise a ``UserError`` if it is none, or not of the length ``count``."""
     try:
         values = [float(value) for value in given]
         if isinstance(given, list) and all(map(math.isfinite, values)) and count in (None, len(values)):

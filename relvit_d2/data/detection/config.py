@@ -8,7 +8,7 @@ from relvit_d2.utils.config_keys import add_groups
 def add_custom_data_config(cfg: CfgNode) -> None:
     """Add the keys of custom data sets and missing images, in place."""
     add_groups(cfg, "DATASETS")
-    # Custom data sets: NAME: {ROOT: folder}, and optionally FORMAT (coco, voc or yolo; else detected), SPLIT
+    # Custom data sets: NAME: {ROOT: folder}, and optionally FORMAT (see there; else detected), SPLIT
     # (train, val, test, all), CLASSES (in the order of their ids), for COCO JSON and IMAGES in ROOT;
     # see docs/custom_data.md
     cfg.DATASETS.CUSTOM = type(cfg)(new_allowed=True)

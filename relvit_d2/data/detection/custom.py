@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from relvit_d2.data.detection import catalog
 from relvit_d2.data.detection.coco import CocoFolder, without_categories
+from relvit_d2.data.detection.huggingface import HUGGING_FACE
+from relvit_d2.data.detection.label_programs import CVAT, LABEL_STUDIO, LABELME, TABLE
 from relvit_d2.data.detection.records import Record, first_few
 from relvit_d2.data.detection.splits import ALL, HELD_OUT, available_splits, divide
 from relvit_d2.data.detection.voc import VocFolder
@@ -25,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class LabelledFolder(Protocol):
-    """A folder in one of ``FORMATS``, implemented in ``coco.py``, ``voc.py`` and ``yolo.py``.
+    """A folder in one of ``FORMATS``.
 
     ``metrics`` are the evaluators of its sets; ``sets`` are by split, a single one named ``all`` if the folder is not
     divided.
@@ -48,8 +50,21 @@ FORMATS: dict[str, Callable[[Path], LabelledFolder | None]] = {
     "coco": CocoFolder.find,
     "voc": VocFolder.find,
     "yolo": YoloFolder.find,
+    "labelme": LABELME.open,
+    "cvat": CVAT.open,
+    "labelstudio": LABEL_STUDIO.open,
+    "csv": TABLE.open,
+    "huggingface": HUGGING_FACE.open,
 }
 """Detects and opens a folder in each format, in the order in which they are tried."""
+
+SIGNS = {
+    **{"coco": "COCO .json", "voc": "VOC .xml files", "yolo": "YOLO .txt labels of images"},
+    **{"labelme": "LabelMe .json", "cvat": "CVAT .xml", "labelstudio": "Label Studio .json"},
+    **{"csv": ".csv with the columns filename, class, xmin, ymin, xmax, ymax"},
+    **{"huggingface": "Hugging Face metadata or parquet files with bbox"},
+}
+"""The labels of each format, for messages."""
 
 
 def detect_format(root: Path, form: str = "") -> tuple[str, LabelledFolder] | None:
@@ -83,8 +98,7 @@ def open_folder(root: Path, form: str = "") -> tuple[str, LabelledFolder]:
     """
     if found := detect_format(root, form):
         return found
-    signs = {"coco": "COCO .json", "voc": "VOC .xml files", "yolo": "YOLO .txt labels of images"}
-    missing = signs[form] if form else ", ".join(signs.values())
+    missing = SIGNS[form] if form else ", ".join(SIGNS.values())
     near = "".join(f"; {reason}" for reason in near_misses(root))
     raise UserError(
         f"'{root}' contains no labels that can be read ({missing}): correct the path, see docs/custom_data.md{near}"

@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
-from importlib import resources
 from pathlib import Path
 
 from relvit_d2.data.detection.records import (
@@ -36,7 +35,9 @@ CLASS_SETS = {3: ("Car", "Pedestrian", "Cyclist"), 7: TYPES[:-1], 8: TYPES}
 NEIGHBOURS = {"Van": "Car", "Person_sitting": "Pedestrian"}
 """A type that resembles an evaluated class, and that class (evaluate_object.cpp, cleanData)."""
 
-SPLITS = ("train", "val")
+OFFICIAL = tuple(f"{number:06d}" for number in range(7481))
+"""The ids of the official images."""
+
 SEED = 0
 COLUMNS = 15
 
@@ -97,20 +98,13 @@ def kitti_images(folder: Path, ids: Sequence[str]) -> list[Path]:
 def random_split(ids: tuple[str, ...]) -> dict[str, list[str]]:
     """Return the random split: three quarters for training and one quarter for validation.
 
-    The lists of all 7,481 official ids are files of this package. For other ids the rule that made those lists is
-    applied: the last quarter of the shuffled ids (:func:`shuffled`), at least one, is ``val``. The ids are sorted.
+    The last quarter of the shuffled ids (:func:`shuffled`), at least one, is ``val``. The ids are sorted.
     """
-    lists = {
-        split: resources.files(__package__).joinpath(f"kitti_{split}.txt").read_text(encoding="utf-8").split()
-        for split in SPLITS
-    }
-    official = sorted(lists["train"] + lists["val"])
-    if ids == tuple(official):
-        return lists
-    logger.warning(
-        f"{len(ids)} KITTI images were found instead of the official {len(official)}: the rule of the random split is "
-        "applied to their ids, so the split differs from the published one"
-    )
+    if ids != OFFICIAL:
+        logger.warning(
+            f"{len(ids)} KITTI images were found instead of the official {len(OFFICIAL)}: the rule of the random split "
+            "is applied to their ids, so the split differs from the published one"
+        )
     order = shuffled(ids)
     cut = len(ids) - _quarter(len(ids))
     return {"train": sorted(order[:cut]), "val": sorted(order[cut:])}

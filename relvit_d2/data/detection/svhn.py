@@ -25,6 +25,7 @@ from relvit_d2.data.detection.records import (
     Record,
     check_unique,
     checked_name,
+    clip_box,
     existing_images,
     make_annotation,
     make_record,
@@ -85,17 +86,15 @@ def _read(folder: Path, path: Path, skip_missing: bool) -> Labels:
     check_unique([name for name, _ in rows], str(path))
     found = set(existing_images([folder / name for name, _ in rows], str(path), skip_missing, DataRoot()))
     present = [(folder / name, digits) for name, digits in rows if folder / name in found]
-    sizes = [image_size(image) for image, _ in present]
-    boxes, kept = _clip([digits for _, digits in present], sizes)
-    dropped = int((~kept).sum())
-    notes = [f"{dropped} boxes of {path} lie outside their images and are left out"] if dropped else []
-
-    clipped = iter(zip(boxes.tolist(), kept, strict=True))
-    records = []
-    for (image, digits), size in zip(present, sizes, strict=True):
-        rows_of_image = zip(digits, islice(clipped, len(digits)), strict=True)
-        annotations = [make_annotation(box, int(digit[4]) % 10) for digit, (box, keep) in rows_of_image if keep]
+    records, dropped = [], 0
+    for image, digits in present:
+        size = image_size(image)
+        boxes = [clip_box((left, top, left + width, top + height), *size) for left, top, width, height, _ in digits]
+        pairs = zip(boxes, digits, strict=True)
+        annotations = [make_annotation(box, int(digit[-1]) % 10) for box, digit in pairs if box]
+        dropped += len(digits) - len(annotations)
         records.append(make_record(image, image.stem, size, annotations))
+    notes = [f"{dropped} boxes of {path} lie outside their images and are left out"] if dropped else []
     return list(CLASS_NAMES), records, notes
 
 
@@ -110,15 +109,6 @@ def svhn_images(folder: Path) -> list[Path]:
         raise UserError(f"the folder {folder} does not exist or contains no PNG: unpack the archive there")
     DataRoot().check_links(images)
     return images
-
-
-def _clip(digits: list[list[tuple[float, ...]]], sizes: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the boxes of all digits of all images, clipped, as (K, 4) corners, and (K,) whether each has an area."""
-    flat = np.array([digit for image in digits for digit in image], dtype=np.float64).reshape(-1, len(FIELDS))
-    limit = np.repeat(np.array(sizes, dtype=np.float64), [len(image) for image in digits], axis=0)
-    low = np.maximum(flat[:, :2], 0)
-    high = np.minimum(flat[:, :2] + flat[:, 2:4], limit)
-    return np.hstack([low, high]), np.all(high > low, axis=1)
 
 
 def _read_rows(path: Path) -> list[Row]:

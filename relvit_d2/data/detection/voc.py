@@ -234,7 +234,8 @@ def _lists(folder: Path) -> dict[str, Path]:
 
 
 def _is_voc(path: Path) -> bool:
-    return b"<annotation" in path.read_bytes().replace(b"\0", b"")  # UTF-16 has them between ASCII characters
+    content = path.read_bytes().replace(b"\0", b"")  # UTF-16 has them between ASCII characters
+    return re.search(rb"<annotation[\s>]", content) is not None  # CVAT's root is <annotations>
 
 
 def _ids(path: Path, root: Path | None = None, known: Collection[str] = ()) -> list[str]:
@@ -259,7 +260,7 @@ def _without_extension(name: str) -> str:
     return stem if extension.lower() in (*EXTENSIONS, ".xml") else name
 
 
-def _parse(path: Path) -> Element:
+def parse_xml(path: Path) -> Element:
     """Return the root element of an XML file in the encoding that it declares.
 
     expat supports only a few encodings, none of them multi-byte; others are decoded here.
@@ -276,7 +277,7 @@ def _read_annotation(
     path: Path, image: Path, image_id: str, category_id: Callable[[str, str], int], validator: BoxCheck
 ) -> Record:
     try:
-        tree = _parse(path)
+        tree = parse_xml(path)
     except FileNotFoundError as error:
         raise UserError(f"the annotation {path} is missing: restore it") from error
     # defusedxml and undecodable bytes raise ValueErrors, an unknown encoding a LookupError.

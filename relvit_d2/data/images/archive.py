@@ -8,9 +8,9 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
@@ -38,12 +38,14 @@ class Member:
         name: of the member; never used as a path to write to.
         offset: of its bytes in a tar; -1 in a zip, which finds members by name.
         size: bytes, unpacked.
+        content: the bytes, of a member of a compressed tar.
     """
 
     archive: Path
     name: str
     offset: int
     size: int
+    content: bytes | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         return f"{self.archive}:{self.name}"
@@ -56,6 +58,8 @@ class Member:
         """
         if self.size > MAX_SIZE:
             raise OSError(f"its size is {self.size} bytes, above the limit of {MAX_SIZE}")
+        if self.content is not None:
+            return io.BytesIO(self.content if limit < 0 else self.content[:limit])
         if self.offset < 0:
             try:
                 return io.BytesIO(self._unpacked(self.size if limit < 0 else min(limit, self.size)))
@@ -97,35 +101,38 @@ def is_archive(path: Path) -> bool:
 
 
 def list_members(archive: Path, extensions: Sequence[str], folders: bool = False) -> list[Member]:
-    """Return the images in a zip or an uncompressed tar, sorted by name.
+    """Return the images in a zip or a tar, sorted by name.
 
     Hidden files, links, and members with an absolute name or ``..`` in it are left out.
-    ``extensions`` are in lower case, with the dot. With ``folders``, the folders of a zip are returned too; their names
-    end with a slash.
+    ``extensions`` are in lower case, with the dot. With ``folders``, folders are returned too, whose names end with a
+    slash, and the images of a tar, which may be compressed, are read at once.
 
     Raises:
-        UserError: the file is missing, damaged or compressed as a whole.
+        UserError: the file is missing or damaged, or it is compressed as a whole and ``folders`` is not set.
     """
-    if archive.name.lower().endswith(COMPRESSED):
+    if archive.name.lower().endswith(COMPRESSED) and not folders:
         raise UserError(
             f"'{archive}' is compressed as a whole, so that single images cannot be read: decompress it to a .tar, or "
             "unpack it"
         )
+
+    def selects(name: str) -> bool:
+        path = PurePosixPath(name)
+        safe = not path.is_absolute() and ".." not in path.parts and "\\" not in name
+        visible = not any(part.startswith((".", "__MACOSX")) for part in path.parts)
+        kind = folders if name.endswith("/") else path.suffix.lower() in extensions
+        return safe and visible and kind and name.isprintable()
+
     try:
-        members = _tar_members(archive) if archive.name.lower().endswith(".tar") else _zip_members(archive)
+        if archive.name.lower().endswith(".zip"):
+            members = _zip_members(archive, selects)
+        else:
+            members = _tar_members(archive, selects, folders)
     except FileNotFoundError as error:
         raise UserError(f"the archive '{archive}' does not exist: correct the path") from error
     except (OSError, *ARCHIVE_DAMAGE) as error:
         raise UserError(f"the archive '{archive}' is damaged or not an archive ({error}): download it again") from error
-    found: dict[str, Member] = {}
-    for member in members:  # of several members with one name the last is valid
-        path = PurePosixPath(member.name)
-        safe = not path.is_absolute() and ".." not in path.parts and "\\" not in member.name
-        visible = not any(part.startswith((".", "__MACOSX")) for part in path.parts)
-        folder = member.name.endswith("/")
-        selected = folders if folder else path.suffix.lower() in extensions
-        if safe and visible and selected and member.name.isprintable():
-            found[member.name] = member
+    found = {member.name: member for member in members}  # of several members with one name the last is valid
     return [found[name] for name in sorted(found)]
 
 
@@ -141,15 +148,21 @@ def each_member(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         yield info
 
 
-def _tar_members(archive: Path) -> list[Member]:
-    with tarfile.open(archive, "r:") as file:
-        infos = [info for info in each_member(file) if info.isreg() and not info.issparse()]
-    return [Member(archive, info.name, info.offset_data, info.size) for info in infos]
+def _tar_members(archive: Path, selects: Callable[[str], bool], unpack: bool) -> list[Member]:
+    members = []
+    with tarfile.open(archive, "r:*" if unpack else "r:") as tar:
+        for info in each_member(tar):
+            name = f"{info.name}/" if info.isdir() else info.name
+            if not (info.isdir() or (info.isreg() and not info.issparse())) or not selects(name):
+                continue
+            file = tar.extractfile(info) if unpack and info.size <= MAX_SIZE else None
+            members.append(Member(archive, name, info.offset_data, info.size, file.read() if file else None))
+    return members
 
 
-def _zip_members(archive: Path) -> list[Member]:
+def _zip_members(archive: Path, selects: Callable[[str], bool]) -> list[Member]:
     with zipfile.ZipFile(archive) as file:
-        return [Member(archive, info.filename, -1, info.file_size) for info in file.infolist()]
+        return [Member(archive, i.filename, -1, i.file_size) for i in file.infolist() if selects(i.filename)]
 
 
 @lru_cache(maxsize=4)

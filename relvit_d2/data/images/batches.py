@@ -12,9 +12,10 @@ from torch import Tensor
 
 from relvit_d2.data.detection.mapper import ImageReader, pad_images
 from relvit_d2.data.images.decode import PixelFormat
-from relvit_d2.data.loader import EndlessBatches, EndlessOrder, ordered_batches
+from relvit_d2.data.loader import Batches, EndlessOrder, ordered_batches
 from relvit_d2.utils.batch_source import BatchSource
 from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.loader_workers import loader_workers
 from relvit_d2.utils.randomness import image_keys
 
 Images = Sequence[Any]  # an ImageStack, or image files for ImageReader
@@ -108,9 +109,9 @@ class TrainingBatches:
             self._batches = StackBatches(images.to(cfg.MODEL.DEVICE), self._order)
         else:
             options = ImageReader.of(cfg), pad_images, self._order, cfg.SEED
-            workers, timeout = cfg.DATALOADER.NUM_WORKERS, cfg.DATALOADER.TIMEOUT
+            workers, timeout = loader_workers(cfg), cfg.DATALOADER.TIMEOUT
             # A replacement for an unreadable image would have another label.
-            self._batches = EndlessBatches(images, *options, workers, timeout, replaces=labels is None)
+            self._batches = Batches(images, *options, workers, timeout, replaces=labels is None)
 
     def __iter__(self) -> Generator[dict[str, Any], None, None]:
         with closing(iter(self._batches)) as batches:
@@ -139,13 +140,10 @@ def fixed_batches(cfg: CfgNode, images: Images, size: int, replaces: bool = Fals
             pixels = images.pixels[int(keys[0]) : int(keys[-1]) + 1]
             yield {"images": pixels, "sizes": _sizes(pixels, len(keys)), "keys": keys}
         return
-    options = ImageReader.of(cfg), pad_images, size, cfg.DATALOADER.NUM_WORKERS, rank, world, cfg.DATALOADER.TIMEOUT
+    options = ImageReader.of(cfg), pad_images, size, loader_workers(cfg), rank, world, cfg.DATALOADER.TIMEOUT
     batches = ordered_batches(images, *options, replaces=replaces)
-    first = batches.first
-    for batch in batches:
-        end = first + len(batch["sizes"])
-        yield batch | {"keys": torch.arange(first, end)}
-        first = end
+    for keys, batch in zip(batches.keys, batches, strict=True):
+        yield batch | {"keys": torch.tensor(keys)[:, 1]}
 
 
 def _check_channels(cfg: CfgNode, images: ImageStack) -> None:

@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from fvcore.common.config import CfgNode
@@ -25,6 +26,8 @@ from relvit_d2.data.images.limits import (
 )
 from relvit_d2.data.images.orientation import SWAPPED, orientation, upright
 from relvit_d2.utils.errors import UserError, resource_error
+
+ImageInput = str | Path | Image.Image | np.ndarray
 
 DEEP_MODES = ("I", "F")  # Pillow's modes of more than eight bits, beside those that begin with I;16
 BLOCK = 2**20  # values that are converted at once
@@ -125,6 +128,23 @@ class PixelFormat:
         name = str(getattr(image, "filename", "")) or "Pillow image"
         with reading(name):
             return self._of(image, name)
+
+    def array(self, image: ImageInput) -> np.ndarray:
+        """Return a file, an opened Pillow image or an array as :meth:`read` returns a file.
+
+        Raises:
+            UserError: a file cannot be read, or an array has another dtype or shape than ``(H, W, channels)`` of uint8.
+        """
+        if isinstance(image, str | Path):
+            return self.read(image)
+        if isinstance(image, Image.Image):
+            image = self.convert(image)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != self.channels or not image.size:
+            raise UserError(
+                f"an array of {image.dtype} and shape {image.shape} is not an image: give uint8, height x width x "
+                f"{self.channels}"
+            )
+        return np.require(image, requirements="W")  # torch warns about read-only arrays
 
     def _of(self, image: Image.Image, path: ImageFile | str, longest: int = 0) -> np.ndarray:
         mode = ("L", "RGB")[self.channels == 3]

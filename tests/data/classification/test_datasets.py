@@ -16,7 +16,7 @@ from PIL import Image
 from scipy.io import loadmat, savemat
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN, Flowers102
 
-from relvit_d2.data.classification.datasets import CLASS_SETS, get_class_set, get_class_sets, list_class_sets
+from relvit_d2.data.classification.datasets import CLASS_SETS, get_class_set, list_class_sets
 from relvit_d2.data.classification.image_folder import LabelledImages, read_tree
 from relvit_d2.data.classification.imagenet100 import synsets
 from relvit_d2.data.images.batches import ImageStack
@@ -283,7 +283,7 @@ def test_invalid_class_folders_are_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"archive '.*t\.tar\.gz' is damaged"):
         get_class_set(f"{archive}/set")
     (tmp_path / "text.tar").write_text("not an archive")
-    with pytest.raises(UserError, match=r"text\.tar' is damaged or not a tar archive"):
+    with pytest.raises(UserError, match=r"text\.tar' is damaged or not an archive"):
         get_class_set(str(tmp_path / "text.tar"))
     with pytest.raises(UserError, match="contains no class folders"):
         get_class_set(f"{packed(root, archive)}/set/a")
@@ -301,7 +301,7 @@ def test_invalid_class_folders_are_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'cifar10_train'"):
         get_class_set("cifar10_trian")
     with pytest.raises(UserError, match=r"DATASETS.TRAIN is empty"):
-        get_class_sets("DATASETS.TRAIN", [])
+        list_class_sets("DATASETS.TRAIN", [])
 
 
 def test_labels_out_of_range_and_different_classes(tmp_path: Path) -> None:
@@ -310,8 +310,8 @@ def test_labels_out_of_range_and_different_classes(tmp_path: Path) -> None:
         LabelledImages("x", images, torch.tensor([0, 2, 1]), ("a", "b"))
     one, other = tree(tmp_path / "one", {"a": 1, "b": 1}), tree(tmp_path / "other", {"a": 1, "c": 1})
     with pytest.raises(UserError, match=r"different classes, 'b' is only in one of them"):
-        get_class_sets("DATASETS.TRAIN", [str(one), str(other)])
-    both = get_class_sets("DATASETS.TRAIN", [str(one), f"{one}[:1]"])
+        list_class_sets("DATASETS.TRAIN", [str(one), str(other)])
+    both = list_class_sets("DATASETS.TRAIN", [str(one), f"{one}[:1]"]).decoded()
     assert both.labels.tolist() == [0, 1, 0] and isinstance(both.images, ImageStack)
 
 

@@ -19,7 +19,7 @@ from relvit_d2.data.detection.mapper import ImageReader
 from relvit_d2.data.images.archive import Member, list_members
 from relvit_d2.data.images.decode import image_size, read_rgb
 from relvit_d2.data.images.folder import EXTENSIONS, list_images, readable
-from relvit_d2.data.loader import EndlessBatches, EndlessOrder, ordered_batches
+from relvit_d2.data.loader import Batches, EndlessOrder, ordered_batches
 from relvit_d2.utils.errors import UserError
 
 NAMES = ("a/1.png", "a/b/2.JPG", "3.png")
@@ -237,7 +237,7 @@ def test_damaged_images_are_replaced_by_the_next(
 
     def widths(start: int, count: int) -> list[list[int]]:
         order = EndlessOrder(len(files), 2, 5, start)
-        batches = EndlessBatches(files, ImageReader(0), list, order, 5, workers, replaces=True)
+        batches = Batches(files, ImageReader(0), list, order, 5, workers, replaces=True)
         return [[image.shape[2] - 6 for image in batch] for batch, _ in zip(batches, range(count), strict=False)]
 
     straight = widths(0, 9)

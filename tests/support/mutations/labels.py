@@ -1,5 +1,7 @@
 """Mutations of label files in text formats: XML, JSON, YAML, lists."""
 
+import csv
+import io
 import json
 import random
 import re
@@ -179,7 +181,46 @@ def xml_depth(path: Path, draw: random.Random, outside: Path) -> None:
 def json_node(path: Path, draw: random.Random, outside: Path) -> None:
     """Change, remove or duplicate a random node."""
     document = json.loads(path.read_text())
-    node, depth = document, draw.randint(1, 5)
+    change_node(document, draw, outside)
+    path.write_text(json.dumps(document))
+
+
+def json_line(path: Path, draw: random.Random, outside: Path) -> None:
+    """The same in one line of a file with a JSON document on each line."""
+    lines = path.read_text().splitlines()
+    spot = draw.randrange(len(lines))
+    document = json.loads(lines[spot])
+    change_node(document, draw, outside)
+    lines[spot] = json.dumps(document)
+    path.write_text("\n".join(lines))
+
+
+def parquet_node(path: Path, draw: random.Random, outside: Path) -> None:
+    """The same in a row of a parquet file, whose column may get another type."""
+    import pyarrow
+    from pyarrow import parquet
+
+    table = parquet.read_table(path)
+    rows = table.to_pylist()
+    change_node(draw.choice(rows), draw, outside)
+    changed = pyarrow.Table.from_pylist(rows)
+    parquet.write_table(changed.replace_schema_metadata(table.schema.metadata), path)
+
+
+def table_cell(path: Path, draw: random.Random, outside: Path) -> None:
+    """Another value in a cell of a table, an additional cell, or another delimiter."""
+    rows = list(csv.reader(path.read_text().splitlines()))
+    row = draw.choice(rows)
+    row[draw.randrange(len(row))] = nasty_text(draw, outside)
+    row += draw.choice(([], [], [], ["more"]))
+    text = io.StringIO()
+    csv.writer(text, delimiter=draw.choice((",", ",", ",", ";", "\t"))).writerows(rows)
+    path.write_bytes(encoded(text.getvalue()))
+
+
+def change_node(document: Any, draw: random.Random, outside: Path) -> None:
+    """Change, remove or duplicate a random node of a JSON document, in place."""
+    node, depth = document, draw.randint(1, 8)
     while True:
         keys = list(node) if isinstance(node, dict) else list(range(len(node)))
         key = draw.choice(keys) if keys else None
@@ -197,7 +238,6 @@ def json_node(path: Path, draw: random.Random, outside: Path) -> None:
             node.append(node[key])
         else:
             node[key] = draw.choice(values)
-    path.write_text(json.dumps(document))
 
 
 def json_depth(path: Path, draw: random.Random, outside: Path) -> None:

@@ -1,0 +1,93 @@
+"""Features of images from a pre-trained encoder; works without Detectron2."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from relvit_d2.conversion.encoder_file import build_described, read_encoder
+from relvit_d2.data.images.decode import ImageInput, PixelFormat
+from relvit_d2.encoders import Encoder
+from relvit_d2.utils.errors import UserError
+
+
+class Features(NamedTuple):
+    """Features of an image, float32 on the CPU.
+
+    Attributes:
+        tokens: a vector for each patch, ``(channels, rows, columns)``.
+        pooled: a vector for the image, ``(channels,)``: the class token where the encoder has one, else the mean of
+            the tokens.
+    """
+
+    tokens: Tensor
+    pooled: Tensor
+
+
+class ImageEncoder:
+    """Maps images to features.
+
+    Args:
+        encoder: the encoder.
+        pixels: format of the images.
+        mean, std: of the pixels' channels, on the 0 to 255 scale.
+        size: see the attribute.
+
+    Attributes:
+        size: longer side in pixels to which images are resized by default: that of the views in pre-training.
+        stride: pixels per token; the sides of a resized image are multiples of it.
+    """
+
+    def __init__(
+        self, encoder: Encoder, pixels: PixelFormat, mean: Sequence[float], std: Sequence[float], size: int
+    ) -> None:
+        self._encoder, self._pixels = encoder.eval(), pixels
+        self._mean, self._std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+        self.size, self.stride = size, encoder.strides[encoder.last]
+
+    @torch.no_grad()
+    def __call__(self, image: ImageInput, size: int = 0) -> Features:
+        """Return the features of an image.
+
+        Args:
+            image: a path; a Pillow image, which is converted like a file (EXIF orientation, more than 8 bits); or an
+                array ``(H, W, channels)`` of uint8, RGB.
+            size: longer side in pixels after resizing, with about the image's aspect ratio; 0: :attr:`size`.
+
+        Raises:
+            UserError: if a file cannot be read, or an array has another dtype or shape.
+        """
+        pixels = torch.from_numpy(self._pixels.array(image)).permute(2, 0, 1)
+        scale = (size or self.size) / max(pixels.shape[1:])
+        sides = [max(round(side * scale / self.stride), 1) * self.stride for side in pixels.shape[1:]]
+        resized = F.interpolate(pixels[None].float(), sides, mode="bilinear", antialias=True)[0]
+        device = next(self._encoder.parameters()).device
+        pooled, tokens = self._encoder.pooled_features(((resized - self._mean) / self._std)[None].to(device))
+        rows, columns = self._encoder.grid(*sides)
+        return Features(tokens[0].T.reshape(-1, rows, columns).float().cpu(), pooled[0].float().cpu())
+
+
+def load_encoder(file: str | Path, device: str = "cpu") -> ImageEncoder:
+    """Load the encoder that ``relvit-d2 pretrain`` trained.
+
+    Args:
+        file: ``encoder.safetensors``, or the folder of the run.
+        device: device to compute on, such as ``cuda``.
+
+    Raises:
+        UserError: if the file is missing, damaged or not of an encoder.
+    """
+    path = Path(file) / "encoder.safetensors" if Path(file).is_dir() else Path(file)
+    tensors, info = read_encoder(path)
+    encoder = build_described(path, tensors, info["encoder"]).to(device)
+    try:
+        mean, std = ([float(value) for value in info[key]] for key in ("pixel_mean", "pixel_std"))
+        pixels = PixelFormat(len(mean), float(info.get("max_value", 0)))
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"'{path}' has no valid pixel_mean and pixel_std: write it again with pixel statistics"
+        ) from error
+    return ImageEncoder(encoder, pixels, mean, std, int(info.get("image_size", encoder.arguments["img_size"])))
