@@ -35,6 +35,7 @@ from relvit_d2.evaluation.coco import without_mask
 from relvit_d2.experiments import recipe
 from relvit_d2.experiments.commands import TRIAL_KEYS, Runner, run_trial
 from relvit_d2.experiments.recipe import Choices, Data, Encoder, Machine, Timing
+from relvit_d2.report.detections import analyze_detections
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.config_keys import get_key
 from relvit_d2.utils.config_paths import find_config
@@ -422,6 +423,10 @@ class Files:
         results = detector / "inference/results.json"
         for name, found in json.loads(results.read_text(encoding="utf-8")).items() if data.evaluated else ():
             print_text(f"AP on {name}: {found['bbox']['AP'] or 0:.1f}, AP50 {found['bbox']['AP50'] or 0:.1f}")
+            analysis = analyze_detections(detector / "inference", name, cfg.TEST.DETECTIONS_PER_IMAGE)
+            if analysis and analysis.interval:
+                low, high = analysis.interval
+                print_text(f"95 % interval of AP by the {analysis.count} images: {low:.1f} to {high:.1f}")
         following = shell_command(["relvit-d2", "predict", "--weights", str(detector), "--input", "IMAGES"])
         print_text(f"report: {detector}/report.html\npictures: {pictures}\nnext: {following}")
 

@@ -28,7 +28,7 @@ from relvit_d2.experiments.recipe import (
 )
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
-from tests.support.custom_data import write_yolo
+from tests.support.custom_data import picture, write_yolo
 from tests.support.scripts import fails, run
 
 COSTS = {"vit_small": Cost(0.6, 6e7), "vit_tiny": Cost(0.25, 3e7), "vit_nano": Cost(0.12, 2e7)}
@@ -223,6 +223,7 @@ def test_the_file_is_the_config_and_gives_each_reason(tmp_path: Path) -> None:
 
 def test_bad_arguments(tmp_path: Path) -> None:
     root = write_yolo(tmp_path / "cells")
+    picture(tmp_path / "photos/a.png")
     (tmp_path / "begun/pretraining").mkdir(parents=True)
     begun = r"continue it with relvit-d2 pretrain --config-file \S+/pretraining.yaml --resume and then relvit-d2 train "
     config = ("--config-file", "configs/demo/streets.yaml")
@@ -244,6 +245,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
             )
         ),
         (("--data", root, "--weights", "timm:vit_nonexist"), "timm .* has no model 'vit_nonexist'"),
+        (("--data", tmp_path / "photos"), "relvit-d2 pretrain --data takes images without labels"),
         (("--data", tmp_path / "nothing", "--dry-run"), "the data folder '.*nothing' does not exist"),
         (("--data", root / "data.yaml", "--dry-run"), "the data folder '.*data.yaml' is a file, not a folder"),
         ((), "for example: relvit-d2 train --data path/to/folder --hours 0.5 or relvit-d2 train --config-file"),
