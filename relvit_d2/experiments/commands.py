@@ -82,7 +82,7 @@ def run_command(
         output: ``OUTPUT_DIR`` of the command; created if missing.
         total: last iteration of the command; 0 if it does not train.
         console: the file; None: ``output/console.txt``.
-        limit: seconds after the first iteration, after which the command is stopped when it has done another one.
+        limit: seconds after the first iteration, after which the command is stopped when it has done two others.
 
     Raises:
         UserError: if the command fails, with its error message, or ``output`` cannot be created.
@@ -107,7 +107,7 @@ def run_command(
                 bar.update(done - bar.n)
                 if done > before:
                     end = min(end, time.monotonic() + limit)
-                if time.monotonic() > end and before + 1 < done < total and not stopped:
+                if time.monotonic() > end and before + 2 < done < total and not stopped:  # the first has no time
                     stopped = True
                     process.terminate()
         except BaseException:

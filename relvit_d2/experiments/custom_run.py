@@ -202,6 +202,10 @@ def check_data(cfg: CfgNode, output: Path) -> Data:
     """
     register_custom(cfg.DATASETS)
     records, tests = training_records(cfg), evaluation_sets(cfg)
+    if len(records) < 2:
+        raise UserError(
+            f"{cfg.DATASETS.TRAIN[0]} has one image with objects, from which no detector can be trained: label more images"
+        )
     classes = tuple(get_metadata(cfg.DATASETS.TRAIN[0]).thing_classes)
     sets = {cfg.DATASETS.TRAIN[0]: records, **tests}
     report = check_labels(sets, classes, cfg, cfg.DATASETS.TRAIN, tuple(tests))

@@ -28,7 +28,7 @@ from relvit_d2.experiments.recipe import (
 )
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
-from tests.support.custom_data import picture, write_yolo
+from tests.support.custom_data import picture, write_yolo, yolo_folder
 from tests.support.scripts import fails, run
 
 COSTS = {"vit_small": Cost(0.6, 6e7), "vit_tiny": Cost(0.25, 3e7), "vit_nano": Cost(0.12, 2e7)}
@@ -224,6 +224,7 @@ def test_the_file_is_the_config_and_gives_each_reason(tmp_path: Path) -> None:
 def test_bad_arguments(tmp_path: Path) -> None:
     root = write_yolo(tmp_path / "cells")
     picture(tmp_path / "photos/a.png")
+    one = yolo_folder(tmp_path / "one", "train/a", "val/b")
     (tmp_path / "begun/pretraining").mkdir(parents=True)
     begun = r"continue it with relvit-d2 pretrain --config-file \S+/pretraining.yaml --resume and then relvit-d2 train "
     config = ("--config-file", "configs/demo/streets.yaml")
@@ -245,6 +246,10 @@ def test_bad_arguments(tmp_path: Path) -> None:
             )
         ),
         (("--data", root, "--weights", "timm:vit_nonexist"), "timm .* has no model 'vit_nonexist'"),
+        (
+            ("--data", one, "OUTPUT_DIR", tmp_path / "one"),
+            "one_train has one image with objects, from which no detector",
+        ),
         (("--data", tmp_path / "photos"), "relvit-d2 pretrain --data takes images without labels"),
         (("--data", tmp_path / "nothing", "--dry-run"), "the data folder '.*nothing' does not exist"),
         (("--data", root / "data.yaml", "--dry-run"), "the data folder '.*data.yaml' is a file, not a folder"),
@@ -256,12 +261,17 @@ def test_bad_arguments(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_folder_becomes_a_detector(tmp_path: Path) -> None:
-    root = write_yolo(tmp_path / "it's C:\\new" / "cells")
+    names = [*(f"train/{number}" for number in range(6)), "val/6", "val/7"]
+    root = yolo_folder(tmp_path / "it's C:\\new" / "cells", *names)
     output = ("OUTPUT_DIR", tmp_path / "run")
-    words = ("relvit-d2", "train", "--data", root, "--hours", 0.06, *output, "MODEL.ENCODER.NAME", "vit_nano")
-    done = run(tmp_path, *words)
+    words = ("relvit-d2", "train", "--data", root, "--hours", 0.1, *output, "SOLVER.MAX_ITER", 30)
+    done = run(tmp_path, *words, "MODEL.ENCODER.NAME", "vit_nano")
     assert "reason" in done.stdout and "next: relvit-d2 predict" in done.stdout
     for name in ("recipe.yaml", "pretraining.yaml", "detector/report.html", "pretraining/encoder.safetensors"):
         assert (tmp_path / "run" / name).is_file(), name
     assert list((tmp_path / "run/predictions").glob("*.png"))
     assert "holds a run: continue it with" in fails(tmp_path, *words)
+    assert not (tmp_path / "run/trial").exists()
+    run(tmp_path, "train_net.py", "--config-file", tmp_path / "run/recipe.yaml", "OUTPUT_DIR", tmp_path / "again")
+    first, again = ((tmp_path / name / "inference/results.json").read_text() for name in ("run/detector", "again"))
+    assert first == again
