@@ -17,7 +17,7 @@ from detectron2.structures import BoxMode
 from fvcore.common.config import CfgNode
 from tabulate import tabulate  # type: ignore[import-untyped]
 
-from relvit_d2.analysis.anchors import Anchors, proposal, training_boxes
+from relvit_d2.analysis.anchors import SAMPLE, Anchors, proposal, training_boxes
 from relvit_d2.analysis.data_checks import check_images, check_labels, raise_first_error
 from relvit_d2.analysis.model_cost import step_cost
 from relvit_d2.config.config_file import override_words
@@ -204,7 +204,8 @@ def check_data(cfg: CfgNode, output: Path) -> Data:
     records, tests = training_records(cfg), evaluation_sets(cfg)
     if len(records) < 2:
         raise UserError(
-            f"{cfg.DATASETS.TRAIN[0]} has one image with objects, from which no detector can be trained: label more images"
+            f"{cfg.DATASETS.TRAIN[0]} has one image with objects, from which no detector can be trained: label more "
+            "images"
         )
     classes = tuple(get_metadata(cfg.DATASETS.TRAIN[0]).thing_classes)
     sets = {cfg.DATASETS.TRAIN[0]: records, **tests}
@@ -281,7 +282,8 @@ def anchor_choices(data: Data, cfg: CfgNode) -> Choices:
         ((0.5, 1.0, 2.0),) * len(strides),
         cfg.MODEL.ANCHOR_GENERATOR.OFFSET,
     )
-    boxes, sizes = training_boxes(data.boxes, data.sizes, cfg)
+    step = -(-len(data.boxes) // SAMPLE)
+    boxes, sizes = training_boxes(data.boxes[::step], data.sizes[::step], cfg)
     best = proposal(boxes, sizes, start)
     fit = best.best_ious(boxes, sizes)
     reason = f"k-means of the boxes: mean best IoU {fit.mean():.2f}, {(fit >= 0.5).mean():.0%} of them above 0.5"

@@ -366,6 +366,14 @@ def test_training_logs_the_checks_and_rejects_invalid_labels(caplog: pytest.LogC
         before_training(cfg, [right], {"mine": [right, wrong]}, CLASSES)
 
 
+def test_an_image_with_too_many_objects_is_an_error_in_training() -> None:
+    full = record("full.jpg", *[thing(0, 0, 9, 9)] * 10_001)
+    cfg = load_config(DETECTION, [])
+    (error,) = check_labels({"a": [full], "b": [record("b.jpg", thing(0, 0, 9, 9))]}, CLASSES, cfg, ["a"])["errors"]
+    assert error.startswith("a: images with more than 10,000 objects") and error.endswith("(1): full.jpg")
+    assert check_labels({"a": [full]}, CLASSES, cfg)["errors"] == []
+
+
 def test_anchors_that_miss_many_boxes_are_a_warning() -> None:
     tiny = [record(str(i), thing(*box), size=(800, 800)) for i, box in enumerate(scattered(200, 12, 12)[0].tolist())]
     (warning,) = check_labels({"s": tiny}, ("cat",), load_config(DETECTION, []))["warnings"]
