@@ -33,6 +33,7 @@ from relvit_d2.utils.hardware import cores
 
 Report = dict[str, Any]
 
+MOST_OBJECTS = 10_000  # of a training image: Detectron2 compares each with each, 400 MB for so many
 LISTED = 5  # maximum number of files that a message lists
 # Warn about anchors if other ones reach this much more of the boxes, in data sets of at least so many boxes.
 REACH_GAIN, REACH_BOXES = 0.1, 100
@@ -94,6 +95,9 @@ def check_labels(
     for name, records in sets.items():
         report["sets"][name], valid = _check_set(name, records, classes, cfg, report)
         _check_ids(name, records, report["errors" if name in tests else "warnings"])
+        if name in training and (full := [r for r in records if len(r.get("annotations", [])) > MOST_OBJECTS]):
+            text = f"images with more than {MOST_OBJECTS:,} objects, whose overlaps do not fit into memory: divide them"
+            report["errors"].append(_message(name, text, full))
         if name == compared and valid is not None:
             report["anchors"] = fit_report(*valid, cfg)
             _check_anchors(report)
@@ -352,7 +356,8 @@ def _duplicates(
             warnings.append(_message(name, "images with equal pixels", repeated))
     for first, second in combinations(files, 2):
         pairs = zip(by_set[first], by_set[second], strict=True)
-        if shared := [f"{ours[0]} = {theirs[0]}" for ours, theirs in pairs if ours and theirs]:
+        # check_labels reports the files that are in both sets.
+        if shared := [f"{a[0]} = {b[0]}" for a, b in pairs if a and b and a[0] != b[0]]:
             warnings.append(_message(f"{first} and {second}", "images with equal pixels in both", shared))
     return [group for group in groups.values() if len(group) > 1]
 

@@ -44,8 +44,6 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("nothing to check: give --config-file, or names of data sets or folders")
     if args.config_file:
         find_config(args.config_file)
-    from tqdm import tqdm
-
     from relvit_d2.analysis.data_checks import (
         check_images,
         check_labels,
@@ -59,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
     from relvit_d2.data.images.decode import PixelFormat
     from relvit_d2.report.samples import MARKS, draw_samples, samples_of
     from relvit_d2.tasks import load_config, read_config
+    from relvit_d2.utils.progress import Progress
 
     if args.config_file:
         pairs = [*config_pairs(args.folder, read_config(args.config_file, []).TASK), *args.data]
@@ -83,7 +82,9 @@ def run(args: argparse.Namespace) -> None:
     if labelled:
         report = check_labels(sets, classes, cfg, tuple(dict.fromkeys(cfg.DATASETS.TRAIN)), tests)
         print_labels(report, len(classes))
-    with tqdm(total=len({str(file_of(item)) for items in sets.values() for item in items}), unit="image") as bar:
+    with Progress(
+        desc="images", total=len({str(file_of(item)) for items in sets.values() for item in items}), unit="image"
+    ) as bar:
         images = check_images(sets, cfg, not cfg.DATASETS.get("SKIP_UNREADABLE", False), bar.update)
     print_images(images, cfg)
     report = {**report, **images, **{key: report[key] + images[key] for key in ("errors", "warnings")}}
@@ -94,9 +95,10 @@ def run(args: argparse.Namespace) -> None:
             print_text(
                 "\n".join([f"{name}: {len(files)} images were seen in training", *(f"  {file}" for file in files)])
             )
-    for kind in ("warnings", "errors"):
-        for message in report[kind]:
-            print_text(f"{kind[:-1]}: {message}")
+    for message in report["warnings"]:
+        print_text(f"warning: {message}")
+    for message in report["errors"] if len(report["errors"]) > 1 else ():  # a single one is the last line
+        print_text(f"error: {message}")
     write_json(output / "check.json", report)
     first, items = next(iter(sets.items()))
     drawn = samples_of(items, classes, PixelFormat.of(cfg))
@@ -104,6 +106,8 @@ def run(args: argparse.Namespace) -> None:
         legend = "".join(f"   {sign} {key.removeprefix('is')}" for key, sign in MARKS.items()) if labelled else ""
         draw_samples(drawn, output / "check.png", f"{first}: {len(drawn)} of {len(items)} images{legend}")
     print_text(f"written: {output}/check.json" + (f" and {output}/check.png" if drawn else ""))
+    if len(report["errors"]) > 1:
+        raise UserError(f"training cannot start: correct the {len(report['errors'])} errors above")
     raise_first_error(report)
     ready = "training can start" if labelled else "pre-training can start (no labels were checked)"
     print_text(f"{ready}, {len(report['warnings'])} warnings")

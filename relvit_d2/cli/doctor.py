@@ -200,32 +200,23 @@ def check_device() -> None:
 
 
 def check_data() -> None:
-    """Print the number of images of each data set in the catalog, or why it is not usable (each reason once).
-
-    Without ``$DETECTRON2_DATASETS``, sets that are not usable are only counted.
-    """
+    """Print the number of images of each data set of the catalog that is present, and how to get others."""
     from relvit_d2.data.detection import catalog
     from relvit_d2.utils.errors import UserError
 
-    is_set = bool(os.environ.get("DETECTRON2_DATASETS"))
-    row("data root", f"{catalog.dataset_root()}   ($DETECTRON2_DATASETS {'is set' if is_set else 'is not set'})")
-    reasons: dict[str, int] = {}
+    state = "is set" if os.environ.get("DETECTRON2_DATASETS") else "is not set"
+    row("data root", f"{catalog.dataset_root()}   ($DETECTRON2_DATASETS {state})")
     absent = 0
     for name in catalog.DATASETS:
         if name.startswith("streets_") and not (catalog.streets_root() / "streets").is_dir():
-            row(f"  {name}", f"drawn on first use, in {catalog.streets_root()}")
-            continue
+            continue  # drawn on first use
         try:
             row(f"  {name}", f"{len(catalog.get_images(name))} images")
-        except UserError as error:
+        except UserError:
             absent += 1
-            number = reasons.setdefault(str(error), len(reasons) + 1)
-            if is_set:
-                row(f"  {name}", f"not usable ({number})")
-    for reason, number in reasons.items() if is_set else ():
-        print_text(f"  ({number}) {reason}.")
-    if absent and not is_set:
-        row("", f"{absent} public data sets are not there; your own images need none of them")
+    if absent:
+        row("  other data sets", f"{absent} known but not there: relvit-d2 prepare-data NAME; the demo needs none")
+    row("  your images", "relvit-d2 train --data FOLDER")
 
 
 def check_folder(data: str) -> None:

@@ -19,6 +19,11 @@ EXAMPLE = """\
 relvit-d2 train --data path/to/folder --hours 0.5
 relvit-d2 train --config-file configs/demo/streets.yaml"""
 
+# Arguments that the recipe does not support.
+CONFIG_ONLY = ("resume", "allow_changes", "eval_only", "num_gpus", "num_machines", "machine_rank", "dist_url")
+
+SHORTEST = 1 / 60  # hours; the start of the commands takes longer
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
@@ -29,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     start.add_argument("--weights", default="", help="start from timm:NAME, a file or a run's folder")
     recipe.add_argument("--dry-run", action="store_true", help="print the recipe and the time only")
     add_training_arguments(parser, task="detection")
+    parser.set_defaults(defaults={name: parser.get_default(name) for name in CONFIG_ONLY})
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,11 +44,11 @@ def run(args: argparse.Namespace) -> int:
         if asked:
             raise UserError("--hours, --no-pretrain, --weights and --dry-run need --data and no --config-file")
         return run_training(args, EXAMPLE.replace("\n", " or "))
-    if args.resume or args.eval_only or args.num_gpus != 1 or args.num_machines != 1:
-        raise UserError(
-            "--resume, --eval-only, --num-gpus and --num-machines need a config: give --config-file with the "
-            "recipe.yaml of the run"
-        )
+    for name in CONFIG_ONLY:
+        if getattr(args, name) != args.defaults[name]:
+            raise UserError(
+                f"--{name.replace('_', '-')} needs a config: give --config-file with the recipe.yaml of the run"
+            )
     run_recipe(args)
     return 0
 
@@ -51,6 +57,8 @@ def run_recipe(args: argparse.Namespace, runner: "Runner | None" = None) -> None
     """Run the recipe of ``--data``; ``runner`` runs its commands, in subprocesses by default."""
     if args.hours is not None and not 0 < args.hours < math.inf:
         raise UserError(f"--hours {args.hours:g}: give a number above 0, such as 0.5")
+    if args.hours is not None and args.hours < SHORTEST:
+        raise UserError(f"--hours {args.hours:g} is too short to measure and train: give 0.05 or more")
     elsewhere = args.weights.startswith("timm:") or "://" in args.weights
     if args.weights and not elsewhere and not Path(args.weights).exists():
         raise UserError(f"--weights '{args.weights}' does not exist: give a file, the folder of a run or timm:NAME")

@@ -30,7 +30,7 @@ from relvit_d2.data.detection.catalog import get_metadata, save_splits
 from relvit_d2.data.detection.custom import register_custom
 from relvit_d2.data.detection.mapper import DetectionMapper
 from relvit_d2.data.detection.records import first_few
-from relvit_d2.data.images.seen import SEEN, count_seen, seen_metadata
+from relvit_d2.data.images.seen import SEEN, SeenImages, count_seen, fingerprints_of, seen_metadata
 from relvit_d2.data.listing import data_lines
 from relvit_d2.data.loader import Batches, EndlessOrder, ordered_batches
 from relvit_d2.detection.config_check import REPEATING
@@ -49,6 +49,9 @@ from relvit_d2.utils.loader_workers import loader_workers
 from relvit_d2.utils.printing import shell_command
 
 Records = list[dict[str, Any]]
+
+TRAINING_IMAGES = 100  # evaluated at the end
+COMPARED = 5_000  # images whose pixels are compared; decoding them takes about a minute
 
 logger = logging.getLogger(__name__)
 
@@ -263,17 +266,7 @@ def _evaluate(cfg: CfgNode, model: nn.Module, tests: dict[str, Records], folder:
     results: dict[str, Any] = {}
     autocast = choose_precision(cfg.SOLVER.PRECISION, next(model.parameters()).device).autocast
     for name, records in tests.items():
-        batches = ordered_batches(
-            records,
-            DetectionMapper(cfg, is_train=False),
-            list,
-            cfg.TEST.BATCH_SIZE,
-            loader_workers(cfg),
-            comm.get_rank(),
-            comm.get_world_size(),
-            cfg.DATALOADER.TIMEOUT,
-            leaves_out=cfg.DATASETS.SKIP_UNREADABLE,
-        )
+        batches = _test_batches(cfg, records)
         with autocast():
             output = Path(cfg.OUTPUT_DIR) / folder / (name if len(tests) > 1 else "")
             evaluators = ReadableEvaluators(
@@ -297,6 +290,57 @@ def _evaluate(cfg: CfgNode, model: nn.Module, tests: dict[str, Records], folder:
 
 def _unreadable_ids(records: Records, batches: Batches) -> list[Any]:
     return [records[index]["image_id"] for index in batches.unreadable]
+
+
+def _test_batches(cfg: CfgNode, records: Records) -> Batches:
+    return ordered_batches(
+        records,
+        DetectionMapper(cfg, is_train=False),
+        list,
+        cfg.TEST.BATCH_SIZE,
+        loader_workers(cfg),
+        comm.get_rank(),
+        comm.get_world_size(),
+        cfg.DATALOADER.TIMEOUT,
+        leaves_out=cfg.DATASETS.SKIP_UNREADABLE,
+    )
+
+
+def evaluate_training_images(cfg: CfgNode, model: GeneralizedRCNN, records: Records) -> None:
+    """Evaluate on at most :data:`TRAINING_IMAGES` training images, evenly spaced, and write the results.
+
+    They are written into ``inference/training_images/results.json``, with the number of images.
+    """
+    chosen = records[:: -(-len(records) // TRAINING_IMAGES)]
+    classes = catalog.get_metadata(cfg.DATASETS.TRAIN[0]).thing_classes
+    folder = Path(cfg.OUTPUT_DIR) / "inference/training_images"
+    limit, ignore = cfg.TEST.DETECTIONS_PER_IMAGE, cfg.DATASETS.IGNORE_DIFFICULT
+    evaluator = CocoStyleEvaluator("training_images", chosen, classes, folder, ignore_difficult=ignore, limit=limit)
+    batches = _test_batches(cfg, chosen)
+    evaluators = ReadableEvaluators([evaluator], partial(_unreadable_ids, chosen, batches))
+    logger.info(f"evaluation on {len(chosen)} training images, to compare with the test images")
+    with choose_precision(cfg.SOLVER.PRECISION, next(model.parameters()).device).autocast():
+        results = inference_on_dataset(model, batches, evaluators)
+    if comm.is_main_process():
+        write_json(folder / "results.json", {"images": len(chosen), **results})
+
+
+def list_shared_images(cfg: CfgNode, records: Records, tests: dict[str, Records]) -> None:
+    """Write the test images that are training images, or duplicates of one, into ``inference/shared_images.json``.
+
+    Pixels are compared in data sets of at most :data:`COMPARED` images together, else only the names of files.
+    """
+    files = [Path(record["file_name"]) for record in records]
+    names = set(files)
+    seen = None
+    if len(files) + sum(map(len, tests.values())) <= COMPARED:
+        seen = SeenImages.of(fingerprints_of(files, cfg.DATASETS.TRAIN[0]))
+    shared = {}
+    for name, test in tests.items():
+        tested = [Path(record["file_name"]) for record in test]
+        equal = set(seen.indices(fingerprints_of(tested, name))) if seen else set()
+        shared[name] = [str(file) for index, file in enumerate(tested) if index in equal or file in names]
+    write_json(Path(cfg.OUTPUT_DIR) / "inference/shared_images.json", shared)
 
 
 def _evaluators(cfg: CfgNode, name: str, records: Records, output: Path) -> Iterable[DatasetEvaluator]:
@@ -348,7 +392,10 @@ def run_process(requested: CfgNode, args: argparse.Namespace, end: Callable[[Pat
     trainer.train()
     results = evaluate_with_tta(cfg, model, tests, trainer.results)
     add_seen(cfg, tests, trainer.metadata)
+    if tests:
+        evaluate_training_images(cfg, model, records)
     if comm.is_main_process():
+        list_shared_images(cfg, records, tests)
         end(
             Path(cfg.OUTPUT_DIR),
             shell_command(["relvit-d2", "predict", "--weights", cfg.OUTPUT_DIR, "--input", "IMAGES"]),

@@ -46,6 +46,20 @@ def download(url: str) -> str:
     return path
 
 
+def check_space(folder: Path, needed: float) -> None:
+    """Check that the disk of ``folder`` has ``needed`` bytes for the checkpoints of a run that is about to start.
+
+    Raises:
+        UserError: it has fewer.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"the checkpoints in '{folder}' need {needed / 2**20:,.0f} MiB, but {free / 2**20:,.0f} MiB are free: "
+            "free space, choose another OUTPUT_DIR, or keep fewer with SOLVER.CHECKPOINT_MAX_TO_KEEP"
+        )
+
+
 class Checkpointer(DetectionCheckpointer):
     """Detectron2's checkpointer with atomic writes; files hold tensors and plain values only.
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from relvit_d2.engine import signals
-from relvit_d2.engine.checkpoint import Checkpointer
+from relvit_d2.engine.checkpoint import Checkpointer, check_space
 from relvit_d2.engine.config import resolve_epochs
 from relvit_d2.engine.hooks import CheckpointHook, EvaluationHook
 from relvit_d2.engine.optimizer import build_clipper, build_optimizer
@@ -244,6 +244,7 @@ class Trainer(TrainerBase):
         """Write config and provenance, remove ``not_finite_*.json``; unless resumed, move an earlier run's files."""
         output = Path(self.cfg.OUTPUT_DIR)
         output.mkdir(parents=True, exist_ok=True)
+        check_space(output, self._checkpoint_bytes())
         if self.start_iter == 0:
             _move_earlier_run(output)
         write_text(output / "config.yaml", self.cfg.dump())
@@ -253,6 +254,18 @@ class Trainer(TrainerBase):
         write_json(output / "run.json", provenance(self.cfg) | {"run": self.run_id})
         for file in output.glob("not_finite_*.json"):
             file.unlink()
+
+    def _checkpoint_bytes(self) -> int:
+        """Return the size of all checkpoints that the run is going to write and keep."""
+        solver, test = self.cfg.SOLVER, self.cfg.TEST
+        values = sum(value.numel() * value.element_size() for value in self.model.state_dict().values())
+        trained = sum(p.numel() * p.element_size() for group in self.optimizer.param_groups for p in group["params"])
+        rest = self.max_iter - self.start_iter
+        periods = [period for period in (solver.CHECKPOINT_PERIOD, test.EVAL_PERIOD) if period > 0]
+        numbered = sum(rest // period for period in periods) - (rest // math.lcm(*periods) if len(periods) > 1 else 0)
+        if solver.CHECKPOINT_MAX_TO_KEEP:
+            numbered = min(numbered, solver.CHECKPOINT_MAX_TO_KEEP + 1)  # a new one is written before an old one goes
+        return (numbered + 1) * (values + 2 * trained) + bool(test.BEST_METRIC) * values  # AdamW has two moments
 
     def _finish_iteration(self) -> None:
         """Repeat the hooks of the checkpoint's iteration, which a kill may have interrupted."""

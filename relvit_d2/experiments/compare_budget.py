@@ -63,7 +63,7 @@ def measure(comparison: Comparison, kind: str, tested: int) -> Cost:
     step = Step(kind, config, overrides=tuple((dict(keys) | short).items()))
     (run,) = plan_runs([step], 0, 1.0, comparison.output / "trial", []).values()
     command = ["--overwrite" if word == "--resume" else word for word in run.command]
-    iteration, rest = run_trial(f"measuring {kind}", command, run.folder, run_command)
+    iteration, rest = run_trial(f"measuring {kind}", command, run.folder, run_command, run.folder / "console.txt")
     result, model = run.folder / "inference/results.json", run.folder / "model_final.pth"
     evaluation = 0.0 if pretrains else max(result.stat().st_mtime - model.stat().st_mtime, 0.0)
     return Cost(iteration, max(rest - evaluation, 0.0), evaluation / min(TRIAL_IMAGES, tested))

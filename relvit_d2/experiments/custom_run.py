@@ -5,31 +5,37 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml  # type: ignore[import-untyped]
 from detectron2.structures import BoxMode
 from fvcore.common.config import CfgNode
 from tabulate import tabulate  # type: ignore[import-untyped]
 
-from relvit_d2.analysis.anchors import Anchors, proposal, training_boxes
+from relvit_d2.analysis.anchors import SAMPLE, Anchors, proposal, training_boxes
 from relvit_d2.analysis.data_checks import check_images, check_labels, raise_first_error
 from relvit_d2.analysis.model_cost import step_cost
 from relvit_d2.config.config_file import override_words
-from relvit_d2.conversion.encoder_file import read_encoder
+from relvit_d2.conversion.encoder_file import read_weights
 from relvit_d2.data.detection.catalog import get_metadata
 from relvit_d2.data.detection.custom import config_pairs, register_custom
 from relvit_d2.detection.cost import detector_subject
 from relvit_d2.detection.run import evaluation_sets, training_records
-from relvit_d2.engine.config import EPOCH_KEYS
+from relvit_d2.encoders import encoder_from_keys, map_strides
+from relvit_d2.engine.checkpoint import check_space, download
+from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.run_setup import silence_warnings
+from relvit_d2.engine.weights import holds_encoder
 from relvit_d2.evaluation.coco import without_mask
 from relvit_d2.experiments import recipe
 from relvit_d2.experiments.commands import TRIAL_KEYS, Runner, run_trial
-from relvit_d2.experiments.recipe import Choices, Data, Machine, Timing
+from relvit_d2.experiments.recipe import Choices, Data, Encoder, Machine, Timing
+from relvit_d2.report.detections import analyze_detections
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.config_keys import get_key
 from relvit_d2.utils.config_paths import find_config
@@ -43,6 +49,13 @@ SHOWN = 3  # pictures of detections
 
 # Fits any number of levels until the boxes at training size decide.
 ONE_ANCHOR = {"MODEL.ANCHOR_GENERATOR.SIZES": recipe.Choice([[32]], "")}
+
+# Keys of the user that hold for the pre-training too.
+SHARED = (
+    *("MODEL.DEVICE", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "DATASETS.TEST"),
+    *("SEED", "DATALOADER.NUM_WORKERS", "SOLVER.PRECISION"),
+)
+CHECKPOINTS = 5  # of a run at the same time: two numbered ones, one being written, the last and the best
 
 Records = list[dict[str, Any]]
 
@@ -69,17 +82,8 @@ class Request:
 
     @property
     def given(self) -> dict[str, str]:
-        """The user's keys, which include the encoder of the weights."""
+        """The user's keys."""
         return dict(zip(self.opts[::2], self.opts[1::2], strict=True))
-
-    def with_encoder_of_weights(self) -> "Request":
-        """Return the request with the encoder of an ``encoder.safetensors`` as keys, which others may replace."""
-        path = Path(self.weights, "encoder.safetensors") if Path(self.weights).is_dir() else Path(self.weights)
-        if path.suffix != ".safetensors" or not path.is_file():
-            return self
-        encoder = read_encoder(path)[1]["encoder"]
-        keys = {"MODEL.ENCODER.NAME": encoder["name"], "MODEL.ENCODER.PATCH_SIZE": encoder["patch_size"]}
-        return dataclasses.replace(self, opts=(*override_words(keys), *self.opts))
 
 
 def train_custom(request: Request, dry_run: bool, run: Runner) -> None:
@@ -95,36 +99,83 @@ def train_custom(request: Request, dry_run: bool, run: Runner) -> None:
     """
     started = time.monotonic()
     silence_warnings()
-    request = request.with_encoder_of_weights()
     pairs = config_pairs(request.data, "detection")
     cfg = load_config(CONFIG, [*pairs, *request.opts], "detection")
+    given = {key: get_key(cfg, key) for key in request.given}
+    if "MODEL.WEIGHTS" in given:
+        request = dataclasses.replace(request, weights=cfg.MODEL.WEIGHTS, pretrain=False)
     name = Path(request.data).expanduser().resolve().name
-    output = Path(cfg.OUTPUT_DIR) if "OUTPUT_DIR" in request.given else Path("output") / name
+    output = Path(cfg.OUTPUT_DIR) if "OUTPUT_DIR" in given else Path("output") / name
     if not request.overwrite:
         _check_unused(output)
+    pinned = weights_choices(cfg, request.weights)
+    known = {key: choice.value for key, choice in pinned.items()} | given
     make_folder(output)
     data = check_data(cfg, output)
     seconds = request.seconds or (3600.0 if cfg.MODEL.DEVICE.startswith("cuda") else 1800.0)
-    machine = measure_machine(cfg, pairs)
-    encoder, choices = recipe.choose_model(data, machine, seconds, request.given)
-    files = Files(request, pairs, output, recipe.pretraining_choices(encoder, machine), run)
+    encoders = [_with_strides(encoder, cfg, known) for encoder in recipe.candidates(known)]
+    machine = measure_machine(cfg, [*pairs, *request.opts], encoders)
+    encoder, choices = recipe.choose_model(data, machine, seconds, known, encoders)
+    choices |= pinned
+    files = Files(request, given, pairs, output, recipe.pretraining_choices(encoder, machine), run)
     choices |= anchor_choices(data, files.detector(choices | ONE_ANCHOR))
-    timing = files.measure(choices, data)
-    try:
-        before, schedule = recipe.choose_schedules(data, timing, seconds - (time.monotonic() - started))
-    except ValueError as error:
-        raise UserError(
-            f"--hours {seconds / 3600:g} is too short: {error} of {timing.training:.2g} s fit in; give more time"
-        ) from error
-    replaced = {iterations for epochs, iterations in EPOCH_KEYS.items() if epochs in request.given}
-    choices |= {key: choice for key, choice in schedule.items() if key not in replaced}
-    files.write(choices, before)
-    print_text(files.describe(choices, before, data, machine, seconds))
+    timing = files.measure(choices)
+    batch = known.get("SOLVER.IMS_PER_BATCH", choices["SOLVER.IMS_PER_BATCH"].value)
+    left = seconds - (time.monotonic() - started)
+    schedules = recipe.choose_schedules(data, timing, left, given, batch)
+    choices |= schedules.training
+    files.write(choices, schedules.pretraining)
+    expected = seconds - left + schedules.seconds
+    print_text(files.describe(choices, schedules.pretraining, data, machine, expected))
+    if expected > 1.1 * seconds:
+        print_text(f"warning: the given schedule needs more than the {seconds / 60:.0f} min of --hours")
     if dry_run:
         return
     (output / "pretraining/encoder.safetensors").unlink(missing_ok=True)  # by which a finished pre-training is known
     files.run(data)
-    print_text(f"{time.monotonic() - started:.0f} s of the planned {seconds:.0f} s")
+    print_text(f"{time.monotonic() - started:.0f} s of the planned {expected:.0f} s")
+
+
+def weights_choices(cfg: CfgNode, weights: str) -> Choices:
+    """Return the keys of the encoder that published or exported weights determine; read them to find errors early.
+
+    Raises:
+        UserError: the weights are missing, damaged, or not published under that name.
+    """
+    if not holds_encoder(weights):
+        return {}
+    path = download(weights) if "://" in weights else weights
+    metadata = read_weights(path, encoder_from_keys(cfg.MODEL))[1]
+    reason = f"of {weights}"
+    encoder = metadata["encoder"]
+    choices = {"MODEL.ENCODER.NAME": recipe.Choice(encoder["name"], reason)}
+    if "patch_size" in encoder:
+        choices["MODEL.ENCODER.PATCH_SIZE"] = recipe.Choice(encoder["patch_size"], reason)
+    for key, name in (("MODEL.PIXEL_MEAN", "pixel_mean"), ("MODEL.PIXEL_STD", "pixel_std")):
+        if name in metadata:
+            choices[key] = recipe.Choice(list(metadata[name]), reason)
+    if metadata.get("input_format", cfg.INPUT.FORMAT) != cfg.INPUT.FORMAT:
+        choices["INPUT.FORMAT"] = recipe.Choice(metadata["input_format"], reason)
+    return choices
+
+
+def _with_strides(encoder: Encoder, cfg: CfgNode, known: Mapping[str, Any]) -> Encoder:
+    """Return an encoder with the strides of its maps and, unless one is given, the patch that it has."""
+    if encoder.name in {known.name for known in recipe.ENCODERS}:
+        return encoder
+    keys = cfg.MODEL.clone()
+    keys.ENCODER.NAME = encoder.name
+    patches = [encoder.patch] if "MODEL.ENCODER.PATCH_SIZE" in known else [16, 14, 8, 4]
+    for patch in patches:
+        keys.ENCODER.PATCH_SIZE, keys.ENCODER.IMG_SIZE = patch, 14 * patch
+        try:
+            strides = map_strides(keys)
+        except UserError:
+            if patch == patches[-1]:
+                raise
+        else:
+            return encoder._replace(patch=patch, strides=tuple(strides) if len(strides) > 1 else ())
+    raise AssertionError("one of the patches is the last")
 
 
 def _check_unused(output: Path) -> None:
@@ -151,6 +202,11 @@ def check_data(cfg: CfgNode, output: Path) -> Data:
     """
     register_custom(cfg.DATASETS)
     records, tests = training_records(cfg), evaluation_sets(cfg)
+    if len(records) < 2:
+        raise UserError(
+            f"{cfg.DATASETS.TRAIN[0]} has one image with objects, from which no detector can be trained: label more "
+            "images"
+        )
     classes = tuple(get_metadata(cfg.DATASETS.TRAIN[0]).thing_classes)
     sets = {cfg.DATASETS.TRAIN[0]: records, **tests}
     report = check_labels(sets, classes, cfg, cfg.DATASETS.TRAIN, tuple(tests))
@@ -170,6 +226,7 @@ def data_facts(records: Records, evaluated: int, classes: tuple[str, ...]) -> Da
     sides = np.array([(record["width"], record["height"]) for record in records], dtype=np.float64)
     objects = [[a for a in record["annotations"] if not a.get("iscrowd")] for record in records]
     counts = [len(found) for found in objects]
+    seen = Counter(number for found in objects for number in {a["category_id"] for a in found})
     boxes = np.array([a["bbox"] for found in objects for a in found], dtype=np.float64).reshape(-1, 4)
     modes = np.array([a["bbox_mode"] for found in objects for a in found])
     with_size = modes == BoxMode.XYWH_ABS
@@ -181,28 +238,39 @@ def data_facts(records: Records, evaluated: int, classes: tuple[str, ...]) -> Da
         shorter=float(np.median(sides.min(1))),
         boxes=boxes,
         sizes=sides.repeat(counts, axis=0),
-        classes=classes,
+        classes={name: seen[number] for number, name in enumerate(classes)},
         masks=not without_mask(records),
         most_objects=max(counts),
     )
 
 
-def measure_machine(cfg: CfgNode, pairs: Sequence[Any]) -> Machine:
-    """Return the machine, with the cost of a training step of each encoder on random images."""
+def measure_machine(cfg: CfgNode, pairs: Sequence[Any], encoders: Sequence[Encoder]) -> Machine:
+    """Return the machine, with the cost of a training step of each encoder on random images.
+
+    Args:
+        cfg: config with the device.
+        pairs: keys and values in turn of the data set and of the user; anchors and levels are left out.
+        encoders: those to measure.
+    """
     device, side = cfg.MODEL.DEVICE, recipe.REFERENCE_SIDE
     costs = {}
-    for encoder in recipe.ENCODERS:
+    left_out = ("MODEL.ANCHOR_GENERATOR.", "MODEL.PYRAMID.STRIDES", "OUTPUT_DIR")
+    shared = {key: value for key, value in zip(pairs[::2], pairs[1::2], strict=True) if not key.startswith(left_out)}
+    for encoder in encoders:
         keys = {
             "MODEL.ENCODER.NAME": encoder.name,
             "MODEL.ENCODER.PATCH_SIZE": encoder.patch,
-            "MODEL.DEVICE": device,
-            "MODEL.ENCODER.IMG_SIZE": side,
+            "MODEL.ENCODER.IMG_SIZE": -(-side // encoder.patch) * encoder.patch,
             "INPUT.MIN_SIZE_TRAIN": f"({side * 3 // 4},)",
             "INPUT.MAX_SIZE_TRAIN": side,
         }
-        subject = detector_subject(load_config(CONFIG, [*pairs, *override_words(keys)]))
+        if encoder.strides:
+            keys |= {key: choice.value for key, choice in ONE_ANCHOR.items()}
+            keys["MODEL.PYRAMID.STRIDES"] = list(encoder.strides)
+        subject = detector_subject(load_config(CONFIG, override_words(shared | keys)))
         costs[encoder.name] = recipe.Cost(*step_cost(subject, 2))
-    return Machine(device, cores(), free_memory(device), costs)
+    precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(device))
+    return Machine(device, cores(), free_memory(device), (precision.name, precision.reason), costs)
 
 
 def anchor_choices(data: Data, cfg: CfgNode) -> Choices:
@@ -214,7 +282,8 @@ def anchor_choices(data: Data, cfg: CfgNode) -> Choices:
         ((0.5, 1.0, 2.0),) * len(strides),
         cfg.MODEL.ANCHOR_GENERATOR.OFFSET,
     )
-    boxes, sizes = training_boxes(data.boxes, data.sizes, cfg)
+    step = -(-len(data.boxes) // SAMPLE)
+    boxes, sizes = training_boxes(data.boxes[::step], data.sizes[::step], cfg)
     best = proposal(boxes, sizes, start)
     fit = best.best_ious(boxes, sizes)
     reason = f"k-means of the boxes: mean best IoU {fit.mean():.2f}, {(fit >= 0.5).mean():.0%} of them above 0.5"
@@ -230,6 +299,7 @@ class Files:
 
     Attributes:
         request: of the user.
+        given: the values of the user's keys.
         pairs: keys of the data set.
         output: folder of all runs.
         model: keys of the pre-training but for its schedule.
@@ -237,6 +307,7 @@ class Files:
     """
 
     request: Request
+    given: Mapping[str, Any]
     pairs: list[Any]
     output: Path
     model: Choices
@@ -249,10 +320,13 @@ class Files:
 
     def detector(self, choices: Choices) -> CfgNode:
         """Return the config of the training."""
-        keys = {key: choice.value for key, choice in choices.items()}
+        keys = {key: choice.value for key, choice in self._with_given(choices).items() if key not in self.given}
         keys["MODEL.WEIGHTS"] = self._weights()
         words = [*self.pairs, *override_words(keys), *self.request.opts, *self._output_keys("detector")]
         return load_config(CONFIG, words)
+
+    def _with_given(self, choices: Choices) -> Choices:
+        return recipe.with_given(choices, {key: value for key, value in self.given.items() if key != "OUTPUT_DIR"})
 
     def _weights(self) -> str:
         return str(self.output / "pretraining/encoder.safetensors") if self.pretrains else self.request.weights
@@ -263,17 +337,26 @@ class Files:
     def pretraining(self, choices: Choices) -> CfgNode:
         """Return the config of the pre-training, which has the data, encoder and device of the training."""
         given = self.request.given
-        keys: dict[str, Any] = {"DATASETS.TEST": "()"}
-        keys |= {key: choice.value for key, choice in {**self.model, **choices}.items()}
-        keys |= {key: given[key] for key in ("MODEL.DEVICE", "SEED", "DATALOADER.NUM_WORKERS") if key in given}
+        keys: dict[str, Any] = {key: choice.value for key, choice in {**self.model, **choices}.items()}
+        keys |= {key: given[key] for key in SHARED if key in given}
         pairs = config_pairs(self.request.data, "pretrain")
         return load_config(PRETRAINING_CONFIG, [*pairs, *override_words(keys), *self._output_keys("pretraining")])
 
-    def measure(self, choices: Choices, data: Data) -> Timing:
-        """Run a few iterations of each command in the folder ``trial`` and return their times."""
-        trial = Files(self.request, self.pairs, self.output / "trial", self.model, self.run_command)
+    def measure(self, choices: Choices) -> Timing:
+        """Run a few iterations of each command in the folder ``trial``, which is removed, and return their times.
+
+        Raises:
+            UserError: a command fails, or the disk has no space for the checkpoints of the runs.
+        """
+        trial = dataclasses.replace(self, output=self.output / "trial")
+        try:
+            return self._measure(trial, choices)
+        finally:
+            shutil.rmtree(trial.output, ignore_errors=True)
+
+    def _measure(self, trial: "Files", choices: Choices) -> Timing:
         seconds = [0.0, 0.0]
-        start = 0.0
+        start = needed = 0.0
         runs = {"pretrain": trial.pretraining({})} if self.pretrains else {}
         runs["train"] = trial.detector(choices)
         short = TRIAL_KEYS | {"TEST.EVAL_PERIOD": 0, "TEST.BEST_METRIC": "", "TEST.PATIENCE": 0}
@@ -281,36 +364,42 @@ class Files:
             folder = Path(cfg.OUTPUT_DIR)
             make_folder(folder)
             cfg.DATASETS.TEST = ()
+            if self.pretrains:
+                cfg.MODEL.WEIGHTS = ""  # a pre-training that takes long is stopped before it writes the encoder
             cfg.merge_from_list([part for pair in short.items() for part in pair])  # whatever schedule the user gave
             write_text(folder / "trial.yaml", cfg.dump())
             words = [command, "--config-file", str(folder / "trial.yaml")]
-            seconds[command == "train"], rest = run_trial(f"measuring {command}", words, folder, self.run_command)
-            start = max(start, rest)
-        shutil.rmtree(trial.output)
-        batch = runs["train"].SOLVER.IMS_PER_BATCH
-        return Timing(seconds[0], seconds[1], start, seconds[1] / batch / 2)
+            console = self.output / f"measuring_{command}.txt"  # outlives the trial if it fails
+            found = run_trial(f"measuring {command}", words, folder, self.run_command, console)
+            console.unlink(missing_ok=True)
+            seconds[command == "train"], start = found.iteration, max(start, found.rest)
+            needed += CHECKPOINTS * max(file.stat().st_size for file in folder.glob("model_*.pth"))
+        check_space(self.output, needed)
+        image, view = (
+            seconds[command == "train"] / runs[command].SOLVER.IMS_PER_BATCH / 2 if command in runs else 0.0
+            for command in ("train", "pretrain")
+        )
+        return Timing(seconds[0], seconds[1], start, image, view)
 
     def write(self, choices: Choices, before: Choices) -> None:
         """Write ``recipe.yaml``, and ``pretraining.yaml``, each value with its reason."""
-        given = recipe.with_given(choices, self.request.given)
         sets = ("DATASETS.CUSTOM", "DATASETS.TRAIN", "DATASETS.TEST")
         shared = dict.fromkeys(sets, recipe.Choice(None, "the data set"))
         shared |= {"OUTPUT_DIR": recipe.Choice(None, "folder of the run"), "SEED": recipe.Choice(None, "of every draw")}
         shared |= {"MODEL.DEVICE": recipe.Choice(None, "the device that was measured")}
-        detector = {"MODEL.WEIGHTS": recipe.Choice(None, "start of the training"), **shared, **given}
+        start = "the pre-training" if self.pretrains else "--weights" if self.request.weights else "from scratch"
+        detector = {"MODEL.WEIGHTS": recipe.Choice(None, start), **shared, **self._with_given(choices)}
         write_text(self.output / "recipe.yaml", recipe_yaml(CONFIG, self.detector(choices), detector))
         if self.pretrains:
-            text = recipe_yaml(PRETRAINING_CONFIG, self.pretraining(before), {**shared, **self.model, **before})
+            given = {key: recipe.Choice(None, "given") for key in SHARED if key in self.given}
+            keys = {**shared, **self.model, **before, **given}
+            text = recipe_yaml(PRETRAINING_CONFIG, self.pretraining(before), keys)
             write_text(self.output / "pretraining.yaml", text)
 
     def describe(self, choices: Choices, before: Choices, data: Data, machine: Machine, seconds: float) -> str:
         """Return the recipe as a table."""
         cfg = self.detector(choices)
-        rows = [
-            (key, str(get_key(cfg, key)), choice.reason)
-            for key, choice in recipe.with_given(choices, self.request.given).items()
-            if key != "OUTPUT_DIR"
-        ]
+        rows = [(key, str(get_key(cfg, key)), choice.reason) for key, choice in self._with_given(choices).items()]
         if before:
             count, why = before["SOLVER.MAX_ITER"]
             rows.append(("pre-training", f"{count} iterations", why))
@@ -318,7 +407,7 @@ class Files:
             f"{data.images} training images, {data.evaluated} validation images, {len(data.boxes)} objects of "
             f"{len(data.classes)} classes; {device_name(machine.device)}",
             tabulate(rows, ("key", "value", "reason"), disable_numparse=True),
-            f"planned time: {seconds / 60:.0f} min; written: {self.output}/recipe.yaml",
+            f"planned time: {seconds / 60:.1f} min; written: {self.output}/recipe.yaml",
         ]
         return "\n\n".join(lines)
 
@@ -340,6 +429,10 @@ class Files:
         results = detector / "inference/results.json"
         for name, found in json.loads(results.read_text(encoding="utf-8")).items() if data.evaluated else ():
             print_text(f"AP on {name}: {found['bbox']['AP'] or 0:.1f}, AP50 {found['bbox']['AP50'] or 0:.1f}")
+            analysis = analyze_detections(detector / "inference", name, cfg.TEST.DETECTIONS_PER_IMAGE)
+            if analysis and analysis.interval:
+                low, high = analysis.interval
+                print_text(f"95 % interval of AP by the {analysis.count} images: {low:.1f} to {high:.1f}")
         following = shell_command(["relvit-d2", "predict", "--weights", str(detector), "--input", "IMAGES"])
         print_text(f"report: {detector}/report.html\npictures: {pictures}\nnext: {following}")
 

@@ -1,15 +1,18 @@
 """Config values for a custom data set, each chosen by a stated rule from the data, the machine and the time.
 
-The rules are pure functions: equal data, machine and time give equal recipes.
+The rules are pure functions: equal data, machine, time and given keys give equal recipes. Given keys replace the
+values of the rules, and the rules of other keys take them into account.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from relvit_d2.engine.config import EPOCH_KEYS
+from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.loader_workers import default_workers
 
 SIDES = (128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
@@ -22,7 +25,11 @@ MIN_IMAGES, MAX_IMAGES = 4_000, 40_000  # limits of the number of images that EP
 UPDATES = 800  # iterations that the batch is chosen for
 PRETRAINING = 0.3  # share of the time
 USABLE_MEMORY = 0.5  # share of the free memory that the activations of a batch may fill
-EVALUATIONS = 5  # during the training
+EVALUATIONS = 8  # during the training, at most
+EVALUATING = 0.1  # share of the time that evaluations during the training take at most
+PRETEXT_EVALUATIONS = 4  # during the pre-training
+PATIENT = 0.75  # share of the evaluations without a better AP after which the training ends
+RARE = 0.25  # a class in fewer images than this share of the median class's is rare
 MARGIN = 0.95  # share of the time that is planned
 
 
@@ -33,11 +40,13 @@ class Encoder(NamedTuple):
         name: a registered encoder.
         patch: side of a patch, pixels.
         rate: learning rate of AdamW for a batch of 16 images; smaller encoders train with larger rates.
+        strides: of its maps, pixels, if it has several.
     """
 
     name: str
     patch: int
     rate: float
+    strides: tuple[int, ...] = ()
 
 
 ENCODERS = (Encoder("vit_small", 16, 2e-4), Encoder("vit_tiny", 16, 5e-4), Encoder("vit_nano", 8, 1e-3))
@@ -54,7 +63,7 @@ class Data:
         longer, shorter: medians of the longer and the shorter sides of the images, pixels.
         boxes: (N, 4) XYXY, pixels.
         sizes: (N, 2) width and height of the image of each box, pixels.
-        classes: their names.
+        classes: names and numbers of training images of the classes.
         masks: whether every object has a mask.
         most_objects: objects of the fullest image.
     """
@@ -65,7 +74,7 @@ class Data:
     shorter: float
     boxes: np.ndarray
     sizes: np.ndarray
-    classes: tuple[str, ...]
+    classes: Mapping[str, int]
     masks: bool
     most_objects: int
 
@@ -98,12 +107,14 @@ class Machine:
         device: ``MODEL.DEVICE``.
         cores: processor cores.
         memory: free bytes, of the GPU if there is one.
-        costs: of each encoder by its name.
+        precision: of the forward pass, and why.
+        costs: of each of :func:`candidates` by its name.
     """
 
     device: str
     cores: int
     memory: float
+    precision: tuple[str, str]
     costs: Mapping[str, Cost]
 
 
@@ -115,33 +126,48 @@ class Choice(NamedTuple):
 
 
 Choices = dict[str, Choice]
+Given = Mapping[str, Any]  # values of the user by key
 
 
-def choose_model(data: Data, machine: Machine, seconds: float, given: Mapping[str, Any]) -> tuple[Encoder, Choices]:
+def candidates(given: Given) -> list[Encoder]:
+    """Return the encoders to choose from, the strongest first; a given one is the only one."""
+    name, patch = given.get("MODEL.ENCODER.NAME"), given.get("MODEL.ENCODER.PATCH_SIZE")
+    found = [encoder for encoder in ENCODERS if name in (None, encoder.name)]
+    found = found or [Encoder(name, 16, ENCODERS[0].rate)]  # type: ignore[arg-type]
+    return [encoder._replace(patch=patch or encoder.patch) for encoder in found]
+
+
+def choose_model(
+    data: Data, machine: Machine, seconds: float, given: Given, encoders: Sequence[Encoder] = ENCODERS
+) -> tuple[Encoder, Choices]:
     """Choose encoder, image size, levels, batch and what follows from the data alone.
 
     Args:
         data: the data set.
-        machine: the machine, with costs of :data:`ENCODERS`.
+        machine: the machine, with costs of ``encoders``.
         seconds: for pre-training and training.
-        given: keys of the user, which the choice of encoder and image size respects.
+        given: keys of the user.
+        encoders: those to choose from, the strongest first.
 
     Returns:
         The encoder, and the keys of the detector but for anchors and schedule.
+
+    Raises:
+        UserError: the memory is too small for a single image.
     """
     images = int(np.clip(EPOCHS * data.images, MIN_IMAGES, MAX_IMAGES))
-    encoder, side, why = _encoder_and_side(data, machine, seconds * (1 - PRETRAINING) / images, given)
-    ratio = data.shorter / data.longer
-    shorter = max(round(side * ratio), 1)
+    encoder, side, why = _encoder_and_side(data, machine, seconds * (1 - PRETRAINING) / images, given, encoders)
+    shorter = max(round(side * data.shorter / data.longer), 1)
     small = data.small_object(side)
-    finest = next((stride for stride in (8, 4) if 2 * stride <= small), 4)
-    strides = [2**power for power in range(2, 7) if finest <= 2**power <= 2 * encoder.patch]
     planned = seconds * (1 - PRETRAINING) / _seconds(machine, encoder, side)
-    fits = int(USABLE_MEMORY * machine.memory / (machine.costs[encoder.name].memory * _pixels(side)))
-    batch = int(np.clip(2 ** round(np.log2(max(planned / UPDATES, 1))), 4, 16))
-    parts = next((parts for parts in (1, 2, 4, 8, 16) if batch % parts == 0 and batch // parts <= max(fits, 1)), batch)
+    fits = _fits(machine, encoder, side)
+    batch = given.get("SOLVER.IMS_PER_BATCH") or int(np.clip(2 ** round(np.log2(max(planned / UPDATES, 1))), 4, 16))
+    parts = next(parts for parts in range(1, batch + 1) if batch % parts == 0 and batch // parts <= fits)
     flip, why_flip = _flip(data.classes)
     limit = int(np.clip(100 * np.ceil(data.most_objects / 100), 100, 1000))
+    reference = Choice(16, "batch of the learning rate")
+    if "SOLVER.BASE_LR" in given:
+        reference = Choice(0, "a given learning rate is not scaled with the batch")
     choices = {
         "MODEL.ENCODER.NAME": Choice(encoder.name, why),
         "MODEL.ENCODER.PATCH_SIZE": Choice(encoder.patch, f"of {encoder.name}"),
@@ -154,15 +180,17 @@ def choose_model(data: Data, machine: Machine, seconds: float, given: Mapping[st
         "MODEL.MASK_ON": Choice(
             data.masks, "every object has a mask" if data.masks else "there are objects without a mask"
         ),
-        "MODEL.PYRAMID.STRIDES": Choice(strides, f"from {finest} px, half of a small object, to twice the patch"),
+        "MODEL.PYRAMID.STRIDES": _levels(encoder, small),
         "SOLVER.IMS_PER_BATCH": Choice(
             batch, f"4 to 16 images; more than 4 if the time allows over {UPDATES} iterations"
         ),
-        "SOLVER.REFERENCE_BATCH": Choice(16, "batch of the learning rate"),
+        "SOLVER.REFERENCE_BATCH": reference,
         "SOLVER.GRAD_ACCUM_STEPS": Choice(parts, f"{fits} images fit into half of the free memory"),
         "SOLVER.BASE_LR": Choice(encoder.rate, f"of {encoder.name} for 16 images, scaled with the batch"),
+        "SOLVER.PRECISION": Choice(*machine.precision),
         "TEST.DETECTIONS_PER_IMAGE": Choice(limit, f"the fullest image has {data.most_objects} objects"),
         "DATALOADER.NUM_WORKERS": Choice(*_workers(machine)),
+        **_sampler(data),
     }
     return encoder, choices
 
@@ -175,30 +203,76 @@ def _seconds(machine: Machine, encoder: Encoder, side: int) -> float:
     return machine.costs[encoder.name].seconds * _pixels(side)
 
 
+def _fits(machine: Machine, encoder: Encoder, side: int) -> int:
+    """Return the number of images whose activations fit into the memory."""
+    return int(USABLE_MEMORY * machine.memory / (machine.costs[encoder.name].memory * _pixels(side)))
+
+
+def _sides(data: Data, given: Given) -> list[int]:
+    """Return the longer sides to choose from, ascending; a given one is the only one."""
+    longest, shorter = given.get("INPUT.MAX_SIZE_TRAIN"), given.get("INPUT.MIN_SIZE_TRAIN")
+    found = [longest] if longest else []
+    found += [round(max(shorter) * data.longer / data.shorter)] if shorter else []
+    return [min(found)] if found else [side for side in SIDES if side <= max(data.longer, SIDES[0])]
+
+
 def _encoder_and_side(
-    data: Data, machine: Machine, seconds: float, given: Mapping[str, Any]
+    data: Data, machine: Machine, seconds: float, given: Given, encoders: Sequence[Encoder]
 ) -> tuple[Encoder, int, str]:
     """Return the strongest encoder that resolves small objects in at most ``seconds`` per image, and the image side."""
-    sides = [side for side in SIDES if side <= max(data.longer, SIDES[0])]
-    encoders = [e for e in ENCODERS if given.get("MODEL.ENCODER.NAME", e.name) == e.name] or list(ENCODERS)
+    sides = _sides(data, given)
     for encoder in encoders:
+        fitting = [side for side in sides if _fits(machine, encoder, side)]
         resolved = [side for side in sides if data.small_object(side) >= PATCHES * encoder.patch] or sides[-1:]
-        affordable = [side for side in resolved if _seconds(machine, encoder, side) <= seconds]
-        if affordable:
-            side = next((side for side in affordable if data.small_object(side) >= SMALL_OBJECT), affordable[-1])
-            return encoder, side, f"the strongest of {len(ENCODERS)} that sees {EPOCHS} epochs of {side} px in the time"
-    affordable = [side for side in sides if _seconds(machine, encoder, side) <= seconds]
-    side = affordable[-1] if affordable else sides[0]
-    return encoder, side, f"the fastest; small objects need {resolved[0]} px, but the time allows {side} px"
+        affordable = [side for side in fitting if _seconds(machine, encoder, side) <= seconds]
+        if both := [side for side in affordable if side in resolved]:
+            side = next((side for side in both if data.small_object(side) >= SMALL_OBJECT), both[-1])
+            return encoder, side, f"the strongest of {len(encoders)} that sees {EPOCHS} epochs of {side} px in the time"
+    if not fitting:
+        needed = machine.costs[encoder.name].memory * _pixels(sides[0]) / USABLE_MEMORY
+        raise UserError(
+            f"the memory is too small for any batch: an image of {sides[0]} px needs {needed / 2**20:,.0f} MiB with "
+            f"{encoder.name}, but {machine.memory / 2**20:,.0f} MiB are free; close other programs or give a smaller "
+            "INPUT.MAX_SIZE_TRAIN"
+        )
+    if not affordable:
+        return encoder, fitting[0], f"the fastest; the time is short even for images of {fitting[0]} px"
+    side, limit = affordable[-1], "memory" if affordable[-1] == fitting[-1] else "time"
+    return encoder, side, f"the fastest; small objects need {resolved[0]} px, but the {limit} allows {side} px"
 
 
-def _flip(classes: tuple[str, ...]) -> tuple[str, str]:
-    sided = [name for name in classes if {"left", "right"} & set(re.split(r"[^a-z]+", name.lower()))]
-    if sided:
-        return "none", f"the class name '{sided[0]}' contains left or right"
-    if all(len(name) == 1 for name in classes):
-        return "none", "the classes are single characters"
-    return "horizontal", "no class name contains left or right"
+def _levels(encoder: Encoder, small: float) -> Choice:
+    """Choose the strides of the pyramid for small objects of so many pixels."""
+    if encoder.strides:
+        return Choice(list(encoder.strides), f"of the maps of {encoder.name}")
+    finest = next((stride for stride in (8, 4) if 2 * stride <= small), 4)
+    strides = [2**power for power in range(2, 7) if finest <= 2**power <= 2 * encoder.patch]
+    return Choice(strides, f"from {finest} px, half of a small object, to twice the patch")
+
+
+def _flip(classes: Iterable[str]) -> tuple[str, str]:
+    for name in classes:
+        words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)}
+        if found := sorted(words & {"left", "right", "digit", "letter", "character", "text"}):
+            return "none", f"the class name '{name}' contains {found[0]}"
+    if all(len(name) == 1 or name.isdecimal() for name in classes):
+        return "none", "the classes are letters or numbers"
+    return "horizontal", "no class name contains left, right, digit, letter, character or text"
+
+
+def _sampler(data: Data) -> Choices:
+    """Choose how often images of rare classes are repeated."""
+    shares = np.array([count / data.images for count in data.classes.values() if count])
+    threshold = round(RARE * float(np.median(shares)), 4)
+    name = min((name for name, count in data.classes.items() if count), key=lambda name: data.classes[name])
+    rare = shares.min() < threshold
+    seen = f"'{name}', the rarest class, is in {data.classes[name]} of {data.images} images"
+    return {
+        "DATALOADER.SAMPLER_TRAIN": Choice("RepeatFactorTrainingSampler" if rare else "TrainingSampler", seen),
+        "DATALOADER.REPEAT_THRESHOLD": Choice(
+            threshold if rare else 0.0, f"share of images below which a class is rare: {RARE:g} of the median class's"
+        ),
+    }
 
 
 def _workers(machine: Machine) -> tuple[int, str]:
@@ -213,77 +287,131 @@ class Timing(NamedTuple):
     Attributes:
         pretraining, training: seconds per iteration; 0 for no pre-training.
         start: seconds of the start and the end of a command.
-        image: seconds of the evaluation of an image.
+        image: seconds of the evaluation of an image by the detector.
+        view: seconds of the evaluation of an image by the pretext task; 0 for no pre-training.
     """
 
     pretraining: float
     training: float
     start: float
     image: float
+    view: float = 0.0
 
 
-def choose_schedules(data: Data, timing: Timing, seconds: float, least: int = 20) -> tuple[Choices, Choices]:
+class Schedules(NamedTuple):
+    """The schedules of pre-training and training.
+
+    Attributes:
+        pretraining: keys of the pre-training; empty without one.
+        training: keys of the training.
+        seconds: expected for both.
+    """
+
+    pretraining: Choices
+    training: Choices
+    seconds: float
+
+
+def choose_schedules(
+    data: Data, timing: Timing, seconds: float, given: Given, batch: int, least: int = 20
+) -> Schedules:
     """Choose the schedules of pre-training and training.
 
     Args:
         data: the data set.
         timing: measured on this machine with the chosen model.
         seconds: for everything that is still to be done.
-        least: iterations of the training at least.
-
-    Returns:
-        The keys of the pre-training, empty without one, and those of the training.
+        given: keys of the user.
+        batch: images per iteration of the training.
+        least: iterations of the training at least, unless they are given.
 
     Raises:
-        ValueError: the time is too short for ``least`` iterations.
+        UserError: the time is too short for ``least`` iterations.
     """
+    for key, replaced in EPOCH_KEYS.items():
+        if given.get(key):
+            given = {**given, replaced: max(round(given[key] * data.images / batch), 1)}
+    iterations, period, why = given.get("SOLVER.MAX_ITER"), given.get("TEST.EVAL_PERIOD"), "given"
+    once = data.evaluated * timing.image
+    count = int(np.clip(EVALUATING * seconds / once, 1, EVALUATIONS)) if once else 0
+    if once and iterations and period:
+        count = max(iterations // period, 1)
     commands = 2 if timing.pretraining else 1
-    rest = MARGIN * seconds - (commands + 1) * timing.start - EVALUATIONS * data.evaluated * timing.image
+    views = PRETEXT_EVALUATIONS * (data.evaluated or min(data.images, 256)) * timing.view
+    other = (commands + 1) * timing.start + (count + 1) * once + views
+    rest = MARGIN * seconds - other
     before = PRETRAINING * rest if timing.pretraining else 0.0
-    iterations = int((rest - before) / timing.training)
-    if iterations < least:
-        raise ValueError(f"{max(iterations, 0)} iterations")
-    period = max(iterations // EVALUATIONS, 1)
-    training: Choices = {
-        "SOLVER.MAX_ITER": Choice(
-            iterations, f"{timing.training:.2g} s each; fills the time left by pre-training, evaluation and starts"
-        ),
+    if not iterations:
+        iterations = int((rest - before) / timing.training)
+        why = f"{timing.training:.2g} s each; fills the time left by pre-training, evaluation and starts"
+        if iterations < least:
+            raise UserError(
+                f"the time is too short: {max(iterations, 0)} iterations of {timing.training:.2g} s fit in beside "
+                f"{other:.0f} s for starts and evaluations; give more --hours"
+            )
+    pretraining = _pretraining_schedule(timing, before)
+    expected = other + iterations * timing.training + (before if timing.pretraining else 0.0)
+    return Schedules(pretraining, _training_schedule(data, iterations, why, count, given), expected)
+
+
+def _training_schedule(data: Data, iterations: int, why: str, count: int, given: Given) -> Choices:
+    period = given.get("TEST.EVAL_PERIOD", max(iterations // count, 1) if count else 0)
+    metric = given.get("TEST.BEST_METRIC", "bbox/AP") if period and data.evaluated else ""
+    patience = int(np.ceil(PATIENT * (iterations // period))) if metric and iterations // period >= 4 else 0
+    evaluated = f"{count} evaluations, which take at most {EVALUATING:.0%} of the time"
+    return {
+        "SOLVER.MAX_ITER": Choice(iterations, why),
         "SOLVER.WARMUP_ITERS": Choice(iterations // 20, "a twentieth of the iterations"),
-        "SOLVER.CHECKPOINT_PERIOD": Choice(period, f"{EVALUATIONS} checkpoints"),
+        "SOLVER.CHECKPOINT_PERIOD": Choice(period or max(iterations // EVALUATIONS, 1), "as often as evaluations"),
         "SOLVER.CHECKPOINT_MAX_TO_KEEP": Choice(2, "one to resume, one in case it is damaged"),
-        "TEST.EVAL_PERIOD": Choice(period if data.evaluated else 0, f"{EVALUATIONS} evaluations"),
-        "TEST.BEST_METRIC": Choice("bbox/AP" if data.evaluated else "", "the best of them is kept"),
+        "TEST.EVAL_PERIOD": Choice(period, evaluated if data.evaluated else "there are no validation images"),
+        "TEST.BEST_METRIC": Choice(metric, "the best of them is kept" if metric else "there are no evaluations"),
+        "TEST.PATIENCE": Choice(
+            patience, f"early stopping after {PATIENT:.0%} of the evaluations without a better AP, if there are 4"
+        ),
     }
+
+
+def _pretraining_schedule(timing: Timing, seconds: float) -> Choices:
     if not timing.pretraining:
-        return {}, training
-    count = max(int(before / timing.pretraining), 2)
-    pretraining: Choices = {
+        return {}
+    count = max(int(seconds / timing.pretraining), 2)
+    period = max(count // PRETEXT_EVALUATIONS, 1)
+    return {
         "SOLVER.MAX_ITER": Choice(
             count, f"{PRETRAINING:.0%} of the time for iterations, {timing.pretraining:.2g} s each"
         ),
         "SOLVER.WARMUP_ITERS": Choice(count // 10, "a tenth of the iterations"),
-        "SOLVER.CHECKPOINT_PERIOD": Choice(max(count // 4, 1), "four checkpoints"),
+        "SOLVER.CHECKPOINT_PERIOD": Choice(period, f"{PRETEXT_EVALUATIONS} checkpoints"),
+        "TEST.EVAL_PERIOD": Choice(period, f"{PRETEXT_EVALUATIONS} evaluations of the pretext task"),
         "SOLVER.CHECKPOINT_MAX_TO_KEEP": Choice(2, "one to resume, one in case it is damaged"),
     }
-    return pretraining, training
 
 
-def with_given(choices: Choices, given: Mapping[str, Any]) -> Choices:
-    """Return the choices with the user's values, whose reason is "given"."""
-    return choices | {key: Choice(value, "given") for key, value in given.items()}
+def with_given(choices: Choices, given: Given) -> Choices:
+    """Return the choices with the user's values, whose reason is "given".
+
+    A given number of epochs replaces the choice of the number of iterations.
+    """
+    replaced = {iterations for epochs, iterations in EPOCH_KEYS.items() if given.get(epochs)}
+    kept = {key: choice for key, choice in choices.items() if key not in replaced}
+    return kept | {key: Choice(value, "given") for key, value in given.items()}
 
 
 def pretraining_choices(encoder: Encoder, machine: Machine) -> Choices:
     """Choose views and batch of the pre-training."""
     on_gpu = machine.device.startswith("cuda")
-    side = encoder.patch * (14 if on_gpu else 8)
+    stride = max(encoder.strides, default=encoder.patch)
+    side = stride * (14 if on_gpu else 8)
     batch = 256 if on_gpu else 64
     return {
         "MODEL.ENCODER.NAME": Choice(encoder.name, "the detector's"),
         "MODEL.ENCODER.PATCH_SIZE": Choice(encoder.patch, "the detector's"),
         "MODEL.ENCODER.IMG_SIZE": Choice(side, "grid of the position embedding"),
-        "PRETEXT.IMAGE_SIZE": Choice(side, f"{side // encoder.patch} x {side // encoder.patch} patches"),
+        "PRETEXT.IMAGE_SIZE": Choice(side, f"{side // stride} x {side // stride} patches"),
         "SOLVER.IMS_PER_BATCH": Choice(batch, "256 on a GPU, 64 on a CPU"),
         "SOLVER.REFERENCE_BATCH": Choice(64, "batch of the learning rate"),
         "SOLVER.BASE_LR": Choice(encoder.rate, f"of {encoder.name}"),
+        "SOLVER.PRECISION": Choice(*machine.precision),
+        "DATALOADER.NUM_WORKERS": Choice(*_workers(machine)),
     }

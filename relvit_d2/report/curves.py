@@ -75,6 +75,7 @@ def chart(
     percent: bool = False,
     x_ticks: Sequence[float] = (),
     bounds: tuple[float, float] = (-np.inf, np.inf),
+    legend: bool = False,
 ) -> Chart:
     """Draw lines, in their order; of more than :data:`MAX_POINTS` points, means over equal intervals.
 
@@ -85,6 +86,7 @@ def chart(
         percent: whether the values are fractions, shown in percent.
         x_ticks: tick values of a logarithmic horizontal axis; empty: a linear axis.
         bounds: limits to which the vertical lines are clipped.
+        legend: whether to show the names of the lines.
     """
     drawn = [line for line in lines if len(line.x)]
     with rc_context(_STYLE):
@@ -95,7 +97,7 @@ def chart(
             x, y = (np.repeat(values, 2) if single else thinned(values) for values in (line.x, line.y))
             color, width = _LINES[line.color % 7], 4 if single else 1.2 if line.dashed else 1.6
             style = "--" if line.dashed else "-"
-            axes.plot(x, y, style, color=color, linewidth=width, solid_capstyle="round", clip_on=False)
+            axes.plot(x, y, style, color=color, linewidth=width, solid_capstyle="round", clip_on=False, label=line.name)
             for x, y, margin in zip(line.x, line.y, () if line.margin is None else line.margin, strict=False):
                 if np.isfinite(margin):
                     ends = np.clip([y - margin, y + margin], *bounds)
@@ -114,6 +116,8 @@ def chart(
         axes.spines[["left", "top", "right"]].set_visible(False)
         axes.tick_params(left=False, bottom=False)
         axes.set_xlabel(x_name)
+        if legend:
+            axes.legend(frameon=False, labelcolor=_TEXT)
         file = io.StringIO()
         without = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=without)

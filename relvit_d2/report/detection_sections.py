@@ -28,6 +28,8 @@ class DetectionSection(NamedTuple):
     """What ``page.html`` shows of the detections of a run on a data set.
 
     Attributes:
+        certainty: how uncertain AP is, or empty.
+        shared: the test images that are in the training set too.
         curves: precision over recall of the mean of all classes, then of single classes; none without objects.
         pictures: headings and sheets.
         missing: why there are no pictures, or empty.
@@ -35,6 +37,8 @@ class DetectionSection(NamedTuple):
 
     run: str
     dataset: str
+    certainty: str
+    shared: list[str]
     curves: list[Chart]
     pictures: list[tuple[str, Picture]]
     missing: str
@@ -52,7 +56,27 @@ def detection_sections(runs: Sequence[Run]) -> Iterable[DetectionSection]:
             analysis = analyze_detections(folder, name, run.detection_limit)
             if analysis is not None:
                 pictures, missing = _pictures(analysis, pixels)
-                yield DetectionSection(run.name, name, _curves(analysis), pictures, missing, _confusion(analysis))
+                yield DetectionSection(
+                    run.name,
+                    name,
+                    _certainty(run, name, analysis),
+                    run.shared.get(name, []),
+                    _curves(analysis),
+                    pictures,
+                    missing,
+                    _confusion(analysis),
+                )
+
+
+def _certainty(run: Run, name: str, analysis: DetectionAnalysis) -> str:
+    ap = run.results[name].get("bbox", {}).get("AP")
+    if ap is None or analysis.interval is None:
+        return ""
+    low, high = analysis.interval
+    return (
+        f"Box AP is {ap:.1f}; with other images of the same kind it would be between {low:.1f} and {high:.1f} (95 % "
+        f"interval, bootstrap over the {analysis.count} images)"
+    )
 
 
 def _curves(analysis: DetectionAnalysis) -> list[Chart]:

@@ -14,6 +14,7 @@ from pycocotools.coco import COCO
 from torchvision.ops import box_iou
 
 from relvit_d2.evaluation.average_precision import COCO_LIMIT, coco_evaluation
+from relvit_d2.evaluation.bootstrap import ap_interval
 from relvit_d2.evaluation.coco import ground_truth_file
 from relvit_d2.utils.errors import UserError
 
@@ -28,6 +29,9 @@ class DetectionAnalysis:
         classes: names of the classes.
         recall: ``(101,)`` 0, 0.01, ..., 1.
         precision: ``(classes, 101)`` at IoU 0.5 and each recall, 0..1; NaN for a class without objects.
+        interval: 95 % interval of box AP, percent; None where it is not computed
+            (:func:`relvit_d2.evaluation.bootstrap.ap_interval`).
+        count: number of images.
         images: the images with an object or a detection, the highest F1 score first.
         confusion: ``(classes + 1, classes + 1)`` counts of true (rows) and detected class at a score of at least
             :data:`MIN_SCORE`; the last row counts detections of background, the last column missed objects.
@@ -38,6 +42,8 @@ class DetectionAnalysis:
     precision: np.ndarray
     images: list["ImageResult"]
     confusion: np.ndarray
+    interval: tuple[float, float] | None
+    count: int
 
 
 class ImageObjects(NamedTuple):
@@ -90,6 +96,7 @@ def _analyze(file: Path, truth_file: Path, root: Path, limit: int) -> DetectionA
         truth = COCO(str(truth_file))
         categories = truth.getCatIds()
         precision = _precision(truth, detections, limit)
+        interval = ap_interval(truth, detections, limit)
     index = {category: number for number, category in enumerate(categories)}
     confusion = np.zeros((len(categories) + 1, len(categories) + 1), dtype=np.int64)
     by_image: dict[Any, list[dict[str, Any]]] = {}
@@ -115,7 +122,7 @@ def _analyze(file: Path, truth_file: Path, root: Path, limit: int) -> DetectionA
             images.append(ImageResult(root / image["file_name"], drawn, 2 * correct / (len(objects) + len(found))))
     images.sort(key=lambda image: (-image.f1, -len(image.objects.truth_classes)))
     names = [category["name"] for category in truth.loadCats(categories)]
-    return DetectionAnalysis(names, np.linspace(0, 1, 101), precision, images, confusion)
+    return DetectionAnalysis(names, np.linspace(0, 1, 101), precision, images, confusion, interval, len(truth.imgs))
 
 
 def match(boxes: np.ndarray, truth: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from relvit_d2.report.curves import MAX_POINTS, Chart, Line, Picture, chart
 from relvit_d2.report.detection_sections import detection_sections
 from relvit_d2.report.detections import MIN_IOU, MIN_SCORE
 from relvit_d2.report.pretext import sheet_of_run
-from relvit_d2.report.results import class_rows, result_rows, seed_rows, summary
+from relvit_d2.report.results import UNNAMED, class_rows, result_rows, seed_rows, summary, training_rows
 from relvit_d2.report.runs import Run, read_runs
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import write_text
@@ -45,7 +45,9 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
             verdicts=[(run.name, _verdict(run)) for run in runs],
             facts=_facts(runs),
             differences=_differences(runs),
-            results=result_rows(runs),
+            results=[*result_rows(runs), *training_rows(runs)],
+            with_training=any(run.training for run in runs),
+            held_out=any(name.startswith("held_out/") for run in runs for name in run.scalars),
             seeds=seed_rows(runs),
             classes=class_rows(runs),
             curves=curves,
@@ -136,19 +138,30 @@ def _differences(runs: Sequence[Run]) -> list[list[str]]:
 def _curves(runs: Sequence[Run]) -> tuple[list[Chart], list[Chart]]:
     """Draw each scalar, metrics with their chance as a dashed line; return the main charts and the others."""
     names = {name for run in runs for name in run.scalars}
-    chances = {metric.value: metric.chance for metric in from_scalars({name: name for name in names}).values()}
+    metrics = from_scalars({name: name for name in names})
+    chances = {metric.value: metric.chance for metric in metrics.values()}
+    # A metric of the training batches and the same one on other images share a chart.
+    others = {name: name.rpartition("/")[2] for name in chances if name.startswith(tuple(f"{key}/" for key in UNNAMED))}
+    others = {name: base for name, base in others.items() if base in names}
     main: list[Chart] = []
     rest: list[Chart] = []
-    for name in sorted(names - {*chances.values()}, key=lambda name: (_rank(name), name)):
+    for name in sorted(names - {*chances.values()} - {*others}, key=lambda name: (_rank(name), name)):
         last = name.rpartition("/")[2]
         if "-" in last or name in ("data_time", "eta_seconds"):  # AP of one class; times of the machine
             continue
-        lines = [Line(run.name, *run.series(name), i) for i, run in enumerate(runs)]
+        evaluated = [other for other, base in others.items() if base == name]
+        lines = [
+            Line(f"training ({run.name})" if evaluated else run.name, *run.series(name), i)
+            for i, run in enumerate(runs)
+        ]
+        for other in evaluated:
+            label = other.partition("/")[0].replace("_", " ")
+            lines += [Line(f"{label} ({run.name})", *run.series(other), len(runs) + i) for i, run in enumerate(runs)]
         if chance := chances.get(name):
             lines += [Line(f"chance ({run.name})", *run.series(chance), i, dashed=True) for i, run in enumerate(runs)]
         if any(len(line.x) > 1 for line in lines):
             percent = "accuracy" in last and max(line.y.max() for line in lines if len(line.y)) <= 1
-            drawn = chart(name.replace("_", " "), lines, percent=percent)
+            drawn = chart(name.replace("_", " "), lines, percent=percent, legend=bool(evaluated))
             (main if _rank(name) < len(_MAIN_SCALARS) else rest).append(drawn)
     return main, rest
 

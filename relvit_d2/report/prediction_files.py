@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from relvit_d2.data.detection import catalog
 from relvit_d2.data.detection.custom import TRAINING_SPLITS, named_sets, open_folder, register_custom
 from relvit_d2.data.images.decode import UnreadableImageError
@@ -20,6 +18,7 @@ from relvit_d2.engine.weights import run_config
 from relvit_d2.report.predictions import coco_results, draw_instances
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import appearing, make_folder, write_text
+from relvit_d2.utils.progress import Progress
 
 MAX_NAMED = 10  # unreadable inputs in the error message
 VIDEOS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
@@ -55,7 +54,7 @@ def predict(
     errors: list[str] = []
     images = [file for file in files if file.suffix.lower() not in VIDEOS]
     outputs = dict(zip(files, output_names(files), strict=True))
-    for start in tqdm(range(0, len(images), size), desc="images", unit="batch", disable=not images):
+    for start in Progress(range(0, len(images), size), desc="images", unit="batch", disable=not images):
         batch = {}
         for file in images[start : start + size]:
             try:

@@ -9,12 +9,12 @@ from typing import Any
 
 import av
 import numpy as np
-from tqdm import tqdm
 
 from relvit_d2.data.images.decode import UnreadableImageError
 from relvit_d2.detection.predictor import Detector
 from relvit_d2.report.predictions import coco_results, draw_instances
 from relvit_d2.utils.files import appearing
+from relvit_d2.utils.progress import Progress
 
 TICK = Fraction(1, 60000)  # seconds; common frame intervals are multiples; MPEG-4 allows at most 65535 a second
 MAX_INTERVAL = 3600  # seconds between two frames; a longer interval is taken as a damaged time stamp
@@ -38,7 +38,7 @@ def annotate_video(file: Path, output: Path, detector: Detector, size: int) -> t
     try:
         with (
             av.open(str(file)) as source,
-            tqdm(desc=file.name, total=source.streams.video[0].frames or None, unit="frame") as bar,
+            Progress(desc=file.name, total=source.streams.video[0].frames or None, unit="frame") as bar,
             appearing(output) as part,
             av.open(str(part), "w", format="mp4") as sink,
         ):

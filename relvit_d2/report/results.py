@@ -55,6 +55,26 @@ def result_rows(runs: Sequence[Run]) -> list[list[Any]]:
     return rows
 
 
+def training_rows(runs: Sequence[Run]) -> list[list[Any]]:
+    """Return a row for each metric on training images, as :func:`result_rows`, without those of single classes."""
+    keys = {
+        (task, metric): None
+        for run in runs
+        for task, metrics in run.training.items()
+        if isinstance(metrics, dict)
+        for metric in metrics
+        if "-" not in metric
+    }
+    counts = ", ".join(dict.fromkeys(str(run.training["images"]) for run in runs if run.training))
+    return [
+        [
+            f"{counts} training images {task} {metric}",
+            *((_text(run.training.get(task, {}).get(metric)), "") for run in runs),
+        ]
+        for task, metric in keys
+    ]
+
+
 def seed_rows(runs: Sequence[Run]) -> list[list[str]]:
     """Return arm, metric, mean, standard deviation and seeds for each metric of runs that differ in their seed only."""
     arms: dict[str, list[Run]] = {}

@@ -1,6 +1,7 @@
 """Summary of a finished run: its report page, and a table with the next command in the log."""
 
 import datetime
+import json
 import logging
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from relvit_d2.report.page import write_report
 from relvit_d2.report.results import summary
 from relvit_d2.report.runs import Run, read_runs
 from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.files import write_json
 
 FILES = ("model_best.pth", "model_final.pth", "encoder.safetensors", "report.html")
 
@@ -18,10 +20,20 @@ logger = logging.getLogger(__name__)
 
 
 def end_run(folder: Path, command: str) -> None:
-    """Write ``report.html`` of a run and log its summary with the next command; an error does not end the process."""
+    """Write the run's ``report.html`` and log its summary; an error is logged and does not end the process.
+
+    The next command is added to ``run.json``, from which the report takes it.
+
+    Args:
+        folder: the run's OUTPUT_DIR.
+        command: the next command.
+    """
     table = f"next: {command}"
     try:
         try:
+            path = folder / "run.json"
+            info = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            write_json(path, info | {"next": command})
             write_report([folder], folder / "report.html")
         finally:
             table = summary_table(read_runs([folder])[0], command)

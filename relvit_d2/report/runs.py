@@ -1,7 +1,7 @@
 """The files of a run in its OUTPUT_DIR."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,9 @@ class Run:
         info: ``run.json``: script, command, versions and hardware; empty where the file is missing.
         rows: the lines of ``metrics.json``, the last one of each iteration.
         results: ``inference/results.json``: data set -> task -> metric -> value; empty where the file is missing.
+        training: ``inference/training_images/results.json``: the number of evaluated training ``images``, and their
+            results by task; empty where the file is missing.
+        shared: ``inference/shared_images.json``: data set -> test images that are in the training set too.
         detection_limit: maximum detections per image of the AP in ``results``.
     """
 
@@ -41,6 +44,8 @@ class Run:
     info: dict[str, Any]
     rows: list[dict[str, Any]]
     results: dict[str, Any]
+    training: dict[str, Any] = field(default_factory=dict)
+    shared: dict[str, list[str]] = field(default_factory=dict)
     detection_limit: int = COCO_LIMIT
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -88,6 +93,9 @@ def _read(folder: Path, name: str) -> Run:
     try:
         config = flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
         info = _json(folder / "run.json")
+        training, shared = (
+            _json(folder / "inference" / name) for name in ("training_images/results.json", "shared_images.json")
+        )
         results = {k: v for k, v in _json(folder / "inference" / "results.json").items() if isinstance(v, dict)}
         # --eval-only does not change config.yaml, but may use another limit.
         evaluation = _json(folder / "inference" / "evaluation.json")
@@ -100,7 +108,7 @@ def _read(folder: Path, name: str) -> Run:
             rows[row.iteration] = {**row.scalars, "iteration": row.iteration}
     except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"the files of the run '{folder}' are damaged ({error}): give another run") from error
-    return Run(folder, name, config, info, [rows[i] for i in sorted(rows)], results, limit)
+    return Run(folder, name, config, info, [rows[i] for i in sorted(rows)], results, training, shared, limit)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from relvit_d2.report.predictions import Cell
 from relvit_d2.report.samples import draw_samples
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
+from tests.support.custom_data import write_voc
 from tests.support.scripts import run
 
 CLASSES = ("cat", "dog")
@@ -201,7 +202,7 @@ def test_every_image_is_read(tmp_path: Path) -> None:
     cut.write_bytes(cut.read_bytes()[:300])
     (test / "empty.png").touch()
     Image.new("RGB", (9, 9), (1, 2, 3)).save(test / "flat.png")
-    sets = {"train": sorted(train.iterdir()), "test": sorted(test.iterdir())}
+    sets = {"train": sorted(train.iterdir()), "test": [*sorted(test.iterdir()), files[2]]}
     cfg = load_config(DETECTION, [])
     report = check_images(sets, cfg, strict=False)
     assert report["images"] == {"read": 7, "unreadable": 2, "one_colour": 1}
@@ -348,6 +349,13 @@ def test_folders_whose_data_sets_have_the_same_name_are_rejected(tmp_path: Path)
         config_pairs_of_inputs([a, b])
 
 
+def test_each_image_of_a_folder_with_a_trainval_list_is_checked_once(tmp_path: Path) -> None:
+    root = write_voc(tmp_path / "cells")
+    (root / "ImageSets/Main/trainval.txt").write_text("a\nb\nc\n")
+    keys = config_pairs_of_inputs([str(root)])
+    assert keys[3] == ("cells_train",) and keys[5] == ("cells_val",)
+
+
 def test_training_logs_the_checks_and_rejects_invalid_labels(caplog: pytest.LogCaptureFixture) -> None:
     cfg = load_config(DETECTION, ["DATASETS.TRAIN", "('mine',)"])
     right, wrong = record("a.jpg", thing(0, 0, 9, 9)), record("b.jpg", thing(0, 0, 9, 9, category=7))
@@ -357,6 +365,14 @@ def test_training_logs_the_checks_and_rejects_invalid_labels(caplog: pytest.LogC
     assert "mine (training) and mine: images in both (1): a.jpg" in caplog.text
     with pytest.raises(UserError, match=r"training cannot start: mine: objects with a category_id .*b\.jpg"):
         before_training(cfg, [right], {"mine": [right, wrong]}, CLASSES)
+
+
+def test_an_image_with_too_many_objects_is_an_error_in_training() -> None:
+    full = record("full.jpg", *[thing(0, 0, 9, 9)] * 10_001)
+    cfg = load_config(DETECTION, [])
+    (error,) = check_labels({"a": [full], "b": [record("b.jpg", thing(0, 0, 9, 9))]}, CLASSES, cfg, ["a"])["errors"]
+    assert error.startswith("a: images with more than 10,000 objects") and error.endswith("(1): full.jpg")
+    assert check_labels({"a": [full]}, CLASSES, cfg)["errors"] == []
 
 
 def test_anchors_that_miss_many_boxes_are_a_warning() -> None:

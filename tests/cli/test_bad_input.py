@@ -171,6 +171,11 @@ CASES = {
     "own folder without labels": Case(
         "contains no labels that can be read", flags=("--data", "{here}"), files={"notes.txt": "nothing"}
     ),
+    "labels without images": Case(
+        "it contains no images either: put them beside",
+        flags=("--data", "{here}"),
+        files={"a.txt": "0 0.5 0.5 0.4 0.4"},
+    ),
     "own set with an unknown key": Case(
         "DATASETS.CUSTOM.cells has the unknown key 'ROOOT': use ROOT, FORMAT, SPLIT, CLASSES, JSON, IMAGES; did",
         ("DATASETS.CUSTOM", "{{'cells': {{'ROOOT': 'somewhere'}}}}"),

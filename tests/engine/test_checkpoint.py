@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from relvit_d2.engine.checkpoint import Checkpointer
+from relvit_d2.engine.checkpoint import Checkpointer, check_space
 from relvit_d2.engine.weights import load_trained
 from relvit_d2.utils.errors import UserError
 from tests.support.runs import equal, rows
@@ -261,3 +261,28 @@ def test_checkpoints_of_an_earlier_run_in_the_folder_are_ignored(tmp_path: Path)
     earlier = trainer(tmp_path / "earlier_run", 8)
     assert earlier.resume()
     assert earlier.start_iter == 5
+
+
+class Wide(Regression):
+    """A model whose checkpoints consist of values rather than of names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 20_000), nn.Linear(20_000, 1))
+
+
+@pytest.mark.parametrize("keep", [0, 2])
+def test_a_run_needs_the_disk_space_that_it_computes(keep: int, tmp_path: Path) -> None:
+    run = trainer(tmp_path, 10, model=Wide(), SOLVER__CHECKPOINT_PERIOD=2, SOLVER__CHECKPOINT_MAX_TO_KEEP=keep)
+    run.train()
+    written = sum(file.stat().st_size for file in tmp_path.glob("model_*.pth"))
+    assert written < run._checkpoint_bytes() < 1.5 * written
+
+
+def test_a_disk_without_space_for_the_checkpoints_is_an_error(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    check_space(tmp_path, free / 2)
+    with pytest.raises(
+        UserError, match=r"the checkpoints in '.*' need [\d,]+ MiB, but [\d,]+ MiB are free: free space"
+    ):
+        check_space(tmp_path, 2 * free)

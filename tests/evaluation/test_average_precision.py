@@ -9,6 +9,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from relvit_d2.evaluation.average_precision import coco_evaluation, explain_zero_ap
+from relvit_d2.evaluation.bootstrap import ap_interval, weighted_ap
 
 
 def random_case(seed: int, images: int, crowd: float, ids: str) -> tuple[COCO, list[dict[str, Any]]]:
@@ -123,3 +124,42 @@ def test_reasons_for_an_ap_of_0() -> None:
     }
     for words, pairs in reasons.items():
         assert words in explain_zero_ap(*pairs)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ap_of_resampled_images_is_that_of_a_test_set_with_copies(seed: int) -> None:
+    truth, detections = random_case(seed, 8, 0.1, "text")
+    rng = np.random.default_rng(seed)
+    for rank, detection in enumerate(rng.permutation(len(detections))):
+        detections[detection]["score"] = rank / len(detections)  # the order of equal scores is arbitrary
+    ids = sorted(truth.imgs)
+    weights = np.array([np.ones(8, dtype=int), *rng.multinomial(8, np.full(8, 1 / 8), 4), [3, 5, 0, 0, 0, 0, 0, 0]])
+    for weight, value in zip(weights, weighted_ap(truth, detections, weights, 20), strict=True):
+        copies = [(f"{name}/{copy}", name) for name, count in zip(ids, weight, strict=True) for copy in range(count)]
+        resampled = COCO()
+        resampled.dataset = truth.dataset | {
+            "images": [truth.imgs[name] | {"id": copy} for copy, name in copies],
+            "annotations": [a | {"image_id": copy} for copy, name in copies for a in truth.imgToAnns[name]],
+        }
+        resampled.dataset["annotations"] = [
+            a | {"id": number} for number, a in enumerate(resampled.dataset["annotations"], start=1)
+        ]
+        resampled.createIndex()
+        found = [d | {"image_id": copy} for copy, name in copies for d in detections if d["image_id"] == name]
+        expected = coco_evaluation(resampled, found, "bbox", 20).stats[0]
+        assert value == pytest.approx(100 * expected, abs=1e-6)
+
+
+def test_the_interval_of_ap_narrows_with_the_number_of_images() -> None:
+    widths = []
+    for images in (10, 90):
+        truth, detections = random_case(0, images, 0.0, "text")
+        interval = ap_interval(truth, detections)
+        assert interval is not None
+        ap = 100 * coco_evaluation(truth, detections, "bbox").stats[0]
+        assert interval[0] < ap < interval[1]
+        widths.append(interval[1] - interval[0])
+    assert 1.5 < widths[0] / widths[1] < 6  # 3 by the square root of the number of images
+    assert ap_interval(random_case(0, 1, 0.0, "text")[0], []) is None
+    truth, _ = random_case(0, 5, 0.0, "number")
+    assert ap_interval(truth, []) == (0.0, 0.0)

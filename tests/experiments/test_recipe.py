@@ -3,10 +3,12 @@
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from relvit_d2.detection.run import repeat_factors
 from relvit_d2.experiments.custom_run import CONFIG, anchor_choices, recipe_yaml
 from relvit_d2.experiments.recipe import (
     ENCODERS,
@@ -18,17 +20,20 @@ from relvit_d2.experiments.recipe import (
     Data,
     Machine,
     Timing,
+    candidates,
     choose_model,
     choose_schedules,
     pretraining_choices,
     with_given,
 )
 from relvit_d2.tasks import load_config
-from tests.support.custom_data import write_yolo
+from relvit_d2.utils.errors import UserError
+from tests.support.custom_data import picture, write_yolo, yolo_folder
 from tests.support.scripts import fails, run
 
 COSTS = {"vit_small": Cost(0.6, 6e7), "vit_tiny": Cost(0.25, 3e7), "vit_nano": Cost(0.12, 2e7)}
-CPU = Machine("cpu", 2, 16e9, COSTS)
+CPU = Machine("cpu", 2, 16e9, ("float32", "the processor"), COSTS)
+TIMING = Timing(0.7, 0.5, 12.0, 0.05, 0.004)
 
 
 def data_of(object_side: float, images: int = 200, classes: tuple[str, ...] = ("cat", "dog")) -> Data:
@@ -36,7 +41,8 @@ def data_of(object_side: float, images: int = 200, classes: tuple[str, ...] = ("
     sides = object_side * np.random.default_rng(0).uniform(0.67, 1.33, images)
     corners = np.full((images, 2), 20.0)
     boxes = np.hstack([corners, corners + sides[:, None]])
-    return Data(images, 40, 640.0, 480.0, boxes, np.tile([640.0, 480.0], (images, 1)), classes, False, 1)
+    counts = dict.fromkeys(classes, images // len(classes))
+    return Data(images, 40, 640.0, 480.0, boxes, np.tile([640.0, 480.0], (images, 1)), counts, False, 1)
 
 
 def values(choices: Choices) -> dict[str, object]:
@@ -49,7 +55,7 @@ def test_a_recipe_depends_on_data_machine_and_time_alone() -> None:
     assert all(choice.reason for choice in first[1].values())
     assert choose_model(data_of(80), CPU, 100, {}) != first
     assert choose_model(data_of(30), CPU, 1800, {}) != first
-    assert choose_model(data_of(80), dataclasses.replace(CPU, memory=1e7), 1800, {}) != first
+    assert choose_model(data_of(80), dataclasses.replace(CPU, memory=1.5e8), 1800, {}) != first
 
 
 def test_more_time_never_gives_a_weaker_encoder_or_a_smaller_image_for_it() -> None:
@@ -93,6 +99,10 @@ def test_a_batch_that_does_not_fit_is_divided() -> None:
         (("copyright", "bright"), "horizontal"),
         (("turn-right",), "none"),
         (("0", "1"), "none"),
+        (("10", "50", "k"), "none"),
+        (("turnLeft", "stop"), "none"),
+        (("digit_3",), "none"),
+        (("10", "fifty"), "horizontal"),
     ],
 )
 def test_classes_with_a_side_are_not_mirrored(classes: tuple[str, ...], flip: str) -> None:
@@ -101,21 +111,97 @@ def test_classes_with_a_side_are_not_mirrored(classes: tuple[str, ...], flip: st
 
 @pytest.mark.parametrize("pretraining", [0.0, 0.7])
 def test_the_schedule_fills_the_time(pretraining: float) -> None:
-    data, timing = data_of(80), Timing(pretraining, 0.5, 12.0, 0.05)
-    before, training = choose_schedules(data, timing, 1800)
-    commands = 3 if pretraining else 2
-    planned = commands * timing.start + EVALUATIONS * data.evaluated * timing.image
+    data, timing = data_of(80), Timing(pretraining, 0.5, 12.0, 0.05, 0.004 if pretraining else 0.0)
+    before, training, expected = choose_schedules(data, timing, 1800, {}, 8)
+    planned = (3 if pretraining else 2) * timing.start
+    planned += (training["SOLVER.MAX_ITER"].value // training["TEST.EVAL_PERIOD"].value + 1) * data.evaluated * 0.05
     planned += training["SOLVER.MAX_ITER"].value * timing.training
-    planned += before["SOLVER.MAX_ITER"].value * pretraining if before else 0
-    assert MARGIN * 1800 - 2 < planned <= MARGIN * 1800
-    with pytest.raises(ValueError, match="iterations"):
-        choose_schedules(data, timing, 40)
+    if before:
+        planned += before["SOLVER.MAX_ITER"].value * pretraining
+        planned += 4 * data.evaluated * timing.view
+    assert MARGIN * 1800 - 2 < planned <= MARGIN * 1800 + 0.01
+    assert abs(expected - planned) < 1
+    with pytest.raises(UserError, match=r"the time is too short: \d+ iterations of 0.5 s fit in beside \d+ s"):
+        choose_schedules(data, timing, 40, {}, 8)
+
+
+@pytest.mark.parametrize(
+    ("given", "iterations"),
+    [({"SOLVER.MAX_ITER": 400}, 400), ({"SOLVER.EPOCHS": 16.0}, 400), ({"SOLVER.EPOCHS": 0.001}, 1)],
+)
+def test_warm_up_and_periods_follow_a_given_length(given: dict[str, float], iterations: int) -> None:
+    _, training, expected = choose_schedules(data_of(80), TIMING, 1800, given, 8)
+    chosen = values(training)
+    assert chosen["SOLVER.MAX_ITER"] == iterations
+    assert chosen["SOLVER.WARMUP_ITERS"] == iterations // 20
+    assert chosen["TEST.EVAL_PERIOD"] == chosen["SOLVER.CHECKPOINT_PERIOD"] == max(iterations // EVALUATIONS, 1)
+    assert chosen["TEST.PATIENCE"] == (6 if iterations == 400 else 0)
+    assert expected > iterations * TIMING.training
+    kept = with_given(training, given)
+    assert ("SOLVER.MAX_ITER" in kept) == ("SOLVER.MAX_ITER" in given)
+
+
+def test_evaluations_take_a_tenth_of_the_time_and_follow_a_given_period() -> None:
+    slow = TIMING._replace(image=1.5)  # 60 s for an evaluation
+    chosen = values(choose_schedules(data_of(80), slow, 1800, {}, 8).training)
+    assert chosen["SOLVER.MAX_ITER"] // chosen["TEST.EVAL_PERIOD"] == 3  # type: ignore[operator]
+    assert chosen["TEST.PATIENCE"] == 0
+    given = {"TEST.EVAL_PERIOD": 50, "SOLVER.MAX_ITER": 400}
+    assert values(choose_schedules(data_of(80), slow, 1800, given, 8).training)["SOLVER.CHECKPOINT_PERIOD"] == 50
+    without = dataclasses.replace(data_of(80), evaluated=0)
+    chosen = values(choose_schedules(without, TIMING, 1800, {}, 8).training)
+    assert (chosen["TEST.EVAL_PERIOD"], chosen["TEST.BEST_METRIC"], chosen["TEST.PATIENCE"]) == (0, "", 0)
+
+
+def test_choices_take_given_keys_into_account() -> None:
+    def chosen(**given: Any) -> dict[str, Any]:
+        known = {key.replace("__", "."): value for key, value in given.items()}
+        return values(choose_model(data_of(80), CPU, 1800, known, candidates(known))[1])
+
+    assert chosen(INPUT__MAX_SIZE_TRAIN=300)["INPUT.MIN_SIZE_TRAIN"] == (225,)
+    by_shorter = chosen(INPUT__MIN_SIZE_TRAIN=(225, 150))
+    assert by_shorter["INPUT.MAX_SIZE_TRAIN"] == 300 and by_shorter["MODEL.ENCODER.IMG_SIZE"] >= 300
+    batched = values(
+        choose_model(data_of(80), dataclasses.replace(CPU, memory=4e8), 1e5, {"SOLVER.IMS_PER_BATCH": 6})[1]
+    )
+    assert batched["SOLVER.GRAD_ACCUM_STEPS"] in (2, 3, 6)
+    patched = chosen(MODEL__ENCODER__NAME="vit_nano", MODEL__ENCODER__PATCH_SIZE=16)
+    assert patched["MODEL.PYRAMID.STRIDES"][-1] == 32
+    assert chosen(SOLVER__BASE_LR=0.1)["SOLVER.REFERENCE_BATCH"] == 0
+    other = candidates({"MODEL.ENCODER.NAME": "vit_base"})
+    assert [encoder.name for encoder in other] == ["vit_base"]
+
+
+def test_rare_classes_are_repeated() -> None:
+    common, rare = data_of(80), dataclasses.replace(data_of(80), classes={"cat": 190, "dog": 150, "owl": 5})
+    for data, sampler in ((common, "TrainingSampler"), (rare, "RepeatFactorTrainingSampler")):
+        chosen = choose_model(data, CPU, 1800, {})[1]
+        assert chosen["DATALOADER.SAMPLER_TRAIN"].value == sampler
+    assert chosen["DATALOADER.REPEAT_THRESHOLD"].value == 0.25 * 150 / 200
+    assert "'owl', the rarest class, is in 5 of 200 images" in chosen["DATALOADER.SAMPLER_TRAIN"].reason
+    words = [str(part) for key, value in values(chosen).items() for part in (key, value)]
+    cfg = load_config(CONFIG, [*words, "MODEL.ANCHOR_GENERATOR.SIZES", "[[32]]"])
+    records = [{"annotations": [{"category_id": int(i < 5)}]} for i in range(200)]
+    factors = repeat_factors(cfg, records)
+    assert factors is not None
+    assert np.allclose(factors[:5], np.sqrt(0.1875 / 0.025)) and (factors[5:] == 1).all()
+
+
+def test_a_memory_without_place_for_an_image_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"too small for any batch: an image of 128 px needs 17 MiB with vit_nano, but"):
+        choose_model(data_of(80), dataclasses.replace(CPU, memory=1e6), 1800, {})
+    encoder, choices = choose_model(data_of(12), dataclasses.replace(CPU, memory=1.2e8), 50_000, {})
+    assert (encoder.name, choices["SOLVER.GRAD_ACCUM_STEPS"].value) == (
+        "vit_nano",
+        choices["SOLVER.IMS_PER_BATCH"].value,
+    )
+    assert "but the memory allows" in choices["MODEL.ENCODER.NAME"].reason
 
 
 def test_the_file_is_the_config_and_gives_each_reason(tmp_path: Path) -> None:
     data = data_of(80)
     encoder, choices = choose_model(data, CPU, 1800, {})
-    choices |= choose_schedules(data, Timing(0.7, 0.5, 12.0, 0.05), 1800)[1]
+    choices |= choose_schedules(data, TIMING, 1800, {}, 8).training
     words = [str(part) for key, choice in choices.items() for part in (key, choice.value)]
     cfg = load_config(CONFIG, [*words, "MODEL.ANCHOR_GENERATOR.SIZES", "[[32]]"])
     choices |= anchor_choices(data, cfg)
@@ -126,7 +212,9 @@ def test_the_file_is_the_config_and_gives_each_reason(tmp_path: Path) -> None:
     assert load_config(str(tmp_path / "recipe.yaml"), []) == cfg
     assert "  BASE_LR: 0.25  # given\n" in text
     assert all(f"  # {choice.reason}\n" in text for choice in choices.values())
-    flip = choose_model(dataclasses.replace(data, classes=("left\nSEED: 4",)), CPU, 1800, {})[1]["INPUT.RANDOM_FLIP"]
+    flip = choose_model(dataclasses.replace(data, classes={"left\nSEED: 4": 200}), CPU, 1800, {})[1][
+        "INPUT.RANDOM_FLIP"
+    ]
     (tmp_path / "recipe.yaml").write_text(recipe_yaml(CONFIG, cfg, choices | {"INPUT.RANDOM_FLIP": flip}))
     assert load_config(str(tmp_path / "recipe.yaml"), []) == cfg  # a class name in a reason adds no line
     side = pretraining_choices(encoder, CPU)["PRETEXT.IMAGE_SIZE"]
@@ -135,15 +223,34 @@ def test_the_file_is_the_config_and_gives_each_reason(tmp_path: Path) -> None:
 
 def test_bad_arguments(tmp_path: Path) -> None:
     root = write_yolo(tmp_path / "cells")
+    picture(tmp_path / "photos/a.png")
+    one = yolo_folder(tmp_path / "one", "train/a", "val/b")
     (tmp_path / "begun/pretraining").mkdir(parents=True)
     begun = r"continue it with relvit-d2 pretrain --config-file \S+/pretraining.yaml --resume and then relvit-d2 train "
     config = ("--config-file", "configs/demo/streets.yaml")
     for words, sentence in (
         (("--data", root, "--hours", 0), "--hours 0: give a number above 0"),
         (("--data", root, "--hours", "nan"), "--hours nan: give a number above 0"),
+        (("--data", root, "--hours", 0.001), "--hours 0.001 is too short to measure and train: give 0.05 or more"),
         ((*config, "--hours", 1), "need --data and no --config-file"),
         (("--data", root, "OUTPUT_DIR", tmp_path / "begun"), begun),
-        (("--data", root, "--resume"), "need a config: give --config-file with the recipe.yaml"),
+        *(
+            (("--data", root, *words), f"{words[0]} needs a config: give --config-file with the recipe.yaml")
+            for words in (
+                ("--resume",),
+                ("--allow-changes",),
+                ("--eval-only",),
+                ("--num-gpus", 2),
+                ("--machine-rank", 1),
+                ("--dist-url", "tcp://localhost:1"),
+            )
+        ),
+        (("--data", root, "--weights", "timm:vit_nonexist"), "timm .* has no model 'vit_nonexist'"),
+        (
+            ("--data", one, "OUTPUT_DIR", tmp_path / "one"),
+            "one_train has one image with objects, from which no detector",
+        ),
+        (("--data", tmp_path / "photos"), "relvit-d2 pretrain --data takes images without labels"),
         (("--data", tmp_path / "nothing", "--dry-run"), "the data folder '.*nothing' does not exist"),
         (("--data", root / "data.yaml", "--dry-run"), "the data folder '.*data.yaml' is a file, not a folder"),
         ((), "for example: relvit-d2 train --data path/to/folder --hours 0.5 or relvit-d2 train --config-file"),
@@ -154,12 +261,17 @@ def test_bad_arguments(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_folder_becomes_a_detector(tmp_path: Path) -> None:
-    root = write_yolo(tmp_path / "it's C:\\new" / "cells")
+    names = [*(f"train/{number}" for number in range(6)), "val/6", "val/7"]
+    root = yolo_folder(tmp_path / "it's C:\\new" / "cells", *names)
     output = ("OUTPUT_DIR", tmp_path / "run")
-    words = ("relvit-d2", "train", "--data", root, "--hours", 0.06, *output, "MODEL.ENCODER.NAME", "vit_nano")
-    done = run(tmp_path, *words)
+    words = ("relvit-d2", "train", "--data", root, "--hours", 0.1, *output, "SOLVER.MAX_ITER", 30)
+    done = run(tmp_path, *words, "MODEL.ENCODER.NAME", "vit_nano")
     assert "reason" in done.stdout and "next: relvit-d2 predict" in done.stdout
     for name in ("recipe.yaml", "pretraining.yaml", "detector/report.html", "pretraining/encoder.safetensors"):
         assert (tmp_path / "run" / name).is_file(), name
     assert list((tmp_path / "run/predictions").glob("*.png"))
     assert "holds a run: continue it with" in fails(tmp_path, *words)
+    assert not (tmp_path / "run/trial").exists()
+    run(tmp_path, "train_net.py", "--config-file", tmp_path / "run/recipe.yaml", "OUTPUT_DIR", tmp_path / "again")
+    first, again = ((tmp_path / name / "inference/results.json").read_text() for name in ("run/detector", "again"))
+    assert first == again

@@ -24,7 +24,7 @@ from relvit_d2.report.comparison import Point, write_comparison
 from relvit_d2.report.curves import MAX_POINTS, Line, chart, thinned
 from relvit_d2.report.detection_sections import detection_sections
 from relvit_d2.report.detections import MIN_IOU, analyze_detections, match
-from relvit_d2.report.page import write_report
+from relvit_d2.report.page import _curves, write_report
 from relvit_d2.report.results import class_rows, result_rows, seed_rows, summary
 from relvit_d2.report.run_summary import end_run, summary_table
 from relvit_d2.report.runs import Run, read_runs
@@ -94,6 +94,12 @@ def test_a_page_is_sound_and_holds_all_it_shows(runs: dict[str, Path], names: tu
         assert f"{value:.4g}" in page.words
         info = json.loads((runs[name] / "run.json").read_text())
         assert info["versions"] in page.words and info["command"] in page.words
+        assert info["next"] in page.words
+        if "bbox" in figures:
+            training = json.loads((runs[name] / "inference/training_images/results.json").read_text())
+            assert f"{training['images']} training images bbox AP50" in page.words
+            assert f"Box AP is {figures['bbox']['AP']:.1f}; with other images" in page.words
+            assert "of these images are in the training set too" not in page.words
     if len(names) > 1:
         assert "The runs of an arm have the same config except for the seed" in page.words
 
@@ -221,6 +227,31 @@ def test_detections_are_compared_with_the_truth_of_the_set_that_was_evaluated(tm
         evaluated(tmp_path / "inference" / name, name)
     several = run_of(tmp_path, {"c": {}, "d": {}}, **detector)
     assert [section.dataset for section in detection_sections([several])] == ["c", "d"]
+
+
+def test_test_images_in_the_training_set_are_listed(runs: dict[str, Path], tmp_path: Path) -> None:
+    copy = shutil.copytree(runs["a"], tmp_path / "a")
+    (copy / "inference/shared_images.json").write_text(json.dumps({"svhn_test": ["one.png", "two <2>.png"]}))
+    write_report([copy], tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text())
+    assert "2 of these images are in the training set too" in page.words and "two <2>.png" in page.words
+
+
+def test_a_metric_on_held_out_images_is_in_the_chart_of_the_training(tmp_path: Path) -> None:
+    folder = tmp_path / "ssl"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("TASK: pretrain\n")
+    rows = [
+        {"iteration": i, "accuracy_a": 0.5 + i / 100, "chance_a": 0.25}
+        | ({"held_out/accuracy_a": 0.3, "held_out/chance_a": 0.25} if i % 5 == 4 else {})
+        for i in range(10)
+    ]
+    (folder / "metrics.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main, rest = _curves(read_runs([folder]))
+    assert [drawn.title for drawn in main + rest] == ["accuracy a"]
+    svg = ElementTree.fromstring(main[0].svg)
+    assert svg.attrib["aria-label"].startswith("accuracy a: training (ssl) ends at 59.0%; held out (ssl) ends at 30.0%")
+    assert {"training (ssl)", "held out (ssl)", "chance (ssl)"} <= {e.text for e in svg.iter("text")}
 
 
 def test_a_class_without_objects_has_no_precision_even_without_detections(tmp_path: Path) -> None:

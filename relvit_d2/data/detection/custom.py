@@ -14,7 +14,7 @@ from relvit_d2.data.detection.records import Record, first_few
 from relvit_d2.data.detection.splits import ALL, HELD_OUT, available_splits, divide
 from relvit_d2.data.detection.voc import VocFolder
 from relvit_d2.data.detection.yolo import YoloFolder
-from relvit_d2.data.images.folder import is_image_source, linked_folders
+from relvit_d2.data.images.folder import is_image_source, linked_folders, list_images
 from relvit_d2.data.images.similarity import fingerprints
 from relvit_d2.data.subsets import subset
 from relvit_d2.utils.errors import UserError, nearest
@@ -114,7 +114,16 @@ def near_misses(root: Path) -> list[str]:
         )
     if links := linked_folders(root):
         reasons.append(f"links to folders are not followed ({first_few(links)}): put the folders themselves there")
+    if not _has_images(root):
+        reasons.append("it contains no images either: put them beside their labels")
     return reasons
+
+
+def _has_images(root: Path) -> bool:
+    try:
+        return bool(list_images(root))
+    except UserError:
+        return False
 
 
 def named_sets(data: str, form: str, folder: LabelledFolder) -> dict[str, dict[str, str]]:
@@ -141,8 +150,12 @@ def config_pairs(data: str | None, task: str) -> list[Any]:
     root = Path(data).expanduser()
     try:
         form, folder = open_folder(root)
-    except UserError:
-        if task != "pretrain" or not is_image_source(data):
+    except UserError as error:
+        if not is_image_source(data):
+            raise
+        if task != "pretrain" and _has_images(root):
+            raise UserError(f"{error}; relvit-d2 pretrain --data takes images without labels") from error
+        if task != "pretrain":
             raise
         return ["DATASETS.TRAIN", (f"{root}/" if root.is_dir() else data,), "DATASETS.TEST", ()]
     custom = named_sets(data, form, folder)
@@ -174,6 +187,8 @@ def config_pairs_of_inputs(inputs: list[str]) -> list[Any]:
         root = Path(name).expanduser()
         found = detect_format(root) if root.is_dir() and catalog.is_folder(name) else None
         sets = named_sets(name, *found) if found else {}
+        if "train" in (splits := [keys["SPLIT"] for keys in sets.values()]) and "trainval" in splits:
+            sets = {split: keys for split, keys in sets.items() if keys["SPLIT"] != "trainval"}  # train and val again
         if common := custom.keys() & sets.keys():
             first = custom[min(common)]["ROOT"]
             raise UserError(f"'{first}' and '{name}' both contain the set {min(common)}: check them one by one")

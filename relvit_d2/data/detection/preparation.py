@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from tqdm import tqdm
-
 from relvit_d2.data.detection import catalog
 from relvit_d2.data.download import fetch, unpack
 from relvit_d2.data.download_urls import Source
 from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.progress import Progress
 
 OPTIONAL = ("svhn_extra", "_sequences")  # data sets that need additional files
 DOWNLOADS = ".downloads"  # under the data root; an archive is kept until it is unpacked
@@ -22,7 +21,7 @@ def download_missing(source: Source, root: Path, report: Callable[[str], None]) 
             continue
         if not archive.checksum:
             report(f"{archive.name}: no checksum is known, only the size is checked")
-        with tqdm(total=archive.size, unit="B", unit_scale=True, desc=archive.name) as bar:
+        with Progress(total=archive.size, unit="B", unit_scale=True, desc=archive.name) as bar:
             path = fetch(archive, root / DOWNLOADS, bar.update)
         report(f"{archive.name}: unpacking")
         unpack(path, root / source.folder)

@@ -49,8 +49,11 @@ def splits_of_folders(folders: Sequence[Sequence[str]]) -> list[str | None]:
 
 
 def merge_single_split(sets: dict[str, T]) -> dict[str, T]:
-    """Return the sets; a single one is named ``all``, since a folder with one split is not divided."""
-    return {ALL: next(iter(sets.values()))} if len(sets) == 1 else sets
+    """Return the sets; a single one is named ``all``, since a folder with one split is not divided.
+
+    Test images keep their name: they must not be trained on.
+    """
+    return {ALL: next(iter(sets.values()))} if len(sets) == 1 and "test" not in sets else sets
 
 
 def divide(items: Sequence[T], split: str, prints: Sequence[Fingerprint], where: str) -> list[T]:

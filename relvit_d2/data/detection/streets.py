@@ -18,10 +18,10 @@ import h5py
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-from tqdm import tqdm
 
 from relvit_d2.data.detection.svhn import FIELDS, LABELS_FILE
 from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.progress import Progress
 from relvit_d2.utils.randomness import generator
 
 VERSION = 1
@@ -106,7 +106,7 @@ def ensure_streets(root: Path) -> Path:
     try:
         with _atomic_folder(folder, lambda: _stored_version(folder) == VERSION) as temporary:
             total = sum(count for _, count in SPLITS.values())
-            with tqdm(total=total, desc="drawing streets", unit="image", mininterval=0.5) as bar:
+            with Progress(total=total, desc="drawing streets", unit="image") as bar:
                 for split, (seed, count) in SPLITS.items():
                     generate(temporary / split, count, seed, lambda _: bar.update())
             (temporary / "streets.json").write_text(
