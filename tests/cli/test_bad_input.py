@@ -5,6 +5,7 @@
 
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.support.custom_data import write_coco, write_yolo
 from tests.support.damaged_files import huge_png
 from tests.support.scripts import command, digests, fails, run
 
@@ -353,3 +355,36 @@ def test_a_full_disk_keeps_the_last_checkpoint(root: Path, tmp_path: Path) -> No
     assert not list(tmp_path.rglob("*.part"))
     run(root, *more)
     assert torch.load(tmp_path / "model_final.pth", weights_only=True)["iteration"] == 7
+
+
+ATTACK = "<script>\x1b[2J\x07\n"
+
+
+def name_class_of_yolo(folder: Path) -> None:
+    (folder / "data.yaml").write_text(f"names: {json.dumps([ATTACK, 'dog'])}\n")
+
+
+def name_class_of_coco(folder: Path) -> None:
+    shutil.rmtree(folder)
+    write_coco(folder)
+    file = folder / "annotations/train.json"
+    file.write_text(file.read_text().replace('"dog"', json.dumps(ATTACK)))
+
+
+def name_image(folder: Path) -> None:
+    (folder / "images/train/a.png").rename(folder / f"images/train/{ATTACK}.png")
+
+
+def name_unreadable_image(folder: Path) -> None:
+    (folder / f"images/train/{ATTACK}.png").write_text("no image")
+
+
+@pytest.mark.parametrize("name", ["cells", ATTACK])
+@pytest.mark.parametrize("attack", [name_class_of_yolo, name_class_of_coco, name_image, name_unreadable_image])
+def test_names_that_cannot_be_printed_are_refused(attack: Callable[[Path], None], name: str, tmp_path: Path) -> None:
+    folder = write_yolo(tmp_path / name)
+    attack(folder)
+    done = run(tmp_path, "relvit-d2", "check-data", folder, "--output", folder / "check", status=1)
+    assert r"<script>\x1b[2J\x07" in done.stderr
+    for text in (done.stdout, done.stderr):
+        assert all(c.isprintable() or c in "\n\r" for c in text), text
