@@ -210,7 +210,7 @@ def test_a_killed_worker_ends_the_run_with_one_sentence(
     for _ in range(kills):
         before = metrics.stat().st_mtime_ns if metrics.exists() else 0
         with started(root, *arguments) as process:
-            wait_for(lambda: pointer.exists() and metrics.stat().st_mtime_ns > before, process)  # noqa: B023
+            wait_for(lambda: pointer.exists() and metrics.stat().st_mtime_ns > before, process, 600)  # noqa: B023
             time.sleep(draw.uniform(0, 2))
             wait_for(lambda: kill_one(workers(process.pid, flags), draw), process)
             output, errors = process.communicate(
