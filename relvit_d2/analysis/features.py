@@ -33,7 +33,8 @@ class ImageEncoder:
     Args:
         encoder: the encoder.
         pixels: format of the images.
-        mean, std: of the pixels' channels, on the 0 to 255 scale.
+        mean: of each channel, on the 0 to 255 scale.
+        std: as ``mean``.
         size: see the attribute.
 
     Attributes:

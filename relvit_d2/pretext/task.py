@@ -185,7 +185,8 @@ class PretextTask(nn.Module):
         """Compute the losses and metrics of ``(B, N, dim)`` tokens.
 
         Args:
-            tokens, layout: as for :meth:`Task.forward`.
+            tokens: as for :meth:`Task.forward`.
+            layout: as for :meth:`Task.forward`.
             grids: rows and columns of each image, if they differ from the grid of positions. Error metrics then have no
                 chance level, which is slow to compute for many grids.
 
