@@ -351,7 +351,7 @@ def test_detections_below_the_threshold_are_left_out(
 
 def test_splits_and_overrides(trained: Path, images: list[Path], tmp_path: Path) -> None:
     def predicted(*arguments: object) -> dict[str, list[float]]:
-        assert main(["predict", "--weights", *map(str, (trained, *arguments, "--output", tmp_path / "out"))]) == 0
+        assert main(["predict", *map(str, ("--weights", trained, "--output", tmp_path / "out", *arguments))]) == 0
         scores: dict[str, list[float]] = {}
         for row in json.loads((tmp_path / "out/detections.json").read_text()):
             scores.setdefault(row["image_id"], []).append(row["score"])
