@@ -358,7 +358,7 @@ def _training_schedule(data: Data, iterations: int, why: str, count: int, given:
     period = given.get("TEST.EVAL_PERIOD", max(iterations // count, 1) if count else 0)
     metric = given.get("TEST.BEST_METRIC", "bbox/AP") if period and data.evaluated else ""
     patience = int(np.ceil(PATIENT * (iterations // period))) if metric and iterations // period >= 4 else 0
-    evaluated = f"{count} evaluations, which take at most {EVALUATING:.0%} of the time"
+    evaluated = f"{iterations // max(period, 1)} evaluations, which take at most {EVALUATING:.0%} of the time"
     return {
         "SOLVER.MAX_ITER": Choice(iterations, why),
         "SOLVER.WARMUP_ITERS": Choice(iterations // 20, "a twentieth of the iterations"),

@@ -93,7 +93,7 @@ class YoloFolder:
         if len(sets) > 1 and not any(found.label_file(image) in labels for image in sets.get("test", images)):
             logger.warning(f"the {len(sets.pop('test'))} test images of '{root}' have no labels and are left out")
         first = next(iter(sets.values()))
-        if all(set(part) == set(first) for part in sets.values()):  # train and val are the same folder
+        if len(sets) > 1 and all(set(part) == set(first) for part in sets.values()):  # train and val are one folder
             return cls(root, {ALL: first}, description, label_files)
         return cls(root, merge_single_split(sets), description, label_files)
 

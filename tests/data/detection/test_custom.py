@@ -231,3 +231,11 @@ def test_missing_images(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"no image for the annotation .*a\.xml"):
             read(False)
         assert len(read(True)) == 1
+
+
+def test_a_data_set_of_test_images_alone_is_not_trained_on(tmp_path: Path) -> None:
+    root = write_coco(tmp_path / "cells")
+    (root / "annotations/val.json").unlink()
+    (root / "annotations/train.json").rename(root / "annotations/test.json")
+    with pytest.raises(UserError, match="has the sets test, of which none is for training: rename one to train"):
+        config_pairs(str(root), "detection")
