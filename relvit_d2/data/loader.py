@@ -153,7 +153,7 @@ class Batches:
         with closing(results):
             for batch, unreadable in results:
                 self.unreadable.update(unreadable)
-                if batch or not isinstance(batch, list):
+                if not isinstance(batch, list) or batch:
                     yield batch
 
     @property

@@ -43,7 +43,7 @@ LEVELS = r"MODEL.RPN.IN_FEATURES has 2 levels \['p2', 'p3'\]: give one list for 
         ("MODEL.ROI_HEADS.NAME CascadeROIHeads", "several box heads, which are not supported: set StandardROIHeads"),
         ("MODEL.ROI_BOX_HEAD.USE_FED_LOSS True", "USE_FED_LOSS has no effect here"),
         ("MODEL.KEYPOINT_ON True", "KEYPOINT_ON has no effect here; .* keypoints are not supported"),
-        ("MODEL.DEVICE gpu", "MODEL.DEVICE 'gpu' is not a device of torch; set cpu or cuda"),
+        ("MODEL.DEVICE gpu", "MODEL.DEVICE 'gpu' is not a device of torch; set cpu, cuda or mps"),
         ("INPUT.MIN_SIZE_TRAIN ()", r"INPUT.MIN_SIZE_TRAIN \(\) must be one or more sides"),
         ("INPUT.MIN_SIZE_TRAIN (0,)", r"INPUT.MIN_SIZE_TRAIN \(0,\) must be one or more sides"),
         ("INPUT.MIN_SIZE_TRAIN (9,8) INPUT.MIN_SIZE_TRAIN_SAMPLING range", r"\(9, 8\) is not a range"),

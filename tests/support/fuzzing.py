@@ -253,7 +253,10 @@ def check_records(records: list[dict[str, Any]], roots: Sequence[Path], classes:
     for record in records:
         assert os.path.realpath(record["file_name"]).startswith(real), record["file_name"]
         width, height = record["width"], record["height"]
-        assert type(width) is int and type(height) is int and width > 0 and height > 0
+        assert type(width) is int and type(height) is int and width >= 0 and height >= 0
+        if not width or not height:  # an unreadable image, which the catalog leaves out
+            assert width == height == 0 and not record["annotations"]
+            continue
         for annotation in record.get("annotations", []):
             assert type(annotation["category_id"]) is int and 0 <= annotation["category_id"] < classes
             assert annotation["iscrowd"] in (0, 1)
