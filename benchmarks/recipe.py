@@ -134,8 +134,10 @@ def make_set(source: Path, kind: str, output: Path) -> Path:
                 f"{label} {' '.join(f'{value:.5f}' for value in row)}\n"
                 for label, row in zip(classes, rows, strict=True)
             )
-            (labels / f"{number:05}.txt").write_text(text)
-    (output / "data.yaml").write_text(json.dumps({"train": "images/train", "val": "images/val", "names": names}))
+            (labels / f"{number:05}.txt").write_text(text, encoding="utf-8")
+    (output / "data.yaml").write_text(
+        json.dumps({"train": "images/train", "val": "images/val", "names": names}), encoding="utf-8"
+    )
     return output
 
 
@@ -159,15 +161,20 @@ def train_by_hand(data: Path, kind: str, seconds: float, output: Path) -> float:
     return ap_of(output / "hand")
 
 
-def main() -> None:
-    """Train both and print their AP and its ratio."""
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder of a custom data set")
     parser.add_argument("--kind", choices=tuple(HAND), default="given", help="the set itself, or one made from it")
     parser.add_argument("--hours", type=float, default=0.5, help="time of each training (default 0.5)")
     parser.add_argument("--output", type=Path, default=Path("output/benchmark_recipe"), help="a new folder")
     parser.add_argument("--only-data", action="store_true", help="make the data set and stop")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Train both and print their AP and its ratio."""
+    args = build_parser().parse_args()
     args.output.mkdir(parents=True)
     data = args.data if args.kind == "given" else make_set(args.data, args.kind, args.output / args.kind)
     if args.only_data:

@@ -20,6 +20,7 @@ import tomllib
 from detectron2.config import get_cfg
 
 from benchmarks.harness import arguments as benchmark_arguments
+from benchmarks.recipe import build_parser as recipe_parser
 from docs.hooks import PAGES, ROOT, config_modules, config_page, keys_of, page_of
 from relvit_d2.cli import COMMANDS, main, module_of, parser_of
 from relvit_d2.config.config_file import COMMANDS as TRAINING_COMMANDS
@@ -106,6 +107,8 @@ def check_line(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     elif words[1:3] == ["-m", "pytest"]:
         assert all((ROOT / word).exists() for word in words if word.startswith("tests/"))
+    elif words[:3] == ["python", "-m", "benchmarks.recipe"]:
+        recipe_parser().parse_args(words[3:])
     elif words[:2] == ["python", "-m"]:
         assert importlib.util.find_spec(words[2])
         monkeypatch.setattr(sys, "argv", words[2:])

@@ -107,7 +107,7 @@ def cost_table(subject: Subject, batch: int | None) -> str:
     ]
     heads = ("stage", "parameters, M", "GFLOP/image", "memory, MiB/image", "images/s")
     return (
-        f"{subject.title}, {precision.name} on {device_name(cfg.MODEL.DEVICE)}, {batch} at a time\n\n"
+        f"{subject.title}, {precision.name} on {device_name(cfg.MODEL.DEVICE)}, batches of {batch}\n\n"
         f"{tabulate(rows, heads, stralign='right', disable_numparse=True)}\n\n"
         f"{_advice(cfg, fits)}\n{_schedule_time(cfg, seconds[ALL] / batch)}"
     )

@@ -394,8 +394,9 @@ def run_process(requested: CfgNode, args: argparse.Namespace, end: Callable[[Pat
     add_seen(cfg, tests, trainer.metadata)
     if tests:
         evaluate_training_images(cfg, model, records)
+        if comm.is_main_process():
+            list_shared_images(cfg, records, tests)
     if comm.is_main_process():
-        list_shared_images(cfg, records, tests)
         end(
             Path(cfg.OUTPUT_DIR),
             shell_command(["relvit-d2", "predict", "--weights", cfg.OUTPUT_DIR, "--input", "IMAGES"]),

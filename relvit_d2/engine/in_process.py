@@ -57,6 +57,7 @@ def _handlers_of_signals() -> Iterator[None]:
     try:
         yield
     finally:
+        signals.forget()  # a later call, perhaps in another thread, is not interrupted by it
         for number, handler in before.items():
             if handler is not None:  # None: not installed by Python
                 signal.signal(number, handler)

@@ -45,6 +45,11 @@ def uninstall() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
+def forget() -> None:
+    """Forget the recorded signal."""
+    _State.received = 0
+
+
 def received() -> int:
     """Return the number of the recorded signal, 0 for none."""
     return _State.received

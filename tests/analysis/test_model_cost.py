@@ -23,7 +23,7 @@ def test_a_config_without_data_is_measured(config: str) -> None:
     assert row[1] == f"{total / 1e6:.2f}"
     # Every linear layer is applied to at least one token of each image.
     assert float(row[2]) >= 2 * sum(m.weight.numel() for m in linear) / 1e9 - 0.01
-    assert "2 at a time" in text and "\n7 iterations" in text
+    assert "batches of 2\n" in text and "\n7 iterations" in text
 
 
 @pytest.mark.parametrize(("images", "fits"), [(8, 8), (8, 7), (8, 3), (12, 5), (7, 6), (64, 1)])

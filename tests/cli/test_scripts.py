@@ -142,7 +142,8 @@ def test_damaged_voc_files_are_reported(samples: Path, tmp_path: Path) -> None:
         assert xml.name in fails(data, *detect(tmp_path / "out", *names))
     xml.write_text(whole)
     image.write_bytes(image.read_bytes()[:3000])
-    assert image.name in fails(data, *detect(tmp_path / "out", *names))
+    assert image.name in fails(data, *detect(tmp_path / "out", *names, "DATASETS.SKIP_UNREADABLE", "False"))
+    assert f"replaced by the next ones: {image}" in run(data, *detect(tmp_path / "out2", *names)).stdout
 
 
 def test_evaluation_of_pretraining_needs_its_heads(root: Path, encoder: Path, tmp_path: Path) -> None:

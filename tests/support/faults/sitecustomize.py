@@ -136,7 +136,7 @@ def hide_posix() -> None:
         sys.modules.pop(name, None)
     sys.meta_path.insert(0, PosixModules())  # type: ignore[arg-type]
     functions = ("fork", "forkpty", "getuid", "geteuid", "getpgid", "killpg", "memfd_create", "nice", "pwrite")
-    for name in (*functions, "sched_getaffinity", "setsid", "statvfs", "sysconf"):
+    for name in (*functions, "sched_getaffinity", "setsid", "sysconf"):
         delattr(os, name)
     for name in ("send_fds", "recv_fds"):
         delattr(socket, name)
