@@ -1,5 +1,6 @@
 """Detectron2's checkpointer with atomic writes, digests and safe reading."""
 
+import logging
 import math
 import os
 import pickle
@@ -26,6 +27,8 @@ _NUMBERED = re.compile(r"model_([0-9]{7,})\.pth")  # a checkpoint, with its iter
 
 _PICKLE = "; unpickling can run arbitrary code: if you trust the source, set MODEL.ALLOW_PICKLE True"
 
+logger = logging.getLogger(__name__)
+
 
 def download(url: str) -> str:
     """Download a file by Detectron2's ``PathManager``, or take it from its cache; return the local path.
@@ -46,18 +49,26 @@ def download(url: str) -> str:
     return path
 
 
-def check_space(folder: Path, needed: float) -> None:
+def check_space(folder: Path, needed: float, least: float | None = None) -> None:
     """Check that the disk of ``folder`` has ``needed`` bytes for the checkpoints of a run that is about to start.
+
+    Args:
+        folder: an existing folder.
+        needed: bytes of all checkpoints of the run.
+        least: bytes with which a warning suffices, since space may become free during the run; None: ``needed``.
 
     Raises:
         UserError: it has fewer.
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(
+        message = (
             f"the checkpoints in '{folder}' need {needed / 2**20:,.0f} MiB, but {free / 2**20:,.0f} MiB are free: "
             "free space, choose another OUTPUT_DIR, or keep fewer with SOLVER.CHECKPOINT_MAX_TO_KEEP"
         )
+        if least is None or free < least:
+            raise UserError(message)
+        logger.warning(message)
 
 
 class Checkpointer(DetectionCheckpointer):

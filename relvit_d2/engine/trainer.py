@@ -244,7 +244,7 @@ class Trainer(TrainerBase):
         """Write config and provenance, remove ``not_finite_*.json``; unless resumed, move an earlier run's files."""
         output = Path(self.cfg.OUTPUT_DIR)
         output.mkdir(parents=True, exist_ok=True)
-        check_space(output, self._checkpoint_bytes())
+        check_space(output, self._checkpoint_bytes(), self._checkpoint_bytes(2))
         if self.start_iter == 0:
             _move_earlier_run(output)
         write_text(output / "config.yaml", self.cfg.dump())
@@ -255,8 +255,8 @@ class Trainer(TrainerBase):
         for file in output.glob("not_finite_*.json"):
             file.unlink()
 
-    def _checkpoint_bytes(self) -> int:
-        """Return the size of all checkpoints that the run is going to write and keep."""
+    def _checkpoint_bytes(self, most: float = math.inf) -> float:
+        """Return the size of the checkpoints that the run is going to keep, at most ``most`` besides the last one."""
         solver, test = self.cfg.SOLVER, self.cfg.TEST
         values = sum(value.numel() * value.element_size() for value in self.model.state_dict().values())
         trained = sum(p.numel() * p.element_size() for group in self.optimizer.param_groups for p in group["params"])
@@ -265,7 +265,9 @@ class Trainer(TrainerBase):
         numbered = sum(rest // period for period in periods) - (rest // math.lcm(*periods) if len(periods) > 1 else 0)
         if solver.CHECKPOINT_MAX_TO_KEEP:
             numbered = min(numbered, solver.CHECKPOINT_MAX_TO_KEEP + 1)  # a new one is written before an old one goes
-        return (numbered + 1) * (values + 2 * trained) + bool(test.BEST_METRIC) * values  # AdamW has two moments
+        return (min(numbered, most) + 1) * (values + 2 * trained) + bool(
+            test.BEST_METRIC
+        ) * values  # AdamW has two moments
 
     def _finish_iteration(self) -> None:
         """Repeat the hooks of the checkpoint's iteration, which a kill may have interrupted."""

@@ -327,7 +327,7 @@ def handlers_kept() -> Iterator[None]:
 
 
 def test_damaged_data_of_one_process_are_one_sentence(root: Path, tmp_path: Path) -> None:
-    arguments = command("train_net.py", tmp_path, flags=TWO)
+    arguments = command("train_net.py", tmp_path, "DATASETS.SKIP_UNREADABLE", "False", flags=TWO)
     image = root / "svhn/train/3.png"
     content = image.read_bytes()
     image.write_bytes(content[:-400])

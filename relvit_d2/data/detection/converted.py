@@ -25,7 +25,7 @@ from relvit_d2.data.detection.records import (
     renumber_classes,
 )
 from relvit_d2.data.detection.splits import ALL, merge_single_split, split_of, splits_of_folders
-from relvit_d2.data.images.decode import image_size
+from relvit_d2.data.images.decode import size_if_readable
 from relvit_d2.data.images.folder import list_images
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.paths import DataRoot, normal_form
@@ -159,7 +159,7 @@ class ConvertedFolder:
                 continue
             image_id = path.relative_to(self.root) if path.is_relative_to(self.root) else Path(*path.parts[-2:])
             record = make_record(path, image_id.with_suffix("").as_posix(), _size(image, path), [])
-            for entry in image.objects:
+            for entry in image.objects if record["width"] else ():  # 0: an unreadable image
                 annotation = entry | {"category_id": indices[_class_name(entry)]}
                 if valid := read_annotation(annotation, record, numbers, validator, entry["where"]):
                     record["annotations"].append(valid)
@@ -254,4 +254,4 @@ def _size(image: LabelledImage, path: Path) -> tuple[int, int]:
     width, height = sides if len(sides) == 2 else (None, None)
     if width is not None and height is not None and 1 <= width < 2**31 and 1 <= height < 2**31:
         return width, height
-    return image_size(path)
+    return size_if_readable(path)

@@ -142,5 +142,7 @@ def test_excluded_images_are_removed_from_any_folder(root: Path, pretrained: Pat
     assert seen is not None and len(seen.exact) == 12
     assert "every image of svhn_test is a duplicate" in fails(
         root,
-        *command("pretrain_ssl.py", output, "DATASETS.TRAIN", "('svhn_test',)", "DATASETS.EXCLUDE", "('svhn_test',)"),
+        *command(
+            "pretrain_ssl.py", output / "all", "DATASETS.TRAIN", "('svhn_test',)", "DATASETS.EXCLUDE", "('svhn_test',)"
+        ),
     )
