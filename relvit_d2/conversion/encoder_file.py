@@ -148,7 +148,7 @@ class MatchReport:
         return "\n".join(lines)
 
 
-def load_encoder(encoder: Encoder, source: str | Path) -> MatchReport:
+def load_encoder_weights(encoder: Encoder, source: str | Path) -> MatchReport:
     """Load weights into ``encoder``.
 
     Position and patch embeddings of another size are resized. Parameters that the source does not have by its config

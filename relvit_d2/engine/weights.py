@@ -14,7 +14,13 @@ from torch import nn
 
 from relvit_d2.config.config_file import Task, adapt_to_machine, load_config
 from relvit_d2.conversion.converted import TOLERANCE
-from relvit_d2.conversion.encoder_file import ENOUGH, MatchReport, feature_difference, load_encoder, save_encoder
+from relvit_d2.conversion.encoder_file import (
+    ENOUGH,
+    MatchReport,
+    feature_difference,
+    load_encoder_weights,
+    save_encoder,
+)
 from relvit_d2.conversion.timm_hub import is_published
 from relvit_d2.encoders import Encoder
 from relvit_d2.engine.checkpoint import Checkpointer, download
@@ -176,7 +182,7 @@ def load_verified(cfg: CfgNode, encoder: Encoder, weights: str, input_format: st
             differ.
     """
     weights = download(weights) if "://" in weights else weights
-    report = load_encoder(encoder, weights)
+    report = load_encoder_weights(encoder, weights)
     _check_pixels(cfg, report, input_format)
     logger.info(str(report))
     difference = feature_difference(encoder, weights)

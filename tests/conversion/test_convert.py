@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from relvit_d2.conversion.checkpoint_file import find_encoder
 from relvit_d2.conversion.convert import CONVERTERS, Converted, convert, detect, fold_scales
 from relvit_d2.conversion.converted import verify
-from relvit_d2.conversion.encoder_file import feature_difference, load_encoder, save_encoder
+from relvit_d2.conversion.encoder_file import feature_difference, load_encoder_weights, save_encoder
 from relvit_d2.encoders import build_encoder
 from relvit_d2.encoders.t2t import sinusoid
 from relvit_d2.utils.errors import UserError
@@ -228,13 +228,13 @@ def test_patches_of_14_pixels_are_resized_to_16(tmp_path: Path) -> None:
     path = tmp_path / "encoder.safetensors"
     save_encoder(converted(dinov2_tensors(img_size=56), tmp_path).encoder, path, {})
     detector = build_encoder("vit_nano", patch_size=16, img_size=96)
-    report = load_encoder(detector, path)
+    report = load_encoder_weights(detector, path)
     assert sorted(report.resized) == ["vit.patch_embed.proj.weight", "vit.pos_embed"]
     assert feature_difference(detector, path) < 1e-4
     detector.state_dict()["vit.patch_embed.proj.weight"].mul_(1.01)
     assert feature_difference(detector, path) > 1e-4
     with pytest.raises(UserError, match=r"for patch_size 14, this encoder has 32: set MODEL.ENCODER.PATCH_SIZE 14"):
-        load_encoder(build_encoder("vit_nano", patch_size=32, img_size=96), path)
+        load_encoder_weights(build_encoder("vit_nano", patch_size=32, img_size=96), path)
 
 
 @pytest.mark.parametrize("name", ["vit_nano", pytest.param("swin_tiny", marks=pytest.mark.slow)])
@@ -242,10 +242,10 @@ def test_rgb_weights_load_into_grayscale_encoders_only(name: str, tmp_path: Path
     path = tmp_path / "encoder.safetensors"
     save_encoder(build_encoder(name, img_size=32), path, {})
     gray = build_encoder(name, img_size=32, in_chans=1)
-    assert len(load_encoder(gray, path).resized) == 1
+    assert len(load_encoder_weights(gray, path).resized) == 1
     assert feature_difference(gray, path) < 1e-5
     with pytest.raises(UserError, match=r"for in_chans 3, this encoder has 5: build it with in_chans=3"):
-        load_encoder(build_encoder(name, img_size=32, in_chans=5), path)
+        load_encoder_weights(build_encoder(name, img_size=32, in_chans=5), path)
 
 
 def test_unsupported_files_are_reported_in_one_sentence(tmp_path: Path) -> None:

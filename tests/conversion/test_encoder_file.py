@@ -13,7 +13,7 @@ from relvit_d2 import __version__
 from relvit_d2.conversion.encoder_file import (
     MAX_HEADER,
     feature_difference,
-    load_encoder,
+    load_encoder_weights,
     read_encoder,
     save_encoder,
 )
@@ -30,7 +30,7 @@ def small(**arguments: object) -> Encoder:
 def test_every_encoder_is_saved_and__read(name: str, tmp_path: Path) -> None:
     source, target = build_encoder(name, img_size=32), build_encoder(name, img_size=32)
     save_encoder(source, tmp_path / "encoder.safetensors", {"iteration": 7})
-    report = load_encoder(target, tmp_path / "encoder.safetensors")
+    report = load_encoder_weights(target, tmp_path / "encoder.safetensors")
     assert report.share == 1.0
     assert not report.missing + report.unexpected + report.resized + report.fresh
     assert all(
@@ -45,7 +45,7 @@ def test_a_position_embedding_absent_in_pretraining_is_fresh_not_missing(tmp_pat
     save_encoder(small(pos_embed=False), path, {})
     target = small(pos_embed=True)
     before = target.state_dict()["vit.pos_embed"].clone()
-    report = load_encoder(target, path)
+    report = load_encoder_weights(target, path)
     assert report.fresh == ["vit.pos_embed"]
     assert report.share == 1.0
     assert feature_difference(target, path) < 1e-6
@@ -57,7 +57,7 @@ def test_positions_that_an_encoder_does_not_use_are_not_compared(name: str, tmp_
     path = tmp_path / "encoder.safetensors"
     save_encoder(build_encoder(name, img_size=32), path, {})
     target = build_encoder(name, img_size=32, pos_embed=False)
-    report = load_encoder(target, path)
+    report = load_encoder_weights(target, path)
     assert len(target.lacks(report.metadata["encoder"])) == 1
     assert feature_difference(target, path) < 1e-6
 
@@ -66,7 +66,7 @@ def test_a_position_embedding_of_another_grid_is_resized(tmp_path: Path) -> None
     path = tmp_path / "encoder.safetensors"
     save_encoder(small(img_size=32), path, {})
     target = small(img_size=48)
-    report = load_encoder(target, path)
+    report = load_encoder_weights(target, path)
     assert report.resized == ["vit.pos_embed"]
     assert feature_difference(target, path) < 1e-6
 
@@ -84,9 +84,9 @@ def test_weights_that_do_not_match_are_rejected_and_change_nothing(tmp_path: Pat
     path = tmp_path / "encoder.safetensors"
     save_encoder(small(), path, {})
     with pytest.raises(UserError, match=r"vit_nano.*vit_tiny.*MODEL.ENCODER.NAME"):
-        load_encoder(build_encoder("vit_tiny", patch_size=4, img_size=32), path)
+        load_encoder_weights(build_encoder("vit_tiny", patch_size=4, img_size=32), path)
     with pytest.raises(UserError, match=r"MODEL.ENCODER.PATCH_SIZE 4"):
-        load_encoder(small(patch_size=8), path)
+        load_encoder_weights(small(patch_size=8), path)
     tensors, _ = read_encoder(path)
     poor = small()
     kept = {name: value.clone() for name, value in poor.state_dict().items()}
@@ -96,7 +96,7 @@ def test_weights_that_do_not_match_are_rejected_and_change_nothing(tmp_path: Pat
         tensors, str(path), {"encoder": '{"name": "vit_nano", "patch_size": 4, "img_size": 32, "pos_embed": true}'}
     )
     with pytest.raises(UserError, match="% of the encoder's values match"):
-        load_encoder(poor, path)
+        load_encoder_weights(poor, path)
     assert all(torch.equal(kept[name], value) for name, value in poor.state_dict().items())
 
 
@@ -110,7 +110,7 @@ def test_other_files_are_reported(tmp_path: Path) -> None:
         (tmp_path / "no.safetensors", "does not exist"),
     ):
         with pytest.raises(UserError, match=message):
-            load_encoder(small(), path)
+            load_encoder_weights(small(), path)
 
 
 def test_a_changed_bit_is_reported_as_damage(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_changed_bit_is_reported_as_damage(tmp_path: Path) -> None:
     for place in (len(whole) - 1, len(whole) // 2, whole.index(b"iteration") + 13, whole.index(b"digest") + 12):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         with pytest.raises(UserError, match=r"encoder.safetensors' is (incomplete or damaged|not a readable)"):
-            load_encoder(small(), path)
+            load_encoder_weights(small(), path)
     # Files of earlier versions have no digest.
     save_file(tensors, str(path), {key: json.dumps(value) for key, value in metadata.items()})
     assert read_encoder(path)[1] == metadata == {"encoder": small().to_config(), "version": __version__, "iteration": 7}
@@ -134,7 +134,7 @@ def test_a_truncated_file_is_reported_as_damaged(tmp_path: Path) -> None:
     for length in (0, 9, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(UserError, match=r"encoder.safetensors' is incomplete or damaged \([\d,]+ bytes\)"):
-            load_encoder(small(), path)
+            load_encoder_weights(small(), path)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_metadata_above_the_limit_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "encoder.safetensors"
     save_encoder(small(), path, {"notes": "a" * MAX_HEADER})
     with pytest.raises(UserError, match=r"bytes of metadata, above the limit of 16,777,216: write it again"):
-        load_encoder(small(), path)
+        load_encoder_weights(small(), path)
 
 
 def test_names_of_tensors_are_printed_without_control_characters(tmp_path: Path) -> None:
@@ -184,5 +184,5 @@ def test_names_of_tensors_are_printed_without_control_characters(tmp_path: Path)
         str(path),
         {key: json.dumps(value) for key, value in metadata.items()},
     )
-    text = str(load_encoder(encoder, path))
+    text = str(load_encoder_weights(encoder, path))
     assert "x\\x1b[2J\\nweights" in text and all(line.isprintable() for line in text.splitlines())

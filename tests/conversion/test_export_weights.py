@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from relvit_d2.conversion.checkpoint_file import find_encoder
 from relvit_d2.conversion.convert import convert
-from relvit_d2.conversion.encoder_file import feature_difference, load_encoder, read_encoder, save_encoder
+from relvit_d2.conversion.encoder_file import feature_difference, load_encoder_weights, read_encoder, save_encoder
 from relvit_d2.conversion.export import to_detectron2, to_timm, verify_timm
 from relvit_d2.encoders import Encoder, build_encoder
 from relvit_d2.utils.errors import UserError
@@ -144,15 +144,15 @@ def cached(cache: Path, model: str, repository: str) -> dict[str, Tensor]:
 OFFLINE = """
 import sys, torch
 from relvit_d2.encoders import build_encoder
-from relvit_d2.conversion.encoder_file import feature_difference, load_encoder
+from relvit_d2.conversion.encoder_file import feature_difference, load_encoder_weights
 from relvit_d2.utils.errors import UserError
 for name, patch in (("timm:test_vit", 16), ("timm:test_vit3", 16)):
     encoder = build_encoder(name, patch_size=patch, img_size=96)
-    report = load_encoder(encoder, "timm:test_vit.r160_in1k" if name == "timm:test_vit" else name)
+    report = load_encoder_weights(encoder, "timm:test_vit.r160_in1k" if name == "timm:test_vit" else name)
     print(report.share, report.resized, report.metadata["pixel_mean"], feature_difference(encoder, report.path) < 1e-5)
 for weights in ("timm:test_vit2", "timm:vit_small_patch99", "timm:test_vit.none"):
     try:
-        load_encoder(build_encoder("timm:test_vit2", img_size=32), weights)
+        load_encoder_weights(build_encoder("timm:test_vit2", img_size=32), weights)
     except UserError as error:
         print(error)
 """
@@ -198,5 +198,5 @@ def test_timm_weights_for_other_pixel_statistics_are_rejected(
     assert "not loaded from 'timm:test_vit': vit.pos_embed" in done.stdout
     assert "the loaded encoder agree" in done.stdout
     encoder = build_encoder("timm:test_vit", img_size=32, pos_embed=False)
-    load_encoder(encoder, tmp_path / "ssl/encoder.safetensors")
+    load_encoder_weights(encoder, tmp_path / "ssl/encoder.safetensors")
     assert feature_difference(encoder, tmp_path / "ssl/encoder.safetensors") < 1e-5

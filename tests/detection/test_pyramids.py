@@ -10,7 +10,7 @@ from detectron2.config import CfgNode, get_cfg
 from timm.layers import DropPath
 from torch import nn
 
-from relvit_d2.conversion.encoder_file import feature_difference, load_encoder, save_encoder
+from relvit_d2.conversion.encoder_file import feature_difference, load_encoder_weights, save_encoder
 from relvit_d2.detection.backbone import PYRAMIDS, build_encoder_pyramid_backbone
 from relvit_d2.detection.config import add_relvit_config
 from relvit_d2.encoders import ENCODERS, build_encoder
@@ -142,7 +142,7 @@ def test_positions_of_another_grid_are_resized_and_absent_ones_fresh(
     path = tmp_path / "encoder.safetensors"
     save_encoder(build_encoder(name, img_size=32, pos_embed=positions), path, {})
     target = build_encoder(name, img_size=64, pos_embed=True)
-    report = load_encoder(target, path)
+    report = load_encoder_weights(target, path)
     learnt = ["vit.pos_embed"] if name.startswith("vit") else []
     assert report.resized == (learnt if positions else [])
     assert report.fresh == ([] if positions else learnt or ["sinusoid"])

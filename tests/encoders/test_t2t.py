@@ -11,7 +11,7 @@ from timm.layers import Attention, DropPath
 from torch import Tensor, nn
 from torch.export import Dim, export
 
-from relvit_d2.conversion.encoder_file import feature_difference, load_encoder, save_encoder
+from relvit_d2.conversion.encoder_file import feature_difference, load_encoder_weights, save_encoder
 from relvit_d2.encoders import build_encoder
 from relvit_d2.encoders.t2t import T2T, Performer, sinusoid, soft_split
 from relvit_d2.utils.errors import UserError
@@ -236,7 +236,7 @@ def test_weights_without_the_sinusoid_are_verified_without_it(tmp_path: Path) ->
     path = tmp_path / "encoder.safetensors"
     source, target = (build_encoder("t2t_vit_14", img_size=32, pos_embed=on) for on in (False, True))
     save_encoder(source, path, {})
-    report = load_encoder(target, path)
+    report = load_encoder_weights(target, path)
     assert (report.share, report.fresh, report.missing, report.unexpected) == (1.0, ["sinusoid"], [], [])
     assert feature_difference(target, path) == 0.0
     assert isinstance(target, T2T) and target.positions

@@ -9,7 +9,7 @@ from detectron2.modeling.backbone.vit import ViT
 from torch import Tensor, nn
 from torch.export import Dim, export
 
-from relvit_d2.conversion.encoder_file import feature_difference, load_encoder, save_encoder
+from relvit_d2.conversion.encoder_file import feature_difference, load_encoder_weights, save_encoder
 from relvit_d2.encoders import build_encoder, encoder_from_keys
 from relvit_d2.utils.errors import UserError
 
@@ -119,7 +119,7 @@ def test_an_exported_windowed_vit_accepts_sizes_above_its_window() -> None:
 def test_weights_of_global_attention_load_into_a_windowed_encoder(tmp_path: Path) -> None:
     save_encoder(vit(), tmp_path / "encoder.safetensors", {})
     windowed = vit(window=3, global_blocks=2)
-    assert load_encoder(windowed, tmp_path / "encoder.safetensors").share == 1
+    assert load_encoder_weights(windowed, tmp_path / "encoder.safetensors").share == 1
     assert feature_difference(windowed, tmp_path / "encoder.safetensors") < 1e-6
 
 
