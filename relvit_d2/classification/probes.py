@@ -16,15 +16,19 @@ PENALTIES = tuple(10.0**-power for power in range(1, 7))
 STEPS = 200  # maximum number of L-BFGS iterations
 
 
-def features(model: ClassificationModel, batches: Iterable[dict[str, Any]]) -> Tensor:
-    """Return the mean patch token of each image, ``(n, dim)`` float32 on the CPU, gathered from all processes.
+def features(model: ClassificationModel, batches: Iterable[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+    """Return the mean patch token of each image, ``(n, dim)`` float32, and its ``keys``, ``(n,)`` int64, on the CPU.
 
-    The class token is not used because pre-training does not train it. Empty in all processes but the first.
+    They are those of the batches of all processes. The class token is not used because pre-training does not train it.
+    Empty in all processes but the first.
     """
+    means, keys = [torch.empty(0, model.encoder.dim)], [torch.empty(0, dtype=torch.int64)]
     with inference_context(model):
-        means = [model.evaluated(batch)[1].float().mean(1).cpu() for batch in batches]
-    parts = comm.gather(torch.cat([torch.empty(0, model.encoder.dim), *means]))
-    return torch.cat(parts) if parts else torch.empty(0, model.encoder.dim)
+        for batch in batches:
+            means.append(model.evaluated(batch)[1].float().mean(1).cpu())
+            keys.append(batch["keys"])
+    parts = comm.gather((torch.cat(means), torch.cat(keys))) or [(means[0], keys[0])]
+    return torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts])
 
 
 def fit_linear(features: Tensor, labels: Tensor, classes: int, penalty: float, start: Tensor | None = None) -> Tensor:

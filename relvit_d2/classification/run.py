@@ -20,7 +20,7 @@ from relvit_d2.classification.probes import features, linear_probe
 from relvit_d2.data.classification.datasets import list_class_sets
 from relvit_d2.data.classification.division import split
 from relvit_d2.data.classification.image_folder import LabelledImages, check_same_classes
-from relvit_d2.data.images.batches import ImageStack, TrainingBatches, fixed_batches
+from relvit_d2.data.images.batches import ImageStack, TrainingBatches, count_left_out, fixed_batches
 from relvit_d2.data.images.decode import image_size
 from relvit_d2.data.images.seen import SEEN, SeenImages, count_seen, seen_metadata, training_metadata
 from relvit_d2.data.listing import data_lines
@@ -28,6 +28,7 @@ from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.run_setup import save_config, start_run
 from relvit_d2.engine.trainer import Trainer
 from relvit_d2.engine.weights import export_encoder, holds_encoder, load_trained, load_weights
+from relvit_d2.evaluation.base import UNREADABLE
 from relvit_d2.pretext.monitor import knn_accuracy
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import write_json
@@ -78,9 +79,22 @@ def list_data(cfg: CfgNode, training: bool) -> ClassificationData:
 
 
 def load_data(cfg: CfgNode, training: bool) -> ClassificationData:
-    """Return the data sets of :func:`list_data` with small images decoded; raise if the sizes do not fit the config."""
-    listed = list_data(cfg, training)
-    data = ClassificationData(*(part and part.decoded() for part in (listed.train, listed.validation, listed.test)))
+    """Return the data sets of :func:`list_data` with small images decoded, without unreadable training images.
+
+    Raises:
+        UserError: as :func:`list_data`, the sizes do not fit the config, or an image is unreadable and
+            ``DATASETS.SKIP_UNREADABLE`` is not set.
+    """
+    listed, skip = list_data(cfg, training), cfg.DATASETS.SKIP_UNREADABLE
+
+    def read(part: LabelledImages | None) -> LabelledImages | None:
+        if part is None:
+            return None
+        checked = part.readable(skip)
+        # An evaluation leaves unreadable images out and counts them.
+        return (checked if part is listed.train else part).decoded(skip)
+
+    data = ClassificationData(read(listed.train), read(listed.validation), read(listed.test))
     parts = [part for part in (data.train, data.validation, data.test) if part]
     for name, note in {part.name: part.note for part in parts if part.note}.items():
         logger.warning(f"data set '{name}': {note}")
@@ -144,7 +158,10 @@ def _formatted(metrics: dict[str, float]) -> str:
 
 
 def evaluate(cfg: CfgNode, model: ClassificationModel, data: LabelledImages) -> dict[str, float]:
-    """Return ``top1``, accuracy in percent, and ``loss``, mean cross entropy; empty in all processes but the first."""
+    """Return ``top1``, accuracy in percent, and ``loss``, mean cross entropy; empty in all processes but the first.
+
+    ``UNREADABLE`` is the number of images that could not be read, if there are any.
+    """
     sums = torch.zeros(3, dtype=torch.float64)
     with inference_context(model), choose_precision(cfg.SOLVER.PRECISION, model.device).autocast():
         for batch in fixed_batches(cfg, data.images, cfg.TEST.BATCH_SIZE):
@@ -157,7 +174,8 @@ def evaluate(cfg: CfgNode, model: ClassificationModel, data: LabelledImages) -> 
     if not parts:
         return {}
     hits, loss, count = torch.stack(parts).sum(0).tolist()
-    return {"top1": 100 * hits / count, "loss": loss / count}
+    left_out = count_left_out(int(count), len(data), data.name)
+    return {"top1": 100 * hits / count, "loss": loss / count} | ({UNREADABLE: left_out} if left_out else {})
 
 
 def finish(cfg: CfgNode, model: ClassificationModel, trainer: Trainer, data: ClassificationData) -> None:
@@ -191,20 +209,24 @@ def log_results(
 ) -> None:
     """Log metrics on the test set and write them, and ``more``, into a ``file`` in ``inference``, in the first process.
 
-    The metrics are written under the name of the test set, with the number of ``images``, its ``note``, if any, and the
-    number of its images on which the initial weights were trained, if their ``metadata`` has it.
+    The metrics are written under the name of the test set, with the number of ``images``, that of unreadable ones, if
+    any, its ``note``, if any, and the number of its images on which the initial weights were trained, if their
+    ``metadata`` has it.
     """
     if not comm.is_main_process():
         return
     results: dict[str, Any] = dict(more or {})
     if test:
+        left_out = max(values.get(UNREADABLE, 0) for values in metrics.values())
+        images = {"images": len(test) - left_out} | ({UNREADABLE: {"images": left_out}} if left_out else {})
+        metrics = {name: {k: v for k, v in values.items() if k != UNREADABLE} for name, values in metrics.items()}
         for name, values in metrics.items():
-            logger.info(f"{name.replace('_', ' ')}: {_formatted(values)}; {len(test)} images of {test.name}")
+            logger.info(f"{name.replace('_', ' ')}: {_formatted(values)}; {images['images']} images of {test.name}")
         set_name = ", ".join(cfg.DATASETS.TEST)
         note = {"note": test.note} if test.note else {}
         counts = count_seen(metadata, {set_name: test.images})
         seen = {SEEN: counts[set_name]._asdict()} if counts else {}
-        results[set_name] = {**metrics, "images": len(test), **note, **seen}
+        results[set_name] = {**metrics, **images, **note, **seen}
     write_json(Path(cfg.OUTPUT_DIR) / "inference" / file, results)
 
 
@@ -221,16 +243,18 @@ def probe(cfg: CfgNode, model: ClassificationModel, data: ClassificationData, ki
 
     def read(part: LabelledImages) -> tuple[torch.Tensor, torch.Tensor]:
         with choose_precision(cfg.SOLVER.PRECISION, model.device).autocast():
-            found = features(model, fixed_batches(cfg, part.images, cfg.TEST.BATCH_SIZE))
-        return found.to(model.device), part.labels.to(model.device)
+            found, keys = features(model, fixed_batches(cfg, part.images, cfg.TEST.BATCH_SIZE))
+        return found.to(model.device), part.labels[keys].to(model.device)
 
     known, unseen = read(data.train), read(data.test)
     held = read(data.validation) if kind == "linear" and data.validation else None
     if not comm.is_main_process():
         return {}
-    if held:
-        return {kind: linear_probe(known, held, unseen, data.classes)}
-    return {kind: {"top1": 100 * knn_accuracy(*unseen, known=known)}}
+    left_out = count_left_out(len(unseen[1]), len(data.test), data.test.name)
+    accuracy = (
+        linear_probe(known, held, unseen, data.classes) if held else {"top1": 100 * knn_accuracy(*unseen, known=known)}
+    )
+    return {kind: accuracy | ({UNREADABLE: left_out} if left_out else {})}
 
 
 def next_command(cfg: CfgNode, data: ClassificationData) -> str:

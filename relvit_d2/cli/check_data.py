@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     with Progress(
         desc="images", total=len({str(file_of(item)) for items in sets.values() for item in items}), unit="image"
     ) as bar:
-        images = check_images(sets, cfg, not cfg.DATASETS.get("SKIP_UNREADABLE", False), bar.update)
+        images = check_images(sets, cfg, not cfg.DATASETS.SKIP_UNREADABLE, bar.update)
     print_images(images, cfg)
     report = {**report, **images, **{key: report[key] + images[key] for key in ("errors", "warnings")}}
     if args.against:

@@ -12,6 +12,7 @@ def add_data_config(cfg: CfgNode) -> None:
     add_groups(cfg, "DATASETS", "DATALOADER")
     cfg.DATASETS.TRAIN = ()  # names of data sets, or folders if the task accepts them
     cfg.DATASETS.TEST = ()  # evaluation data sets, as TRAIN; empty: no evaluation
+    cfg.DATASETS.SKIP_UNREADABLE = True  # leave out or replace images that cannot be read, instead of an error
     cfg.DATASETS.HASH_CONTENTS = False  # --resume compares contents of the images, not times; reads all at each start
     # processes that read images; 0: the main process does; -1: as many as suit the cores, at most 8
     cfg.DATALOADER.NUM_WORKERS = -1

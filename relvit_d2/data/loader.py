@@ -117,6 +117,7 @@ class Batches:
         leaves_out: leave an unreadable image out of its batch. Without both it is an error.
 
     Attributes:
+        used: indices of the samples of the last batch, without unreadable ones.
         unreadable: indices of the unreadable samples of all batches so far.
     """
 
@@ -136,6 +137,7 @@ class Batches:
         self._seed, self._workers, self._timeout = seed, workers, timeout
         self._tried = MAX_REPLACEMENTS if replaces else 0 if leaves_out else 1  # beginning with the unreadable sample
         self._reported: set[int] = set()
+        self.used: list[int] = []
         self.unreadable: set[int] = set()
 
     def __len__(self) -> int:
@@ -148,12 +150,12 @@ class Batches:
         _open.add(batches)
         return batches
 
-    def _checked(self, results: Generator[tuple[Any, list[int]], None, None]) -> Generator[Any, None, None]:
-        """Yield the batches; batches whose samples are all left out, and thus empty, are skipped."""
+    def _checked(self, results: Generator[tuple[Any, list[int], list[int]], None, None]) -> Generator[Any, None, None]:
+        """Yield the batches, except for those whose samples are all left out."""
         with closing(results):
-            for batch, unreadable in results:
+            for batch, self.used, unreadable in results:
                 self.unreadable.update(unreadable)
-                if not isinstance(batch, list) or batch:
+                if self.used:
                     yield batch
 
     @property
@@ -165,13 +167,15 @@ class Batches:
         """Return names of the images of an iteration, for messages: the file, and for a record the image's id."""
         return [_name(self._samples[index]) for _, index in self.keys.keys(iteration)]
 
-    def _batch(self, keys: list[Key]) -> tuple[Any, list[int]]:
-        """Return the batch and the indices of its unreadable samples."""
+    def _batch(self, keys: list[Key]) -> tuple[Any, list[int], list[int]]:
+        """Return the batch, the indices of its samples, and the indices of unreadable ones."""
         unreadable: list[int] = []
-        items = [item for key in keys for item in self._read(*key, unreadable)]
-        return self._collate(items), unreadable
+        read = [found for key in keys if (found := self._read(*key, unreadable))]
+        batch = self._collate([item for _, item in read]) if read else None
+        return batch, [index for index, _ in read], unreadable
 
-    def _read(self, epoch: int, index: int, unreadable: list[int]) -> list[Any]:
+    def _read(self, epoch: int, index: int, unreadable: list[int]) -> tuple[int, Any] | None:
+        """Return the index of the sample that is read, and its item; None if it is left out."""
         # Detectron2's augmentations draw from the global NumPy generator.
         seeds = sequence(self._seed, "sample", epoch, index).generate_state(2)
         np.random.seed(seeds[0])
@@ -180,7 +184,7 @@ class Batches:
             position = candidate % len(self._samples)
             sample = self._samples[position]
             try:
-                return [self._mapper(sample)]
+                return position, self._mapper(sample)
             except UnreadableImageError as error:
                 last = error
                 unreadable.append(position)
@@ -190,7 +194,7 @@ class Batches:
             except Exception as error:
                 raise resource_error(error) or defect(f"reading {_name(sample)}", error) from error
         if not self._tried:
-            return []
+            return None
         raise last
 
     def _report(self, index: int, error: UnreadableImageError) -> None:

@@ -114,12 +114,12 @@ def _permutes(setting: str, encoder: Encoder) -> bool:
 
 
 @torch.no_grad()
-def evaluate_pretext(model: PretrainingModel, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """Evaluate the batches of all processes with fixed views; return {} in all processes but the first.
+def evaluate_pretext(model: PretrainingModel, batches: Iterable[dict[str, Any]]) -> tuple[dict[str, float], int]:
+    """Evaluate the batches of all processes with fixed views; return ({}, 0) in all processes but the first.
 
     Returns:
         Means over the images of all losses and metrics; ``feature_std`` and ``feature_rank`` of all tokens
-        (:class:`relvit_d2.pretext.monitor.FeatureStatistics`).
+        (:class:`relvit_d2.pretext.monitor.FeatureStatistics`); and the number of images.
     """
     sums: Any = Counter()
     statistics = FeatureStatistics(model.encoder.dim)
@@ -133,24 +133,26 @@ def evaluate_pretext(model: PretrainingModel, batches: Iterable[dict[str, Any]])
             sums["images"] += len(pixels)
     parts = comm.gather((sums, statistics))
     if not parts:
-        return {}
+        return {}, 0
     sums, statistics = parts[0]
     for other_sums, other_statistics in parts[1:]:
         sums.update(other_sums)
         statistics += other_statistics
-    images = sums.pop("images")
+    if not (images := sums.pop("images", 0)):
+        return {}, 0
     means = {name: value / images for name, value in sums.items()}
-    return means | {"feature_std": statistics.std(), "feature_rank": statistics.rank()}
+    return means | {"feature_std": statistics.std(), "feature_rank": statistics.rank()}, images
 
 
 @torch.no_grad()
-def image_features(model: PretrainingModel, batches: Iterable[dict[str, Any]]) -> Tensor:
-    """Return the mean token of each unaugmented image, ``(n, dim)`` float32 on the CPU."""
+def image_features(model: PretrainingModel, batches: Iterable[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+    """Return the mean token of each unaugmented image, ``(n, dim)`` float32, and its key, ``(n,)``, on the CPU."""
     views = Views(model.views.config.plain())
-    features = [torch.empty(0, model.encoder.dim)]
+    features, keys = [torch.empty(0, model.encoder.dim)], [torch.empty(0, dtype=torch.int64)]
     with inference_context(model):
         for batch in batches:
             images = batch["images"].to(next(model.parameters()).device)
             pixels, _ = views.evaluate(images, batch["sizes"], batch["keys"])
             features.append(model.encoder.tokens(pixels).float().mean(1).cpu())
-    return torch.cat(features)
+            keys.append(batch["keys"])
+    return torch.cat(features), torch.cat(keys)

@@ -17,7 +17,7 @@ from relvit_d2.data.classification.datasets import get_class_set, is_class_set, 
 from relvit_d2.data.detection import catalog
 from relvit_d2.data.detection.catalog import save_splits
 from relvit_d2.data.detection.custom import register_custom
-from relvit_d2.data.images.batches import Images, TrainingBatches, fixed_batches, joined, take
+from relvit_d2.data.images.batches import Images, TrainingBatches, count_left_out, fixed_batches, joined, take
 from relvit_d2.data.images.folder import is_image_source, readable
 from relvit_d2.data.images.seen import SeenImages, fingerprints_of, seen_metadata, training_metadata
 from relvit_d2.data.listing import data_lines
@@ -26,6 +26,7 @@ from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.run_setup import save_config, start_run
 from relvit_d2.engine.trainer import Trainer
 from relvit_d2.engine.weights import export_encoder, holds_encoder, load_trained, load_verified
+from relvit_d2.evaluation.base import UNREADABLE
 from relvit_d2.pretext.monitor import knn_accuracy
 from relvit_d2.pretraining.model import (
     PretrainingModel,
@@ -71,7 +72,8 @@ def image_files(
 
     def read(name: str) -> Images:
         if _has_classes(name):
-            return list_class_sets(key, [name], download, synset_file).decoded().images
+            sets = list_class_sets(key, [name], download, synset_file)
+            return sets.readable(skip_unreadable).decoded(skip_unreadable).images
         return readable(catalog.get_images(name, skip_missing), skip_unreadable)
 
     parts = [read(name) for name in names]
@@ -193,19 +195,21 @@ def evaluate(
         processes but the first.
     """
     with choose_precision(cfg.SOLVER.PRECISION, next(model.parameters()).device).autocast():
-        metrics = evaluate_pretext(model, _fixed_batches(cfg, files))
+        metrics, count = evaluate_pretext(model, _fixed_batches(cfg, files))
         if cfg.PRETEXT.KNN:
-            known = get_class_set(cfg.PRETEXT.KNN)
-            features = comm.gather(image_features(model, _fixed_batches(cfg, known.images)))
-            if features:
-                chance = known.labels.bincount().max().item() / len(known)
-                metrics |= as_scalars({"knn": Metric(knn_accuracy(torch.cat(features), known.labels), chance)})
+            known = get_class_set(cfg.PRETEXT.KNN, skip_unreadable=cfg.DATASETS.SKIP_UNREADABLE)
+            if parts := comm.gather(image_features(model, _fixed_batches(cfg, known.images))):
+                features, keys = map(torch.cat, zip(*parts, strict=True))
+                labels = known.labels[keys]
+                chance = labels.bincount().max().item() / len(labels)
+                metrics |= as_scalars({"knn": Metric(knn_accuracy(features, labels), chance)})
     if not comm.is_main_process():
         return {}
-    logger.info(f"{name.replace('_', ' ')}: {describe(metrics, model.encoder.dim)}; {len(files)} images")
-    results = {name: metrics}
-    write_json(Path(cfg.OUTPUT_DIR) / "inference" / "results.json", results)
-    return results
+    left_out = count_left_out(count, len(files), name.replace("_", " "))
+    logger.info(f"{name.replace('_', ' ')}: {describe(metrics, model.encoder.dim)}; {count} images")
+    unreadable = {UNREADABLE: {"images": left_out}} if left_out else {}
+    write_json(Path(cfg.OUTPUT_DIR) / "inference" / "results.json", {name: metrics | unreadable})
+    return {name: metrics}
 
 
 def describe(metrics: dict[str, float], dim: int) -> str:
@@ -218,7 +222,7 @@ def describe(metrics: dict[str, float], dim: int) -> str:
 def _fixed_batches(cfg: CfgNode, files: Images) -> Iterator[dict[str, Any]]:
     """Yield this process's part of the images in batches."""
     size = max(1, cfg.SOLVER.IMS_PER_BATCH // (comm.get_world_size() * cfg.SOLVER.GRAD_ACCUM_STEPS))
-    return fixed_batches(cfg, files, size, replaces=cfg.DATASETS.SKIP_UNREADABLE)
+    return fixed_batches(cfg, files, size)
 
 
 def run_process(cfg: CfgNode, args: argparse.Namespace, end: Callable[[Path, str], None]) -> None:

@@ -4,13 +4,17 @@ import itertools
 import json
 import signal
 import tarfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from relvit_d2.classification.run import load_data
+from relvit_d2.data.images.batches import TrainingBatches
 from tests.support.classifiers import command, config, trained
+from tests.support.labelled_folders import damage_trees
 from tests.support.runs import equal, rows
 from tests.support.scripts import fails, run
 
@@ -95,3 +99,46 @@ def test_a_damaged_archive_is_reported_in_one_sentence(trees: Path, tmp_path: Pa
     (tmp_path / "bad.tar.gz").write_bytes(b"\x1f\x8b\x08")
     given = ("DATASETS.TRAIN", f"('{tmp_path}/bad.tar.gz/train',)")
     assert "bad.tar.gz' is damaged or not an archive" in fails(trees, *command(trees, tmp_path / "out", *given))
+
+
+def test_a_replaced_image_has_its_own_label(trees: Path, tmp_path: Path) -> None:
+    damage_trees(trees, root := tmp_path / "trees")
+    cfg = config(root, tmp_path / "out", "DATASETS.VALIDATION", "", "SOLVER.GRAD_ACCUM_STEPS", 2)
+    data = load_data(cfg, training=True)
+    assert data.train and data.test and len(data.train) == 23 and len(data.test) == 12
+    batches = TrainingBatches(cfg, data.train.images, 0, data.train.labels)
+    seen: Counter[int] = Counter()
+    for batch in itertools.islice(batches, 24):  # four epochs
+        red, _, blue = batch["images"].float().mean((2, 3)).unbind(1)
+        assert torch.equal(batch["labels"], (red > blue).long())
+        seen.update(batch["labels"].tolist())
+    assert [Path(file).name for file in batches.replaced] == ["9.png"] and seen[1] > seen[0]
+
+
+def test_unreadable_images_are_replaced_in_training_and_left_out_of_results(trees: Path, tmp_path: Path) -> None:
+    bad = damage_trees(trees, root := tmp_path / "trees")
+    output, clean = tmp_path / "out", tmp_path / "clean"
+    keys = ("DATALOADER.NUM_WORKERS", 1, "TEST.BATCH_SIZE", 2, "DATASETS.VALIDATION", "")
+    log = run(trees, *command(root, output, *keys)).stdout
+    for line in (
+        f"1 of 24 images cannot be read and are left out: {bad[0]}",
+        f"1 training images could not be read and were replaced by the next ones: {bad[2]}",
+        f"2 of 12 images of {root}/test cannot be read and are left out of the results",
+    ):
+        assert line in log, line
+    found = read(output / "inference/results.json")[f"{root}/test"]
+    assert (found.pop("unreadable_images"), found["images"]) == ({"images": 2}, 10)
+    assert f"2 images of {root}/test cannot be read and are left out" in (output / "report.html").read_text()
+    for kind, validation in (("knn", ""), ("linear", "25%")):
+        flags = ("--eval", kind, "--resume")
+        run(trees, *command(root, output, *keys, "DATASETS.VALIDATION", validation, flags=flags))
+        assert read(output / f"inference/{kind}.json")[f"{root}/test"]["unreadable_images"] == {"images": 2}
+
+    strict = (*keys, "DATASETS.SKIP_UNREADABLE", "False", "OUTPUT_DIR", clean)
+    assert f"{bad[0]}' is not an image" in fails(trees, *command(root, clean, *strict))
+    for image in bad:
+        image.unlink()
+    weights = ("MODEL.WEIGHTS", output / "model_final.pth")
+    run(trees, *command(root, clean, *weights, flags=("--eval-only",)))
+    expected = read(clean / "inference/results.json")[f"{root}/test"]
+    assert found.pop("test") == pytest.approx(expected.pop("test"), rel=1e-5) and found == expected

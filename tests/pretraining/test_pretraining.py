@@ -24,6 +24,7 @@ from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.metrics import as_scalars
 from relvit_d2.utils.randomness import seed_everything
+from tests.support.labelled_folders import damage_trees
 from tests.support.scripts import command, fails, run
 
 
@@ -147,6 +148,28 @@ def test_a_knn_folder_without_classes_is_rejected(folder: str, tmp_path: Path) -
     (tmp_path / "flat").mkdir()
     with pytest.raises(UserError, match=f"{folder}.*a folder of images for each class"):
         get_class_set(str(tmp_path / folder))
+
+
+def test_unreadable_images_are_left_out_of_the_results(root: Path, trees: Path, tmp_path: Path) -> None:
+    bad = damage_trees(trees, tmp_path / "trees")
+    broken = tmp_path / "broken.png"  # with a header
+    broken.write_bytes((root / "svhn/train/1.png").read_bytes()[:600])
+    cfg = config("OUTPUT_DIR", tmp_path, "PRETEXT.KNN", tmp_path / "trees/train", "DATALOADER.NUM_WORKERS", 1)
+    model = build_pretraining_model(cfg)
+    files = [*sorted((root / "svhn/train").glob("*.png")), broken]
+    found = pretraining.evaluate(cfg, model, files)
+    results = json.loads((tmp_path / "inference/results.json").read_text())
+    assert results["held_out"].pop("unreadable_images") == {"images": 1} and results == found
+    for image in bad:
+        image.unlink()
+    expected = pretraining.evaluate(cfg, model, files[:-1])
+    assert found["held_out"] == pytest.approx(expected["held_out"], rel=1e-5)
+    assert json.loads((tmp_path / "inference/results.json").read_text()) == expected
+    with pytest.raises(UserError, match="none of the 2 images of held out can be read"):
+        pretraining.evaluate(cfg, model, [broken] * 2)
+    strict = config("OUTPUT_DIR", tmp_path, "DATASETS.SKIP_UNREADABLE", False)
+    with pytest.raises(UserError, match=r"broken.png' is damaged or truncated"):
+        pretraining.evaluate(strict, model, files)
 
 
 def test_joint_training_through_the_script(root: Path, tmp_path: Path) -> None:

@@ -62,3 +62,17 @@ def draw_trees(root: Path) -> None:
                 pixels = random.integers(0, 60, (16, 16, 3), dtype=np.uint8)
                 pixels[..., 2 * label] += 180
                 Image.fromarray(pixels).save(root / part / name / f"{number}.png")
+
+
+def damage_trees(trees: Path, root: Path) -> list[Path]:
+    """Copy the images of :func:`draw_trees`, two unreadable ones in each part; return these, the headless ones first.
+
+    The last blue training image, whose header is intact, is followed by a red one.
+    """
+    shutil.copytree(trees, root)
+    headless, cut = ("train/red/0.png", "test/red/3.png"), ("train/blue/9.png", "test/blue/2.png")
+    for name in headless:
+        (root / name).write_bytes(b"")
+    for name in cut:
+        (root / name).write_bytes((root / name).read_bytes()[:400])
+    return [root / name for name in (*headless, *cut)]

@@ -43,7 +43,9 @@ def is_class_set(name: str) -> bool:
     return base in CLASS_SETS or bool(_folder_and_part(base)[1]) or archive_of(Path(base).expanduser()) is not None
 
 
-def get_class_set(name: str, download: bool = False, synset_file: str = "") -> LabelledImages:
+def get_class_set(
+    name: str, download: bool = False, synset_file: str = "", skip_unreadable: bool = True
+) -> LabelledImages:
     """Return a set of ``CLASS_SETS``, or a folder of class folders, which may be inside an archive.
 
     ``NAME[:500]`` and ``NAME[:10%]`` are subsets with equally many images of each class, up to one; ``NAME[:10%@3]`` is
@@ -53,11 +55,12 @@ def get_class_set(name: str, download: bool = False, synset_file: str = "") -> L
     Args:
         download: whether the files may be downloaded.
         synset_file: see :func:`relvit_d2.data.classification.imagenet100.synsets`.
+        skip_unreadable: leave out images with unreadable headers, instead of an error.
 
     Raises:
         UserError: the name is unknown, or the data are missing or damaged.
     """
-    return _listed(name, download, synset_file).decoded()
+    return _listed(name, download, synset_file).readable(skip_unreadable).decoded(skip_unreadable)
 
 
 def _listed(name: str, download: bool, synset_file: str) -> LabelledImages:

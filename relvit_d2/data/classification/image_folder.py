@@ -12,8 +12,8 @@ from torch import Tensor
 from relvit_d2.data.detection.mapper import ImageReader
 from relvit_d2.data.images.archive import list_members
 from relvit_d2.data.images.batches import Images, ImageStack, joined, take
-from relvit_d2.data.images.decode import image_size
-from relvit_d2.data.images.folder import EXTENSIONS, list_images
+from relvit_d2.data.images.decode import UnreadableImageError, image_size
+from relvit_d2.data.images.folder import EXTENSIONS, list_images, readable
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.randomness import subset_order
 
@@ -61,25 +61,28 @@ class LabelledImages:
         """Return the images with the indices ``index``, ``(n,)`` int64."""
         return LabelledImages(self.name, take(self.images, index), self.labels[index], self.classes, self.note)
 
-    def decoded(self) -> "LabelledImages":
+    def readable(self, skip: bool = True) -> "LabelledImages":
+        """Return the images whose headers can be read; see :func:`relvit_d2.data.images.folder.readable`."""
+        if isinstance(self.images, ImageStack):
+            return self
+        kept = {str(image) for image in readable(self.images, skip)}
+        return self.take(torch.tensor([index for index, image in enumerate(self.images) if str(image) in kept]))
+
+    def decoded(self, skip: bool = True) -> "LabelledImages":
         """Return the images as a stack if they have one size and at most ``IN_MEMORY`` bytes, else unchanged.
 
+        They are unchanged, too, if one is unreadable: what reads them then replaces it or leaves it out.
+
         Raises:
-            UserError: an image is damaged.
+            UserError: without ``skip``, an image is unreadable.
         """
-        files = self.images
-        if isinstance(files, ImageStack):
-            return self
-        width, height = image_size(files[0])
-        if 3 * height * width * len(files) > IN_MEMORY:
-            return self
-        read, stack = ImageReader(0), torch.empty(len(files), 3, height, width, dtype=torch.uint8)
-        for target, file in zip(stack, files, strict=True):
-            pixels = read(file)
-            if pixels.shape != target.shape:
-                return self
-            target.copy_(pixels)
-        return LabelledImages(self.name, ImageStack(stack, self.name), self.labels, self.classes, self.note)
+        try:
+            stack = _decoded(self.images, self.name)
+        except UnreadableImageError:
+            if not skip:
+                raise
+            stack = None
+        return LabelledImages(self.name, stack, self.labels, self.classes, self.note) if stack else self
 
     def class_interleaved(self, seed: int | None = None) -> Tensor:
         """Return image indices, ``(n,)`` int64: the first of each class, then the second of each, and so on.
@@ -90,6 +93,22 @@ class LabelledImages:
         order = torch.arange(len(self)) if seed is None else torch.from_numpy(subset_order(seed, len(self)))
         labels = self.labels[order]
         return order[(rank_in_class(labels) * len(self.classes) + labels).argsort()]
+
+
+def _decoded(files: Images, name: str) -> ImageStack | None:
+    """Return images of one size and of at most ``IN_MEMORY`` bytes as a stack, None for others."""
+    if isinstance(files, ImageStack):
+        return files
+    width, height = image_size(files[0])
+    if 3 * height * width * len(files) > IN_MEMORY:
+        return None
+    read, stack = ImageReader(0), torch.empty(len(files), 3, height, width, dtype=torch.uint8)
+    for target, file in zip(stack, files, strict=True):
+        pixels = read(file)
+        if pixels.shape != target.shape:
+            return None
+        target.copy_(pixels)
+    return ImageStack(stack, name)
 
 
 def rank_in_class(labels: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ def add_custom_data_config(cfg: CfgNode) -> None:
     # test, all), CLASSES (in the order of their ids), for COCO JSON and IMAGES in ROOT; see docs/custom_data.md
     cfg.DATASETS.CUSTOM = type(cfg)(new_allowed=True)
     cfg.DATASETS.SKIP_MISSING = False  # leave out images that are listed but missing, instead of an error
-    cfg.DATASETS.SKIP_UNREADABLE = True  # leave out or replace images that cannot be read, instead of an error
 
 
 def add_mapper_config(cfg: CfgNode) -> None:

@@ -1,5 +1,6 @@
 """Batches of images without records, from memory or files: shuffled for training, ordered for evaluation."""
 
+import logging
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any, overload
@@ -13,12 +14,13 @@ from torch import Tensor
 from relvit_d2.data.detection.mapper import ImageReader, pad_images
 from relvit_d2.data.images.decode import PixelFormat
 from relvit_d2.data.loader import Batches, EndlessOrder, ordered_batches
-from relvit_d2.utils.batch_source import BatchSource
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.loader_workers import loader_workers
 from relvit_d2.utils.randomness import image_keys
 
 Images = Sequence[Any]  # an ImageStack, or image files for ImageReader
+
+logger = logging.getLogger(__name__)
 
 
 class ImageStack(Sequence[Tensor]):
@@ -71,14 +73,15 @@ class StackBatches:
 
     def __init__(self, stack: ImageStack, order: EndlessOrder) -> None:
         self._stack, self._order = stack, order
+        self.replaced: list[str] = []
+        self.used: list[int] = []
 
     def __iter__(self) -> Generator[dict[str, Tensor], None, None]:
         pixels = self._stack.pixels
         for keys in self._order:
-            index = torch.tensor([index for _, index in keys]).to(pixels.device, non_blocking=True)
+            self.used = [index for _, index in keys]
+            index = torch.tensor(self.used).to(pixels.device, non_blocking=True)
             yield {"images": pixels[index], "sizes": _sizes(pixels, len(keys))}
-
-    replaced: list[str] = []
 
     def names(self, iteration: int) -> list[Any]:
         """Return names of the images of an iteration, for messages."""
@@ -90,7 +93,8 @@ class TrainingBatches:
 
     A batch is that of :func:`relvit_d2.data.detection.mapper.pad_images` with ``keys``, ``(B,)`` int64, each a function
     of the seed, the epoch and the image (see :meth:`relvit_d2.pretext.views.Views.train`) and ``labels``, ``(B,)``
-    int64, if given. An image's view therefore does not depend on the number of processes or accumulation steps.
+    int64, if given. An image's view therefore does not depend on the number of processes or accumulation steps. With
+    ``DATASETS.SKIP_UNREADABLE`` an unreadable image is replaced by the next one, which has its own label.
 
     Args:
         images: a stack, or files that the loader's processes read.
@@ -104,22 +108,20 @@ class TrainingBatches:
         self._order = EndlessOrder(
             len(images), solver.IMS_PER_BATCH, cfg.SEED, start, rank, world, solver.GRAD_ACCUM_STEPS
         )
-        self._batches: BatchSource
+        self._batches: StackBatches | Batches
         if isinstance(images, ImageStack):
             _check_channels(cfg, images)
             self._batches = StackBatches(images.to(cfg.MODEL.DEVICE), self._order)
         else:
             options = ImageReader.of(cfg), pad_images, self._order, cfg.SEED
             workers, timeout = loader_workers(cfg), cfg.DATALOADER.TIMEOUT
-            # A replacement for an unreadable image would have another label.
-            replaces = labels is None and cfg.DATASETS.SKIP_UNREADABLE
-            self._batches = Batches(images, *options, workers, timeout, replaces=replaces)
+            self._batches = Batches(images, *options, workers, timeout, cfg.DATASETS.SKIP_UNREADABLE)
 
     def __iter__(self) -> Generator[dict[str, Any], None, None]:
         with closing(iter(self._batches)) as batches:
             for samples, batch in zip(self._order, batches, strict=False):  # both are endless
                 epochs, index = torch.tensor(samples).unbind(1)
-                labels = {} if self._labels is None else {"labels": self._labels[index]}
+                labels = {} if self._labels is None else {"labels": self._labels[self._batches.used]}
                 yield batch | {"keys": image_keys(self._seed, "views", epochs, index)} | labels
 
     @property
@@ -132,11 +134,11 @@ class TrainingBatches:
         return self._batches.names(iteration)
 
 
-def fixed_batches(cfg: CfgNode, images: Images, size: int, replaces: bool = False) -> Iterator[dict[str, Tensor]]:
+def fixed_batches(cfg: CfgNode, images: Images, size: int) -> Iterator[dict[str, Tensor]]:
     """Yield this process's share of the images in order, in batches of at most ``size``.
 
     Each batch is that of :func:`relvit_d2.data.detection.mapper.pad_images` with ``keys``, the images' indices,
-    ``(B,)`` int64. With ``replaces`` an unreadable image is replaced by the next one.
+    ``(B,)`` int64. With ``DATASETS.SKIP_UNREADABLE`` unreadable images are left out.
     """
     rank, world = comm.get_rank(), comm.get_world_size()
     if isinstance(images, ImageStack):
@@ -148,9 +150,22 @@ def fixed_batches(cfg: CfgNode, images: Images, size: int, replaces: bool = Fals
             yield {"images": pixels, "sizes": _sizes(pixels, len(keys)), "keys": keys}
         return
     options = ImageReader.of(cfg), pad_images, size, loader_workers(cfg), rank, world, cfg.DATALOADER.TIMEOUT
-    batches = ordered_batches(images, *options, replaces=replaces)
-    for keys, batch in zip(batches.keys, batches, strict=True):
-        yield batch | {"keys": torch.tensor(keys)[:, 1]}
+    batches = ordered_batches(images, *options, leaves_out=cfg.DATASETS.SKIP_UNREADABLE)
+    for batch in batches:
+        yield batch | {"keys": torch.tensor(batches.used)}
+
+
+def count_left_out(read: int, images: int, name: str) -> int:
+    """Return how many ``images`` of a data set are missing in those that an evaluation ``read``, and log them.
+
+    Raises:
+        UserError: none was read.
+    """
+    if not read:
+        raise UserError(f"none of the {images} images of {name} can be read: replace them")
+    if left_out := images - read:
+        logger.warning(f"{left_out} of {images} images of {name} cannot be read and are left out of the results")
+    return left_out
 
 
 def _check_channels(cfg: CfgNode, images: ImageStack) -> None:
