@@ -172,6 +172,17 @@ def test_config_keys_in_sentences_and_yaml_are_valid(page: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
+def test_the_tests_that_prove_guarantees_exist(page: Path) -> None:
+    defined = {
+        name
+        for file in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)
+    }
+    named = {span for span in spans(page) if re.match("test_|tests/", span)}
+    assert {span for span in named if span not in defined and not (ROOT / span).exists()} == set()
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
 def test_names_in_python_snippets_exist(page: Path) -> None:
     """In the snippet, those above it on the page, or the module of this package that is named last above it."""
     known = set(dir(builtins))

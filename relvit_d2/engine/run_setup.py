@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -22,6 +23,19 @@ from relvit_d2.utils.randomness import seed_everything
 LOGGERS = {"relvit_d2": "relvit", "detectron2": "d2", "fvcore": "fvcore"}
 """Loggers whose lines a run writes to its log, and their names there."""
 RESULTS = ("last_checkpoint", "model_final.pth", "encoder.safetensors")  # files that a run does not overwrite unasked
+# What a resumed run and the commands that follow a run read, the pointer first: what is left of a run whose files were
+# moved in part is not continued.
+RUN_FILES = (
+    *RESULTS,
+    "model_*.pth",
+    "metrics.json",
+    "events.out.tfevents.*",
+    "training_data.jsonl",
+    "config.yaml",
+    "run.json",
+    "inference",
+    "report.html",
+)
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +100,25 @@ def check_unused(output: Path) -> None:
             f"OUTPUT_DIR '{output}' holds a run ({', '.join(kept)}): continue it with --resume, replace it with "
             "--overwrite, or choose another OUTPUT_DIR"
         )
+
+
+def move_earlier_run(output: Path) -> None:
+    """Move a run in a folder into ``earlier_run``, in place of the one that is there; without a model, move nothing.
+
+    None of its files may be taken for one of the new run. After an interruption the next call moves the rest.
+    """
+    files = list(dict.fromkeys(path for pattern in RUN_FILES for path in output.glob(pattern)))
+    part, target = output / "earlier_run.part", output / "earlier_run"
+    if not part.exists() and not any(path.suffix == ".pth" or path.name in RESULTS for path in files):
+        return
+    part.mkdir(exist_ok=True)
+    for path in files:
+        if path.is_dir():
+            shutil.rmtree(part / path.name, ignore_errors=True)
+        path.replace(part / path.name)
+    shutil.rmtree(target, ignore_errors=True)
+    part.rename(target)
+    logger.warning(f"'{output}' holds an earlier run: its models, metrics and results were moved to '{target}'")
 
 
 def silence_warnings() -> None:

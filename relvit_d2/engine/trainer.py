@@ -27,6 +27,7 @@ from relvit_d2.engine.optimizer import build_clipper, build_optimizer
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.provenance import provenance
 from relvit_d2.engine.resume import DataList, check_same_run
+from relvit_d2.engine.run_setup import move_earlier_run
 from relvit_d2.engine.schedule import batch_factor, build_schedule
 from relvit_d2.engine.signals import Interrupted
 from relvit_d2.engine.writers import WriterHook
@@ -36,18 +37,6 @@ from relvit_d2.utils.files import write_json, write_text
 from relvit_d2.utils.metrics import Metric, as_scalars
 from relvit_d2.utils.processes import first_process_first
 from relvit_d2.utils.randomness import seed_everything
-
-# What a resumed run and the commands that follow a run read.
-_RUN_FILES = (
-    "model_*.pth",
-    "last_checkpoint",
-    "encoder.safetensors",
-    "metrics.json",
-    "events.out.tfevents.*",
-    "training_data.jsonl",
-    "config.yaml",
-    "run.json",
-)
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +235,7 @@ class Trainer(TrainerBase):
         output.mkdir(parents=True, exist_ok=True)
         check_space(output, self._checkpoint_bytes(), self._checkpoint_bytes(2))
         if self.start_iter == 0:
-            _move_earlier_run(output)
+            move_earlier_run(output)
         write_text(output / "config.yaml", self.cfg.dump())
         if self._list_data:
             self._data = self._data or DataList(self._list_data())
@@ -265,9 +254,8 @@ class Trainer(TrainerBase):
         numbered = sum(rest // period for period in periods) - (rest // math.lcm(*periods) if len(periods) > 1 else 0)
         if solver.CHECKPOINT_MAX_TO_KEEP:
             numbered = min(numbered, solver.CHECKPOINT_MAX_TO_KEEP + 1)  # a new one is written before an old one goes
-        return (min(numbered, most) + 1) * (values + 2 * trained) + bool(
-            test.BEST_METRIC
-        ) * values  # AdamW has two moments
+        checkpoint = values + 2 * trained  # AdamW has two moments
+        return (min(numbered, most) + 1) * checkpoint + (values if test.BEST_METRIC else 0)
 
     def _finish_iteration(self) -> None:
         """Repeat the hooks of the checkpoint's iteration, which a kill may have interrupted."""
@@ -362,21 +350,6 @@ class Trainer(TrainerBase):
             "SOLVER.WARMUP_ITERS or set SOLVER.PRECISION float32, then "
             f"{'continue with --resume --allow-changes' if resumable else 'restart'}"
         )
-
-
-def _move_earlier_run(output: Path) -> None:
-    """Move the files of an earlier run into ``earlier_run``: none of them may be taken for one of the new run."""
-    files = [path for pattern in _RUN_FILES for path in output.glob(pattern)]
-    if not any(path.suffix == ".pth" for path in files):
-        return
-    target = output / "earlier_run"
-    target.mkdir(exist_ok=True)
-    for path in files:
-        path.replace(target / path.name)
-    logger.warning(
-        f"'{output}' holds an earlier run, which --resume would have continued: its checkpoints and metrics were moved "
-        f"to '{target}'"
-    )
 
 
 def _distributed(model: nn.Module) -> nn.Module:

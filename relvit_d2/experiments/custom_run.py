@@ -29,7 +29,8 @@ from relvit_d2.detection.run import evaluation_sets, training_records
 from relvit_d2.encoders import encoder_from_keys, map_strides
 from relvit_d2.engine.checkpoint import check_space, download
 from relvit_d2.engine.precision import choose_precision
-from relvit_d2.engine.run_setup import silence_warnings
+from relvit_d2.engine.run_lock import run_lock
+from relvit_d2.engine.run_setup import move_earlier_run, silence_warnings
 from relvit_d2.engine.weights import holds_encoder
 from relvit_d2.evaluation.coco import without_mask
 from relvit_d2.experiments import recipe
@@ -131,7 +132,11 @@ def train_custom(request: Request, dry_run: bool, run: Runner) -> None:
         print_text(f"warning: the given schedule needs more than the {seconds / 60:.0f} min of --hours")
     if dry_run:
         return
-    (output / "pretraining/encoder.safetensors").unlink(missing_ok=True)  # by which a finished pre-training is known
+    # Both at once: a detector of the earlier run must not be continued after an interruption of the pre-training.
+    for folder in (output / "pretraining", output / "detector"):
+        if folder.exists():
+            with run_lock(folder):
+                move_earlier_run(folder)
     files.run(data)
     print_text(f"{time.monotonic() - started:.0f} s of the planned {expected:.0f} s")
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from relvit_d2.engine.checkpoint import Checkpointer, check_space
+from relvit_d2.engine.run_setup import move_earlier_run
 from relvit_d2.engine.weights import load_trained
 from relvit_d2.utils.errors import UserError
 from tests.support.runs import equal, rows
@@ -252,15 +253,43 @@ def test_checkpoints_of_an_earlier_run_in_the_folder_are_ignored(tmp_path: Path)
     again = trainer(tmp_path, 8)
     assert again.resume()
     assert again.start_iter == 5
-    (tmp_path / "model_best.pth").touch()
+    for path in ("model_best.pth", "report.html", "inference/results.json", "earlier_run/model_0000099.pth"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).touch()
     fresh = trainer(tmp_path, 8)
     fresh._prepare_output()  # a start without --resume, killed before its first checkpoint
     assert not trainer(tmp_path, 8).resume()
     # Nothing of the earlier run is taken for a file of the new one, and it can still be continued.
     assert sorted(path.name for path in tmp_path.glob("*.*")) == ["config.yaml", "run.json"]
+    assert not (tmp_path / "inference").exists() and (tmp_path / "earlier_run/inference/results.json").exists()
     earlier = trainer(tmp_path / "earlier_run", 8)
     assert earlier.resume()
     assert earlier.start_iter == 5
+    assert not (tmp_path / "earlier_run/model_0000099.pth").exists()  # of the run before
+
+
+def test_an_interrupted_move_of_an_earlier_run_is_completed(tmp_path: Path) -> None:
+    names = ["inference", "last_checkpoint", "metrics.json", "model_0000009.pth", "model_final.pth"]
+
+    def write(folder: Path, *names: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            if name == "inference":
+                (folder / name).mkdir()
+                (folder / name / "results.json").touch()
+            else:
+                (folder / name).touch()
+
+    for count in range(len(names) + 1):
+        output = tmp_path / str(count)
+        write(output / "earlier_run", "inference", "model_0000099.pth")
+        if count:
+            write(output / "earlier_run.part", *names[:count])
+        write(output, *names[count:])
+        for _ in range(2):
+            move_earlier_run(output)
+            assert [path.name for path in output.iterdir()] == ["earlier_run"]
+            assert sorted(path.name for path in (output / "earlier_run").iterdir()) == names
 
 
 class Wide(Regression):
@@ -279,10 +308,15 @@ def test_a_run_needs_the_disk_space_that_it_computes(keep: int, tmp_path: Path) 
     assert written < run._checkpoint_bytes() < 1.5 * written
 
 
-def test_a_disk_without_space_for_the_checkpoints_is_an_error(tmp_path: Path) -> None:
+def test_a_disk_without_space_for_the_checkpoints_is_an_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     free = shutil.disk_usage(tmp_path).free
     check_space(tmp_path, free / 2)
     with pytest.raises(
         UserError, match=r"the checkpoints in '.*' need [\d,]+ MiB, but [\d,]+ MiB are free: free space"
     ):
         check_space(tmp_path, 2 * free)
+    assert not caplog.messages
+    check_space(tmp_path, 2 * free, least=free / 2)
+    assert "MiB are free: free space, choose another OUTPUT_DIR, or keep fewer" in caplog.messages[0]
+    with pytest.raises(UserError, match="MiB are free"):
+        check_space(tmp_path, 4 * free, least=2 * free)

@@ -29,7 +29,8 @@ from relvit_d2.experiments.recipe import (
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
 from tests.support.custom_data import picture, write_yolo, yolo_folder
-from tests.support.scripts import fails, run
+from tests.support.runs import rows
+from tests.support.scripts import digests, fails, run, started, wait_for
 
 COSTS = {"vit_small": Cost(0.6, 6e7), "vit_tiny": Cost(0.25, 3e7), "vit_nano": Cost(0.12, 2e7)}
 CPU = Machine("cpu", 2, 16e9, ("float32", "the processor"), COSTS)
@@ -275,3 +276,31 @@ def test_a_folder_becomes_a_detector(tmp_path: Path) -> None:
     run(tmp_path, "train_net.py", "--config-file", tmp_path / "run/recipe.yaml", "OUTPUT_DIR", tmp_path / "again")
     first, again = ((tmp_path / name / "inference/results.json").read_text() for name in ("run/detector", "again"))
     assert first == again
+
+
+@pytest.mark.slow
+def test_the_runs_of_a_folder_are_replaced_on_request(tmp_path: Path) -> None:
+    root = yolo_folder(tmp_path / "cells", *(f"train/{number}" for number in range(6)), "val/6")
+    pretraining, detector = tmp_path / "run/pretraining", tmp_path / "run/detector"
+
+    def words(iterations: int, *flags: str) -> tuple[object, ...]:
+        keys = ("MODEL.ENCODER.NAME", "vit_nano", "SOLVER.MAX_ITER", iterations, "OUTPUT_DIR", tmp_path / "run")
+        return ("relvit-d2", "train", "--data", root, "--hours", 0.05, *flags, *keys)
+
+    run(tmp_path, *words(2))
+    first = {folder: digests(folder, "*.[ps]*") for folder in (pretraining, detector)}
+    assert {"model_final.pth", "encoder.safetensors"} <= first[pretraining].keys()
+    run(tmp_path, *words(3, "--overwrite", "--dry-run"))
+    assert first == {folder: digests(folder, "*.[ps]*") for folder in (pretraining, detector)}
+
+    # Neither the encoder nor the detector of the first run is taken for one of the second, which is killed.
+    with started(tmp_path, *words(3, "--overwrite")) as process:
+        wait_for((detector / "earlier_run").exists, process, 600)
+    for folder, files in first.items():
+        assert digests(folder / "earlier_run", "*.[ps]*") == files
+        assert not (folder / "last_checkpoint").exists() and not (folder / "encoder.safetensors").exists()
+    assert "pretraining.yaml --resume and then relvit-d2 train" in fails(tmp_path, *words(3))
+
+    run(tmp_path, *words(3, "--overwrite"))
+    assert len(rows(detector)) == 3 and (pretraining / "encoder.safetensors").exists()
+    assert digests(detector / "earlier_run", "*.[ps]*") == first[detector]
