@@ -8,6 +8,7 @@ another computer or on a server.
 import csv
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -24,7 +25,7 @@ from relvit_d2.data.detection.records import (
     parse_integer,
     renumber_classes,
 )
-from relvit_d2.data.detection.splits import ALL, merge_single_split, split_of, splits_of_folders
+from relvit_d2.data.detection.splits import ALL, merge_single_split, split_of, splits_of_folders, warn_once
 from relvit_d2.data.images.decode import size_if_readable
 from relvit_d2.data.images.folder import list_images
 from relvit_d2.utils.errors import UserError
@@ -96,6 +97,9 @@ class LabelFormat:
         if not files:
             return None
         entries = [entry for file in files for entry in _read_file(self, file, _state(file))]
+        if self.per_image and len(files) < len(candidates):
+            others = first_few([path for path in candidates if path not in set(files)])
+            warn_once(f"{len(candidates) - len(files)} files of '{root}' are not in {self.title}'s format: {others}")
         if not entries:
             raise UserError(f"{first_few(files)} in {self.title}'s format has no labelled image: label some")
         paths = _image_paths(root, entries)
@@ -154,11 +158,11 @@ class ConvertedFolder:
         indices = {name: index for index, name in enumerate(names)}
         validator = BoxValidator(str(self.root))
         records = []
-        for image, path in self.sets[split]:
-            if path is None:
-                continue
-            image_id = path.relative_to(self.root) if path.is_relative_to(self.root) else Path(*path.parts[-2:])
-            record = make_record(path, image_id.with_suffix("").as_posix(), _size(image, path), [])
+        present = [(image, path, self._name(path)) for image, path in self.sets[split] if path]
+        same = Counter(name.with_suffix("") for _, _, name in present)
+        for image, path, name in present:
+            image_id = name if same[name.with_suffix("")] > 1 else name.with_suffix("")  # a.png beside a.jpg
+            record = make_record(path, image_id.as_posix(), _size(image, path), [])
             for entry in image.objects if record["width"] else ():  # 0: an unreadable image
                 annotation = entry | {"category_id": indices[_class_name(entry)]}
                 if valid := read_annotation(annotation, record, numbers, validator, entry["where"]):
@@ -167,6 +171,9 @@ class ConvertedFolder:
         for warning in validator.warnings():
             logger.warning(warning)
         return renumber_classes(records, names, classes, str(self.root))
+
+    def _name(self, path: Path) -> Path:
+        return path.relative_to(self.root) if path.is_relative_to(self.root) else Path(*path.parts[-2:])
 
     def images(self, split: str, skip_missing: bool) -> list[Path]:
         """List the images of one of ``sets``."""

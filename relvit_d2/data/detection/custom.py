@@ -10,7 +10,7 @@ from relvit_d2.data.detection import catalog
 from relvit_d2.data.detection.coco import CocoFolder, without_categories
 from relvit_d2.data.detection.huggingface import HUGGING_FACE
 from relvit_d2.data.detection.label_programs import CVAT, LABEL_STUDIO, LABELME, TABLE
-from relvit_d2.data.detection.records import Record, first_few
+from relvit_d2.data.detection.records import Record, files_with, first_few, folders_below
 from relvit_d2.data.detection.splits import ALL, HELD_OUT, available_splits, divide
 from relvit_d2.data.detection.voc import VocFolder
 from relvit_d2.data.detection.yolo import YoloFolder
@@ -112,6 +112,8 @@ def near_misses(root: Path) -> list[str]:
         reasons.append(
             f"{first_few(files)} has images and annotations but no categories: list id and name of each class"
         )
+    if tables := [path for folder in folders_below(root) for path in files_with(folder, ".csv")]:
+        reasons.append(f"{first_few(tables)} lacks one of these columns or is not UTF-8 text")
     if links := linked_folders(root):
         reasons.append(f"links to folders are not followed ({first_few(links)}): put the folders themselves there")
     if not _has_images(root):
@@ -160,6 +162,8 @@ def config_pairs(data: str | None, task: str) -> list[Any]:
         return ["DATASETS.TRAIN", (f"{root}/" if root.is_dir() else data,), "DATASETS.TEST", ()]
     custom = named_sets(data, form, folder)
     splits = {keys["SPLIT"]: name for name, keys in custom.items()}
+    if ALL in folder.sets and len(folder.sets) > 1:
+        logger.warning(f"images of '{root}' that are in none of the sets {', '.join(splits)} are left out")
     train = next((splits[split] for split in TRAINING_SPLITS if split in splits), None)
     if not train:
         raise UserError(

@@ -57,18 +57,30 @@ def _rows(path: Path) -> Iterator[tuple[dict[str, Any], Path | None]]:
         return
     with path.open(encoding="utf-8-sig", newline="") as file:
         if path.suffix == ".csv":  # lists are JSON
-            for row in csv.DictReader(file):
-                yield {k: json.loads(v) if k in ("objects", "bbox", *CLASSES) else v for k, v in row.items()}, None
+            for number, row in enumerate(csv.DictReader(file), start=1):
+                where = f"{path}, row {number}"
+                yield {k: _json(v, k, where) if k in ("objects", "bbox", *CLASSES) else v for k, v in row.items()}, None
         else:
             yield from ((json.loads(line), None) for line in file if line.strip())
+
+
+def _json(text: str | None, column: str, where: str) -> Any:
+    if text is None:
+        raise UserError(f"{where} has no value in the column {column}: complete the row")
+    try:
+        return json.loads(text) if text else None
+    except ValueError as error:
+        raise UserError(f"{where} has {text!r} in the column {column}: write it as JSON") from error
 
 
 def _objects(row: dict[str, Any], where: str, class_names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """Yield the annotations of a row: ``objects`` is a list of objects, or has a list for each attribute."""
     objects = row.get("objects", row)
+    if objects is None:
+        return
     if isinstance(objects, list):
         boxes = [entry["bbox"] for entry in objects]
-        names = [next(entry[key] for key in CLASSES if key in entry) for entry in objects]
+        names = [entry[key] for entry in objects for key in [next(filter(entry.__contains__, CLASSES), None)] if key]
     else:
         boxes = objects["bbox"] or []
         names = next((objects[key] for key in CLASSES if objects.get(key) is not None), [])
@@ -147,7 +159,9 @@ def _extracted(path: Path, file: Any, column: str) -> dict[int, Path]:
                 image = row[column] if isinstance(row[column], dict) else {"bytes": row[column]}
                 suffix = Path(str(image.get("path"))).suffix.lower()
                 suffix = suffix if suffix in EXTENSIONS - {".npy"} else ".png"  # decoded by its content
-                (part / f"{number:07}{suffix}").write_bytes(image["bytes"])
+                file_of_row = part / f"{number:07}{suffix}"
+                file_of_row.write_bytes(image["bytes"])
+                os.utime(file_of_row, ns=(state.st_atime_ns, state.st_mtime_ns))  # the same after the cache was cleared
             part.rename(folder)
         except OSError as error:
             if not folder.is_dir():  # else another process was faster

@@ -93,6 +93,9 @@ def _labelme_image(path: Path) -> Iterator[LabelledImage]:
         if kind == "circle":  # the centre and a point of the circle
             radius = math.dist(*points[:2])
             points = ellipse(points[0][0], points[0][1], radius, radius, 0)
+        elif kind == "mask":  # its first and its last pixel
+            (x0, y0), (x1, y1) = points[:2]
+            points = [(x0, y0), (x1 + 1, y1 + 1)]
         group = entry.get("group_id")
         key = (number, None) if group is None else (str(entry["label"]), str(group))
         parts.setdefault(key, []).append((points, kind == "polygon"))
@@ -165,6 +168,8 @@ def _label_studio_images(path: Path) -> Iterator[LabelledImage]:
             if names is None:  # the answer to a question, or a shape whose labels are in another result
                 continue
             where = f"{path}, task {task.get('id')}, result {number}"
+            if not isinstance(names, list):
+                raise UserError(f"{where} has the labels {names!r}: write them as a list")
             points, polygon = _label_studio_shape(result, value, where)
             if not points:
                 left_out[str(result.get("type"))] += 1
@@ -230,7 +235,7 @@ def _header(path: Path) -> tuple[list[str], str]:
 
 
 def _table_images(path: Path) -> Iterator[LabelledImage]:
-    """Yield the images of a table with a row for each box, corners in pixels; a row without a class has no box."""
+    """Yield the images of a table with a row for each box, corners in pixels; a row without both is an empty image."""
     columns = table_columns(path)
     if columns is None:
         raise ValueError("a column is missing")
@@ -242,10 +247,13 @@ def _table_images(path: Path) -> Iterator[LabelledImage]:
                 continue
             entries = objects.setdefault(image, [])
             sizes[image] = row.get("width"), row.get("height")
-            if not (row[columns["name"]] or "").strip():
-                continue
             where = f"{path}, line {number}"
-            x0, y0, x1, y1 = finite_numbers([row[columns[key]] for key in ("xmin", "ymin", "xmax", "ymax")], where)
+            corners = [row[columns[key]] for key in ("xmin", "ymin", "xmax", "ymax")]
+            if not (row[columns["name"]] or "").strip():
+                if any(corners):
+                    raise UserError(f"{where} has a box without a class: add the class, or remove the box")
+                continue
+            x0, y0, x1, y1 = finite_numbers(corners, where)
             box = [x0, y0, x1 - x0, y1 - y0]
             entries.append({"category_id": row[columns["name"]], "where": where, "bbox": box})
     for image, entries in objects.items():

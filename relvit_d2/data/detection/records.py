@@ -115,6 +115,7 @@ class BoxValidator:
 
     where: str
     _count: int = 0
+    _furthest: float = 0.0
     _empty: list[str] = field(default_factory=list)
     _clipped: list[str] = field(default_factory=list)
     _without_mask: list[str] = field(default_factory=list)
@@ -129,6 +130,7 @@ class BoxValidator:
             self._empty.append(where)
             return None
         box = checked_box(corners, width, height, where, first_pixel, slack=max(width, height))
+        self._furthest = max(self._furthest, xmax, ymax)
         shifted = [xmin - first_pixel, ymin - first_pixel, xmax, ymax]
         if max(abs(a - b) for a, b in zip(shifted, box, strict=True)) > BORDER_SLACK:
             self._clipped.append(where)
@@ -142,8 +144,14 @@ class BoxValidator:
         """Return one warning for each kind of change.
 
         Raises:
-            UserError: more than half of the boxes exceed their images, so they belong to images of another size.
+            UserError: more than half of the boxes exceed their images, so they belong to images of another size, or all
+                are inside the first pixel, so they are fractions of the sides.
         """
+        if 0 < self._furthest <= 1:
+            raise UserError(
+                f"all boxes of {self.where} are inside the first pixel of their images, so they are fractions of the "
+                "sides: multiply them by the width and height in pixels"
+            )
         if 2 * len(self._clipped) > self._count:
             raise UserError(
                 f"{len(self._clipped)} of the {self._count} boxes of {self.where} exceed their images, the first in "

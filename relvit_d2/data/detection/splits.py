@@ -118,7 +118,7 @@ def hold_out(
 
 @cache  # once per run: the parts are requested one by one
 def warn_once(warning: str) -> None:
-    """Log a warning of :func:`hold_out`."""
+    """Log a warning that does not depend on the part that is requested."""
     logger.warning(warning)
 
 

@@ -3,6 +3,8 @@
 import builtins
 import json
 import math
+import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from relvit_d2.data.detection.custom import open_folder
+from relvit_d2.data.cache import cache_root
+from relvit_d2.data.detection.converted import _read_file
+from relvit_d2.data.detection.custom import config_pairs, open_folder
 from relvit_d2.data.detection.label_programs import Points, ellipse, rotated
+from relvit_d2.data.listing import data_lines
 from relvit_d2.utils.errors import UserError
 from tests.support.custom_data import (
     IMAGES,
@@ -101,11 +106,11 @@ def test_labelme_shapes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
         outline("polygon", *triangle, group_id=4),
         outline("polygon", *other, group_id=4),
         outline("point", [3, 3]),
-        outline("mask", [5, 6], [15, 16], mask="iVBORw0KGgo="),
+        outline("mask", [5, 6], [15, 16], mask="iVBORw0KGgo="),  # of 11 x 11 pixels
     )
     (record,) = read_all(root, "labelme")
     boxes = [annotation["bbox"] for annotation in record["annotations"]]
-    assert boxes == [[15, 10, 25, 20], [2, 2, 10, 12], [2, 2, 30, 25], [5, 6, 15, 16]]
+    assert boxes == [[15, 10, 25, 20], [2, 2, 10, 12], [2, 2, 30, 25], [5, 6, 16, 17]]
     masks = [annotation.get("segmentation") for annotation in record["annotations"]]
     flat = [[float(value) for point in polygon for value in point] for polygon in (triangle, other)]
     assert masks == [None, flat[:1], flat, None]
@@ -173,9 +178,61 @@ def test_tables(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("filename,class,xmin,ymin,xmax,ymax\nimages\\a.jpg,cat,20,6,4,24\n")
     with pytest.raises(UserError, match=r"labels.csv, line 2 has the box .*, of negative width or height"):
         read_all(tmp_path, "csv")
+    (tmp_path / "labels.csv").write_text("filename,class,xmin,ymin,xmax,ymax\na.jpg,,4,6,20,24\n")
+    with pytest.raises(UserError, match=r"labels.csv, line 2 has a box without a class"):
+        read_all(tmp_path, "csv")
+    (tmp_path / "labels.csv").write_text("filename,class,xmin,ymin,xmax,ymax\na.jpg,cat,0.1,0.2,0.5,1.0\n")
+    with pytest.raises(UserError, match=r"all boxes .* are fractions of the sides: multiply them by"):
+        read_all(tmp_path, "csv")
+    (tmp_path / "labels.csv").write_bytes("filename,class,xmin,ymin,xmax,ymax\na.jpg,käse,4,6,20,24\n".encode("cp1252"))
+    with pytest.raises(UserError, match=r"labels.csv lacks one of these columns or is not UTF-8 text"):
+        read_all(tmp_path, "")
 
 
-def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_that_differ_in_their_extension_have_different_ids(tmp_path: Path) -> None:
+    for name in ("a.png", "a.bmp", "b.png"):
+        picture(tmp_path / "images" / name)
+    rows = "".join(f"{name},cat,4,6,20,24\n" for name in ("a.png", "a.bmp", "b.png"))
+    (tmp_path / "labels.csv").write_text(f"filename,class,xmin,ymin,xmax,ymax\n{rows}")
+    assert [r["image_id"] for r in read_all(tmp_path, "csv")] == ["images/a.png", "images/a.bmp", "images/b"]
+
+
+def test_metadata_files_with_rows_without_objects(tmp_path: Path) -> None:
+    for name in "abcd":
+        picture(tmp_path / f"{name}.png")
+    box = {"bbox": [1, 2, 10, 12], "label": "cat"}
+    given: list[Any] = [[box], [], None, {"bbox": None, "category": None}]
+    lines = [json.dumps({"file_name": f"{name}.png", "objects": o}) for name, o in zip("abcd", given, strict=True)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    assert [len(r["annotations"]) for r in read_all(tmp_path, "huggingface")] == [1, 0, 0, 0]
+    (tmp_path / "metadata.jsonl").write_text(lines[0].replace("label", "score"))
+    with pytest.raises(UserError, match=r"metadata.jsonl, row 1 has 1 boxes and 0 classes"):
+        read_all(tmp_path, "huggingface")
+    (tmp_path / "metadata.jsonl").unlink()
+    for row, problem in (
+        ('"[[1, 2, 10, 12]]",cat', "row 1 has 'cat' in the column label: write it as JSON"),
+        ('"[[1, 2, 10, 12]]"', "row 1 has no value in the column label: complete the row"),
+    ):
+        (tmp_path / "metadata.csv").write_text(f"file_name,bbox,label\na.png,{row}\n")
+        with pytest.raises(UserError, match=f"metadata.csv, {problem}"):
+            read_all(tmp_path, "huggingface")
+
+
+def test_files_and_images_that_are_left_out_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = labelme(tmp_path / "cells", outline("rectangle", [1, 1], [9, 9]))
+    (root / "b.json").write_text('{"imagePath": "b.png"')  # truncated
+    open_folder(root)
+    assert f"1 files of '{root}' are not in LabelMe's format: {root}/b.json" in caplog.text
+    images = [(name, split, [("cat", [4, 6, 20, 24])]) for name, split in (("a", "train"), ("b", "test"), ("c", ""))]
+    for name, *_ in images:
+        picture(tmp_path / f"cvat/{name}.png")
+    (tmp_path / "cvat/annotations.xml").write_text(cvat_xml(images))
+    pairs = config_pairs(str(tmp_path / "cvat"), "detection")
+    assert pairs[pairs.index("DATASETS.TRAIN") + 1] == ("cvat_train",)
+    assert f"images of '{tmp_path}/cvat' that are in none of the sets train, test are left out" in caplog.text
+
+
+def test_parquet(tmp_path: Path) -> None:
     root = write_parquet(tmp_path / "set")
     form, folder = open_folder(root)
     assert (form, folder.classes(), sorted(folder.sets)) == ("huggingface", ("cat", "dog"), ["train", "val"])
@@ -189,6 +246,12 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for record in records:
             assert Image.open(record["file_name"]).size == (record["width"], record["height"])
     assert sorted(path.suffix for path in root.rglob("*.*")) == [".parquet", ".parquet"]
+    # Another process can resume a run after the cache was cleared.
+    listed = data_lines(read_all(root, ""))
+    shutil.rmtree(cache_root() / "parquet")
+    _read_file.cache_clear()
+    time.sleep(0.01)
+    assert data_lines(read_all(root, "")) == listed
 
 
 def test_parquet_without_the_extra_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,6 +322,7 @@ def test_a_missing_image_is_an_error_or_left_out(tmp_path: Path, caplog: pytest.
         (write_labelme, "train/a.json", "[20, 6]", "[2000, 6]", "outside its image of 40 x 30 pixels"),
         (write_cvat, "annotations.xml", 'xtl="4.00"', "", "annotations.xml, image 'a.png', shape 1 has"),
         (write_cvat, "annotations.xml", "</image>", "", "annotations.xml is damaged or not in CVAT's format"),
+        (write_label_studio, "train.json", '["cat"]', '"cat"', "result 1 has the labels 'cat': write them as a list"),
         (write_label_studio, "train.json", '"original_width": 40, ', "", "(no 'original_width'): export it again"),
         (write_csv, "train/_annotations.csv", ",4,6,", ",4,x,", "_annotations.csv, line 2 has"),
         (write_image_folder, "train/metadata.jsonl", '["cat", "dog"]', '["cat"]', "row 1 has 2 boxes and 1 classes"),
