@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
 from fvcore.common.config import CfgNode
 from torch import nn
 
@@ -87,11 +86,17 @@ def _check_run(folder: Path, task: str) -> None:
         instead = f"'{inner}'" if (inner / "config.yaml").is_file() else "the OUTPUT_DIR of a run"
         raise UserError(f"'{folder}' is not the folder of a run, since it has no config.yaml: give {instead}")
     text = config.read_text(encoding="utf-8", errors="replace")
-    if task != "pretrain" and re.search(r"^TASK: pretrain$", text, re.M):
+    if task != "pretrain" and _task_of(text) == "pretrain":
         raise UserError(
             f"'{folder}' is a pre-training, which has an encoder but no {task} heads: train them with MODEL.WEIGHTS "
             f"'{folder / 'encoder.safetensors'}', then give the folder of that run"
         )
+
+
+def _task_of(config: str) -> str | None:
+    """Return the task of the text of a complete config."""
+    found = re.search(r"^TASK: (\w+)$", config, re.M)
+    return found and found[1]
 
 
 def load_trained(cfg: CfgNode, model: nn.Module, weights: str | Path) -> dict[str, Any]:
@@ -127,9 +132,8 @@ def _load_checkpoint(cfg: CfgNode, model: nn.Module, source: str, min_match: flo
 
 def _check_task(task: str, source: str, checkpoint: dict[str, Any]) -> None:
     """Raise a :class:`UserError` if a checkpoint was written by another task of this package."""
-    config = checkpoint.get("config")
-    saved = yaml.safe_load(config).get("TASK", task) if isinstance(config, str) else task
-    if saved != task:
+    saved = _task_of(str(checkpoint.get("config")))
+    if saved not in (None, task):
         beside = Path(source).with_name("encoder.safetensors")
         instead = f"'{beside}'" if beside.is_file() else "its encoder.safetensors"
         raise UserError(

@@ -245,6 +245,27 @@ def test_a_pointer_that_leads_out_of_the_folder_is_refused(outside: str, tmp_pat
         load_trained(again.cfg, Regression(), tmp_path / "run")
 
 
+@pytest.mark.parametrize("beside", ["", "encoder.safetensors"])
+def test_a_checkpoint_of_another_task_is_an_error_that_names_the_encoder(beside: str, tmp_path: Path) -> None:
+    run = trainer(tmp_path, 1)
+    run.train()
+    path = tmp_path / "model_final.pth"
+    checkpoint = torch.load(path, weights_only=True)
+    assert load_trained(run.cfg, Regression(), path)["config"] == checkpoint["config"]
+    del checkpoint["digest"]
+    for config in (checkpoint["config"].replace("TASK: detection", "SEED: ["), 3):  # not of this package
+        torch.save(checkpoint | {"config": config}, path)
+        load_trained(run.cfg, Regression(), path)
+    torch.save(checkpoint | {"config": checkpoint["config"].replace("TASK: detection", "TASK: pretrain")}, path)
+    if beside:
+        (tmp_path / beside).touch()
+    expected = (
+        f"set MODEL.WEIGHTS to '{tmp_path / beside}'" if beside else "set MODEL.WEIGHTS to its encoder.safetensors"
+    )
+    with pytest.raises(UserError, match=rf"model_final.pth' is a checkpoint of the task pretrain, .*{expected}"):
+        load_trained(run.cfg, Regression(), path)
+
+
 def test_checkpoints_of_an_earlier_run_in_the_folder_are_ignored(tmp_path: Path) -> None:
     trainer(tmp_path, 12).train()  # checkpoints of iterations 4, 9 and 11
     trainer(tmp_path, 8).train()  # 4 and 7
