@@ -100,7 +100,7 @@ def test_evaluate_returns_the_results_of_the_run_or_of_other_data(data: Path, de
     assert found == {"other_val": results["cells_val"]} and (tmp_path / "out/inference/results.json").is_file()
 
 
-def test_log_lines_are_in_the_file_once_and_the_bar_on_stderr(
+def test_log_lines_are_in_the_file_once_and_the_progress_on_stderr(
     data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for folder in ("one", "two", "two"):
@@ -109,7 +109,7 @@ def test_log_lines_are_in_the_file_once_and_the_bar_on_stderr(
         lines = (tmp_path / folder / "log.txt").read_text().splitlines()
         assert sum("iter 3/3" in line for line in lines) == sum("run finished" in line for line in lines) == 1
     output, errors = capfd.readouterr()
-    assert output == "" and errors.count("3/3") == 3 and "pretrain" in errors
+    assert output == "" and errors.count("pretrain: 100 % (3 of 3, ") == 3 and "\r" not in errors
 
 
 def test_warnings_are_printed(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from detectron2.engine import HookBase
 from detectron2.utils.events import EventStorage, EventWriter, JSONWriter, TensorboardXWriter, get_event_storage
 from fvcore.common.config import CfgNode
-from tqdm.auto import tqdm
+from tqdm.auto import tqdm as notebook_bar
 
 from relvit_d2.engine.running import RunningTrainer
 from relvit_d2.utils.errors import UserError
@@ -18,6 +18,7 @@ from relvit_d2.utils.files import appearing, write_text
 from relvit_d2.utils.hardware import peak_memory
 from relvit_d2.utils.loader_workers import loader_workers
 from relvit_d2.utils.metrics import Metric, from_scalars, parse_row
+from relvit_d2.utils.progress import Progress
 
 PERIOD = 20  # iterations between lines on the console and points in TensorBoard
 SLOW_DATA = 0.5  # fraction of the time spent waiting for data from which on a warning is logged
@@ -88,11 +89,11 @@ class _Board(TensorboardXWriter):
 
 
 class ProgressBar(EventWriter):
-    """A bar of the iterations on stderr, or in a notebook."""
+    """A bar of the iterations in a notebook or on stderr; lines where that is not a terminal."""
 
     def __init__(self, title: str, done: int, total: int) -> None:
-        pause = 0.5 if sys.stderr.isatty() or "ipykernel" in sys.modules else 10.0  # seconds
-        self._bar = tqdm(desc=title, initial=done, total=total, unit="it", mininterval=pause)
+        bar = notebook_bar if "ipykernel" in sys.modules else Progress
+        self._bar = bar(desc=title, initial=done, total=total, unit="it", mininterval=0.5)
 
     def write(self) -> None:
         storage = get_event_storage()
