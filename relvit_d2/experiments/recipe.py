@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from relvit_d2.detection.run import TRAINING_IMAGES
 from relvit_d2.engine.config import EPOCH_KEYS
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.loader_workers import default_workers
@@ -156,7 +157,7 @@ def choose_model(
         UserError: the memory is too small for a single image.
     """
     images = int(np.clip(EPOCHS * data.images, MIN_IMAGES, MAX_IMAGES))
-    encoder, side, why = _encoder_and_side(data, machine, seconds * (1 - PRETRAINING) / images, given, encoders)
+    encoder, side, why = _encoder_and_side(data, machine, seconds * (1 - PRETRAINING), images, given, encoders)
     shorter = max(round(side * data.shorter / data.longer), 1)
     small = data.small_object(side)
     planned = seconds * (1 - PRETRAINING) / _seconds(machine, encoder, side)
@@ -165,15 +166,19 @@ def choose_model(
     parts = next(parts for parts in range(1, batch + 1) if batch % parts == 0 and batch // parts <= fits)
     flip, why_flip = _flip(data.classes)
     limit = int(np.clip(100 * np.ceil(data.most_objects / 100), 100, 1000))
-    reference = Choice(16, "batch of the learning rate")
+    reference = Choice(16, "batch that BASE_LR is for; other batches scale it")
     if "SOLVER.BASE_LR" in given:
         reference = Choice(0, "a given learning rate is not scaled with the batch")
     choices = {
         "MODEL.ENCODER.NAME": Choice(encoder.name, why),
         "MODEL.ENCODER.PATCH_SIZE": Choice(encoder.patch, f"of {encoder.name}"),
-        "MODEL.ENCODER.IMG_SIZE": Choice(-(-side // encoder.patch) * encoder.patch, "grid of the position embedding"),
-        "INPUT.MIN_SIZE_TRAIN": Choice((shorter,), f"shorter side of images of {side} px, in the data's proportion"),
-        "INPUT.MAX_SIZE_TRAIN": Choice(side, f"the smallest tenth of the objects has {small:.0f} px or less then"),
+        "MODEL.ENCODER.IMG_SIZE": Choice(
+            -(-side // encoder.patch) * encoder.patch, "image side of the position embedding"
+        ),
+        "INPUT.MIN_SIZE_TRAIN": Choice((shorter,), f"shorter side; the longer one is {side} px, as in most images"),
+        "INPUT.MAX_SIZE_TRAIN": Choice(
+            side, f"longer side; a tenth of the objects are then at most {small:.0f} px large"
+        ),
         "INPUT.MIN_SIZE_TEST": Choice(shorter, "as in training"),
         "INPUT.MAX_SIZE_TEST": Choice(side, "as in training"),
         "INPUT.RANDOM_FLIP": Choice(flip, why_flip),
@@ -181,12 +186,10 @@ def choose_model(
             data.masks, "every object has a mask" if data.masks else "there are objects without a mask"
         ),
         "MODEL.PYRAMID.STRIDES": _levels(encoder, small),
-        "SOLVER.IMS_PER_BATCH": Choice(
-            batch, f"4 to 16 images; more than 4 if the time allows over {UPDATES} iterations"
-        ),
+        "SOLVER.IMS_PER_BATCH": Choice(batch, f"a power of 2 from 4 to 16, for about {UPDATES} iterations"),
         "SOLVER.REFERENCE_BATCH": reference,
         "SOLVER.GRAD_ACCUM_STEPS": Choice(parts, f"{fits} images fit into half of the free memory"),
-        "SOLVER.BASE_LR": Choice(encoder.rate, f"of {encoder.name} for 16 images, scaled with the batch"),
+        "SOLVER.BASE_LR": Choice(encoder.rate, f"for {encoder.name} and 16 images"),
         "SOLVER.PRECISION": Choice(*machine.precision),
         "TEST.DETECTIONS_PER_IMAGE": Choice(limit, f"the fullest image has {data.most_objects} objects"),
         "DATALOADER.NUM_WORKERS": Choice(*_workers(machine)),
@@ -217,17 +220,21 @@ def _sides(data: Data, given: Given) -> list[int]:
 
 
 def _encoder_and_side(
-    data: Data, machine: Machine, seconds: float, given: Given, encoders: Sequence[Encoder]
+    data: Data, machine: Machine, seconds: float, seen: int, given: Given, encoders: Sequence[Encoder]
 ) -> tuple[Encoder, int, str]:
-    """Return the strongest encoder that resolves small objects in at most ``seconds`` per image, and the image side."""
+    """Return the strongest encoder that resolves small objects and trains on ``seen`` images in the time, and a side.
+
+    The reason, a text, is the third value.
+    """
     sides = _sides(data, given)
     for encoder in encoders:
         fitting = [side for side in sides if _fits(machine, encoder, side)]
         resolved = [side for side in sides if data.small_object(side) >= PATCHES * encoder.patch] or sides[-1:]
-        affordable = [side for side in fitting if _seconds(machine, encoder, side) <= seconds]
+        affordable = [side for side in fitting if _seconds(machine, encoder, side) * seen <= seconds]
         if both := [side for side in affordable if side in resolved]:
             side = next((side for side in both if data.small_object(side) >= SMALL_OBJECT), both[-1])
-            return encoder, side, f"the strongest of {len(encoders)} that sees {EPOCHS} epochs of {side} px in the time"
+            why = f"the largest of {len(encoders)} that can see {seen:,} training images of {side} px in the time"
+            return encoder, side, why
     if not fitting:
         needed = machine.costs[encoder.name].memory * _pixels(sides[0]) / USABLE_MEMORY
         raise UserError(
@@ -247,7 +254,7 @@ def _levels(encoder: Encoder, small: float) -> Choice:
         return Choice(list(encoder.strides), f"of the maps of {encoder.name}")
     finest = next((stride for stride in (8, 4) if 2 * stride <= small), 4)
     strides = [2**power for power in range(2, 7) if finest <= 2**power <= 2 * encoder.patch]
-    return Choice(strides, f"from {finest} px, half of a small object, to twice the patch")
+    return Choice(strides, f"from {finest} px (8, or 4 for objects under 16 px) to twice the patch")
 
 
 def _flip(classes: Iterable[str]) -> tuple[str, str]:
@@ -269,15 +276,15 @@ def _sampler(data: Data) -> Choices:
     seen = f"'{name}', the rarest class, is in {data.classes[name]} of {data.images} images"
     return {
         "DATALOADER.SAMPLER_TRAIN": Choice("RepeatFactorTrainingSampler" if rare else "TrainingSampler", seen),
-        "DATALOADER.REPEAT_THRESHOLD": Choice(
-            threshold if rare else 0.0, f"share of images below which a class is rare: {RARE:g} of the median class's"
-        ),
+        "DATALOADER.REPEAT_THRESHOLD": Choice(threshold, f"{RARE:g} of the median class's share of images: rare below")
+        if rare
+        else Choice(0.0, f"no class has less than {RARE:g} of the median class's share of images"),
     }
 
 
 def _workers(machine: Machine) -> tuple[int, str]:
     on_gpu = machine.device.startswith("cuda")
-    reason = "at most 8" if on_gpu else "a quarter of them, since the model needs the others"
+    reason = "at most 8" if on_gpu else "a quarter of them but at least 1, since the model needs the others"
     return default_workers(machine.device, machine.cores), f"{machine.cores} cores, {reason}"
 
 
@@ -335,19 +342,23 @@ def choose_schedules(
     once = data.evaluated * timing.image
     count = int(np.clip(EVALUATING * seconds / once, 1, EVALUATIONS)) if once else 0
     if once and iterations and period:
-        count = max(iterations // period, 1)
+        count = -(-iterations // period)
     commands = 2 if timing.pretraining else 1
     views = PRETEXT_EVALUATIONS * (data.evaluated or min(data.images, 256)) * timing.view
-    other = (commands + 1) * timing.start + (count + 1) * once + views
+    last = min(data.images, TRAINING_IMAGES) * timing.image if once else 0.0  # evaluation on training images
+    other = (commands + 1) * timing.start + count * once + last + views
     rest = MARGIN * seconds - other
     before = PRETRAINING * rest if timing.pretraining else 0.0
     if not iterations:
         iterations = int((rest - before) / timing.training)
-        why = f"{timing.training:.2g} s each; fills the time left by pre-training, evaluation and starts"
+        why = f"in the time that pre-training, evaluations and starts leave, {timing.training:.2g} s each"
         if iterations < least:
+            share = PRETRAINING if timing.pretraining else 0.0
+            more = (least * timing.training / (1 - share) + other) / (MARGIN - EVALUATING) - seconds
             raise UserError(
                 f"the time is too short: {max(iterations, 0)} iterations of {timing.training:.2g} s fit in beside "
-                f"{other:.0f} s for starts and evaluations; give more --hours"
+                f"{other:.0f} s for starts and evaluations, but {least} are needed: add {more / 3600 + 0.005:.2f} or "
+                "more to --hours"
             )
     pretraining = _pretraining_schedule(timing, before)
     expected = other + iterations * timing.training + (before if timing.pretraining else 0.0)
@@ -355,10 +366,12 @@ def choose_schedules(
 
 
 def _training_schedule(data: Data, iterations: int, why: str, count: int, given: Given) -> Choices:
-    period = given.get("TEST.EVAL_PERIOD", max(iterations // count, 1) if count else 0)
+    # Rounded up: one after the last iteration is in any case.
+    period = given.get("TEST.EVAL_PERIOD", -(-iterations // count) if count else 0)
     metric = given.get("TEST.BEST_METRIC", "bbox/AP") if period and data.evaluated else ""
-    patience = int(np.ceil(PATIENT * (iterations // period))) if metric and iterations // period >= 4 else 0
-    evaluated = f"{iterations // max(period, 1)} evaluations, which take at most {EVALUATING:.0%} of the time"
+    number = -(-iterations // period) if period else 0
+    patience = int(np.ceil(PATIENT * number)) if metric and number >= 4 else 0
+    evaluated = f"{number} evaluations, which take at most {EVALUATING:.0%} of the time"
     return {
         "SOLVER.MAX_ITER": Choice(iterations, why),
         "SOLVER.WARMUP_ITERS": Choice(iterations // 20, "a twentieth of the iterations"),
@@ -367,7 +380,7 @@ def _training_schedule(data: Data, iterations: int, why: str, count: int, given:
         "TEST.EVAL_PERIOD": Choice(period, evaluated if data.evaluated else "there are no validation images"),
         "TEST.BEST_METRIC": Choice(metric, "the best of them is kept" if metric else "there are no evaluations"),
         "TEST.PATIENCE": Choice(
-            patience, f"early stopping after {PATIENT:.0%} of the evaluations without a better AP, if there are 4"
+            patience, f"evaluations without a better AP that end it: {PATIENT:.0%} of all, 0 (never) of less than 4"
         ),
     }
 

@@ -115,15 +115,23 @@ def test_the_schedule_fills_the_time(pretraining: float) -> None:
     data, timing = data_of(80), Timing(pretraining, 0.5, 12.0, 0.05, 0.004 if pretraining else 0.0)
     before, training, expected = choose_schedules(data, timing, 1800, {}, 8)
     planned = (3 if pretraining else 2) * timing.start
-    planned += (training["SOLVER.MAX_ITER"].value // training["TEST.EVAL_PERIOD"].value + 1) * data.evaluated * 0.05
+    evaluations = -(-training["SOLVER.MAX_ITER"].value // training["TEST.EVAL_PERIOD"].value)
+    planned += (evaluations * data.evaluated + 100) * 0.05  # at the end also of 100 training images
     planned += training["SOLVER.MAX_ITER"].value * timing.training
     if before:
         planned += before["SOLVER.MAX_ITER"].value * pretraining
         planned += 4 * data.evaluated * timing.view
     assert MARGIN * 1800 - 2 < planned <= MARGIN * 1800 + 0.01
     assert abs(expected - planned) < 1
-    with pytest.raises(UserError, match=r"the time is too short: \d+ iterations of 0.5 s fit in beside \d+ s"):
-        choose_schedules(data, timing, 40, {}, 8)
+    sentence = (
+        r"the time is too short: \d+ iterations of 0.5 s fit in beside \d+ s .* but 20 are needed: add ([\d.]+) or"
+    )
+    for seconds in (5, 40):
+        with pytest.raises(UserError, match=sentence) as error:
+            choose_schedules(data, timing, seconds, {}, 8)
+        more = re.search(sentence, str(error.value))
+        assert more
+        choose_schedules(data, timing, seconds + 3600 * float(more[1]), {}, 8)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +153,7 @@ def test_warm_up_and_periods_follow_a_given_length(given: dict[str, float], iter
 def test_evaluations_take_a_tenth_of_the_time_and_follow_a_given_period() -> None:
     slow = TIMING._replace(image=1.5)  # 60 s for an evaluation
     chosen = values(choose_schedules(data_of(80), slow, 1800, {}, 8).training)
-    assert chosen["SOLVER.MAX_ITER"] // chosen["TEST.EVAL_PERIOD"] == 3  # type: ignore[operator]
+    assert -(-chosen["SOLVER.MAX_ITER"] // chosen["TEST.EVAL_PERIOD"]) == 3  # type: ignore[operator]
     assert chosen["TEST.PATIENCE"] == 0
     given = {"TEST.EVAL_PERIOD": 50, "SOLVER.MAX_ITER": 400}
     assert values(choose_schedules(data_of(80), slow, 1800, given, 8).training)["SOLVER.CHECKPOINT_PERIOD"] == 50
