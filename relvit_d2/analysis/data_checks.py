@@ -6,7 +6,7 @@ one message each.
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import combinations
@@ -30,6 +30,7 @@ from relvit_d2.data.images.similarity import pixel_digest
 from relvit_d2.data.subsets import subset
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.hardware import cores
+from relvit_d2.utils.progress import Progress
 
 Report = dict[str, Any]
 
@@ -259,15 +260,13 @@ def check_images(
     sets: Mapping[str, Sequence[Record | ImageFile]],
     cfg: CfgNode,
     strict: bool,
-    progress: Callable[[], object] | None = None,
 ) -> Report:
-    """Decode and check every image.
+    """Decode and check every image; show the progress.
 
     Args:
         sets: records or image files by name of the data set.
         cfg: for the number of channels and the range of values.
         strict: whether an unreadable image stops the training or is skipped.
-        progress: called after each image.
 
     Returns:
         ``images``: numbers of images ``read``, ``unreadable`` and of ``one_colour``; ``duplicates``: lists of files
@@ -283,10 +282,9 @@ def check_images(
     unique = {str(file): file for items in sets.values() for file in map(file_of, items)}
     facts: dict[str, ImageFacts] = {}
     with ThreadPoolExecutor(cores()) as pool:
-        for fact in pool.map(partial(_read_facts, pixel_format=PixelFormat.of(cfg)), unique.values()):
+        read = pool.map(partial(_read_facts, pixel_format=PixelFormat.of(cfg)), unique.values())
+        for fact in Progress(read, desc="checking images", total=len(unique), unit="image"):
             facts[fact.path] = fact
-            if progress:
-                progress()
     if unreadable := [fact.error for fact in facts.values() if fact.error]:
         messages = errors if strict else warnings
         messages.append(_message(" and ".join(sets), "images that cannot be read", unreadable))

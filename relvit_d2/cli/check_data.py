@@ -48,7 +48,6 @@ def run(args: argparse.Namespace) -> None:
         check_images,
         check_labels,
         check_seen,
-        file_of,
         raise_first_error,
         read_sets,
         unrecognised_warnings,
@@ -57,7 +56,6 @@ def run(args: argparse.Namespace) -> None:
     from relvit_d2.data.images.decode import PixelFormat
     from relvit_d2.report.samples import MARKS, draw_samples, samples_of
     from relvit_d2.tasks import load_config, read_config
-    from relvit_d2.utils.progress import Progress
 
     if args.config_file:
         pairs = [*config_pairs(args.folder, read_config(args.config_file, []).TASK), *args.data]
@@ -82,10 +80,7 @@ def run(args: argparse.Namespace) -> None:
     if labelled:
         report = check_labels(sets, classes, cfg, tuple(dict.fromkeys(cfg.DATASETS.TRAIN)), tests)
         print_labels(report, len(classes))
-    with Progress(
-        desc="images", total=len({str(file_of(item)) for items in sets.values() for item in items}), unit="image"
-    ) as bar:
-        images = check_images(sets, cfg, not cfg.DATASETS.SKIP_UNREADABLE, bar.update)
+    images = check_images(sets, cfg, not cfg.DATASETS.SKIP_UNREADABLE)
     print_images(images, cfg)
     report = {**report, **images, **{key: report[key] + images[key] for key in ("errors", "warnings")}}
     if args.against:

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     start = recipe.add_mutually_exclusive_group()
     start.add_argument("--no-pretrain", action="store_true", help="train from scratch")
     start.add_argument("--weights", default="", help="start from timm:NAME, a file or a run's folder")
-    recipe.add_argument("--dry-run", action="store_true", help="print the recipe and the time only")
+    recipe.add_argument("--dry-run", action="store_true", help="only write and print the recipe and the expected time")
     add_training_arguments(parser, task="detection")
     parser.set_defaults(defaults={name: parser.get_default(name) for name in CONFIG_ONLY})
 

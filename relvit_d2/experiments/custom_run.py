@@ -21,6 +21,7 @@ from relvit_d2.analysis.anchors import SAMPLE, Anchors, proposal, training_boxes
 from relvit_d2.analysis.data_checks import check_images, check_labels, raise_first_error
 from relvit_d2.analysis.model_cost import step_cost
 from relvit_d2.config.config_file import override_words
+from relvit_d2.conversion.checkpoint_file import read_file
 from relvit_d2.conversion.encoder_file import read_weights
 from relvit_d2.data.detection.catalog import get_metadata
 from relvit_d2.data.detection.custom import config_pairs, register_custom
@@ -44,6 +45,7 @@ from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import make_folder, write_json, write_text
 from relvit_d2.utils.hardware import cores, device_name, free_memory
 from relvit_d2.utils.printing import print_text, printable, shell_command
+from relvit_d2.utils.progress import Progress
 
 CONFIG, PRETRAINING_CONFIG = "configs/custom.yaml", "configs/ssl/custom.yaml"
 SHOWN = 3  # pictures of detections
@@ -92,7 +94,7 @@ def train_custom(request: Request, dry_run: bool, run: Runner) -> None:
 
     Args:
         request: of the user.
-        dry_run: only print the recipe.
+        dry_run: only write and print the recipe.
         run: runs a command.
 
     Raises:
@@ -261,7 +263,7 @@ def measure_machine(cfg: CfgNode, pairs: Sequence[Any], encoders: Sequence[Encod
     costs = {}
     left_out = ("MODEL.ANCHOR_GENERATOR.", "MODEL.PYRAMID.STRIDES", "OUTPUT_DIR")
     shared = {key: value for key, value in zip(pairs[::2], pairs[1::2], strict=True) if not key.startswith(left_out)}
-    for encoder in encoders:
+    for encoder in Progress(encoders, desc="measuring encoders", unit="encoder"):
         keys = {
             "MODEL.ENCODER.NAME": encoder.name,
             "MODEL.ENCODER.PATCH_SIZE": encoder.patch,
@@ -429,16 +431,22 @@ class Files:
         records = next(iter(evaluation_sets(cfg).values()), None) or training_records(cfg)
         step = max(len(records) // SHOWN, 1)
         shown = [record["file_name"] for record in records[::step][:SHOWN]]
-        words = ["predict", "--weights", str(detector), "--input", *shown, "--output", str(pictures)]
+        best = detector / "model_best.pth"
+        weights = str(best if best.exists() else detector)
+        words = ["predict", "--weights", weights, "--input", *shown, "--output", str(pictures)]
         self.run_command("predict", words, self.output / "predict", 0)
         results = detector / "inference/results.json"
         for name, found in json.loads(results.read_text(encoding="utf-8")).items() if data.evaluated else ():
-            print_text(f"AP on {name}: {found['bbox']['AP'] or 0:.1f}, AP50 {found['bbox']['AP50'] or 0:.1f}")
+            ap, ap50 = (found["bbox"][key] or 0 for key in ("AP", "AP50"))
+            print_text(f"AP on {name} after the last iteration: {ap:.1f}, AP50 {ap50:.1f}")
             analysis = analyze_detections(detector / "inference", name, cfg.TEST.DETECTIONS_PER_IMAGE)
             if analysis and analysis.interval:
                 low, high = analysis.interval
                 print_text(f"95 % interval of AP by the {analysis.count} images: {low:.1f} to {high:.1f}")
-        following = shell_command(["relvit-d2", "predict", "--weights", str(detector), "--input", "IMAGES"])
+        if best.exists():
+            saved = read_file(best)
+            print_text(f"best model: {saved['metric']} {saved['value']:.1f} after iteration {saved['iteration'] + 1}")
+        following = shell_command(["relvit-d2", "predict", "--weights", weights, "--input", "IMAGES"])
         print_text(f"report: {detector}/report.html\npictures: {pictures}\nnext: {following}")
 
 
