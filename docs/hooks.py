@@ -1,5 +1,6 @@
-"""MkDocs hooks: pages that are generated from files outside ``docs/``, from config keys and from a notebook."""
+"""MkDocs hooks: pages that are generated from files outside ``docs/``, commands, config keys and a notebook."""
 
+import argparse
 import ast
 import io
 import json
@@ -8,11 +9,13 @@ import os
 import re
 import tempfile
 import tokenize
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from detectron2.config import get_cfg
 
+from relvit_d2.cli import COMMANDS, parser_of
 from relvit_d2.config.config_file import flat
 from relvit_d2.detection.config import DETECTION
 from relvit_d2.tasks import TASKS
@@ -121,6 +124,16 @@ def config_page() -> str:
     return "\n".join(parts) + "\n"
 
 
+def commands_page() -> str:
+    """Return the page of all commands."""
+    parts = ["# Commands", "", "The help texts of all commands, as `relvit-d2 COMMAND --help` prints them.", ""]
+    for name in COMMANDS:
+        parser = parser_of(name)
+        parser.formatter_class = partial(argparse.RawDescriptionHelpFormatter, width=100)
+        parts += [f"## {name}", "", "```text", parser.format_help().rstrip(), "```", ""]
+    return "\n".join(parts)
+
+
 def _row(*cells: str) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -177,7 +190,7 @@ def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
     from mkdocs.structure.files import File
 
     made = {page: page_of(name) for name, page in PAGES.items()}
-    made |= {"config.md": config_page(), NOTEBOOK_PAGE: notebook_page()}
+    made |= {"commands.md": commands_page(), "config.md": config_page(), NOTEBOOK_PAGE: notebook_page()}
     for name, text in made.items():
         files.append(File.generated(config, name, content=text))
     return files

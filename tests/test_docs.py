@@ -21,7 +21,7 @@ from detectron2.config import get_cfg
 
 from benchmarks.harness import arguments as benchmark_arguments
 from benchmarks.recipe import build_parser as recipe_parser
-from docs.hooks import PAGES, ROOT, config_modules, config_page, keys_of, page_of
+from docs.hooks import PAGES, ROOT, commands_page, config_modules, config_page, keys_of, page_of
 from relvit_d2.cli import COMMANDS, main, module_of, parser_of
 from relvit_d2.config.config_file import COMMANDS as TRAINING_COMMANDS
 from relvit_d2.config.config_file import flat
@@ -364,6 +364,14 @@ def test_every_key_is_documented_once_with_its_default_and_a_comment() -> None:
                 assert ast.literal_eval(key.default) == found[name][key.name]
     for without in DETECTION.without_effect:
         assert page.count(f"| `{without}` |") == 1
+
+
+def test_every_option_of_every_command_is_documented() -> None:
+    sections = dict(zip(COMMANDS, re.split(r"^## .*$", commands_page(), flags=re.M)[1:], strict=True))
+    for name, text in sections.items():
+        for action in parser_of(name)._actions:
+            assert all(re.search(rf"(?<![\w-]){option}(?![\w-])", text) for option in action.option_strings)
+            assert not action.option_strings or action.help, f"{name} {action.option_strings} has no help"
 
 
 def test_a_comment_is_the_one_beside_its_key_or_above_it() -> None:

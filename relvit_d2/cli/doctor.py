@@ -83,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
         check_data()
         if args.data:
             check_folder(args.data)
+        else:
+            row("  your images", "relvit-d2 train --data FOLDER")
         print_text("\nTraining can start.")
         return 0
     print_text("\nTraining cannot start. To install what is missing:")
@@ -216,7 +218,6 @@ def check_data() -> None:
             absent += 1
     if absent:
         row("  other data sets", f"{absent} known but not there: relvit-d2 prepare-data NAME; the demo needs none")
-    row("  your images", "relvit-d2 train --data FOLDER")
 
 
 def check_folder(data: str) -> None:
@@ -225,8 +226,6 @@ def check_folder(data: str) -> None:
     Raises:
         UserError: the folder is missing, or contains no labels that can be read.
     """
-    from pathlib import Path
-
     from relvit_d2.data.detection.catalog import get_images
     from relvit_d2.data.detection.custom import named_sets, open_folder, register_custom
 

@@ -58,6 +58,9 @@ def run_training(args: argparse.Namespace, example: str) -> int:
         example: valid command lines, for the error of a missing config.
     """
     if not args.config_file:
+        if args.opts and Path(args.opts[0]).exists() and args.task != "classification":
+            option = "--data" if Path(args.opts[0]).is_dir() else "--config-file"
+            raise UserError(f"'{args.opts[0]}' is not a config key: give it as {option} {args.opts[0]}")
         raise UserError(f"--config-file is missing; for example: {example}")
     find_config(args.config_file)
     from relvit_d2.engine import distributed

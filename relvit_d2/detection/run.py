@@ -38,7 +38,7 @@ from relvit_d2.detection.model import build_detector
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.run_setup import save_config, start_run
 from relvit_d2.engine.trainer import Trainer
-from relvit_d2.engine.weights import load_trained, load_weights
+from relvit_d2.engine.weights import best_or_last, load_trained, load_weights
 from relvit_d2.evaluation.base import UNREADABLE, ReadableEvaluators
 from relvit_d2.evaluation.coco import CocoStyleEvaluator, without_mask
 from relvit_d2.evaluation.kitti import KittiEvaluator
@@ -399,6 +399,6 @@ def run_process(requested: CfgNode, args: argparse.Namespace, end: Callable[[Pat
     if comm.is_main_process():
         end(
             Path(cfg.OUTPUT_DIR),
-            shell_command(["relvit-d2", "predict", "--weights", cfg.OUTPUT_DIR, "--input", "IMAGES"]),
+            shell_command(["relvit-d2", "predict", "--weights", best_or_last(cfg.OUTPUT_DIR), "--input", "IMAGES"]),
         )
     check_expected_results(cfg, results)

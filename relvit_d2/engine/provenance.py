@@ -24,7 +24,7 @@ def provenance(cfg: CfgNode) -> dict[str, str]:
     return {
         "command": command_line(),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "machine": f"{device_name(cfg.MODEL.DEVICE)}, {comm.get_world_size()} processes",
+        "machine": f"{device_name(cfg.MODEL.DEVICE)}, processes: {comm.get_world_size()}",
         "precision": f"{precision.name} ({precision.reason})",
         "versions": VERSIONS,
         "commit": _commit(),

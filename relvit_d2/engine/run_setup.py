@@ -13,11 +13,10 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from fvcore.common.config import CfgNode
 
-from relvit_d2.engine.provenance import VERSIONS
+from relvit_d2.engine.provenance import VERSIONS, command_line
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import remove_leftovers, write_text
 from relvit_d2.utils.hardware import device_name
-from relvit_d2.utils.printing import shell_command
 from relvit_d2.utils.randomness import seed_everything
 
 LOGGERS = {"relvit_d2": "relvit", "detectron2": "d2", "fvcore": "fvcore"}
@@ -85,11 +84,11 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
             "another folder, or set the environment variable PYTHONUTF8=1"
         ) from error
     silence_warnings()
-    device = f"{device_name(cfg.MODEL.DEVICE)}, {torch.get_num_threads()} threads"
+    device = f"{device_name(cfg.MODEL.DEVICE)}, threads: {torch.get_num_threads()}"
     logger.info(f"{VERSIONS}, {device}")
     if kind == "mps":
         logger.warning("MODEL.DEVICE mps is untested: compare a short run with MODEL.DEVICE cpu")
-    logger.info(f"command: {shell_command(sys.argv)}")
+    logger.info(f"command: {command_line()}")
     seed_everything(cfg.SEED, "model")
 
 

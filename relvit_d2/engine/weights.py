@@ -55,6 +55,12 @@ def load_weights(cfg: CfgNode, model: nn.Module, encoder: Encoder, input_format:
     return _load_checkpoint(cfg, model, weights, ENOUGH).get("metadata", {})
 
 
+def best_or_last(output: str | Path) -> str:
+    """Return ``model_best.pth`` of a run if there is one, else its folder, which stands for the last checkpoint."""
+    best = Path(output) / "model_best.pth"
+    return str(best if best.is_file() else output)
+
+
 def run_config(weights: str | Path, config_file: str | Path, overrides: Sequence[Any], task: Task) -> CfgNode:
     """Return the config of a trained model, adapted to this machine.
 

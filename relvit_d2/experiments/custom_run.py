@@ -32,7 +32,7 @@ from relvit_d2.engine.checkpoint import check_space, download
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.run_lock import run_lock
 from relvit_d2.engine.run_setup import move_earlier_run, silence_warnings
-from relvit_d2.engine.weights import holds_encoder
+from relvit_d2.engine.weights import best_or_last, holds_encoder
 from relvit_d2.evaluation.coco import without_mask
 from relvit_d2.experiments import recipe
 from relvit_d2.experiments.commands import TRIAL_KEYS, Runner, run_trial
@@ -140,7 +140,7 @@ def train_custom(request: Request, dry_run: bool, run: Runner) -> None:
             with run_lock(folder):
                 move_earlier_run(folder)
     files.run(data)
-    print_text(f"{time.monotonic() - started:.0f} s of the planned {expected:.0f} s")
+    print_text(f"time: {time.monotonic() - started:.0f} s, planned {expected:.0f} s")
 
 
 def weights_choices(cfg: CfgNode, weights: str) -> Choices:
@@ -431,8 +431,7 @@ class Files:
         records = next(iter(evaluation_sets(cfg).values()), None) or training_records(cfg)
         step = max(len(records) // SHOWN, 1)
         shown = [record["file_name"] for record in records[::step][:SHOWN]]
-        best = detector / "model_best.pth"
-        weights = str(best if best.exists() else detector)
+        weights = best_or_last(detector)
         words = ["predict", "--weights", weights, "--input", *shown, "--output", str(pictures)]
         self.run_command("predict", words, self.output / "predict", 0)
         results = detector / "inference/results.json"
@@ -443,8 +442,8 @@ class Files:
             if analysis and analysis.interval:
                 low, high = analysis.interval
                 print_text(f"95 % interval of AP by the {analysis.count} images: {low:.1f} to {high:.1f}")
-        if best.exists():
-            saved = read_file(best)
+        if weights.endswith(".pth"):
+            saved = read_file(Path(weights))
             print_text(f"best model: {saved['metric']} {saved['value']:.1f} after iteration {saved['iteration'] + 1}")
         following = shell_command(["relvit-d2", "predict", "--weights", weights, "--input", "IMAGES"])
         print_text(f"report: {detector}/report.html\npictures: {pictures}\nnext: {following}")

@@ -75,8 +75,8 @@ def environment() -> Environment:
 
 
 def _verdict(run: Run) -> str:
-    last = f" after {int(run.rows[-1]['iteration']) + 1} iterations" if run.rows else ""
-    return ("; ".join(summary(run)) or "no evaluation yet") + last
+    last = f"after {int(run.rows[-1]['iteration']) + 1} iterations: " if run.rows else ""
+    return last + ("; ".join(summary(run)) or "no evaluation yet")
 
 
 def _pretraining_pictures(runs: Sequence[Run]) -> list[Picture]:

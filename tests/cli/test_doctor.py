@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.custom_data import write_yolo
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCTOR = ("-m", "relvit_d2", "doctor")
 
@@ -45,6 +47,17 @@ def test_data_sets_are_counted(samples: Path) -> None:
     done = run(sys.executable, *DOCTOR, DETECTRON2_DATASETS=str(samples))
     assert value(done.stdout, "voc_2007_trainval") == "54 images"
     assert value(done.stdout, "voc_2007_test") == "26 images"
+
+
+def test_a_folder_of_the_user_is_reported(tmp_path: Path) -> None:
+    root = write_yolo(tmp_path / "cells")
+    done = run(sys.executable, *DOCTOR, "--data", root)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert value(done.stdout, "custom data") == f"{root}, format yolo"
+    assert int(value(done.stdout, "train").removesuffix(" images")) == len(list((root / "images/train").iterdir()))
+    missing = run(sys.executable, *DOCTOR, "--data", tmp_path / "nothing")
+    assert (missing.returncode, missing.stderr.count("\n")) == (1, 1)
+    assert re.search("^error: the data folder '.*nothing' does not exist", missing.stderr)
 
 
 def test_without_packages_the_command_that_installs_them_is_printed() -> None:

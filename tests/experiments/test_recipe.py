@@ -262,6 +262,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
         (("--data", tmp_path / "photos"), "relvit-d2 pretrain --data takes images without labels"),
         (("--data", tmp_path / "nothing", "--dry-run"), "the data folder '.*nothing' does not exist"),
         (("--data", root / "data.yaml", "--dry-run"), "the data folder '.*data.yaml' is a file, not a folder"),
+        ((root,), "cells' is not a config key: give it as --data "),
         ((), "for example: relvit-d2 train --data path/to/folder --hours 0.5 or relvit-d2 train --config-file"),
         (("--data", root, "--weights", tmp_path / "no.pth"), "--weights '.*no.pth' does not exist"),
     ):

@@ -90,7 +90,10 @@ def _objects(row: dict[str, Any], where: str, class_names: tuple[str, ...]) -> I
         place = f"{where}, object {number}"
         if class_names and isinstance(name, int):
             if not 0 <= name < len(class_names):
-                raise UserError(f"{place} has the class {name}, but only 0 to {len(class_names) - 1} have a name")
+                raise UserError(
+                    f"{place} has the class {name}, but only 0 to {len(class_names) - 1} have a name: name it or "
+                    "correct it"
+                )
             name = class_names[name]
         yield {"category_id": name, "where": place, "bbox": box}
 

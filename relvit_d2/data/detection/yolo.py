@@ -203,7 +203,9 @@ def _annotation(
     if number not in category_ids:
         known = list(category_ids)
         named = ", ".join(map(str, known)) if len(known) < 9 else f"{known[0]} to {known[-1]}"
-        raise UserError(f"{where} has the class {number}, but only the classes {named} have a name: name it too")
+        raise UserError(
+            f"{where} has the class {number}, but only the classes {named} have a name: name it or correct it"
+        )
     try:
         values = [float(text) for text in fields[1:]]
     except ValueError as error:
