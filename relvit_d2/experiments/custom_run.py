@@ -140,7 +140,7 @@ def train_custom(request: Request, dry_run: bool, run: Runner) -> None:
             with run_lock(folder):
                 move_earlier_run(folder)
     files.run(data)
-    print_text(f"time: {time.monotonic() - started:.0f} s, planned {expected:.0f} s")
+    print_text(f"{time.monotonic() - started:.0f} s of the planned {expected:.0f} s")
 
 
 def weights_choices(cfg: CfgNode, weights: str) -> Choices:
