@@ -89,7 +89,8 @@ def train(
         keys: config keys, which override the file or the recipe.
 
     Returns:
-        The folder of the detector, for :func:`evaluate` and ``load_detector``.
+        The folder of the detector, for :func:`evaluate` and ``load_detector``, which load its last checkpoint;
+        ``model_best.pth`` in it is the checkpoint with the best AP, if the run was evaluated while it trained.
 
     Raises:
         UserError: the data, the config or a key is invalid, or the time is too short.

@@ -300,7 +300,7 @@ def test_the_examples_of_the_api_run(samples: Path, tmp_path: Path) -> None:
     notebook = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     code = "\n".join(code for _, code in fences(ROOT / "docs/api.md", "python"))
     for name, text in (("api", code), ("notebook", notebook)):
-        short = re.sub(r"hours=[\d.]+", "hours=0.06", text)
+        short = re.sub(r"hours=[\d.]+", 'hours=0.06, **{"SOLVER.MAX_ITER": 8}', text)
         short = re.sub(r'"SOLVER.MAX_ITER": \d+, "SOLVER.WARMUP_ITERS": \d+', '"SOLVER.MAX_ITER": 2', short)
         assert short != text
         short = short.replace('"SOLVER.MAX_ITER": 2', '"SOLVER.MAX_ITER": 2, "SOLVER.WARMUP_ITERS": 0')
