@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import time
@@ -436,7 +437,8 @@ class Files:
         self.run_command("predict", words, self.output / "predict", 0)
         results = detector / "inference/results.json"
         for name, found in json.loads(results.read_text(encoding="utf-8")).items() if data.evaluated else ():
-            ap, ap50 = (found["bbox"][key] or 0 for key in ("AP", "AP50"))
+            values = (found["bbox"][key] for key in ("AP", "AP50"))
+            ap, ap50 = (math.nan if value is None else value for value in values)  # without objects
             print_text(f"AP on {name} after the last iteration: {ap:.1f}, AP50 {ap50:.1f}")
             analysis = analyze_detections(detector / "inference", name, cfg.TEST.DETECTIONS_PER_IMAGE)
             if analysis and analysis.interval:
