@@ -13,12 +13,7 @@ from typing import Any
 
 import numpy as np
 from detectron2.data.samplers import RepeatFactorTrainingSampler
-from detectron2.evaluation import (
-    DatasetEvaluator,
-    inference_on_dataset,
-    print_csv_format,
-    verify_results,
-)
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format, verify_results
 from detectron2.modeling import GeneralizedRCNN, GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from fvcore.common.config import CfgNode

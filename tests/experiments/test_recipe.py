@@ -9,23 +9,21 @@ import numpy as np
 import pytest
 
 from relvit_d2.detection.run import repeat_factors
-from relvit_d2.experiments.custom_run import CONFIG, anchor_choices, recipe_yaml
+from relvit_d2.experiments.custom_measurements import CONFIG, anchor_choices
+from relvit_d2.experiments.custom_run import recipe_yaml
 from relvit_d2.experiments.recipe import (
     ENCODERS,
-    EVALUATIONS,
-    MARGIN,
     Choice,
     Choices,
     Cost,
     Data,
     Machine,
-    Timing,
     candidates,
     choose_model,
-    choose_schedules,
     pretraining_choices,
     with_given,
 )
+from relvit_d2.experiments.recipe_schedule import EVALUATIONS, MARGIN, Timing, choose_schedules
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
 from tests.support.custom_data import picture, write_yolo, yolo_folder
@@ -276,7 +274,8 @@ def test_a_folder_becomes_a_detector(tmp_path: Path) -> None:
     output = ("OUTPUT_DIR", tmp_path / "run")
     words = ("relvit-d2", "train", "--data", root, "--hours", 0.1, *output, "SOLVER.MAX_ITER", 30)
     done = run(tmp_path, *words, "MODEL.ENCODER.NAME", "vit_nano")
-    assert "reason" in done.stdout and "next: relvit-d2 predict" in done.stdout
+    assert "reason" in done.stdout and "best model: bbox/AP" in done.stdout
+    assert re.search("next: relvit-d2 predict --weights .*/run/detector/model_best.pth --input IMAGES", done.stdout)
     for name in ("recipe.yaml", "pretraining.yaml", "detector/report.html", "pretraining/encoder.safetensors"):
         assert (tmp_path / "run" / name).is_file(), name
     assert list((tmp_path / "run/predictions").glob("*.png"))
