@@ -4,7 +4,8 @@
 ``configs/voc_vit_s.yaml``: decoding, resizing, flipping, boxes. ``loader_S`` is the detection data loader with batches
 of 16 and no worker processes. ``reader`` is the image reader of pre-training, compared with Detectron2's
 ``read_image``. The images are the VOC samples under ``$RELVIT_SAMPLES``, or else JPEGs of smoothed noise with three
-boxes each. The ratio is the speed-up in CPU time, of the fastest round of each side.
+boxes each. ``mapper_S_cached`` reads pixels that DATALOADER.CACHE has kept. The ratio is the speed-up in CPU time, of
+the fastest round of each side.
 
 ``workers_224`` compares this project's loader with torch's ``DataLoader``: the same mapper, images and batches, two
 worker processes, from their start to their end. The ratio is the median over rounds, each of which reads with both in
@@ -37,6 +38,7 @@ from benchmarks.pretrain import draw_images
 from relvit_d2.data.detection.catalog import VOC_CLASSES
 from relvit_d2.data.detection.mapper import DetectionMapper, ImageReader
 from relvit_d2.data.detection.voc import load_voc
+from relvit_d2.data.images.pixel_cache import PixelCache
 from relvit_d2.data.loader import ordered_batches
 from relvit_d2.detection.run import training_batches
 from relvit_d2.tasks import load_config
@@ -58,10 +60,13 @@ def main() -> None:
         pairs: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {}
         for side, path in CONFIGS.items():
             cfg = load_config(path, ["MODEL.MASK_ON", "False", "DATALOADER.NUM_WORKERS", "0"])
-            pairs[f"mapper_{side}"] = (over(records, DetectionMapper(cfg)), over(records, DatasetMapper(cfg)))
+            theirs = over(records, DatasetMapper(cfg))
+            pairs[f"mapper_{side}"] = over(records, DetectionMapper(cfg)), theirs
+            cached = DetectionMapper(cfg, pixels=PixelCache(folder=Path(folder), share=2**30))
+            pairs[f"mapper_{side}_cached"] = over(records, cached), theirs
             pairs[f"loader_{side}"] = loaders(cfg, records)
         files = [record["file_name"] for record in records]
-        pairs["reader"] = over(files, ImageReader(longest=512)), over(files, plain_reader)
+        pairs["reader"] = over(files, ImageReader(PixelCache(longest=512))), over(files, plain_reader)
         rows = [row(name, *pair, len(records), budget) for name, pair in pairs.items()]
         print_rows([*rows, workers_row(records * 8, 4 * budget)], args)
 

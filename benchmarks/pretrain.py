@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.harness import Row, arguments, matrix_rate, print_rows
 from benchmarks.plain import pair_loss_plain, plain_patches, plain_view
 from relvit_d2.data.detection.mapper import ImageReader
+from relvit_d2.data.images.pixel_cache import PixelCache
 from relvit_d2.engine.optimizer import build_clipper, build_optimizer
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.pretext.layout import PatchLayout
@@ -146,7 +147,7 @@ class LoopedViews(torch.utils.data.Dataset[Tensor]):
     """Views of the plain pipeline, computed one by one in a loader worker."""
 
     def __init__(self, files: list[Path], config: ViewConfig, longest: int) -> None:
-        self._files, self._config, self._read = files, config, ImageReader(longest)
+        self._files, self._config, self._read = files, config, ImageReader(PixelCache(longest=longest))
 
     def __len__(self) -> int:
         return len(self._files)

@@ -14,6 +14,7 @@ from fvcore.common.config import CfgNode
 from relvit_d2.data.detection import catalog
 from relvit_d2.data.detection.mapper import DetectionMapper
 from relvit_d2.data.images.decode import ImageInput, PixelFormat
+from relvit_d2.data.images.pixel_cache import PixelCache
 from relvit_d2.detection.config import DETECTION
 from relvit_d2.detection.model import build_detector
 from relvit_d2.engine.precision import choose_precision
@@ -34,7 +35,7 @@ class Detector:
         self.class_names, self.threshold = list(class_names), threshold
         self.channels: int = cfg.INPUT.CHANNELS
         self._model = model.eval()
-        self._mapper = DetectionMapper(cfg, is_train=False)
+        self._mapper = DetectionMapper(cfg, is_train=False, pixels=PixelCache(PixelFormat.of(cfg)))
         self._pixels = PixelFormat.of(cfg)
         self._precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE))
 

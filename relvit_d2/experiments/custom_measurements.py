@@ -113,7 +113,8 @@ def measure_machine(cfg: CfgNode, pairs: Sequence[Any], encoders: Sequence[Encod
         subject = detector_subject(load_config(CONFIG, override_words(shared | keys)))
         costs[encoder.name] = recipe.Cost(*step_cost(subject, 2))
     precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(device))
-    return Machine(device, cores(), free_memory(device), (precision.name, precision.reason), costs)
+    memory = free_memory(device), free_memory("cpu")
+    return Machine(device, cores(), *memory, (precision.name, precision.reason), costs)
 
 
 def anchor_choices(data: Data, cfg: CfgNode) -> Choices:

@@ -106,7 +106,7 @@ def train_custom(request: Request, dry_run: bool, run: Runner) -> None:
     machine = measure_machine(cfg, [*pairs, *request.opts], encoders)
     encoder, choices = recipe.choose_model(data, machine, seconds, known, encoders)
     choices |= pinned
-    files = Files(request, given, pairs, output, recipe.pretraining_choices(encoder, machine), run)
+    files = Files(request, given, pairs, output, recipe.pretraining_choices(data, encoder, machine), run)
     choices |= anchor_choices(data, files.detector(choices | ONE_ANCHOR))
     timing = files.measure(choices)
     batch = known.get("SOLVER.IMS_PER_BATCH", choices["SOLVER.IMS_PER_BATCH"].value)

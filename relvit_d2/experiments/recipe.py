@@ -26,6 +26,7 @@ UPDATES = 800  # iterations that the batch is chosen for
 PRETRAINING = 0.3  # share of the time
 USABLE_MEMORY = 0.5  # share of the free memory that the activations of a batch may fill
 RARE = 0.25  # a class in fewer images than this share of the median class's is rare
+CACHED = 0.25  # share of the main memory that decoded images may take
 
 
 class Encoder(NamedTuple):
@@ -102,6 +103,7 @@ class Machine:
         device: ``MODEL.DEVICE``.
         cores: processor cores.
         memory: free bytes, of the GPU if there is one.
+        main_memory: free bytes of the main memory.
         precision: of the forward pass, and why.
         costs: of each of :func:`candidates` by its name.
     """
@@ -109,6 +111,7 @@ class Machine:
     device: str
     cores: int
     memory: float
+    main_memory: float
     precision: tuple[str, str]
     costs: Mapping[str, Cost]
 
@@ -186,7 +189,7 @@ def choose_model(
         "SOLVER.BASE_LR": Choice(encoder.rate, f"for {encoder.name} and 16 images"),
         "SOLVER.PRECISION": Choice(*machine.precision),
         "TEST.DETECTIONS_PER_IMAGE": Choice(limit, f"the fullest image has {data.most_objects} objects"),
-        "DATALOADER.NUM_WORKERS": Choice(*_workers(machine)),
+        **_loader(data, machine),
         **_sampler(data),
     }
     return encoder, choices
@@ -276,10 +279,18 @@ def _sampler(data: Data) -> Choices:
     }
 
 
-def _workers(machine: Machine) -> tuple[int, str]:
+def _loader(data: Data, machine: Machine) -> Choices:
     on_gpu = machine.device.startswith("cuda")
     reason = "at most 8" if on_gpu else "a quarter of them but at least 1, since the model needs the others"
-    return default_workers(machine.device, machine.cores), f"{machine.cores} cores, {reason}"
+    decoded = 3 * data.images * data.longer * data.shorter
+    fits = decoded <= CACHED * machine.main_memory
+    size = f"{decoded / 2**30:.1f} GiB of decoded images are {'below' if fits else 'above'} {CACHED:g} of the memory"
+    return {
+        "DATALOADER.NUM_WORKERS": Choice(
+            default_workers(machine.device, machine.cores), f"{machine.cores} cores, {reason}"
+        ),
+        "DATALOADER.CACHE": Choice("ram" if fits else "off", size),
+    }
 
 
 def with_given(choices: Choices, given: Given) -> Choices:
@@ -292,7 +303,7 @@ def with_given(choices: Choices, given: Given) -> Choices:
     return kept | {key: Choice(value, "given") for key, value in given.items()}
 
 
-def pretraining_choices(encoder: Encoder, machine: Machine) -> Choices:
+def pretraining_choices(data: Data, encoder: Encoder, machine: Machine) -> Choices:
     """Choose views and batch of the pre-training."""
     on_gpu = machine.device.startswith("cuda")
     stride = max(encoder.strides, default=encoder.patch)
@@ -307,5 +318,5 @@ def pretraining_choices(encoder: Encoder, machine: Machine) -> Choices:
         "SOLVER.REFERENCE_BATCH": Choice(64, "batch of the learning rate"),
         "SOLVER.BASE_LR": Choice(encoder.rate, f"of {encoder.name}"),
         "SOLVER.PRECISION": Choice(*machine.precision),
-        "DATALOADER.NUM_WORKERS": Choice(*_workers(machine)),
+        **_loader(data, machine),
     }

@@ -18,6 +18,7 @@ from relvit_d2.utils.metrics import parse_row
 _NOT_THE_ARM = (
     *("SEED", "OUTPUT_DIR", "MODEL.WEIGHTS", "VERSION"),
     *("CUDNN_BENCHMARK", "DATALOADER.NUM_WORKERS", "DATASETS.HASH_CONTENTS"),
+    *("DATALOADER.CACHE", "DATALOADER.CACHE_LIMIT_GB"),
 )
 
 

@@ -31,7 +31,7 @@ from tests.support.runs import rows
 from tests.support.scripts import digests, fails, run, started, wait_for
 
 COSTS = {"vit_small": Cost(0.6, 6e7), "vit_tiny": Cost(0.25, 3e7), "vit_nano": Cost(0.12, 2e7)}
-CPU = Machine("cpu", 2, 16e9, ("float32", "the processor"), COSTS)
+CPU = Machine("cpu", 2, 16e9, 16e9, ("float32", "the processor"), COSTS)
 TIMING = Timing(0.7, 0.5, 12.0, 0.05, 0.004)
 
 
@@ -55,6 +55,12 @@ def test_a_recipe_depends_on_data_machine_and_time_alone() -> None:
     assert choose_model(data_of(80), CPU, 100, {}) != first
     assert choose_model(data_of(30), CPU, 1800, {}) != first
     assert choose_model(data_of(80), dataclasses.replace(CPU, memory=1.5e8), 1800, {}) != first
+
+
+def test_decoded_images_are_cached_where_they_fit_the_memory() -> None:
+    for images, mode in ((1000, "ram"), (10_000, "off")):  # 0.9 and 9.2 GB of 16
+        choices = values(choose_model(data_of(80, images), CPU, 1800, {})[1])
+        assert choices["DATALOADER.CACHE"] == mode
 
 
 def test_more_time_never_gives_a_weaker_encoder_or_a_smaller_image_for_it() -> None:
@@ -224,7 +230,7 @@ def test_the_file_is_the_config_and_gives_each_reason(tmp_path: Path) -> None:
     ]
     (tmp_path / "recipe.yaml").write_text(recipe_yaml(CONFIG, cfg, choices | {"INPUT.RANDOM_FLIP": flip}))
     assert load_config(str(tmp_path / "recipe.yaml"), []) == cfg  # a class name in a reason adds no line
-    side = pretraining_choices(encoder, CPU)["PRETEXT.IMAGE_SIZE"]
+    side = pretraining_choices(data_of(80), encoder, CPU)["PRETEXT.IMAGE_SIZE"]
     assert side == Choice(8 * encoder.patch, "8 x 8 patches")
 
 

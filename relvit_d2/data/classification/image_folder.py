@@ -14,6 +14,7 @@ from relvit_d2.data.images.archive import list_members
 from relvit_d2.data.images.batches import Images, ImageStack, joined, take
 from relvit_d2.data.images.decode import UnreadableImageError, image_size
 from relvit_d2.data.images.folder import EXTENSIONS, list_images, readable
+from relvit_d2.data.images.pixel_cache import PixelCache
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.randomness import subset_order
 
@@ -102,7 +103,7 @@ def _decoded(files: Images, name: str) -> ImageStack | None:
     width, height = image_size(files[0])
     if 3 * height * width * len(files) > IN_MEMORY:
         return None
-    read, stack = ImageReader(0), torch.empty(len(files), 3, height, width, dtype=torch.uint8)
+    read, stack = ImageReader(PixelCache()), torch.empty(len(files), 3, height, width, dtype=torch.uint8)
     for target, file in zip(stack, files, strict=True):
         pixels = read(file)
         if pixels.shape != target.shape:

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from relvit_d2.data.detection.regions import InstancesWithIgnoreRegions, ignored_regions
-from relvit_d2.data.images.decode import PixelFormat
+from relvit_d2.data.images.pixel_cache import PixelCache
 from relvit_d2.utils.errors import UserError
 
 
@@ -31,7 +31,7 @@ class DetectionMapper(DatasetMapper):
     """
 
     @configurable
-    def __init__(self, *, pixels: PixelFormat, **parts: Any) -> None:
+    def __init__(self, *, pixels: PixelCache, **parts: Any) -> None:
         super().__init__(**parts)
         self._pixels = pixels
 
@@ -56,7 +56,7 @@ class DetectionMapper(DatasetMapper):
                 T.FixedSizeCrop((size, size), pad=False),
                 *flips,
             ]
-        return parts | {"pixels": PixelFormat.of(cfg)}
+        return parts | {"pixels": PixelCache.of(cfg, 0)}
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """Map one record; arguments and result as in Detectron2.
@@ -103,7 +103,7 @@ class DetectionMapper(DatasetMapper):
         return self._augmented(image)[0].contiguous().permute(2, 0, 1)
 
     def _augmented(self, image: np.ndarray) -> tuple[Tensor, list[T.Transform]]:
-        if self.image_format == "BGR" and self._pixels.channels == 3:
+        if self.image_format == "BGR" and image.shape[2] == 3:
             image = image[:, :, ::-1]
         # No AugmentationList and no arrays for a few boxes: Python code runs five times slower with caches that the
         # decoding has just replaced.
@@ -236,24 +236,19 @@ def _boxes_as_instances(
 
 
 class ImageReader:
-    """Reads image files as uint8 tensors ``(C, H, W)``.
+    """Reads image files as uint8 tensors ``(C, H, W)``."""
 
-    Args:
-        longest: see :meth:`relvit_d2.data.images.decode.PixelFormat.read`.
-        pixels: channels and range.
-    """
-
-    def __init__(self, longest: int, pixels: PixelFormat = PixelFormat()) -> None:  # noqa: B008  (it is frozen)
-        self._longest, self._pixels = longest, pixels
+    def __init__(self, pixels: PixelCache) -> None:
+        self._pixels = pixels
 
     @classmethod
     def of(cls, cfg: CfgNode) -> "ImageReader":
-        """Return a reader with ``INPUT.LOAD_SIZE``, ``INPUT.CHANNELS`` and ``INPUT.MAX_VALUE``."""
-        return cls(cfg.INPUT.LOAD_SIZE, PixelFormat.of(cfg))
+        """Return a reader with ``INPUT.LOAD_SIZE``, and the cache and format of the config."""
+        return cls(PixelCache.of(cfg, cfg.INPUT.LOAD_SIZE))
 
     def __call__(self, path: Any) -> Tensor:
         """Read one image."""
-        return torch.from_numpy(self._pixels.read(path, self._longest)).permute(2, 0, 1)
+        return torch.from_numpy(self._pixels.read(path)).permute(2, 0, 1)
 
 
 def pad_images(images: list[Tensor]) -> dict[str, Tensor]:

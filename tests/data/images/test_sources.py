@@ -19,6 +19,7 @@ from relvit_d2.data.detection.mapper import ImageReader
 from relvit_d2.data.images.archive import Member, list_members
 from relvit_d2.data.images.decode import image_size, read_rgb
 from relvit_d2.data.images.folder import EXTENSIONS, list_images, readable
+from relvit_d2.data.images.pixel_cache import PixelCache
 from relvit_d2.data.loader import Batches, EndlessOrder, ordered_batches
 from relvit_d2.utils.errors import UserError
 
@@ -103,7 +104,7 @@ def test_archives_are_read_without_unpacking(archive: Path, folder: Path) -> Non
         assert image_size(member) == image_size(folder / member.name)
     assert get_images(f"{archive}[:1]") == members[:1]
     # Worker processes read the same.
-    batches = ordered_batches(members, ImageReader(0), list, 2, 2)
+    batches = ordered_batches(members, ImageReader(PixelCache()), list, 2, 2)
     images = [image for batch in batches for image in batch]
     assert [image.shape[2] for image in images] == [image_size(member)[0] for member in members]
     assert sorted(path for path in folder.parent.rglob("*")) == before
@@ -237,7 +238,7 @@ def test_damaged_images_are_replaced_by_the_next(
 
     def widths(start: int, count: int) -> list[list[int]]:
         order = EndlessOrder(len(files), 2, 5, start)
-        batches = Batches(files, ImageReader(0), list, order, 5, workers, replaces=True)
+        batches = Batches(files, ImageReader(PixelCache()), list, order, 5, workers, replaces=True)
         return [[image.shape[2] - 6 for image in batch] for batch, _ in zip(batches, range(count), strict=False)]
 
     straight = widths(0, 9)
