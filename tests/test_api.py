@@ -19,7 +19,7 @@ from relvit_d2.conversion.checkpoint_file import read_file
 from relvit_d2.conversion.encoder_file import read_encoder
 from relvit_d2.engine.run_setup import LOGGERS
 from relvit_d2.utils.errors import UserError
-from tests.support.custom_data import write_yolo
+from tests.support.custom_data import write_yolo, yolo_folder
 from tests.support.runs import equal, rows
 from tests.support.scripts import run, wait_for
 
@@ -198,15 +198,17 @@ def test_a_data_set_may_change_between_calls(data: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_the_recipe_runs_in_this_process(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recipe_runs_in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = yolo_folder(tmp_path / "cells", *(f"train/{number}" for number in range(6)), "val/6", "val/7")
+
     def fail(*arguments: object, **options: object) -> None:
         raise OSError("a subprocess was started")
 
     monkeypatch.setattr("subprocess.Popen.__init__", fail)
-    keys = {"MODEL.ENCODER.NAME": "vit_nano", "DATALOADER.NUM_WORKERS": 0}
-    detector = relvit_d2.train(data, tmp_path / "run", hours=0.04, **keys)
+    keys = {"DATALOADER.NUM_WORKERS": 0, "SOLVER.MAX_ITER": 20}
+    detector = relvit_d2.train(data, tmp_path / "run", hours=0.1, **keys, **{"MODEL.ENCODER.NAME": "vit_nano"})
     assert detector == tmp_path / "run/detector" and (detector / "report.html").is_file()
     assert list((tmp_path / "run/predictions").glob("*.png"))
     weights = tmp_path / "run/pretraining/encoder.safetensors"
-    again = relvit_d2.train(data, tmp_path / "again", hours=0.03, weights=weights, **{"DATALOADER.NUM_WORKERS": 0})
+    again = relvit_d2.train(data, tmp_path / "again", hours=0.1, weights=weights, **keys)
     assert "NAME: vit_nano" in (again.parent / "recipe.yaml").read_text()
