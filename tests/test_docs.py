@@ -273,7 +273,9 @@ def all_lines(*pages: Path) -> list[list[str]]:
 
 
 def run_line(folder: Path, line: list[str], short: dict[str, str]) -> None:
-    run_python(folder, "-m", "relvit_d2", *line[1:], *short.get(line[1], "").split())
+    """Run a command; examples of a page may be alternatives with the same output folder."""
+    again = ["--overwrite"] if line[1] in ("pretrain", "train") and "--resume" not in line else []
+    run_python(folder, "-m", "relvit_d2", *line[1:], *short.get(line[1], "").split(), *again)
 
 
 def run_python(folder: Path, *words: str) -> None:

@@ -49,13 +49,16 @@ class ImageEncoder:
         self._mean, self._std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
         self.size, self.stride = size, encoder.strides[encoder.last]
 
-    @torch.no_grad()
     def __call__(self, image: ImageInput, size: int = 0) -> Features:
-        """Return the features of an image.
+        """Return the features of one image; see :meth:`batch`."""
+        return self.batch([self.prepared(image, size)])[0]
+
+    def prepared(self, image: ImageInput, size: int = 0) -> Tensor:
+        """Read and resize an image to normalised pixels ``(channels, h, w)``.
 
         Args:
-            image: a path; a Pillow image, which is converted like a file (EXIF orientation, more than 8 bits); or an
-                array ``(H, W, channels)`` of uint8, RGB.
+            image: a path; a Pillow image, which is converted like a file (EXIF orientation, more
+                than 8 bits); or an array ``(H, W, channels)`` of uint8, RGB.
             size: longer side in pixels after resizing, with about the image's aspect ratio; 0: :attr:`size`.
 
         Raises:
@@ -65,10 +68,19 @@ class ImageEncoder:
         scale = (size or self.size) / max(pixels.shape[1:])
         sides = [max(round(side * scale / self.stride), 1) * self.stride for side in pixels.shape[1:]]
         resized = F.interpolate(pixels[None].float(), sides, mode="bilinear", antialias=True)[0]
-        device = next(self._encoder.parameters()).device
-        pooled, tokens = self._encoder.pooled_features(((resized - self._mean) / self._std)[None].to(device))
-        rows, columns = self._encoder.grid(*sides)
-        return Features(tokens[0].T.reshape(-1, rows, columns).float().cpu(), pooled[0].float().cpu())
+        return (resized - self._mean) / self._std
+
+    @torch.no_grad()
+    def batch(self, images: Sequence[Tensor]) -> list[Features]:
+        """Return the features of images that :meth:`prepared` returned; those of equal size are encoded together."""
+        device, features = next(self._encoder.parameters()).device, dict[int, Features]()
+        for shape in dict.fromkeys(image.shape for image in images):
+            chosen = [index for index, image in enumerate(images) if image.shape == shape]
+            pooled, tokens = self._encoder.pooled_features(torch.stack([images[i] for i in chosen]).to(device))
+            maps = tokens.mT.unflatten(2, self._encoder.grid(*shape[1:]))
+            parts = zip(maps.float().cpu(), pooled.float().cpu(), strict=True)
+            features |= {index: Features(*part) for index, part in zip(chosen, parts, strict=True)}
+        return [features[index] for index in range(len(images))]
 
 
 def load_encoder(file: str | Path, device: str = "cpu") -> ImageEncoder:

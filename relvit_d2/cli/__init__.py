@@ -25,6 +25,8 @@ COMMANDS = (
     "train",
     "classify",
     "predict",
+    "embed",
+    "select",
     "report",
     "visualize-pretext",
     "analyze",
@@ -37,7 +39,7 @@ COMMANDS = (
     "compare-runs",
 )
 
-_EXTRAS = {"av": "video", "onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx"}
+_EXTRAS = {"av": "video", "onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx", "pyarrow": "formats"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
