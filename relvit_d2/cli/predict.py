@@ -18,23 +18,30 @@ end, and the exit status is 1.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from relvit_d2.utils.config_paths import find_config
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.printing import print_text
+
+if TYPE_CHECKING:
+    from relvit_d2.detection.detections import AnyDetector
 
 _GROUPS = ("DATALOADER.", "DATASETS.", "INPUT.", "MODEL.", "SOLVER.", "TEST.")  # of keys of a detector
 
 EXAMPLE = """\
 relvit-d2 predict --weights output/demo/finetune/model_final.pth --input datasets/streets/test \\
     --output predictions
+relvit-d2 predict --model detector.onnx --input datasets/streets/test --output predictions
 relvit-d2 predict --weights output/custom/finetune --split val --confidence-threshold 0.3"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("--weights", required=True, help="model_*.pth of a detector, or the output folder of its run")
+    parser.add_argument("--weights", default="", help="model_*.pth of a detector, or the output folder of its run")
+    parser.add_argument("--model", help="instead of --weights: an ONNX file of relvit-d2 export-model; needs no torch")
     parser.add_argument("--config-file", default="", help="default: config.yaml in the folder of the weights")
     parser.add_argument("--input", nargs="+", default=[], help="images, folders, patterns or videos")
     parser.add_argument(
@@ -61,18 +68,39 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("nothing to detect in, or twice: give either --input or --split")
     if args.data and not args.split:
         raise UserError("--data needs --split, which selects the images: give train, val or test, or --input")
+    if bool(args.weights) == bool(args.model):
+        raise UserError("give either --weights or --model")
+    opts += [*args.opts, *args.more]
+    if args.model and (args.split or args.config_file or opts):
+        raise UserError("--model has its config in the file: give --input, without --split, --config-file and keys")
     if args.config_file:
         find_config(args.config_file)
-    from relvit_d2.report.prediction_files import predict, split_images
-
-    opts += [*args.opts, *args.more]
+    load = _load_onnx if args.model else _load_weights
     if args.split:
+        from relvit_d2.report.split_images import split_images
+
         inputs = split_images(args.weights, args.config_file, opts, args.data, args.split)
-    written, unreadable = predict(args.weights, args.config_file, opts, inputs, args.output, args.threshold, args.batch)
+    from relvit_d2.report.prediction_files import predict
+
+    written, unreadable = predict(partial(load, args, opts), inputs, args.output, args.batch)
     if written:
         print_text(written)
     if unreadable:
         raise UserError(unreadable)
+
+
+def _load_onnx(args: argparse.Namespace, _: list[str]) -> "AnyDetector":
+    from relvit_d2.detection.onnx_detector import OnnxDetector
+
+    return OnnxDetector(args.model, args.threshold)
+
+
+def _load_weights(args: argparse.Namespace, opts: list[str]) -> "AnyDetector":
+    from relvit_d2.detection.predictor import load_detector
+    from relvit_d2.engine.run_setup import silence_warnings
+
+    silence_warnings()
+    return load_detector(args.weights, args.config_file, opts, args.threshold)
 
 
 def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:

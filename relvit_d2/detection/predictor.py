@@ -16,6 +16,7 @@ from relvit_d2.data.detection.mapper import DetectionMapper
 from relvit_d2.data.images.decode import ImageInput, PixelFormat
 from relvit_d2.data.images.pixel_cache import PixelCache
 from relvit_d2.detection.config import DETECTION
+from relvit_d2.detection.detections import Detections
 from relvit_d2.detection.model import build_detector
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.weights import load_trained, run_config
@@ -29,12 +30,13 @@ class Detector:
         class_names: name of each class index; the index itself if the name is not known.
         threshold: minimum score of a detection, 0..1.
         channels: number of channels of an image.
+        cfg, model: the config, and the network in evaluation mode.
     """
 
     def __init__(self, cfg: CfgNode, model: GeneralizedRCNN, class_names: Sequence[str], threshold: float) -> None:
         self.class_names, self.threshold = list(class_names), threshold
         self.channels: int = cfg.INPUT.CHANNELS
-        self._model = model.eval()
+        self.cfg, self.model = cfg, model.eval()
         self._mapper = DetectionMapper(cfg, is_train=False, pixels=PixelCache(PixelFormat.of(cfg)))
         self._pixels = PixelFormat.of(cfg)
         self._precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE))
@@ -59,9 +61,21 @@ class Detector:
             return []
         inputs = [{"image": self._mapper.network_input(a), "height": a.shape[0], "width": a.shape[1]} for a in arrays]
         with self._precision.autocast():
-            outputs = self._model(inputs)
+            outputs = self.model(inputs)
         found = [output["instances"].to("cpu") for output in outputs]
         return [instances[instances.scores >= self.threshold] for instances in found]
+
+    def detect(self, images: Sequence[np.ndarray]) -> list[Detections]:
+        """Return the detections in each image as arrays; see :meth:`batch`."""
+        return [
+            Detections(
+                found.pred_boxes.tensor.numpy(),
+                found.scores.numpy(),
+                found.pred_classes.numpy(),
+                found.pred_masks.numpy() if found.has("pred_masks") else None,
+            )
+            for found in self.batch(images)
+        ]
 
     def read(self, image: ImageInput) -> np.ndarray:
         """Return an image as an array ``(H, W, channels)`` of uint8; see :meth:`batch`."""

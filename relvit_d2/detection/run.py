@@ -24,7 +24,6 @@ from relvit_d2.data.detection import catalog
 from relvit_d2.data.detection.catalog import get_metadata, save_splits
 from relvit_d2.data.detection.custom import register_custom
 from relvit_d2.data.detection.mapper import DetectionMapper
-from relvit_d2.data.detection.records import first_few
 from relvit_d2.data.images.seen import SEEN, SeenImages, count_seen, fingerprints_of, seen_metadata
 from relvit_d2.data.listing import data_lines
 from relvit_d2.data.loader import Batches, EndlessOrder, ordered_batches
@@ -41,7 +40,7 @@ from relvit_d2.evaluation.voc07 import Voc07Evaluator
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import write_json
 from relvit_d2.utils.loader_workers import loader_workers
-from relvit_d2.utils.printing import shell_command
+from relvit_d2.utils.printing import first_few, shell_command
 
 Records = list[dict[str, Any]]
 

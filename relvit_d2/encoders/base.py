@@ -28,7 +28,6 @@ class Encoder(nn.Module):
         arguments: keyword arguments of the builder, plain numbers and booleans.
         strides: pixels per token of each map, by the map's name, finest first (``{"s16": 16}``).
         channels: channels of each map, by the map's name.
-        traced: dimensions (batch, height, width) that ``torch.export`` keeps dynamic.
         position_embedding: state dict name of what ``pos_embed`` adds, or ``sinusoid``; empty if nothing.
         patch_embedding: state dict name of the convolution weight over the channels of the images; empty if none.
     """
@@ -37,7 +36,6 @@ class Encoder(nn.Module):
     arguments: dict[str, Any]
     strides: dict[str, int]
     channels: dict[str, int]
-    traced: tuple[str, ...] = ("batch", "height", "width")
     position_embedding = ""
     patch_embedding = ""
 

@@ -14,6 +14,7 @@ from relvit_d2.utils.errors import UserError
 
 PATCH = 4  # pixels; this and the window: "Swin Transformer" (Liu et al., 2021), 3.1 and 3.3
 WINDOW = 7  # tokens
+Shift = int | Tensor  # tokens
 
 
 class Swin(Encoder):
@@ -41,7 +42,6 @@ class Swin(Encoder):
         UserError: ``patch_size`` is not 4.
     """
 
-    traced = ()  # shifts and padding depend on the size
     patch_embedding = "swin.patch_embed.proj.weight"
 
     def __init__(
@@ -102,39 +102,60 @@ class Swin(Encoder):
 def _stage(stage: SwinTransformerStage, x: Tensor) -> Tensor:
     """Downsample a map ``(B, h, w, C)``, except in the first stage, and run the blocks."""
     x = stage.downsample(x)
-    down, right = (WINDOW // 2 if side > WINDOW else 0 for side in x.shape[1:3])
-    mask = shift_mask(x, (down, right)) if down or right else None
+    shift = _shift(x.shape[1]), _shift(x.shape[2])
+    mask = shift_mask(x, shift) if any(isinstance(by, Tensor) or by for by in shift) else None
     run = partial(checkpoint, _block, use_reentrant=False) if stage.grad_checkpointing else _block
     for index, block in enumerate(stage.blocks):
         assert isinstance(block, SwinTransformerBlock)
-        shift = ((down, right), mask) if index % 2 else ((0, 0), None)
-        x = run(block, x, *shift)
+        x = run(block, x, shift, mask) if index % 2 else run(block, x, (0, 0), None)
     return x
 
 
-def _block(block: SwinTransformerBlock, x: Tensor, shift: tuple[int, int], mask: Tensor | None) -> Tensor:
+def _shift(side: int) -> Shift:
+    """Return the tokens by which windows are shifted on a map of ``side`` tokens.
+
+    In ``torch.export`` it is a tensor, so that the program holds for maps of any size.
+    """
+    if isinstance(side, torch.SymInt):
+        return torch.where(torch.scalar_tensor(side, dtype=torch.int64) > WINDOW, WINDOW // 2, 0)
+    return WINDOW // 2 if side > WINDOW else 0
+
+
+def _rolled(x: Tensor, shift: tuple[Shift, Shift], sign: int) -> Tensor:
+    """Roll a map ``(B, h, w, C)`` by ``sign`` times the shift."""
+    for axis, by in enumerate(shift, 1):
+        if isinstance(by, Tensor):
+            places = torch.arange(x.shape[axis], device=x.device) - sign * by
+            x = x.index_select(axis, places % x.shape[axis])
+        elif by:
+            x = x.roll(sign * by, axis)
+    return x
+
+
+def _block(block: SwinTransformerBlock, x: Tensor, shift: tuple[Shift, Shift], mask: Tensor | None) -> Tensor:
     """Apply attention in windows offset by ``shift``, then the MLP, to a map ``(B, h, w, C)``."""
     height, width = x.shape[1:3]
-    y = block.norm1(x)
-    y = F.pad(y, (0, 0, 0, -width % WINDOW, 0, -height % WINDOW))
-    padded = y.shape[1] // WINDOW, y.shape[2] // WINDOW
-    if any(shift):
-        y = y.roll((-shift[0], -shift[1]), (1, 2))
-    y = block.attn(windows(y), mask)
-    y = y.view(-1, *padded, WINDOW, WINDOW, y.shape[-1]).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-    if any(shift):
-        y = y.roll(shift, (1, 2))
-    x = x + block.drop_path1(y[:, :height, :width])
+    rows, cols = _count(height), _count(width)
+    y = F.pad(block.norm1(x), (0, 0, 0, WINDOW * cols - width, 0, WINDOW * rows - height))
+    y = block.attn(windows(_rolled(y, shift, -1)), mask)
+    y = y.view(-1, rows, cols, WINDOW, WINDOW, y.shape[-1]).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    x = x + block.drop_path1(_rolled(y, shift, 1)[:, :height, :width])
     return x + block.drop_path2(block.mlp(block.norm2(x)))
 
 
 def windows(x: Tensor) -> Tensor:
     """Partition maps ``(B, h, w, C)`` of whole windows into ``(B * windows, 49, C)`` in row-major order."""
-    x = x.unflatten(2, (-1, WINDOW)).unflatten(1, (-1, WINDOW)).transpose(2, 3)
+    rows, cols = _count(x.shape[1]), _count(x.shape[2])
+    x = x.unflatten(2, (cols, WINDOW)).unflatten(1, (rows, WINDOW)).transpose(2, 3)
     return x.flatten(3, 4).flatten(0, 2)
 
 
-def shift_mask(x: Tensor, shift: tuple[int, int]) -> Tensor:
+def _count(side: int) -> int:
+    """Return the number of windows that cover a side; in this form torch.export can prove the shapes."""
+    return (side + WINDOW - 1) // WINDOW
+
+
+def shift_mask(x: Tensor, shift: tuple[Shift, Shift]) -> Tensor:
     """Return the attention mask of a shifted map: minus infinity between tokens that the roll made neighbours.
 
     Args:
@@ -146,7 +167,7 @@ def shift_mask(x: Tensor, shift: tuple[int, int]) -> Tensor:
     """
     wrapped = []
     for side, by in zip(x.shape[1:3], shift, strict=True):
-        length = side + -side % WINDOW
+        length = WINDOW * _count(side)
         wrapped.append(torch.arange(length, device=x.device) >= length - by)
     label = windows((2 * wrapped[0][:, None] + wrapped[1])[None, ..., None])
     apart = label != label.transpose(1, 2)

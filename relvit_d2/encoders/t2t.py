@@ -144,7 +144,6 @@ class T2T(PlainEncoder):
         UserError: ``patch_size`` is not 16.
     """
 
-    traced = ("height", "width")  # torch 2.11 specialises on a batch of one
     position_embedding = "sinusoid"  # not a parameter
     prefix = 1  # the class token
 

@@ -2,20 +2,14 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from relvit_d2.data.detection import catalog
-from relvit_d2.data.detection.custom import TRAINING_SPLITS, named_sets, open_folder, register_custom
 from relvit_d2.data.images.decode import UnreadableImageError
 from relvit_d2.data.images.folder import EXTENSIONS, list_images, matching_files
-from relvit_d2.data.subsets import subset
-from relvit_d2.detection.config import DETECTION
-from relvit_d2.detection.predictor import load_detector
-from relvit_d2.engine.run_setup import silence_warnings
-from relvit_d2.engine.weights import run_config
-from relvit_d2.report.predictions import coco_results, draw_instances
+from relvit_d2.detection.detections import AnyDetector
+from relvit_d2.report.predictions import coco_results, draw_found
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import appearing, make_folder, write_text
 from relvit_d2.utils.progress import Progress
@@ -24,27 +18,23 @@ MAX_NAMED = 10  # unreadable inputs in the error message
 VIDEOS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 
 
-def predict(
-    weights: str, config_file: str, opts: list[str], inputs: Sequence[str], output: Path, threshold: float, size: int
-) -> tuple[str, str]:
+def predict(load: Callable[[], AnyDetector], inputs: Sequence[str], output: Path, size: int) -> tuple[str, str]:
     """Detect objects in images and videos and write annotated copies and ``detections.json``.
 
     Args:
-        weights, config_file, opts: see :func:`relvit_d2.detection.predictor.load_detector`.
+        load: loads the detector, once the inputs are found.
         inputs: paths of images, folders and videos, and patterns.
         output: folder to write to.
-        threshold: minimum score of a detection, 0..1.
         size: images per batch.
 
     Returns:
         A line on the written files and a sentence on the inputs that could not be read, each empty if there are none.
 
     Raises:
-        UserError: for an input that does not exist, or weights without a detector.
+        UserError: for an input that does not exist, and what ``load`` raises.
     """
-    silence_warnings()
     files = list(dict.fromkeys(file for word in inputs for file in input_files(word)))
-    detector = load_detector(weights, config_file, opts, threshold)
+    detector = load()
     if any(file.suffix.lower() in VIDEOS for file in files):
         from relvit_d2.report.prediction_videos import annotate_video  # needs PyAV, which is optional
 
@@ -61,10 +51,10 @@ def predict(
                 batch[file] = detector.read(file)
             except UserError as error:
                 errors.append(str(error))
-        for (file, image), instances in zip(batch.items(), detector.batch([*batch.values()]), strict=True):
+        for (file, image), found in zip(batch.items(), detector.detect([*batch.values()]), strict=True):
             with appearing(output / outputs[file]) as part:
-                draw_instances(detector, image, instances).save(part, format="PNG")
-            results += coco_results(str(file), instances, detector)
+                draw_found(detector, image, found).save(part, format="PNG")
+            results += coco_results(str(file), found, detector)
             made["picture"] += 1
     for file in files:
         if file.suffix.lower() in VIDEOS:
@@ -85,39 +75,6 @@ def predict(
         more = f"; and {len(errors) - MAX_NAMED} more" if len(errors) > MAX_NAMED else ""
         unreadable = f"{len(errors)} of {len(files)} inputs could not be read: {'; '.join(errors[:MAX_NAMED])}{more}"
     return written, unreadable
-
-
-def split_images(weights: str, config_file: str, opts: list[str], data: str | None, split: str) -> list[str]:
-    """Return the images of a split of a data set.
-
-    Args:
-        weights, config_file, opts: see :func:`relvit_d2.detection.predictor.load_detector`.
-        data: folder of a custom data set; None: that of the training, or its ``DATASETS.TRAIN`` and ``TEST``.
-        split: ``train``, ``val`` or ``test``.
-
-    Raises:
-        UserError: the data set does not have the split.
-    """
-    keys: Any = {}
-    if not data:
-        keys = run_config(weights, config_file, opts, DETECTION).DATASETS
-        trained = keys.CUSTOM.get(subset(keys.TRAIN[0])[0], {}) if keys.TRAIN else {}
-        data = trained.get("ROOT") if trained.get("SPLIT") else None
-    if data:
-        form, folder = open_folder(Path(data).expanduser())
-        custom = named_sets(data, form, folder)
-        wanted = TRAINING_SPLITS if split == "train" else (split,)
-        names = tuple(name for name, entry in custom.items() if entry["SPLIT"] in wanted)[:1]
-        if not names:
-            splits = ", ".join(entry["SPLIT"] for entry in custom.values())
-            raise UserError(f"'{data}' has no split {split}: give --split with one of {splits}")
-        keys = {"TRAIN": names, "TEST": (), "CUSTOM": custom}
-    else:
-        names = tuple(keys.TRAIN if split == "train" else keys.TEST)
-        if not names:
-            raise UserError(f"the config of '{weights}' names no data set for the split {split}: give --data FOLDER")
-    register_custom(keys, labels=False)
-    return [str(image) for name in names for image in catalog.get_images(name)]
 
 
 def input_files(word: str) -> list[Path]:

@@ -11,8 +11,8 @@ import av
 import numpy as np
 
 from relvit_d2.data.images.decode import UnreadableImageError
-from relvit_d2.detection.predictor import Detector
-from relvit_d2.report.predictions import coco_results, draw_instances
+from relvit_d2.detection.detections import AnyDetector
+from relvit_d2.report.predictions import coco_results, draw_found
 from relvit_d2.utils.files import appearing
 from relvit_d2.utils.progress import Progress
 
@@ -20,7 +20,7 @@ TICK = Fraction(1, 60000)  # seconds; common frame intervals are multiples; MPEG
 MAX_INTERVAL = 3600  # seconds between two frames; a longer interval is taken as a damaged time stamp
 
 
-def annotate_video(file: Path, output: Path, detector: Detector, size: int) -> tuple[list[dict[str, Any]], str]:
+def annotate_video(file: Path, output: Path, detector: AnyDetector, size: int) -> tuple[list[dict[str, Any]], str]:
     """Detect objects in every frame of a video and write an annotated copy.
 
     Returns:
@@ -54,9 +54,9 @@ def annotate_video(file: Path, output: Path, detector: Detector, size: int) -> t
                     failure = str(error)
                 if not batch:
                     break
-                found = detector.batch([image for _, image in batch])
-                for (seconds, image), instances in zip(batch, found, strict=True):
-                    drawn = draw_instances(detector, image, instances)
+                found = detector.detect([image for _, image in batch])
+                for (seconds, image), detections in zip(batch, found, strict=True):
+                    drawn = draw_found(detector, image, detections)
                     drawn = drawn.resize((drawn.width // 2 * 2, drawn.height // 2 * 2))  # the codec needs even sides
                     if written is None:
                         written = sink.add_stream("mpeg4", rate=max(rate, Fraction(1)).limit_denominator(1001))
@@ -67,7 +67,7 @@ def annotate_video(file: Path, output: Path, detector: Detector, size: int) -> t
                     frame.pts, frame.time_base = round(seconds / TICK), TICK
                     sink.mux(encoded(written, frame, file))
                     time = {"time": round(float(seconds), 6)}
-                    results += [row | time for row in coco_results(f"{file}#{count}", instances, detector)]
+                    results += [row | time for row in coco_results(f"{file}#{count}", detections, detector)]
                     count += 1
                     bar.update()
             if written is None:

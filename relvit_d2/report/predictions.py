@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from detectron2.evaluation.coco_evaluation import instances_to_coco_json
-from detectron2.structures import Instances
 from matplotlib import get_data_path
 from matplotlib.font_manager import findSystemFonts
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageColor, ImageDraw, ImageFont
+from pycocotools import mask as rle
 
-from relvit_d2.detection.predictor import Detector
+from relvit_d2.detection.detections import AnyDetector, Detections
 from relvit_d2.utils.files import appearing
 
 Color = tuple[int, int, int]
@@ -313,14 +312,24 @@ def _overlap(a: Box, b: Box) -> float:
     return width * height if width > 0 and height > 0 else 0.0
 
 
-def draw_instances(detector: Detector, image: np.ndarray, instances: Instances) -> Image.Image:
+def draw_found(detector: AnyDetector, image: np.ndarray, found: Detections) -> Image.Image:
     """Draw detections on an image."""
-    fields = instances.pred_boxes.tensor.numpy(), instances.pred_classes.numpy(), instances.scores.numpy()
-    masks = instances.pred_masks.numpy() if instances.has("pred_masks") else None
-    return annotated(in_rgb(image), *fields, detector.class_names, masks)
+    return annotated(in_rgb(image), found.boxes, found.classes, found.scores, detector.class_names, found.masks)
 
 
-def coco_results(name: str, instances: Instances, detector: Detector) -> list[dict[str, Any]]:
+def coco_results(name: str, found: Detections, detector: AnyDetector) -> list[dict[str, Any]]:
     """Return detections as COCO results with the additional key ``category``, the name of the class."""
-    results = instances_to_coco_json(instances, name)
-    return [result | {"category": detector.class_names[result["category_id"]]} for result in results]
+    sizes = found.boxes[:, 2:] - found.boxes[:, :2]
+    results: list[dict[str, Any]] = [
+        {"image_id": name, "category_id": number, "bbox": box, "score": score, "category": detector.class_names[number]}
+        for number, box, score in zip(
+            found.classes.tolist(),
+            np.concatenate((found.boxes[:, :2], sizes), axis=1).tolist(),
+            found.scores.tolist(),
+            strict=True,
+        )
+    ]
+    for result, mask in zip(results, found.masks if found.masks is not None else (), strict=False):
+        encoded = rle.encode(np.asfortranarray(mask, dtype=np.uint8))
+        result["segmentation"] = encoded | {"counts": encoded["counts"].decode()}
+    return results

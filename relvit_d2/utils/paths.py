@@ -1,6 +1,7 @@
 """Paths of data sets: the data root, spelling on the disk, and links that lead out of a data set."""
 
 import os
+import sys
 import unicodedata
 from collections.abc import Iterable
 from functools import cache
@@ -126,3 +127,11 @@ def _check_target(path: Path, *allowed: Path) -> None:
     if not any(os.path.commonpath([folder, target]) == folder for folder in map(os.path.realpath, allowed)):
         what = "folder" if Path(target).is_dir() else "file"
         raise UserError(f"'{path}' leads out of the data set, to '{target}': put the {what} itself there")
+
+
+def check_printable(paths: Iterable[str | Path]) -> None:
+    """Raise a ``UserError`` for the first of ``paths`` with characters that cannot be printed."""
+    for path in paths:
+        if not str(path).isprintable():
+            locale = "" if sys.getfilesystemencoding() == "utf-8" else ", or set the environment variable PYTHONUTF8=1"
+            raise UserError(f"the name of the file {os.fsencode(path)!r} cannot be printed: rename it{locale}")

@@ -57,3 +57,8 @@ def escape_log_records() -> None:
 
     record.escapes = True  # type: ignore[attr-defined]
     logging.setLogRecordFactory(record)
+
+
+def first_few(names: Sequence[Any]) -> str:
+    """Return the first five of ``names``, separated by commas."""
+    return ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")

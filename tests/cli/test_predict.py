@@ -328,7 +328,7 @@ def test_videos_are_skipped_by_detectors_of_other_channels(
 ) -> None:
     made = video(tmp_path / "clip.mp4", [np.full((32, 32, 3), 50, np.uint8)])
     monkeypatch.setattr(detector, "channels", 1)
-    monkeypatch.setattr("relvit_d2.report.prediction_files.load_detector", lambda *_: detector)
+    monkeypatch.setattr("relvit_d2.detection.predictor.load_detector", lambda *_: detector)
     assert "clip.mp4' is a video, but INPUT.CHANNELS is 1" in failing("--input", made, "--output", tmp_path / "out")
     assert not [*(tmp_path / "out").iterdir()]
 

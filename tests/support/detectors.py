@@ -1,8 +1,17 @@
 """Configs of small detectors."""
 
-from detectron2.config import CfgNode
+import json
+from pathlib import Path
+from typing import Any
 
+import torch
+from detectron2.config import CfgNode
+from detectron2.structures import Boxes, Instances
+
+from relvit_d2.detection.detections import AnyDetector
+from relvit_d2.detection.model import build_detector
 from relvit_d2.encoders import build_encoder
+from relvit_d2.evaluation.coco import CocoStyleEvaluator
 from relvit_d2.tasks import load_config
 
 
@@ -29,3 +38,46 @@ def fitting(name: str, scales: tuple[float, ...]) -> list[object]:
         "MODEL.ROI_HEADS.IN_FEATURES",
         levels,
     ]
+
+
+def write_run(folder: Path, cfg: CfgNode, spread: float = 0.1) -> Path:
+    """Write the run of an untrained detector whose heads give detections of any score; return its folder.
+
+    Args:
+        folder: folder to create.
+        cfg: the config; the run has as many classes.
+        spread: standard deviation of the heads' last layers.
+    """
+    torch.manual_seed(0)
+    model = build_detector(cfg)
+    rpn, box = model.proposal_generator.rpn_head, model.roi_heads.box_predictor
+    for layer in (rpn.objectness_logits, rpn.anchor_deltas, box.cls_score):
+        torch.nn.init.normal_(layer.weight, std=spread)
+    if cfg.MODEL.MASK_ON:
+        torch.nn.init.normal_(model.roi_heads.mask_head.predictor.weight, std=spread)
+    folder.mkdir(parents=True)
+    torch.save({"model": model.state_dict()}, folder / "model_final.pth")
+    (folder / "last_checkpoint").write_text("model_final.pth")
+    (folder / "config.yaml").write_text(cfg.dump())
+    (folder / "classes.json").write_text(json.dumps([f"class {i}" for i in range(cfg.MODEL.ROI_HEADS.NUM_CLASSES)]))
+    return folder
+
+
+def evaluated(
+    detector: AnyDetector, records: list[dict[str, Any]], folder: Path, ignore_difficult: bool = True
+) -> dict[str, dict[str, float]]:
+    """Return the COCO-style results of a detector on records, in percent."""
+    evaluator = CocoStyleEvaluator("records", records, detector.class_names, folder, ignore_difficult=ignore_difficult)
+    evaluator.reset()
+    for record in records:
+        image = detector.read(record["file_name"])
+        (found,) = detector.detect([image])
+        fields = {
+            "pred_boxes": Boxes(torch.from_numpy(found.boxes)),
+            "scores": torch.from_numpy(found.scores),
+            "pred_classes": torch.from_numpy(found.classes),
+        }
+        if found.masks is not None:
+            fields["pred_masks"] = torch.from_numpy(found.masks)
+        evaluator.process([record], [{"instances": Instances(image.shape[:2], **fields)}])
+    return evaluator.evaluate()

@@ -10,7 +10,7 @@ from relvit_d2.data.detection import catalog
 from relvit_d2.data.detection.coco import CocoFolder, without_categories
 from relvit_d2.data.detection.huggingface import HUGGING_FACE
 from relvit_d2.data.detection.label_programs import CVAT, LABEL_STUDIO, LABELME, TABLE
-from relvit_d2.data.detection.records import Record, files_with, first_few, folders_below
+from relvit_d2.data.detection.records import Record, files_with, folders_below
 from relvit_d2.data.detection.splits import ALL, HELD_OUT, available_splits, divide
 from relvit_d2.data.detection.voc import VocFolder
 from relvit_d2.data.detection.yolo import YoloFolder
@@ -19,6 +19,7 @@ from relvit_d2.data.images.similarity import fingerprints
 from relvit_d2.data.subsets import subset
 from relvit_d2.utils.errors import UserError, nearest
 from relvit_d2.utils.paths import DataRoot
+from relvit_d2.utils.printing import first_few
 
 TRAINING_SPLITS = ("train", "trainval")
 KEYS = ("ROOT", "FORMAT", "SPLIT", "CLASSES", "JSON", "IMAGES")

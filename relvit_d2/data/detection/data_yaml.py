@@ -14,10 +14,11 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from relvit_d2.data.detection.records import check_unique, first_few, parse_integer
+from relvit_d2.data.detection.records import check_unique, parse_integer
 from relvit_d2.data.images.folder import EXTENSIONS
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.paths import DataRoot, normal_form
+from relvit_d2.utils.printing import first_few
 
 NAME_LISTS = ("classes.txt", "obj.names")
 YAML = (".yaml", ".yml")

@@ -14,8 +14,7 @@ import logging
 import math
 import os
 import re
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,8 @@ from typing import Any
 from detectron2.structures import BoxMode
 
 from relvit_d2.utils.errors import UserError, nearest
-from relvit_d2.utils.paths import DataRoot
+from relvit_d2.utils.paths import DataRoot, check_printable
+from relvit_d2.utils.printing import first_few
 
 Record = dict[str, Any]
 
@@ -199,11 +199,6 @@ def parse_flag(value: Any) -> int | None:
     return number if number in (0, 1) else None
 
 
-def first_few(names: Sequence[Any]) -> str:
-    """Return the first five of ``names``, separated by commas."""
-    return ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
-
-
 def folders_below(root: Path, depth: int = 2) -> Iterator[Path]:
     """Yield ``root`` and the folders below it down to ``depth``, without hidden ones and links, in order of name."""
     level = [root]
@@ -241,14 +236,6 @@ def checked_name(name: str, where: str) -> str:
     if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
         raise UserError(f"{where} names {name!r}, which is not a plain file name: correct it")
     return name
-
-
-def check_printable(paths: Iterable[str | Path]) -> None:
-    """Raise a ``UserError`` for the first of ``paths`` with characters that cannot be printed."""
-    for path in paths:
-        if not str(path).isprintable():
-            locale = "" if sys.getfilesystemencoding() == "utf-8" else ", or set the environment variable PYTHONUTF8=1"
-            raise UserError(f"the name of the file {os.fsencode(path)!r} cannot be printed: rename it{locale}")
 
 
 def check_unique(names: Sequence[str], where: str) -> None:

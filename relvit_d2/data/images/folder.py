@@ -7,11 +7,11 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from relvit_d2.data.detection.records import check_printable, first_few
 from relvit_d2.data.images.archive import ImageFile, is_archive, list_members
 from relvit_d2.data.images.decode import UnreadableImageError, check_header
 from relvit_d2.utils.errors import UserError
-from relvit_d2.utils.paths import names_on_disk
+from relvit_d2.utils.paths import check_printable, names_on_disk
+from relvit_d2.utils.printing import first_few
 
 EXTENSIONS = frozenset({".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".npy", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 """Extensions of image files, in lower case; of an animation the first frame is used."""

@@ -2,10 +2,9 @@
 
 import io
 import struct
+import sys
 
 import numpy as np
-import torch
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from relvit_d2.data.images.archive import MAX_SIZE, ImageFile, Member
 from relvit_d2.data.images.limits import MAX_PIXELS, check_limit, check_scans, open_image
@@ -20,7 +19,8 @@ IGNORED = {0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}  # tables, restart interv
 def read_plain_jpeg(path: ImageFile | str, longest: int = 0) -> np.ndarray | None:
     """Return the RGB pixels of an upright JPEG file, uint8 ``(H, W, 3)``, or None if Pillow must decode the file.
 
-    That is also the case if ``longest`` is above 0 and the longer side has more pixels.
+    That is also the case if ``longest`` is above 0 and the longer side has more pixels, and in a process that has not
+    imported torch, since that takes longer than many images.
 
     The pixels are bitwise identical to Pillow's: both use libjpeg-turbo with its default settings. This takes two
     thirds of the time, since it reads the file at once.
@@ -29,6 +29,11 @@ def read_plain_jpeg(path: ImageFile | str, longest: int = 0) -> np.ndarray | Non
         OSError: the file cannot be read.
         LimitError: it exceeds a limit.
     """
+    if sys.modules.get("torch") is None:
+        return None
+    import torch
+    from torchvision.io import ImageReadMode, decode_jpeg
+
     with path.open() if isinstance(path, Member) else open(path, "rb", buffering=0) as file:
         if file.read(2) != START:
             return None
