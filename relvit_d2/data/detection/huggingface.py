@@ -20,6 +20,7 @@ from relvit_d2.data.detection.converted import LabelFormat, LabelledImage
 from relvit_d2.data.detection.records import files_with, folders_below
 from relvit_d2.data.images.folder import EXTENSIONS, files_below
 from relvit_d2.utils.errors import UserError, resource_error
+from relvit_d2.utils.processes import first_process_first
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CLASSES = ("category", "categories", "category_id", "label", "labels", "class", "classes")
@@ -153,27 +154,35 @@ def _extracted(path: Path, file: Any, column: str) -> dict[int, Path]:
     key = f"{os.path.realpath(path)} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"
     digest = hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).hexdigest()
     folder = cache_root() / "parquet" / f"{path.stem}_{digest}"
-    if not folder.is_dir():
-        part = None
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            part = Path(tempfile.mkdtemp(suffix=".part", dir=folder.parent))
-            for number, row in enumerate(_batches(file, [column])):
-                image = row[column] if isinstance(row[column], dict) else {"bytes": row[column]}
-                suffix = Path(str(image.get("path"))).suffix.lower()
-                suffix = suffix if suffix in EXTENSIONS - {".npy"} else ".png"  # decoded by its content
-                file_of_row = part / f"{number:07}{suffix}"
-                file_of_row.write_bytes(image["bytes"])
-                os.utime(file_of_row, ns=(state.st_atime_ns, state.st_mtime_ns))  # the same after the cache was cleared
-            part.rename(folder)
-        except OSError as error:
-            if not folder.is_dir():  # else another process was faster
-                reason = f"the images of {path} cannot be written to '{folder.parent}' ({error.strerror}): free space"
-                raise resource_error(error) or UserError(reason) from error
-        finally:
-            if part:
-                shutil.rmtree(part, ignore_errors=True)
+    with first_process_first():
+        if not folder.is_dir():
+            _extract(path, file, column, folder)
     return {int(image.stem): image for image in folder.iterdir()}
+
+
+def _extract(path: Path, file: Any, column: str, folder: Path) -> None:
+    """Write the images of a parquet file into a new folder."""
+    part, changed = None, path.stat().st_mtime_ns
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(suffix=".part", dir=folder.parent))
+        for number, row in enumerate(_batches(file, [column])):
+            image = row[column] if isinstance(row[column], dict) else {"bytes": row[column]}
+            if image["bytes"] is None:
+                raise UserError(f"{path}, row {number + 1} has no image in the column {column}: remove the row")
+            suffix = Path(str(image.get("path"))).suffix.lower()
+            suffix = suffix if suffix in EXTENSIONS - {".npy"} else ".png"  # decoded by its content
+            target = part / f"{number:07}{suffix}"
+            target.write_bytes(image["bytes"])
+            os.utime(target, ns=(changed, changed))  # a resumed run compares it, also after the cache was cleared
+        part.rename(folder)
+    except OSError as error:
+        if not folder.is_dir():  # else another run was faster
+            reason = f"the images of {path} cannot be written to '{folder.parent}' ({error.strerror}): free space"
+            raise resource_error(error) or UserError(reason) from error
+    finally:
+        if part:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 HUGGING_FACE = LabelFormat("Hugging Face", _candidates, _has_boxes, _images, _class_names)

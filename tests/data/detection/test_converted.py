@@ -254,6 +254,22 @@ def test_parquet(tmp_path: Path) -> None:
     assert data_lines(read_all(root, "")) == listed
 
 
+def test_a_row_of_a_parquet_file_without_an_image_is_an_error(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="the package pyarrow is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="the package pyarrow is not installed")
+    picture(tmp_path / "a.png")
+    objects = {"bbox": [[1.0, 2.0, 10.0, 12.0]], "category": ["cat"]}
+    content = (tmp_path / "a.png").read_bytes()
+    for empty in (None, {"bytes": None, "path": "b.png"}):
+        images = [{"bytes": content, "path": "a.png"}, empty]
+        table = pyarrow.Table.from_pylist([{"image": image, "objects": objects} for image in images])
+        (tmp_path / "set").mkdir(exist_ok=True)
+        parquet.write_table(table, tmp_path / "set/train.parquet")
+        with pytest.raises(UserError, match=r"train.parquet, row 2 has no image in the column image: remove the row"):
+            open_folder(tmp_path / "set")
+    assert not list((cache_root() / "parquet").iterdir())
+
+
 def test_parquet_without_the_extra_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "train.parquet").write_bytes(b"PAR1")
     original = builtins.__import__
