@@ -294,10 +294,10 @@ def test_invalid_class_folders_are_errors(tmp_path: Path) -> None:
         get_class_set(str(root))
     (root / "empty").rmdir()
     damage(root / "b/0003.png")
-    with pytest.raises(UserError, match=r"0003\.png' is damaged or truncated"):
-        get_class_set(str(root))
-    with pytest.raises(UserError, match=r"0003\.png' is damaged or truncated"):
-        get_class_set(f"{packed(root, archive)}/set")
+    for name in (str(root), f"{packed(root, archive)}/set"):
+        with pytest.raises(UserError, match=r"0003\.png' is damaged or truncated"):
+            get_class_set(name, skip_unreadable=False)
+        assert len(files := get_class_set(name).images) == 42 and not isinstance(files, ImageStack)
     with pytest.raises(UserError, match="did you mean 'cifar10_train'"):
         get_class_set("cifar10_trian")
     with pytest.raises(UserError, match=r"DATASETS.TRAIN is empty"):
