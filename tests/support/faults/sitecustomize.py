@@ -127,6 +127,7 @@ class PosixModules:
 
 
 def hide_posix() -> None:
+    import asyncio  # noqa: F401  (in Python 3.13 it reads os.sysconf)
     import multiprocessing.popen_fork
     import socket
 
