@@ -10,11 +10,19 @@ from relvit_d2.utils.errors import UserError
 MAX_SCORE, MAX_BOX, MIN_MASK = 1e-3, 0.5, 0.99  # allowed differences: score, pixels of a corner, IoU of masks
 
 
-def compare(expected: AnyDetector, found: AnyDetector, images: Sequence[np.ndarray]) -> str:
+def compare(
+    expected: AnyDetector, found: AnyDetector, images: Sequence[np.ndarray], threshold: float, limit: int
+) -> str:
     """Compare the detections of two detectors one to one.
 
-    A detection may lack its partner if its score is within the allowed difference of the lowest score of its image:
-    the other one may lie below the threshold, or be one too many.
+    A detection may lack its partner if its score is within the allowed difference of the threshold, or of the lowest
+    score of as many detections as the limit: the other detector may have left it out.
+
+    Args:
+        expected, found: the detectors.
+        images: the images, see :meth:`AnyDetector.detect`.
+        threshold: minimum score of both.
+        limit: maximum number of detections in an image of both.
 
     Returns:
         The number of detections and the largest differences, as text.
@@ -28,7 +36,8 @@ def compare(expected: AnyDetector, found: AnyDetector, images: Sequence[np.ndarr
         pairs = matched(a, b)
         for one, partners in ((a, [i for i, _ in pairs]), (b, [j for _, j in pairs])):
             alone = np.setdiff1d(np.arange(len(one.scores)), partners)
-            if any(one.scores[alone] > one.scores.min(initial=1) + MAX_SCORE):
+            lowest = one.scores.min() if len(one.scores) >= limit else threshold
+            if any(one.scores[alone] > lowest + MAX_SCORE):
                 best = one.scores[alone].max()
                 raise _difference(f"a detection of score {best:.4f} has no partner", image)
         for i, j in pairs:

@@ -1,14 +1,18 @@
 """Export of a detector to one ONNX file, whose detections are compared with the model's before it appears."""
 
 import json
+import warnings
+from collections.abc import Callable
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import torch
 from fvcore.common.config import CfgNode
+from torch import Tensor
 from torch.export import Dim
 
 from relvit_d2.data.detection import catalog
@@ -24,6 +28,7 @@ from relvit_d2.utils.files import appearing
 
 OPSET = 18  # the first with an antialiased Resize
 COMPARED = 8  # images
+MAX_LEVELS, MAX_CHANGED = 2, 0.05  # differences of resizing: grey levels, fraction of the values
 THRESHOLD = 0.05  # score from which detections are compared
 
 
@@ -46,12 +51,48 @@ def export(weights: str, config_file: str, opts: list[str], output: Path, folder
     images, source = compared_images(detector, folder)
     with appearing(output) as part:
         onnx.save(to_onnx(detector), part)
-        differences = compare(detector, OnnxDetector(part, THRESHOLD), images)
+        resize = file_resizing(detector)
+        resizing = compare_resizing(detector, resize, images)
+        detector.network_input = resize
+        limit = detector.cfg.TEST.DETECTIONS_PER_IMAGE
+        differences = compare(detector, OnnxDetector(part, THRESHOLD), images, THRESHOLD, limit)
     sizes = ", ".join(f"{image.shape[1]} x {image.shape[0]}" for image in images)
     return (
         f"written: {output} ({output.stat().st_size / 2**20:.1f} MiB)\n"
-        f"equal to the model in {len(images)} {source} ({sizes}): {differences}"
+        f"equal to the model in {len(images)} {source} ({sizes}): {differences}; {resizing}"
     )
+
+
+def file_resizing(detector: Detector) -> Callable[[np.ndarray], Tensor]:
+    """Return the resizing of the file as a function, to replace ``detector.network_input``."""
+    model = onnx.parser.parse_model(preprocessing(detector.cfg, detector.model.backbone.size_divisibility))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("in_ordered", onnx.TensorProto.UINT8, None))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return lambda image: torch.from_numpy(session.run(["in_ordered"], {"image": image})[0][0])
+
+
+def compare_resizing(detector: Detector, resize: Callable[[np.ndarray], Tensor], images: list[np.ndarray]) -> str:
+    """Compare the resized images of the file and of the detector; return the difference as text.
+
+    They are not equal: another rounding changes single values by a grey level, and the detections by more than the
+    allowed differences. The networks are therefore compared on equal pixels.
+
+    Raises:
+        UserError: the sizes or the grey levels differ.
+    """
+    changed, count = 0, 0
+    for image in images:
+        ours, theirs = resize(image), detector.network_input(image)
+        if ours.shape != theirs.shape or (ours.int() - theirs.int()).abs().max() > MAX_LEVELS:
+            raise UserError(
+                f"the resizing of the exported file differs from the model's in an image of {image.shape[1]} x "
+                f"{image.shape[0]} pixels: nothing was written; please report this"
+            )
+        changed += int((ours != theirs).sum())
+        count += ours.numel()
+    if changed > MAX_CHANGED * count:
+        raise UserError(f"the resizing of the exported file changes {changed / count:.1%} of the values: please report")
+    return f"resizing changes {changed / count:.2%} of the values, by at most {MAX_LEVELS} grey levels"
 
 
 def compared_images(detector: Detector, folder: Path | None) -> tuple[list[np.ndarray], str]:
@@ -101,7 +142,8 @@ def to_onnx(detector: Detector) -> onnx.ModelProto:
     # A tensor that is passed twice would be one input.
     example = (torch.zeros(1, detector.channels, height, width), size, size.clone())
     names = ["boxes", "scores", "classes", *(["masks"] if model.roi_heads.mask_on else [])]
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated functions within torch and torchvision
         exported = torch.onnx.export(
             torch.export.export(program, example, dynamic_shapes=({2: unit * rows, 3: unit * cols}, None, None)),
             dynamo=True,
@@ -119,6 +161,7 @@ def to_onnx(detector: Detector) -> onnx.ModelProto:
     before.ir_version = network.ir_version
     inputs = [(name, name) for name in ("pixels", "size", "original")]
     merged = onnx.compose.merge_models(before, network, inputs)
+    del merged.opset_import[1:]  # of each part
     onnx.helper.set_model_props(merged, {"format": FORMAT} | {n: json.dumps(v) for n, v in metadata(detector).items()})
     return merged
 
@@ -174,8 +217,9 @@ def metadata(detector: Detector) -> dict[str, Any]:
 def preprocessing(cfg: CfgNode, unit: int) -> str:
     """Return the text of an ONNX model from an image to the inputs of :class:`DetectorProgram`.
 
-    The size is that of Detectron2's ``ResizeShortestEdge``. The antialiased Resize of uint8 differs from Pillow's and
-    torch's by at most one grey level.
+    The size is that of Detectron2's ``ResizeShortestEdge``. A smaller height is resampled before the width, as in
+    :class:`relvit_d2.data.detection.mapper.DetectionMapper`; the other order rounds to other grey levels. Single pixels
+    differ by one grey level from torch's.
     """
     channels, shortest, longest = cfg.INPUT.CHANNELS, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
     mean, std = (", ".join(map(repr, map(float, values))) for values in (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD))
@@ -199,8 +243,13 @@ def preprocessing(cfg: CfgNode, unit: int) -> str:
         in_positive = Max (in_floor, in_one)
         in_new = Cast <to = 7> (in_positive)
         in_outer = Constant <value_ints = [1, {channels}]> ()
-        in_shape = Concat <axis = 0> (in_outer, in_new)
-        in_resized = Resize <mode = "linear", antialias = 1, exclude_outside = 1> (in_batch, , , in_shape)"""
+        in_lowered = Min (in_new, in_sides)
+        in_height, in_narrowed = Split <num_outputs = 2> (in_lowered)
+        in_old_height, in_width = Split <num_outputs = 2> (in_sides)
+        in_first = Concat <axis = 0> (in_outer, in_height, in_width)
+        in_low = Resize <mode = "linear", antialias = 1, exclude_outside = 1> (in_batch, , , in_first)
+        in_second = Concat <axis = 0> (in_outer, in_new)
+        in_resized = Resize <mode = "linear", antialias = 1, exclude_outside = 1> (in_low, , , in_second)"""
     keep = """
         in_new = Identity (in_sides)
         in_resized = Identity (in_batch)"""

@@ -31,13 +31,14 @@ class Detector:
         threshold: minimum score of a detection, 0..1.
         channels: number of channels of an image.
         cfg, model: the config, and the network in evaluation mode.
+        network_input: maps an image ``(H, W, channels)`` to the network's input ``(channels, h, w)``, both uint8.
     """
 
     def __init__(self, cfg: CfgNode, model: GeneralizedRCNN, class_names: Sequence[str], threshold: float) -> None:
         self.class_names, self.threshold = list(class_names), threshold
         self.channels: int = cfg.INPUT.CHANNELS
         self.cfg, self.model = cfg, model.eval()
-        self._mapper = DetectionMapper(cfg, is_train=False, pixels=PixelCache(PixelFormat.of(cfg)))
+        self.network_input = DetectionMapper(cfg, False, pixels=PixelCache(PixelFormat.of(cfg))).network_input
         self._pixels = PixelFormat.of(cfg)
         self._precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE))
 
@@ -59,7 +60,7 @@ class Detector:
         arrays = [self.read(image) for image in images]
         if not arrays:
             return []
-        inputs = [{"image": self._mapper.network_input(a), "height": a.shape[0], "width": a.shape[1]} for a in arrays]
+        inputs = [{"image": self.network_input(a), "height": a.shape[0], "width": a.shape[1]} for a in arrays]
         with self._precision.autocast():
             outputs = self.model(inputs)
         found = [output["instances"].to("cpu") for output in outputs]

@@ -97,6 +97,10 @@ def quantize_file(path: Path, output: Path, images: Sequence[np.ndarray]) -> Non
             per_channel=True,
         )
         logging.getLogger().setLevel(level)
+    quantized, original = onnx.load(output), onnx.load(path)
+    del quantized.metadata_props[:]
+    quantized.metadata_props.extend(original.metadata_props)
+    onnx.save(quantized, output)
 
 
 def weighted_nodes(path: Path) -> list[str]:

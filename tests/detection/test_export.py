@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from detectron2.layers.mask_ops import paste_masks_in_image
@@ -19,10 +20,11 @@ from PIL import Image
 from torch import nn
 
 from relvit_d2.cli import main
+from relvit_d2.data.detection.mapper import DetectionMapper
 from relvit_d2.detection import backbone as backbones
 from relvit_d2.detection.comparison import compare, matched
 from relvit_d2.detection.detections import Detections
-from relvit_d2.detection.export import preprocessing
+from relvit_d2.detection.export import file_resizing, preprocessing
 from relvit_d2.detection.onnx_detector import OnnxDetector, paste_masks
 from relvit_d2.detection.predictor import load_detector
 from relvit_d2.utils.errors import UserError
@@ -39,11 +41,25 @@ for name in ("torch", "torchvision", "detectron2", "timm"):
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Smooth images of several sizes and aspect ratios; some are enlarged, some are reduced for the network."""
-    folder, draw = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for number, (height, width) in enumerate([(64, 64), (48, 80), (80, 48), (70, 66), (100, 90), (120, 64), (60, 150)]):
-        coarse = draw.integers(0, 255, (height // 12, width // 12, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+    folder = tmp_path_factory.mktemp("images")
+    for number, size in enumerate([(64, 64), (48, 80), (80, 48), (70, 66), (100, 90), (120, 64), (60, 150)]):
+        Image.fromarray(smooth(number, *size)).save(folder / f"{number}.png")
     return folder
+
+
+@pytest.fixture(scope="module")
+def unresized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of the network's size, of which the model and the file see the same pixels."""
+    folder = tmp_path_factory.mktemp("unresized")
+    for number, size in enumerate([(64, 64), (64, 85), (93, 64)]):
+        Image.fromarray(smooth(number, *size)).save(folder / f"{number}.png")
+    return folder
+
+
+def smooth(seed: int, height: int, width: int) -> np.ndarray:
+    """Return an image of coloured spots."""
+    coarse = np.random.default_rng(seed).integers(0, 255, (height // 12 + 1, width // 12 + 1, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
 
 @pytest.fixture(scope="module")
@@ -86,24 +102,21 @@ def test_the_file_has_standard_operators_and_its_settings(exported: Path, detect
 def test_images_that_the_command_did_not_compare(exported: Path, detector_run: Path) -> None:
     """Sizes from one row of cells to a large image; of no objects there is no detection."""
     model, file = load_detector(detector_run, threshold=0.0), OnnxDetector(exported, threshold=0.0, threads=1)
-    draw = np.random.default_rng(1)
-    sizes = [(64, 64), (12, 96), (400, 30), (333, 500)]
-    for height, width in sizes:
-        coarse = draw.integers(0, 255, (max(height // 30, 2), max(width // 30, 2), 3), dtype=np.uint8)
-        image = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
-        assert "detections, largest differences" in compare(model, file, [image])
+    model.network_input = file_resizing(model)  # type: ignore[method-assign]
+    for size in [(64, 64), (8, 96), (400, 30), (333, 500)]:
+        assert "detections, largest differences" in compare(model, file, [smooth(9, *size)], 0.05, limit=20)
     none = OnnxDetector(exported, threshold=1.0)(np.zeros((64, 64, 3), np.uint8))
     assert len(none.boxes) == 0 and none.masks is not None and none.masks.shape == (0, 64, 64)
 
 
-def test_predict_without_torch_and_detectron2(exported: Path, detector_run: Path, images: Path, tmp_path: Path) -> None:
+def test_predict_without_torch(exported: Path, detector_run: Path, unresized: Path, tmp_path: Path) -> None:
     """Pictures and json are those of the model."""
-    words = ["--input", str(images), "--threshold", "0.1", "--output"]
+    words = ["--input", str(unresized), "--threshold", "0.1", "--output"]
     call = ["predict", "--model", str(exported), *words, str(tmp_path / "onnx")]
     code = f"{HIDDEN}\nfrom relvit_d2.cli import main\nsys.exit(main({call!r}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "7 pictures" in done.stdout
+    assert "3 pictures" in done.stdout
     assert main(["predict", "--weights", str(detector_run), *words, str(tmp_path / "torch")]) == 0
     theirs, ours = (json.loads((tmp_path / name / "detections.json").read_text()) for name in ("torch", "onnx"))
     assert len(ours) == len(theirs) > 20
@@ -181,19 +194,42 @@ def found(*scores: float, shift: float = 0, classes: int = 0) -> Fixed:
 
 def test_other_detections_are_refused() -> None:
     image = [np.zeros((50, 200, 3), np.uint8)]
-    assert compare(found(0.9, 0.5), found(0.9001, 0.5, shift=0.4), image).startswith("2 detections")
-    assert compare(found(0.9, 0.0501), found(0.9), image).startswith("1 detections")  # at the threshold
+    limits = (0.05, 3)  # score, detections
+    assert compare(found(0.9, 0.5), found(0.9001, 0.5, shift=0.4), image, *limits).startswith("2 detections")
+    assert compare(found(0.9, 0.0505), found(0.9), image, *limits).startswith("1 detections")
+    assert compare(found(0.9, 0.8, 0.7), found(0.9, 0.8), image, *limits).startswith("2 detections")
     for other in (found(0.9), found(0.9, 0.5, shift=0.6), found(0.9, 0.502), found(0.9, 0.5, classes=1)):
         with pytest.raises(UserError, match="differ from the model's in an image of 200 x 50 pixels"):
-            compare(found(0.9, 0.5), other, image)
+            compare(found(0.9, 0.5), other, image, *limits)
     with pytest.raises(UserError, match="finds nothing"):
-        compare(found(), found(), image)
+        compare(found(), found(), image, *limits)
 
 
 def test_each_detection_has_at_most_one_partner() -> None:
     one = found(0.9).found
     twice = Detections(one.boxes.repeat(2, axis=0), one.scores.repeat(2), one.classes.repeat(2), None)
     assert matched(one, twice) == [(0, 0)] and matched(twice, one) == [(0, 0)]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [(), ("INPUT.MIN_SIZE_TEST", 200, "INPUT.MAX_SIZE_TEST", 250), ("INPUT.MIN_SIZE_TEST", 0), ("INPUT.FORMAT", "BGR")],
+)
+def test_images_are_resized_normalised_and_padded_like_the_models(keys: tuple[object, ...]) -> None:
+    cfg = tiny_config(*keys)
+    session = onnxruntime.InferenceSession(onnx.parser.parse_model(preprocessing(cfg, 8)).SerializeToString())
+    mapper = DetectionMapper(cfg, is_train=False)
+    mean, std = (np.array(values)[:, None, None] for values in (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD))
+    for size in ((150, 211), (300, 70), (33, 240), (64, 64)):
+        image = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
+        (pixels,), new, original = session.run(None, {"image": image})
+        expected = mapper.network_input(image).numpy()
+        height, width = expected.shape[1:]
+        assert new.tolist() == [height, width] and original.tolist() == list(size)
+        assert pixels.shape[1:] == (-(-height // 8) * 8, -(-width // 8) * 8)
+        levels = pixels[:, :height, :width] * std + mean
+        assert np.abs(levels - expected).max() < 2.1 and (np.abs(levels - expected) > 0.1).mean() < 0.05
+        assert not pixels[:, height:].any() and not pixels[:, :, width:].any()
 
 
 def test_masks_are_pasted_like_detectron2s() -> None:
