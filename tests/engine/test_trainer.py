@@ -2,8 +2,9 @@
 
 import json
 import re
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from detectron2.utils.events import EventWriter, get_event_storage
 from torch import Tensor, nn
 
 from relvit_d2.data.loader import EndlessOrder
+from relvit_d2.engine import signals
 from relvit_d2.engine.trainer import Trainer
 from relvit_d2.utils.errors import UserError
 from tests.support.runs import equal, rows
@@ -34,6 +36,37 @@ def test_a_resumed_run_equals_an_uninterrupted_run(workers: int, tmp_path: Path)
     second.train()
     uninterrupted, halves = state(tmp_path / "uninterrupted"), state(tmp_path / "halves")
     assert all(equal(uninterrupted[key], halves[key]) for key in ("model", "optimizer", "iteration"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_an_evaluation_and_the_checkpoint_before_it_remains(number: int, tmp_path: Path) -> None:
+    def interrupted() -> dict[str, Any]:
+        signal.raise_signal(number)
+        raise AssertionError("the evaluation was not stopped")
+
+    def run(output: str, evaluate: Callable[[], dict[str, Any]]) -> Trainer:
+        return trainer(tmp_path / output, 9, evaluate=evaluate, TEST__EVAL_PERIOD=4)
+
+    def measured() -> dict[str, Any]:
+        return {"test": {"top1": 50.0}}
+
+    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
+    signals.install(patient=False)
+    try:
+        with pytest.raises(signals.Interrupted):
+            run("stopped", interrupted).train()
+    finally:
+        signals.forget()
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert (tmp_path / "stopped/last_checkpoint").read_text() == "model_0000003.pth"
+    again = run("stopped", measured)
+    assert again.resume() and again.start_iter == 4
+    again.train()
+    run("straight", measured).train()
+    stopped, straight = state(tmp_path / "stopped"), state(tmp_path / "straight")
+    assert all(equal(stopped[key], straight[key]) for key in ("model", "optimizer", "iteration"))
+    assert rows(tmp_path / "stopped") == rows(tmp_path / "straight")
 
 
 def test_metrics_have_every_iteration_once_also_after_a_truncated_line(tmp_path: Path) -> None:
