@@ -75,7 +75,7 @@ def select(features: Path, count: int, labelled: Sequence[str], detector: str, o
             np.empty((0, 4)),
             np.empty(0, int),
             (),
-            f"{image.name}  {one.distance:.2f}",
+            f"{image.name}  {one.distance:.2g}",
         )
         for one in shown
     ]
