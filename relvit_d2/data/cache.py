@@ -11,6 +11,7 @@ from typing import Any
 from detectron2.structures import BoxMode
 
 from relvit_d2.data.detection.records import Record
+from relvit_d2.data.images.decode import size_if_readable
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import write_text
 
@@ -59,7 +60,7 @@ def cached(name: str, root: Path, sources: Iterable[Path], read: Callable[[], La
     path = cache_root() / "records" / f"{real.name}_{key}.json"
     digest = _digest(real, sources)
     document = load(path)
-    if not isinstance(document, dict) or document.get("digest") != digest:
+    if not isinstance(document, dict) or document.get("digest") != digest or _is_readable_again(document, root):
         classes, records, warnings = read()
         records = [{**r, "file_name": Path(r["file_name"]).relative_to(root).as_posix()} for r in records]
         info = {"digest": digest, "root": str(real), "description": name}
@@ -74,6 +75,12 @@ def cached(name: str, root: Path, sources: Iterable[Path], read: Callable[[], La
         for annotation in record["annotations"]:
             annotation["bbox_mode"] = BoxMode(annotation["bbox_mode"])
     return document["classes"], document["records"], document["warnings"]
+
+
+def _is_readable_again(document: dict[str, Any], root: Path) -> bool:
+    """Whether an image that could not be read, as while a network disk failed, can be read now."""
+    unreadable = [record["file_name"] for record in document["records"] if not record["width"]]
+    return any(size_if_readable(root / name)[0] for name in unreadable)
 
 
 def _digest(real: Path, sources: Iterable[Path]) -> str:

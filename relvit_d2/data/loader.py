@@ -229,14 +229,12 @@ def ordered_batches(
     rank: int = 0,
     world: int = 1,
     timeout: float = 0,
-    replaces: bool = False,
     leaves_out: bool = False,
 ) -> Batches:
     """Return one process's part of the samples in order; each sample is in exactly one process's part.
 
-    With ``replaces`` an unreadable image is replaced by the next one, with ``leaves_out`` it is left out of its batch.
-    ``timeout`` as in :class:`Batches`.
+    ``timeout`` and ``leaves_out`` as in :class:`Batches`.
     """
     share = np.array_split(np.arange(len(samples)), world)[rank].tolist()
     keys = [[(0, index) for index in share[i : i + batch]] for i in range(0, len(share), batch)]
-    return Batches(samples, mapper, collate, keys, 0, workers, timeout, replaces, leaves_out)
+    return Batches(samples, mapper, collate, keys, 0, workers, timeout, leaves_out=leaves_out)

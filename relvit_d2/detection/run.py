@@ -287,17 +287,9 @@ def _unreadable_ids(records: Records, batches: Batches) -> list[Any]:
 
 
 def _test_batches(cfg: CfgNode, records: Records) -> Batches:
-    return ordered_batches(
-        records,
-        DetectionMapper(cfg, is_train=False),
-        list,
-        cfg.TEST.BATCH_SIZE,
-        loader_workers(cfg),
-        comm.get_rank(),
-        comm.get_world_size(),
-        cfg.DATALOADER.TIMEOUT,
-        leaves_out=cfg.DATASETS.SKIP_UNREADABLE,
-    )
+    rank, world, skip = comm.get_rank(), comm.get_world_size(), cfg.DATASETS.SKIP_UNREADABLE
+    options = cfg.TEST.BATCH_SIZE, loader_workers(cfg), rank, world, cfg.DATALOADER.TIMEOUT
+    return ordered_batches(records, DetectionMapper(cfg, is_train=False), list, *options, leaves_out=skip)
 
 
 def evaluate_training_images(cfg: CfgNode, model: GeneralizedRCNN, records: Records) -> None:

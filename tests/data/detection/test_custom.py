@@ -199,6 +199,11 @@ def test_cache_is_updated_after_a_change(tmp_path: Path) -> None:
     before = open_folder(root)[1].records("train", ("cat", "dog"), False)
     assert open_folder(root)[1].records("train", ("cat", "dog"), False) == before
     (path,) = (tmp_path / "cache/relvit_d2/records").glob("*.json")
+    # An image that could not be read at that time.
+    document = json.loads(path.read_text())
+    document["records"][0] |= {"width": 0, "height": 0, "annotations": []}
+    path.write_text(json.dumps(document))
+    assert open_folder(root)[1].records("train", ("cat", "dog"), False) == before
     # Change the cache to show that it is read.
     path.write_text(path.read_text().replace('"cat"', '"cow"'))
     assert open_folder(root)[1].classes() == ("cow", "dog")
