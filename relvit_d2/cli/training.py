@@ -79,7 +79,8 @@ def run_process(args: argparse.Namespace) -> None:
     cfg = load_config(args.config_file, [*config_pairs(args.data, args.task), *args.opts], args.task)
     trains = not args.eval_only and not getattr(args, "eval", None)
     try:
-        with run_lock(Path(cfg.OUTPUT_DIR)) if trains else nullcontext():
+        # The start of the run refuses an empty name, which would lock the working directory.
+        with run_lock(Path(cfg.OUTPUT_DIR)) if trains and cfg.OUTPUT_DIR.strip() else nullcontext():
             import_module(f"relvit_d2.{_PACKAGES[args.task]}.run").run_process(cfg, args, end_run)
     except Exception as error:
         if not is_out_of_memory(error):

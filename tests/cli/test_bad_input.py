@@ -278,6 +278,7 @@ def test_invalid_input_is_reported_in_one_sentence(
     sentence = fails(data if case.make else root, *command(script, output, *more, flags=tuple(flags)))
     assert case.message in sentence
     assert not [path for path in output.rglob("*") if path.suffix in (".part", ".safetensors")]
+    assert not Path(".run.lock").exists()
 
 
 def test_pretraining_skips_unreadable_images(tmp_path: Path) -> None:
