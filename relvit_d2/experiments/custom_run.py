@@ -323,13 +323,14 @@ class Files:
         self.run_command("predict", words, self.output / "predict", 0)
         results = detector / "inference/results.json"
         for name, found in json.loads(results.read_text(encoding="utf-8")).items() if data.evaluated else ():
-            values = (found["bbox"][key] for key in ("AP", "AP50"))
-            ap, ap50 = (math.nan if value is None else value for value in values)  # without objects
-            print_text(f"AP on {name} after the last iteration: {ap:.1f}, AP50 {ap50:.1f}")
+            for task in ("bbox", "segm") if "segm" in found else ("bbox",):
+                values = (found[task][key] for key in ("AP", "AP50"))
+                ap, ap50 = (math.nan if value is None else value for value in values)  # without objects
+                print_text(f"{task} AP on {name} after the last iteration: {ap:.1f}, AP50 {ap50:.1f}")
             analysis = analyze_detections(detector / "inference", name, cfg.TEST.DETECTIONS_PER_IMAGE)
             if analysis and analysis.interval:
                 low, high = analysis.interval
-                print_text(f"95 % interval of AP by the {analysis.count} images: {low:.1f} to {high:.1f}")
+                print_text(f"95 % interval of bbox AP by the {analysis.count} images: {low:.1f} to {high:.1f}")
         if weights.endswith(".pth"):
             saved = read_file(Path(weights))
             print_text(f"best model: {saved['metric']} {saved['value']:.1f} after iteration {saved['iteration'] + 1}")
