@@ -79,6 +79,8 @@ def run(args: argparse.Namespace) -> None:
         report["warnings"] += unrecognised_warnings(names)
     if labelled:
         report = check_labels(sets, classes, cfg, tuple(dict.fromkeys(cfg.DATASETS.TRAIN)), tests)
+        if not args.config_file:
+            print_text(f"training size and anchors are those of {DEFAULT}; --config-file FILE checks others")
         print_labels(report, len(classes))
     images = check_images(sets, cfg, not cfg.DATASETS.SKIP_UNREADABLE)
     print_images(images, cfg)
