@@ -125,8 +125,8 @@ def _rolled(x: Tensor, shift: tuple[Shift, Shift], sign: int) -> Tensor:
     """Roll a map ``(B, h, w, C)`` by ``sign`` times the shift."""
     for axis, by in enumerate(shift, 1):
         if isinstance(by, Tensor):
-            places = torch.arange(x.shape[axis], device=x.device) - sign * by
-            x = x.index_select(axis, places % x.shape[axis])
+            side = torch.scalar_tensor(x.shape[axis], dtype=torch.int64)
+            x = x.index_select(axis, (torch.arange(x.shape[axis], device=x.device) - sign * by) % side)
         elif by:
             x = x.roll(sign * by, axis)
     return x
