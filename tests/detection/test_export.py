@@ -27,6 +27,7 @@ from relvit_d2.detection.detections import Detections
 from relvit_d2.detection.export import file_resizing, preprocessing
 from relvit_d2.detection.onnx_detector import OnnxDetector, paste_masks
 from relvit_d2.detection.predictor import load_detector
+from relvit_d2.detection.quantization import quantize
 from relvit_d2.utils.errors import UserError
 from tests.support.detectors import tiny_config, write_run
 
@@ -176,6 +177,17 @@ def test_bad_input_is_one_sentence(
     assert "has 1 images, at least 8 are needed" in export(detector_run, "--int8", tmp_path / "few")
     assert "--min-agreement 2.0: give 0 to 1" in export(detector_run, "--min-agreement", 2)
     assert not (tmp_path / "x.onnx").exists()
+
+
+@pytest.mark.slow
+def test_an_int8_file_is_smaller_and_refused_if_it_disagrees(exported: Path, images: Path, tmp_path: Path) -> None:
+    target, files = tmp_path / "int8.onnx", sorted(images.iterdir())
+    with pytest.raises(UserError, match=r"agrees .* below --min-agreement 1.01: .* was not written"):
+        quantize(exported, target, files, 1.01)
+    assert not list(tmp_path.iterdir())
+    assert "agreement with float32 in 3 other images: F1 " in quantize(exported, target, files, 0.3)
+    assert target.stat().st_size < 0.5 * exported.stat().st_size
+    assert OnnxDetector(target).metadata == OnnxDetector(exported).metadata
 
 
 class Fixed(SimpleNamespace):

@@ -1,4 +1,4 @@
-"""Exports that take minutes: every kind of encoder, average precision on photographs, int8."""
+"""Exports that take minutes: every kind of encoder."""
 
 import re
 from pathlib import Path
