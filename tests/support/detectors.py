@@ -2,16 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.structures import Boxes, Instances
 
-from relvit_d2.detection.detections import AnyDetector
 from relvit_d2.detection.model import build_detector
 from relvit_d2.encoders import build_encoder
-from relvit_d2.evaluation.coco import CocoStyleEvaluator
 from relvit_d2.tasks import load_config
 
 
@@ -61,23 +57,3 @@ def write_run(folder: Path, cfg: CfgNode, spread: float = 0.1) -> Path:
     (folder / "config.yaml").write_text(cfg.dump())
     (folder / "classes.json").write_text(json.dumps([f"class {i}" for i in range(cfg.MODEL.ROI_HEADS.NUM_CLASSES)]))
     return folder
-
-
-def evaluated(
-    detector: AnyDetector, records: list[dict[str, Any]], folder: Path, ignore_difficult: bool = True
-) -> dict[str, dict[str, float]]:
-    """Return the COCO-style results of a detector on records, in percent."""
-    evaluator = CocoStyleEvaluator("records", records, detector.class_names, folder, ignore_difficult=ignore_difficult)
-    evaluator.reset()
-    for record in records:
-        image = detector.read(record["file_name"])
-        (found,) = detector.detect([image])
-        fields = {
-            "pred_boxes": Boxes(torch.from_numpy(found.boxes)),
-            "scores": torch.from_numpy(found.scores),
-            "pred_classes": torch.from_numpy(found.classes),
-        }
-        if found.masks is not None:
-            fields["pred_masks"] = torch.from_numpy(found.masks)
-        evaluator.process([record], [{"instances": Instances(image.shape[:2], **fields)}])
-    return evaluator.evaluate()
