@@ -192,7 +192,7 @@ def main() -> int:
         root = Path(folder)
         generate(root / "svhn/train", 12, seed=1)
         generate(root / "svhn/test", 5, seed=2)
-        draw_trees(root / "trees")
+        draw_trees(root / "trees", mixed=True)
         chains = [Chain(root, s, flags, random.Random(f"{args.seed} {s} {flags}")) for s, flags in CHAINS]
         status, end = 0, time.monotonic() + 60 * args.minutes
         try:

@@ -98,7 +98,7 @@ def test_trainings_and_a_row_run_from_an_empty_folder(installed: Path, tmp_path:
     command = re.findall(r"^next +(relvit-d2 train .*)$", done.stdout, re.M)
     assert command
     run(installed, tmp_path, *command[0].split()[1:], *few, "OUTPUT_DIR", "two", "SOLVER.IMS_PER_BATCH", 2)
-    both = ("--num-gpus", 2, *few, "OUTPUT_DIR", "two", "SOLVER.IMS_PER_BATCH", 2)
+    both = ("--num-gpus", 2, *few, "OUTPUT_DIR", "parallel", "SOLVER.IMS_PER_BATCH", 2)
     run(installed, tmp_path, "train", "--config-file", "configs/demo/streets.yaml", *both)
     done = run(installed, tmp_path, "reproduce", "demo", "--scale", 0.01, "SOLVER.IMS_PER_BATCH", 2)
     assert "A rehearsal" in done.stdout and (tmp_path / "output/demo_streets_0.01/results.md").is_file()

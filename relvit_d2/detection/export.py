@@ -137,7 +137,7 @@ def to_onnx(detector: Detector) -> onnx.ModelProto:
     program = DetectorProgram(model.requires_grad_(False)).eval()
     unit, side = model.backbone.size_divisibility, min_side(model.backbone)
     rows, cols = (Dim(name, min=side // unit) for name in ("rows", "cols"))
-    height, width = side + 4 * unit, side + 2 * unit
+    height, width = side + 8 * unit, side + 14 * unit  # several windows of attention, else torch.export assumes one
     size = torch.tensor([height, width], dtype=torch.float32)
     # A tensor that is passed twice would be one input.
     example = (torch.zeros(1, detector.channels, height, width), size, size.clone())

@@ -65,9 +65,19 @@ class OnnxDetector:
         return self._pixels.array(image)
 
     def __call__(self, image: ImageInput) -> Detections:
-        """Return the detections in one image: a path, a Pillow image, or an RGB array ``(H, W, channels)`` of uint8."""
+        """Return the detections in one image: a path, a Pillow image, or an RGB array ``(H, W, channels)`` of uint8.
+
+        Raises:
+            UserError: the image cannot be read, or the network fails, as on an image below its ``min_side``.
+        """
         pixels = self.read(image)
-        found = dict(zip(self._names, self._session.run(None, {"image": pixels}), strict=True))
+        try:
+            found = dict(zip(self._names, self._session.run(None, {"image": pixels}), strict=True))
+        except Exception as error:  # as above
+            size = f"{pixels.shape[1]} x {pixels.shape[0]}"
+            raise UserError(
+                f"the model fails on an image of {size} pixels: {str(error).splitlines()[0][:200]}"
+            ) from error
         kept = found["scores"] >= self.threshold
         boxes, masks = found["boxes"][kept], None
         if "masks" in found:

@@ -171,7 +171,7 @@ def shift_mask(x: Tensor, shift: tuple[Shift, Shift]) -> Tensor:
         wrapped.append(torch.arange(length, device=x.device) >= length - by)
     label = windows((2 * wrapped[0][:, None] + wrapped[1])[None, ..., None])
     apart = label != label.transpose(1, 2)
-    return torch.zeros(apart.shape, dtype=x.dtype, device=x.device).masked_fill(apart, float("-inf"))
+    return torch.where(apart, float("-inf"), 0.0).to(x.dtype)
 
 
 @ENCODERS.register("swin_tiny")

@@ -33,6 +33,7 @@ from relvit_d2.engine.signals import Interrupted
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.randomness import seed_everything
 from tests.support import classifiers
+from tests.support.labelled_folders import draw_trees
 from tests.support.runs import equal, rows
 from tests.support.scripts import SCRIPTS, command, fails, kill_one, run, started, wait_for, workers
 
@@ -187,7 +188,7 @@ def test_torchrun_may_keep_its_store_for_itself(root: Path, tmp_path: Path, monk
 
 
 SLOW = pytest.mark.slow
-CASES = [("pretrain_ssl.py", TWO), ("train_net.py", ())]
+CASES = [("pretrain_ssl.py", TWO), ("train_net.py", ()), ("train_cls.py", ())]
 ALL_SCRIPTS = (*SCRIPTS, "train_cls.py")
 
 
@@ -197,12 +198,13 @@ ALL_SCRIPTS = (*SCRIPTS, "train_cls.py")
     + [pytest.param(script, flags, 20, marks=SLOW) for script in ALL_SCRIPTS for flags in ((), TWO)],
 )
 def test_a_killed_worker_ends_the_run_with_one_sentence(
-    script: str, flags: tuple[object, ...], kills: int, root: Path, trees: Path, tmp_path: Path
+    script: str, flags: tuple[object, ...], kills: int, root: Path, tmp_path: Path
 ) -> None:
     more = ("SOLVER.MAX_ITER", 100_000, "DATALOADER.NUM_WORKERS", 2, "TEST.EVAL_PERIOD", 40)
     if script == "train_cls.py":
         period = ("SOLVER.CHECKPOINT_PERIOD", 20)
-        arguments = classifiers.command(trees, tmp_path, *more, *period, flags=(*flags, "--resume"))
+        draw_trees(tmp_path / "trees", mixed=True)
+        arguments = classifiers.command(tmp_path / "trees", tmp_path, *more, *period, flags=(*flags, "--resume"))
     else:
         arguments = command(script, tmp_path, *more, flags=(*flags, "--resume"))
     metrics, pointer = tmp_path / "metrics.json", tmp_path / "last_checkpoint"

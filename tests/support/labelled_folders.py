@@ -52,14 +52,18 @@ def write_crops(samples: Path, folder: Path, size: int = 32, splits: bool = True
                     crop.resize((size, size)).save(target / f"{split}_{counts[label]}.png")
 
 
-def draw_trees(root: Path) -> None:
-    """Write two classes, red and blue pictures of 16 px: ``train`` with 12 each, ``test`` with 6 each."""
+def draw_trees(root: Path, mixed: bool = False) -> None:
+    """Write two classes, red and blue pictures of 16 px: ``train`` with 12 each, ``test`` with 6 each.
+
+    With ``mixed`` the first one is wider. Images of several sizes are read by loader processes; others are read once.
+    """
     random = np.random.default_rng(0)
     for part, count in (("train", 12), ("test", 6)):
         for label, name in enumerate(("red", "blue")):
             (root / part / name).mkdir(parents=True)
             for number in range(count):
-                pixels = random.integers(0, 60, (16, 16, 3), dtype=np.uint8)
+                width = 20 if mixed and number == 0 else 16
+                pixels = random.integers(0, 60, (16, width, 3), dtype=np.uint8)
                 pixels[..., 2 * label] += 180
                 Image.fromarray(pixels).save(root / part / name / f"{number}.png")
 
