@@ -69,7 +69,8 @@ class Chain:
         """Return the command that writes to ``output``."""
         flags = (*self.flags, *flags)
         if self.script == "train_cls.py":
-            return classifiers.command(self.root / "trees", output, *KEYS, flags=flags)
+            crop = ("INPUT.VIEW.CROP", "resized")  # of images of several sizes
+            return classifiers.command(self.root / "trees", output, *KEYS, *crop, flags=flags)
         return command(self.script, output, *KEYS, flags=flags)
 
     def run(self, end: float) -> None:

@@ -202,9 +202,9 @@ def test_a_killed_worker_ends_the_run_with_one_sentence(
 ) -> None:
     more = ("SOLVER.MAX_ITER", 100_000, "DATALOADER.NUM_WORKERS", 2, "TEST.EVAL_PERIOD", 40)
     if script == "train_cls.py":
-        period = ("SOLVER.CHECKPOINT_PERIOD", 20)
+        keys = ("SOLVER.CHECKPOINT_PERIOD", 20, "INPUT.VIEW.CROP", "resized")
         draw_trees(tmp_path / "trees", mixed=True)
-        arguments = classifiers.command(tmp_path / "trees", tmp_path, *more, *period, flags=(*flags, "--resume"))
+        arguments = classifiers.command(tmp_path / "trees", tmp_path, *more, *keys, flags=(*flags, "--resume"))
     else:
         arguments = command(script, tmp_path, *more, flags=(*flags, "--resume"))
     metrics, pointer = tmp_path / "metrics.json", tmp_path / "last_checkpoint"
