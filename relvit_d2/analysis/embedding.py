@@ -37,7 +37,7 @@ class Embedded(NamedTuple):
 def embed(
     encoder: ImageEncoder, weights: Path, images: Sequence[Path], output: Path, size: int, batch: int
 ) -> list[str]:
-    """Write paths, sizes and pooled features of images to a parquet file; continue if an earlier call was interrupted.
+    """Write paths and pooled features of images to a parquet file; continue if an earlier call was interrupted.
 
     Args:
         encoder: the encoder, read from the file or folder ``weights``.
@@ -76,10 +76,13 @@ def embed(
                 bar.update(len(part))
             tables.append(parquet.read_table(path))
     errors = [error for table in tables for error in json.loads(table.schema.metadata[b"errors"])]
-    table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables if len(table)])
-    if not len(table):
+    filled = [table.replace_schema_metadata(None) for table in tables if len(table)]
+    if not filled:
         raise UserError(f"none of the {len(images)} images could be read: {errors[0]}")
-    _write(table.replace_schema_metadata({"weights": str(weights), "size": str(size or encoder.size)}), output)
+    _write(
+        pa.concat_tables(filled).replace_schema_metadata({"weights": str(weights), "size": str(size or encoder.size)}),
+        output,
+    )
     shutil.rmtree(folder)
     return errors
 

@@ -89,7 +89,7 @@ def uncertainties(weights: str, images: Sequence[Path]) -> np.ndarray:
     """Return the uncertainty of a detector about each image, ``(N,)`` in 0..1.
 
     It is the mean of ``1 - |2 s - 1|`` over the scores ``s`` of the detections above 0.1: 1 if all scores are one half,
-    0 if there is no detection, or all are certain.
+    0 if all are certain, or without detections.
     """
     model, found = load_detector(weights, "", [], DOUBTFUL), []
     for start in Progress(range(0, len(images), BATCH), desc="detector", unit="batch"):

@@ -91,6 +91,10 @@ def test_embed_writes_the_features_of_each_image_and_select_reads_them(weights: 
     encoder = load_encoder(weights)
     for file, features in zip(files, found.features, strict=True):
         np.testing.assert_allclose(features, encoder(file).pooled, atol=1e-5)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none/damaged.png").write_bytes(b"no image")
+    error = fails(tmp_path, *words[:5], tmp_path / "none", "--output", tmp_path / "none.parquet")
+    assert "none of the 1 images could be read" in error and not (tmp_path / "none.parquet").exists()
     (tmp_path / "labelled.txt").write_text(f"{files[0]}\n{files[4]}\n")
     choose = "relvit-d2", "select", "--features", tmp_path / "all.parquet", "--labelled", tmp_path / "labelled.txt"
     run(tmp_path, *choose, "--count", 3, "--output", tmp_path / "selection")

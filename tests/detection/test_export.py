@@ -101,7 +101,7 @@ def test_the_file_has_standard_operators_and_its_settings(exported: Path, detect
 
 
 def test_images_that_the_command_did_not_compare(exported: Path, detector_run: Path) -> None:
-    """Sizes from one row of cells to a large image; of no objects there is no detection."""
+    """Sizes from one row of cells to a large image, and an image without detections."""
     model, file = load_detector(detector_run, threshold=0.0), OnnxDetector(exported, threshold=0.0, threads=1)
     model.network_input = file_resizing(model)  # type: ignore[method-assign]
     for size in [(64, 64), (8, 96), (400, 30), (333, 500)]:

@@ -18,7 +18,7 @@ from tests.support.runs import equal, rows
 from tests.support.scripts import command, run, started, wait_for
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (30, 50, 3), np.uint8)
-ROOM = 2**20
+LIMIT = 2**20
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_pixels_are_those_of_the_decoder(
     images: list[Path | Member], tmp_path: Path, channels: int, longest: int
 ) -> None:
     pixels = PixelFormat(channels)
-    cache = PixelCache(pixels, longest, tmp_path / "cache", ROOM)
+    cache = PixelCache(pixels, longest, tmp_path / "cache", LIMIT)
     (tmp_path / "cache").mkdir()
     for image in images * 2:
         expected, read = pixels.read(image, longest), cache.read(image)
@@ -64,14 +64,14 @@ def test_the_second_read_is_from_the_cache_unless_the_image_or_the_format_change
     folder, image = tmp_path / "cache", images[0]
     folder.mkdir()
     assert isinstance(image, Path)
-    cache = PixelCache(None, 0, folder, ROOM)
+    cache = PixelCache(None, 0, folder, LIMIT)
     expected = cache.read(image)
     (file,) = files_of(folder)
     content = bytearray(file.read_bytes())
     content[HEADER] ^= 255
     file.write_bytes(content)
     assert cache.read(image)[0, 0, 0] == expected[0, 0, 0] ^ 255
-    assert np.array_equal(PixelCache(None, 20, folder, ROOM).read(image), PixelFormat().read(image, 20))
+    assert np.array_equal(PixelCache(None, 20, folder, LIMIT).read(image), PixelFormat().read(image, 20))
     Image.fromarray(PIXELS[::-1]).save(image)
     assert np.array_equal(cache.read(image), PixelFormat().read(image))
 
@@ -80,7 +80,7 @@ def test_the_second_read_is_from_the_cache_unless_the_image_or_the_format_change
 def test_an_incomplete_file_is_replaced(images: list[Path | Member], tmp_path: Path, size: int) -> None:
     folder = tmp_path / "cache"
     folder.mkdir()
-    cache = PixelCache(None, 0, folder, ROOM)
+    cache = PixelCache(None, 0, folder, LIMIT)
     expected = cache.read(images[0])
     (file,) = files_of(folder)
     content = file.read_bytes()
@@ -112,7 +112,7 @@ def test_the_cache_stays_within_its_limit_and_drops_the_oldest_images(
 def test_errors_in_writing_end_the_caching_only(images: list[Path | Member], tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     folder.write_text("a file, so that nothing can be written below it")
-    cache = PixelCache(None, 0, folder, ROOM)
+    cache = PixelCache(None, 0, folder, LIMIT)
     for image in images:
         assert np.array_equal(cache.read(image), PixelFormat().read(image))
 
