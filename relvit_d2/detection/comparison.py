@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from relvit_d2.detection.detections import AnyDetector, Detections
+from relvit_d2.evaluation.base import iou as iou_of_boxes
 from relvit_d2.utils.errors import UserError
 
 MAX_SCORE, MAX_BOX, MIN_MASK = 1e-3, 0.5, 0.99  # allowed differences: score, pixels of a corner, IoU of masks
@@ -76,21 +77,13 @@ def matched(a: Detections, b: Detections, iou: float = 0.9) -> list[tuple[int, i
     Returns:
         Indices into ``a`` and ``b``.
     """
-    overlaps = np.where(a.classes[:, None] == b.classes, box_ious(a.boxes, b.boxes), 0)
+    overlaps = np.where(a.classes[:, None] == b.classes, iou_of_boxes(a.boxes[:, None], b.boxes), 0)
     pairs: list[tuple[int, int]] = []
     while overlaps.size and overlaps.max() >= iou:
         i, j = np.unravel_index(overlaps.argmax(), overlaps.shape)
         pairs.append((int(i), int(j)))
         overlaps[i], overlaps[:, j] = -1, -1
     return pairs
-
-
-def box_ious(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the IoU of each box of ``a`` ``(A, 4)`` with each of ``b`` ``(B, 4)``, ``(A, B)``."""
-    corners = np.minimum(a[:, None, 2:], b[:, 2:]) - np.maximum(a[:, None, :2], b[:, :2])
-    shared = corners.clip(0).prod(2)
-    areas = [(boxes[:, 2:] - boxes[:, :2]).prod(1) for boxes in (a, b)]
-    return shared / np.maximum(areas[0][:, None] + areas[1] - shared, 1e-9)
 
 
 def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
