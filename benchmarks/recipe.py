@@ -98,15 +98,17 @@ def crop(record: dict[str, Any]) -> tuple[Image.Image, np.ndarray, list[int]] | 
     return image, inside[kept], [number for number, keep in zip(classes, kept, strict=True) if keep]
 
 
-def mosaic(records: list[dict[str, Any]]) -> tuple[Image.Image, np.ndarray, list[int]]:
-    """Return ``GRID`` x ``GRID`` reduced images as one, and their objects."""
-    cell = SIDE // GRID
-    image, boxes, classes = Image.new("RGB", (cell * GRID, cell * GRID)), [], []
+def mosaic(
+    records: list[dict[str, Any]], grid: int, cell: tuple[int, int]
+) -> tuple[Image.Image, np.ndarray, list[int]]:
+    """Return ``grid`` x ``grid`` images, each resized to width and height ``cell``, as one, and their objects."""
+    image, boxes, classes = Image.new("RGB", (cell[0] * grid, cell[1] * grid)), [], []
     for position, record in enumerate(records):
-        corner = np.array([position % GRID * cell, position // GRID * cell])
-        image.paste(Image.fromarray(read_rgb(record["file_name"])).resize((cell, cell)), tuple(corner.tolist()))
+        corner = np.array([position % grid * cell[0], position // grid * cell[1]])
+        image.paste(Image.fromarray(read_rgb(record["file_name"])).resize(cell), tuple(corner.tolist()))
         found, labels = objects_of(record)
-        boxes.append(found * np.tile([cell / record["width"], cell / record["height"]], 2) + np.tile(corner, 2))
+        scale = np.array(cell) / [record["width"], record["height"]]
+        boxes.append(found * np.tile(scale, 2) + np.tile(corner, 2))
         classes += labels
     return image, np.concatenate(boxes), classes
 
@@ -120,25 +122,29 @@ def make_set(source: Path, kind: str, output: Path) -> Path:
         else:
             rng = np.random.default_rng(0)
             count = max(len(records) // GRID, 1)
-            made = [mosaic([records[i] for i in rng.choice(len(records), GRID * GRID)]) for _ in range(count)]
-        images, labels = (output / part / split for part in ("images", "labels"))
-        for folder in (images, labels):
-            folder.mkdir(parents=True)
-        for number, (image, boxes, classes) in enumerate(made):
-            size = np.array(image.size)
-            image.thumbnail((SIDE, SIDE))
-            image.save(images / f"{number:05}.jpg", quality=92)
-            middles, sides = (boxes[:, :2] + boxes[:, 2:]) / 2 / size, (boxes[:, 2:] - boxes[:, :2]) / size
-            rows = np.hstack([middles, sides])
-            text = "".join(
-                f"{label} {' '.join(f'{value:.5f}' for value in row)}\n"
-                for label, row in zip(classes, rows, strict=True)
-            )
-            (labels / f"{number:05}.txt").write_text(text, encoding="utf-8")
-    (output / "data.yaml").write_text(
-        json.dumps({"train": "images/train", "val": "images/val", "names": names}), encoding="utf-8"
-    )
+            drawn = [[records[i] for i in rng.choice(len(records), GRID * GRID)] for _ in range(count)]
+            made = [mosaic(chosen, GRID, (SIDE // GRID,) * 2) for chosen in drawn]
+        write_split(made, output, split, SIDE)
+    keys = {"train": "images/train", "val": "images/val", "names": names}
+    (output / "data.yaml").write_text(json.dumps(keys), encoding="utf-8")
     return output
+
+
+def write_split(made: list[tuple[Image.Image, np.ndarray, list[int]]], output: Path, split: str, longest: int) -> None:
+    """Write images, reduced to ``longest`` pixels, boxes and classes as a split in YOLO format."""
+    images, labels = (output / part / split for part in ("images", "labels"))
+    for folder in (images, labels):
+        folder.mkdir(parents=True)
+    for number, (image, boxes, classes) in enumerate(made):
+        size = np.array(image.size)
+        image.thumbnail((longest, longest))
+        image.save(images / f"{number:05}.jpg", quality=92)
+        middles, sides = (boxes[:, :2] + boxes[:, 2:]) / 2 / size, (boxes[:, 2:] - boxes[:, :2]) / size
+        text = "".join(
+            f"{label} {' '.join(f'{value:.6f}' for value in row)}\n"
+            for label, row in zip(classes, np.hstack([middles, sides]), strict=True)
+        )
+        (labels / f"{number:05}.txt").write_text(text, encoding="utf-8")
 
 
 def ap_of(folder: Path) -> float:

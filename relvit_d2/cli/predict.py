@@ -53,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threshold", "--confidence-threshold", type=float, default=0.5, help="minimum score, 0..1 (default 0.5)"
     )
     parser.add_argument("--batch", type=int, default=4, help="batch size (default 4)")
+    parser.add_argument(
+        "--tiles", help="detect in large images tile by tile: auto, or SIZE or WIDTHxHEIGHT in pixels of the image"
+    )
+    parser.add_argument(
+        "--overlap", type=float, default=0.2, help="minimum overlap of tiles, a fraction of a tile (default 0.2)"
+    )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that override the config")
     parser.add_argument("--opts", dest="more", nargs=argparse.REMAINDER, default=[], help="the same")
 
@@ -82,7 +88,8 @@ def run(args: argparse.Namespace) -> None:
         inputs = split_images(args.weights, args.config_file, opts, args.data, args.split)
     from relvit_d2.report.prediction_files import predict
 
-    written, unreadable = predict(partial(load, args, opts), inputs, args.output, args.batch)
+    tiles = (args.tiles, args.overlap) if args.tiles else None
+    written, unreadable = predict(partial(load, args, opts), inputs, args.output, args.batch, tiles)
     if written:
         print_text(written)
     if unreadable:

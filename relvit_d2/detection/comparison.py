@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from relvit_d2.detection.detections import AnyDetector, Detections
-from relvit_d2.evaluation.base import iou as iou_of_boxes
+from relvit_d2.detection.detections import AnyDetector, Detections, mask_iou
+from relvit_d2.utils.boxes import iou as iou_of_boxes
 from relvit_d2.utils.errors import UserError
 
 MAX_SCORE, MAX_BOX, MIN_MASK = 1e-3, 0.5, 0.99  # allowed differences: score, pixels of a corner, IoU of masks
@@ -84,9 +84,3 @@ def matched(a: Detections, b: Detections, iou: float = 0.9) -> list[tuple[int, i
         pairs.append((int(i), int(j)))
         overlaps[i], overlaps[:, j] = -1, -1
     return pairs
-
-
-def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the IoU of two masks ``(H, W)`` bool; 1 if both are empty."""
-    union = (a | b).sum()
-    return float((a & b).sum() / union) if union else 1.0

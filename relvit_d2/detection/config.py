@@ -13,6 +13,8 @@ from relvit_d2.data.config import (
 from relvit_d2.data.detection.config import add_custom_data_config, add_mapper_config
 from relvit_d2.data.images.config import add_pixel_format_config, check_pixel_format_config
 from relvit_d2.detection.config_check import check_config
+from relvit_d2.detection.detections import TrainingSizes
+from relvit_d2.detection.tiles import MIN_TILE, Tiling
 from relvit_d2.encoders import map_strides
 from relvit_d2.encoders.config import add_encoder_config, check_encoder_config
 from relvit_d2.engine.config import EPOCH_KEYS, WITHOUT_EFFECT, add_engine_config, finish_engine_config
@@ -50,6 +52,10 @@ def add_relvit_config(cfg: CfgNode) -> None:
     cfg.MODEL.PYRAMID.NORM = "LN"  # LN, GN, FrozenBN, or "" for none
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 0  # 0: the number of classes of the data set
     cfg.MODEL.RELVIT.GRID = [7, 7]  # joint training: rows and columns of the position grid for any image size
+    # Evaluate again in tiles, results with the suffix _tiles: SIZE or WIDTHxHEIGHT in pixels of the image; auto: the
+    # size of the training images; empty: no
+    cfg.TEST.TILES = ""
+    cfg.TEST.TILE_OVERLAP = 0.2  # minimum overlap of neighbouring tiles, a fraction of their shorter side
     cfg.DATASETS.TRAIN_DIFFICULT = True  # train on VOC's difficult objects, as Detectron2 does
     cfg.DATASETS.IGNORE_DIFFICULT = True  # ignore difficult objects in evaluation, as VOC does
 
@@ -95,6 +101,8 @@ def finish_config(cfg: CfgNode) -> None:
             f"TEST.AUG.ENABLED needs images of 1 or 3 channels, but INPUT.CHANNELS is {cfg.INPUT.CHANNELS}: set "
             "TEST.AUG.ENABLED False"
         )
+    if cfg.TEST.TILES:
+        Tiling.of(str(cfg.TEST.TILES), cfg.TEST.TILE_OVERLAP, TrainingSizes(MIN_TILE, MIN_TILE, 0))  # checks the values
     expected = cfg.TEST.EXPECTED_RESULTS
     kinds = (str, str, int | float, int | float)
     for entry in expected:

@@ -103,7 +103,7 @@ def compared_images(detector: Detector, folder: Path | None) -> tuple[list[np.nd
         source = f"images of '{folder or Path(files[0]).parent}'"
     else:
         drawn = [np.asarray(draw_image(0, index)[0].resize((320, 240))) for index in range(COMPARED)]
-        images, source = [np.resize(image, (240, 320, detector.channels)) for image in drawn], "drawn images"
+        images, source = [np.resize(image, (240, 320, detector.pixels.channels)) for image in drawn], "drawn images"
     chosen = list(islice(cycle(images), COMPARED))
     # Crops, so that all sizes and aspect ratios differ.
     return [
@@ -140,7 +140,7 @@ def to_onnx(detector: Detector) -> onnx.ModelProto:
     height, width = side + 8 * unit, side + 14 * unit  # several windows of attention, else torch.export assumes one
     size = torch.tensor([height, width], dtype=torch.float32)
     # A tensor that is passed twice would be one input.
-    example = (torch.zeros(1, detector.channels, height, width), size, size.clone())
+    example = (torch.zeros(1, detector.pixels.channels, height, width), size, size.clone())
     names = ["boxes", "scores", "classes", *(["masks"] if model.roi_heads.mask_on else [])]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated functions within torch and torchvision
@@ -198,7 +198,7 @@ def metadata(detector: Detector) -> dict[str, Any]:
     heads = model.roi_heads
     return {
         "class_names": detector.class_names,
-        "channels": detector.channels,
+        "channels": detector.pixels.channels,
         "max_value": cfg.INPUT.MAX_VALUE,
         "short_side": cfg.INPUT.MIN_SIZE_TEST,
         "longest_side": cfg.INPUT.MAX_SIZE_TEST,
@@ -211,6 +211,7 @@ def metadata(detector: Detector) -> dict[str, Any]:
         "detections_per_image": heads.box_predictor.test_topk_per_image,
         "mask_size": 2 * cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION if heads.mask_on else 0,
         "encoder": model.backbone.encoder.name,
+        "training": detector.training and detector.training._asdict(),
     }
 
 

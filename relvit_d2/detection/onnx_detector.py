@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 
 from relvit_d2.data.images.decode import ImageInput, PixelFormat
-from relvit_d2.detection.detections import Detections
+from relvit_d2.detection.detections import Detections, Mask, TrainingSizes
 from relvit_d2.utils.errors import UserError
 
 FORMAT = "relvit_d2 detector"  # value of the metadata key "format"
@@ -21,8 +21,9 @@ class OnnxDetector:
 
     Attributes:
         class_names: name of each class index.
-        channels: number of channels of an image.
+        pixels: format of the images.
         threshold: minimum score of a detection, 0..1.
+        training: sizes in the training images; None if they are not known.
         metadata: the metadata of the file.
 
     Args:
@@ -54,15 +55,16 @@ class OnnxDetector:
                 name: json.loads(value) for name, value in values.items() if name != "format"
             }
             self.class_names = [str(name) for name in self.metadata["class_names"]]
-            self.channels: int = self.metadata["channels"]
-            self._pixels = PixelFormat(self.channels, self.metadata["max_value"])
+            self.pixels = PixelFormat(self.metadata["channels"], self.metadata["max_value"])
+            sizes = self.metadata.get("training")
+            self.training = TrainingSizes(**sizes) if sizes else None
         except (LookupError, TypeError, ValueError) as error:
             raise UserError(f"'{path}' lacks the metadata {error} of a detector: export it again") from error
         self._names = [output.name for output in self._session.get_outputs()]
 
     def read(self, image: ImageInput) -> np.ndarray:
         """Return an image as an array ``(H, W, channels)`` of uint8; see :meth:`PixelFormat.array`."""
-        return self._pixels.array(image)
+        return self.pixels.array(image)
 
     def __call__(self, image: ImageInput) -> Detections:
         """Return the detections in one image: a path, a Pillow image, or an RGB array ``(H, W, channels)`` of uint8.
@@ -89,19 +91,19 @@ class OnnxDetector:
         return [self(image) for image in images]
 
 
-def paste_masks(masks: np.ndarray, boxes: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Return masks ``(D, height, width)`` bool, interpolated like Detectron2's ``paste_masks_in_image``.
+def paste_masks(masks: np.ndarray, boxes: np.ndarray, height: int, width: int) -> list[Mask]:
+    """Return the masks in the image, interpolated like Detectron2's ``paste_masks_in_image``.
 
     Args:
         masks: probabilities ``(D, M, M)``, whose grids cover the boxes.
         boxes: ``(D, 4)`` XYXY in pixels.
         height, width: size of the image in pixels.
     """
-    pasted = np.zeros((len(masks), height, width), bool)
-    for result, mask, (x0, y0, x1, y1) in zip(pasted, masks, boxes, strict=True):
+    pasted = []
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=True):
         rows, down = _weights(y0, y1, height, len(mask))
         cols, across = _weights(x0, x1, width, len(mask))
-        result[rows, cols] = down @ mask @ across.T >= MASK_THRESHOLD
+        pasted.append(Mask(cols.start, rows.start, down @ mask @ across.T >= MASK_THRESHOLD))
     return pasted
 
 

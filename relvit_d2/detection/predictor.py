@@ -8,16 +8,20 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.modeling import GeneralizedRCNN
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 from fvcore.common.config import CfgNode
+from torch import nn
 
 from relvit_d2.data.detection import catalog
 from relvit_d2.data.detection.mapper import DetectionMapper
 from relvit_d2.data.images.decode import ImageInput, PixelFormat
 from relvit_d2.data.images.pixel_cache import PixelCache
+from relvit_d2.data.images.strips import StripImage
 from relvit_d2.detection.config import DETECTION
-from relvit_d2.detection.detections import Detections
+from relvit_d2.detection.detections import Detections, Mask, TrainingSizes
 from relvit_d2.detection.model import build_detector
+from relvit_d2.detection.tiles import Tiling, detect_in_tiles
+from relvit_d2.detection.training_sizes import read_training_sizes
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.weights import load_trained, run_config
 from relvit_d2.utils.errors import UserError
@@ -29,17 +33,25 @@ class Detector:
     Attributes:
         class_names: name of each class index; the index itself if the name is not known.
         threshold: minimum score of a detection, 0..1.
-        channels: number of channels of an image.
+        pixels: format of the images.
+        training: sizes in the training images; None if they are not known.
         cfg, model: the config, and the network in evaluation mode.
         network_input: maps an image ``(H, W, channels)`` to the network's input ``(channels, h, w)``, both uint8.
     """
 
-    def __init__(self, cfg: CfgNode, model: GeneralizedRCNN, class_names: Sequence[str], threshold: float) -> None:
+    def __init__(
+        self,
+        cfg: CfgNode,
+        model: GeneralizedRCNN,
+        class_names: Sequence[str],
+        threshold: float,
+        training: TrainingSizes | None = None,
+    ) -> None:
         self.class_names, self.threshold = list(class_names), threshold
-        self.channels: int = cfg.INPUT.CHANNELS
         self.cfg, self.model = cfg, model.eval()
         self.network_input = DetectionMapper(cfg, False, pixels=PixelCache(PixelFormat.of(cfg))).network_input
-        self._pixels = PixelFormat.of(cfg)
+        self.pixels = PixelFormat.of(cfg)
+        self.training = training
         self._precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE))
 
     def __call__(self, image: ImageInput) -> Instances:
@@ -73,14 +85,48 @@ class Detector:
                 found.pred_boxes.tensor.numpy(),
                 found.scores.numpy(),
                 found.pred_classes.numpy(),
-                found.pred_masks.numpy() if found.has("pred_masks") else None,
+                [Mask.of(mask) for mask in found.pred_masks.numpy()] if found.has("pred_masks") else None,
             )
             for found in self.batch(images)
         ]
 
     def read(self, image: ImageInput) -> np.ndarray:
         """Return an image as an array ``(H, W, channels)`` of uint8; see :meth:`batch`."""
-        return self._pixels.array(image)
+        return self.pixels.array(image)
+
+
+class TiledDetector(nn.Module):
+    """A detector of large images, tile by tile (``TEST.TILES``), with Detectron2's interface.
+
+    Args:
+        cfg, model: the config and the detector.
+        training: sizes in the training images, if known.
+    """
+
+    def __init__(self, cfg: CfgNode, model: GeneralizedRCNN, training: TrainingSizes | None) -> None:
+        super().__init__()
+        self._tiling = Tiling.of(str(cfg.TEST.TILES), cfg.TEST.TILE_OVERLAP, training)
+        self._detector = Detector(cfg, model, (), 0.0)
+
+    def __str__(self) -> str:
+        return f"tiles of {self._tiling.width} x {self._tiling.height} pixels"
+
+    def forward(self, inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:
+        """Return the detections in the image files of ``inputs``, dicts of Detectron2's mapper."""
+        return [{"instances": self._detect(record["file_name"])} for record in inputs]
+
+    def _detect(self, file: str) -> Instances:
+        image = self._detector.read(file)
+        height, width = image.shape[:2]
+        batch = self._detector.cfg.TEST.BATCH_SIZE
+        found = detect_in_tiles(self._detector, StripImage.of(image), self._tiling, batch)
+        instances = Instances((height, width))
+        instances.pred_boxes = Boxes(torch.from_numpy(found.boxes))
+        instances.scores, instances.pred_classes = torch.from_numpy(found.scores), torch.from_numpy(found.classes)
+        if found.masks is not None:
+            masks = [mask.whole(height, width) for mask in found.masks]
+            instances.pred_masks = torch.from_numpy(np.array(masks, bool).reshape(-1, height, width))
+        return instances
 
 
 def load_detector(
@@ -105,7 +151,7 @@ def load_detector(
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(names)
     model = build_detector(cfg)
     load_trained(cfg, model, path)
-    return Detector(cfg, model, names, threshold)
+    return Detector(cfg, model, names, threshold, read_training_sizes(path))
 
 
 def _class_names(cfg: CfgNode, folder: Path) -> list[str]:

@@ -9,7 +9,8 @@ import numpy as np
 from detectron2.structures import BoxMode
 
 from relvit_d2.evaluation.average_precision import explain_zero_ap
-from relvit_d2.evaluation.base import GatheringEvaluator, ImageDetections, area, intersection, iou
+from relvit_d2.evaluation.base import GatheringEvaluator, ImageDetections
+from relvit_d2.utils.boxes import area, intersection, iou
 
 MIN_IOU = {"Car": 0.7, "Pedestrian": 0.5, "Cyclist": 0.5}
 POINTS = 41

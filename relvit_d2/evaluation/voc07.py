@@ -9,7 +9,8 @@ import numpy as np
 from detectron2.structures import BoxMode
 
 from relvit_d2.evaluation.average_precision import explain_zero_ap
-from relvit_d2.evaluation.base import GatheringEvaluator, iou
+from relvit_d2.evaluation.base import GatheringEvaluator
+from relvit_d2.utils.boxes import iou
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ from relvit_d2.config.config_file import override_words
 from relvit_d2.data.detection.catalog import get_metadata
 from relvit_d2.data.detection.custom import register_custom
 from relvit_d2.detection.cost import detector_subject
-from relvit_d2.detection.run import evaluation_sets, training_records
+from relvit_d2.detection.evaluation import evaluation_sets
+from relvit_d2.detection.run import training_records
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.evaluation.coco import without_mask
 from relvit_d2.experiments import recipe

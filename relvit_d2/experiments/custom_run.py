@@ -18,7 +18,8 @@ from relvit_d2.config.config_file import override_words
 from relvit_d2.conversion.checkpoint_file import read_file
 from relvit_d2.conversion.encoder_file import read_weights
 from relvit_d2.data.detection.custom import config_pairs
-from relvit_d2.detection.run import evaluation_sets, training_records
+from relvit_d2.detection.evaluation import evaluation_sets
+from relvit_d2.detection.run import training_records
 from relvit_d2.encoders import encoder_from_keys, map_strides
 from relvit_d2.engine.checkpoint import check_space, download
 from relvit_d2.engine.run_lock import run_lock

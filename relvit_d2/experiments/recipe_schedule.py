@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from relvit_d2.detection.run import TRAINING_IMAGES
+from relvit_d2.detection.evaluation import TRAINING_IMAGES
 from relvit_d2.engine.config import EPOCH_KEYS
 from relvit_d2.experiments.recipe import PRETRAINING, Choice, Choices, Data, Given
 from relvit_d2.utils.errors import UserError

@@ -13,7 +13,8 @@ from relvit_d2.config.config_file import COMMANDS, override_words
 from relvit_d2.data.classification.datasets import is_class_set, list_class_sets
 from relvit_d2.data.detection import catalog
 from relvit_d2.data.subsets import subset_name
-from relvit_d2.detection.run import evaluation_sets, training_records
+from relvit_d2.detection.evaluation import evaluation_sets
+from relvit_d2.detection.run import training_records
 from relvit_d2.experiments.commands import run_command
 from relvit_d2.experiments.steps import Step
 from relvit_d2.tasks import load_config

@@ -2,13 +2,18 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from relvit_d2.data.images.decode import UnreadableImageError
 from relvit_d2.data.images.folder import EXTENSIONS, list_images, matching_files
-from relvit_d2.detection.detections import AnyDetector
+from relvit_d2.data.images.strips import open_strips
+from relvit_d2.detection.detections import AnyDetector, Detections
+from relvit_d2.detection.tiles import Tiling, detect_in_tiles
 from relvit_d2.report.predictions import coco_results, draw_found
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import appearing, make_folder, write_text
@@ -18,14 +23,21 @@ MAX_NAMED = 10  # unreadable inputs in the error message
 VIDEOS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 
 
-def predict(load: Callable[[], AnyDetector], inputs: Sequence[str], output: Path, size: int) -> tuple[str, str]:
+def predict(
+    load: Callable[[], AnyDetector],
+    inputs: Sequence[str],
+    output: Path,
+    size: int,
+    tiles: tuple[str, float] | None = None,
+) -> tuple[str, str]:
     """Detect objects in images and videos and write annotated copies and ``detections.json``.
 
     Args:
         load: loads the detector, once the inputs are found.
         inputs: paths of images, folders and videos, and patterns.
         output: folder to write to.
-        size: images per batch.
+        size: images, or tiles of an image, per batch.
+        tiles: size and overlap of tiles for images, see :meth:`Tiling.of`.
 
     Returns:
         A line on the written files and a sentence on the inputs that could not be read, each empty if there are none.
@@ -44,18 +56,12 @@ def predict(load: Callable[[], AnyDetector], inputs: Sequence[str], output: Path
     errors: list[str] = []
     images = [file for file in files if file.suffix.lower() not in VIDEOS]
     outputs = dict(zip(files, output_names(files), strict=True))
-    for start in Progress(range(0, len(images), size), desc="images", unit="batch", disable=not images):
-        batch = {}
-        for file in images[start : start + size]:
-            try:
-                batch[file] = detector.read(file)
-            except UserError as error:
-                errors.append(str(error))
-        for (file, image), found in zip(batch.items(), detector.detect([*batch.values()]), strict=True):
-            with appearing(output / outputs[file]) as part:
-                draw_found(detector, image, found).save(part, format="PNG")
-            results += coco_results(str(file), found, detector)
-            made["picture"] += 1
+    detected = partial(_in_tiles, tiling=Tiling.of(*tiles, detector.training)) if tiles else _in_images
+    for file, image, found, image_size in detected(detector, images, size, errors):
+        with appearing(output / outputs[file]) as part:
+            draw_found(detector, image, found, image_size).save(part, format="PNG")
+        results += coco_results(str(file), found, detector, image_size)
+        made["picture"] += 1
     for file in files:
         if file.suffix.lower() in VIDEOS:
             try:
@@ -75,6 +81,35 @@ def predict(load: Callable[[], AnyDetector], inputs: Sequence[str], output: Path
         more = f"; and {len(errors) - MAX_NAMED} more" if len(errors) > MAX_NAMED else ""
         unreadable = f"{len(errors)} of {len(files)} inputs could not be read: {'; '.join(errors[:MAX_NAMED])}{more}"
     return written, unreadable
+
+
+def _in_images(
+    detector: AnyDetector, files: Sequence[Path], size: int, errors: list[str]
+) -> Iterator[tuple[Path, np.ndarray, Detections, tuple[int, int]]]:
+    """Yield file, pixels, detections and ``(width, height)`` of each image; append errors of unreadable ones."""
+    for start in Progress(range(0, len(files), size), desc="images", unit="batch", disable=not files):
+        batch = {}
+        for file in files[start : start + size]:
+            try:
+                batch[file] = detector.read(file)
+            except UserError as error:
+                errors.append(str(error))
+        for (file, image), found in zip(batch.items(), detector.detect([*batch.values()]), strict=True):
+            yield file, image, found, image.shape[1::-1]
+
+
+def _in_tiles(
+    detector: AnyDetector, files: Sequence[Path], size: int, errors: list[str], tiling: Tiling
+) -> Iterator[tuple[Path, np.ndarray, Detections, tuple[int, int]]]:
+    """Like :func:`_in_images`, in tiles; the pixels are those of the reduced image."""
+    for file in Progress(files, desc="images", unit="image", disable=not files):
+        try:
+            image = open_strips(file, detector.pixels)
+            found = detect_in_tiles(detector, image, tiling, size)
+        except UserError as error:
+            errors.append(str(error))
+            continue
+        yield file, image.overview, found, (image.width, image.height)
 
 
 def input_files(word: str) -> list[Path]:

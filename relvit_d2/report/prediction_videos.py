@@ -29,9 +29,9 @@ def annotate_video(file: Path, output: Path, detector: AnyDetector, size: int) -
     Raises:
         UnreadableImageError: if no frame can be decoded, or the detector does not take 3 channels.
     """
-    if detector.channels != 3:
+    if detector.pixels.channels != 3:
         raise UnreadableImageError(
-            f"'{file}' is a video, but INPUT.CHANNELS is {detector.channels}, not 3: give images"
+            f"'{file}' is a video, but INPUT.CHANNELS is {detector.pixels.channels}, not 3: give images"
         )
     results: list[dict[str, Any]] = []
     failure, count = "", 0
@@ -67,7 +67,9 @@ def annotate_video(file: Path, output: Path, detector: AnyDetector, size: int) -
                     frame.pts, frame.time_base = round(seconds / TICK), TICK
                     sink.mux(encoded(written, frame, file))
                     time = {"time": round(float(seconds), 6)}
-                    results += [row | time for row in coco_results(f"{file}#{count}", detections, detector)]
+                    results += [
+                        row | time for row in coco_results(f"{file}#{count}", detections, detector, image.shape[1::-1])
+                    ]
                     count += 1
                     bar.update()
             if written is None:

@@ -12,9 +12,9 @@ from matplotlib import get_data_path
 from matplotlib.font_manager import findSystemFonts
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageColor, ImageDraw, ImageFont
-from pycocotools import mask as rle
 
-from relvit_d2.detection.detections import AnyDetector, Detections
+from relvit_d2.detection.detections import AnyDetector, Detections, Mask
+from relvit_d2.detection.tiles import scaled
 from relvit_d2.utils.files import appearing
 
 Color = tuple[int, int, int]
@@ -150,7 +150,7 @@ def annotated(
     classes: np.ndarray,
     scores: np.ndarray,
     class_names: Sequence[str],
-    masks: np.ndarray | None = None,
+    masks: Sequence[Mask] | None = None,
 ) -> Image.Image:
     """Return an image with its detections drawn on it; small images are enlarged so that labels are legible.
 
@@ -160,13 +160,14 @@ def annotated(
         classes: ``(D,)`` indices into ``class_names``.
         scores: ``(D,)`` in [0, 1].
         class_names: names of the class indices.
-        masks: ``(D, H, W)`` bool, tinted in their class's colour; None for none.
+        masks: the ``D`` masks, tinted in their class's colour; None for none.
     """
     height, width = image.shape[:2]
     colors = [class_color(int(index)) for index in classes]
     tinted = image.astype(np.float32)
-    for mask, color in zip(masks if masks is not None else (), colors, strict=False):
-        tinted[mask] = 0.55 * tinted[mask] + 0.45 * np.array(color, dtype=np.float32)
+    for mask, color in zip(masks or (), colors, strict=False):
+        part = mask.in_part(tinted)
+        part[mask.pixels] = 0.55 * part[mask.pixels] + 0.45 * np.array(color, dtype=np.float32)
     scale = max(1.0, MIN_SIDE / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
     picture = Image.fromarray(tinted.round().astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
@@ -312,13 +313,17 @@ def _overlap(a: Box, b: Box) -> float:
     return width * height if width > 0 and height > 0 else 0.0
 
 
-def draw_found(detector: AnyDetector, image: np.ndarray, found: Detections) -> Image.Image:
-    """Draw detections on an image."""
+def draw_found(
+    detector: AnyDetector, image: np.ndarray, found: Detections, size: tuple[int, int] | None = None
+) -> Image.Image:
+    """Draw detections on an image; ``size`` is its width and height where the image given is a reduced one."""
+    if size:
+        found = scaled(found, image.shape[1] / size[0], image.shape[0] / size[1])
     return annotated(in_rgb(image), found.boxes, found.classes, found.scores, detector.class_names, found.masks)
 
 
-def coco_results(name: str, found: Detections, detector: AnyDetector) -> list[dict[str, Any]]:
-    """Return detections as COCO results with the additional key ``category``, the name of the class."""
+def coco_results(name: str, found: Detections, detector: AnyDetector, size: tuple[int, int]) -> list[dict[str, Any]]:
+    """Return detections in an image of this width and height as COCO results, with the class's name, ``category``."""
     sizes = found.boxes[:, 2:] - found.boxes[:, :2]
     results: list[dict[str, Any]] = [
         {"image_id": name, "category_id": number, "bbox": box, "score": score, "category": detector.class_names[number]}
@@ -329,7 +334,6 @@ def coco_results(name: str, found: Detections, detector: AnyDetector) -> list[di
             strict=True,
         )
     ]
-    for result, mask in zip(results, found.masks if found.masks is not None else (), strict=False):
-        encoded = rle.encode(np.asfortranarray(mask, dtype=np.uint8))
-        result["segmentation"] = encoded | {"counts": encoded["counts"].decode()}
+    for result, mask in zip(results, found.masks or (), strict=False):
+        result["segmentation"] = mask.rle(size[1], size[0])
     return results

@@ -15,8 +15,9 @@ from torchvision.io import write_png
 
 from relvit_d2.detection import backbone
 from relvit_d2.detection.config import add_relvit_config
+from relvit_d2.detection.evaluation import evaluate
 from relvit_d2.detection.model import build_detector
-from relvit_d2.detection.run import evaluate, training_records
+from relvit_d2.detection.run import training_records
 from relvit_d2.encoders import ENCODERS, build_encoder
 from relvit_d2.encoders.vit import ViT
 from relvit_d2.report.runs import read_runs

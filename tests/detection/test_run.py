@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from relvit_d2.detection.run import list_shared_images
+from relvit_d2.detection.evaluation import list_shared_images
 from relvit_d2.tasks import load_config
 from tests.support.custom_data import picture
 

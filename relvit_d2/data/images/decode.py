@@ -16,6 +16,7 @@ from relvit_d2.data.images.archive import ImageFile, Member
 from relvit_d2.data.images.jpeg import read_plain_jpeg
 from relvit_d2.data.images.limits import (
     FORMATS,
+    LARGE_IMAGE,
     MAX_BYTES,
     MAX_PIXELS,
     LimitError,
@@ -70,7 +71,7 @@ def reading(path: ImageFile | str) -> Iterator[None]:
             f"'{path}' is not an image that can be read: replace it by one of {', '.join(FORMATS)}"
         ) from error
     except Image.DecompressionBombError as error:
-        raise UnreadableImageError(f"image '{path}' has too many pixels ({error}): reduce it") from error
+        raise UnreadableImageError(f"image '{path}' has too many pixels ({error}): {LARGE_IMAGE}") from error
     except LimitError as error:
         raise UnreadableImageError(f"image '{path}' {error}") from error
     except DAMAGE as error:

@@ -22,6 +22,8 @@ MAX_BYTES = 4 * MAX_PIXELS
 MAX_EXIF = 2**16
 """Maximum size of EXIF data: each of its entries may refer to all of it, and Pillow copies each one."""
 
+LARGE_IMAGE = "reduce it, or detect in it by relvit-d2 predict --tiles"  # what to do with it
+
 # Pillow's decoders that are written in Python, and the one of WebP, which has three images in memory.
 _DIVISORS = {"ppm_plain": 16, "webp": 2}
 _MAX_SCANS = 2**31  # pixels times scans of a progressive JPEG
@@ -31,6 +33,13 @@ _METADATA = 2**26  # bytes
 
 class LimitError(Exception):
     """An image file exceeds a limit; the message completes ``image 'NAME' ...``. No OSError: Pillow ignores some."""
+
+
+class SizeLimitError(LimitError):
+    """An image is too large to be read at once."""
+
+    def __init__(self, what: str, value: int, limit: int) -> None:
+        super().__init__(f"has {value:,} {what}, above the limit of {limit:,}: {LARGE_IMAGE}")
 
 
 def check_limit(what: str, value: int, limit: int) -> None:
@@ -76,7 +85,8 @@ def open_image(source: ImageFile | str | bytes | bytearray) -> Iterator[Image.Im
     """
     with _opened(source) as file:
         size = file.seek(0, io.SEEK_END)
-        check_limit("bytes", size, MAX_SIZE)
+        if size > MAX_SIZE:
+            raise SizeLimitError("bytes", size, MAX_SIZE)
         file.seek(0)
         file.bytes_left += size
         with Image.open(file, formats=FORMATS) as image:
@@ -106,4 +116,6 @@ def check_size(image: Image.Image) -> None:
     decoder = "webp" if image.format == "WEBP" else getattr(image, "tile", [("",)])[:1][0][0]
     tags = getattr(image, "tag_v2", {})
     width, height = max(width, tags.get(322, 0)), max(height, tags.get(323, 0))  # of a tile, in TIFF 6.0
-    check_limit("pixels", width * height, MAX_PIXELS // _DIVISORS.get(decoder, 1))
+    pixels, limit = width * height, MAX_PIXELS // _DIVISORS.get(decoder, 1)
+    if pixels > limit:
+        raise SizeLimitError("pixels", pixels, limit)
