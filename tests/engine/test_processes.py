@@ -164,6 +164,7 @@ def test_torchrun_restarts_a_killed_process_and_the_run_resumes(rank: int, root:
     assert equal(weights(tmp_path / "run"), weights(tmp_path / "straight"))
 
 
+@pytest.mark.slow
 def test_torchrun_does_not_repeat_a_user_error(root: Path, tmp_path: Path) -> None:
     elastic = (*TORCHRUN, "--max-restarts", 3)
     done = run(root, *elastic, *command("pretrain_ssl.py", tmp_path, "SOLVER.IMS_PER_BATCH", 3), status=1)
@@ -242,6 +243,7 @@ def test_out_of_memory_names_the_batch_that_fits(flags: tuple[object, ...], root
     assert checkpoint["iteration"] == 1
 
 
+@pytest.mark.slow
 def test_the_process_whose_loss_is_not_finite_names_its_images(root: Path, tmp_path: Path) -> None:
     arguments = command("pretrain_ssl.py", tmp_path, "SOLVER.MAX_ITER", 10_000, flags=TWO)
     assert "became nan at iteration 1, " in fails(root, *arguments, fault="nan:2:1")
@@ -328,6 +330,7 @@ def handlers_kept() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@pytest.mark.slow
 def test_damaged_data_of_one_process_are_one_sentence(root: Path, tmp_path: Path) -> None:
     arguments = command("train_net.py", tmp_path, "DATASETS.SKIP_UNREADABLE", "False", flags=TWO)
     image = root / "svhn/train/3.png"
@@ -339,6 +342,7 @@ def test_damaged_data_of_one_process_are_one_sentence(root: Path, tmp_path: Path
         image.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_the_number_of_processes_may_change_on_resumption_with_a_warning(root: Path, tmp_path: Path) -> None:
     arguments = ("SOLVER.MAX_ITER", 8, "SOLVER.CHECKPOINT_PERIOD", 2)
     run(root, *command("pretrain_ssl.py", tmp_path, *arguments), status=-signal.SIGKILL, fault="step:5")

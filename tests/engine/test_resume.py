@@ -71,7 +71,13 @@ def test_killed_anywhere_and_resumed(
     assert_same_run(uninterrupted[script], tmp_path)
 
 
-@pytest.mark.parametrize(("script", "epochs"), [("pretrain_ssl.py", (29.3, 3.3, 8)), ("train_net.py", (14.5, 1.7, 4))])
+@pytest.mark.parametrize(
+    ("script", "epochs"),
+    [
+        ("pretrain_ssl.py", (29.3, 3.3, 8)),
+        pytest.param("train_net.py", (14.5, 1.7, 4), marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_of_epochs_continues_as_one_of_iterations(
     script: str, epochs: tuple[float, float, float], root: Path, uninterrupted: dict[str, Path], tmp_path: Path
 ) -> None:

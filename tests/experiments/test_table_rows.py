@@ -122,6 +122,7 @@ def test_the_authors_choice_of_the_model_trains_100_epochs_of_all_images(tmp_pat
                     assert (row.paper.test,) == run.config.DATASETS.TEST
 
 
+@pytest.mark.slow
 def test_an_arm_taps_several_blocks_where_the_encoder_has_one_stride(tmp_path: Path) -> None:
     for table, name in ROWS:
         if table not in ("table2", "table3") or name.endswith("_labels"):

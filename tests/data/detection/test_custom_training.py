@@ -43,6 +43,7 @@ def test_train_evaluate_predict_and_pretrain(tmp_path: Path) -> None:
     assert "2 training images" in run(tmp_path, "pretrain_ssl.py", *config, "--data", root, *small).stdout
 
 
+@pytest.mark.slow
 def test_locale_that_is_not_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are written in UTF-8, and the terminal shows escapes for characters that it cannot print."""
     root = write_yolo(tmp_path / "cells")

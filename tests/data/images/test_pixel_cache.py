@@ -122,7 +122,7 @@ def test_an_unknown_mode_is_an_error() -> None:
         load_config("configs/base/ssl.yaml", ["DATALOADER.CACHE", "dsk"])
 
 
-@pytest.mark.parametrize("script", ["pretrain_ssl.py", "train_net.py"])
+@pytest.mark.parametrize("script", ["pretrain_ssl.py", pytest.param("train_net.py", marks=pytest.mark.slow)])
 def test_a_run_is_the_same_with_each_cache(root: Path, tmp_path: Path, script: str) -> None:
     without, *others = [tmp_path / name for name in ("off", "ram", "disk", "disk_again")]
     for output in (without, *others):
