@@ -233,6 +233,7 @@ def test_the_guide_for_custom_data_runs(tmp_path: Path) -> None:
         (data / f"labels/{number}.txt").write_text("0 0.3 0.3 0.5 0.4\n1 0.7 0.7 0.3 0.4\n")
     shutil.make_archive(str(tmp_path / "photos"), "zip", data / "images")
     shutil.copy(data / "images/0.jpg", tmp_path / "photo.jpg")
+    shutil.copytree(data / "images", tmp_path / "NEW")
     guide = ROOT / "docs/custom_data.md"
     lines = [
         line for line in all_lines(guide, ROOT / "README.md") if re.search("DATA( |/|$)|custom|photos", " ".join(line))
@@ -243,6 +244,7 @@ def test_the_guide_for_custom_data_runs(tmp_path: Path) -> None:
     for _, code in fences(guide, "python"):
         run_python(tmp_path, "-c", code)
     assert len(list((tmp_path / "predictions").rglob("*.png"))) == 10
+    assert len(list((tmp_path / "predictions_new/labels_yolo").glob("*.txt"))) == 11
     assert (tmp_path / "output/custom/finetune/report.html").is_file()
     assert (tmp_path / "output/DATA/detector/report.html").is_file()
 

@@ -18,6 +18,7 @@ from PIL import Image
 from relvit_d2 import load_detector
 from relvit_d2.cli import main, parser_of
 from relvit_d2.detection.predictor import Detector
+from relvit_d2.detection.thresholds import parse_thresholds
 from relvit_d2.report.prediction_files import input_files
 from relvit_d2.report.prediction_videos import annotate_video, timed, upright
 from relvit_d2.utils.errors import UserError
@@ -230,7 +231,7 @@ def test_times_start_at_0_and_increase() -> None:
         return made
 
     def of(*stamps: int | None) -> list[float]:
-        return [float(time) for time, _ in timed(map(frame, stamps), Fraction(1, 4))]
+        return [float(time) for _, time, _ in timed(map(frame, stamps), Fraction(1, 4))]
 
     assert of(30, 31, 35) == [0, 0.1, 0.5]
     assert of(None, None, None) == [0, 0.25, 0.5]
@@ -329,7 +330,7 @@ def test_videos_are_skipped_by_detectors_of_other_channels(
     made = video(tmp_path / "clip.mp4", [np.full((32, 32, 3), 50, np.uint8)])
     monkeypatch.setattr(detector, "channels", 1)
     monkeypatch.setattr("relvit_d2.detection.predictor.load_detector", lambda *_: detector)
-    assert "clip.mp4' is a video, but INPUT.CHANNELS is 1" in failing("--input", made, "--output", tmp_path / "out")
+    assert "clip.mp4' has 3 channels, but INPUT.CHANNELS is 1" in failing("--input", made, "--output", tmp_path / "out")
     assert not [*(tmp_path / "out").iterdir()]
 
 
@@ -346,7 +347,7 @@ def test_detections_below_the_threshold_are_left_out(
         load_detector(trained, threshold=middle)(images[0]).scores.tolist(), abs=1e-5
     )
     default = inspect.signature(load_detector).parameters["threshold"].default
-    assert default == parser_of("predict").get_default("threshold")
+    assert (default, {}) == parse_thresholds(parser_of("predict").get_default("threshold"))
 
 
 def test_splits_and_overrides(trained: Path, images: list[Path], tmp_path: Path) -> None:

@@ -111,8 +111,9 @@ def test_images_that_the_command_did_not_compare(exported: Path, detector_run: P
 
 
 def test_predict_without_torch(exported: Path, detector_run: Path, unresized: Path, tmp_path: Path) -> None:
-    """Pictures and json are those of the model."""
-    words = ["--input", str(unresized), "--threshold", "0.1", "--output"]
+    """Pictures, json and labels are those of the model."""
+    thresholds = ["0.1", "class 3=0.9", "class 4=0.12"]
+    words = ["--input", str(unresized), "--threshold", *thresholds, "--save-labels", "labelme", "--output"]
     call = ["predict", "--model", str(exported), *words, str(tmp_path / "onnx")]
     code = f"{HIDDEN}\nfrom relvit_d2.cli import main\nsys.exit(main({call!r}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -126,6 +127,11 @@ def test_predict_without_torch(exported: Path, detector_run: Path, unresized: Pa
         assert (found["image_id"], found["category"]) == (expected["image_id"], expected["category"])
         assert found["score"] == pytest.approx(expected["score"], abs=1e-3)
         assert found["bbox"] == pytest.approx(expected["bbox"], abs=0.5)
+    for file in unresized.glob("*.png"):
+        label_files = [tmp_path / name / f"labels_labelme/{file.stem}.json" for name in ("torch", "onnx")]
+        classes = [[shape["label"] for shape in json.loads(path.read_text())["shapes"]] for path in label_files]
+        rows = [row["category"] for row in ours if row["image_id"] == str(file)]
+        assert list(dict.fromkeys(classes[0])) == list(dict.fromkeys(classes[1])) == list(dict.fromkeys(rows))
     for picture in (tmp_path / "torch").glob("*.png"):
         pair = [np.asarray(Image.open(tmp_path / name / picture.name), float) for name in ("torch", "onnx")]
         assert np.abs(pair[0] - pair[1]).mean() < 1
