@@ -66,8 +66,7 @@ class LabelFiles:
         self.root = Path(os.path.commonpath([path.parent for path in paths.values()]))
         self._names = {file: PurePosixPath(path.relative_to(self.root).as_posix()) for file, path in paths.items()}
         self._images: list[LabelledImage] = []
-        if form in PER_IMAGE:
-            _check_unique(self._names, CLASS_LIST if form == "yolo" else "")
+        _check_unique(self._names, form)
 
     def add(self, file: Path, size: tuple[int, int], found: Detections) -> None:
         """Add the detections in an image of this width and height in pixels."""
@@ -101,13 +100,16 @@ class LabelFiles:
                 raise
 
 
-def _check_unique(names: dict[Path, PurePosixPath], reserved: str) -> None:
+def _check_unique(names: dict[Path, PurePosixPath], form: str) -> None:
     files: dict[PurePosixPath, Path] = {}
     for file, name in names.items():
-        if name.with_suffix(".txt") == PurePosixPath(reserved):
-            raise UserError(f"the labels of '{file}' would be the list of classes, '{reserved}': rename the image")
-        if (other := files.setdefault(name.with_suffix(""), file)) != file:
-            raise UserError(f"the labels of '{other}' and '{file}' would be the same file: rename one image")
+        if form == "yolo" and name.with_suffix(".txt") == PurePosixPath(CLASS_LIST):
+            raise UserError(f"the labels of '{file}' would be the list of classes, '{CLASS_LIST}': rename the image")
+        labels = name.with_suffix("") if form in PER_IMAGE else name
+        if (other := files.setdefault(labels, file)) != file:
+            raise UserError(
+                f"the labels of '{other}' and '{file}' would be the same: rename one image, or leave it out"
+            )
 
 
 def _coco(folder: Path, images: Sequence[LabelledImage], classes: Sequence[str]) -> None:

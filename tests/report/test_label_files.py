@@ -27,7 +27,7 @@ Found = dict[Path, Detections]
 
 
 def detections(seed: int, height: int, width: int, masks: bool) -> Detections:
-    """Random detections inside an image, two at its border; each mask is two or three ellipses in the box."""
+    """Random detections inside an image, two at its border; each mask is two ellipses in the box."""
     draw = np.random.default_rng(seed)
     count = 0 if seed == len(NAMES) - 1 else 6
     start = draw.uniform(0, 0.5, (count, 2)) * (width, height)
@@ -37,7 +37,7 @@ def detections(seed: int, height: int, width: int, masks: bool) -> Detections:
     pixels = np.zeros((count, height, width), bool)
     y, x = np.mgrid[:height, :width] + 0.5
     for mask, (x0, y0, x1, y1) in zip(pixels, boxes, strict=True):
-        for left, right in ((0.0, 0.45), (0.55, 1.0)):
+        for left, right in ((0.0, 0.6), (0.7, 1.0)):
             across = ((x - x0) / (x1 - x0) - (left + right) / 2) / (right - left) * 2
             mask |= across**2 + (2 * (y - y0) / (y1 - y0) - 1) ** 2 < 1
     scores = np.sort(draw.uniform(0.5, 1, count))[::-1]
@@ -49,7 +49,7 @@ def write(form: str, folder: Path, masks: bool, names: tuple[str, ...] = NAMES) 
     """Write images and the labels of their detections, and copy the labels into the folder of the images."""
     found: Found = {}
     for seed, name in enumerate(names):
-        height, width = 60 + 7 * seed, 90 - 5 * seed
+        height, width = 160 + 7 * seed, 200 - 5 * seed
         path = folder / "images" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
@@ -83,7 +83,8 @@ def test_our_readers_read_the_detections(tmp_path: Path, form: str, masks: bool)
     found, labels = write(form, tmp_path, masks)
     detected, folder = open_folder(labels.root)
     classes = folder.classes()
-    assert detected == form and classes == tuple(CLASSES) if form in ("coco", "yolo") else set(classes) <= set(CLASSES)
+    assert detected == form
+    assert classes == tuple(CLASSES) if form in ("coco", "yolo") else set(classes) <= set(CLASSES)
     records = {Path(record["file_name"]): record for record in read_all(labels.root, form)}
     assert records.keys() == found.keys()
     for path, record in records.items():
@@ -97,7 +98,7 @@ def test_our_readers_read_the_detections(tmp_path: Path, form: str, masks: bool)
                 mask = filled(expected.masks[number], form)
                 shape = mask.shape
                 again = rle.decode(rle.merge(rle.frPyObjects(annotation["segmentation"], *shape))) > 0
-                assert np.count_nonzero(again & mask) > 0.9 * np.count_nonzero(again | mask)
+                assert np.count_nonzero(again & mask) > 0.85 * np.count_nonzero(again | mask)
                 if form != "coco":  # which has the box beside the mask
                     box, tolerance = np.array(extent(mask)), 0.51
             np.testing.assert_allclose(annotation["bbox"], box, atol=tolerance)
@@ -140,7 +141,7 @@ def test_pycocotools_reads_the_masks(tmp_path: Path) -> None:
         for annotation, mask in zip(annotations, expected.masks, strict=True):
             pixels = filled(mask, "coco")
             again = truth.annToMask(annotation) > 0
-            assert np.count_nonzero(again ^ pixels) < 0.1 * np.count_nonzero(pixels)
+            assert np.count_nonzero(again ^ pixels) < 0.15 * np.count_nonzero(pixels)
             assert annotation["area"] == pytest.approx(np.count_nonzero(pixels), rel=0.1)
 
 
@@ -172,12 +173,14 @@ def test_labels_that_would_be_lost_are_refused(tmp_path: Path) -> None:
         return [tmp_path / name for name in names]
 
     for form in ("yolo", "voc", "labelme"):
-        with pytest.raises(UserError, match=r"the labels of '.*/x/a.png' and '.*/x/a.jpg' would be the same file"):
+        with pytest.raises(UserError, match=r"x/a.png' and '.*/x/a.jpg' would be the same: rename one"):
             LabelFiles(form, tmp_path, files("x/a.png", "a.png", "x/a.jpg"))
     with pytest.raises(UserError, match=r"classes.png' would be the list of classes"):
         LabelFiles("yolo", tmp_path, files("classes.png", "b.png"))
     for form in ("coco", "cvat"):
         LabelFiles(form, tmp_path, files("x/a.png", "x/a.jpg", "classes.png"))
+        with pytest.raises(UserError, match="would be the same: rename one"):
+            LabelFiles(form, tmp_path, files("x/a.png", "x/../x/a.png"))
     (tmp_path / "labels_coco").mkdir()
     with pytest.raises(UserError, match=r"labels_coco' exists and may contain corrected labels"):
         LabelFiles("coco", tmp_path, files("a.png"))
