@@ -39,7 +39,7 @@ class ClassThresholds:
     """A detector with a minimum score for each class.
 
     Attributes:
-        class_names, channels: see :class:`relvit_d2.detection.detections.AnyDetector`.
+        class_names, pixels, training: see :class:`relvit_d2.detection.detections.AnyDetector`.
         thresholds: ``(classes,)`` float32, minimum scores, 0..1.
 
     Args:
@@ -52,7 +52,7 @@ class ClassThresholds:
     """
 
     def __init__(self, detector: AnyDetector, threshold: float, by_class: dict[str, float]) -> None:
-        self.class_names, self.channels = detector.class_names, detector.channels
+        self.class_names, self.pixels, self.training = detector.class_names, detector.pixels, detector.training
         for name in by_class:
             if name not in self.class_names:
                 raise UserError(
@@ -71,6 +71,6 @@ class ClassThresholds:
         return [self._kept(found) for found in self._detector.detect(images)]
 
     def _kept(self, found: Detections) -> Detections:
-        kept = found.scores >= self.thresholds[found.classes]
-        masks = None if found.masks is None else found.masks[kept]
+        kept = np.flatnonzero(found.scores >= self.thresholds[found.classes])
+        masks = None if found.masks is None else [found.masks[index] for index in kept]
         return Detections(found.boxes[kept], found.scores[kept], found.classes[kept], masks)

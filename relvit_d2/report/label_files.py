@@ -76,7 +76,8 @@ class LabelFiles:
             polygons: list[np.ndarray] = []
             if found.masks is not None:  # an empty mask is replaced by the box
                 rectangle = np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
-                polygons = outlines(found.masks[number]) or [rectangle]
+                mask = found.masks[number]
+                polygons = [outline + (mask.left, mask.top) for outline in outlines(mask.pixels)] or [rectangle]
             objects.append(LabelledObject(category, (x0, y0, x1, y1), polygons))
         self._images.append(LabelledImage(self._names[file], *size, objects))
 
