@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
     from relvit_d2.report.prediction_files import predict
 
     def load() -> "AnyDetector":
-        loaded = (_load_onnx if args.model else _load_weights)(args, opts, min(threshold, *by_class.values()))
+        loaded = (_load_onnx if args.model else _load_weights)(args, opts, min([threshold, *by_class.values()]))
         return ClassThresholds(loaded, threshold, by_class) if by_class else loaded
 
     tiles = (args.tiles, args.overlap) if args.tiles else None
