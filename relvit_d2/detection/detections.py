@@ -10,20 +10,36 @@ from relvit_d2.data.images.decode import ImageInput, PixelFormat
 
 
 class Mask(NamedTuple):
-    """The mask of an object, as the part of the image around it; memory does not grow with the image."""
+    """The mask of an object, as the encoded part of the image around it; memory does not grow with the image."""
 
     left: int  # column and row of the part's first pixel in the image
     top: int
-    pixels: np.ndarray  # (h, w) bool; pixels outside do not belong to the object
+    encoded: dict[str, Any]  # the part in COCO's run-length encoding; pixels outside do not belong to the object
 
     @classmethod
     def of(cls, whole: np.ndarray) -> "Mask":
         """Return the mask of an array ``(H, W)`` bool of the image's size."""
         rows, columns = np.flatnonzero(whole.any(1)), np.flatnonzero(whole.any(0))
         if not len(rows):
-            return cls(0, 0, np.zeros((0, 0), bool))
+            return cls.at(0, 0, np.zeros((0, 0), bool))
         part = whole[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        return cls(int(columns[0]), int(rows[0]), part.copy())
+        return cls.at(int(columns[0]), int(rows[0]), part)
+
+    @classmethod
+    def at(cls, left: int, top: int, pixels: np.ndarray) -> "Mask":
+        """Return the mask of a part ``(h, w)`` bool of the image."""
+        return cls(left, top, coco_mask.encode(np.asfortranarray(pixels, dtype=np.uint8)))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the part."""
+        height, width = self.encoded["size"]
+        return height, width
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """The part, ``(h, w)`` bool."""
+        return coco_mask.decode(self.encoded).astype(bool)
 
     def whole(self, height: int, width: int) -> np.ndarray:
         """Return the mask ``(height, width)`` bool of an image of this size."""
@@ -33,7 +49,7 @@ class Mask(NamedTuple):
 
     def in_part(self, image: np.ndarray) -> np.ndarray:
         """Return the part of an array ``(H, W, ...)`` of the image's size that the mask's pixels cover, a view."""
-        height, width = self.pixels.shape
+        height, width = self.size
         return image[self.top : self.top + height, self.left : self.left + width]
 
     def rle(self, height: int, width: int) -> dict[str, Any]:
@@ -52,12 +68,12 @@ class Mask(NamedTuple):
 def mask_union(a: Mask, b: Mask) -> Mask:
     """Return the mask of the pixels of either mask."""
     left, top = min(a.left, b.left), min(a.top, b.top)
-    right, bottom = (max(m.left + m.pixels.shape[1] for m in (a, b)), max(m.top + m.pixels.shape[0] for m in (a, b)))
+    right, bottom = max(m.left + m.size[1] for m in (a, b)), max(m.top + m.size[0] for m in (a, b))
     pixels = np.zeros((bottom - top, right - left), bool)
     for mask in (a, b):
         part = mask._replace(left=mask.left - left, top=mask.top - top).in_part(pixels)
         part |= mask.pixels
-    return Mask(left, top, pixels)
+    return Mask.at(left, top, pixels)
 
 
 def mask_iou(a: Mask, b: Mask) -> float:

@@ -103,7 +103,7 @@ def paste_masks(masks: np.ndarray, boxes: np.ndarray, height: int, width: int) -
     for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=True):
         rows, down = _weights(y0, y1, height, len(mask))
         cols, across = _weights(x0, x1, width, len(mask))
-        pasted.append(Mask(cols.start, rows.start, down @ mask @ across.T >= MASK_THRESHOLD))
+        pasted.append(Mask.at(cols.start, rows.start, down @ mask @ across.T >= MASK_THRESHOLD))
     return pasted
 
 

@@ -117,18 +117,18 @@ def scaled(found: Detections, across: float, down: float) -> Detections:
 
 def _resized(mask: Mask, across: float, down: float) -> Mask:
     """Resize a mask to the nearest pixels."""
-    (height, width), (left, top) = mask.pixels.shape, (mask.left, mask.top)
+    (height, width), (left, top) = mask.size, (mask.left, mask.top)
     ends = np.array([left, left + width, top, top + height]) * [across, across, down, down]
     x0, x1, y0, y1 = ends.round(6).astype(int).tolist()
     columns = ((np.arange(x0, x1) + 0.5) / across - left).astype(int).clip(0, width - 1)
     rows = ((np.arange(y0, y1) + 0.5) / down - top).astype(int).clip(0, height - 1)
-    return Mask(x0, y0, mask.pixels[np.ix_(rows, columns)])
+    return Mask.at(x0, y0, mask.pixels[np.ix_(rows, columns)])
 
 
 def shifted(found: Detections, left: int, top: int) -> Detections:
     """Return the detections in a part of an image as detections in the image."""
     boxes = found.boxes + np.array([left, top] * 2, np.float32)
-    masks = found.masks and [Mask(left + mask.left, top + mask.top, mask.pixels) for mask in found.masks]
+    masks = found.masks and [mask._replace(left=left + mask.left, top=top + mask.top) for mask in found.masks]
     return found._replace(boxes=boxes, masks=masks)
 
 

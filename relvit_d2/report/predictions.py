@@ -167,7 +167,8 @@ def annotated(
     tinted = image.astype(np.float32)
     for mask, color in zip(masks or (), colors, strict=False):
         part = mask.in_part(tinted)
-        part[mask.pixels] = 0.55 * part[mask.pixels] + 0.45 * np.array(color, dtype=np.float32)
+        pixels = mask.pixels
+        part[pixels] = 0.55 * part[pixels] + 0.45 * np.array(color, dtype=np.float32)
     scale = max(1.0, MIN_SIDE / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
     picture = Image.fromarray(tinted.round().astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)

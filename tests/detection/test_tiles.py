@@ -71,9 +71,7 @@ def drawn(seed: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     return image, np.array(boxes)
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("smallest", [0.0, 0.12])
-@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize(("seed", "smallest", "batch"), [(0, 0.0, 1), (1, 0.12, 5), (2, 0.12, 1)])
 def test_every_object_is_found_once_and_whole(seed: int, smallest: float, batch: int) -> None:
     height, width = 300 + 41 * seed, 400
     image, boxes = drawn(seed, height, width)
@@ -86,7 +84,7 @@ def test_every_object_is_found_once_and_whole(seed: int, smallest: float, batch:
     assert found.masks is not None
     for box, number, mask in zip(found.boxes.astype(int), found.classes, found.masks, strict=True):
         x0, y0, x1, y1 = box
-        assert (image[y0, x0, 0] - 1 == number) and mask == Mask(x0, y0, mask.pixels) and mask.pixels.all()
+        assert (image[y0, x0, 0] - 1 == number) and (mask.left, mask.top) == (x0, y0) and mask.pixels.all()
         assert mask.pixels.shape == (y1 - y0, x1 - x0)
 
 
