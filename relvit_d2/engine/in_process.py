@@ -4,7 +4,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 
@@ -34,7 +33,7 @@ def in_process(title: str, command: Sequence[str]) -> Iterator[None]:
     escape_log_records()
     try:
         with ExitStack() as stack:
-            stack.enter_context(_handlers_of_signals())
+            stack.enter_context(signals.installed())
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w", encoding="utf-8"))))
             stack.enter_context(_loggers())
             stack.callback(bar_title.reset, bar_title.set(title))
@@ -45,22 +44,6 @@ def in_process(title: str, command: Sequence[str]) -> Iterator[None]:
     except signals.Interrupted as stop:
         signal.raise_signal(stop.number)
         raise KeyboardInterrupt from stop
-
-
-@contextmanager
-def _handlers_of_signals() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # others cannot handle signals
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
-    signals.install(patient=False)
-    try:
-        yield
-    finally:
-        signals.forget()  # a later call, perhaps in another thread, is not interrupted by it
-        for number, handler in before.items():
-            if handler is not None:  # None: not installed by Python
-                signal.signal(number, handler)
 
 
 class _Warnings(logging.Handler):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -37,6 +38,23 @@ def install(patient: bool) -> None:
     _State.received, _State.deferring, _State.patient = 0, False, patient
     for number in SIGNALS:
         signal.signal(number, _handle)
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """Install the handlers for the block, and restore the earlier ones; other threads than the main one have none."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    install(patient=False)
+    try:
+        yield
+    finally:
+        forget()  # a later call, perhaps in another thread, is not interrupted by it
+        for number, handler in before.items():
+            if handler is not None:  # None: not installed by Python
+                signal.signal(number, handler)
 
 
 def uninstall() -> None:

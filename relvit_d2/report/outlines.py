@@ -1,9 +1,11 @@
 """Outlines of masks as polygons with few points, for annotation programs."""
 
+from itertools import pairwise
+
 import numpy as np
 from contourpy import contour_generator
 
-TOLERANCE = 0.5  # pixels that a point of the outline may be away from the polygon
+TOLERANCE = 0.9  # pixels that a point of the outline may be away from the polygon: more than the steps of pixels
 
 
 def outlines(mask: np.ndarray) -> list[np.ndarray]:
@@ -14,8 +16,8 @@ def outlines(mask: np.ndarray) -> list[np.ndarray]:
 
     Returns:
         Polygons ``(N, 2)`` of x and y, N >= 3, in pixels: the image spans ``[0, W] x [0, H]``. They pass through the
-        middle of the edges between pixels of the mask and others, so that the box around the unsimplified outline is
-        that of the mask. [] for an empty mask.
+        middle of the edges between pixels of the mask and others, so that the box around them is that of the mask. []
+        for an empty mask.
     """
     rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):
@@ -37,13 +39,12 @@ def signed_area(ring: np.ndarray) -> float:
 def simplified(ring: np.ndarray) -> np.ndarray:
     """Return the points of a polygon that are needed so that the others are within :data:`TOLERANCE` of it.
 
-    Douglas and Peucker, "Algorithms for the reduction of the number of points required to represent a digitized line"
-    (1973). A polygon that would have fewer than three points is returned unchanged.
+    The smallest box around the polygon remains the same. Douglas and Peucker, "Algorithms for the reduction of the
+    number of points required to represent a digitized line" (1973), between the points on the sides of this box.
     """
-    far = int(((ring - ring[0]) ** 2).sum(1).argmax())
-    closed = np.concatenate([ring, ring[:1]])
-    kept = {0, far}
-    spans = [(0, far), (far, len(ring))]
+    kept = sorted({*ring.argmin(0).tolist(), *ring.argmax(0).tolist()})
+    closed = np.concatenate([ring, ring])
+    spans = [*pairwise([*kept, kept[0] + len(ring)])]
     while spans:
         first, last = spans.pop()
         if last - first < 2:
@@ -54,6 +55,6 @@ def simplified(ring: np.ndarray) -> np.ndarray:
         furthest = int(distances.argmax())
         if distances[furthest] > TOLERANCE:
             middle = first + 1 + furthest
-            kept.add(middle)
+            kept.append(middle)
             spans += [(first, middle), (middle, last)]
-    return ring[sorted(kept)] if len(kept) > 2 else ring
+    return closed[sorted(kept)]

@@ -4,7 +4,7 @@ import struct
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -58,7 +58,7 @@ def annotate_video(
     failure, last = "", 0
     try:
         with (
-            _stopped_by_signals(live),
+            _stopped_by_signals() if live else nullcontext(),
             _open_camera(file.name) if live else av.open(str(file)) as source,
             Progress(desc=file.name, total=source.streams.video[0].frames or None, unit="frame") as bar,
             appearing(output) as part,
@@ -117,17 +117,10 @@ def _open_camera(number: str) -> av.container.InputContainer:
 
 
 @contextmanager
-def _stopped_by_signals(live: bool) -> Iterator[None]:
-    """Record SIGINT and SIGTERM inside the block, if ``live``, so that they end the camera and not the process."""
-    if not live:
+def _stopped_by_signals() -> Iterator[None]:
+    """Record SIGINT and SIGTERM inside the block, so that they end the camera and not the process."""
+    with signals.installed(), signals.deferred():
         yield
-        return
-    signals.install(patient=False)
-    try:
-        with signals.deferred():
-            yield
-    finally:
-        signals.uninstall()
 
 
 def _live(source: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 
 from relvit_d2.cli import main
+from relvit_d2.report import prediction_videos
 from tests.support.custom_data import read_all
 from tests.support.detectors import tiny_config, write_run
 from tests.support.scripts import ROOT, started, wait_for
@@ -132,41 +134,51 @@ def test_every_nth_frame_keeps_its_number_and_time(predict: Predict, tmp_path: P
     assert len(brightness) == len(kept) and (np.diff(brightness) > 10 * every).all()
 
 
-CAMERA = """
+# FFmpeg's generated picture at the speed of a camera; the number of the camera is its duration in seconds.
+GENERATED = ("lavfi", "testsrc=size=96x64:rate=25:duration={},realtime", {})
+CAMERA = f"""
 import sys
 from relvit_d2.cli import main
-from relvit_d2.report import prediction_videos
+from relvit_d2.report.prediction_videos import CAMERAS
 
-# FFmpeg's generated picture at the speed of a camera; the number is its duration in seconds.
-prediction_videos.CAMERAS["linux"] = ("lavfi", "testsrc=size=96x64:rate=25:duration={},realtime", {})
+CAMERAS[sys.platform] = {GENERATED!r}
 sys.exit(main(sys.argv[1:]))
 """
 
 
+def check_camera(folder: Path, number: int) -> int:
+    """Check the files of a camera whose every fifth frame was predicted; return the number of frames."""
+    assert {path.name for path in folder.iterdir()} == {f"{number}.mp4", "detections.json"}
+    found = {row["image_id"]: row["time"] for row in json.loads((folder / "detections.json").read_text())}
+    expected = [index / 5 for index in range(len(found))]
+    assert found == {f"{number}#{5 * index}": pytest.approx(time, abs=1e-5) for index, time in enumerate(expected)}
+    assert times(folder / f"{number}.mp4") == pytest.approx(expected, abs=2e-5)
+    return len(found)
+
+
 @pytest.mark.skipif("lavfi" not in av.formats_available, reason="PyAV has no generated input")
-@pytest.mark.parametrize("seconds", [1, 1000])
-def test_a_camera_is_read_until_ctrl_c_or_its_end(
-    weights: Path, tmp_path: Path, seconds: int, monkeypatch: pytest.MonkeyPatch
+def test_ctrl_c_ends_a_camera_and_its_files_are_whole(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All files are whole."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     words = ("predict", "--weights", weights, "--threshold", 0, "--output", tmp_path / "out", "--every", 5)
-    with started(tmp_path, "-c", CAMERA, *words, "--input", seconds) as process:
-        if seconds > 1:
-            part = tmp_path / f"out/.{seconds}.mp4.{process.pid}.part"
-            wait_for(part.exists, process)
-            time.sleep(2)
-            process.send_signal(signal.SIGINT)
+    with started(tmp_path, "-c", CAMERA, *words, "--input", 1000) as process:
+        wait_for((tmp_path / f"out/.1000.mp4.{process.pid}.part").exists, process)
+        time.sleep(2)
+        process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=60)
     assert process.returncode == 0 and "Traceback" not in errors, errors
     assert "1 video" in output
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{seconds}.mp4", "detections.json"}
-    rows = json.loads((tmp_path / "out/detections.json").read_text())
-    found = {row["image_id"]: row["time"] for row in rows}
-    assert list(found) == [f"{seconds}#{5 * number}" for number in range(len(found))]
-    assert list(found.values()) == pytest.approx([number / 5 for number in range(len(found))], abs=1e-5)
-    assert times(tmp_path / f"out/{seconds}.mp4") == pytest.approx(list(found.values()), abs=2e-5)
-    assert len(found) == 5 if seconds == 1 else found
+    assert check_camera(tmp_path / "out", 1000) > 0
+
+
+@pytest.mark.skipif("lavfi" not in av.formats_available, reason="PyAV has no generated input")
+def test_a_camera_may_end_itself(predict: Predict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(prediction_videos.CAMERAS, sys.platform, GENERATED)
+    handler = signal.getsignal(signal.SIGINT)
+    predict("--input", 1, "--threshold", 0, "--every", 5)
+    assert check_camera(tmp_path / "out", 1) == 5
+    assert signal.getsignal(signal.SIGINT) == handler
 
 
 def test_a_camera_is_a_number_that_is_not_a_file(

@@ -234,10 +234,11 @@ def _find_image(entry: LabelledImage, by_name: dict[str, list[Path]]) -> Path | 
         if not candidates:
             continue
 
-        def rank(path: Path, parts: Sequence[str] = parts[:-1]) -> tuple[int, int]:
+        def rank(path: Path, parts: Sequence[str] = parts[:-1]) -> tuple[int, int, bool]:
             folders = list(map(normal_form, path.parent.parts))
             same = [a == b for a, b in zip(reversed(parts), reversed(folders), strict=False)]
-            return (*same, False).index(False), len(os.path.commonpath([path, entry.source]))
+            near = len(os.path.commonpath([path, entry.source])), path.parent == entry.source.parent
+            return (*same, False).index(False), *near
 
         ranks = {path: rank(path) for path in candidates}
         best = [path for path in candidates if ranks[path] == max(ranks.values())]

@@ -214,7 +214,7 @@ class VocFolder:
         for path in annotations:
             found = self._images_by_stem.get(normal_form(path.stem), [])
             if len(found) > 1:  # of images with one name in several folders, take the nearest
-                shared = [len(os.path.commonpath([path, image])) for image in found]
+                shared = [(len(os.path.commonpath([path, image])), path.parent == image.parent) for image in found]
                 found = [image for image, length in zip(found, shared, strict=True) if length == max(shared)]
             if len(found) > 1:
                 raise UserError(f"'{found[0]}' and '{found[1]}' may both be the image of {path}: remove one")
