@@ -15,7 +15,7 @@ from relvit_d2.cli.predict import LABEL_FORMATS
 from relvit_d2.data.detection.custom import open_folder
 from relvit_d2.detection.detections import Detections
 from relvit_d2.report.label_files import WRITERS, LabelFiles
-from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.errors import NotWrittenError, UserError
 from tests.support.custom_data import read_all
 
 CLASSES = ["no", "traffic light", "Ünit=3", "<&>'\"", "010", "never found"]
@@ -187,13 +187,16 @@ def test_labels_that_would_be_lost_are_refused(tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_of_labels_that_cannot_be_written(tmp_path: Path) -> None:
-    """A class name that is not valid text fails in the middle of writing."""
+    """A class name that is not valid text fails in the middle of writing, a missing folder at once."""
     path = tmp_path / "a.png"
     labels = LabelFiles("yolo", tmp_path, [path])
     labels.add(path, np.zeros((4, 4, 3), np.uint8), Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, int), None))
     with pytest.raises(UnicodeEncodeError):
         labels.write(["\ud800"])
     assert not [*tmp_path.iterdir()]
+    labels.folder = tmp_path / "absent/labels_yolo"
+    with pytest.raises(NotWrittenError, match="labels_yolo' could not be written"):
+        labels.write(CLASSES)
 
 
 def test_images_of_several_folders_have_paths_from_their_common_folder(
