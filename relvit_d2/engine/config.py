@@ -83,9 +83,10 @@ def add_engine_config(cfg: CfgNode, task: str) -> None:
     cfg.SOLVER.CHECKPOINT_PERIOD = 5000  # iterations between checkpoints; 0: none before the end
     cfg.SOLVER.CHECKPOINT_EPOCHS = 0.0  # instead of CHECKPOINT_PERIOD: epochs between checkpoints
     cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP = 0  # number of the newest checkpoints to keep; 0: all
-    # Precision of the forward pass: auto, float32 or bfloat16; auto: bfloat16 if the device supports it natively
+    # Precision of the forward pass: auto, float32, bfloat16 or float16 (with gradient scaling); auto: bfloat16 if the
+    # device supports it natively, float16 on other GPUs with tensor cores
     cfg.SOLVER.PRECISION = "auto"
-    cfg.SOLVER.AMP.ENABLED = False  # Detectron2's key; True sets PRECISION bfloat16
+    cfg.SOLVER.AMP.ENABLED = False  # Detectron2's key; True sets PRECISION bfloat16, unless it is float16
     cfg.TEST.EVAL_PERIOD = 0  # iterations between evaluations; 0: only at the end
     cfg.TEST.EVAL_EPOCHS = 0.0  # instead of EVAL_PERIOD: epochs between evaluations
     cfg.TEST.BEST_METRIC = ""  # metric that selects model_best.pth, such as "bbox/AP"; a loss is minimised
@@ -150,4 +151,5 @@ def finish_engine_config(cfg: CfgNode) -> None:
                 "SOLVER.AMP.ENABLED True, which means bfloat16, contradicts SOLVER.PRECISION float32: set "
                 "SOLVER.PRECISION auto or SOLVER.AMP.ENABLED False"
             )
-        cfg.SOLVER.PRECISION = "bfloat16"
+        if cfg.SOLVER.PRECISION == "auto":
+            cfg.SOLVER.PRECISION = "bfloat16"

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from relvit_d2.engine import signals
 from relvit_d2.engine.checkpoint import Checkpointer, check_space
 from relvit_d2.engine.config import resolve_epochs
+from relvit_d2.engine.gradient_scaling import GRADIENT_NORM, GradientScaler
 from relvit_d2.engine.hooks import CheckpointHook, EvaluationHook
 from relvit_d2.engine.optimizer import build_clipper, build_optimizer
 from relvit_d2.engine.precision import choose_precision
@@ -92,10 +93,13 @@ class Trainer(TrainerBase):
         self.optimizer = build_optimizer(cfg, model)
         self.clip = build_clipper(cfg, model)
         self.schedule = build_schedule(cfg)
+        self.scaler = GradientScaler(self.precision)
         self.model = _distributed(model)
         self.make_batches = make_batches
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, optimizer=self.optimizer)
+        if self.scaler.is_enabled():
+            self.checkpointer.add_checkpointable("scaler", self.scaler)
         self.results: dict[str, Any] = {}
         self.interrupt, self.stopped = 0, False
         self.metadata: dict[str, Any] = {}
@@ -123,6 +127,8 @@ class Trainer(TrainerBase):
         if test.PATIENCE and not test.BEST_METRIC:
             raise UserError(f'TEST.PATIENCE {test.PATIENCE} needs TEST.BEST_METRIC, such as "bbox/AP"')
         logger.info(f"precision: {self.precision.name} ({self.precision.reason})")
+        if self.precision.dtype == torch.float16 and self.precision.device.type == "cpu":
+            logger.warning("SOLVER.PRECISION float16 is slow on a CPU: set auto, or MODEL.DEVICE cuda")
         parts = f", each in {solver.GRAD_ACCUM_STEPS} parts" if solver.GRAD_ACCUM_STEPS > 1 else ""
         logger.info(
             f"{self.samples} training images; {solver.MAX_ITER} iterations with {solver.IMS_PER_BATCH} images{parts}: "
@@ -220,6 +226,8 @@ class Trainer(TrainerBase):
                     with closing(iter(self._batches)) as self._parts:  # ends the worker processes
                         self._iterate()
                     self._report_replaced()
+                if self.scaler.skipped:
+                    logger.info(f"{self.scaler.skipped} of {self.iter + 1} steps were skipped (gradient overflow)")
                 if self.stopped:
                     self.save("model_final")
             except BaseException:
@@ -303,13 +311,15 @@ class Trainer(TrainerBase):
                 outputs = self._forward(batch)
                 losses = [value for value in outputs.values() if not isinstance(value, Metric)]
                 total = torch.stack([loss.float() for loss in losses]).sum() / parts
-                total.backward()
+                self.scaler.scale(total).backward()
             for name, value in as_scalars({**outputs, "total_loss": total * parts}).items():
                 value = torch.as_tensor(value, dtype=torch.float32, device=total.device).detach() / parts
                 means[name] = means[name] + value if name in means else value
-        means["grad_norm"] = self.clip()
+        self.scaler.unscale_(self.optimizer)
+        means[GRADIENT_NORM] = self.clip()
         self._log(means, rate, data_time)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
     def _forward(self, batch: Any) -> dict[str, Tensor | Metric[Any]]:
         try:
@@ -319,7 +329,7 @@ class Trainer(TrainerBase):
             raise self._not_finite("proposals", float("nan"), True) from error
 
     def _log(self, means: dict[str, Tensor], rate: float, data_time: float) -> None:
-        """Store the step's means over processes; raise before the optimiser's step if one is not finite."""
+        """Store the step's means over processes, if they are finite; raise before the step if training cannot go on."""
         values = torch.stack([*means.values(), torch.zeros_like(means["total_loss"])])
         values[-1] = signals.received()  # all processes stop after the same iteration
         if comm.get_world_size() > 1:
@@ -327,15 +337,22 @@ class Trainer(TrainerBase):
             values /= comm.get_world_size()
         *numbers, interrupt = values.tolist()
         mean = dict(zip(means, numbers, strict=True))
-        for name, number in mean.items():
-            if not math.isfinite(number):
-                # The gradient norm is common to all processes, so the images are found by the loss of each process,
-                # unless the losses of all are finite.
-                is_cause = not math.isfinite(means["total_loss"]) or math.isfinite(mean["total_loss"])
-                raise self._not_finite(name, number, is_cause)
+        not_finite = {name: mean.pop(name) for name, number in list(mean.items()) if not math.isfinite(number)}
+        if not self.scaler.tolerates(not_finite):
+            # The gradient norm is common to all processes, so the images are found by the loss of each process, unless
+            # the losses of all are finite.
+            is_cause = not math.isfinite(means["total_loss"]) or "total_loss" in mean
+            raise self._not_finite(*next(iter(not_finite.items())), is_cause)
         if interrupt:
             self.interrupt = max(comm.all_gather(signals.received()))
-        self.storage.put_scalars(**mean, lr=rate, data_time=data_time, smoothing_hint=False)
+        scaling = self.scaler.metrics()
+        if not_finite:
+            skipped = f": the step is skipped and the gradient scale {scaling['grad_scale']:g} halved"
+            logger.info(
+                f"{', '.join(not_finite)} not finite in float16 at iteration {self.iter}"
+                f"{skipped if GRADIENT_NORM in not_finite else ''}"
+            )
+        self.storage.put_scalars(**mean, **scaling, lr=rate, data_time=data_time, smoothing_hint=False)
 
     def _not_finite(self, name: str, number: float, is_cause: bool) -> UserError:
         """Write the images of this process to a file if they are the cause; return the error."""
@@ -345,7 +362,8 @@ class Trainer(TrainerBase):
             write_json(output / f"not_finite_{comm.get_rank()}.json", images)
         resumable = self.checkpointer.has_checkpoint()
         return UserError(
-            f"'{name}' became {number} at iteration {self.iter}, {output}/not_finite_*.json lists the images"
+            f"'{name}' became {number} at iteration {self.iter}{self.scaler.describe()}, "
+            f"{output}/not_finite_*.json lists the images"
             f"{' and the last checkpoint is intact' if resumable else ''}: check them, lower SOLVER.BASE_LR, raise "
             "SOLVER.WARMUP_ITERS or set SOLVER.PRECISION float32, then "
             f"{'continue with --resume --allow-changes' if resumable else 'restart'}"

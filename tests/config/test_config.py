@@ -158,11 +158,12 @@ def test_detectron2s_merge_names_the_new_key_too() -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_amp_is_bfloat16_and_contradicts_float32(task: str) -> None:
+def test_amp_is_bfloat16_unless_it_is_float16_and_contradicts_float32(task: str) -> None:
     base, amp = f"configs/base/{BASES[task]}.yaml", ["SOLVER.AMP.ENABLED", "True"]
     assert load_config(base, []).SOLVER.PRECISION == "auto"
     for setting in ("auto", "bfloat16"):
         assert load_config(base, [*amp, "SOLVER.PRECISION", setting]).SOLVER.PRECISION == "bfloat16"
+    assert load_config(base, [*amp, "SOLVER.PRECISION", "float16"]).SOLVER.PRECISION == "float16"
     with pytest.raises(UserError, match=r"AMP.ENABLED True.*contradicts SOLVER.PRECISION float32: set .* auto or"):
         load_config(base, ["SOLVER.PRECISION", "float32", *amp])
 

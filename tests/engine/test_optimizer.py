@@ -70,9 +70,10 @@ def test_choice_of_the_precision() -> None:
     assert choose_precision("bfloat16", cpu).dtype == torch.bfloat16
     native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     assert choose_precision("auto", cpu).dtype == (torch.bfloat16 if native else torch.float32)
-    with pytest.raises(UserError, match="float16"):
-        choose_precision("float16", cpu)
-    with choose_precision("bfloat16", cpu).autocast():
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    with pytest.raises(UserError, match="'float8' is unknown; give auto, float32, bfloat16 or float16"):
+        choose_precision("float8", cpu)
+    for name in ("bfloat16", "float16"):
+        with choose_precision(name, cpu).autocast():
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == getattr(torch, name)
     with choose_precision("float32", cpu).autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
