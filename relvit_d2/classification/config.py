@@ -44,7 +44,6 @@ def add_classification_config(cfg: CfgNode) -> None:
     cfg.INPUT.VIEW.MAGNITUDE = 9  # magnitude of RandAugment, 0..30
     cfg.INPUT.VIEW.MIXUP = 0.0  # alpha of timm's mixup; 0: off
     cfg.INPUT.VIEW.CUTMIX = 0.0  # alpha of timm's cutmix; 0: off
-    cfg.SOLVER.EMA = 0.0  # decay of the moving average of the weights for evaluation and export, 0..1; 0: off
     cfg.TEST.BEST_ON_TEST = False  # select the best model on DATASETS.TEST; its result is named best_on_test
 
 

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from detectron2.utils import comm
 from fvcore.common.config import CfgNode
 from timm.data.mixup import Mixup
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from relvit_d2.classification.augmentation import Augmentation, AugmentationConfig
@@ -55,7 +54,6 @@ class ClassificationModel(nn.Module):
         augmentation: maps images to the encoder's input.
         pretext: the tasks of joint training, on the encoder's grid.
         mix: timm's mixup and cutmix; None: neither.
-        decay: decay of the moving average of the network's weights for evaluation; 0: no average.
     """
 
     def __init__(
@@ -64,11 +62,9 @@ class ClassificationModel(nn.Module):
         augmentation: Augmentation,
         pretext: PretextTask | None = None,
         mix: Mixup | None = None,
-        decay: float = 0.0,
     ) -> None:
         super().__init__()
         self.network, self.augmentation, self.pretext, self.mix = network, augmentation, pretext, mix
-        self.average = ModelEmaV3(network, decay).requires_grad_(False) if decay else None
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor | Metric[Any]]:
         """Map a batch of :class:`relvit_d2.data.images.batches.TrainingBatches` to losses and metrics.
@@ -93,9 +89,9 @@ class ClassificationModel(nn.Module):
 
     @torch.no_grad()
     def evaluated(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return scores and tokens of a batch with fixed views, with the averaged weights if there are any."""
+        """Return scores and tokens of a batch with fixed views."""
         images = batch["images"].to(self.device, non_blocking=True)
-        return self.evaluated_network(self.augmentation.evaluate(images, batch["sizes"]))
+        return self.network(self.augmentation.evaluate(images, batch["sizes"]))
 
     @property
     def device(self) -> torch.device:
@@ -103,31 +99,14 @@ class ClassificationModel(nn.Module):
         return self.network.head.weight.device
 
     @property
-    def evaluated_network(self) -> Classifier:
-        """The network with averaged weights, if there is one, else the trained one."""
-        return self.network if self.average is None else self.average.module  # type: ignore[return-value]
-
-    @property
     def encoder(self) -> Encoder:
-        """The encoder that is evaluated and exported."""
-        return self.evaluated_network.encoder
-
-    def update_average(self) -> None:
-        """Update the average of the weights, if there is one."""
-        if self.average is not None:
-            self.average.update(self.network)
-
-    def restart_average(self) -> None:
-        """Set the average of the weights, if there is one, to the weights."""
-        if self.average is not None:
-            self.average.module.load_state_dict(self.network.state_dict())
+        """The encoder of the network."""
+        return self.network.encoder
 
 
 def build_classifier(cfg: CfgNode, classes: int) -> ClassificationModel:
     """Build the model for ``classes`` classes on ``MODEL.DEVICE``."""
-    view, decay = cfg.INPUT.VIEW, cfg.SOLVER.EMA
-    if not 0 <= decay < 1:
-        raise UserError(f"SOLVER.EMA {decay} is out of range: give 0 for none, or less than 1, such as 0.9999")
+    view = cfg.INPUT.VIEW
     if len(view.SCALE) != 2 or not 0 < view.SCALE[0] <= view.SCALE[1] <= 1:
         raise UserError(
             f"INPUT.VIEW.SCALE {list(view.SCALE)} is not a range of fractions; give two numbers, such as [0.08, 1]"
@@ -152,8 +131,7 @@ def build_classifier(cfg: CfgNode, classes: int) -> ClassificationModel:
         network.encoder.warn_position_leak()
         rows, cols = (-(-side // pooling(cfg.PRETEXT)) for side in network.encoder.grid(view.SIZE, view.SIZE))
         pretext = PretextTask.from_keys(network.encoder.dim, (rows, cols), cfg.PRETEXT)
-    model = ClassificationModel(network, augmentation, pretext, _mix(cfg, classes), decay)
-    return model.to(cfg.MODEL.DEVICE)
+    return ClassificationModel(network, augmentation, pretext, _mix(cfg, classes)).to(cfg.MODEL.DEVICE)
 
 
 def _mix(cfg: CfgNode, classes: int) -> Mixup | None:

@@ -4,6 +4,7 @@ import argparse
 import logging
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from relvit_d2.data.listing import data_lines
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.run_setup import save_config, start_run
 from relvit_d2.engine.trainer import Trainer
+from relvit_d2.engine.weight_average import SUFFIX, WeightAverage, build_average
 from relvit_d2.engine.weights import export_encoder, holds_encoder, load_trained, load_weights
 from relvit_d2.evaluation.base import UNREADABLE
 from relvit_d2.pretext.monitor import knn_accuracy
@@ -134,20 +136,25 @@ def build_trainer(cfg: CfgNode, model: ClassificationModel, data: Classification
     assert train is not None
     selection = {TEST_SELECTION: data.test} if cfg.TEST.BEST_ON_TEST else {"validation": data.validation}
     sets = {name: part for name, part in selection.items() if part}
-    measure = partial(_measure, cfg, model, sets) if sets else None
+    average = build_average(cfg, model)
+    measure = partial(_measure, cfg, model, sets, average) if sets else None
     make_batches = partial(TrainingBatches, cfg, train.images, labels=train.labels)
     list_data = partial(data_lines, train.images, train.labels, cfg.DATASETS.HASH_CONTENTS)
-    trainer = Trainer(cfg, model, len(train), make_batches, measure, list_data)
-    trainer.optimizer.register_step_post_hook(lambda *_: model.update_average())
-    return trainer
+    return Trainer(cfg, model, len(train), make_batches, measure, list_data, average)
 
 
-def _measure(cfg: CfgNode, model: ClassificationModel, sets: dict[str, LabelledImages]) -> dict[str, Any]:
+def _measure(
+    cfg: CfgNode, model: ClassificationModel, sets: dict[str, LabelledImages], average: WeightAverage | None
+) -> dict[str, Any]:
+    """Return the metrics of each set by name and, with the moving average of the weights, by name with ``_ema``."""
     results = {}
-    for name, part in sets.items():
-        if metrics := evaluate(cfg, model, part):
-            results[name] = metrics
-            logger.info(f"{name.replace('_', ' ')}: {_formatted(metrics)}; {len(part)} images")
+    for suffix in ("", SUFFIX) if average else ("",):
+        with average.applied() if average and suffix else nullcontext():
+            for key, part in sets.items():
+                name = f"{key}{suffix}"
+                if metrics := evaluate(cfg, model, part):
+                    results[name] = metrics
+                    logger.info(f"{name.replace('_', ' ')}: {_formatted(metrics)}; {len(part)} images")
     return results
 
 
@@ -181,22 +188,26 @@ def evaluate(cfg: CfgNode, model: ClassificationModel, data: LabelledImages) -> 
 def finish(cfg: CfgNode, model: ClassificationModel, trainer: Trainer, data: ClassificationData) -> None:
     """Load the selected model, if any, evaluate it on the test set, write the results and the encoder.
 
-    The results are named ``test``, or ``best_on_test`` if the model was selected on the test set.
+    The results are named ``test``, or ``best_on_test`` if the model was selected on the test set. The same is done for
+    the moving average of the weights, if any; its names end with ``_ema``.
     """
-    chosen, metric = "the last one", cfg.TEST.BEST_METRIC
-    if metric:
-        best = Path(cfg.OUTPUT_DIR) / "model_best.pth"
-        extra = load_trained(cfg, model, best)
-        chosen = f"the best by {metric} ({extra['value']:.2f}), after iteration {extra['iteration']}"
-    name = "best_on_test" if cfg.TEST.BEST_ON_TEST else "test"
-    metrics = evaluate(cfg, model, data.test) if data.test else {}
-    tested = {name: metrics} if data.test else {}
-    log_results(cfg, tested, data.test, trainer.metadata, trainer.results | {"model": chosen})
+    assert data.train is not None
+    output, size, metric, chosen = Path(cfg.OUTPUT_DIR), cfg.INPUT.VIEW.SIZE, cfg.TEST.BEST_METRIC, "the last one"
+    name, tested = "best_on_test" if cfg.TEST.BEST_ON_TEST else "test", dict[str, Any]()
+    seen = {}
     if comm.is_main_process():
-        assert data.train is not None
-        results = trainer.results | {name: metrics}
         seen = training_metadata({data.train.name: data.train.images}, SeenImages.of_metadata(trainer.metadata))
-        export_encoder(cfg, model.encoder, cfg.INPUT.VIEW.SIZE, trainer.iter + 1, results, **seen)
+    for suffix in ("", SUFFIX) if trainer.average else ("",):
+        if metric:
+            extra = load_trained(cfg, model, output / f"model_best{suffix}.pth")
+            chosen = f"the best by {metric} ({extra['value']:.2f}), after iteration {extra['iteration']}"
+        elif suffix:
+            load_trained(cfg, model, output / f"model_final{suffix}.pth")
+        if data.test:
+            tested[f"{name}{suffix}"] = evaluate(cfg, model, data.test)
+        if comm.is_main_process():
+            export_encoder(cfg, model.encoder, size, trainer.iter + 1, trainer.results | tested, suffix, **seen)
+    log_results(cfg, tested, data.test, trainer.metadata, trainer.results | {"model": chosen})
 
 
 def log_results(
@@ -287,7 +298,6 @@ def run_process(requested: CfgNode, args: argparse.Namespace, end: Callable[[Pat
         save_config(cfg)
         if args.eval and not args.resume and holds_encoder(cfg.MODEL.WEIGHTS):
             metadata = load_weights(cfg, model, encoder, "RGB")
-            model.restart_average()
         else:
             checkpoint = load_trained(cfg, model, cfg.OUTPUT_DIR if args.resume else cfg.MODEL.WEIGHTS)
             metadata = checkpoint.get("metadata", {})
@@ -299,7 +309,6 @@ def run_process(requested: CfgNode, args: argparse.Namespace, end: Callable[[Pat
     trainer = build_trainer(cfg, model, data)
     if not (args.resume and trainer.resume(args.allow_changes)):
         trainer.metadata = seen_metadata(load_weights(cfg, model, encoder, "RGB"))
-        model.restart_average()
     trainer.train()
     finish(cfg, model, trainer, data)
     if comm.is_main_process():

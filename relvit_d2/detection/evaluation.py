@@ -22,6 +22,7 @@ from relvit_d2.data.loader import Batches, ordered_batches
 from relvit_d2.detection.detections import TrainingSizes
 from relvit_d2.detection.predictor import TiledDetector
 from relvit_d2.engine.precision import choose_precision
+from relvit_d2.engine.weight_average import SUFFIX, WeightAverage
 from relvit_d2.evaluation.base import UNREADABLE, ReadableEvaluators
 from relvit_d2.evaluation.coco import CocoStyleEvaluator, without_mask
 from relvit_d2.evaluation.kitti import KittiEvaluator
@@ -61,16 +62,32 @@ def evaluation_sets(cfg: CfgNode) -> dict[str, Records]:
     return sets
 
 
-def evaluate(cfg: CfgNode, model: GeneralizedRCNN, tests: dict[str, Records]) -> dict[str, Any]:
+def evaluate(
+    cfg: CfgNode, model: GeneralizedRCNN, tests: dict[str, Records], average: WeightAverage | None = None
+) -> dict[str, Any]:
     """Evaluate on each of ``tests``; write results, settings and detections into ``inference/``.
 
-    With several test sets, the detections of each are written into a subfolder with its name.
+    With several test sets, the detections of each are written into a subfolder with its name. With a moving average of
+    the weights, the detections with it are written into ``inference/ema``.
 
     Returns:
-        For one data set its results in percent, such as ``{"bbox": {"AP": ...}, "voc07": {"AP50": ...}}``; for several,
-        those of each by name. Empty in all processes but the first.
+        For one data set its results in percent, such as ``{"bbox": {"AP": ...}, "voc07": {"AP50": ...}}``, with an
+        average also ``bbox_ema`` etc.; for several, those of each by name. Empty in all processes but the first.
     """
-    return _write_results(cfg, _evaluate(cfg, model, tests, "inference"))
+    results = _evaluate(cfg, model, tests, "inference")
+    if average:
+        logger.info("evaluation of the moving average of the weights (SOLVER.EMA)")
+        with average.applied():
+            results = _beside(results, _evaluate(cfg, model, tests, "inference/ema"), SUFFIX)
+    return _write_results(cfg, results)
+
+
+def _beside(results: dict[str, Any], more: dict[str, Any], suffix: str) -> dict[str, Any]:
+    """Return the results of each test set and ``more`` of them, with a suffix in the name of each task."""
+    return {
+        name: results[name] | {f"{task}{suffix}": values for task, values in found.items() if task != UNREADABLE}
+        for name, found in more.items()
+    }
 
 
 def evaluate_variants(
@@ -105,11 +122,7 @@ def evaluate_variants(
     merged = dict.fromkeys(tests, results) if len(tests) == 1 else results
     for suffix, variant in variants.items():
         logger.info(f"evaluation with {'test-time augmentation' if suffix == 'TTA' else variant}")
-        found = _evaluate(cfg, variant, tests, f"inference/{suffix}")
-        merged = {
-            name: merged[name] | {f"{task}_{suffix}": values for task, values in result.items() if task != UNREADABLE}
-            for name, result in found.items()
-        }
+        merged = _beside(merged, _evaluate(cfg, variant, tests, f"inference/{suffix}"), f"_{suffix}")
     return _write_results(cfg, merged)
 
 

@@ -37,6 +37,7 @@ from relvit_d2.detection.model import build_detector
 from relvit_d2.detection.training_sizes import read_training_sizes, training_sizes, write_training_sizes
 from relvit_d2.engine.run_setup import save_config, start_run
 from relvit_d2.engine.trainer import Trainer
+from relvit_d2.engine.weight_average import build_average
 from relvit_d2.engine.weights import best_or_last, load_trained, load_weights
 from relvit_d2.evaluation.coco import without_mask
 from relvit_d2.utils.errors import UserError
@@ -150,10 +151,10 @@ def build_trainer(cfg: CfgNode, model: GeneralizedRCNN, records: Records, tests:
         classes = list(catalog.get_metadata(cfg.DATASETS.TRAIN[0]).thing_classes)
         write_json(Path(cfg.OUTPUT_DIR) / "classes.json", classes)  # for prediction without the data set
         write_training_sizes(cfg, records)
-    make_batches = partial(training_batches, cfg, records)
-    measure = partial(evaluate, cfg, model, tests) if tests else None
+    average = build_average(cfg, model)
+    batches, measure = partial(training_batches, cfg, records), partial(evaluate, cfg, model, tests, average)
     list_data = partial(data_lines, records, hash_contents=cfg.DATASETS.HASH_CONTENTS)
-    return Trainer(cfg, model, len(records), make_batches, measure, list_data)
+    return Trainer(cfg, model, len(records), batches, measure if tests else None, list_data, average)
 
 
 def run_process(requested: CfgNode, args: argparse.Namespace, end: Callable[[Path, str], None]) -> None:

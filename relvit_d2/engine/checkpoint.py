@@ -6,7 +6,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -17,6 +17,7 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from relvit_d2.conversion.checkpoint_file import UNREADABLE, damaged, is_damaged, is_pickle, verify_digest
+from relvit_d2.engine.weight_average import SUFFIX
 from relvit_d2.utils.digest import content_digest
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import appearing, write_text
@@ -109,14 +110,29 @@ class Checkpointer(DetectionCheckpointer):
         """
         if not self.save_dir or not self.save_to_disk:
             return
-        data = {"model": self.model.state_dict()}
-        data |= {key: obj.state_dict() for key, obj in self.checkpointables.items()}
-        self._write(f"{name}.pth", data | kwargs)
+        self._write(f"{name}.pth", self.state() | kwargs)
         self.tag_last_checkpoint(f"{name}.pth")
 
-    def save_best(self, **kwargs: Any) -> None:
-        """Write ``model_best.pth`` without the optimiser state; ``last_checkpoint`` is unchanged."""
-        self._write("model_best.pth", {"model": self.model.state_dict()} | kwargs)
+    def state(self) -> dict[str, Any]:
+        """Return the weights as ``model``, and the state of each checkpointable by its name."""
+        return {"model": self.model.state_dict()} | {key: obj.state_dict() for key, obj in self.checkpointables.items()}
+
+    def save_best(self, state: Mapping[str, Any], **kwargs: Any) -> None:
+        """Write the weights in ``state`` as ``model_best.pth``, and their moving average, if any, in the same way.
+
+        ``last_checkpoint`` is unchanged.
+
+        Args:
+            state: as of :meth:`state`, or the content of a checkpoint.
+            kwargs: further entries of the files.
+        """
+        self._write("model_best.pth", {"model": state["model"]} | kwargs)
+        if "ema" in state:
+            self.save_average("model_best", state, **kwargs)
+
+    def save_average(self, name: str, state: Mapping[str, Any], **kwargs: Any) -> None:
+        """Write the moving average in ``state`` as the weights in ``NAME_ema.pth``; see :meth:`save_best`."""
+        self._write(f"{name}{SUFFIX}.pth", {"model": state["ema"]["model"]} | kwargs)
 
     def _write(self, name: str, data: dict[str, Any]) -> None:
         path = Path(self.save_dir) / name

@@ -49,7 +49,7 @@ _RANGES = {
 
 def add_engine_config(cfg: CfgNode, task: str) -> None:
     """Add the keys of the trainer to a config of the task ``task``, in place."""
-    add_groups(cfg, "MODEL", "SOLVER.CLIP_GRADIENTS", "SOLVER.AMP", "TEST")
+    add_groups(cfg, "MODEL", "SOLVER.CLIP_GRADIENTS", "SOLVER.AMP", "SOLVER.EMA", "TEST")
     cfg.TASK = task  # pretrain, detection or classification
     cfg.VERSION = VERSION  # version of Detectron2's config format
     cfg.SEED = 0  # seed of all random numbers
@@ -87,6 +87,9 @@ def add_engine_config(cfg: CfgNode, task: str) -> None:
     # device supports it natively, float16 on other GPUs with tensor cores
     cfg.SOLVER.PRECISION = "auto"
     cfg.SOLVER.AMP.ENABLED = False  # Detectron2's key; True sets PRECISION bfloat16, unless it is float16
+    # exponential moving average of the weights, evaluated and exported beside them; names of results and files: _ema
+    cfg.SOLVER.EMA.ENABLED = False
+    cfg.SOLVER.EMA.DECAY = 0.999  # decay per iteration, 0 to less than 1; update k has at most 1 - k ** -0.75
     cfg.TEST.EVAL_PERIOD = 0  # iterations between evaluations; 0: only at the end
     cfg.TEST.EVAL_EPOCHS = 0.0  # instead of EVAL_PERIOD: epochs between evaluations
     cfg.TEST.BEST_METRIC = ""  # metric that selects model_best.pth, such as "bbox/AP"; a loss is minimised
@@ -145,6 +148,10 @@ def finish_engine_config(cfg: CfgNode) -> None:
         torch.device(cfg.MODEL.DEVICE)
     except RuntimeError as error:
         raise UserError(f"MODEL.DEVICE '{cfg.MODEL.DEVICE}' is not a device of torch; set cpu, cuda or mps") from error
+    if not 0 <= cfg.SOLVER.EMA.DECAY < 1:
+        raise UserError(
+            f"SOLVER.EMA.DECAY {cfg.SOLVER.EMA.DECAY} is out of range: give 0 to less than 1, such as 0.999"
+        )
     if cfg.SOLVER.AMP.ENABLED:
         if cfg.SOLVER.PRECISION == "float32":
             raise UserError(

@@ -12,6 +12,7 @@ from detectron2.utils import comm
 
 from relvit_d2.engine import signals
 from relvit_d2.engine.running import RunningTrainer
+from relvit_d2.engine.weight_average import SUFFIX
 from relvit_d2.utils.errors import UserError, nearest
 from relvit_d2.utils.metrics import less_is_better
 
@@ -98,19 +99,28 @@ class EvaluationHook(HookBase):
             self._restore_best()
 
     def _restore_best(self) -> None:
-        """Write ``model_best.pth`` again from a checkpoint if it is damaged, missing or older than the best value."""
+        """Write ``model_best.pth`` again from a checkpoint if it is damaged, missing or older than the best value.
+
+        The same holds for the file of the moving average.
+        """
         trainer, checkpointer, problems = self.trainer, self.trainer.checkpointer, list[str]()
         folder = Path(trainer.cfg.OUTPUT_DIR)
-        content = checkpointer.read_intact(str(folder / "model_best.pth"), problems)
-        # A later one is of an evaluation after this checkpoint, which is repeated.
-        if content and content.get("run") == trainer.run_id and content.get("iteration", -1) >= self.best_iteration:
+        for suffix in ("", SUFFIX) if trainer.average else ("",):
+            path = folder / f"model_best{suffix}.pth"
+            content = checkpointer.read_intact(str(path), problems)
+            # A later one is of an evaluation after this checkpoint, which is repeated.
+            if not (
+                content and content.get("run") == trainer.run_id and content.get("iteration", -1) >= self.best_iteration
+            ):
+                break
+        else:
             return
-        problem = problems[0] if content is None else f"'{folder / 'model_best.pth'}' is not of this run's best value"
+        problem = problems[0] if content is None else f"'{path}' is not of this run's best value"
         for name in (f"model_{self.best_iteration:07d}.pth", "model_final.pth"):
             content = checkpointer.read_intact(str(folder / name), problems)
             if content and (content.get("iteration"), content.get("run")) == (self.best_iteration, trainer.run_id):
                 checkpointer.save_best(
-                    model=content["model"],
+                    content,
                     iteration=self.best_iteration,
                     metric=self._metric,
                     value=self.best,
@@ -153,7 +163,8 @@ class EvaluationHook(HookBase):
             if not math.isnan(value) and (self.best is None or sign * value > sign * self.best):
                 self.best, self.best_iteration, self.stale = value, trainer.iter, 0
                 selected = {"iteration": trainer.iter, "metric": self._metric, "value": value}
-                trainer.checkpointer.save_best(**selected, metadata=trainer.metadata, run=trainer.run_id)
+                state = trainer.checkpointer.state()
+                trainer.checkpointer.save_best(state, **selected, metadata=trainer.metadata, run=trainer.run_id)
         if not self._patience or self.stale < self._patience:
             return False
         best = "none" if self.best is None else f"{self.best:.4g} after iteration {self.best_iteration}"

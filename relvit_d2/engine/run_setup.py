@@ -26,6 +26,7 @@ RESULTS = ("last_checkpoint", "model_final.pth", "encoder.safetensors")  # files
 # moved in part is not continued.
 RUN_FILES = (
     *RESULTS,
+    "encoder_ema.safetensors",
     "model_*.pth",
     "metrics.json",
     "events.out.tfevents.*",

@@ -6,6 +6,7 @@ from detectron2.utils.events import EventStorage
 from fvcore.common.config import CfgNode
 
 from relvit_d2.engine.checkpoint import Checkpointer
+from relvit_d2.engine.weight_average import WeightAverage
 
 
 class RunningTrainer(Protocol):
@@ -13,6 +14,7 @@ class RunningTrainer(Protocol):
 
     cfg: CfgNode
     checkpointer: Checkpointer
+    average: WeightAverage | None
     iter: int
     start_iter: int
     max_iter: int

@@ -31,6 +31,7 @@ from relvit_d2.engine.resume import DataList, check_same_run
 from relvit_d2.engine.run_setup import move_earlier_run
 from relvit_d2.engine.schedule import batch_factor, build_schedule
 from relvit_d2.engine.signals import Interrupted
+from relvit_d2.engine.weight_average import WeightAverage
 from relvit_d2.engine.writers import WriterHook
 from relvit_d2.utils.batch_source import BatchSource
 from relvit_d2.utils.errors import UserError
@@ -61,6 +62,8 @@ class Trainer(TrainerBase):
             the end. None: no evaluation.
         list_data: returns a line for each training image, as :func:`relvit_d2.data.listing.data_lines`; called in the
             first process, once. None: a resumed run does not detect changed data.
+        average: moving average of the model's weights, updated after each step that is not skipped and written to
+            ``model_final_ema.pth`` at the end.
 
     Attributes:
         results: results of the last evaluation.
@@ -79,6 +82,7 @@ class Trainer(TrainerBase):
         make_batches: Callable[[int], BatchSource],
         evaluate: Callable[[], dict[str, Any]] | None = None,
         list_data: Callable[[], list[str]] | None = None,
+        average: WeightAverage | None = None,
     ) -> None:
         super().__init__()
         if len(counts := set(comm.all_gather(samples))) > 1:
@@ -100,6 +104,10 @@ class Trainer(TrainerBase):
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, optimizer=self.optimizer)
         if self.scaler.is_enabled():
             self.checkpointer.add_checkpointable("scaler", self.scaler)
+        self.average = average
+        if average:
+            self.checkpointer.add_checkpointable("ema", average)
+            self.optimizer.register_step_post_hook(average.update)
         self.results: dict[str, Any] = {}
         self.interrupt, self.stopped = 0, False
         self.metadata: dict[str, Any] = {}
@@ -216,6 +224,8 @@ class Trainer(TrainerBase):
                 self._prepare_output()
         self.iter = self.start_iter
         self.model.train()
+        if self.average and not self.average.updates:  # weights may have been loaded after it was built
+            self.average.restart()
         with EventStorage(self.start_iter) as self.storage, signals.deferred():
             try:
                 self.before_train()
@@ -230,12 +240,20 @@ class Trainer(TrainerBase):
                     logger.info(f"{self.scaler.skipped} of {self.iter + 1} steps were skipped (gradient overflow)")
                 if self.stopped:
                     self.save("model_final")
+                self._save_average()
             except BaseException:
                 for hook in self._hooks:
                     if isinstance(hook, WriterHook | hooks.PeriodicWriter):
                         hook.after_train()
                 raise
             self.after_train()
+
+    def _save_average(self) -> None:
+        if self.average and comm.is_main_process():
+            state = {"ema": self.average.state_dict()}
+            info = {"iteration": self.iter, "config": self.cfg.dump(), "metadata": self.metadata, "run": self.run_id}
+            self.checkpointer.save_average("model_final", state, **info)
+        comm.synchronize()  # no process may read the file, or exit, while the first one writes
 
     def _prepare_output(self) -> None:
         """Write config and provenance, remove ``not_finite_*.json``; unless resumed, move an earlier run's files."""
@@ -262,8 +280,10 @@ class Trainer(TrainerBase):
         numbered = sum(rest // period for period in periods) - (rest // math.lcm(*periods) if len(periods) > 1 else 0)
         if solver.CHECKPOINT_MAX_TO_KEEP:
             numbered = min(numbered, solver.CHECKPOINT_MAX_TO_KEEP + 1)  # a new one is written before an old one goes
-        checkpoint = values + 2 * trained  # AdamW has two moments
-        return (min(numbered, most) + 1) * checkpoint + (values if test.BEST_METRIC else 0)
+        models = 2 if self.average else 1
+        checkpoint = models * values + 2 * trained  # AdamW has two moments
+        exported = models * bool(test.BEST_METRIC) + models - 1
+        return (min(numbered, most) + 1) * checkpoint + exported * values
 
     def _finish_iteration(self) -> None:
         """Repeat the hooks of the checkpoint's iteration, which a kill may have interrupted."""

@@ -149,17 +149,24 @@ def _check_task(task: str, source: str, checkpoint: dict[str, Any]) -> None:
 
 
 def export_encoder(
-    cfg: CfgNode, encoder: Encoder, image_size: int, iterations: int, results: dict[str, Any], **more: Any
+    cfg: CfgNode,
+    encoder: Encoder,
+    image_size: int,
+    iterations: int,
+    results: dict[str, Any],
+    suffix: str = "",
+    **more: Any,
 ) -> Path:
-    """Write ``encoder.safetensors`` to ``OUTPUT_DIR`` and return its path.
+    """Write ``encoderSUFFIX.safetensors`` to ``OUTPUT_DIR`` and return its path.
 
     Args:
         image_size: side in pixels of the training images.
         iterations: number of training iterations.
         results: results of the last evaluation.
+        suffix: of the name of the file.
         more: further metadata, JSON values.
     """
-    path = Path(cfg.OUTPUT_DIR) / "encoder.safetensors"
+    path = Path(cfg.OUTPUT_DIR) / f"encoder{suffix}.safetensors"
     info = {
         "pixel_mean": list(cfg.MODEL.PIXEL_MEAN),
         "pixel_std": list(cfg.MODEL.PIXEL_STD),

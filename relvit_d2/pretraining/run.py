@@ -25,6 +25,7 @@ from relvit_d2.data.subsets import subset
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.run_setup import save_config, start_run
 from relvit_d2.engine.trainer import Trainer
+from relvit_d2.engine.weight_average import SUFFIX, WeightAverage, build_average
 from relvit_d2.engine.weights import export_encoder, holds_encoder, load_trained, load_verified
 from relvit_d2.evaluation.base import UNREADABLE
 from relvit_d2.pretext.monitor import knn_accuracy
@@ -148,13 +149,15 @@ def next_command(args: argparse.Namespace, cfg: CfgNode, encoder: Path) -> str:
 def build_trainer(cfg: CfgNode, model: PretrainingModel, files: Images, tests: Images) -> Trainer:
     """Return the trainer on the images ``files``, evaluated on ``tests`` or, if empty, on the first training images."""
     name, images = ("held_out", tests) if len(tests) else ("training_images", files[:EVALUATED_TRAINING_IMAGES])
+    average = build_average(cfg, model)
     trainer = Trainer(
         cfg,
         model,
         len(files),
         partial(TrainingBatches, cfg, files),
-        partial(evaluate, cfg, model, images, name),
+        partial(evaluate, cfg, model, images, name, average),
         partial(data_lines, files, hash_contents=cfg.DATASETS.HASH_CONTENTS),
+        average,
     )
     trainer.register_hooks([PositionLeakWarning(math.ceil(len(files) / cfg.SOLVER.IMS_PER_BATCH))])
     return trainer
@@ -185,14 +188,37 @@ class PositionLeakWarning(HookBase):
 
 
 def evaluate(
-    cfg: CfgNode, model: PretrainingModel, files: Images, name: str = "held_out"
+    cfg: CfgNode,
+    model: PretrainingModel,
+    files: Images,
+    name: str = "held_out",
+    average: WeightAverage | None = None,
 ) -> dict[str, dict[str, float]]:
     """Evaluate the images ``files`` with fixed views, divided among the processes; write ``inference/results.json``.
 
     Returns:
         ``{name: metrics}`` with the metrics of :func:`relvit_d2.pretraining.model.evaluate_pretext` and, with
-        ``PRETEXT.KNN``, the accuracy ``knn``, whose chance level is the fraction of the largest class. {} in all
-        processes but the first.
+        ``PRETEXT.KNN``, the accuracy ``knn``, whose chance level is the fraction of the largest class. With a moving
+        average of the weights, its metrics under the name with ``_ema``. {} in all processes but the first.
+    """
+    found = {name: _measure(cfg, model, files, name)}
+    if average:
+        with average.applied():
+            found[f"{name}{SUFFIX}"] = _measure(cfg, model, files, f"{name}{SUFFIX}")
+    if not comm.is_main_process():
+        return {}
+    results = {
+        name: metrics | ({UNREADABLE: {"images": left_out}} if left_out else {})
+        for name, (metrics, left_out) in found.items()
+    }
+    write_json(Path(cfg.OUTPUT_DIR) / "inference" / "results.json", results)
+    return {name: metrics for name, (metrics, _) in found.items()}
+
+
+def _measure(cfg: CfgNode, model: PretrainingModel, files: Images, name: str) -> tuple[dict[str, float], int]:
+    """Return the metrics of :func:`evaluate`, which are logged, and the number of images that cannot be read.
+
+    ({}, 0) in all processes but the first.
     """
     with choose_precision(cfg.SOLVER.PRECISION, next(model.parameters()).device).autocast():
         metrics, count = evaluate_pretext(model, _fixed_batches(cfg, files))
@@ -204,12 +230,10 @@ def evaluate(
                 chance = labels.bincount().max().item() / len(labels)
                 metrics |= as_scalars({"knn": Metric(knn_accuracy(features, labels), chance)})
     if not comm.is_main_process():
-        return {}
+        return {}, 0
     left_out = count_left_out(count, len(files), name.replace("_", " "))
     logger.info(f"{name.replace('_', ' ')}: {describe(metrics, model.encoder.dim)}; {count} images")
-    unreadable = {UNREADABLE: {"images": left_out}} if left_out else {}
-    write_json(Path(cfg.OUTPUT_DIR) / "inference" / "results.json", {name: metrics | unreadable})
-    return {name: metrics}
+    return metrics, left_out
 
 
 def describe(metrics: dict[str, float], dim: int) -> str:
@@ -265,5 +289,11 @@ def run_process(cfg: CfgNode, args: argparse.Namespace, end: Callable[[Path, str
     if comm.is_main_process():
         size = cfg.PRETEXT.IMAGE_SIZE
         seen = training_metadata({name: files}, SeenImages.of_metadata(trainer.metadata))
-        path = export_encoder(cfg, model.encoder, size, trainer.iter + 1, trainer.results, pretext=cfg.PRETEXT, **seen)
+        export = partial(
+            export_encoder, cfg, model.encoder, size, trainer.iter + 1, trainer.results, pretext=cfg.PRETEXT, **seen
+        )
+        path = export()
+        if trainer.average:
+            with trainer.average.applied():
+                export(suffix=SUFFIX)
         end(path.parent, next_command(args, cfg, path))

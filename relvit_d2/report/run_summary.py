@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tabulate import tabulate  # type: ignore[import-untyped]
 
+from relvit_d2.engine.weight_average import SUFFIX
 from relvit_d2.engine.writers import PERIOD
 from relvit_d2.report.page import write_report
 from relvit_d2.report.results import summary
@@ -14,7 +15,8 @@ from relvit_d2.report.runs import Run, read_runs
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import write_json
 
-FILES = ("model_best.pth", "model_final.pth", "encoder.safetensors", "report.html")
+_MODELS = ("model_best{}.pth", "model_final{}.pth", "encoder{}.safetensors")
+FILES = (*(name.format(suffix) for name in _MODELS for suffix in ("", SUFFIX)), "report.html")
 
 logger = logging.getLogger(__name__)
 

@@ -14,17 +14,19 @@ from relvit_d2.classification.augmentation import Augmentation, AugmentationConf
 from relvit_d2.classification.model import Classifier, build_classifier
 from relvit_d2.classification.probes import fit_linear, linear_probe, linear_scores
 from relvit_d2.classification.run import (
-    build_trainer,
+    evaluate,
     load_data,
     next_command,
     probe,
     resolve_config,
 )
+from relvit_d2.conversion.encoder_file import read_encoder
 from relvit_d2.data.classification.division import split
 from relvit_d2.data.classification.image_folder import LabelledImages
 from relvit_d2.data.images.batches import ImageStack
 from relvit_d2.encoders import ENCODERS, build_encoder
 from relvit_d2.encoders.vit import ViT
+from relvit_d2.engine.weights import load_trained
 from relvit_d2.pretext.monitor import knn_accuracy
 from relvit_d2.pretext.resampling import random_flips, random_pad_corners
 from relvit_d2.utils.errors import UserError
@@ -128,7 +130,8 @@ MODES: dict[str, tuple[object, ...]] = {
     "supervised": (),
     "joint": ("MODEL.RELVIT.JOINT", True),
     "everything": (
-        *("INPUT.VIEW.RANDAUGMENT", 2, "INPUT.VIEW.MIXUP", 0.2, "INPUT.VIEW.CUTMIX", 1.0, "SOLVER.EMA", 0.5),
+        *("INPUT.VIEW.RANDAUGMENT", 2, "INPUT.VIEW.MIXUP", 0.2, "INPUT.VIEW.CUTMIX", 1.0),
+        *("SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.5),
         *("SOLVER.GRAD_ACCUM_STEPS", 2, "MODEL.RELVIT.JOINT", True),
     ),
     "large images": ("INPUT.VIEW.CROP", "resized", "INPUT.VIEW.CENTRE", 0.875),
@@ -196,23 +199,21 @@ def test_training_and_probes_reach_high_accuracy(trees: Path, tmp_path: Path) ->
         assert probe(cfg, model, data, kind)[kind]["top1"] > 90
 
 
-def test_the_average_of_the_weights_is_the_moving_average(trees: Path, tmp_path: Path) -> None:
-    """Three steps by hand: each moves the average by a fifth of its difference from the weights."""
-    cfg = config(trees, tmp_path, "SOLVER.EMA", 0.8, "SOLVER.MAX_ITER", 3, "TEST.EVAL_PERIOD", 0)
-    data = load_data(cfg, training=True)
-    model = build_classifier(resolve_config(cfg, data), data.classes)
-    trainer = build_trainer(cfg, model, data)
-    mean = {name: value.clone() for name, value in model.network.state_dict().items()}
-
-    def follow(*_: object) -> None:
-        for name, value in model.network.state_dict().items():
-            mean[name] += 0.2 * (value - mean[name])
-
-    trainer.optimizer.register_step_post_hook(follow)
-    trainer.train()
-    assert model.average is not None
-    torch.testing.assert_close(dict(model.average.module.state_dict()), mean)
-    assert model.encoder is model.average.module.encoder
+@pytest.mark.parametrize("selected", [True, False])
+def test_the_average_of_the_weights_is_tested_and_exported_too(selected: bool, trees: Path, tmp_path: Path) -> None:
+    keys = ("SOLVER.EMA.ENABLED", True, "SOLVER.BASE_LR", 1e-2, "TEST.EVAL_PERIOD", 2 if selected else 0)
+    cfg = config(trees, tmp_path, *keys)
+    model, data, results = trained(cfg)
+    found = results[f"{trees}/test"]
+    assert {"validation", "validation_ema"} <= results.keys()
+    stem = "model_best" if selected else "model_final"
+    for suffix in ("", "_ema"):
+        load_trained(cfg, model, tmp_path / f"{stem}{suffix}.pth")
+        assert evaluate(cfg, model, data.test) == found[f"test{suffix}"]
+        tensors, metadata = read_encoder(tmp_path / f"encoder{suffix}.safetensors")
+        assert all(torch.equal(tensors[name], value) for name, value in model.encoder.state_dict().items())
+        assert metadata["results"][f"test{suffix}"] == found[f"test{suffix}"]
+    assert found["test"]["loss"] != found["test_ema"]["loss"]
 
 
 def test_the_linear_probe_has_zero_gradient() -> None:
@@ -263,7 +264,6 @@ def test_knn_uses_neighbours_in_another_set() -> None:
         (("INPUT.VIEW.SCALE", "[0.5]"), "SCALE .* is not a range"),
         (("INPUT.VIEW.MIXUP", 0.2, "SOLVER.IMS_PER_BATCH", 3), "it is 3: change"),
         (("INPUT.VIEW.CUTMIX", -1.0), "give 0 for none"),
-        (("SOLVER.EMA", 1.0), "SOLVER.EMA 1.0 is out of range"),
         (("DATASETS.VALIDATION", "100%"), "give another percentage"),
         (("DATASETS.TEST", "()", "TEST.BEST_ON_TEST", True), "DATASETS.TEST, which is empty"),
     ],

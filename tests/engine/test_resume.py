@@ -16,14 +16,19 @@ from tests.support.runs import equal, rows
 from tests.support.scripts import SCRIPTS, command, digests, fails, run, started, wait_for
 
 ITERATIONS = 44
-RUN = f"SOLVER.MAX_ITER {ITERATIONS} SOLVER.CHECKPOINT_PERIOD 5 TEST.EVAL_PERIOD 12 DATALOADER.NUM_WORKERS".split()
+AVERAGE = ("SOLVER.EMA.ENABLED", "True")
+RUN = [
+    *f"SOLVER.MAX_ITER {ITERATIONS} SOLVER.CHECKPOINT_PERIOD 5 TEST.EVAL_PERIOD 12".split(),
+    *AVERAGE,
+    "DATALOADER.NUM_WORKERS",
+]
 
 # Successive kills, counted from each start, and the iteration at which the run then resumes.
 KILLS = [
     ("step:23", 20),
     ("checkpoint:2", 24),  # of iteration 24; that of 23, before the evaluation, is complete
     ("pointer:1", 24),
-    ("evaluation:2", 36),  # the first one repeats that of iteration 23
+    ("evaluation:4", 36),  # of the average; the first two repeat those of iteration 23
 ]
 
 
@@ -37,7 +42,7 @@ def uninterrupted(root: Path) -> dict[str, Path]:
 
 def assert_same_run(one: Path, other: Path) -> None:
     first, second = (torch.load(output / "model_final.pth", weights_only=True) for output in (one, other))
-    for key in ("model", "optimizer", "iteration"):
+    for key in ("model", "optimizer", "ema", "iteration"):
         assert equal(first[key], second[key]), key
     assert [row["iteration"] for row in rows(other)] == list(range(ITERATIONS))
     assert rows(one) == rows(other)
@@ -82,7 +87,8 @@ def test_a_killed_run_of_epochs_continues_as_one_of_iterations(
     script: str, epochs: tuple[float, float, float], root: Path, uninterrupted: dict[str, Path], tmp_path: Path
 ) -> None:
     run_length, checkpoints, evaluations = epochs  # of 12 images
-    keys: tuple[object, ...] = ("SOLVER.MAX_ITER", 0, "SOLVER.EPOCHS", run_length, "TEST.EVAL_EPOCHS", evaluations)
+    keys: tuple[object, ...] = (*AVERAGE, "SOLVER.MAX_ITER", 0, "SOLVER.EPOCHS", run_length)
+    keys += ("TEST.EVAL_EPOCHS", evaluations)
     keys += ("SOLVER.CHECKPOINT_PERIOD", 0, "SOLVER.CHECKPOINT_EPOCHS", checkpoints)
     run(root, *command(script, tmp_path, *keys), status=-signal.SIGKILL, fault="step:23")
     assert "resumed at iteration 20" in run(root, *command(script, tmp_path, *RUN, 0, flags=("--resume",))).stdout

@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.utils import comm
 from torch import Tensor, nn
 
 from relvit_d2.data.loader import Batches, EndlessOrder
 from relvit_d2.detection.config import add_relvit_config
 from relvit_d2.engine.trainer import Trainer
+from relvit_d2.engine.weight_average import build_average
 
 
 class Regression(nn.Module):
@@ -54,7 +56,9 @@ def trainer(
     cfg.merge_from_list([part for key, value in overrides.items() for part in (key.replace("__", "."), value)])
 
     def batches(start: int) -> Batches:
-        order = EndlessOrder(10, cfg.SOLVER.IMS_PER_BATCH, cfg.SEED, start, parts=cfg.SOLVER.GRAD_ACCUM_STEPS)
+        place = comm.get_rank(), comm.get_world_size(), cfg.SOLVER.GRAD_ACCUM_STEPS
+        order = EndlessOrder(10, cfg.SOLVER.IMS_PER_BATCH, cfg.SEED, start, *place)
         return Batches(range(10), mapper, torch.stack, order, cfg.SEED, workers)
 
-    return Trainer(cfg, model or Regression(), 10, batches, evaluate)
+    model = model or Regression()
+    return Trainer(cfg, model, 10, batches, evaluate, average=build_average(cfg, model))
