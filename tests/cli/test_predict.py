@@ -17,6 +17,7 @@ from PIL import Image
 
 from relvit_d2 import load_detector
 from relvit_d2.cli import main, parser_of
+from relvit_d2.data.images.decode import PixelFormat
 from relvit_d2.detection.predictor import Detector
 from relvit_d2.detection.thresholds import parse_thresholds
 from relvit_d2.report.prediction_files import input_files
@@ -328,7 +329,7 @@ def test_videos_are_skipped_by_detectors_of_other_channels(
     detector: Detector, failing: Failing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = video(tmp_path / "clip.mp4", [np.full((32, 32, 3), 50, np.uint8)])
-    monkeypatch.setattr(detector, "channels", 1)
+    monkeypatch.setattr(detector, "pixels", PixelFormat(1))
     monkeypatch.setattr("relvit_d2.detection.predictor.load_detector", lambda *_: detector)
     assert "clip.mp4' has 3 channels, but INPUT.CHANNELS is 1" in failing("--input", made, "--output", tmp_path / "out")
     assert not [*(tmp_path / "out").iterdir()]

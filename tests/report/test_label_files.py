@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from relvit_d2.cli.predict import LABEL_FORMATS
 from relvit_d2.data.detection.custom import open_folder
-from relvit_d2.detection.detections import Detections
+from relvit_d2.detection.detections import Detections, Mask
 from relvit_d2.report.label_files import WRITERS, LabelFiles
 from relvit_d2.utils.errors import NotWrittenError, UserError
 from tests.support.custom_data import read_all
@@ -42,7 +42,7 @@ def detections(seed: int, height: int, width: int, masks: bool) -> Detections:
             mask |= across**2 + (2 * (y - y0) / (y1 - y0) - 1) ** 2 < 1
     scores = np.sort(draw.uniform(0.5, 1, count))[::-1]
     classes = draw.integers(0, len(CLASSES) - 1, count)
-    return Detections(boxes.astype(np.float32), scores.astype(np.float32), classes, pixels if masks else None)
+    return Detections(boxes.astype(np.float32), scores.astype(np.float32), classes, [*map(Mask.of, pixels)] if masks else None)
 
 
 def write(form: str, folder: Path, masks: bool, names: tuple[str, ...] = NAMES) -> tuple[Found, LabelFiles]:
@@ -57,7 +57,7 @@ def write(form: str, folder: Path, masks: bool, names: tuple[str, ...] = NAMES) 
         found[path] = detections(seed, height, width, masks)
     labels = LabelFiles(form, folder / "out", list(found))
     for path, detected in found.items():
-        labels.add(path, np.asarray(Image.open(path)), detected)
+        labels.add(path, Image.open(path).size, detected)
     (folder / "out").mkdir()
     labels.write(CLASSES)
     assert labels.root == folder / "images" and [*(folder / "out").iterdir()] == [labels.folder]
@@ -95,7 +95,7 @@ def test_our_readers_read_the_detections(tmp_path: Path, form: str, masks: bool)
         for number, annotation in enumerate(annotations):
             box, tolerance = expected.boxes[number], TOLERANCE[form]
             if expected.masks is not None and form != "voc":
-                mask = filled(expected.masks[number], form)
+                mask = filled(expected.masks[number].whole(record["height"], record["width"]), form)
                 shape = mask.shape
                 again = rle.decode(rle.merge(rle.frPyObjects(annotation["segmentation"], *shape))) > 0
                 assert np.count_nonzero(again & mask) > 0.85 * np.count_nonzero(again | mask)
@@ -139,7 +139,7 @@ def test_pycocotools_reads_the_masks(tmp_path: Path) -> None:
         annotations = truth.imgToAnns[image["id"]]
         assert expected.masks is not None and len(annotations) == len(expected.masks)
         for annotation, mask in zip(annotations, expected.masks, strict=True):
-            pixels = filled(mask, "coco")
+            pixels = filled(mask.whole(image["height"], image["width"]), "coco")
             again = truth.annToMask(annotation) > 0
             assert np.count_nonzero(again ^ pixels) < 0.15 * np.count_nonzero(pixels)
             assert annotation["area"] == pytest.approx(np.count_nonzero(pixels), rel=0.1)
@@ -152,10 +152,10 @@ def test_extreme_boxes_and_empty_masks_are_kept(tmp_path: Path, form: str) -> No
     path.parent.mkdir()
     Image.new("RGB", (2, 3)).save(path)
     boxes = np.array([(0, 0, 2, 3), (1.9, 2.9, 2, 3), (0, 0, 0.1, 0.1), (0.4, 1.2, 0.6, 1.4)], np.float32)
-    masks = np.zeros((4, 3, 2), bool)
+    masks = [Mask.of(np.zeros((3, 2), bool))] * 4
     for number, given in enumerate((None, masks)):
         labels = LabelFiles(form, tmp_path / f"out{number}", [path])
-        labels.add(path, np.zeros((3, 2, 3), np.uint8), Detections(boxes, np.ones(4), np.arange(4), given))
+        labels.add(path, (2, 3), Detections(boxes, np.ones(4), np.arange(4), given))
         (tmp_path / f"out{number}").mkdir()
         labels.write(CLASSES)
         shutil.copytree(labels.folder, path.parent, dirs_exist_ok=True)
@@ -190,7 +190,7 @@ def test_nothing_is_left_of_labels_that_cannot_be_written(tmp_path: Path) -> Non
     """A class name that is not valid text fails in the middle of writing, a missing folder at once."""
     path = tmp_path / "a.png"
     labels = LabelFiles("yolo", tmp_path, [path])
-    labels.add(path, np.zeros((4, 4, 3), np.uint8), Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, int), None))
+    labels.add(path, (4, 4), Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, int), None))
     with pytest.raises(UnicodeEncodeError):
         labels.write(["\ud800"])
     assert not [*tmp_path.iterdir()]
@@ -208,7 +208,7 @@ def test_images_of_several_folders_have_paths_from_their_common_folder(
     labels = LabelFiles("coco", Path(), files)
     for file in files:
         found = Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, int), None)
-        labels.add(file, np.zeros((4, 4, 3), np.uint8), found)
+        labels.add(file, (4, 4), found)
     labels.write(CLASSES)
     document = json.loads((tmp_path / "x/y/labels_coco/annotations.json").read_text())
     assert [image["file_name"] for image in document["images"]] == ["a.png", "x/y/b.png", "x/c.png"]
