@@ -42,7 +42,8 @@ def detections(seed: int, height: int, width: int, masks: bool) -> Detections:
             mask |= across**2 + (2 * (y - y0) / (y1 - y0) - 1) ** 2 < 1
     scores = np.sort(draw.uniform(0.5, 1, count))[::-1]
     classes = draw.integers(0, len(CLASSES) - 1, count)
-    return Detections(boxes.astype(np.float32), scores.astype(np.float32), classes, [*map(Mask.of, pixels)] if masks else None)
+    encoded = [Mask.of(mask) for mask in pixels] if masks else None
+    return Detections(boxes.astype(np.float32), scores.astype(np.float32), classes, encoded)
 
 
 def write(form: str, folder: Path, masks: bool, names: tuple[str, ...] = NAMES) -> tuple[Found, LabelFiles]:
