@@ -184,9 +184,9 @@ def _labelme(folder: Path, images: Sequence[LabelledImage], classes: Sequence[st
                 {"label": classes[category], "points": points, "group_id": group, "shape_type": kind, "flags": {}}
                 for points in [polygon.tolist() for polygon in polygons] or [[[x0, y0], [x1, y1]]]
             ]
-        document = {"version": "5.5.0", "flags": {}, "shapes": shapes, "imagePath": image.name.name, "imageData": None}
-        size = {"imageHeight": image.height, "imageWidth": image.width}
-        _write_json(folder / image.name.with_suffix(".json"), document | size)
+        document: dict[str, Any] = {"version": "5.5.0", "flags": {}, "shapes": shapes, "imageData": None}
+        document |= {"imagePath": image.name.name, "imageHeight": image.height, "imageWidth": image.width}
+        _write_json(folder / image.name.with_suffix(".json"), document)
 
 
 def _cvat(folder: Path, images: Sequence[LabelledImage], classes: Sequence[str]) -> None:

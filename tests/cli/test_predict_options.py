@@ -110,9 +110,9 @@ def test_each_class_has_its_minimum_score(predict: Predict, images: Path, tmp_pa
         words = ([] if default == 0.5 else [default]) + [f"{name}={score}" for name, score in by_class.items()]
         found = predict("--input", images, "--threshold", *words)
         assert found == expected(default, by_class) and 0 < len(found) < len(everything)
-    words = (lowest, *(f"{name}={score}" for name, score in middle.items()))
+    scores = (lowest, *(f"{name}={score}" for name, score in middle.items()))
     keys = ("TEST.DETECTIONS_PER_IMAGE", 20)  # may follow the scores
-    labelled = predict("--input", images, "--save-labels", "coco", "--confidence-threshold", *words, *keys)
+    labelled = predict("--input", images, "--save-labels", "coco", "--confidence-threshold", *scores, *keys)
     document = json.loads((tmp_path / "out/labels_coco/annotations.json").read_text())
     assert len(document["annotations"]) == len(labelled) == len(expected(lowest, middle))
 
@@ -135,7 +135,7 @@ def test_every_nth_frame_keeps_its_number_and_time(predict: Predict, tmp_path: P
 
 
 # FFmpeg's generated picture at the speed of a camera; the number of the camera is its duration in seconds.
-GENERATED = ("lavfi", "testsrc=size=96x64:rate=25:duration={},realtime", {})
+GENERATED: tuple[str, str, dict[str, str]] = ("lavfi", "testsrc=size=96x64:rate=25:duration={},realtime", {})
 CAMERA = f"""
 import sys
 from relvit_d2.cli import main
