@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format, verify_results
 from detectron2.modeling import GeneralizedRCNN, GeneralizedRCNNWithTTA
 from detectron2.utils import comm
@@ -167,7 +168,7 @@ def _write_results(cfg: CfgNode, results: dict[str, Any]) -> dict[str, Any]:
 def _evaluate(cfg: CfgNode, model: nn.Module, tests: dict[str, Records], folder: str) -> dict[str, Any]:
     """Return the results of each test set by name; write detections into ``folder`` in ``OUTPUT_DIR``."""
     results: dict[str, Any] = {}
-    autocast = choose_precision(cfg.SOLVER.PRECISION, next(model.parameters()).device).autocast
+    autocast = choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE)).autocast
     for name, records in tests.items():
         batches = _test_batches(cfg, records)
         with autocast():

@@ -111,7 +111,7 @@ def test_detectron2s_predictor_has_the_same_detections(
     assert classes == expected.pred_classes.tolist()
 
 
-def test_tta_results_are_written_and_expected_results_set_the_exit_status(
+def test_results_of_variants_are_written_and_expected_results_set_the_exit_status(
     trained: Path, root: Path, tmp_path: Path
 ) -> None:
     def evaluation(output: Path, expected: object, *more: object) -> tuple[object, ...]:
@@ -121,22 +121,24 @@ def test_tta_results_are_written_and_expected_results_set_the_exit_status(
 
     plain = json.loads((trained / "inference/results.json").read_text())["svhn_test"]
     right = [["bbox", "AP", plain["bbox"]["AP"], 1e-6], ["bbox_TTA", "AP50", 50.0, 50.0]]
-    sizes = ("TEST.AUG.MIN_SIZES", (48, 64), "TEST.AUG.MAX_SIZE", 96)
+    sizes = ("TEST.AUG.MIN_SIZES", (48, 64), "TEST.AUG.MAX_SIZE", 96, "TEST.TILES", 1000)
     done = run(root, *evaluation(tmp_path / "a", right, *sizes))
     assert "Results verification passed" in done.stdout
     results = json.loads((tmp_path / "a/inference/results.json").read_text())["svhn_test"]
-    assert set(results) == set(plain) | {f"{task}_TTA" for task in plain}
+    assert set(results) == set(plain) | {f"{task}_{variant}" for task in plain for variant in ("TTA", "tiles")}
+    assert results["bbox_tiles"] == plain["bbox"]  # tiles are larger than the images
     assert results["bbox"] == plain["bbox"] and results["bbox_TTA"].keys() == plain["bbox"].keys()
     files = [tmp_path / "a/inference" / folder / "coco_instances_results.json" for folder in (".", "TTA")]
     assert files[0].read_text() == (trained / "inference/coco_instances_results.json").read_text()
     assert json.loads(files[1].read_text()) and files[0].read_text() != files[1].read_text()
 
     wrong = [["bbox", "AP", 99.0, 0.5], ["segm", "AP", 1.0, 100.0]]
-    off = ("TEST.AUG.ENABLED", False)
+    off = ("TEST.AUG.ENABLED", False, "TEST.TILES", "auto")
     sentence = fails(root, *evaluation(tmp_path / "b", wrong, *off))
     assert "results differ from TEST.EXPECTED_RESULTS: bbox/AP is" in sentence
     assert "expected 99.0 +- 0.5, segm/AP is None, expected 1.0 +- 100.0" in sentence
     assert json.loads((tmp_path / "b/inference/results.json").read_text())["svhn_test"]["bbox"] == plain["bbox"]
+    assert (tmp_path / "b/inference/tiles/coco_instances_results.json").is_file()
     sentence = fails(root, *command("train_net.py", tmp_path / "c", "TEST.EXPECTED_RESULTS", wrong))
     assert "bbox/AP is" in sentence and (tmp_path / "c/model_final.pth").is_file()
 
