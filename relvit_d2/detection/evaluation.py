@@ -123,6 +123,7 @@ def evaluate_variants(
     merged = dict.fromkeys(tests, results) if len(tests) == 1 else results
     for suffix, variant in variants.items():
         logger.info(f"evaluation with {'test-time augmentation' if suffix == 'TTA' else variant}")
+        model.eval()  # Detectron2 sets the mode that the variant had before, also in the model, after its evaluation
         merged = _beside(merged, _evaluate(cfg, variant, tests, f"inference/{suffix}"), f"_{suffix}")
     return _write_results(cfg, merged)
 
