@@ -91,6 +91,11 @@ class Detections(NamedTuple):
     classes: np.ndarray  # (D,) int64
     masks: list[Mask] | None  # (D,); None without a mask head
 
+    def take(self, indices: np.ndarray) -> "Detections":
+        """Return the detections of these indices."""
+        masks = self.masks and [self.masks[index] for index in indices]
+        return Detections(self.boxes[indices], self.scores[indices], self.classes[indices], masks)
+
 
 class TrainingSizes(NamedTuple):
     """Sizes in the images that a detector was trained on, in pixels before they are resized."""

@@ -71,6 +71,4 @@ class ClassThresholds:
         return [self._kept(found) for found in self._detector.detect(images)]
 
     def _kept(self, found: Detections) -> Detections:
-        kept = np.flatnonzero(found.scores >= self.thresholds[found.classes])
-        masks = None if found.masks is None else [found.masks[index] for index in kept]
-        return Detections(found.boxes[kept], found.scores[kept], found.classes[kept], masks)
+        return found.take(np.flatnonzero(found.scores >= self.thresholds[found.classes]))

@@ -1,8 +1,9 @@
 """Detection in large images, tile by tile.
 
-The whole image is detected in too, reduced like any image, for the objects that are larger than a tile. Two detections
-of a class belong to the same object if the areas in which they were found overlap, and their boxes, clipped to the
-common area, agree. This holds for an object that one of the areas cuts, too.
+The whole image is detected in too, reduced like any image, for the objects that are larger than half a tile; smaller
+ones are not taken from it, since it shows them in another size than the training images. Two detections of a class
+belong to the same object if the areas in which they were found overlap, and their boxes, clipped to the common area,
+agree. This holds for an object that one of the areas cuts, too.
 """
 
 from collections.abc import Sequence
@@ -85,11 +86,12 @@ def detect_in_tiles(detector: AnyDetector, image: StripImage, tiling: Tiling, ba
     """
     height, width = image.overview.shape[:2]
     whole = scaled(detector.detect([image.overview])[0], image.width / width, image.height / height)
-    views = [View((0, 0, image.width, image.height), whole)]
     lefts = starts(image.width, tiling.width, tiling.common)
     tops = starts(image.height, tiling.height, tiling.common)
     if len(lefts) == len(tops) == 1:
         return whole
+    large = (whole.boxes[:, 2:] - whole.boxes[:, :2]).max(axis=1) > min(tiling.width, tiling.height) / 2
+    views = [View((0, 0, image.width, image.height), whole.take(np.flatnonzero(large)))]
     for top, rows in zip(tops, image.strips(tops, tiling.height), strict=True):
         for first in range(0, len(lefts), batch):
             tiles = [rows[:, left : left + tiling.width] for left in lefts[first : first + batch]]
