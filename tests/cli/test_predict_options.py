@@ -146,12 +146,12 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def check_camera(folder: Path, number: int) -> int:
-    """Check the files of a camera whose every fifth frame was predicted; return the number of frames."""
+def check_camera(folder: Path, number: int, every: int) -> int:
+    """Check the files of a camera; return the number of frames."""
     assert {path.name for path in folder.iterdir()} == {f"{number}.mp4", "detections.json"}
     found = {row["image_id"]: row["time"] for row in json.loads((folder / "detections.json").read_text())}
-    expected = [index / 5 for index in range(len(found))]
-    assert found == {f"{number}#{5 * index}": pytest.approx(time, abs=1e-5) for index, time in enumerate(expected)}
+    expected = [every * index / 25 for index in range(len(found))]
+    assert found == {f"{number}#{every * index}": pytest.approx(time, abs=1e-5) for index, time in enumerate(expected)}
     assert times(folder / f"{number}.mp4") == pytest.approx(expected, abs=2e-5)
     return len(found)
 
@@ -161,7 +161,7 @@ def test_ctrl_c_ends_a_camera_and_its_files_are_whole(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    words = ("predict", "--weights", weights, "--threshold", 0, "--output", tmp_path / "out", "--every", 5)
+    words = ("predict", "--weights", weights, "--threshold", 0, "--output", tmp_path / "out", "--every", 20)
     with started(tmp_path, "-c", CAMERA, *words, "--input", 1000) as process:
         wait_for((tmp_path / f"out/.1000.mp4.{process.pid}.part").exists, process)
         time.sleep(2)
@@ -169,7 +169,7 @@ def test_ctrl_c_ends_a_camera_and_its_files_are_whole(
         output, errors = process.communicate(timeout=60)
     assert process.returncode == 0 and "Traceback" not in errors, errors
     assert "1 video" in output
-    assert check_camera(tmp_path / "out", 1000) > 0
+    assert check_camera(tmp_path / "out", 1000, 20) > 0
 
 
 @pytest.mark.skipif("lavfi" not in av.formats_available, reason="PyAV has no generated input")
@@ -177,7 +177,7 @@ def test_a_camera_may_end_itself(predict: Predict, tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(prediction_videos.CAMERAS, sys.platform, GENERATED)
     handler = signal.getsignal(signal.SIGINT)
     predict("--input", 1, "--threshold", 0, "--every", 5)
-    assert check_camera(tmp_path / "out", 1) == 5
+    assert check_camera(tmp_path / "out", 1, 5) == 5
     assert signal.getsignal(signal.SIGINT) == handler
 
 
