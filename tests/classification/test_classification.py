@@ -204,6 +204,7 @@ def test_the_average_of_the_weights_is_tested_and_exported_too(selected: bool, t
     keys = ("SOLVER.EMA.ENABLED", True, "SOLVER.BASE_LR", 1e-2, "TEST.EVAL_PERIOD", 2 if selected else 0)
     cfg = config(trees, tmp_path, *keys)
     model, data, results = trained(cfg)
+    assert data.test
     found = results[f"{trees}/test"]
     assert {"validation", "validation_ema"} <= results.keys()
     stem = "model_best" if selected else "model_final"

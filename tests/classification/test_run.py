@@ -57,7 +57,7 @@ def test_pretraining_and_fine_tuning_on_images_in_an_archive(few: Path, tmp_path
 
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(trees: Path, tmp_path: Path) -> None:
     """With everything random or stateful: RandAugment, mixup, cutmix, joint losses, the average of the weights."""
-    mix = ("INPUT.VIEW.RANDAUGMENT", 2, "INPUT.VIEW.MIXUP", 0.2, "INPUT.VIEW.CUTMIX", 1.0)
+    mix: tuple[object, ...] = ("INPUT.VIEW.RANDAUGMENT", 2, "INPUT.VIEW.MIXUP", 0.2, "INPUT.VIEW.CUTMIX", 1.0)
     mix += ("SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.5)
     long = ("MODEL.RELVIT.JOINT", True, "SOLVER.MAX_ITER", 10, "SOLVER.CHECKPOINT_PERIOD", 2, "TEST.EVAL_PERIOD", 4)
     straight, killed = tmp_path / "straight", tmp_path / "killed"

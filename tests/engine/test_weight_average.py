@@ -24,8 +24,8 @@ class Normalised(Regression):
 
 def averaged(output: Path, iterations: int, decay: float = 0.9, **keys: Any) -> Trainer:
     torch.manual_seed(0)  # of the initial weights
-    keys = {"model": Normalised(), "SOLVER__EMA__ENABLED": True, "SOLVER__EMA__DECAY": decay} | keys
-    return trainer(output, iterations, **keys)
+    standard: dict[str, Any] = {"model": Normalised(), "SOLVER__EMA__ENABLED": True, "SOLVER__EMA__DECAY": decay}
+    return trainer(output, iterations, **standard | keys)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def test_the_weights_are_replaced_within_the_block_only() -> None:
     model = Normalised()
     average = WeightAverage(model, 0.5)
     for _ in range(3):
-        nn.init.normal_(model.net[0].weight)
+        nn.init.normal_(next(model.parameters()))
         average.update()
     own = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ZeroDivisionError), average.applied():
@@ -146,7 +146,7 @@ def test_a_run_with_an_average_needs_the_disk_space_that_it_computes(tmp_path: P
 
 def test_a_frozen_parameter_keeps_its_value_exactly(tmp_path: Path) -> None:
     model = Normalised()
-    frozen = model.net[0].weight.requires_grad_(False).clone()
+    frozen = next(model.parameters()).requires_grad_(False).clone()
     averaged(tmp_path, 9, model=model).train()
     exported: dict[str, Tensor] = load(tmp_path / "model_final_ema.pth")["model"]
     assert torch.equal(exported["net.0.weight"], frozen)
