@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default 5)")
     parser.add_argument("--iterations", type=int, default=600, help="of each detector (default 600)")
     parser.add_argument("--output", type=Path, default=Path("output/benchmark_selection"), help="folder")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that override the config")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     splits, classes = read_splits(args.data)
@@ -77,7 +78,7 @@ def main() -> None:
             )
             words = ["train", "--config-file", CONFIG, "--data", str(folder / "data"), "--resume", "SEED", str(seed)]
             words += ["MODEL.WEIGHTS", str(args.weights), "SOLVER.MAX_ITER", str(args.iterations), *KEYS]
-            words += ["OUTPUT_DIR", str(folder / "run")]
+            words += ["OUTPUT_DIR", str(folder / "run"), *args.opts]
             if not (folder / "run/inference/results.json").exists():
                 run_command(f"{name}, seed {seed}", words, folder / "run", args.iterations, folder / "console.txt")
             results[name].append(ap_of(folder / "run"))
