@@ -51,8 +51,8 @@ def chosen_images(images: list[str], weights: Path, count: int, output: Path) ->
     return set((output / "selection/selected.txt").read_text(encoding="utf-8").splitlines())
 
 
-def main() -> None:
-    """Train all detectors and print their AP."""
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder of a custom data set")
     parser.add_argument("--weights", type=Path, required=True, help="encoder.safetensors of the training images")
@@ -61,7 +61,12 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=600, help="of each detector (default 600)")
     parser.add_argument("--output", type=Path, default=Path("output/benchmark_selection"), help="folder")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that override the config")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Train all detectors and print their AP."""
+    args = build_parser().parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     splits, classes = read_splits(args.data)
     images = [str(record["file_name"]) for record in splits["train"]]

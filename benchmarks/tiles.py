@@ -20,13 +20,18 @@ GRID = 4  # images along a side of a mosaic
 DETECTIONS = 1000  # in a mosaic, which has 16 times as many objects as an image
 
 
-def main() -> None:
-    """Make the mosaics, evaluate and print AP."""
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder of the custom data set of the training")
     parser.add_argument("--detector", type=Path, required=True, help="folder of its run")
     parser.add_argument("--output", type=Path, default=Path("output/benchmark_tiles"), help="a new folder")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Make the mosaics, evaluate and print AP."""
+    args = build_parser().parse_args()
     splits, names = read_splits(args.data)
     records, count = splits["val"], GRID * GRID
     cell = records[0]["width"], records[0]["height"]

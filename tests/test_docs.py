@@ -20,7 +20,6 @@ import tomllib
 from detectron2.config import get_cfg
 
 from benchmarks.harness import arguments as benchmark_arguments
-from benchmarks.recipe import build_parser as recipe_parser
 from docs.hooks import PAGES, ROOT, commands_page, config_modules, config_page, keys_of, page_of
 from relvit_d2.cli import COMMANDS, main, module_of, parser_of
 from relvit_d2.config.config_file import COMMANDS as TRAINING_COMMANDS
@@ -108,12 +107,13 @@ def check_line(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     elif words[1:3] == ["-m", "pytest"]:
         assert all((ROOT / word).exists() for word in words if word.startswith("tests/"))
-    elif words[:3] == ["python", "-m", "benchmarks.recipe"]:
-        recipe_parser().parse_args(words[3:])
     elif words[:2] == ["python", "-m"]:
-        assert importlib.util.find_spec(words[2])
-        monkeypatch.setattr(sys, "argv", words[2:])
-        benchmark_arguments("", words[2])
+        benchmark = import_module(words[2])
+        if hasattr(benchmark, "build_parser"):
+            benchmark.build_parser().parse_args(words[3:])
+        else:
+            monkeypatch.setattr(sys, "argv", words[2:])
+            benchmark_arguments("", words[2])
     else:
         assert words[0] in NOT_CHECKED
 

@@ -203,11 +203,17 @@ def _builder(name: str) -> Callable[..., Encoder]:
     return FAMILIES[family](member) if member else ENCODERS[name]
 
 
+_STRIDES: dict[str, list[int]] = {}  # by encoder: to build one takes most of the time of loading a config
+
+
 def map_strides(keys: Mapping[str, Any]) -> list[int]:
     """Return the strides, ascending, of the maps of the encoder that the config node ``MODEL`` describes."""
-    with torch.device("meta"):  # parameters without memory
-        encoder = encoder_from_keys(dict(keys) | {"COMPILE": False})
-    return sorted(encoder.strides.values())
+    described = repr((dict(keys["ENCODER"]), len(keys.get("PIXEL_MEAN", ()))))
+    if described not in _STRIDES:
+        with torch.device("meta"):  # parameters without memory
+            encoder = encoder_from_keys(dict(keys) | {"COMPILE": False})
+        _STRIDES[described] = sorted(encoder.strides.values())
+    return [*_STRIDES[described]]
 
 
 def encoder_from_keys(keys: Mapping[str, Any]) -> Encoder:

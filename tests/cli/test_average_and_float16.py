@@ -46,6 +46,7 @@ def test_the_average_of_a_detector_is_evaluated_and_loaded_like_the_detector(
     np.testing.assert_allclose(np.sort(scores), np.sort(expected), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_average_of_an_encoder_is_evaluated_and_exported(root: Path, tmp_path: Path) -> None:
     trained = tmp_path / "run"
     run(root, *command("pretrain_ssl.py", trained, *AVERAGE))

@@ -255,6 +255,7 @@ def test_an_error_before_the_rendezvous_is_reported_once(root: Path, tmp_path: P
     assert done.stderr.count("error: torchrun starts the processes") == 1
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_reported_also_on_a_signal(root: Path, tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.json"
     arguments = command(

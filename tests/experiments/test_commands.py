@@ -9,6 +9,7 @@ from relvit_d2.utils.errors import UserError
 from tests.support.scripts import CONFIGS
 
 
+@pytest.mark.slow
 def test_a_measured_command_is_stopped_after_its_time(root: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DETECTRON2_DATASETS", str(root))
