@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 def evaluated_records(tests: dict[str, Records]) -> Records:
     """Return the records for :func:`resolve_config` in evaluation only.
 
-    They are those of the sets in which every object has a mask, or of all sets if there is no such set.
+    They are those of the sets in which every object has a mask, or of all sets if none is like that.
     """
     return list(chain.from_iterable([test for test in tests.values() if not without_mask(test)] or tests.values()))
 
