@@ -19,13 +19,9 @@ def outlines(mask: np.ndarray) -> list[np.ndarray]:
         middle of the edges between pixels of the mask and others, so that the box around them is that of the mask. []
         for an empty mask.
     """
-    rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
-        return []
-    part = np.pad(mask[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1], 1).astype(np.float64)
     # Index 1 is the first pixel, whose centre is at 0.5.
-    lines = contour_generator(z=part, line_type="Separate").lines(0.5)
-    rings = [np.asarray(line)[:-1] + (cols[0] - 0.5, rows[0] - 0.5) for line in lines]
+    lines = contour_generator(z=np.pad(mask, 1).astype(np.float64), line_type="Separate").lines(0.5)
+    rings = [np.asarray(line)[:-1] - 0.5 for line in lines]
     outer = [ring for ring in rings if signed_area(ring) > 0]  # contourpy: the mask is on the left of its lines
     return [simplified(ring) for ring in sorted(outer, key=signed_area, reverse=True)]
 
