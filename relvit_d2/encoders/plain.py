@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from relvit_d2.encoders.base import Encoder
-from relvit_d2.encoders.windowed import windowed_block
+from relvit_d2.encoders.windowed import global_block, windowed_block
 from relvit_d2.utils.errors import UserError
 
 
@@ -66,7 +66,7 @@ class PlainEncoder(Encoder):
         outputs = []
         for index, block in enumerate(self.sequence_blocks):
             window = self._windows.get(index)
-            run = partial(windowed_block, block, grid=grid, window=window) if window else block
+            run = partial(windowed_block, block, grid=grid, window=window) if window else partial(global_block, block)
             x = checkpoint(run, x, use_reentrant=False) if self._recomputes else run(x)
             if index in self._selected:
                 outputs.append(self.final_norm(x))

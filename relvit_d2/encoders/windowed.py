@@ -1,4 +1,4 @@
-"""Transformer blocks with window attention.
+"""Transformer blocks with global and with window attention.
 
 "Exploring Plain Vision Transformer Backbones for Object Detection" (Li et al., 2022), section 3: attention in
 non-overlapping windows without shifts; a few blocks with global attention exchange information between windows. The
@@ -12,6 +12,26 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 Grid = tuple[int, int]
+
+FUSED_FROM = 600  # tokens from which torch's fused attention is as fast as plain products in bfloat16 on a CPU
+
+
+def fused_is_faster(tokens: int, device: torch.device) -> bool:
+    """Return whether fused attention is faster than plain products for so many tokens (``benchmarks.attention``).
+
+    The backward pass of torch's fused attention for CPUs multiplies small blocks, which takes five times as long as
+    whole products for 65 tokens in bfloat16.
+    """
+    bfloat16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    trained_on_cpu = device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return not (trained_on_cpu and bfloat16 and tokens < FUSED_FROM)
+
+
+def global_block(block: nn.Module, x: Tensor) -> Tensor:
+    """Run a block on ``(B, N, C)``, timm's with the faster kind of attention; the shape is kept."""
+    if isinstance(attention := getattr(block, "attn", None), Attention):
+        attention.fused_attn = fused_is_faster(x.shape[1], x.device)  # type: ignore[misc]
+    return block(x)
 
 
 def windowed_block(block: nn.Module, x: Tensor, grid: Grid, window: int) -> Tensor:
@@ -95,5 +115,10 @@ def _heads(attention: Attention, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _attend(attention: Attention, queries: Tensor, keys: Tensor, values: Tensor, first: int) -> Tensor:
     """Return the attention output of the queries from the ``first``-th on, ``(B, N - first, C)``."""
     dropout = attention.attn_drop.p if attention.training else 0.0
-    out = F.scaled_dot_product_attention(queries[:, :, first:], keys, values, dropout_p=dropout)
+    queries = queries[:, :, first:]
+    if fused_is_faster(keys.shape[2], keys.device):
+        out = F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout)
+    else:
+        weights = (queries * attention.scale @ keys.transpose(2, 3)).softmax(3)
+        out = F.dropout(weights, dropout) @ values
     return out.transpose(1, 2).flatten(2)

@@ -54,6 +54,30 @@ def test_features_and_gradients_equal_detectron2s(window: int) -> None:
     torch.testing.assert_close(gradients(ours.vit, found), gradients(theirs, expected), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("window", [0, 3])
+def test_both_kinds_of_attention_agree_in_bfloat16(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = vit(window=window, global_blocks=2).train(), torch.randn(2, 3, SIDE, SIDE)
+
+    def run(bfloat16: bool) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            (output,) = model(images).values()
+        found = gradients(model, output.float()).values()
+        return [output.float(), *(value for value in found if value is not None)]
+
+    def errors() -> Tensor:
+        pairs = zip(run(True), exact, strict=True)
+        return torch.stack([(found - expected).norm() / expected.norm() for found, expected in pairs])
+
+    exact = run(False)
+    assert model.vit.blocks[-1].attn.fused_attn
+    plain = errors()
+    assert not model.vit.blocks[-1].attn.fused_attn
+    monkeypatch.setattr("relvit_d2.encoders.windowed.FUSED_FROM", 0)
+    fused = errors()
+    assert fused.max() < 0.1 and not torch.equal(plain, fused)
+    assert (plain < 1.5 * fused + 0.01).all()
+
+
 @pytest.mark.parametrize("size", [(32, 32), (40, 20), (13, 40), (1, 1)])
 def test_a_window_that_covers_the_image_gives_global_attention(size: tuple[int, int]) -> None:
     everywhere, windowed = twins({}, {"window": 10, "global_blocks": 0})
