@@ -15,7 +15,7 @@ from relvit_d2.cli.train import run_recipe
 from relvit_d2.cli.training import run_process
 from relvit_d2.config.config_file import COMMANDS, override_words
 from relvit_d2.engine.in_process import in_process
-from relvit_d2.experiments.custom_run import PRETRAINING_CONFIG
+from relvit_d2.experiments.custom_measurements import PRETRAINING_CONFIG
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError, resource_error
 
@@ -68,7 +68,7 @@ def train(
     weights: str | Path = "",
     config: str | Path = "",
     hours: float | None = None,
-    pretrain: bool = True,
+    pretrain: bool | None = None,
     overwrite: bool = False,
     **keys: Any,
 ) -> Path:
@@ -81,10 +81,10 @@ def train(
         data: folder of labelled images.
         output: folder of the run, or of all runs of the recipe.
         weights: ``encoder.safetensors``, a checkpoint, the folder of a run or ``timm:NAME`` to start from. Without, the
-            recipe pre-trains.
+            recipe may pre-train.
         config: config file instead of the recipe.
         hours: for the recipe: time of everything; default 1 on a GPU, 0.5 on a CPU.
-        pretrain: for the recipe: whether to pre-train if there are no weights.
+        pretrain: for the recipe without weights: whether to pre-train; None: if the time allows.
         overwrite: replace the runs in ``output``, if there are any.
         keys: config keys, which override the file or the recipe.
 
@@ -98,13 +98,13 @@ def train(
     """
     keys = _with_output(keys, output)
     if config:
-        if hours is not None or not pretrain:
+        if hours is not None or pretrain is not None:
             raise UserError("hours and pretrain belong to the recipe: leave them out, or leave out config")
         keys = ({"MODEL.WEIGHTS": weights} if weights else {}) | keys
         _run("train", str(config), data, keys, *["--overwrite"] * overwrite)
         return Path(output)
     args = parser_of("train").parse_args([f"--data={data}", f"--weights={weights}", *_words(keys)])
-    args.hours, args.no_pretrain, args.overwrite = hours, not pretrain, overwrite
+    args.hours, args.pretrain, args.overwrite = hours, pretrain, overwrite
     run_recipe(args, _run_command)
     return Path(output) / "detector"
 

@@ -205,8 +205,8 @@ def test_the_recipe_runs_in_this_process(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError("a subprocess was started")
 
     monkeypatch.setattr("subprocess.Popen.__init__", fail)
-    keys = {"DATALOADER.NUM_WORKERS": 0, "SOLVER.MAX_ITER": 20}
-    detector = relvit_d2.train(data, tmp_path / "run", hours=0.1, **keys, **{"MODEL.ENCODER.NAME": "vit_nano"})
+    keys: dict[str, Any] = {"DATALOADER.NUM_WORKERS": 0, "SOLVER.MAX_ITER": 20, "MODEL.ENCODER.NAME": "vit_nano"}
+    detector = relvit_d2.train(data, tmp_path / "run", hours=0.1, pretrain=True, **keys)
     assert detector == tmp_path / "run/detector" and (detector / "report.html").is_file()
     assert list((tmp_path / "run/predictions").glob("*.png"))
     weights = tmp_path / "run/pretraining/encoder.safetensors"

@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe = parser.add_argument_group("recipe for --data without --config-file")
     recipe.add_argument("--hours", type=float, help="time of everything (default: 1 on a GPU, 0.5 on a CPU)")
     start = recipe.add_mutually_exclusive_group()
-    start.add_argument("--no-pretrain", action="store_true", help="train from scratch")
+    start.add_argument(
+        "--pretrain", action=argparse.BooleanOptionalAction, help="whether to pre-train (default: if the time allows)"
+    )
     start.add_argument("--weights", default="", help="start from timm:NAME, a file or a run's folder")
     recipe.add_argument("--dry-run", action="store_true", help="only write and print the recipe and the expected time")
     add_training_arguments(parser, task="detection")
@@ -39,10 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the recipe or the config."""
-    asked = args.hours is not None or args.no_pretrain or args.weights or args.dry_run
+    asked = args.hours is not None or args.pretrain is not None or args.weights or args.dry_run
     if args.config_file or not args.data:
         if asked:
-            raise UserError("--hours, --no-pretrain, --weights and --dry-run need --data and no --config-file")
+            raise UserError(
+                "--hours, --pretrain, --no-pretrain, --weights and --dry-run need --data and no --config-file"
+            )
         return run_training(args, EXAMPLE.replace("\n", " or "))
     for name in CONFIG_ONLY:
         if getattr(args, name) != args.defaults[name]:
@@ -68,5 +72,5 @@ def run_recipe(args: argparse.Namespace, runner: "Runner | None" = None) -> None
     from relvit_d2.experiments.custom_run import Request, train_custom
 
     seconds = None if args.hours is None else 3600 * args.hours
-    request = Request(args.data, seconds, args.weights, not args.no_pretrain, tuple(args.opts), args.overwrite)
+    request = Request(args.data, seconds, args.weights, args.pretrain, tuple(args.opts), args.overwrite)
     train_custom(request, args.dry_run, runner or run_command)

@@ -23,6 +23,7 @@ from relvit_d2.engine.precision import choose_precision
 from relvit_d2.evaluation.coco import without_mask
 from relvit_d2.experiments import recipe
 from relvit_d2.experiments.recipe import Choices, Data, Encoder, Machine
+from relvit_d2.pretraining.cost import pretraining_subject
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import write_json
@@ -31,6 +32,7 @@ from relvit_d2.utils.printing import print_text
 from relvit_d2.utils.progress import Progress
 
 CONFIG = "configs/custom.yaml"
+PRETRAINING_CONFIG = "configs/ssl/custom.yaml"
 
 # Fits any number of levels until the boxes at training size decide.
 ONE_ANCHOR = {"MODEL.ANCHOR_GENERATOR.SIZES": recipe.Choice([[32]], "")}
@@ -70,6 +72,7 @@ def data_facts(records: Records, evaluated: int, classes: tuple[str, ...]) -> Da
     sides = np.array([(record["width"], record["height"]) for record in records], dtype=np.float64)
     objects = [[a for a in record["annotations"] if not a.get("iscrowd")] for record in records]
     counts = [len(found) for found in objects]
+    labels = np.array([a["category_id"] for found in objects for a in found], dtype=np.int64)
     seen = Counter(number for found in objects for number in {a["category_id"] for a in found})
     boxes = np.array([a["bbox"] for found in objects for a in found], dtype=np.float64).reshape(-1, 4)
     modes = np.array([a["bbox_mode"] for found in objects for a in found])
@@ -81,6 +84,7 @@ def data_facts(records: Records, evaluated: int, classes: tuple[str, ...]) -> Da
         longer=float(np.median(sides.max(1))),
         shorter=float(np.median(sides.min(1))),
         boxes=boxes,
+        labels=labels,
         sizes=sides.repeat(counts, axis=0),
         classes={name: seen[number] for number, name in enumerate(classes)},
         masks=not without_mask(records),
@@ -108,18 +112,26 @@ def measure_machine(cfg: CfgNode, pairs: Sequence[Any], encoders: Sequence[Encod
             "INPUT.MIN_SIZE_TRAIN": f"({side * 3 // 4},)",
             "INPUT.MAX_SIZE_TRAIN": side,
         }
+        windows = {key: choice.value for key, choice in recipe.window_choices(encoder, side * 3 // 4, side).items()}
         if encoder.strides:
             keys |= {key: choice.value for key, choice in ONE_ANCHOR.items()}
             keys["MODEL.PYRAMID.STRIDES"] = list(encoder.strides)
-        subject = detector_subject(load_config(CONFIG, override_words(shared | keys)))
-        costs[encoder.name] = recipe.Cost(*step_cost(subject, 2))
+        subject = detector_subject(load_config(CONFIG, override_words(windows | shared | keys)))
+        views, _ = recipe.pretraining_views(encoder, device)
+        keys = {key: keys[key] for key in ("MODEL.ENCODER.NAME", "MODEL.ENCODER.PATCH_SIZE")}
+        keys |= {"MODEL.ENCODER.IMG_SIZE": views, "PRETEXT.IMAGE_SIZE": views, "MODEL.DEVICE": device}
+        pretraining = pretraining_subject(load_config(PRETRAINING_CONFIG, override_words(keys)))
+        costs[encoder.name] = recipe.Cost(*step_cost(subject, 2), step_cost(pretraining, 16)[0])
     precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(device))
     memory = free_memory(device), free_memory("cpu")
     return Machine(device, cores(), *memory, (precision.name, precision.reason), costs)
 
 
 def anchor_choices(data: Data, cfg: CfgNode) -> Choices:
-    """Return the anchors that fit the boxes at training size: two sizes per level and three ratios."""
+    """Return the anchors that fit the boxes at training size: two sizes per level and three ratios.
+
+    All classes have the same weight, however many objects they have, as in AP.
+    """
     strides = cfg.MODEL.PYRAMID.STRIDES + ([2 * cfg.MODEL.PYRAMID.STRIDES[-1]] if cfg.MODEL.PYRAMID.TOP_BLOCK else [])
     start = Anchors(
         tuple(strides),
@@ -127,11 +139,15 @@ def anchor_choices(data: Data, cfg: CfgNode) -> Choices:
         ((0.5, 1.0, 2.0),) * len(strides),
         cfg.MODEL.ANCHOR_GENERATOR.OFFSET,
     )
-    step = -(-len(data.boxes) // SAMPLE)
-    boxes, sizes = training_boxes(data.boxes[::step], data.sizes[::step], cfg)
+    of_class = [np.flatnonzero(data.labels == label) for label in np.unique(data.labels)]
+    count = min(max(map(len, of_class)), -(-SAMPLE // len(of_class)))
+    drawn = np.concatenate([found[np.arange(count) * len(found) // count] for found in of_class])
+    boxes, sizes = training_boxes(data.boxes[drawn], data.sizes[drawn], cfg)
     best = proposal(boxes, sizes, start)
     fit = best.best_ious(boxes, sizes)
-    reason = f"k-means of the boxes: mean best IoU {fit.mean():.2f}, {(fit >= 0.5).mean():.0%} of them above 0.5"
+    reason = (
+        f"k-means of boxes, equal weight of classes: mean best IoU {fit.mean():.2f}, {(fit >= 0.5).mean():.0%} >= 0.5"
+    )
     return {
         "MODEL.ANCHOR_GENERATOR.SIZES": recipe.Choice([list(level) for level in best.sizes], reason),
         "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": recipe.Choice([list(best.ratios[0])], "of the same clusters"),

@@ -27,7 +27,14 @@ from relvit_d2.engine.run_setup import move_earlier_run, silence_warnings
 from relvit_d2.engine.weights import best_or_last, holds_encoder
 from relvit_d2.experiments import recipe
 from relvit_d2.experiments.commands import TRIAL_KEYS, Runner, run_trial
-from relvit_d2.experiments.custom_measurements import CONFIG, ONE_ANCHOR, anchor_choices, check_data, measure_machine
+from relvit_d2.experiments.custom_measurements import (
+    CONFIG,
+    ONE_ANCHOR,
+    PRETRAINING_CONFIG,
+    anchor_choices,
+    check_data,
+    measure_machine,
+)
 from relvit_d2.experiments.recipe import Choices, Data, Encoder, Machine
 from relvit_d2.experiments.recipe_schedule import Timing, choose_schedules
 from relvit_d2.report.detections import analyze_detections
@@ -39,7 +46,6 @@ from relvit_d2.utils.files import make_folder, write_text
 from relvit_d2.utils.hardware import device_name
 from relvit_d2.utils.printing import print_text, printable, shell_command
 
-PRETRAINING_CONFIG = "configs/ssl/custom.yaml"
 SHOWN = 3  # pictures of detections
 
 # Keys of the user that hold for the pre-training too.
@@ -58,7 +64,7 @@ class Request:
         data: folder of the custom data set.
         seconds: of everything; None for an hour on a GPU and half an hour on a CPU.
         weights: what the training starts from instead of a pre-training; "" for a pre-training.
-        pretrain: whether to pre-train, if there are no ``weights``.
+        pretrain: whether to pre-train if there are no ``weights``; None: if the time allows.
         opts: keys and values in turn, which replace those of the recipe.
         overwrite: replace the runs in the output folder.
     """
@@ -66,7 +72,7 @@ class Request:
     data: str
     seconds: float | None
     weights: str
-    pretrain: bool
+    pretrain: bool | None
     opts: tuple[str, ...]
     overwrite: bool = False
 
@@ -105,7 +111,12 @@ def train_custom(request: Request, dry_run: bool, run: Runner) -> None:
     seconds = request.seconds or (3600.0 if cfg.MODEL.DEVICE.startswith("cuda") else 1800.0)
     encoders = [_with_strides(encoder, cfg, known) for encoder in recipe.candidates(known)]
     machine = measure_machine(cfg, [*pairs, *request.opts], encoders)
-    encoder, choices = recipe.choose_model(data, machine, seconds, known, encoders)
+    no_pretraining = ""
+    if request.pretrain is None and not request.weights:
+        enough, reason = recipe.choose_pretraining(data, machine, seconds, known, encoders)
+        request, no_pretraining = dataclasses.replace(request, pretrain=enough), "" if enough else reason
+    share = recipe.PRETRAINING if request.pretrain and not request.weights else 0.0
+    encoder, choices = recipe.choose_model(data, machine, seconds * (1 - share), known, encoders)
     choices |= pinned
     files = Files(request, given, pairs, output, recipe.pretraining_choices(data, encoder, machine), run)
     choices |= anchor_choices(data, files.detector(choices | ONE_ANCHOR))
@@ -116,7 +127,7 @@ def train_custom(request: Request, dry_run: bool, run: Runner) -> None:
     choices |= schedules.training
     files.write(choices, schedules.pretraining)
     expected = seconds - left + schedules.seconds
-    print_text(files.describe(choices, schedules.pretraining, data, machine, expected))
+    print_text(files.describe(choices, schedules.pretraining, no_pretraining, data, machine, expected))
     if expected > 1.1 * seconds:
         print_text(f"warning: the given schedule needs more than the {seconds / 60:.0f} min of --hours")
     if dry_run:
@@ -211,7 +222,7 @@ class Files:
     @property
     def pretrains(self) -> bool:
         """Whether there is a pre-training."""
-        return self.request.pretrain and not self.request.weights
+        return bool(self.request.pretrain) and not self.request.weights
 
     def detector(self, choices: Choices) -> CfgNode:
         """Return the config of the training."""
@@ -291,13 +302,17 @@ class Files:
             text = recipe_yaml(PRETRAINING_CONFIG, self.pretraining(before), keys)
             write_text(self.output / "pretraining.yaml", text)
 
-    def describe(self, choices: Choices, before: Choices, data: Data, machine: Machine, seconds: float) -> str:
-        """Return the recipe as a table."""
+    def describe(
+        self, choices: Choices, before: Choices, no_pretraining: str, data: Data, machine: Machine, seconds: float
+    ) -> str:
+        """Return the recipe as a table; ``no_pretraining`` is the reason if the recipe chose none."""
         cfg = self.detector(choices)
         rows = [(key, str(get_key(cfg, key)), choice.reason) for key, choice in self._with_given(choices).items()]
         if before:
             count, why = before["SOLVER.MAX_ITER"]
             rows.append(("pre-training", f"{count} iterations", why))
+        elif no_pretraining:
+            rows.append(("pre-training", "none", no_pretraining))
         lines = [
             f"{data.images} training images, {data.evaluated} validation images, {len(data.boxes)} objects of "
             f"{len(data.classes)} classes; {device_name(machine.device)}",

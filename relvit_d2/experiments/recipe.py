@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from relvit_d2.encoders.vit import SIZES
 from relvit_d2.engine.config import EPOCH_KEYS
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.loader_workers import default_workers
@@ -20,11 +21,15 @@ SIDES = (128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 
 PATCHES = 2  # patches along an object that the smallest tenth of the objects gets at least
 SMALL_OBJECT = 32  # pixels beyond which smaller objects need no larger images
-EPOCHS = 20  # of the training images, as few as a model is chosen for
-MIN_IMAGES, MAX_IMAGES = 4_000, 40_000  # limits of the number of images that EPOCHS stands for
+EPOCHS = 30  # of the training images, as few as a model is chosen for
+MIN_IMAGES, MAX_IMAGES = 6_000, 40_000  # limits of the number of images that EPOCHS stands for
 UPDATES = 800  # iterations that the batch is chosen for
 PRETRAINING = 0.3  # share of the time
+ITERATING = 0.8  # of that share, the rest is for starts, evaluations and optimizer steps
+MIN_PRETRAINING = 1000  # iterations; shorter ones gained nothing (docs/evidence.md)
 USABLE_MEMORY = 0.5  # share of the free memory that the activations of a batch may fill
+WINDOWED = 400  # patches of an image from which attention is in windows
+WINDOWS = range(8, 15)  # sides of windows to choose from, patches
 RARE = 0.25  # a class in fewer images than this share of the median class's is rare
 CACHED = 0.25  # share of the main memory that decoded images may take
 
@@ -45,7 +50,7 @@ class Encoder(NamedTuple):
     strides: tuple[int, ...] = ()
 
 
-ENCODERS = (Encoder("vit_small", 16, 2e-4), Encoder("vit_tiny", 16, 5e-4), Encoder("vit_nano", 8, 1e-3))
+ENCODERS = (Encoder("vit_small", 16, 2e-4), Encoder("vit_tiny", 16, 5e-4), Encoder("vit_nano", 8, 1.4e-3))
 """The strongest first."""
 
 
@@ -58,6 +63,7 @@ class Data:
         evaluated: number of images of the validation set; 0 without one.
         longer, shorter: medians of the longer and the shorter sides of the images, pixels.
         boxes: (N, 4) XYXY, pixels.
+        labels: (N,) index of the class of each box.
         sizes: (N, 2) width and height of the image of each box, pixels.
         classes: names and numbers of training images of the classes.
         masks: whether every object has a mask.
@@ -69,15 +75,23 @@ class Data:
     longer: float
     shorter: float
     boxes: np.ndarray
+    labels: np.ndarray
     sizes: np.ndarray
     classes: Mapping[str, int]
     masks: bool
     most_objects: int
 
     def small_object(self, side: int) -> float:
-        """Return the 10th percentile of the objects' sides if the longer sides of the images are ``side`` pixels."""
+        """Return the 10th percentile of the objects' sides if the longer sides of the images are ``side`` pixels.
+
+        All classes have the same weight in it, however many objects they have, as in AP.
+        """
         areas = (self.boxes[:, 2:] - self.boxes[:, :2]).prod(1)
-        return float(np.percentile(np.sqrt(areas) / self.sizes.max(1), 10)) * side
+        sides = np.sqrt(areas) / self.sizes.max(1)
+        weights = 1 / np.bincount(self.labels)[self.labels]
+        order = sides.argsort()
+        share = weights[order].cumsum() / weights.sum()
+        return float(sides[order][share.searchsorted(0.1)]) * side
 
 
 class Cost(NamedTuple):
@@ -86,10 +100,12 @@ class Cost(NamedTuple):
     Attributes:
         seconds: per image of :data:`REFERENCE_SIDE` pixels.
         memory: bytes of activations per such image.
+        view: seconds of the pre-training per view.
     """
 
     seconds: float
     memory: float
+    view: float
 
 
 REFERENCE_SIDE = 192  # longer side of the images that costs are measured with, pixels
@@ -143,7 +159,7 @@ def choose_model(
     Args:
         data: the data set.
         machine: the machine, with costs of ``encoders``.
-        seconds: for pre-training and training.
+        seconds: for the training.
         given: keys of the user.
         encoders: those to choose from, the strongest first.
 
@@ -154,10 +170,10 @@ def choose_model(
         UserError: the memory is too small for a single image.
     """
     images = int(np.clip(EPOCHS * data.images, MIN_IMAGES, MAX_IMAGES))
-    encoder, side, why = _encoder_and_side(data, machine, seconds * (1 - PRETRAINING), images, given, encoders)
+    encoder, side, why = _encoder_and_side(data, machine, seconds, images, given, encoders)
     shorter = max(round(side * data.shorter / data.longer), 1)
     small = data.small_object(side)
-    planned = seconds * (1 - PRETRAINING) / _seconds(machine, encoder, side)
+    planned = seconds / _seconds(machine, encoder, side)
     fits = _fits(machine, encoder, side)
     batch = given.get("SOLVER.IMS_PER_BATCH") or int(np.clip(2 ** round(np.log2(max(planned / UPDATES, 1))), 4, 16))
     parts = next(parts for parts in range(1, batch + 1) if batch % parts == 0 and batch // parts <= fits)
@@ -182,6 +198,7 @@ def choose_model(
         "MODEL.MASK_ON": Choice(
             data.masks, "every object has a mask" if data.masks else "there are objects without a mask"
         ),
+        **window_choices(encoder, shorter, side),
         "MODEL.PYRAMID.STRIDES": _levels(encoder, small),
         "SOLVER.IMS_PER_BATCH": Choice(batch, f"a power of 2 from 4 to 16, for about {UPDATES} iterations"),
         "SOLVER.REFERENCE_BATCH": reference,
@@ -193,6 +210,24 @@ def choose_model(
         **_sampler(data),
     }
     return encoder, choices
+
+
+def choose_pretraining(
+    data: Data, machine: Machine, seconds: float, given: Given, encoders: Sequence[Encoder] = ENCODERS
+) -> Choice:
+    """Return whether the time, of pre-training and training, is enough for a pre-training that is worth it."""
+    encoder, _ = choose_model(data, machine, seconds * (1 - PRETRAINING), given, encoders)
+    _, batch = pretraining_views(encoder, machine.device)
+    count = int(ITERATING * PRETRAINING * seconds / (machine.costs[encoder.name].view * batch))
+    enough = count >= MIN_PRETRAINING
+    limit = f"{'at least' if enough else 'fewer than'} the {MIN_PRETRAINING:,} that are needed"
+    return Choice(enough, f"{PRETRAINING:.0%} of the time is enough for about {count:,} iterations, {limit}")
+
+
+def pretraining_views(encoder: Encoder, device: str) -> tuple[int, int]:
+    """Return the side of the views of the pre-training, pixels, and their number per iteration."""
+    on_gpu = device.startswith("cuda")
+    return max(encoder.strides, default=encoder.patch) * (14 if on_gpu else 8), 256 if on_gpu else 64
 
 
 def _pixels(side: int) -> float:
@@ -243,6 +278,24 @@ def _encoder_and_side(
         return encoder, fitting[0], f"the fastest; the time is short even for images of {fitting[0]} px"
     side, limit = affordable[-1], "memory" if affordable[-1] == fitting[-1] else "time"
     return encoder, side, f"the fastest; small objects need {resolved[0]} px, but the {limit} allows {side} px"
+
+
+def window_choices(encoder: Encoder, height: int, width: int) -> Choices:
+    """Choose attention in windows, which the patches of an image fill with the least padding, for a known encoder."""
+    if encoder.name not in SIZES:
+        return {}
+    rows, cols = -(-height // encoder.patch), -(-width // encoder.patch)
+    depth = SIZES[encoder.name][1]
+    if rows * cols < WINDOWED:
+        return {
+            "MODEL.ENCODER.WINDOW": Choice(0, f"attention among all {rows} x {cols} patches: fewer than {WINDOWED}")
+        }
+    side = min(reversed(WINDOWS), key=lambda side: -(-rows // side) * -(-cols // side) * side**2)
+    count = max(depth // 3, 1)
+    return {
+        "MODEL.ENCODER.WINDOW": Choice(side, f"pads {rows} x {cols} patches least of {WINDOWS[0]} to {WINDOWS[-1]}"),
+        "MODEL.ENCODER.GLOBAL_BLOCKS": Choice(count, f"a third of the {depth} blocks exchange between windows"),
+    }
 
 
 def _levels(encoder: Encoder, small: float) -> Choice:
@@ -305,15 +358,13 @@ def with_given(choices: Choices, given: Given) -> Choices:
 
 def pretraining_choices(data: Data, encoder: Encoder, machine: Machine) -> Choices:
     """Choose views and batch of the pre-training."""
-    on_gpu = machine.device.startswith("cuda")
-    stride = max(encoder.strides, default=encoder.patch)
-    side = stride * (14 if on_gpu else 8)
-    batch = 256 if on_gpu else 64
+    side, batch = pretraining_views(encoder, machine.device)
+    count = side // max(encoder.strides, default=encoder.patch)
     return {
         "MODEL.ENCODER.NAME": Choice(encoder.name, "the detector's"),
         "MODEL.ENCODER.PATCH_SIZE": Choice(encoder.patch, "the detector's"),
         "MODEL.ENCODER.IMG_SIZE": Choice(side, "grid of the position embedding"),
-        "PRETEXT.IMAGE_SIZE": Choice(side, f"{side // stride} x {side // stride} patches"),
+        "PRETEXT.IMAGE_SIZE": Choice(side, f"{count} x {count} patches"),
         "SOLVER.IMS_PER_BATCH": Choice(batch, "256 on a GPU, 64 on a CPU"),
         "SOLVER.REFERENCE_BATCH": Choice(64, "batch of the learning rate"),
         "SOLVER.BASE_LR": Choice(encoder.rate, f"of {encoder.name}"),

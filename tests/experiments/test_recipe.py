@@ -20,7 +20,9 @@ from relvit_d2.experiments.recipe import (
     Machine,
     candidates,
     choose_model,
+    choose_pretraining,
     pretraining_choices,
+    window_choices,
     with_given,
 )
 from relvit_d2.experiments.recipe_schedule import EVALUATIONS, MARGIN, Timing, choose_schedules
@@ -30,7 +32,7 @@ from tests.support.custom_data import picture, write_yolo, yolo_folder
 from tests.support.runs import rows
 from tests.support.scripts import digests, fails, run, started, wait_for
 
-COSTS = {"vit_small": Cost(0.6, 6e7), "vit_tiny": Cost(0.25, 3e7), "vit_nano": Cost(0.12, 2e7)}
+COSTS = {"vit_small": Cost(0.6, 6e7, 0.1), "vit_tiny": Cost(0.25, 3e7, 0.04), "vit_nano": Cost(0.12, 2e7, 0.01)}
 CPU = Machine("cpu", 2, 16e9, 16e9, ("float32", "the processor"), COSTS)
 TIMING = Timing(0.7, 0.5, 12.0, 0.05, 0.004)
 
@@ -41,7 +43,8 @@ def data_of(object_side: float, images: int = 200, classes: tuple[str, ...] = ("
     corners = np.full((images, 2), 20.0)
     boxes = np.hstack([corners, corners + sides[:, None]])
     counts = dict.fromkeys(classes, images // len(classes))
-    return Data(images, 40, 640.0, 480.0, boxes, np.tile([640.0, 480.0], (images, 1)), counts, False, 1)
+    labels = np.arange(images) % len(classes)
+    return Data(images, 40, 640.0, 480.0, boxes, labels, np.tile([640.0, 480.0], (images, 1)), counts, False, 1)
 
 
 def values(choices: Choices) -> dict[str, object]:
@@ -83,11 +86,52 @@ def test_smaller_objects_get_larger_images_and_finer_levels() -> None:
 
 
 def test_a_short_time_gives_images_that_it_allows() -> None:
-    encoder, choices = choose_model(data_of(12), CPU, 900, {})
+    encoder, choices = choose_model(data_of(12), CPU, 945, {})
     side = choices["INPUT.MAX_SIZE_TRAIN"].value
-    seconds = 900 * 0.7 / 4000  # of an image: 20 epochs of 200 images, in the share of the training
+    seconds = 945 / 6000  # of an image: 30 epochs of 200 images
     assert encoder.name == "vit_nano" and data_of(12).small_object(side) < 2 * encoder.patch
     assert side == 192 and COSTS["vit_nano"].seconds <= seconds < COSTS["vit_nano"].seconds * (224 / 192) ** 2
+
+
+def test_each_class_has_the_same_weight_in_the_size_of_small_objects() -> None:
+    data = data_of(100, 400)
+    assert data.small_object(640) == pytest.approx(np.percentile(data.boxes[:, 2] - 20, 10), rel=0.02)
+    rare = np.arange(400) < 8  # the smallest objects, and the only ones of their class
+    data.boxes[rare, 2:] = data.boxes[rare, :2] + 10
+    assert data.small_object(640) > 60
+    assert dataclasses.replace(data, labels=rare.astype(int)).small_object(640) == pytest.approx(10)
+
+
+def test_a_pretraining_needs_time_for_a_thousand_iterations() -> None:
+    for seconds, enough in ((2600, False), (2700, True)):  # 0.24 of it, 0.64 s for an iteration of 64 views
+        given = {"MODEL.ENCODER.NAME": "vit_nano"}
+        chosen = choose_pretraining(data_of(80), CPU, seconds, given, candidates(given))
+        assert chosen.value == enough and f"about {int(0.24 * seconds / 0.64):,} iterations" in chosen.reason
+
+
+def test_windows_are_filled_by_the_patches() -> None:
+    nano, tiny = ENCODERS[2], ENCODERS[1]
+    chosen = values(window_choices(nano, 240, 320))  # 30 x 40 patches
+    assert chosen == {"MODEL.ENCODER.WINDOW": 10, "MODEL.ENCODER.GLOBAL_BLOCKS": 1}
+    assert values(window_choices(tiny, 384, 512)) == {"MODEL.ENCODER.WINDOW": 8, "MODEL.ENCODER.GLOBAL_BLOCKS": 4}
+    assert values(window_choices(tiny, 240, 320)) == {"MODEL.ENCODER.WINDOW": 0}
+    assert not window_choices(candidates({"MODEL.ENCODER.NAME": "swin_tiny"})[0], 768, 1024)
+
+
+def test_anchors_fit_the_objects_of_a_rare_class() -> None:
+    data = data_of(200, 400)
+    rare = np.arange(400) % 80 == 0
+    data.boxes[:, 2:] = 20 + np.where(rare, 24, np.geomspace(60, 400, 400))[:, None]
+    choices = choose_model(data, CPU, 1800, {"MODEL.ENCODER.NAME": "vit_nano"}, ENCODERS[2:])[1]
+    words = [str(part) for key, choice in choices.items() for part in (key, choice.value)]
+    cfg = load_config(CONFIG, [*words, "MODEL.ANCHOR_GENERATOR.SIZES", "[[32]]"])
+    scale = choices["INPUT.MAX_SIZE_TRAIN"].value / 640
+
+    def smallest(labels: np.ndarray) -> float:
+        chosen = anchor_choices(dataclasses.replace(data, labels=labels), cfg)
+        return chosen["MODEL.ANCHOR_GENERATOR.SIZES"].value[0][0] / (24 * scale)
+
+    assert smallest(rare.astype(int)) == pytest.approx(1, abs=0.15) and smallest(np.zeros(400, int)) > 2
 
 
 def test_a_batch_that_does_not_fit_is_divided() -> None:
@@ -278,7 +322,7 @@ def test_a_folder_becomes_a_detector(tmp_path: Path) -> None:
     names = [*(f"train/{number}" for number in range(6)), "val/6", "val/7"]
     root = yolo_folder(tmp_path / "it's C:\\new" / "cells", *names)
     output = ("OUTPUT_DIR", tmp_path / "run")
-    words = ("relvit-d2", "train", "--data", root, "--hours", 0.1, *output, "SOLVER.MAX_ITER", 30)
+    words = ("relvit-d2", "train", "--data", root, "--hours", 0.1, "--pretrain", *output, "SOLVER.MAX_ITER", 30)
     done = run(tmp_path, *words, "MODEL.ENCODER.NAME", "vit_nano")
     assert "reason" in done.stdout and "best model: bbox/AP" in done.stdout
     assert re.search("next: relvit-d2 predict --weights .*/run/detector/model_best.pth --input IMAGES", done.stdout)
@@ -299,7 +343,7 @@ def test_the_runs_of_a_folder_are_replaced_on_request(tmp_path: Path) -> None:
 
     def words(iterations: int, *flags: str) -> tuple[object, ...]:
         keys = ("MODEL.ENCODER.NAME", "vit_nano", "SOLVER.MAX_ITER", iterations, "OUTPUT_DIR", tmp_path / "run")
-        return ("relvit-d2", "train", "--data", root, "--hours", 0.05, *flags, *keys)
+        return ("relvit-d2", "train", "--data", root, "--hours", 0.05, "--pretrain", *flags, *keys)
 
     run(tmp_path, *words(2))
     first = {folder: digests(folder, "*.[ps]*") for folder in (pretraining, detector)}
