@@ -3,7 +3,8 @@
 ``pretrain_S`` is the speed-up over a plain pipeline: loader workers that loop over patches, all pair scores in memory,
 attention without the fused kernel, float32. ``pretrain_S_of_ceiling`` is the FLOP rate of the model's matrix products
 over that of one large product on the same hardware in the same precision. ``pretrain_S_data`` is the fraction of the
-time spent waiting for data. The images are JPEGs of smoothed noise.
+time spent waiting for data. ``pretrain_S_keep_K`` is the speed-up of ``PRETEXT.KEEP`` K over all tokens, in the fastest
+precision. The images are JPEGs of smoothed noise.
 """
 
 import argparse
@@ -44,6 +45,7 @@ from relvit_d2.utils.randomness import seed_everything
 
 # name: (view size, patch size, (width, height) of the images, batch size), sizes in pixels
 SETTINGS = {"32_p4": (32, 4, (32, 32), 256), "224_p16": (224, 16, (500, 375), 256)}
+KEPT = (1.0, 0.5, 0.25)  # fractions of the tokens
 QUICK_BATCH = 32
 IMAGES = 512
 TIMED = 3  # timed iterations, of which the fastest counts
@@ -60,6 +62,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             draw_images(Path(folder) / "images", size)
             rows += measure(name, side, patch, batch, Path(folder), args)
+            rows += measure_subsets(name, side, patch, batch, Path(folder), args)
     print_rows(rows, args)
 
 
@@ -97,6 +100,19 @@ def measure(name: str, side: int, patch: int, batch: int, folder: Path, args: ar
     plain = plain_iteration(cfg, sorted((folder / "images").glob("*.jpg")), TIMED)
     rows.insert(0, {"name": f"pretrain_{name}", "ratio": plain / fastest, **more, "ours_s": fastest, "plain_s": plain})
     return rows
+
+
+def measure_subsets(name: str, side: int, patch: int, batch: int, folder: Path, args: argparse.Namespace) -> list[Row]:
+    """Measure one setting with subsets of the tokens."""
+    took: list[float] = []
+    for keep in KEPT:
+        cfg = config(side, patch, batch, folder, args.device, "auto")
+        cfg.PRETEXT.KEEP, cfg.OUTPUT_DIR = keep, str(folder / f"keep_{keep:g}")
+        took.append(trained(cfg, folder, TIMED)[0])
+    return [
+        {"name": f"pretrain_{name}_keep_{keep:g}", "ratio": took[0] / t, "batch": batch, "images_per_s": batch / t}
+        for keep, t in zip(KEPT, took, strict=True)
+    ]
 
 
 def config(side: int, patch: int, batch: int, folder: Path, device: str, precision: str) -> CfgNode:

@@ -111,7 +111,7 @@ class RelViTRCNN(GeneralizedRCNN):
         last = _batched(last_maps, self._groups(images).values())
         grids = [self.backbone.encoder.grid(*size) for size in images.image_sizes]
         tokens, layout = self.pretext.pooled(last, torch.tensor(grids, device=last.device))
-        return self.pretext(tokens, layout, [(rows, cols) for rows, cols in layout.extent().tolist()])
+        return self.pretext(tokens, layout, [(rows, cols) for rows, cols in layout.extent.tolist()])
 
 
 def _pretext(cfg: CfgNode, encoder: Encoder) -> PretextTask:

@@ -43,8 +43,15 @@ class Encoder(nn.Module):
         """Map normalised images ``(B, in_chans, H, W)`` to maps ``(B, C, ceil(H / stride), ceil(W / stride))``."""
         raise NotImplementedError
 
-    def tokens(self, images: Tensor) -> Tensor:
-        """Return the last map as a sequence ``(B, h * w, C)`` in row-major order."""
+    def tokens(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Return the last map as a sequence ``(B, h * w, C)`` in row-major order.
+
+        Args:
+            images: as for :meth:`forward`.
+            kept: ``(B, K)`` int64, different row-major indices in each row: only these patches pass the blocks, and
+                their tokens ``(B, K, C)`` are returned in this order. For encoders with :attr:`supports_subsets`.
+        """
+        assert kept is None, f"{self.name} needs all tokens"
         return self(images)[self.last].flatten(2).transpose(1, 2)
 
     def pooled_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,6 +61,11 @@ class Encoder(nn.Module):
         """
         tokens = self.tokens(images)
         return tokens.mean(1), tokens
+
+    @property
+    def supports_subsets(self) -> bool:
+        """Whether :meth:`tokens` can compute a subset of the tokens alone."""
+        return False
 
     @property
     def has_position_information(self) -> bool:

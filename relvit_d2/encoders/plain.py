@@ -72,8 +72,17 @@ class PlainEncoder(Encoder):
                 outputs.append(self.final_norm(x))
         return [*outputs, self.final_norm(x)]
 
-    def _sequences(self, images: Tensor) -> list[Tensor]:
-        return self.forward_blocks(self.embed(images), self.grid(*images.shape[-2:]))
+    @property
+    def supports_subsets(self) -> bool:
+        """Whether all blocks have global attention; windows need the whole grid."""
+        return not self._windows
+
+    def _sequences(self, images: Tensor, kept: Tensor | None = None) -> list[Tensor]:
+        x = self.embed(images)
+        if kept is not None:
+            patches = x[:, self.prefix :].gather(1, kept[:, :, None].expand(-1, -1, x.shape[2]))
+            x = torch.cat((x[:, : self.prefix], patches), dim=1)
+        return self.forward_blocks(x, self.grid(*images.shape[-2:]))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """As :meth:`Encoder.forward`; a side that is not a multiple of the stride is padded with zeros at its end."""
@@ -81,8 +90,9 @@ class PlainEncoder(Encoder):
         maps = [x[:, self.prefix :].transpose(1, 2).unflatten(2, grid) for x in self._sequences(images)]
         return dict(zip(self.strides, maps, strict=True))
 
-    def tokens(self, images: Tensor) -> Tensor:
-        return self._sequences(images)[-1][:, self.prefix :]
+    def tokens(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+        assert kept is None or self.supports_subsets, f"{self.name} needs all tokens"
+        return self._sequences(images, kept)[-1][:, self.prefix :]
 
     def pooled_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         sequence = self._sequences(images)[-1]

@@ -41,6 +41,7 @@ def add_views_config(cfg: Any) -> None:
     cfg.PRETEXT.GRAY_PROB = 0.2  # probability that a patch is converted to gray
     cfg.PRETEXT.NOISE_PROB = 0.0  # probability that normal noise is added to a patch
     cfg.PRETEXT.NOISE_STD = 0.1  # standard deviation of the noise, pixel values in 0..1
+    cfg.PRETEXT.KEEP = 1.0  # fraction of the tokens of a training view that enter the encoder's blocks, above 0 to 1
     # permute the patches: always, never or auto (if the encoder has position information)
     cfg.PRETEXT.PERMUTE = "auto"
     cfg.PRETEXT.MEGA.M = 0  # mega-patches: number of pieces along each axis, cut at random lines; 0: none

@@ -151,7 +151,7 @@ def pair_loss(
             layout.row,
             layout.col,
             layout.valid,
-            layout.extent(),
+            layout.extent,
             seed,
             kind,
             dropout,

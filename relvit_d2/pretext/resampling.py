@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from relvit_d2.utils.hashing import hashed_uniform
+from relvit_d2.utils.hashing import hashed_uniform, hashed_words
 
 TRIES = 10  # torchvision's RandomResizedCrop
 # From this many pixels on a CPU resizes images one by one, since most of the weights would be zero.
@@ -36,11 +36,18 @@ class Draw(IntEnum):
     GRAY = 16
     NOISY = 17
     NOISE = 18
+    KEPT = 19
 
 
 def random_flips(keys: Tensor, probability: float) -> Tensor:
     """Draw which images to flip, ``(B,)`` bool, from their ``keys``, ``(B,)`` int64."""
     return hashed_uniform(keys, Draw.FLIP) < probability
+
+
+def random_tokens(keys: Tensor, tokens: int, count: int) -> Tensor:
+    """Draw ``count`` of ``tokens`` indices without replacement, ascending, ``(B, count)``, from ``keys``, ``(B,)``."""
+    numbers = hashed_words(keys[:, None], Draw.KEPT, torch.arange(tokens, device=keys.device))
+    return numbers.argsort(1)[:, :count].sort(1).values
 
 
 def random_pad_corners(keys: Tensor, pad: int) -> Tensor:

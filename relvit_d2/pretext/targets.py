@@ -2,7 +2,7 @@
 
 Functions of a pair take the positions of tokens i and j, int64 rows and columns that broadcast, so that losses can
 compute any block of the ``(N, N)`` pairs, and the ``extent`` of the grid, ``(..., 2)`` rows and columns
-(:meth:`relvit_d2.pretext.layout.PatchLayout.extent`).
+(``extent`` of :class:`relvit_d2.pretext.layout.PatchLayout`).
 """
 
 import math
@@ -75,7 +75,7 @@ def all_pairs(function: PairFunction, layout: PatchLayout) -> Tensor:
     Memory is quadratic in N. Pairs with an invalid token are not masked.
     """
     row, col = layout.row, layout.col
-    return function(row[:, :, None], col[:, :, None], row[:, None], col[:, None], layout.extent()[:, None, None])
+    return function(row[:, :, None], col[:, :, None], row[:, None], col[:, None], layout.extent[:, None, None])
 
 
 def positions(layout: PatchLayout, grid: tuple[int, int] | None = None) -> Tensor:
@@ -83,37 +83,56 @@ def positions(layout: PatchLayout, grid: tuple[int, int] | None = None) -> Tenso
 
     Args:
         layout: positions of the tokens.
-        grid: rows and columns ``(h, w)`` of a fixed grid over each image's :meth:`~PatchLayout.extent`; None: the grid
+        grid: rows and columns ``(h, w)`` of a fixed grid over each image's ``extent``; None: the grid
             of the layout.
     """
     if grid is None:
         return layout.row * layout.grid[1] + layout.col
-    height, width = layout.extent()[:, None].unbind(-1)
+    height, width = layout.extent[:, None].unbind(-1)
     row, col = layout.row * grid[0] // height, layout.col * grid[1] // width
     return (row * grid[1] + col).clamp(max=grid[0] * grid[1] - 1)  # of invalid tokens
 
 
-def relation_frequencies(grid: tuple[int, int]) -> tuple[float, ...]:
+def relation_frequencies(grid: tuple[int, int], tokens: int | None = None) -> tuple[float, ...]:
     """Return the frequency of each of the nine classes among all ordered pairs, including pairs of a token with itself.
 
     With N = h*w: a corner class has (h-1)(w-1)/(4N), up and down (h-1)/(2N) each, left and right
     (w-1)/(2N) each, self 1/N. (For a corner: h(h-1)/2 row pairs times w(w-1)/2 column pairs over N^2.)
+
+    Args:
+        grid: rows and columns ``(h, w)``.
+        tokens: K, for the expected frequencies in a uniformly random subset of K cells: self has 1/K, and the classes
+            of two cells, all pairs of which are equally likely, have 1 - 1/K in their proportions. None: all cells.
     """
     height, width = grid
     cells = height * width
     corner = (height - 1) * (width - 1) / (4 * cells)
     vertical, horizontal = (height - 1) / (2 * cells), (width - 1) / (2 * cells)
-    return (corner, vertical, corner, horizontal, 1 / cells, horizontal, corner, vertical, corner)
+    same = 1 / cells
+    if tokens is not None and tokens < cells:
+        factor = (1 - 1 / tokens) / (1 - same)
+        same, corner, vertical, horizontal = 1 / tokens, corner * factor, vertical * factor, horizontal * factor
+    return (corner, vertical, corner, horizontal, same, horizontal, corner, vertical, corner)
 
 
 @cache
-def pair_deviation(function: PairFunction, grid: tuple[int, int]) -> float:
-    """Return the standard deviation of a target over all pairs of a grid, the RMS error of the best constant."""
+def pair_deviation(function: PairFunction, grid: tuple[int, int], tokens: int | None = None) -> float:
+    """Return the standard deviation of a target over all pairs of a grid, the RMS error of the best constant.
+
+    Args:
+        function: the target.
+        grid: rows and columns.
+        tokens: number of cells of a random subset, as for :func:`relation_frequencies`; None: all cells.
+    """
     layout = PatchLayout.full(1, grid)
-    row, col, extent = layout.row[0], layout.col[0], layout.extent()[0]
-    total = torch.zeros(2, dtype=torch.float64)
+    row, col, extent = layout.row[0], layout.col[0], layout.extent[0]
+    total, same = torch.zeros(2, 2, dtype=torch.float64)  # of all pairs, of pairs of a cell with itself
     for i in range(len(row)):  # one row of pairs at a time, to save memory
         value = function(row[i], col[i], row, col, extent).double()
         total += torch.stack((value.sum(), value.square().sum()))
-    mean, square = (total / len(row) ** 2).tolist()
+        same += torch.stack((value[i], value[i].square()))
+    mean, square = (total / (cells := len(row)) ** 2).tolist()
+    if tokens is not None and tokens < cells:
+        share = 1 / tokens
+        mean, square = (share * same / cells + (1 - share) * (total - same) / (cells * (cells - 1))).tolist()
     return math.sqrt(max(square - mean**2, 0.0))

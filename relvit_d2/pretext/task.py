@@ -64,8 +64,11 @@ class Task(nn.Module):
         """Return the mean loss and the metric (no gradient) of ``(B, N, dim)`` tokens, scalars."""
         raise NotImplementedError
 
-    def chance(self, grid: tuple[int, int]) -> float:
-        """Return the metric of the best constant prediction for images of ``grid`` rows and columns."""
+    def chance(self, grid: tuple[int, int], tokens: int | None = None) -> float:
+        """Return the metric of the best constant prediction for images of ``grid`` rows and columns.
+
+        With ``tokens``, for a random subset of that many tokens of each image.
+        """
         raise NotImplementedError
 
 
@@ -82,8 +85,8 @@ class PairTask(Task):
         queries, keys = self.head(tokens)
         return pair_loss(queries, keys, layout, self.kind, self.config.pair_dropout if self.training else 0.0)
 
-    def chance(self, grid: tuple[int, int]) -> float:
-        return pair_deviation(self.kind.target, grid)
+    def chance(self, grid: tuple[int, int], tokens: int | None = None) -> float:
+        return pair_deviation(self.kind.target, grid, tokens)
 
 
 @PRETEXT_TASKS.register("relation")
@@ -94,8 +97,8 @@ class RelationTask(PairTask):
         self.kind = Relation(config.label_smoothing)
         super().__init__(dim, grid, config)
 
-    def chance(self, grid: tuple[int, int]) -> float:
-        return max(relation_frequencies(grid))
+    def chance(self, grid: tuple[int, int], tokens: int | None = None) -> float:
+        return max(relation_frequencies(grid, tokens))
 
 
 @PRETEXT_TASKS.register("position")
@@ -114,7 +117,7 @@ class PositionTask(Task):
         hits = (scores.argmax(1) == target) & valid
         return loss.masked_fill(~valid, 0).sum() / count, hits.sum() / count
 
-    def chance(self, grid: tuple[int, int]) -> float:
+    def chance(self, grid: tuple[int, int], tokens: int | None = None) -> float:
         return 1 / (self.grid[0] * self.grid[1])  # every cell is equally frequent
 
 
@@ -141,7 +144,7 @@ class BearingTask(PairTask):
     kind = Bearing()
     measure = "error"
 
-    def chance(self, grid: tuple[int, int]) -> float:
+    def chance(self, grid: tuple[int, int], tokens: int | None = None) -> float:
         return 0.5  # half turns; opposite bearings are equally frequent
 
 
@@ -195,11 +198,12 @@ class PretextTask(nn.Module):
             chance level, the mean over the images.
         """
         scores: dict[str, Tensor | Metric[Any]] = {}
+        count = None if grids else layout.row.shape[1]
         for name, task in self.named_tasks():
             loss, measure = task(tokens, layout)
             scores[f"loss_{name}"] = self.weights[name] * loss
             known = not grids or task.measure == "accuracy"
-            chance = fmean(map(task.chance, grids or [self.grid])) if known else None
+            chance = fmean(task.chance(grid, count) for grid in grids or [self.grid]) if known else None
             scores[name] = Metric(measure, chance, task.measure)
         return scores
 

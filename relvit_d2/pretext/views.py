@@ -240,7 +240,7 @@ class Views:
 
     def _layout(self, images: Tensor, slot: Tensor | None) -> PatchLayout:
         layout = PatchLayout.full(len(images), self.config.grid, images.device)
-        return layout.permuted(slot) if slot is not None and self.config.permute else layout
+        return layout.selected(slot) if slot is not None and self.config.permute else layout
 
     def _render(
         self,

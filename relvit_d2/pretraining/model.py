@@ -1,6 +1,7 @@
 """The pre-training model: views, encoder and pretext heads."""
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from relvit_d2.encoders import Encoder, encoder_from_keys
 from relvit_d2.pretext.layout import PatchLayout
 from relvit_d2.pretext.monitor import FeatureStatistics
+from relvit_d2.pretext.resampling import random_tokens
 from relvit_d2.pretext.task import PretextTask, pooling
 from relvit_d2.pretext.views import MegaPatches, ViewConfig, Views
 from relvit_d2.utils.errors import UserError
@@ -28,11 +30,13 @@ class PretrainingModel(nn.Module):
     Args:
         task: the pretext heads.
         views: augmentation on the model's device; its patches correspond to the tokens of the heads.
+        keep: fraction of the tokens of a training view, above 0 to 1, that enter the encoder's blocks and the heads:
+            a random subset of ceil(keep * N). Evaluation uses all tokens, so that its metrics do not depend on it.
     """
 
-    def __init__(self, encoder: Encoder, task: PretextTask, views: Views) -> None:
+    def __init__(self, encoder: Encoder, task: PretextTask, views: Views, keep: float = 1.0) -> None:
         super().__init__()
-        self.encoder, self.task, self.views = encoder, task, views
+        self.encoder, self.task, self.views, self.keep = encoder, task, views, keep
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor | Metric[Any]]:
         """Return the losses and metrics of a batch of :func:`relvit_d2.data.detection.mapper.pad_images`.
@@ -40,12 +44,21 @@ class PretrainingModel(nn.Module):
         The batch also has the ``keys`` of the images (:meth:`Views.train`).
         """
         pixels, layout = self.make_views(batch)
-        return self.task(self.tokens(pixels), layout)
+        kept = None
+        if self.training and self.keep < 1:
+            cells = math.prod(layout.grid)
+            # Rounded, since 0.07 * 100 is slightly more than 7.
+            kept = random_tokens(batch["keys"].to(pixels.device), cells, math.ceil(round(self.keep * cells, 9)) or 1)
+            layout = layout.selected(kept)
+        return self.task(self.tokens(pixels, kept), layout)
 
-    def tokens(self, pixels: Tensor) -> Tensor:
-        """Return the tokens of views ``(B, C, h, w)`` for the heads, ``(B, N, dim)`` in row-major order."""
+    def tokens(self, pixels: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Return the tokens of views ``(B, C, h, w)`` for the heads, ``(B, N, dim)`` in row-major order.
+
+        With ``kept``, ``(B, K)`` int64, those of a subset (:meth:`relvit_d2.encoders.Encoder.tokens`).
+        """
         if self.task.pool == 1:
-            return self.encoder.tokens(pixels)
+            return self.encoder.tokens(pixels, kept)
         return self.task.pooled(self.encoder(pixels)[self.encoder.last])[0]
 
     def make_views(self, batch: dict[str, Any]) -> tuple[Tensor, PatchLayout]:
@@ -68,6 +81,7 @@ def build_pretraining_model(cfg: CfgNode) -> PretrainingModel:
             f"PRETEXT.IMAGE_SIZE {pretext.IMAGE_SIZE} is not a multiple of {stride}, the encoder's stride times "
             f"PRETEXT.POOL: set it to {below} or {below + stride}"
         )
+    _check_subset(cfg, encoder)
     views = Views(
         ViewConfig(
             size=pretext.IMAGE_SIZE,
@@ -92,7 +106,22 @@ def build_pretraining_model(cfg: CfgNode) -> PretrainingModel:
     if cfg.INPUT.CHANNELS != 3 and (any(pretext.JITTER[2:]) or pretext.GRAY_PROB):
         logger.info("PRETEXT.GRAY_PROB and JITTER of saturation and hue have no effect: INPUT.CHANNELS is not 3")
     task = PretextTask.from_keys(encoder.dim, views.config.grid, pretext)
-    return PretrainingModel(encoder, task, views).to(cfg.MODEL.DEVICE)
+    return PretrainingModel(encoder, task, views, pretext.KEEP).to(cfg.MODEL.DEVICE)
+
+
+def _check_subset(cfg: CfgNode, encoder: Encoder) -> None:
+    """Check ``PRETEXT.KEEP``."""
+    keep = cfg.PRETEXT.KEEP
+    if not 0 < keep <= 1:
+        raise UserError(f"PRETEXT.KEEP {keep} is out of range: give more than 0, at most 1")
+    if keep < 1 and cfg.PRETEXT.POOL > 1:
+        raise UserError(f"PRETEXT.KEEP {keep} drops tokens that PRETEXT.POOL needs: set one of the two to 1")
+    if keep < 1 and not encoder.supports_subsets:
+        windows = " or MODEL.ENCODER.WINDOW 0" if cfg.MODEL.ENCODER.WINDOW else ""
+        raise UserError(
+            f"PRETEXT.KEEP {keep} is not supported by encoder '{encoder.name}', whose windows or convolutions need all "
+            f"tokens: set PRETEXT.KEEP 1.0{windows}"
+        )
 
 
 def _mega_patches(keys: CfgNode) -> MegaPatches | None:

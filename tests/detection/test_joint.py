@@ -69,7 +69,7 @@ def test_padding_has_no_pretext_loss() -> None:
     joint.pretext.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
     joint(batch)
     valid = seen[0].valid[1].view(seen[0].grid)
-    assert seen[0].extent().tolist() == [[16, 16], [9, 12]]  # patches of 4 pixels, including partly padded ones
+    assert seen[0].extent.tolist() == [[16, 16], [9, 12]]  # patches of 4 pixels, including partly padded ones
     assert valid[:9, :12].all() and valid.sum() == 9 * 12
 
 
@@ -117,7 +117,7 @@ def test_t2t_uses_pooled_tokens_and_positions_inside_each_image() -> None:
     joint([entry(224, 224), entry(100, 150)])
     tokens, layout = seen[0][:2]
     assert tokens.shape[1] == 49 and layout.grid == (7, 7)
-    assert layout.extent().tolist() == [[7, 7], [4, 5]]  # of 7 x 10 tokens
+    assert layout.extent.tolist() == [[7, 7], [4, 5]]  # of 7 x 10 tokens
 
 
 def test_pretext_losses_of_a_batch_are_means_over_its_images() -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def brute_class(grid: tuple[int, int], i: int, j: int) -> str:
 def shuffled(layout: PatchLayout, seed: int = 0) -> tuple[PatchLayout, torch.Tensor]:
     noise = torch.rand(layout.row.shape, generator=torch.Generator().manual_seed(seed))
     order = noise.argsort(1)
-    return layout.permuted(order), order
+    return layout.selected(order), order
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -62,7 +63,7 @@ def test_swapping_a_pair_mirrors_its_class(grid: tuple[int, int]) -> None:
 @pytest.mark.parametrize("grid", GRIDS)
 def test_mirroring_the_image_mirrors_left_and_right(grid: tuple[int, int]) -> None:
     layout = PatchLayout.full(2, grid)
-    mirrored = PatchLayout(grid, layout.row, grid[1] - 1 - layout.col, layout.valid)
+    mirrored = replace(layout, col=grid[1] - 1 - layout.col)
     left_right = torch.tensor([RELATIONS.index(n.translate(str.maketrans("LR", "RL"))) for n in RELATIONS])
     assert torch.equal(all_pairs(pair_relation, mirrored), left_right[all_pairs(pair_relation, layout)])
 
@@ -154,7 +155,7 @@ def test_symmetries_of_distance_angle_and_bearing(grid: tuple[int, int]) -> None
     # The direction of the swapped pair differs by half a turn, 1.
     turned = (bearing - bearing.mT).abs()[~torch.eye(len(bearing), dtype=torch.bool)]
     torch.testing.assert_close(turned, torch.ones_like(turned))
-    mirrored = PatchLayout(grid, layout.row, grid[1] - 1 - layout.col, layout.valid)
+    mirrored = replace(layout, col=grid[1] - 1 - layout.col)
     back = all_pairs(pair_bearing, mirrored)[0]
     mirror = 1 - bearing - 2 * (bearing < 0)  # of an angle at the vertical, back in -1..1
     same = ~torch.eye(len(back), dtype=torch.bool)
@@ -171,7 +172,7 @@ def test_a_padded_image_has_the_targets_of_the_unpadded_image() -> None:
     grid, inner = (5, 6), (3, 4)
     padded, alone = PatchLayout.padded(grid, torch.tensor([inner])), PatchLayout.full(1, inner)
     kept = padded.valid[0]
-    assert padded.extent().tolist() == [list(inner)]
+    assert padded.extent.tolist() == [list(inner)]
     for function in (pair_relation, pair_distance, pair_angle, pair_bearing):
         same_values(all_pairs(function, padded)[0][kept][:, kept], all_pairs(function, alone)[0])
     assert torch.equal(positions(padded, inner)[0][kept], positions(alone)[0])
