@@ -115,7 +115,8 @@ class Augmentation:
             return resample(images, boxes, flip, (self.config.size,) * 2, window=window).transpose(0, 1)
 
     def _normalised(self, pixels: Tensor) -> Tensor:
-        mean, std = (torch.tensor(x, device=pixels.device).view(3, 1, 1) for x in (self.config.mean, self.config.std))
+        values = torch.tensor((self.config.mean, self.config.std)).to(pixels.device, non_blocking=True)
+        mean, std = values.view(2, 3, 1, 1)
         return torch.addcmul(-mean / std, pixels, 1 / std)
 
 

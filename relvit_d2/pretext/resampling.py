@@ -217,16 +217,18 @@ def resample(
     # Only the bounding rectangle of the boxes is multiplied.
     top, left = boxes[:, :2].amin(0).tolist()
     bottom, right = (boxes[:, :2] + boxes[:, 2:]).amax(0).tolist()
-    boxes, flip = boxes.to(images.device), flip.to(images.device)
+    boxes, flip = (x.to(images.device, non_blocking=True) for x in (boxes, flip))
     pixels = images[:, :, top:bottom, left:right]
     pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)
     batch, channels, height, width = pixels.shape
     along_y = resize_weights(boxes[:, 0] - top, boxes[:, 2], torch.zeros_like(flip), height, crop[0])
     along_x = resize_weights(boxes[:, 1] - left, boxes[:, 3], flip, width, crop[1])
     if window is not None:
-        along_y, along_x = (_rows(w, index.to(w.device)) for w, index in zip((along_y, along_x), window, strict=True))
+        along_y, along_x = (
+            _rows(w, index.to(w.device, non_blocking=True)) for w, index in zip((along_y, along_x), window, strict=True)
+        )
     if cuts is not None:  # two resamplings are one product of their weights
-        cut_y, cut_x = (x.to(images.device) for x in cuts)
+        cut_y, cut_x = (x.to(images.device, non_blocking=True) for x in cuts)
         along_y = torch.bmm(mega_weights(cut_y, crop[0], shape[0]), along_y)
         along_x = torch.bmm(mega_weights(cut_x, crop[1], shape[1]), along_x)
     along_x.div_(255)

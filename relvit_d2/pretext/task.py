@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -220,8 +219,9 @@ class PretextTask(nn.Module):
         Returns:
             ``(B, N, dim)`` in row-major order, and the layout; tokens outside an image are invalid.
         """
-        extents = torch.tensor([last.shape[2:]] * len(last), device=last.device) if extents is None else extents
-        layout = PatchLayout.padded((last.shape[2], last.shape[3]), extents)
+        grid = last.shape[2], last.shape[3]
+        extents = PatchLayout.full(len(last), grid, last.device).extent if extents is None else extents
+        layout = PatchLayout.padded(grid, extents)
         if self.pool == 2:
             inside = layout.valid.view(-1, 1, *layout.grid).to(last.dtype)
             sums, counts = (F.avg_pool2d(x, 3, 2, 1) for x in (last * inside, inside))

@@ -233,7 +233,7 @@ class Views:
         boxes = centre_boxes(sizes, config.crop)
         flip = torch.zeros(len(images), dtype=torch.bool, device=boxes.device)
         pixels = self._render(images, boxes, flip, draw_cuts(config, keys), None)
-        slot = draw_slots(config, keys.to(images.device))
+        slot = draw_slots(config, keys.to(images.device, non_blocking=True))
         if config.permute:
             pixels = permute_patches(pixels, config.patch_size, slot)
         return pixels, self._layout(images, slot)
@@ -252,7 +252,7 @@ class Views:
         window: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         config, device = self.config, images.device
-        mean, std = (torch.tensor(x, device=device).view(-1, 1, 1, 1) for x in (config.mean, config.std))
+        mean, std = (torch.tensor(x).to(device, non_blocking=True).view(-1, 1, 1, 1) for x in (config.mean, config.std))
         out = torch.empty(len(images), images.shape[1], *config.shape, device=device)
         for part in self._passes(images):
             # bfloat16 products would be less precise than eight-bit images.
@@ -311,15 +311,15 @@ def draw_patches(config: ViewConfig, keys: Tensor, device: torch.device | None =
     patches = torch.arange(config.grid[0] * config.grid[1])
 
     def uniform(keys: Tensor, *draws: Draw) -> Tensor:
-        kinds, numbers = torch.tensor(draws)[:, None, None].to(keys.device), patches.to(keys.device)
+        kinds, numbers = (x.to(keys.device, non_blocking=True) for x in (torch.tensor(draws)[:, None, None], patches))
         return hashed_uniform(keys[:, None], kinds, numbers)
 
     jittered, order = uniform(keys, Draw.JITTERED, Draw.JITTER_ORDER)
-    keys = keys.to(device or keys.device)
+    keys = keys.to(device or keys.device, non_blocking=True)
     factors = Draw.BRIGHTNESS, Draw.CONTRAST, Draw.SATURATION, Draw.HUE
     drawn = uniform(keys, *factors, Draw.WINDOW_ROW, Draw.WINDOW_COLUMN, Draw.GRAY, Draw.NOISY)
-    spread = torch.tensor(config.jitter, device=keys.device)[:, None, None]
-    middle = torch.tensor((1.0, 1.0, 1.0, 0.0), device=keys.device)[:, None, None]
+    ranges = torch.tensor((config.jitter, (1.0, 1.0, 1.0, 0.0)))
+    spread, middle = ranges[:, :, None, None].to(keys.device, non_blocking=True)
     # Factors are not negative; the hue rotates in both directions.
     low = torch.maximum(middle - spread, middle - 1)
     return PatchDraws(
@@ -329,7 +329,7 @@ def draw_patches(config: ViewConfig, keys: Tensor, device: torch.device | None =
         jittered=jittered < config.jitter_prob,
         gray=drawn[6] < config.gray_prob,
         noisy=drawn[7] < config.noise_prob,
-        noise=hashed_words(keys[:, None], Draw.NOISE, patches.to(keys.device)),
+        noise=hashed_words(keys[:, None], Draw.NOISE, patches.to(keys.device, non_blocking=True)),
         slot=draw_slots(config, keys),
     )
 
@@ -355,17 +355,17 @@ def augment_patches(view: Tensor, config: ViewConfig, draws: PatchDraws) -> Tens
     hue_step = (operations == HUE).to(torch.uint8).argmax(1).masked_fill_(~draws.jittered.flatten(), 4)
     sort = hue_step.argsort()
     groups = hue_step.bincount(minlength=5)[:4].tolist()
-    operations, sort = operations[sort].to(device), sort.to(device)
-    offset, factors, gray = (
-        x.to(device)[sort] for x in (draws.offset.flatten(0, 1), draws.factors.flatten(0, 1), draws.gray.flatten())
-    )
+    operations, sort = (x.to(device, non_blocking=True) for x in (operations[sort], sort))
+    offset, factors = (x.flatten(0, 1).to(device, non_blocking=True)[sort] for x in (draws.offset, draws.factors))
+    gray = draws.gray.flatten().to(device, non_blocking=True)[sort]
     if channels != 3:
         factors[:, SATURATION] = 1
 
     corner = (sort // cols * width + sort % cols) * patch + offset[:, 0] * width + offset[:, 1]
-    pixels = view.flatten(1).index_select(1, (_square(window, width)[:, None].to(device) + corner).flatten())
+    index = _square(window, width)[:, None].to(device, non_blocking=True) + corner
+    pixels = view.flatten(1).index_select(1, index.flatten())
     if window != patch:
-        whole = torch.tensor([window], device=device)
+        whole = torch.full((1,), window, device=device)
         weights = resize_weights(whole - window, whole, whole < 0, window, patch)
         pixels = torch.bmm(weights.expand(channels, -1, -1), pixels.view(channels, window, -1))
         pixels = torch.bmm(weights.expand(channels * patch, -1, -1), pixels.view(channels * patch, window, -1))
@@ -375,13 +375,13 @@ def augment_patches(view: Tensor, config: ViewConfig, draws: PatchDraws) -> Tens
     if config.gray_prob and channels == 3:
         grayscale_(pixels, gray)
     if config.noise_prob:
-        noisy, noise = (x.flatten().to(device)[sort] for x in (draws.noisy, draws.noise))
+        noisy, noise = (x.flatten().to(device, non_blocking=True)[sort] for x in (draws.noisy, draws.noise))
         add_noise_(pixels, noisy, noise, config.noise_std)
 
     # Each slot of the view gathers the column of its patch.
     column = torch.empty_like(sort).scatter_(0, sort, torch.arange(count, device=device))
-    column = column.view(batch, -1).gather(1, draws.slot.to(device)).view(batch, rows, 1, cols, 1)
-    index = column + _square(patch, patch).to(device).view(patch, 1, patch) * count
+    column = column.view(batch, -1).gather(1, draws.slot.to(device, non_blocking=True)).view(batch, rows, 1, cols, 1)
+    index = column + _square(patch, patch).to(device, non_blocking=True).view(patch, 1, patch) * count
     return pixels.flatten(1).index_select(1, index.flatten()).view_as(view)
 
 

@@ -48,7 +48,8 @@ class PretrainingModel(nn.Module):
         if self.training and self.keep < 1:
             cells = math.prod(layout.grid)
             # Rounded, since 0.07 * 100 is slightly more than 7.
-            kept = random_tokens(batch["keys"].to(pixels.device), cells, math.ceil(round(self.keep * cells, 9)) or 1)
+            count = math.ceil(round(self.keep * cells, 9)) or 1
+            kept = random_tokens(batch["keys"].to(pixels.device, non_blocking=True), cells, count)
             layout = layout.selected(kept)
         return self.task(self.tokens(pixels, kept), layout)
 
