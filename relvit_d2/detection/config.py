@@ -10,7 +10,7 @@ from relvit_d2.data.config import (
     check_data_config,
     check_evaluation_batch_config,
 )
-from relvit_d2.data.detection.config import add_custom_data_config, add_mapper_config
+from relvit_d2.data.detection.config import add_custom_data_config, add_mapper_config, check_mapper_config
 from relvit_d2.data.images.config import add_pixel_format_config, check_pixel_format_config
 from relvit_d2.detection.config_check import check_config
 from relvit_d2.detection.detections import TrainingSizes
@@ -96,6 +96,7 @@ def finish_config(cfg: CfgNode) -> None:
     check_data_config(cfg)
     check_evaluation_batch_config(cfg)
     check_pixel_format_config(cfg)
+    check_mapper_config(cfg)
     if cfg.TEST.AUG.ENABLED and cfg.INPUT.CHANNELS not in (1, 3):
         raise UserError(
             f"TEST.AUG.ENABLED needs images of 1 or 3 channels, but INPUT.CHANNELS is {cfg.INPUT.CHANNELS}: set "

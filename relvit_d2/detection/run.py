@@ -15,7 +15,9 @@ from fvcore.common.config import CfgNode
 
 from relvit_d2.analysis.data_checks import before_training
 from relvit_d2.data.detection import catalog
+from relvit_d2.data.detection.augmentation import AugmentedMapper
 from relvit_d2.data.detection.catalog import get_metadata, save_splits
+from relvit_d2.data.detection.config import augments, changes_objects
 from relvit_d2.data.detection.custom import register_custom
 from relvit_d2.data.detection.mapper import DetectionMapper
 from relvit_d2.data.images.seen import seen_metadata
@@ -74,7 +76,7 @@ def resolve_config(cfg: CfgNode, records: Records) -> CfgNode:
     heads.NUM_CLASSES = count
     objects = [a for r in records for a in r.get("annotations", []) if not a.get("iscrowd")]
     cfg.MODEL.MASK_ON &= bool(objects) and not without_mask(records)
-    if cfg.MODEL.MASK_ON and any(isinstance(a["segmentation"], dict) for a in objects):
+    if cfg.MODEL.MASK_ON and (changes_objects(cfg) or any(isinstance(a["segmentation"], dict) for a in objects)):
         cfg.INPUT.MASK_FORMAT = "bitmask"  # Detectron2 cannot convert RLE masks to polygons
     if cfg.MODEL.MASK_ON and (cfg.INPUT.CROP.ENABLED or cfg.INPUT.LSJ.SIZE) and not find_spec("shapely"):
         raise UserError(
@@ -139,7 +141,8 @@ def training_batches(cfg: CfgNode, records: Records, start: int) -> Batches:
     rank, world = comm.get_rank(), comm.get_world_size()
     parts, repeats = solver.GRAD_ACCUM_STEPS, repeat_factors(cfg, records)
     order = EndlessOrder(len(records), solver.IMS_PER_BATCH, cfg.SEED, start, rank, world, parts, repeats)
-    mapper = DetectionMapper(cfg, is_train=True)
+    plain = DetectionMapper(cfg, is_train=True)
+    mapper = AugmentedMapper(cfg, plain, records) if augments(cfg) else plain
     workers, timeout = loader_workers(cfg), cfg.DATALOADER.TIMEOUT
     return Batches(records, mapper, list, order, cfg.SEED, workers, timeout, cfg.DATASETS.SKIP_UNREADABLE)
 

@@ -36,6 +36,7 @@ def overfit_check(config_file: str, images: int, opts: list[str]) -> None:
         "MODEL.WEIGHTS": "",
         "INPUT.RANDOM_FLIP": "none",
         "INPUT.CROP.ENABLED": False,
+        **{f"INPUT.AUGMENT.{key}": 0.0 for key in cfg.INPUT.AUGMENT},
         "INPUT.MIN_SIZE_TRAIN": (cfg.INPUT.MIN_SIZE_TEST,),
         "INPUT.MAX_SIZE_TRAIN": cfg.INPUT.MAX_SIZE_TEST,
         "MODEL.ENCODER.DROP_PATH": 0.0,
