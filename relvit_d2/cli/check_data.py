@@ -18,7 +18,8 @@ EXAMPLE = """\
 relvit-d2 check-data --config-file configs/demo/streets.yaml
 relvit-d2 check-data streets_train streets_test
 relvit-d2 check-data path/to/folder
-relvit-d2 check-data path/to/folder --against output/pretrain/encoder.safetensors"""
+relvit-d2 check-data path/to/folder --against output/pretrain/encoder.safetensors
+relvit-d2 check-data --config-file configs/custom.yaml --data path/to/folder --show-augmented INPUT.AUGMENT.MIXUP 0.5"""
 
 DEFAULT = "configs/base/detection.yaml"  # its anchors and training size are checked if no config is given
 
@@ -30,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="folder for check.json and check.png (default output/check/NAME)")
     parser.add_argument(
         "--against", type=Path, metavar="ENCODER", help="list the training images of this encoder.safetensors"
+    )
+    parser.add_argument(
+        "--show-augmented", action="store_true", help="draw 16 training samples as the config augments them"
     )
     parser.add_argument(
         "data", nargs="*", metavar="DATA", help="data sets or folders; with --config-file: KEY VALUE pairs"
@@ -54,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     )
     from relvit_d2.data.detection.custom import config_pairs, config_pairs_of_inputs, register_custom
     from relvit_d2.data.images.decode import PixelFormat
-    from relvit_d2.report.samples import MARKS, draw_samples, samples_of
+    from relvit_d2.report.samples import MARKS, augmented_samples, draw_samples, samples_of
     from relvit_d2.tasks import load_config, read_config
 
     if args.config_file:
@@ -72,6 +76,8 @@ def run(args: argparse.Namespace) -> None:
     labelled = bool(classes)
     title = Path(args.config_file).stem if args.config_file else "_".join(Path(word).name for word in args.data)
     output = args.output or Path("output/check") / title
+    if args.show_augmented and not (needs_labels and labelled and cfg.DATASETS.TRAIN):
+        raise UserError("--show-augmented needs training images with labels of objects: give a config for detection")
     make_folder(output)
 
     report: dict[str, Any] = {"errors": [], "warnings": []}
@@ -103,6 +109,10 @@ def run(args: argparse.Namespace) -> None:
         legend = "".join(f"   {sign} {key.removeprefix('is')}" for key, sign in MARKS.items()) if labelled else ""
         draw_samples(drawn, output / "check.png", f"{first}: {len(drawn)} of {len(items)} images{legend}")
     print_text(f"written: {output}/check.json" + (f" and {output}/check.png" if drawn else ""))
+    if args.show_augmented and not report["errors"]:
+        augmented = augmented_samples(cfg, classes)
+        draw_samples(augmented, output / "augmented.png", f"{first}: {len(augmented)} training samples")
+        print_text(f"written: {output}/augmented.png")
     if len(report["errors"]) > 1:
         raise UserError(f"training cannot start: correct the {len(report['errors'])} errors above")
     raise_first_error(report)

@@ -164,20 +164,25 @@ def annotated(
     """
     height, width = image.shape[:2]
     colors = [class_color(int(index)) for index in classes]
-    tinted = image.astype(np.float32)
-    for mask, color in zip(masks or (), colors, strict=False):
-        part = mask.in_part(tinted)
-        pixels = mask.pixels
-        part[pixels] = 0.55 * part[pixels] + 0.45 * np.array(color, dtype=np.float32)
     scale = max(1.0, MIN_SIDE / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    picture = Image.fromarray(tinted.round().astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    picture = Image.fromarray(tinted(image, masks or (), colors)).resize(size, Image.Resampling.BICUBIC)
     placed = np.clip(boxes.reshape(-1, 4) * scale, 0, np.array([size[0] - 1, size[1] - 1] * 2))
     class_names = legible(class_names)
     texts = [f"{class_names[int(c)]} {s:.2f}" for c, s in zip(classes, scores, strict=True)]
     zoom = max(1.0, max(size) / MIN_SIDE * 0.75)
     draw_boxes(ImageDraw.Draw(picture), [tuple(box) for box in placed.tolist()], colors, texts, (0, 0, *size), zoom)
     return picture
+
+
+def tinted(image: np.ndarray, masks: Sequence[Mask], colors: Sequence[Color]) -> np.ndarray:
+    """Return an image ``(H, W, 3)`` uint8 with the pixels of each mask mixed with its colour."""
+    mixed = image.astype(np.float32)
+    for mask, color in zip(masks, colors, strict=False):
+        part = mask.in_part(mixed)
+        pixels = mask.pixels
+        part[pixels] = 0.55 * part[pixels] + 0.45 * np.array(color, dtype=np.float32)
+    return mixed.round().astype(np.uint8)
 
 
 def class_color(index: int) -> Color:

@@ -1,16 +1,21 @@
 """Contact sheet of images with their labels, to check them by eye."""
 
 from collections.abc import Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from detectron2.structures import BoxMode
+from detectron2.structures import BitMasks, BoxMode, PolygonMasks
+from fvcore.common.config import CfgNode
 
 from relvit_d2.analysis.data_checks import file_of
 from relvit_d2.data.detection.records import Record
+from relvit_d2.data.detection.regions import InstancesWithIgnoreRegions
 from relvit_d2.data.images.decode import PixelFormat
-from relvit_d2.report.predictions import Cell, contact_sheet, in_rgb, legible
+from relvit_d2.detection.detections import Mask
+from relvit_d2.detection.run import resolve_config, training_batches, training_records
+from relvit_d2.report.predictions import Cell, class_color, contact_sheet, in_rgb, legible, tinted
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import appearing
 
@@ -69,6 +74,41 @@ def samples_of(items: list[Any], classes: list[str], pixels: PixelFormat) -> lis
         labels = [label_of(entry, classes) for entry in found]
         drawn.append(Cell(image, np.array(boxes).reshape(-1, 4), numbers, labels, Path(str(file_of(item))).name))
     return drawn
+
+
+def augmented_samples(cfg: CfgNode, classes: list[str]) -> list[Cell]:
+    """Return the first training images as the detector of a config receives them, with masks if they are trained.
+
+    Raises:
+        UserError: the config names no training images or cannot be used with them.
+    """
+    records = training_records(cfg)
+    cfg = resolve_config(cfg, records)
+    cfg.defrost()
+    cfg.DATALOADER.NUM_WORKERS = 0
+    batches = training_batches(cfg, records, 0)
+    samples = list(islice(chain.from_iterable(batches), MAX_SAMPLES))
+    return [_cell_of(sample, cfg.INPUT.FORMAT, legible(classes)) for sample in samples]
+
+
+def _cell_of(sample: dict[str, Any], order: str, classes: list[str]) -> Cell:
+    """Return the picture of a mapper's output."""
+    image, instances = sample["image"].permute(1, 2, 0).numpy(), sample["instances"]
+    numbers, boxes = instances.gt_classes.numpy(), instances.gt_boxes.tensor.numpy()
+    labels = [classes[number] for number in numbers]
+    picture = in_rgb(image if order == "RGB" else image[:, :, ::-1])
+    if instances.has("gt_masks"):
+        masks = instances.gt_masks
+        if isinstance(masks, PolygonMasks):
+            masks = BitMasks.from_polygon_masks(masks, *instances.image_size)
+        colors = [class_color(number) for number in numbers]
+        picture = tinted(picture, [Mask.of(mask) for mask in masks.tensor.numpy()], colors)
+    if isinstance(instances, InstancesWithIgnoreRegions):
+        regions = instances.regions.tensor.numpy()
+        boxes = np.concatenate([boxes, regions])
+        numbers = np.concatenate([numbers, np.full(len(regions), len(classes))])
+        labels += ["ignored"] * len(regions)
+    return Cell(np.ascontiguousarray(picture), boxes, numbers, labels, Path(sample["file_name"]).name)
 
 
 def label_of(annotation: Record, classes: list[str]) -> str:

@@ -290,13 +290,14 @@ def test_check_data_of_a_config(root: Path, tmp_path: Path) -> None:
     names = ("DATASETS.TRAIN", "('svhn_train',)", "DATASETS.TEST", "('svhn_test',)")
     output = tmp_path / "out"
     command = ("relvit-d2", "check-data", "--output", output)
-    done = run(root, *command, "--config-file", "configs/demo/streets.yaml", *names)
+    done = run(root, *command, "--config-file", "configs/demo/streets.yaml", "--show-augmented", *names)
     assert "training can start" in done.stdout
     assert "12 images" in done.stdout
     report = json.loads((output / "check.json").read_text())
     assert report["images"]["read"] == 17 and report["errors"] == []
-    with Image.open(output / "check.png") as page:
-        assert page.width > 1000
+    for name in ("check.png", "augmented.png"):
+        with Image.open(output / name) as page:
+            assert page.width > 1000
 
 
 def test_check_data_of_a_folder_of_images(tmp_path: Path) -> None:

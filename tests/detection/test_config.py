@@ -53,6 +53,17 @@ LEVELS = r"MODEL.RPN.IN_FEATURES has 2 levels \['p2', 'p3'\]: give one list for 
         ("INPUT.RANDOM_FLIP yes", "INPUT.RANDOM_FLIP 'yes' is not supported; give horizontal, vertical, none"),
         ("INPUT.CROP.SIZE [1.5,1]", r"INPUT.CROP.SIZE \[1.5, 1\] does not match CROP.TYPE relative"),
         ("INPUT.LSJ.SCALE [2.0,0.1]", r"INPUT.LSJ.SCALE \[2.0, 0.1\] is not a range"),
+        ("INPUT.AUGMENT.MIXUP 1.5", "INPUT.AUGMENT.MIXUP 1.5 is too large: give 1 or less"),
+        ("INPUT.AUGMENT.ROTATION -3", "INPUT.AUGMENT.ROTATION -3.0 is too small: give 0 or more"),
+        ("INPUT.AUGMENT.HUE 0.6", "INPUT.AUGMENT.HUE 0.6 is too large: give 0.5 or less"),
+        (
+            "INPUT.CHANNELS 1 MODEL.PIXEL_MEAN [1.0] MODEL.PIXEL_STD [1.0] INPUT.AUGMENT.SATURATION 0.1",
+            "INPUT.AUGMENT.SATURATION needs images of 3 channels, but INPUT.CHANNELS is 1: set .* 0",
+        ),
+        (
+            "INPUT.CHANNELS 2 MODEL.PIXEL_MEAN [1.0,1.0] MODEL.PIXEL_STD [1.0,1.0] INPUT.AUGMENT.CONTRAST 0.1",
+            "INPUT.AUGMENT.CONTRAST needs images of 1 or 3 channels, but INPUT.CHANNELS is 2",
+        ),
         ("SOLVER.BASE_LR -1", "SOLVER.BASE_LR -1.0 is too small"),
     ],
 )
