@@ -151,7 +151,7 @@ class MatchReport:
 def load_encoder_weights(encoder: Encoder, source: str | Path) -> MatchReport:
     """Load weights into ``encoder``.
 
-    Position and patch embeddings of another size are resized. Parameters that the source does not have by its config
+    Positions and patch embeddings of another size are resized. Parameters that the source does not have by its config
     count as fresh, not as missing.
 
     Args:
@@ -177,6 +177,13 @@ def load_encoder_weights(encoder: Encoder, source: str | Path) -> MatchReport:
                 f"'{source}' contains weights for {key} {config[key]}, this encoder has {encoder.arguments[key]}: "
                 f"{fix} or give other weights"
             )
+    if config.get("rel_pos"):
+        for key in ("window", "global_blocks"):
+            if encoder.arguments[key] != config[key]:
+                raise UserError(
+                    f"'{source}' contains relative positions for {key} {config[key]}, this encoder has "
+                    f"{encoder.arguments[key]}: set MODEL.ENCODER.{key.upper()} {config[key]} or give other weights"
+                )
     fresh = encoder.fresh(config)
     report = MatchReport(str(source), metadata, fresh=sorted(fresh))
     expected = {name: value for name, value in encoder.state_dict().items() if name not in fresh}
@@ -208,9 +215,10 @@ def load_encoder_weights(encoder: Encoder, source: str | Path) -> MatchReport:
 def feature_difference(encoder: Encoder, source: str | Path) -> float:
     """Compare ``encoder``, after loading ``source``, with the original encoder, on one image.
 
-    The original encoder is built from the metadata of the source, with the attention windows of ``encoder``, which do
-    not depend on weights. Parameters that only one of the two encoders has are set to zero. If the patches of
-    ``encoder`` are larger, it gets the image with enlarged patches; if only ``encoder`` is grayscale, so is the image.
+    The original encoder is built from the metadata of the source, with the attention windows of ``encoder``, on which
+    no weights depend but those of relative positions. Parameters that only one of the two encoders has are set to zero.
+    If the patches of ``encoder`` are larger, it gets the image with enlarged patches; if only ``encoder`` is grayscale,
+    so is the image.
 
     Returns:
         The largest absolute difference of a feature, relative to the largest absolute feature.

@@ -203,9 +203,15 @@ def build_encoder_pyramid_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Simp
     steps = [math.log2(b / a) for a, b in pairwise(strides)]
     if not strides or any(stride & (stride - 1) for stride in strides) or any(step != 1 for step in steps):
         raise UserError(f"MODEL.PYRAMID.STRIDES {strides} are not powers of two, each twice the one before")
+    if keys.SIZE_DIVISIBILITY % strides[-1]:
+        raise UserError(
+            f"MODEL.PYRAMID.SIZE_DIVISIBILITY {keys.SIZE_DIVISIBILITY} is not a multiple of the coarsest stride of "
+            f"MODEL.PYRAMID.STRIDES, {strides[-1]}: give a multiple, or 0 for that stride"
+        )
     top = SubsampledLevel(f"p{int(math.log2(strides[-1]))}") if keys.TOP_BLOCK else None
     build = _on_maps if name == "fpn" else _on_one_stride
     backbone = build(encoder, strides, top, keys, name)
+    backbone._size_divisibility = keys.SIZE_DIVISIBILITY or strides[-1]
     check_levels(cfg, list(backbone.output_shape()), "MODEL.PYRAMID")
     return backbone
 

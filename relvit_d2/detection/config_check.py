@@ -18,6 +18,7 @@ _RANGES = {
     "INPUT.MAX_SIZE_TEST": (1, inf),
     "INPUT.LSJ.SIZE": (0, inf),
     "MODEL.PYRAMID.OUT_CHANNELS": (1, inf),
+    "MODEL.PYRAMID.SIZE_DIVISIBILITY": (0, inf),
     "MODEL.ANCHOR_GENERATOR.OFFSET": (0, 1),
 }
 

@@ -49,7 +49,8 @@ class RelViTRPN(RPN):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         """Return the constructor's arguments (Detectron2's ``configurable``)."""
-        return super().from_config(cfg, input_shape) | {"divisibility": cfg.MODEL.PYRAMID.STRIDES[-1]}
+        keys = cfg.MODEL.PYRAMID
+        return super().from_config(cfg, input_shape) | {"divisibility": keys.SIZE_DIVISIBILITY or keys.STRIDES[-1]}
 
     def forward(
         self, images: ImageList, features: dict[str, Tensor], gt_instances: list[Instances] | None = None

@@ -192,7 +192,9 @@ def run_process(requested: CfgNode, args: argparse.Namespace, end: Callable[[Pat
         return
     trainer = build_trainer(cfg, model, records, tests)
     if not (args.resume and trainer.resume(args.allow_changes)):
-        trainer.metadata = seen_metadata(load_weights(cfg, model, model.backbone.encoder, cfg.INPUT.FORMAT))
+        classes = get_metadata(cfg.DATASETS.TRAIN[0]).thing_classes
+        loaded = load_weights(cfg, model, model.backbone.encoder, cfg.INPUT.FORMAT, classes)
+        trainer.metadata = seen_metadata(loaded)
     trainer.train()
     results = evaluate_variants(cfg, model, tests, trainer.results, training_sizes(cfg, records))
     add_seen(cfg, tests, trainer.metadata)

@@ -234,7 +234,7 @@ def encoder_from_keys(keys: Mapping[str, Any]) -> Encoder:
     Images have as many channels as ``PIXEL_MEAN`` has values; three without that key.
 
     Raises:
-        UserError: see :func:`build_encoder`; or ``WINDOW`` is set for an encoder without window attention.
+        UserError: see :func:`build_encoder`; or ``WINDOW`` or ``REL_POS`` is set for an encoder without them.
     """
     arguments = {key.lower(): value for key, value in keys["ENCODER"].items()}
     if "PIXEL_MEAN" in keys:  # as Detectron2 counts channels (modeling/backbone/build.py)
@@ -243,6 +243,11 @@ def encoder_from_keys(keys: Mapping[str, Any]) -> Encoder:
         if arguments.pop("window", 0):
             raise UserError(
                 f"MODEL.ENCODER.WINDOW: encoder '{arguments['name']}' does not support window attention; set it to 0"
+            )
+        if arguments.pop("rel_pos", False):
+            raise UserError(
+                f"MODEL.ENCODER.REL_POS: encoder '{arguments['name']}' has no option for relative positions; set it to "
+                "False"
             )
         arguments.pop("global_blocks", None)
     encoder = build_encoder(**arguments)

@@ -17,6 +17,7 @@ def add_encoder_config(cfg: Any) -> None:
     cfg.MODEL.ENCODER.DROPOUT = 0.0  # dropout rate, 0..1
     cfg.MODEL.ENCODER.WINDOW = 0  # ViT: side in patches of the attention windows; 0: global attention everywhere
     cfg.MODEL.ENCODER.GLOBAL_BLOCKS = 4  # with WINDOW: blocks with global attention, evenly spaced up to the last
+    cfg.MODEL.ENCODER.REL_POS = False  # ViT: decomposed relative positions in every block, as in ViTDet
     cfg.MODEL.ACTIVATION_CHECKPOINT = False  # recompute the encoder's blocks in the backward pass to save memory
     cfg.MODEL.COMPILE = False  # run the encoder through torch.compile, which needs a C++ compiler on a CPU
     cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]  # mean of each channel; the default is ImageNet's, RGB

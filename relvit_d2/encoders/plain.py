@@ -30,7 +30,8 @@ class PlainEncoder(Encoder):
         super().__init__()
         self.strides, self.channels = {f"s{stride}": stride}, {f"s{stride}": dim}
         self._selected: list[int] = []  # blocks before the last one whose outputs are maps
-        self._windows: dict[int, int] = {}  # side in patches of the attention windows, by block; global elsewhere
+        # Side in patches of the attention windows, by block, 0: one window; other blocks run as they are.
+        self._windows: dict[int, int] = {}
         self._recomputes = False
 
     @property
@@ -66,7 +67,11 @@ class PlainEncoder(Encoder):
         outputs = []
         for index, block in enumerate(self.sequence_blocks):
             window = self._windows.get(index)
-            run = partial(windowed_block, block, grid=grid, window=window) if window else partial(global_block, block)
+            run = (
+                partial(global_block, block)
+                if window is None
+                else partial(windowed_block, block, grid=grid, window=window)
+            )
             x = checkpoint(run, x, use_reentrant=False) if self._recomputes else run(x)
             if index in self._selected:
                 outputs.append(self.final_norm(x))

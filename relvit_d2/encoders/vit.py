@@ -9,9 +9,10 @@ from timm.layers import Attention, resample_abs_pos_embed, resample_patch_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from relvit_d2.encoders.base import ENCODERS, Encoder
+from relvit_d2.encoders.base import ENCODERS, FAMILIES, Encoder
 from relvit_d2.encoders.plain import PlainEncoder, evenly_spaced
-from relvit_d2.utils.errors import UserError
+from relvit_d2.encoders.windowed import add_relative_positions, resized_table
+from relvit_d2.utils.errors import UserError, nearest
 
 
 class ViT(PlainEncoder):
@@ -24,15 +25,17 @@ class ViT(PlainEncoder):
         vit: timm's model without a head, for images of any size.
         window: side in patches of the attention windows; 0: global attention everywhere.
         global_blocks: number of blocks that keep global attention, evenly spaced up to the last one.
+        rel_pos: whether every block has relative positions, initially zero.
 
     Raises:
-        UserError: ``window`` or ``global_blocks`` is out of range, or the blocks do not support windows.
+        UserError: ``window`` or ``global_blocks`` is out of range, or the blocks support neither windows nor relative
+            positions.
     """
 
     position_embedding = "vit.pos_embed"
     patch_embedding = "vit.patch_embed.proj.weight"
 
-    def __init__(self, vit: VisionTransformer, window: int, global_blocks: int) -> None:
+    def __init__(self, vit: VisionTransformer, window: int, global_blocks: int, rel_pos: bool) -> None:
         super().__init__(vit.patch_embed.patch_size[0], vit.embed_dim)
         depth = len(vit.blocks)
         if window < 0 or not 0 <= global_blocks <= depth:
@@ -40,11 +43,20 @@ class ViT(PlainEncoder):
                 f"MODEL.ENCODER.WINDOW {window} and GLOBAL_BLOCKS {global_blocks}: give a window of 0 (none) or more "
                 f"patches, and 0 to {depth} blocks"
             )
-        if window and not all(isinstance(block, Block) and isinstance(block.attn, Attention) for block in vit.blocks):
-            raise UserError("the attention of this encoder does not support windows: set MODEL.ENCODER.WINDOW 0")
+        attentions = [block.attn for block in vit.blocks if isinstance(block, Block)]
+        plain = [attention for attention in attentions if isinstance(attention, Attention)]
+        if (window or rel_pos) and len(plain) < depth:
+            raise UserError(
+                "the attention of this encoder supports neither windows nor relative positions: set "
+                "MODEL.ENCODER.WINDOW 0 and REL_POS False"
+            )
         self.vit = vit
         if window:
             self._windows = dict.fromkeys(set(range(depth)) - {*evenly_spaced(global_blocks, depth)}, window)
+        if rel_pos:
+            for index, attention in enumerate(plain):
+                side = self._windows.setdefault(index, 0) or vit.patch_embed.grid_size[0]
+                add_relative_positions(attention, side)
 
     @property
     def sequence_blocks(self) -> nn.Sequential:
@@ -74,7 +86,7 @@ class ViT(PlainEncoder):
 
     @property
     def has_position_information(self) -> bool:
-        """Whether there is a position embedding, or windows, which depend on the position too."""
+        """Whether there is a position embedding, or windows or relative positions, which depend on the position too."""
         return self.vit.pos_embed is not None or bool(self._windows)
 
     def accepts(self, key: str, value: Any) -> bool:
@@ -84,7 +96,7 @@ class ViT(PlainEncoder):
         return super().accepts(key, value)
 
     def adapt(self, name: str, value: Tensor, source: dict[str, Any]) -> Tensor | None:
-        """Resample the position embedding to this encoder's grid and the patch embedding to its patch size.
+        """Resample the positions to this encoder's grid and the patch embedding to its patch size.
 
         The embedding of an enlarged patch equals that of the original patch ("FlexiViT", Beyer et al., 2023,
         section 3.4).
@@ -94,12 +106,21 @@ class ViT(PlainEncoder):
             gray = super().adapt(name, value, source)
             value = value if gray is None else gray
             return resample_patch_embed(value, list(shape[2:])) if value.shape[1] == shape[1] else None
+        if name in self._relative_positions():
+            return resized_table(value, shape[0]) if value.shape[1] == shape[1] else None
         if name != self.position_embedding or value.shape[-1] != self.dim:
             return None
         side = source["img_size"] // source["patch_size"]
         size = list(self.vit.patch_embed.grid_size)
         prefix = value.shape[1] - side * side
         return resample_abs_pos_embed(value, size, [side, side], num_prefix_tokens=prefix)
+
+    def _positions_only_in(self, one: dict[str, Any], other: dict[str, Any]) -> set[str]:
+        relative = one.get("rel_pos") and not other.get("rel_pos")
+        return super()._positions_only_in(one, other) | (self._relative_positions() if relative else set())
+
+    def _relative_positions(self) -> set[str]:
+        return {f"vit.blocks.{i}.attn.rel_pos_{axis}" for i in range(self.depth) for axis in "hw"}
 
 
 def vit_builder(make: Callable[..., VisionTransformer]) -> Callable[..., Encoder]:
@@ -114,6 +135,7 @@ def vit_builder(make: Callable[..., VisionTransformer]) -> Callable[..., Encoder
         in_chans: int = 3,
         window: int = 0,
         global_blocks: int = 4,
+        rel_pos: bool = False,
     ) -> Encoder:
         """Build a ViT.
 
@@ -125,7 +147,7 @@ def vit_builder(make: Callable[..., VisionTransformer]) -> Callable[..., Encoder
             drop_path: stochastic depth rate of the last block, 0..1; it decreases linearly towards the first.
             dropout: dropout rate after the embedding, after the attention projection and in the MLP, 0..1.
             in_chans: channels of the images.
-            window, global_blocks: see :class:`ViT`.
+            window, global_blocks, rel_pos: see :class:`ViT`.
 
         Raises:
             UserError: ``img_size`` is not a multiple of ``patch_size``.
@@ -145,7 +167,7 @@ def vit_builder(make: Callable[..., VisionTransformer]) -> Callable[..., Encoder
             dynamic_img_pad=True,  # pad sides to whole patches
             **({} if pos_embed else {"pos_embed": "none"}),
         )
-        return ViT(vit, window, global_blocks)
+        return ViT(vit, window, global_blocks, rel_pos)
 
     return build
 
@@ -168,3 +190,32 @@ SIZES = {
 
 for _name, _size in SIZES.items():
     ENCODERS.add(_name, vit_builder(partial(_make_vit, *_size)))
+
+
+# Large and huge: "An Image is Worth 16x16 Words" (Dosovitskiy et al., 2021, table 1).
+VITDET_SIZES = {name.removeprefix("vit_"): size for name, size in SIZES.items()} | {
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+}
+
+
+def _make_vitdet(dim: int, depth: int, heads: int, **arguments: Any) -> VisionTransformer:
+    bare = {"class_token": False, "final_norm": False, "global_pool": ""}
+    return VisionTransformer(num_classes=0, embed_dim=dim, depth=depth, num_heads=heads, **bare, **arguments)
+
+
+@FAMILIES.register("vitdet")
+def vitdet(size: str) -> Callable[..., Encoder]:
+    """Return the builder of a ViT without class token and without final norm, as ViTDet uses it.
+
+    (Detectron2, ``modeling/backbone/vit.py``.) ViTDet has ``window=14`` and ``rel_pos=True`` in addition.
+
+    Args:
+        size: a name in :data:`VITDET_SIZES`.
+
+    Raises:
+        UserError: for another name.
+    """
+    if size not in VITDET_SIZES:
+        raise UserError(f"unknown encoder 'vitdet:{size}'{nearest(size, VITDET_SIZES)}")
+    return vit_builder(partial(_make_vitdet, *VITDET_SIZES[size]))

@@ -1,8 +1,12 @@
-"""Transformer blocks with global and with window attention.
+"""Transformer blocks with global and window attention, and relative positions.
 
 "Exploring Plain Vision Transformer Backbones for Object Detection" (Li et al., 2022), section 3: attention in
 non-overlapping windows without shifts; a few blocks with global attention exchange information between windows. The
 weights are those of global attention.
+
+Relative positions are those of Detectron2's ViT (``modeling/backbone/utils.py:63-127``), decomposed into rows and
+columns as in "MViTv2" (Li et al., 2022), section 4.1: between query q at (i, j) and key k at (i', j') the score
+q k / sqrt(d) becomes q k / sqrt(d) + q R_h[i - i'] + q R_w[j - j'].
 """
 
 import torch
@@ -34,6 +38,18 @@ def global_block(block: nn.Module, x: Tensor) -> Tensor:
     return block(x)
 
 
+def add_relative_positions(attention: Attention, side: int) -> None:
+    """Add tables of relative positions, zero, for ``side`` x ``side`` patches: ``(2 * side - 1, C / heads)`` each."""
+    for axis in ("h", "w"):
+        table = torch.zeros(2 * side - 1, attention.head_dim)
+        attention.register_parameter(f"rel_pos_{axis}", nn.Parameter(table))
+
+
+def resized_table(table: Tensor, length: int) -> Tensor:
+    """Resize a table of relative positions ``(L, C)`` linearly to ``(length, C)``, as Detectron2 does."""
+    return F.interpolate(table.T[None], size=length, mode="linear")[0].T
+
+
 def windowed_block(block: nn.Module, x: Tensor, grid: Grid, window: int) -> Tensor:
     """Run timm's block with :func:`windowed_attention` on ``(B, prefix + rows * cols, C)``; the shape is kept."""
     assert isinstance(block, Block) and isinstance(block.attn, Attention)
@@ -47,20 +63,22 @@ def windowed_attention(attention: Attention, x: Tensor, grid: Grid, window: int)
     A grid that does not fill its last windows is padded with zeros on the right and below, which take part, as in
     Detectron2 (``modeling/backbone/utils.py:16-40``, after the norm and before the projection to queries, keys and
     values). A side not longer than the window is not padded: there the attention is global. Prefix tokens, such as a
-    class token, attend to all tokens and belong to every window.
+    class token, attend to all tokens and belong to every window. Relative positions hold between patches.
 
     Args:
         attention: the weights.
         x: normed tokens ``(B, prefix + rows * cols, C)``.
         grid: rows and columns of patches.
-        window: side of a window in patches.
+        window: side of a window in patches; 0: one window, the whole grid.
 
     Returns:
         ``(B, prefix + rows * cols, C)``.
     """
     rows, cols = grid
     prefix = x.shape[1] - rows * cols
-    sides = (window if rows > window else rows), (window if cols > window else cols)
+    sides = grid
+    if window:
+        sides = (window if rows > window else rows), (window if cols > window else cols)
     qkv = attention.qkv(x)
     windows = partition(qkv[:, prefix:].unflatten(1, grid), sides, attention.qkv.bias)
     count = windows.shape[0] // x.shape[0]
@@ -68,7 +86,10 @@ def windowed_attention(attention: Attention, x: Tensor, grid: Grid, window: int)
     if prefix:
         # repeat_interleave would need a constant count in ONNX.
         windows = torch.cat((before[:, None].expand(-1, count, -1, -1).flatten(0, 1), windows), dim=1)
-    out = unpartition(_attend(attention, *_heads(attention, windows), prefix), sides, grid).flatten(1, 2)
+    queries, keys, values = _heads(attention, windows)
+    bias = _relative_bias(attention, queries[:, :, prefix:], sides, window) if hasattr(attention, "rel_pos_h") else None
+    attended = _attend(attention, queries, keys, values, prefix, None if bias is None else F.pad(bias, (prefix, 0)))
+    out = unpartition(attended, sides, grid).flatten(1, 2)
     if prefix:
         _, keys, values = _heads(attention, qkv)
         queries, _, _ = _heads(attention, before)
@@ -112,13 +133,42 @@ def _heads(attention: Attention, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return attention.q_norm(q), attention.k_norm(k), v
 
 
-def _attend(attention: Attention, queries: Tensor, keys: Tensor, values: Tensor, first: int) -> Tensor:
-    """Return the attention output of the queries from the ``first``-th on, ``(B, N - first, C)``."""
+def _attend(
+    attention: Attention, queries: Tensor, keys: Tensor, values: Tensor, first: int, bias: Tensor | None = None
+) -> Tensor:
+    """Return the attention output of the queries from the ``first``-th on, ``(B, N - first, C)``.
+
+    ``bias`` of shape ``(B, heads, N - first, N)`` is added to the scores.
+    """
     dropout = attention.attn_drop.p if attention.training else 0.0
     queries = queries[:, :, first:]
     if fused_is_faster(keys.shape[2], keys.device):
-        out = F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout)
+        out = F.scaled_dot_product_attention(queries, keys, values, bias, dropout_p=dropout)
     else:
-        weights = (queries * attention.scale @ keys.transpose(2, 3)).softmax(3)
-        out = F.dropout(weights, dropout) @ values
+        scores = queries * attention.scale @ keys.transpose(2, 3)
+        out = F.dropout((scores if bias is None else scores + bias).softmax(3), dropout) @ values
     return out.transpose(1, 2).flatten(2)
+
+
+def _relative_bias(attention: Attention, queries: Tensor, sides: Grid, window: int) -> Tensor:
+    """Return the biases ``(B, heads, N, N)`` of relative positions for queries ``(B, heads, N, C / heads)`` of a grid.
+
+    The table of a window is cut to a shorter side; the table of global attention is resized to the side of the grid.
+    """
+    grid = queries.unflatten(2, sides)
+    tables = [
+        _by_offset(getattr(attention, f"rel_pos_{axis}"), side, window) for axis, side in zip("hw", sides, strict=True)
+    ]
+    down = torch.einsum("bnhwc,hkc->bnhwk", grid, tables[0].to(grid.dtype))
+    across = torch.einsum("bnhwc,wkc->bnhwk", grid, tables[1].to(grid.dtype))
+    return (down[..., None] + across[..., None, :]).flatten(4).flatten(2, 3)
+
+
+def _by_offset(table: Tensor, side: int, window: int) -> Tensor:
+    """Return the rows of a table ``(L, C)`` by the positions of query and key on a side, ``(side, side, C)``."""
+    if window:
+        table = table[window - side : window + side - 1]
+    elif torch.compiler.is_compiling() or table.shape[0] != 2 * side - 1:
+        table = resized_table(table, 2 * side - 1)
+    place = torch.arange(side, device=table.device)
+    return table[place[:, None] - place + side - 1]

@@ -122,8 +122,9 @@ def move_earlier_run(output: Path) -> None:
 
 
 def silence_warnings() -> None:
-    """Suppress warnings of torch that appear at every start and that users cannot act on."""
+    """Suppress warnings of torch and Detectron2 that users cannot act on."""
     warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming release")
+    warnings.filterwarnings("ignore", message="Importing from timm.models.layers is deprecated")
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
 

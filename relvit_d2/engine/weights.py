@@ -13,6 +13,7 @@ from torch import nn
 
 from relvit_d2.config.config_file import Task, adapt_to_machine, load_config
 from relvit_d2.conversion.converted import TOLERANCE
+from relvit_d2.conversion.detectron2_detector import adapt_checkpoint
 from relvit_d2.conversion.encoder_file import (
     ENOUGH,
     MatchReport,
@@ -23,6 +24,7 @@ from relvit_d2.conversion.encoder_file import (
 from relvit_d2.conversion.timm_hub import is_published
 from relvit_d2.encoders import Encoder
 from relvit_d2.engine.checkpoint import Checkpointer, download
+from relvit_d2.utils.config_keys import get_key
 from relvit_d2.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -37,11 +39,14 @@ def _has_encoder(folder: str) -> bool:
     return os.path.isfile(os.path.join(folder, "encoder.safetensors"))  # noqa: PTH113,PTH118  (False for a long name)
 
 
-def load_weights(cfg: CfgNode, model: nn.Module, encoder: Encoder, input_format: str) -> dict[str, Any]:
+def load_weights(
+    cfg: CfgNode, model: nn.Module, encoder: Encoder, input_format: str, class_names: Sequence[str] | None = None
+) -> dict[str, Any]:
     """Load ``MODEL.WEIGHTS``: encoder weights, a checkpoint of the whole model, or nothing if empty.
 
     Args:
         input_format: order of the encoder's input channels, such as ``RGB``.
+        class_names: names of the classes of a detector.
 
     Returns:
         Metadata of the encoder's file or of the checkpoint; empty if there is none.
@@ -52,7 +57,7 @@ def load_weights(cfg: CfgNode, model: nn.Module, encoder: Encoder, input_format:
         return {}
     if holds_encoder(weights):
         return load_verified(cfg, encoder, weights, input_format)
-    return _load_checkpoint(cfg, model, weights, ENOUGH).get("metadata", {})
+    return _load_checkpoint(cfg, model, weights, ENOUGH, class_names).get("metadata", {})
 
 
 def best_or_last(output: str | Path) -> str:
@@ -125,15 +130,28 @@ def load_trained(cfg: CfgNode, model: nn.Module, weights: str | Path) -> dict[st
     return _load_checkpoint(cfg, model, source, min_match=1)
 
 
-def _load_checkpoint(cfg: CfgNode, model: nn.Module, source: str, min_match: float) -> dict[str, Any]:
+def _load_checkpoint(
+    cfg: CfgNode, model: nn.Module, source: str, min_match: float, class_names: Sequence[str] | None = None
+) -> dict[str, Any]:
     """Load a checkpoint, or the last one in a folder, into a model; return the other entries."""
     checkpointer = Checkpointer(model, source, min_match=min_match, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
     if os.path.isdir(source):  # noqa: PTH112  (False for a name that is too long)
         if not checkpointer.has_checkpoint():
             raise UserError(f"'{source}' holds no checkpoint: give the OUTPUT_DIR of a training run or a model_*.pth")
         source = checkpointer.get_checkpoint_file()
-    checkpointer.validate = partial(_check_task, cfg.TASK, source)
+    checkpointer.validate = partial(_prepare, cfg, model, source, class_names)
     return checkpointer.load(source, checkpointables=[])
+
+
+def _prepare(
+    cfg: CfgNode, model: nn.Module, source: str, class_names: Sequence[str] | None, checkpoint: dict[str, Any]
+) -> None:
+    """Check the task of a checkpoint, and convert a detector of Detectron2, in place."""
+    _check_task(cfg.TASK, source, checkpoint)
+    if cfg.TASK == "detection":
+        report = adapt_checkpoint(source, checkpoint, model.state_dict(), partial(get_key, cfg), class_names)
+        if report:
+            logger.info(report)
 
 
 def _check_task(task: str, source: str, checkpoint: dict[str, Any]) -> None:
@@ -209,8 +227,13 @@ def load_verified(cfg: CfgNode, encoder: Encoder, weights: str, input_format: st
             "metadata; set MODEL.ENCODER as in pre-training"
         )
     if left_out := encoder.lacks(report.metadata["encoder"]):
-        logger.warning(f"not loaded from '{weights}': {', '.join(left_out)} (MODEL.ENCODER.POS_EMBED False)")
-    note = f" (without {', '.join(report.fresh)}, not pre-trained)" if report.fresh else ""
+        names = sorted(left_out)
+        logger.warning(
+            f"not loaded from '{weights}': {', '.join(names[:6])}{', ...' if names[6:] else ''} "
+            "(MODEL.ENCODER.POS_EMBED or REL_POS is False)"
+        )
+    shown = ", ".join(report.fresh[:6]) + (", ..." if report.fresh[6:] else "")
+    note = f" (without {shown}, not pre-trained)" if report.fresh else ""
     logger.info(f"features of the pre-trained and the loaded encoder agree to {difference:.1e}{note}")
     return report.metadata
 

@@ -16,8 +16,9 @@ from relvit_d2.utils.errors import UserError
 
 
 def names(slow: tuple[str, ...]) -> list[Any]:
-    """All encoders and one of timm's models; the larger ViTs run the code of the smallest one."""
-    return [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in (*ENCODERS, "timm:test_vit")]
+    """All encoders and one of each family; the larger ViTs run the code of the smallest one."""
+    members = (*ENCODERS, "timm:test_vit", "vitdet:nano")
+    return [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in members]
 
 
 NAMES = names(slow=("vit_base",))

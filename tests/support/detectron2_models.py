@@ -1,0 +1,76 @@
+"""Detectron2's own models, built from the lazy configs in its wheel, with random weights."""
+
+from pathlib import Path
+from typing import Any
+
+import detectron2
+import torch
+from detectron2.config import LazyConfig, instantiate
+from torch import nn
+
+from relvit_d2.detection.detectron2_import import set_encoder
+
+COMMON = Path(detectron2.__file__).parent / "model_zoo/configs/common/models"
+SMALL = 32  # channels of the pyramid and of the heads of small models
+
+
+def lazy_model(file: str) -> Any:
+    return LazyConfig.load(str(COMMON / file)).model
+
+
+def set_heads(model: Any, classes: int, cascade: bool, channels: int, hidden: int, proposals: int) -> None:
+    """Give a Mask R-CNN in a lazy config the heads of ViTDet, in place.
+
+    Args:
+        model: the lazy config; its box heads are those of the cascade, if there is one.
+        classes: number of classes.
+        cascade: whether there are three stages.
+        channels: of the pyramid and the convolutions of the heads.
+        hidden: channels of the fully connected layers.
+        proposals: number of proposals in evaluation.
+    """
+    heads = model.roi_heads
+    heads.num_classes = classes
+    model.backbone.out_channels = channels
+    model.proposal_generator.head.in_channels = channels
+    model.proposal_generator.head.conv_dims = [-1, -1]
+    model.proposal_generator.post_nms_topk = (proposals, proposals)
+    for box in heads.box_heads if cascade else [heads.box_head]:
+        box.input_shape.channels, box.conv_norm = channels, "LN"
+        box.conv_dims, box.fc_dims = [channels] * 4, [hidden]
+    for predictor in heads.box_predictors if cascade else [heads.box_predictor]:
+        predictor.input_shape.channels = hidden
+    heads.mask_head.input_shape.channels, heads.mask_head.conv_norm = channels, "LN"
+    heads.mask_head.conv_dims = [channels] * 5
+
+
+def vitdet(
+    keys: dict[str, Any], classes: int = 7, cascade: bool = False, small: bool = True, by: float = 0.05
+) -> nn.Module:
+    """Build a ViTDet whose weights are random, none of them 0 or 1, in evaluation mode.
+
+    Args:
+        keys: config keys of the encoder of the same detector of this package.
+        classes: number of classes.
+        cascade: with the heads of Cascade R-CNN.
+        small: with few channels in pyramid and heads, and few proposals; else as published.
+        by: standard deviation of what is added to the initial weights.
+    """
+    torch.manual_seed(0)
+    model = lazy_model("mask_rcnn_vitdet.py")
+    if cascade:
+        heads = lazy_model("cascade_rcnn.py").roi_heads
+        heads.mask_head = model.roi_heads.mask_head
+        model.roi_heads = heads
+    channels, hidden, proposals = (SMALL, 2 * SMALL, 30) if small else (256, 1024, 1000)
+    set_encoder(model.backbone, keys | {"MODEL.PYRAMID.OUT_CHANNELS": channels})
+    set_heads(model, classes, cascade, channels, hidden, proposals)
+    return scattered(instantiate(model), by)
+
+
+def scattered(model: nn.Module, by: float) -> nn.Module:
+    """Add normal noise to all parameters."""
+    if next(model.parameters()).device.type != "meta":
+        for value in model.parameters():
+            value.data.add_(by * torch.randn_like(value))
+    return model.eval()
