@@ -200,7 +200,7 @@ VITDET_SIZES = {name.removeprefix("vit_"): size for name, size in SIZES.items()}
 
 
 def _make_vitdet(dim: int, depth: int, heads: int, **arguments: Any) -> VisionTransformer:
-    bare = {"class_token": False, "final_norm": False, "global_pool": ""}
+    bare: dict[str, Any] = {"class_token": False, "final_norm": False, "global_pool": ""}
     return VisionTransformer(num_classes=0, embed_dim=dim, depth=depth, num_heads=heads, **bare, **arguments)
 
 
@@ -217,5 +217,5 @@ def vitdet(size: str) -> Callable[..., Encoder]:
         UserError: for another name.
     """
     if size not in VITDET_SIZES:
-        raise UserError(f"unknown encoder 'vitdet:{size}'{nearest(size, VITDET_SIZES)}")
+        raise UserError(f"unknown encoder 'vitdet:{size}'{nearest(size, list(VITDET_SIZES))}")
     return vit_builder(partial(_make_vitdet, *VITDET_SIZES[size]))

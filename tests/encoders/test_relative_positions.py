@@ -18,7 +18,7 @@ from relvit_d2.encoders.windowed import add_relative_positions, windowed_attenti
 from relvit_d2.utils.errors import UserError
 
 SIDE, PATCH = 32, 4  # pixels; 8 x 8 patches
-WINDOWS = {"window": 3, "global_blocks": 2}
+WINDOWS: dict[str, Any] = {"window": 3, "global_blocks": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +88,7 @@ def test_scores_are_sums_over_all_pairs_of_patches(rows: int, cols: int, window:
 
 @pytest.mark.parametrize("size", [(32, 32), (40, 20), (1, 1)])
 @pytest.mark.parametrize("windows", [{}, WINDOWS])
-def test_new_relative_positions_change_nothing(windows: dict[str, int], size: tuple[int, int]) -> None:
+def test_new_relative_positions_change_nothing(windows: dict[str, Any], size: tuple[int, int]) -> None:
     without = scattered(rel_pos=False, **windows)
     encoder: Any = build_encoder("vit_nano", patch_size=PATCH, img_size=SIDE, rel_pos=True, **windows).eval()
     new = encoder.load_state_dict(without.state_dict(), strict=False)
