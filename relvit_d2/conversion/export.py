@@ -78,9 +78,13 @@ def to_timm(encoder: Encoder) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
         UserError: if timm has no such model.
     """
     family, _, member = encoder.name.partition(":")
-    name, arguments = (member, {}) if member else TIMM_NAMES.get(family, ("", {}))
-    if not name:
-        raise UserError(f"timm {timm.__version__} has no model of encoder '{encoder.name}'; it cannot load its weights")
+    name, arguments = (member, {}) if family == "timm" else TIMM_NAMES.get(encoder.name, ("", {}))
+    relative = encoder.arguments.get("rel_pos")
+    if not name or relative:
+        raise UserError(
+            f"timm {timm.__version__} has no model of encoder '{encoder.name}'"
+            f"{' with relative positions' * bool(relative)}; it cannot load its weights"
+        )
     config = encoder.arguments
     arguments = {"num_classes": 0, "in_chans": config["in_chans"], **arguments}
     if isinstance(encoder, ViT):

@@ -1,5 +1,6 @@
-"""Import of a detector of Detectron2 as a run of this package."""
+"""Import of a detector of Detectron2, with a config."""
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -7,21 +8,18 @@ from typing import Any
 import detectron2
 import torch
 import yaml  # type: ignore[import-untyped]
-from detectron2.config import LazyConfig, instantiate
-from detectron2.modeling import Backbone
+from detectron2.config import LazyCall, LazyConfig, instantiate
+from detectron2.modeling import Backbone, SwinTransformer
 from torch import nn
 
 from relvit_d2.config.config_file import load_config, override_words
 from relvit_d2.conversion.converted import checked_difference, random_image
-from relvit_d2.conversion.detectron2_detector import (
-    Detectron2Checkpoint,
-    adapt_checkpoint,
-    config_keys,
-    find_detector,
-)
+from relvit_d2.conversion.detectron2_checkpoint import Detectron2Checkpoint, config_keys, find_detector
+from relvit_d2.conversion.detectron2_detector import adapt_checkpoint
 from relvit_d2.data.detection import catalog
 from relvit_d2.detection.config import DETECTION
 from relvit_d2.detection.model import build_detector
+from relvit_d2.encoders.swin import SWIN_SIZES
 from relvit_d2.encoders.vit import VITDET_SIZES
 from relvit_d2.engine.checkpoint import Checkpointer
 from relvit_d2.utils.config_keys import get_key
@@ -30,8 +28,9 @@ from relvit_d2.utils.digest import content_digest
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import appearing, check_target, make_folder, write_json, write_text
 
-_VITDET = "model_zoo/configs/common/models/mask_rcnn_vitdet.py"
+_MODELS = Path(detectron2.__file__).parent / "model_zoo/configs/common/models"
 _BASE = "configs/base/detection.yaml"
+_SWIN_SIDE = 256  # pixels: Detectron2's Swin differs on maps that are not larger than a window
 _COCO = "coco_2017_val"  # the published detectors have its classes
 
 
@@ -39,7 +38,7 @@ def import_detector(source: Path, output: Path, allow_pickle: bool) -> str:
     """Write a checkpoint of this package, and beside it ``config.yaml`` and, for COCO's classes, ``classes.json``.
 
     Args:
-        source: a checkpoint of Detectron2's ViTDet, ``.pth`` or ``.pkl``.
+        source: a checkpoint of Detectron2's ViTDet or R-CNN on Swin, ``.pth`` or ``.pkl``.
         output: the file to write, ``.pth``.
         allow_pickle: read pickles, which can run arbitrary code.
 
@@ -59,7 +58,10 @@ def import_detector(source: Path, output: Path, allow_pickle: bool) -> str:
     found = find_detector(str(source), content["model"])
     if found is None:
         first = ", ".join(list(content["model"])[:3])
-        raise UserError(f"'{source}' is not a ViTDet of Detectron2 (first tensors: {first}): give another checkpoint")
+        raise UserError(
+            f"'{source}' is neither a ViTDet nor an R-CNN on Swin of Detectron2 (first tensors: {first}): give another "
+            "checkpoint"
+        )
     keys = config_keys(found)
     cfg = load_config(
         _BASE,
@@ -105,7 +107,7 @@ def _load(model: nn.Module, tensors: dict[str, torch.Tensor], source: Path) -> N
     odd = [n for n in {**state, **tensors} if n not in tensors or n not in state or state[n].shape != tensors[n].shape]
     if odd:
         raise UserError(
-            f"'{source}' has other tensors than a ViTDet of its size ({', '.join(odd[:3])}), which is not supported: "
+            f"'{source}' has other tensors than a detector of its size ({', '.join(odd[:3])}), which is not supported: "
             "give another checkpoint"
         )
     model.load_state_dict(tensors)
@@ -114,7 +116,7 @@ def _load(model: nn.Module, tensors: dict[str, torch.Tensor], source: Path) -> N
 @torch.no_grad()
 def _verify(model: nn.Module, found: Detectron2Checkpoint, keys: dict[str, Any]) -> float:
     """Compare the levels of the pyramid with those of Detectron2's model; return the largest relative difference."""
-    image = random_image(keys["MODEL.ENCODER.IMG_SIZE"], 3)
+    image = random_image(keys.get("MODEL.ENCODER.IMG_SIZE", _SWIN_SIDE), 3)
     levels, expected = model.backbone(image), reference_pyramid(found, keys)(image)
     return max(
         checked_difference(
@@ -131,20 +133,35 @@ def reference_pyramid(found: Detectron2Checkpoint, keys: dict[str, Any]) -> Back
         found: the checkpoint.
         keys: its config keys, of :func:`relvit_d2.conversion.detectron2_detector.config_keys`.
     """
-    backbone = LazyConfig.load(str(Path(detectron2.__file__).parent / _VITDET)).model.backbone
-    set_encoder(backbone, keys)
     tensors = {n.removeprefix("backbone."): v for n, v in found.tensors.items() if n.startswith("backbone.")}
+    simple = keys["MODEL.PYRAMID.NAME"] == "simple"
+    file = "mask_rcnn_vitdet.py" if simple else "mask_rcnn_fpn.py"
+    backbone = LazyConfig.load(str(_MODELS / file)).model.backbone
+    (set_vit if simple else set_swin)(backbone, keys)
     if (positions := tensors.get("net.pos_embed")) is not None:
         count = positions.shape[1]
         backbone.net.pretrain_use_cls_token = bool(round((count - 1) ** 0.5) ** 2 == count - 1)
         grid = round((count - backbone.net.pretrain_use_cls_token) ** 0.5)
         backbone.net.pretrain_img_size = grid * backbone.net.patch_size
     built = instantiate(backbone).eval()
-    built.load_state_dict(tensors)
+    # In the state of a Swin, relative position indices are buffers, which are computed.
+    computed = {name: value for name, value in built.state_dict().items() if name.endswith("relative_position_index")}
+    built.load_state_dict(tensors | computed)
     return built
 
 
-def set_encoder(backbone: Any, keys: dict[str, Any]) -> None:
+def set_swin(backbone: Any, keys: dict[str, Any]) -> None:
+    """Set a Swin as the encoder in the lazy config of an FPN of Detectron2, in place."""
+    width, depths, heads = SWIN_SIZES[re.split("[:_]", keys["MODEL.ENCODER.NAME"])[1]]
+    backbone.bottom_up = LazyCall(SwinTransformer)(
+        embed_dim=width, depths=list(depths), num_heads=list(heads), drop_path_rate=0.0
+    )
+    backbone.in_features = [f"p{stage}" for stage in range(len(depths))]
+    backbone.norm, backbone.out_channels = keys["MODEL.PYRAMID.NORM"], keys["MODEL.PYRAMID.OUT_CHANNELS"]
+    backbone.square_pad = keys["MODEL.PYRAMID.SIZE_DIVISIBILITY"]
+
+
+def set_vit(backbone: Any, keys: dict[str, Any]) -> None:
     """Set the size of the encoder in the lazy config of Detectron2's ViTDet backbone, in place."""
     net = backbone.net
     encoder = {name.rpartition(".")[2]: value for name, value in keys.items() if name.startswith("MODEL.ENCODER.")}

@@ -1,6 +1,7 @@
 """Swin Transformers, built from timm's modules with timm's parameter names."""
 
 import re
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -9,11 +10,18 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, 
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from relvit_d2.encoders.base import ENCODERS, Encoder
-from relvit_d2.utils.errors import UserError
+from relvit_d2.encoders.base import ENCODERS, FAMILIES, Encoder
+from relvit_d2.utils.errors import UserError, nearest
 
 PATCH = 4  # pixels; this and the window: "Swin Transformer" (Liu et al., 2021), 3.1 and 3.3
 WINDOW = 7  # tokens
+# Width, blocks of each stage, and heads of each stage: "Swin Transformer", 3.3, and heads of width 32.
+SWIN_SIZES = {
+    "tiny": (96, (2, 2, 6, 2), (3, 6, 12, 24)),
+    "small": (96, (2, 2, 18, 2), (3, 6, 12, 24)),
+    "base": (128, (2, 2, 18, 2), (4, 8, 16, 32)),
+    "large": (192, (2, 2, 18, 2), (6, 12, 24, 48)),
+}
 Shift = int | Tensor  # tokens
 
 
@@ -174,18 +182,32 @@ def shift_mask(x: Tensor, shift: tuple[Shift, Shift]) -> Tensor:
     return torch.where(apart, float("-inf"), 0.0).to(x.dtype)
 
 
-@ENCODERS.register("swin_tiny")
-def swin_tiny(
-    patch_size: int = PATCH,
-    img_size: int = 224,
-    pos_embed: bool = True,
-    drop_path: float = 0.0,
-    dropout: float = 0.0,
-    in_chans: int = 3,
-) -> Encoder:
-    """Build a Swin-T ("Swin Transformer", Liu et al., 2021, 3.3).
+@FAMILIES.register("swin")
+def swin(size: str) -> Callable[..., Encoder]:
+    """Return the builder of a Swin with a size in :data:`SWIN_SIZES`.
 
-    ``img_size`` and ``pos_embed`` have no effect: no weight depends on the image size, and the relative position bias
-    is always used.
+    Raises:
+        UserError: for another name.
     """
-    return Swin(96, (2, 2, 6, 2), (3, 6, 12, 24), patch_size, drop_path, dropout, in_chans)
+    if size not in SWIN_SIZES:
+        raise UserError(f"unknown encoder 'swin:{size}'{nearest(size, list(SWIN_SIZES))}")
+
+    def build(
+        patch_size: int = PATCH,
+        img_size: int = 224,
+        pos_embed: bool = True,
+        drop_path: float = 0.0,
+        dropout: float = 0.0,
+        in_chans: int = 3,
+    ) -> Encoder:
+        """Build a Swin.
+
+        ``img_size`` and ``pos_embed`` have no effect: no weight depends on the image size, and the relative position
+        bias is always used.
+        """
+        return Swin(*SWIN_SIZES[size], patch_size, drop_path, dropout, in_chans)
+
+    return build
+
+
+ENCODERS.add("swin_tiny", swin("tiny"))

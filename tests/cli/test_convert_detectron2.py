@@ -10,7 +10,7 @@ import torch
 from relvit_d2.detection.predictor import load_detector
 from relvit_d2.utils.files import write_text
 from tests.detection.test_detectron2_import import encoder_keys, fields
-from tests.support.detectron2_models import vitdet
+from tests.support.detectron2_models import detectron2_model
 from tests.support.scripts import command, fails, run
 
 CLASSES = 80
@@ -18,7 +18,9 @@ CLASSES = 80
 
 @pytest.fixture(scope="module")
 def theirs() -> Any:
-    return vitdet(encoder_keys(), CLASSES)
+    model: Any = detectron2_model(encoder_keys(), CLASSES)
+    model.roi_heads.box_predictor.cls_score.weight.data.mul_(10)  # scores above the threshold
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def test_the_converted_detector_predicts_and_trains(root: Path, theirs: Any, fol
     )
     assert "80 classes, taken to be COCO's" in done.stdout and "agree with Detectron2's model" in done.stdout
     assert sorted(path.name for path in written.parent.iterdir()) == ["classes.json", "config.yaml", written.name]
-    keys = ("MODEL.DEVICE", "cpu", "MODEL.RPN.POST_NMS_TOPK_TEST", 30)
+    keys = ("MODEL.DEVICE", "cpu", "MODEL.RPN.POST_NMS_TOPK_TEST", 30, "SOLVER.PRECISION", "float32")
     detector = load_detector(written, overrides=keys, threshold=0.0)
     assert detector.class_names[:2] == ["person", "bicycle"]
     image = torch.randint(0, 256, (128, 100, 3), dtype=torch.uint8)
@@ -70,7 +72,9 @@ def test_invalid_files_are_reported_in_one_sentence(root: Path, folder: Path, tm
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     write_text(tmp_path / "text.pkl", "anything")
     cases = {
-        ("resnet.pth",): "is not a ViTDet of Detectron2 (first tensors: backbone.bottom_up.stem.conv1.weight)",
+        (
+            "resnet.pth",
+        ): "is neither a ViTDet nor an R-CNN on Swin of Detectron2 (first tensors: backbone.bottom_up.stem",
         ("cut.pth",): "is incomplete or damaged",
         ("cut.pkl", "--allow-pickle"): "is incomplete or damaged",
         ("cut.pkl",): "if you trust the source, add --allow-pickle",

@@ -12,13 +12,15 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from relvit_d2.config.config_file import override_words
-from relvit_d2.conversion.detectron2_detector import adapt_checkpoint, config_keys, find_detector, renamed
+from relvit_d2.conversion.detectron2_checkpoint import config_keys, find_detector
+from relvit_d2.conversion.detectron2_detector import adapt_checkpoint, renamed
 from relvit_d2.detection.model import build_detector
+from relvit_d2.encoders.swin import SWIN_SIZES
 from relvit_d2.engine.weights import load_weights
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.config_keys import get_key
 from relvit_d2.utils.errors import UserError
-from tests.support.detectron2_models import vitdet
+from tests.support.detectron2_models import detectron2_model
 
 PATCH, SIDE = 16, 128
 
@@ -94,7 +96,7 @@ LAYERS |= {"roi_heads.mask_head.predictor": 1}
 def test_layers_of_other_classes_are_new_except_for_classes_of_the_same_name(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    theirs = vitdet(encoder_keys(), classes=3)
+    theirs = detectron2_model(encoder_keys(), classes=3)
     before = theirs.state_dict()
     cfg = config(before, "MODEL.ROI_HEADS.NUM_CLASSES", 4)
     torch.save({"model": before}, tmp_path / "a.pth")
@@ -116,7 +118,7 @@ def test_layers_of_other_classes_are_new_except_for_classes_of_the_same_name(
 
 
 def test_layers_of_the_same_classes_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    theirs = vitdet(encoder_keys(), classes=3)
+    theirs = detectron2_model(encoder_keys(), classes=3)
     before = theirs.state_dict()
     cfg = config(before)
     for names in (None, ["a", "b", "c"]):
@@ -129,7 +131,7 @@ def test_layers_of_the_same_classes_are_kept(tmp_path: Path, caplog: pytest.LogC
 def test_a_config_of_another_architecture_is_refused_with_the_keys_to_set(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tensors = vitdet(encoder_keys()).state_dict()
+    tensors = detectron2_model(encoder_keys()).state_dict()
     torch.save({"model": tensors}, tmp_path / "a.pth")
     cfg = config(tensors, "MODEL.ENCODER.NAME", "vit_nano", "MODEL.ROI_BOX_HEAD.NUM_CONV", 2)
     with pytest.raises(UserError, match=r"ENCODER.NAME vitdet:nano, MODEL.ROI_BOX_HEAD.NUM_CONV 4\): set them, or let"):
@@ -137,7 +139,7 @@ def test_a_config_of_another_architecture_is_refused_with_the_keys_to_set(
 
 
 def test_unsupported_vitdets_are_refused() -> None:
-    tensors = vitdet(encoder_keys()).state_dict()
+    tensors = detectron2_model(encoder_keys()).state_dict()
     relative = {name: value for name, value in tensors.items() if "rel_pos" in name}
     block = "backbone.net.blocks"
     moved = {name: tensors[name.replace("blocks.0", "blocks.1")] for name in relative if "blocks.0" in name}
@@ -163,19 +165,19 @@ PROPOSALS = ("MODEL.RPN.POST_NMS_TOPK_TEST", 30)
 
 
 def test_features_and_detections_are_those_of_detectron2() -> None:
-    theirs = vitdet(encoder_keys())
+    theirs = detectron2_model(encoder_keys())
     check_equal(ours(theirs, *PROPOSALS), theirs, [(SIDE, 90), (77, SIDE)])
 
 
 def test_positions_are_resized_as_in_detectron2s_forward_pass() -> None:
-    theirs: Any = vitdet(encoder_keys())
+    theirs: Any = detectron2_model(encoder_keys())
     theirs.backbone._square_pad = side = 192
     sizes = ("MODEL.ENCODER.IMG_SIZE", side, "MODEL.PYRAMID.SIZE_DIVISIBILITY", side, "INPUT.MAX_SIZE_TEST", side)
     check_equal(ours(theirs, *PROPOSALS, *sizes), theirs, [(side, 100)])
 
 
 def test_the_first_stage_of_a_cascade_is_loaded() -> None:
-    theirs: Any = vitdet(encoder_keys(), cascade=True)
+    theirs: Any = detectron2_model(encoder_keys(), cascade=True)
     mine = ours(theirs, *PROPOSALS)
     inputs = [{"image": torch.randint(0, 256, (3, SIDE, 96)).to(torch.uint8), "height": SIDE, "width": 96}]
     heads = theirs.roi_heads
@@ -198,10 +200,13 @@ def test_every_published_vitdet_has_a_config_and_loads_completely(
     size: str, cascade: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Names and shapes only; the values of large models are compared in slow tests."""
-    keys = encoder_keys(size, 1024, window=14, blocks=4)
+    check_names(encoder_keys(size, 1024, window=14, blocks=4), cascade, monkeypatch)
+
+
+def check_names(keys: dict[str, Any], cascade: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "linspace", partial(torch.linspace, device="cpu"))  # Detectron2 reads its values
     with torch.device("meta"):
-        tensors = vitdet(keys, 80, cascade, small=False).state_dict()
+        tensors = detectron2_model(keys, 80, cascade, small=False).state_dict()
         found = find_detector("file", tensors)
         assert found is not None
         derived = config_keys(found)
@@ -212,13 +217,60 @@ def test_every_published_vitdet_has_a_config_and_loads_completely(
     assert keys.items() <= derived.items()
     assert {name: v.shape for name, v in loaded.items()} == {name: v.shape for name, v in current.items()}
     assert cascade == cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG
-    assert bool(found.left_out) == cascade
+    assert cascade == any(".box_head.2." in name for name in found.left_out)
+
+
+SWIN_SIDE = 256  # Detectron2's Swin differs on maps that are not larger than a window
+
+
+def swin_keys(size: str, norm: str = "LN", side: int = SWIN_SIDE) -> dict[str, Any]:
+    name = "swin_tiny" if size == "tiny" else f"swin:{size}"
+    pyramid = {"MODEL.PYRAMID.NORM": norm, "MODEL.PYRAMID.SIZE_DIVISIBILITY": side}
+    return {"MODEL.ENCODER.NAME": name, **pyramid}
+
+
+SWIN = ("MODEL.PYRAMID.SIZE_DIVISIBILITY", SWIN_SIDE, "INPUT.MAX_SIZE_TEST", SWIN_SIDE)
+
+
+@pytest.mark.parametrize("norm", ["LN", pytest.param("", marks=pytest.mark.slow)])
+def test_swin_on_fpn_has_the_features_and_detections_of_detectron2(norm: str) -> None:
+    theirs = detectron2_model(swin_keys("tiny", norm), by=0.02)
+    check_equal(ours(theirs, *PROPOSALS, *SWIN), theirs, [(SWIN_SIDE, 170), (100, SWIN_SIDE)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["small", "base", "large"])
+def test_large_swins_have_the_features_and_detections_of_detectron2(size: str) -> None:
+    theirs = detectron2_model(swin_keys(size), 80, by=0.01)
+    check_equal(ours(theirs, *PROPOSALS, *SWIN), theirs, [(SWIN_SIDE, 170)])
+
+
+@pytest.mark.parametrize("cascade", [False, True])
+@pytest.mark.parametrize("size", SWIN_SIZES)
+def test_every_swin_has_a_config_and_loads_completely(
+    size: str, cascade: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_names(swin_keys(size, side=1024), cascade, monkeypatch)
+
+
+def test_unsupported_swins_are_refused() -> None:
+    prefix, table = "backbone.bottom_up.", "attn.relative_position_bias_table"
+    blocks = {f"{prefix}layers.{stage}.blocks.0.{table}": torch.zeros(169, 3 << stage) for stage in range(4)}
+    for changed, message in {
+        (): r"width 96 with \(1, 1, 1, 1\) blocks and windows of \{7\}; supported are the sizes tiny, small",
+        (f"{prefix}layers.3.blocks.0.{table}",): "incomplete R-CNN on Swin",
+    }.items():
+        tensors = {name: value for name, value in blocks.items() if name not in changed}
+        found = find_detector("file", tensors | {f"{prefix}patch_embed.proj.weight": torch.zeros(96, 3, 4, 4)})
+        assert found is not None
+        with pytest.raises(UserError, match=message):
+            config_keys(found)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_large_vitdets_have_the_features_and_detections_of_detectron2(size: str) -> None:
     """Images of 256 pixels, so that windows and grid differ; Detectron2's published models read 1,024."""
-    theirs: Any = vitdet(encoder_keys(size, 256, window=14, blocks=4), 80, small=False, by=0.005)
+    theirs: Any = detectron2_model(encoder_keys(size, 256, window=14, blocks=4), 80, small=False, by=0.005)
     theirs.proposal_generator.post_nms_topk = {False: 100, True: 100}
     check_equal(ours(theirs, "MODEL.RPN.POST_NMS_TOPK_TEST", 100), theirs, [(256, 200)])

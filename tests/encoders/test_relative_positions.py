@@ -152,6 +152,8 @@ def test_encoders_without_the_option_and_unknown_sizes_are_refused() -> None:
         encoder_from_keys({"ENCODER": keys, "ACTIVATION_CHECKPOINT": False, "COMPILE": False})
     with pytest.raises(UserError, match=r"unknown encoder 'vitdet:bas'; did you mean 'base'"):
         build_encoder("vitdet:bas")
+    with pytest.raises(UserError, match=r"unknown encoder 'swin:smal'; did you mean 'small'"):
+        build_encoder("swin:smal")
 
 
 @pytest.mark.parametrize("size", VITDET_SIZES)

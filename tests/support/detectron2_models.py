@@ -8,7 +8,7 @@ import torch
 from detectron2.config import LazyConfig, instantiate
 from torch import nn
 
-from relvit_d2.detection.detectron2_import import set_encoder
+from relvit_d2.detection.detectron2_import import set_swin, set_vit
 
 COMMON = Path(detectron2.__file__).parent / "model_zoo/configs/common/models"
 SMALL = 32  # channels of the pyramid and of the heads of small models
@@ -44,10 +44,10 @@ def set_heads(model: Any, classes: int, cascade: bool, channels: int, hidden: in
     heads.mask_head.conv_dims = [channels] * 5
 
 
-def vitdet(
+def detectron2_model(
     keys: dict[str, Any], classes: int = 7, cascade: bool = False, small: bool = True, by: float = 0.05
 ) -> nn.Module:
-    """Build a ViTDet whose weights are random, none of them 0 or 1, in evaluation mode.
+    """Build a ViTDet, or an R-CNN on Swin, whose weights are random, none of them 0 or 1, in evaluation mode.
 
     Args:
         keys: config keys of the encoder of the same detector of this package.
@@ -57,13 +57,18 @@ def vitdet(
         by: standard deviation of what is added to the initial weights.
     """
     torch.manual_seed(0)
-    model = lazy_model("mask_rcnn_vitdet.py")
+    swin = not keys["MODEL.ENCODER.NAME"].startswith("vitdet:")
+    model = lazy_model("mask_rcnn_fpn.py" if swin else "mask_rcnn_vitdet.py")
+    if swin:
+        constants = LazyConfig.load(str(COMMON.parent / "data/constants.py")).constants
+        model.pixel_mean, model.pixel_std = constants.imagenet_rgb256_mean, constants.imagenet_rgb256_std
+        model.input_format = "RGB"
     if cascade:
         heads = lazy_model("cascade_rcnn.py").roi_heads
         heads.mask_head = model.roi_heads.mask_head
         model.roi_heads = heads
     channels, hidden, proposals = (SMALL, 2 * SMALL, 30) if small else (256, 1024, 1000)
-    set_encoder(model.backbone, keys | {"MODEL.PYRAMID.OUT_CHANNELS": channels})
+    (set_swin if swin else set_vit)(model.backbone, keys | {"MODEL.PYRAMID.OUT_CHANNELS": channels})
     set_heads(model, classes, cascade, channels, hidden, proposals)
     return scattered(instantiate(model), by)
 
