@@ -1,9 +1,10 @@
 """Convert weights of another project into a file that MODEL.WEIGHTS loads.
 
 Encoders become an encoder.safetensors, which every task loads. The converted and the dropped tensors are listed. A
-ViTDet or an R-CNN on Swin of Detectron2 (--from detectron2) becomes a .pth for relvit-d2 train, predict and more, with its config keys in
-config.yaml beside it. The features of a random image are compared with those of the original model; the file is written
-only if they agree within a relative tolerance of 1e-4. No code in the source file is run, except with --allow-pickle.
+ViTDet or an R-CNN on Swin of Detectron2 (--from detectron2) becomes a .pth for relvit-d2 train, predict and more, with
+its config keys in config.yaml beside it. The features of a random image are compared with those of the original model;
+the file is written only if they agree within a relative tolerance of 1e-4. No code in the source file is run, except
+with --allow-pickle.
 """
 
 import argparse

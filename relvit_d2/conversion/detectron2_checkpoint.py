@@ -27,6 +27,11 @@ SWIN = "backbone.bottom_up."  # prefix of the encoder in an FPN
 EMBEDDING = "patch_embed.proj.weight"
 BOX, MASK = "roi_heads.box_predictor", "roi_heads.mask_head.predictor"
 _SWIN_SIDE = 1024  # side in pixels of the padded images
+_LVIS = 1203  # classes
+# Tensors of later stages of a cascade, and buffers that are computed or set by the config.
+_LEFT_OUT = re.compile(
+    r"roi_heads\.box_(head|predictor)\.[1-9]\.|.*\.(cell_anchors\.|relative_position_index$)|pixel_(mean|std)$"
+)
 
 
 @dataclass
@@ -68,8 +73,7 @@ def find_detector(path: str, model: Mapping[str, Any]) -> Detectron2Checkpoint |
         return None
     found = Detectron2Checkpoint(path, {})
     for name, value in model.items():
-        # Later stages of a cascade, and buffers that are computed.
-        if re.match(r"roi_heads\.box_(head|predictor)\.[1-9]\.|.*\.(cell_anchors\.|relative_position_index$)", name):
+        if _LEFT_OUT.match(name):
             found.left_out.append(name)
             continue
         first = re.sub(r"^(roi_heads\.box_(?:head|predictor))\.0\.", r"\1.", name)
@@ -227,6 +231,12 @@ def _head_keys(found: Detectron2Checkpoint) -> dict[str, Any]:
         "MODEL.ROI_BOX_HEAD.NORM": _norm(tensors, box),
         "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": len(tensors[f"{BOX}.bbox_pred.weight"]) < 4 * found.classes,
     }
+    if found.classes == _LVIS:  # projects/ViTDet/configs/LVIS/mask_rcnn_vitdet_b_100ep.py
+        keys |= {
+            "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": True,
+            "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.02,
+            "TEST.DETECTIONS_PER_IMAGE": 300,
+        }
     if convolutions:
         keys["MODEL.ROI_BOX_HEAD.CONV_DIM"] = int(tensors["roi_heads.box_head.conv1.weight"].shape[0])
     if masks:

@@ -27,9 +27,10 @@ from relvit_d2.utils.printing import printable
 # Rows per class of the class-specific layers, and rows in addition (of the background).
 _CLASS_LAYERS = {f"{BOX}.cls_score": (1, 1), f"{BOX}.bbox_pred": (4, 0), MASK: (1, 0)}
 
-# Keys that have no effect on which tensors fit, or that users change for their data.
+# Keys that do not determine the tensors, or that users change for their data.
 _FREE = re.compile(
-    r"INPUT\.(?!FORMAT)|MODEL\.(MASK_ON|RPN\.P|ANCHOR_GENERATOR|ENCODER\.IMG_SIZE|PYRAMID\.SIZE_DIVISIBILITY)|.*\.POOLER"
+    r"INPUT\.(?!FORMAT)|TEST\.|MODEL\.(MASK_ON|RPN\.P|ANCHOR_GENERATOR|ENCODER\.IMG_SIZE)"
+    r"|MODEL\.PYRAMID\.(SIZE_DIVISIBILITY|TOP_BLOCK)|.*\.(POOLER|USE_SIGMOID_CE|SCORE_THRESH)"
 )
 
 
@@ -44,12 +45,14 @@ def check_keys(found: Detectron2Checkpoint, key: Callable[[str], Any]) -> None:
     different = {
         name: value
         for name, value in config_keys(found).items()
-        if not (_FREE.match(name) or ("ROI_MASK_HEAD" in name and not masks)) and _plain(key(name)) != value
+        if not (_FREE.match(name) or ("ROI_MASK_HEAD" in name and not masks))
+        and _plain(key(name)) != value
+        and (name, key(name)) != ("MODEL.PYRAMID.NAME", "auto")
     }
     if different:
         first = ", ".join(f"{name} {value}" for name, value in list(different.items())[:4])
         raise UserError(
-            f"'{found.path}' is a {found.kind} of Detectron2, which needs {len(different)} other config keys ({first}"
+            f"'{found.path}' holds Detectron2's {found.kind}, which needs {len(different)} other config keys ({first}"
             f"{', ...' if len(different) > 4 else ''}): set them, or let relvit-d2 convert --from detectron2 write a "
             "config"
         )

@@ -1,6 +1,7 @@
 """The command convert --from detectron2, and training and prediction with the result."""
 
 import pickle
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from relvit_d2.detection.predictor import load_detector
 from relvit_d2.utils.files import write_text
 from tests.detection.test_detectron2_import import encoder_keys, fields
 from tests.support.detectron2_models import detectron2_model
+from tests.support.runs import equal
 from tests.support.scripts import command, fails, run
 
 CLASSES = 80
@@ -95,3 +97,27 @@ def test_invalid_files_are_reported_in_one_sentence(root: Path, folder: Path, tm
     }.items():
         error = fails(root, *command("train_net.py", tmp_path / "run", "MODEL.WEIGHTS", folder / name))
         assert message in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_fine_tuning_resumes_bitwise_identical(
+    processes: int, root: Path, folder: Path, tmp_path: Path
+) -> None:
+    written = tmp_path / "vitdet/model_final.pth"
+    run(root, "relvit-d2", "convert", folder / "a.pth", "--from", "detectron2", "--to", written)
+    keys = "SOLVER.MAX_ITER 4 SOLVER.CHECKPOINT_PERIOD 2 SOLVER.IMS_PER_BATCH 2 SOLVER.WARMUP_ITERS 0".split()
+    keys += ["MODEL.DEVICE", "cpu", "DATASETS.TRAIN", "('svhn_train',)", "DATASETS.TEST", "()", "OUTPUT_DIR"]
+
+    def train(output: Path, *flags: object, **how: Any) -> dict[str, Any]:
+        config = ("--config-file", written.with_name("config.yaml"), "--num-gpus", processes)
+        run(root, "train_net.py", *config, *flags, *keys, output, **how)
+        name = (output / "last_checkpoint").read_text()
+        return torch.load(output / name, weights_only=True)
+
+    first = train(tmp_path / "one")
+    killed = train(tmp_path / "other", fault="step:3", status=-signal.SIGKILL if processes == 1 else 1)
+    assert killed["iteration"] == 1
+    second = train(tmp_path / "other", "--resume")
+    for key in ("model", "optimizer", "iteration"):
+        assert equal(first[key], second[key]), key
