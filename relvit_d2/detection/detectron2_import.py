@@ -9,7 +9,7 @@ import detectron2
 import torch
 import yaml  # type: ignore[import-untyped]
 from detectron2.config import LazyCall, LazyConfig, instantiate
-from detectron2.modeling import Backbone, SwinTransformer
+from detectron2.modeling import Backbone, GeneralizedRCNN, SwinTransformer
 from torch import nn
 
 from relvit_d2.config.config_file import load_config, override_words
@@ -114,7 +114,7 @@ def _load(model: nn.Module, tensors: dict[str, torch.Tensor], source: Path) -> N
 
 
 @torch.no_grad()
-def _verify(model: nn.Module, found: Detectron2Checkpoint, keys: dict[str, Any]) -> float:
+def _verify(model: GeneralizedRCNN, found: Detectron2Checkpoint, keys: dict[str, Any]) -> float:
     """Compare the levels of the pyramid with those of Detectron2's model; return the largest relative difference."""
     image = random_image(keys.get("MODEL.ENCODER.IMG_SIZE", _SWIN_SIDE), 3)
     levels, expected = model.backbone(image), reference_pyramid(found, keys)(image)

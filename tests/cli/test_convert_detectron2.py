@@ -106,8 +106,9 @@ def test_a_killed_fine_tuning_resumes_bitwise_identical(
 ) -> None:
     written = tmp_path / "vitdet/model_final.pth"
     run(root, "relvit-d2", "convert", folder / "a.pth", "--from", "detectron2", "--to", written)
-    keys = "SOLVER.MAX_ITER 4 SOLVER.CHECKPOINT_PERIOD 2 SOLVER.IMS_PER_BATCH 2 SOLVER.WARMUP_ITERS 0".split()
-    keys += ["MODEL.DEVICE", "cpu", "DATASETS.TRAIN", "('svhn_train',)", "DATASETS.TEST", "()", "OUTPUT_DIR"]
+    keys: list[object] = ["SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.IMS_PER_BATCH", 2]
+    keys += ["SOLVER.WARMUP_ITERS", 0, "MODEL.DEVICE", "cpu"]
+    keys += ["DATASETS.TRAIN", "('svhn_train',)", "DATASETS.TEST", "()", "OUTPUT_DIR"]
 
     def train(output: Path, *flags: object, **how: Any) -> dict[str, Any]:
         config = ("--config-file", written.with_name("config.yaml"), "--num-gpus", processes)
