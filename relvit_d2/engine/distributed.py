@@ -17,8 +17,9 @@ from urllib.parse import urlparse
 
 import torch
 from detectron2.utils import comm
-from torch import distributed
+from torch import distributed, nn
 from torch.multiprocessing import ProcessExitedException, start_processes
+from torch.nn.parallel import DistributedDataParallel
 
 from relvit_d2.engine import signals
 from relvit_d2.engine.error_reporting import guard, print_error
@@ -215,3 +216,13 @@ def _work(main: Main, args: argparse.Namespace, url: str, *ranks: int) -> None:
                     store.set(_USER_ERROR, "")
         signals.uninstall()  # so that the parent process can end this one
         raise
+
+
+def data_parallel(model: nn.Module) -> nn.Module:
+    """Wrap the model in ``DistributedDataParallel`` if there are several processes."""
+    if comm.get_world_size() == 1:
+        return model
+    on_gpu = next(model.parameters()).is_cuda
+    return DistributedDataParallel(
+        model, device_ids=[comm.get_local_rank()] if on_gpu else None, broadcast_buffers=False
+    )

@@ -20,17 +20,16 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointHook(HookBase):
-    """Writes a checkpoint every ``period`` iterations, before every evaluation, on a signal and at the end.
+    """Writes a checkpoint when :meth:`Trainer.saves_after` is true and on a signal.
 
     Args:
-        period: iterations; 0: no periodic checkpoints.
         keep: number of the newest numbered checkpoints to keep; 0: all.
     """
 
     trainer: RunningTrainer
 
-    def __init__(self, period: int, keep: int) -> None:
-        self._period, self._keep = period, keep
+    def __init__(self, keep: int) -> None:
+        self._keep = keep
 
     def after_step(self) -> None:
         trainer, done = self.trainer, self.trainer.iter + 1
@@ -38,7 +37,7 @@ class CheckpointHook(HookBase):
             return
         if done == trainer.max_iter:
             trainer.save("model_final")
-        elif trainer.interrupt or trainer.evaluates_after(done) or (self._period > 0 and done % self._period == 0):
+        elif trainer.interrupt or trainer.saves_after(done):
             trainer.save(f"model_{trainer.iter:07d}")
             if self._keep and comm.is_main_process():
                 files = sorted(Path(trainer.cfg.OUTPUT_DIR).glob("model_" + "[0-9]" * 7 + ".pth"))

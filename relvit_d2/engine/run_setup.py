@@ -13,7 +13,9 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from fvcore.common.config import CfgNode
 
+from relvit_d2.engine.precision import Precision
 from relvit_d2.engine.provenance import VERSIONS, command_line
+from relvit_d2.engine.schedule import batch_factor
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import remove_leftovers, write_text
 from relvit_d2.utils.hardware import device_name
@@ -133,3 +135,22 @@ def save_config(cfg: CfgNode) -> None:
     path = Path(cfg.OUTPUT_DIR) / "config.yaml"
     if comm.is_main_process() and not path.exists():
         write_text(path, cfg.dump())
+
+
+def log_settings(cfg: CfgNode, samples: int, precision: Precision) -> None:
+    """Log precision, length and learning rate of a run on ``samples`` images."""
+    solver = cfg.SOLVER
+    logger.info(f"precision: {precision.name} ({precision.reason})")
+    if precision.dtype == torch.float16 and precision.device.type == "cpu":
+        logger.warning("SOLVER.PRECISION float16 is slow on a CPU: set auto, or MODEL.DEVICE cuda")
+    parts = f", each in {solver.GRAD_ACCUM_STEPS} parts" if solver.GRAD_ACCUM_STEPS > 1 else ""
+    logger.info(
+        f"{samples} training images; {solver.MAX_ITER} iterations with {solver.IMS_PER_BATCH} images{parts}: "
+        f"{solver.MAX_ITER * solver.IMS_PER_BATCH / samples:.1f} epochs"
+    )
+    if (factor := batch_factor(cfg)) != 1:
+        logger.info(
+            f"learning rate {factor * solver.BASE_LR:.3g}: SOLVER.BASE_LR {solver.BASE_LR:.3g} times "
+            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} / SOLVER.REFERENCE_BATCH {solver.REFERENCE_BATCH} "
+            "(linear scaling rule; SOLVER.REFERENCE_BATCH 0 turns it off)"
+        )

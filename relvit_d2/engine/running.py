@@ -34,6 +34,10 @@ class RunningTrainer(Protocol):
         """Whether there is an evaluation after ``done`` iterations."""
         ...
 
+    def saves_after(self, done: int) -> bool:
+        """Whether there is a checkpoint after ``done`` iterations."""
+        ...
+
     def save(self, name: str) -> None:
         """Write a checkpoint."""
         ...

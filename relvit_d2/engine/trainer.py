@@ -22,14 +22,16 @@ from torch.nn.parallel import DistributedDataParallel
 from relvit_d2.engine import signals
 from relvit_d2.engine.checkpoint import Checkpointer, check_space
 from relvit_d2.engine.config import resolve_epochs
+from relvit_d2.engine.distributed import data_parallel
 from relvit_d2.engine.gradient_scaling import GRADIENT_NORM, GradientScaler
 from relvit_d2.engine.hooks import CheckpointHook, EvaluationHook
+from relvit_d2.engine.iteration_values import IterationValues
 from relvit_d2.engine.optimizer import build_clipper, build_optimizer
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.provenance import provenance
 from relvit_d2.engine.resume import DataList, check_same_run
-from relvit_d2.engine.run_setup import move_earlier_run
-from relvit_d2.engine.schedule import batch_factor, build_schedule
+from relvit_d2.engine.run_setup import log_settings, move_earlier_run
+from relvit_d2.engine.schedule import build_schedule
 from relvit_d2.engine.signals import Interrupted
 from relvit_d2.engine.weight_average import WeightAverage
 from relvit_d2.engine.writers import WriterHook
@@ -49,8 +51,13 @@ class Trainer(TrainerBase):
     Generators are seeded by ``(SEED, iteration, rank)`` in every iteration, and the iteration determines the batch, so
     a resumed run equals an uninterrupted one.
 
+    On a GPU an iteration is launched before the values of the previous one are read, so that the GPU does not wait for
+    the host, unless that one is saved or evaluated. Not in float16, which reads the gradients before each step, nor in
+    detection, where Detectron2's heads read values and log them.
+
     Custom hooks, such as a ``detectron2.engine.hooks.PeriodicWriter`` with an ``EventWriter``, are registered with
-    ``register_hooks`` before :meth:`train` and run after the trainer's.
+    ``register_hooks`` before :meth:`train` and run after the trainer's. They see the logged values of their iteration,
+    but with ``reads_late`` weights that may be one step further.
 
     Args:
         cfg: the full config; epochs are resolved by :func:`relvit_d2.engine.config.resolve_epochs`.
@@ -69,6 +76,7 @@ class Trainer(TrainerBase):
         results: results of the last evaluation.
         interrupt: number of the signal that ends the run, 0 for none; equal in all processes.
         stopped: whether the run stopped early (``TEST.PATIENCE``).
+        reads_late: whether an iteration is launched before the values of the previous one are read.
         metadata: JSON values that every checkpoint contains; a resumed run has those of its checkpoint.
         run_id: random identifier of the run, by which checkpoints of an earlier run in ``OUTPUT_DIR`` are recognised;
             None after resuming from a file of an earlier version.
@@ -93,12 +101,13 @@ class Trainer(TrainerBase):
         self.cfg, self.samples = (cfg := resolve_epochs(cfg, samples)), samples
         self.precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(cfg.MODEL.DEVICE))
         self._evaluates = evaluate is not None
-        self._check_and_log_settings()
+        self._check_settings()
+        log_settings(cfg, samples, self.precision)
         self.optimizer = build_optimizer(cfg, model)
         self.clip = build_clipper(cfg, model)
         self.schedule = build_schedule(cfg)
         self.scaler = GradientScaler(self.precision)
-        self.model = _distributed(model)
+        self.model = data_parallel(model)
         self.make_batches = make_batches
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, optimizer=self.optimizer)
@@ -110,6 +119,9 @@ class Trainer(TrainerBase):
             self.optimizer.register_step_post_hook(average.update)
         self.results: dict[str, Any] = {}
         self.interrupt, self.stopped = 0, False
+        in_turn = self.scaler.is_enabled() or cfg.TASK == "detection"
+        self.reads_late = torch.device(cfg.MODEL.DEVICE).type == "cuda" and not in_turn
+        self._signal = 0  # its number, from the values of the last iteration that was read
         self.metadata: dict[str, Any] = {}
         self._data: DataList | None = None
         self._list_data = list_data if comm.is_main_process() else None
@@ -118,7 +130,7 @@ class Trainer(TrainerBase):
         self._batches: BatchSource
         self._parts: Generator[Any, None, None]
         self.register_hooks([hooks.IterationTimer()])
-        self.register_hooks([CheckpointHook(cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP)])
+        self.register_hooks([CheckpointHook(cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP)])
         if evaluate is not None:
             evaluation = EvaluationHook(evaluate, cfg.DATASETS.TEST, cfg.TEST.BEST_METRIC, cfg.TEST.PATIENCE)
             self.checkpointer.add_checkpointable("evaluation", evaluation)
@@ -126,33 +138,24 @@ class Trainer(TrainerBase):
         if comm.is_main_process():
             self.register_hooks([WriterHook()])
 
-    def _check_and_log_settings(self) -> None:
-        solver, test = self.cfg.SOLVER, self.cfg.TEST
+    def _check_settings(self) -> None:
+        test = self.cfg.TEST
         if (test.BEST_METRIC or test.PATIENCE) and not (self._evaluates and test.EVAL_PERIOD > 0):
             raise UserError(
                 "TEST.BEST_METRIC and TEST.PATIENCE need evaluations: set TEST.EVAL_PERIOD and DATASETS.TEST"
             )
         if test.PATIENCE and not test.BEST_METRIC:
             raise UserError(f'TEST.PATIENCE {test.PATIENCE} needs TEST.BEST_METRIC, such as "bbox/AP"')
-        logger.info(f"precision: {self.precision.name} ({self.precision.reason})")
-        if self.precision.dtype == torch.float16 and self.precision.device.type == "cpu":
-            logger.warning("SOLVER.PRECISION float16 is slow on a CPU: set auto, or MODEL.DEVICE cuda")
-        parts = f", each in {solver.GRAD_ACCUM_STEPS} parts" if solver.GRAD_ACCUM_STEPS > 1 else ""
-        logger.info(
-            f"{self.samples} training images; {solver.MAX_ITER} iterations with {solver.IMS_PER_BATCH} images{parts}: "
-            f"{solver.MAX_ITER * solver.IMS_PER_BATCH / self.samples:.1f} epochs"
-        )
-        if (factor := batch_factor(self.cfg)) != 1:
-            logger.info(
-                f"learning rate {factor * solver.BASE_LR:.3g}: SOLVER.BASE_LR {solver.BASE_LR:.3g} times "
-                f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} / SOLVER.REFERENCE_BATCH {solver.REFERENCE_BATCH} "
-                "(linear scaling rule; SOLVER.REFERENCE_BATCH 0 turns it off)"
-            )
 
     def evaluates_after(self, done: int) -> bool:
         """Whether an evaluation follows after ``done`` iterations."""
         period = self.cfg.TEST.EVAL_PERIOD
         return self._evaluates and (done == self.max_iter or (period > 0 and done % period == 0))
+
+    def saves_after(self, done: int) -> bool:
+        """Whether a checkpoint follows after ``done`` iterations."""
+        period = self.cfg.SOLVER.CHECKPOINT_PERIOD
+        return done == self.max_iter or self.evaluates_after(done) or (period > 0 and done % period == 0)
 
     @property
     def first_row(self) -> int:
@@ -294,9 +297,18 @@ class Trainer(TrainerBase):
         self.after_step()
 
     def _iterate(self) -> None:
-        for self.iter in range(self.start_iter, self.max_iter):  # noqa: B020  (Detectron2's hooks read it)
+        following: IterationValues | None = None
+        for step in range(self.start_iter, self.max_iter):
+            self.iter = step
             self.before_step()
-            self.run_step()
+            values, following = following or self.run_step(), None
+            if self.reads_late:
+                if not (self._signal or self.saves_after(step + 1)):
+                    self.iter = step + 1
+                    following = self.run_step()
+                    self.iter = step
+                self._record(values)
+            self.interrupt = 0 if following else self._signal
             self.after_step()
             if self.interrupt:
                 logger.info(f"stopping after iteration {self.iter}, which is saved; continue with --resume")
@@ -312,8 +324,8 @@ class Trainer(TrainerBase):
                 f"{', '.join(files[:5])}{', ...' if len(files) > 5 else ''}"
             )
 
-    def run_step(self) -> None:
-        """Read a batch, in parts, and take an optimisation step."""
+    def run_step(self) -> IterationValues:  # type: ignore[override]
+        """Read a batch, in parts, and take an optimisation step, after reading its values unless ``reads_late``."""
         seed_everything(self.cfg.SEED, "iteration", self.iter, comm.get_rank())
         rate = self.schedule(self.iter)
         for group in self.optimizer.param_groups:
@@ -333,13 +345,16 @@ class Trainer(TrainerBase):
                 total = torch.stack([loss.float() for loss in losses]).sum() / parts
                 self.scaler.scale(total).backward()
             for name, value in as_scalars({**outputs, "total_loss": total * parts}).items():
-                value = torch.as_tensor(value, dtype=torch.float32, device=total.device).detach() / parts
+                value = torch.as_tensor(value, dtype=torch.float32).detach() / parts
                 means[name] = means[name] + value if name in means else value
         self.scaler.unscale_(self.optimizer)
         means[GRADIENT_NORM] = self.clip()
-        self._log(means, rate, data_time)
+        values = IterationValues(self.iter, means, rate, data_time, signals.received())
+        if not self.reads_late:
+            self._record(values)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        return values
 
     def _forward(self, batch: Any) -> dict[str, Tensor | Metric[Any]]:
         try:
@@ -348,23 +363,17 @@ class Trainer(TrainerBase):
         except FloatingPointError as error:  # raised by Detectron2 for proposals
             raise self._not_finite("proposals", float("nan"), True) from error
 
-    def _log(self, means: dict[str, Tensor], rate: float, data_time: float) -> None:
-        """Store the step's means over processes, if they are finite; raise before the step if training cannot go on."""
-        values = torch.stack([*means.values(), torch.zeros_like(means["total_loss"])])
-        values[-1] = signals.received()  # all processes stop after the same iteration
-        if comm.get_world_size() > 1:
-            torch.distributed.all_reduce(values)
-            values /= comm.get_world_size()
-        *numbers, interrupt = values.tolist()
-        mean = dict(zip(means, numbers, strict=True))
+    def _record(self, values: IterationValues) -> None:
+        """Store the values of the current iteration, if they are finite; raise if training cannot go on."""
+        mean, signal = values.read()
         not_finite = {name: mean.pop(name) for name, number in list(mean.items()) if not math.isfinite(number)}
         if not self.scaler.tolerates(not_finite):
             # The gradient norm is common to all processes, so the images are found by the loss of each process, unless
             # the losses of all are finite.
-            is_cause = not math.isfinite(means["total_loss"]) or "total_loss" in mean
+            is_cause = not values.is_loss_finite() or "total_loss" in mean
             raise self._not_finite(*next(iter(not_finite.items())), is_cause)
-        if interrupt:
-            self.interrupt = max(comm.all_gather(signals.received()))
+        if signal:
+            self._signal = max(comm.all_gather(signals.received()))
         scaling = self.scaler.metrics()
         if not_finite:
             skipped = f": the step is skipped and the gradient scale {scaling['grad_scale']:g} halved"
@@ -372,7 +381,8 @@ class Trainer(TrainerBase):
                 f"{', '.join(not_finite)} not finite in float16 at iteration {self.iter}"
                 f"{skipped if GRADIENT_NORM in not_finite else ''}"
             )
-        self.storage.put_scalars(**mean, **scaling, lr=rate, data_time=data_time, smoothing_hint=False)
+        times = {"lr": values.rate, "data_time": values.data_time}
+        self.storage.put_scalars(**mean, **scaling, **times, smoothing_hint=False)
 
     def _not_finite(self, name: str, number: float, is_cause: bool) -> UserError:
         """Write the images of this process to a file if they are the cause; return the error."""
@@ -388,13 +398,3 @@ class Trainer(TrainerBase):
             "SOLVER.WARMUP_ITERS or set SOLVER.PRECISION float32, then "
             f"{'continue with --resume --allow-changes' if resumable else 'restart'}"
         )
-
-
-def _distributed(model: nn.Module) -> nn.Module:
-    """Wrap the model in ``DistributedDataParallel`` if there are several processes."""
-    if comm.get_world_size() == 1:
-        return model
-    on_gpu = next(model.parameters()).is_cuda
-    return DistributedDataParallel(
-        model, device_ids=[comm.get_local_rank()] if on_gpu else None, broadcast_buffers=False
-    )
