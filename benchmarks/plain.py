@@ -58,7 +58,7 @@ def plain_patches(view: Tensor, config: ViewConfig, draws: PatchDraws) -> Tensor
 def _noise(seed: Tensor, patch: int) -> Tensor:
     """Return the noise of a patch, measured by adding it to gray, where it is not clamped."""
     gray = torch.full((3, patch * patch, 1), 0.5)
-    return (add_noise_(gray, torch.tensor([True]), seed[None], 1e-3).view(3, patch, patch) - 0.5) * 1e3
+    return (add_noise_(gray, torch.tensor([0]), seed[None], 1e-3).view(3, patch, patch) - 0.5) * 1e3
 
 
 def pair_loss_plain(

@@ -113,7 +113,7 @@ def add_noise_(pixels: Tensor, chosen: Tensor, seed: Tensor, std: float) -> Tens
 
     Args:
         pixels: ``(C, L, P)``.
-        chosen: ``(P,)`` bool.
+        chosen: indices of patches, ``(n,)`` int64.
         seed: ``(P,)`` int64, hashed with the pixel's index for each patch.
         std: standard deviation.
     """

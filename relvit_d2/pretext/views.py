@@ -305,7 +305,7 @@ def draw_patches(config: ViewConfig, keys: Tensor, device: torch.device | None =
 
     Args:
         config: ranges and probabilities.
-        keys: ``(B,)`` int64, on the CPU to avoid a synchronisation: ``jittered`` and ``order`` stay on their device.
+        keys: ``(B,)`` int64, on the CPU to avoid a synchronisation: ``jittered``, ``order`` and ``noisy`` stay there.
         device: device of the other draws; None: that of the keys.
     """
     patches = torch.arange(config.grid[0] * config.grid[1])
@@ -314,10 +314,10 @@ def draw_patches(config: ViewConfig, keys: Tensor, device: torch.device | None =
         kinds, numbers = (x.to(keys.device, non_blocking=True) for x in (torch.tensor(draws)[:, None, None], patches))
         return hashed_uniform(keys[:, None], kinds, numbers)
 
-    jittered, order = uniform(keys, Draw.JITTERED, Draw.JITTER_ORDER)
+    jittered, order, noisy = uniform(keys, Draw.JITTERED, Draw.JITTER_ORDER, Draw.NOISY)
     keys = keys.to(device or keys.device, non_blocking=True)
     factors = Draw.BRIGHTNESS, Draw.CONTRAST, Draw.SATURATION, Draw.HUE
-    drawn = uniform(keys, *factors, Draw.WINDOW_ROW, Draw.WINDOW_COLUMN, Draw.GRAY, Draw.NOISY)
+    drawn = uniform(keys, *factors, Draw.WINDOW_ROW, Draw.WINDOW_COLUMN, Draw.GRAY)
     ranges = torch.tensor((config.jitter, (1.0, 1.0, 1.0, 0.0)))
     spread, middle = ranges[:, :, None, None].to(keys.device, non_blocking=True)
     # Factors are not negative; the hue rotates in both directions.
@@ -328,7 +328,7 @@ def draw_patches(config: ViewConfig, keys: Tensor, device: torch.device | None =
         factors=torch.lerp(low, middle + spread, drawn[:4]).movedim(0, 2),
         jittered=jittered < config.jitter_prob,
         gray=drawn[6] < config.gray_prob,
-        noisy=drawn[7] < config.noise_prob,
+        noisy=noisy < config.noise_prob,
         noise=hashed_words(keys[:, None], Draw.NOISE, patches.to(keys.device, non_blocking=True)),
         slot=draw_slots(config, keys),
     )
@@ -349,13 +349,14 @@ def augment_patches(view: Tensor, config: ViewConfig, draws: PatchDraws) -> Tens
     batch, (rows, cols), width = view.shape[1], config.grid, config.shape[1]
     count = batch * rows * cols
 
-    # Patches are sorted by the step of their hue rotation, so that a group shares every kernel. Group sizes are read on
-    # the device of the order, to avoid a synchronisation.
+    # Patches are sorted by the step of their hue rotation, so that a group shares every kernel. Group sizes and noisy
+    # patches are read on the device of the order, to avoid a synchronisation.
     operations = torch.tensor(ORDERS, device=draws.order.device)[draws.order.flatten()]
     hue_step = (operations == HUE).to(torch.uint8).argmax(1).masked_fill_(~draws.jittered.flatten(), 4)
     sort = hue_step.argsort()
     groups = hue_step.bincount(minlength=5)[:4].tolist()
-    operations, sort = (x.to(device, non_blocking=True) for x in (operations[sort], sort))
+    noisy = draws.noisy.flatten()[sort].nonzero()[:, 0] if config.noise_prob else sort[:0]
+    operations, noisy, sort = (x.to(device, non_blocking=True) for x in (operations[sort], noisy, sort))
     offset, factors = (x.flatten(0, 1).to(device, non_blocking=True)[sort] for x in (draws.offset, draws.factors))
     gray = draws.gray.flatten().to(device, non_blocking=True)[sort]
     if channels != 3:
@@ -375,8 +376,7 @@ def augment_patches(view: Tensor, config: ViewConfig, draws: PatchDraws) -> Tens
     if config.gray_prob and channels == 3:
         grayscale_(pixels, gray)
     if config.noise_prob:
-        noisy, noise = (x.flatten().to(device, non_blocking=True)[sort] for x in (draws.noisy, draws.noise))
-        add_noise_(pixels, noisy, noise, config.noise_std)
+        add_noise_(pixels, noisy, draws.noise.flatten().to(device, non_blocking=True)[sort], config.noise_std)
 
     # Each slot of the view gathers the column of its patch.
     column = torch.empty_like(sort).scatter_(0, sort, torch.arange(count, device=device))

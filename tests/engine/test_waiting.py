@@ -22,7 +22,7 @@ from tests.support.scripts import fails
 OPTIONS = {
     "defaults": (),
     "subset": ("PRETEXT.KEEP", 0.5, "PRETEXT.WEIGHTS.BEARING", 1.0, "PRETEXT.PAIR_DROPOUT", 0.2),
-    "mega": ("PRETEXT.MEGA.M", 4, "PRETEXT.PERMUTE", "always", "PRETEXT.CROP", "pad"),
+    "mega": ("PRETEXT.MEGA.M", 4, "PRETEXT.PERMUTE", "always", "PRETEXT.CROP", "pad", "PRETEXT.NOISE_PROB", 0.3),
     "pooled": ("PRETEXT.POOL", 2),
     "t2t": ("MODEL.ENCODER.NAME", "t2t_vit_14", "MODEL.ENCODER.PATCH_SIZE", 16),
     "swin": ("MODEL.ENCODER.NAME", "swin_tiny"),

@@ -54,7 +54,7 @@ def test_grayscale_equals_torchvision_for_chosen_patches() -> None:
 
 def test_noise_is_normal_and_for_chosen_patches_only() -> None:
     pixels, chosen = torch.full((3, 64, 400), 0.5), torch.arange(400) % 4 == 0
-    noisy = add_noise_(pixels.clone(), chosen, torch.arange(400) * 7919, 0.1)
+    noisy = add_noise_(pixels.clone(), chosen.nonzero()[:, 0], torch.arange(400) * 7919, 0.1)
     assert torch.equal(noisy[..., ~chosen], pixels[..., ~chosen])
     noise = (noisy[..., chosen] - 0.5).flatten() / 0.1
     assert noise.mean().item() == pytest.approx(0, abs=4 / len(noise) ** 0.5)
@@ -62,5 +62,5 @@ def test_noise_is_normal_and_for_chosen_patches_only() -> None:
     assert (noise.abs() > 1.96).float().mean().item() == pytest.approx(0.05, abs=0.01)
     channels = noise.view(3, -1)
     assert channels.corrcoef().triu(1).abs().max() < 4 / channels.shape[1] ** 0.5
-    clamped = add_noise_(pixels.clone(), chosen, torch.arange(400), 10.0)
+    clamped = add_noise_(pixels.clone(), chosen.nonzero()[:, 0], torch.arange(400), 10.0)
     assert clamped.min() == 0 and clamped.max() == 1
