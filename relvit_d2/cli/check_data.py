@@ -111,7 +111,9 @@ def run(args: argparse.Namespace) -> None:
     print_text(f"written: {output}/check.json" + (f" and {output}/check.png" if drawn else ""))
     if args.show_augmented and not report["errors"]:
         augmented = augmented_samples(cfg, classes)
-        draw_samples(augmented, output / "augmented.png", f"{first}: {len(augmented)} training samples")
+        draw_samples(
+            augmented, output / "augmented.png", f"{', '.join(cfg.DATASETS.TRAIN)}: {len(augmented)} training samples"
+        )
         print_text(f"written: {output}/augmented.png")
     if len(report["errors"]) > 1:
         raise UserError(f"training cannot start: correct the {len(report['errors'])} errors above")

@@ -14,12 +14,14 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from relvit_d2.data.detection.augmentation import AugmentedMapper
+from relvit_d2.data.detection.composition import Sample
 from relvit_d2.data.detection.mapper import DetectionMapper
 from relvit_d2.data.detection.records import Record
 from relvit_d2.data.images.decode import UnreadableImageError
 from relvit_d2.data.loader import Batches, EndlessOrder
 from relvit_d2.detection.model import build_detector
 from relvit_d2.detection.run import resolve_config, training_batches
+from tests.support.colored_objects import PER_IMAGE, check, scene
 from tests.support.detectors import tiny_config
 from tests.support.runs import equal, rows
 from tests.support.scripts import command, run
@@ -107,6 +109,29 @@ def test_samples_are_a_function_of_the_seed(masks: bool, jitter: int, records: l
     assert all(map(same, expected[12:], resumed)) and all(map(same, expected, shared))
     if masks and not jitter:
         assert all(map(same, expected, drawn(cfg, records, 6, workers=2)))
+
+
+@pytest.mark.parametrize("jitter", [0, 96])
+@pytest.mark.parametrize(("order", "keys"), [("RGB", {"MOSAIC": 0.5, "COPY_PASTE": 0.5}), ("BGR", {"ROTATION": 20})])
+def test_labels_of_mapped_samples_follow_pixels(
+    jitter: int, order: str, keys: dict[str, float], tmp_path: Path
+) -> None:
+    """At several sizes and with large-scale jitter. A rotation would mix the colours of touching objects."""
+    colored = []
+    for number in range(4):
+        sample = scene(number, PER_IMAGE * number)
+        Image.fromarray(sample.image.permute(1, 2, 0).numpy()).save(path := tmp_path / f"{number}.png")
+        labelled = [*zip(sample.boxes.tolist(), sample.classes.tolist(), strict=True), (sample.regions[0].tolist(), 0)]
+        objects = [
+            {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": kind, "iscrowd": int(index == PER_IMAGE)}
+            for index, (box, kind) in enumerate(labelled)
+        ]
+        colored.append({"file_name": str(path), "image_id": number, "height": 90, "width": 120, "annotations": objects})
+    black = ("MODEL.PIXEL_MEAN", (0.0, 0.0, 0.0), "INPUT.FORMAT", order, "INPUT.LSJ.SIZE", jitter)
+    cfg = config(keys, *black, "INPUT.MIN_SIZE_TRAIN", (80, 130), "INPUT.MAX_SIZE_TRAIN", 160)
+    for mapped in drawn(cfg, colored, 6):
+        mapped["image"] = mapped["image"].flip(0) if order == "BGR" else mapped["image"]
+        check(Sample.of(mapped, with_masks=False), tight=False)
 
 
 def test_samples_do_not_depend_on_torch_and_do_not_change_its_generator(records: list[Record]) -> None:
