@@ -53,6 +53,23 @@ def test_auto_permutes_if_the_encoder_has_position_information(
     assert ("PERMUTE" in caplog.text) == (setting == "auto")
 
 
+def test_relative_positions_are_positions_and_the_losses_depend_on_the_permutation() -> None:
+    keys = ("MODEL.ENCODER.POS_EMBED", False, "MODEL.ENCODER.REL_POS", True)
+    assert model_of("PRETEXT.PERMUTE", "auto", *keys).views.config.permute
+    images = torch.randint(0, 256, (2, 3, 40, 40), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    batch = {"images": images, "sizes": torch.tensor([[40, 40]] * 2), "keys": torch.arange(2)}
+    losses = {}
+    for permute in ("never", "always"):
+        model = model_of("PRETEXT.PERMUTE", permute, *keys).eval()
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            losses[permute] = as_scalars(model(batch))
+    names = [name for name in losses["never"] if name.startswith("loss")]
+    assert names and all(abs(float(losses["never"][n]) - float(losses["always"][n])) > 1e-4 for n in names)
+
+
 def test_losses_of_a_vit_without_position_embedding_ignore_the_permutation() -> None:
     """With a position embedding the losses differ."""
     images = torch.randint(0, 256, (3, 3, 40, 40), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
