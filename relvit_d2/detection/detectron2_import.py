@@ -26,7 +26,7 @@ from relvit_d2.utils.config_keys import get_key
 from relvit_d2.utils.config_paths import find_config
 from relvit_d2.utils.digest import content_digest
 from relvit_d2.utils.errors import UserError
-from relvit_d2.utils.files import appearing, check_target, make_folder, write_json, write_text
+from relvit_d2.utils.files import appearing, make_folder, write_json, write_text
 
 _MODELS = Path(detectron2.__file__).parent / "model_zoo/configs/common/models"
 _BASE = "configs/base/detection.yaml"
@@ -49,8 +49,8 @@ def import_detector(source: Path, output: Path, allow_pickle: bool) -> str:
         UserError: the file is not such a checkpoint, the features of an image differ from those of Detectron2's model,
             or the folder of ``output`` has a config already.
     """
-    make_folder(output.parent)
-    check_target(output, ".pth")
+    if output.suffix != ".pth":
+        raise UserError(f"'{output}' does not end in .pth: rename it")
     config = output.with_name("config.yaml")
     if config.exists():
         raise UserError(f"'{config}' exists: write '{output.name}' into a folder without a run")
@@ -76,10 +76,12 @@ def import_detector(source: Path, output: Path, allow_pickle: bool) -> str:
     data: dict[str, Any] = {"model": model.state_dict()}
     if found.classes == len(coco):
         data["class_names"] = coco
-        write_json(output.with_name("classes.json"), coco)
     data["digest"] = content_digest(data)
+    make_folder(output.parent)
     with appearing(output) as part:
         torch.save(data, part)
+    if "class_names" in data:
+        write_json(output.with_name("classes.json"), coco)
     write_text(config, _yaml(keys | {"MODEL.WEIGHTS": str(output.resolve())}))
     classes = f"{found.classes} classes" + (", taken to be COCO's" if "class_names" in data else " without names")
     return (

@@ -138,6 +138,12 @@ def test_a_config_of_another_architecture_is_refused_with_the_keys_to_set(
         loaded(tmp_path / "a.pth", build_detector(cfg), cfg, [], caplog)
 
 
+def test_padding_to_no_multiple_of_the_coarsest_stride_is_refused() -> None:
+    cfg = config(detectron2_model(encoder_keys()).state_dict(), "MODEL.PYRAMID.SIZE_DIVISIBILITY", 100)
+    with pytest.raises(UserError, match=r"SIZE_DIVISIBILITY 100 is not a multiple of the coarsest stride .* 32: give"):
+        build_detector(cfg)
+
+
 def test_unsupported_vitdets_are_refused() -> None:
     tensors = detectron2_model(encoder_keys()).state_dict()
     relative = {name: value for name, value in tensors.items() if "rel_pos" in name}
