@@ -16,7 +16,7 @@ from relvit_d2.conversion.detectron2_checkpoint import config_keys, find_detecto
 from relvit_d2.conversion.detectron2_detector import adapt_checkpoint, renamed
 from relvit_d2.detection.model import build_detector
 from relvit_d2.encoders.swin import SWIN_SIZES
-from relvit_d2.engine.weights import load_weights
+from relvit_d2.engine.weights import load_trained, load_weights
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.config_keys import get_key
 from relvit_d2.utils.errors import UserError
@@ -126,6 +126,30 @@ def test_layers_of_the_same_classes_are_kept(tmp_path: Path, caplog: pytest.LogC
         state = loaded(tmp_path / "a.pth", build_detector(cfg), cfg, ["a", "b", "c"], caplog)
         assert all(torch.equal(state[f"{layer}.weight"], before[f"{layer}.weight"]) for layer in LAYERS)
         assert re.search(r"new +0\n", caplog.text)
+
+
+def test_evaluation_needs_the_classes_of_the_checkpoint(tmp_path: Path) -> None:
+    before = detectron2_model(encoder_keys(), classes=3).state_dict()
+    torch.save({"model": before}, tmp_path / "a.pth")
+    cfg = config(before)
+    model = build_detector(cfg)
+    load_trained(cfg, model, tmp_path / "a.pth")
+    state, scores, block = model.state_dict(), "roi_heads.box_predictor.cls_score.weight", "blocks.1.mlp.fc1.bias"
+    assert torch.equal(state[scores], before[scores])
+    assert torch.equal(state[f"backbone.net.encoder.vit.{block}"], before[f"backbone.net.{block}"])
+    cfg = config(before, "MODEL.ROI_HEADS.NUM_CLASSES", 4)
+    with pytest.raises(UserError, match="fits only"):
+        load_trained(cfg, build_detector(cfg), tmp_path / "a.pth")
+
+
+def test_a_detector_without_masks_is_loaded() -> None:
+    tensors = detectron2_model(encoder_keys()).state_dict()
+    checkpoint = {"model": {name: value for name, value in tensors.items() if "mask_head" not in name}}
+    cfg = config(checkpoint["model"])
+    model = build_detector(cfg)
+    adapt_checkpoint("file", checkpoint, model.state_dict(), partial(get_key, cfg), None)
+    model.load_state_dict(checkpoint["model"])
+    assert not cfg.MODEL.MASK_ON
 
 
 def test_a_config_of_another_architecture_is_refused_with_the_keys_to_set(
