@@ -182,7 +182,7 @@ class PositionLeakWarning(HookBase):
                 logger.warning(
                     f"the accuracy of {name} is {history.avg(count):.1%} in the first epoch: positions leak, so "
                     "nothing is learnt. An encoder with position information needs permuted patches: set "
-                    "PRETEXT.PERMUTE always, or MODEL.ENCODER.POS_EMBED False for a ViT"
+                    "PRETEXT.PERMUTE always, or for a ViT MODEL.ENCODER.POS_EMBED False, REL_POS False and WINDOW 0"
                 )
                 return
 

@@ -45,7 +45,12 @@ def set_heads(model: Any, classes: int, cascade: bool, channels: int, hidden: in
 
 
 def detectron2_model(
-    keys: dict[str, Any], classes: int = 7, cascade: bool = False, small: bool = True, by: float = 0.05
+    keys: dict[str, Any],
+    classes: int = 7,
+    cascade: bool = False,
+    small: bool = True,
+    by: float = 0.05,
+    spread: float = 0.0,
 ) -> nn.Module:
     """Build a ViTDet, or an R-CNN on Swin, whose weights are random, none of them 0 or 1, in evaluation mode.
 
@@ -55,6 +60,8 @@ def detectron2_model(
         cascade: with the heads of Cascade R-CNN.
         small: with few channels in pyramid and heads, and few proposals; else as published.
         by: standard deviation of what is added to the initial weights.
+        spread: standard deviation of the weights of the scores, without a cascade; 0: the initial one. With many classes
+            few scores are above the threshold otherwise.
     """
     torch.manual_seed(0)
     swin = not keys["MODEL.ENCODER.NAME"].startswith("vitdet:")
@@ -70,10 +77,13 @@ def detectron2_model(
     channels, hidden, proposals = (SMALL, 2 * SMALL, 30) if small else (256, 1024, 1000)
     (set_swin if swin else set_vit)(model.backbone, keys | {"MODEL.PYRAMID.OUT_CHANNELS": channels})
     set_heads(model, classes, cascade, channels, hidden, proposals)
-    return scattered(instantiate(model), by)
+    built = scattered(instantiate(model), by)
+    if spread:
+        built.roi_heads.box_predictor.cls_score.weight.data.normal_(std=spread)
+    return built
 
 
-def scattered(model: nn.Module, by: float) -> nn.Module:
+def scattered(model: Any, by: float) -> Any:
     """Add normal noise to all parameters."""
     if next(model.parameters()).device.type != "meta":
         for value in model.parameters():
