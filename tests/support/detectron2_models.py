@@ -60,8 +60,8 @@ def detectron2_model(
         cascade: with the heads of Cascade R-CNN.
         small: with few channels in pyramid and heads, and few proposals; else as published.
         by: standard deviation of what is added to the initial weights.
-        spread: standard deviation of the weights of the scores, without a cascade; 0: the initial one. With many classes
-            few scores are above the threshold otherwise.
+        spread: standard deviation of the weights of the scores, without a cascade; 0: the initial one, with which no
+            score of many classes is above the threshold.
     """
     torch.manual_seed(0)
     swin = not keys["MODEL.ENCODER.NAME"].startswith("vitdet:")
