@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from timm.models import swin_transformer, vision_transformer
 from torch import Tensor
 
+from relvit_d2.encoders.swin import SWIN_SIZES
 from relvit_d2.encoders.timm_vit import entry, without_head
 
 # Maps images (B, C, H, W) to features of the last map (B, N, D).
@@ -22,6 +23,7 @@ TIMM_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "vit_small": ("vit_small_patch16_224", {}),
     "vit_base": ("vit_base_patch16_224", {}),
     "swin_tiny": ("swin_tiny_patch4_window7_224", {}),
+    **{f"swin:{size}": (f"swin_{size}_patch4_window7_224", {}) for size in SWIN_SIZES},
 }
 
 

@@ -65,6 +65,18 @@ def test_timm_loads_the_tensors_strictly_and_they_convert_back(
         verify_timm(encoder, model, made_with, tensors | {first: tensors[first] * 2})
 
 
+@pytest.mark.slow
+def test_timm_loads_a_larger_swin() -> None:
+    encoder = scattered("swin:small")
+    assert verify_timm(encoder, *to_timm(encoder)) < 1e-4
+
+
+def test_encoders_that_timm_lacks_are_refused() -> None:
+    for name, arguments in {"vitdet:nano": {}, "vit_nano": {"rel_pos": True}}.items():
+        with pytest.raises(UserError, match=f"has no model of encoder '{name}'"):
+            to_timm(build_encoder(name, img_size=32, **arguments))
+
+
 def test_detectron2s_vit_returns_the_patch_tokens_without_prefix_tokens(tmp_path: Path) -> None:
     exported = to_detectron2(scattered("vit_nano", patch_size=8, img_size=32))
     assert exported.difference < 1e-5
