@@ -60,13 +60,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default 5)")
     parser.add_argument("--iterations", type=int, default=600, help="of each detector (default 600)")
     parser.add_argument("--output", type=Path, default=Path("output/benchmark_selection"), help="folder")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that override the config")
+    parser.add_argument("opts", nargs="*", help="KEY VALUE pairs that override the config")
     return parser
 
 
 def main() -> None:
     """Train all detectors and print their AP."""
-    args = build_parser().parse_args()
+    args = build_parser().parse_intermixed_args()
     args.output.mkdir(parents=True, exist_ok=True)
     splits, classes = read_splits(args.data)
     images = [str(record["file_name"]) for record in splits["train"]]
