@@ -129,20 +129,19 @@ def window(sample: Sample, top: int, left: int, height: int, width: int) -> Samp
 def mosaic(samples: Sequence[Sample], height: int, width: int) -> Sample:
     """Return four images side by side, two above two, in random order (Bochkovskiy et al., "YOLOv4", 2020).
 
-    The common corner is random. Each image fills its part: a random, largest possible window of the part's aspect ratio
+    The common corner is random. Each image fills its cell: a random, largest possible window of the cell's aspect ratio
     is resized to it.
     """
     row, column = (np.random.randint(int(side * CENTRE[0]), int(side * CENTRE[1]) + 1) for side in (height, width))
-    places = [(0, 0, row, column), (0, column, row, width - column)]
-    places += [(row, 0, height - row, column), (row, column, height - row, width - column)]
+    cells = [(0, 0, row, column), (0, column, row, width - column)]
+    cells += [(row, 0, height - row, column), (row, column, height - row, width - column)]
     parts = []
-    for index, (top, left, down, across) in zip(np.random.permutation(4), places, strict=True):
+    for index, (top, left, down, across) in zip(np.random.permutation(4), cells, strict=True):
         part = _filling(samples[index], down, across) if down and across else None
-        if part:  # tiny images have empty parts
+        if part:  # tiny images have empty cells
             parts.append(window(part, -top, -left, height, width))
-    return _joined(
-        sum((part.image.as_subclass(Tensor) for part in parts[1:]), parts[0].image.as_subclass(Tensor)), parts
-    )
+    image = torch.stack([part.image.as_subclass(Tensor) for part in parts]).amax(0)  # each is 0 outside of its cell
+    return _joined(image, parts)
 
 
 def _filling(sample: Sample, height: int, width: int) -> Sample:
@@ -151,8 +150,8 @@ def _filling(sample: Sample, height: int, width: int) -> Sample:
     down = min(rows, max(1, round(columns * height / width)))
     across = min(columns, max(1, round(rows * width / height)))
     top, left = np.random.randint(rows - down + 1), np.random.randint(columns - across + 1)
-    place = (int(top), int(left), down, across, [height, width])
-    return sample.moved(F.resized_crop(sample.image, *place), lambda part: F.resized_crop(part, *place))
+    crop = (int(top), int(left), down, across, [height, width])
+    return sample.moved(F.resized_crop(sample.image, *crop), lambda part: F.resized_crop(part, *crop))
 
 
 def mixup(sample: Sample, partner: Sample) -> Sample:
@@ -165,9 +164,9 @@ def mixup(sample: Sample, partner: Sample) -> Sample:
     top, left = (int(np.random.randint(min(0, rest), max(0, rest) + 1)) for rest in (height - down, width - across))
     other = window(partner, -top, -left, height, width)
     image = sample.image.as_subclass(Tensor).clone()
-    place = (slice(None), slice(max(top, 0), max(top, 0) + down), slice(max(left, 0), max(left, 0) + across))
-    total = image[place].to(torch.int16) + other.image.as_subclass(Tensor)[place]
-    image[place] = ((total + 1) // 2).to(torch.uint8)
+    overlap = (slice(None), slice(max(top, 0), max(top, 0) + down), slice(max(left, 0), max(left, 0) + across))
+    total = image[overlap].to(torch.int16) + other.image.as_subclass(Tensor)[overlap]
+    image[overlap] = ((total + 1) // 2).to(torch.uint8)
     return _joined(image, [sample, other])
 
 
@@ -186,10 +185,10 @@ def copy_paste(sample: Sample, partner: Sample) -> Sample:
     for index in np.random.permutation(count)[: np.random.randint(count) + 1 if count else 0]:
         x0, y0 = np.floor(others[index, :2]).astype(int).tolist()
         x1, y1 = np.ceil(others[index, 2:]).astype(int).tolist()
-        place = _free_place(boxes, x1 - x0, y1 - y0, height, width)
-        if place is None:
+        position = _free_position(boxes, x1 - x0, y1 - y0, height, width)
+        if position is None:
             continue
-        top, left = place
+        top, left = position
         cover = torch.zeros(height, width, dtype=torch.bool)
         shape, target = (part[..., top : top + y1 - y0, left : left + x1 - x0] for part in (cover, image))
         shape[:] = True if partner.masks is None else partner.masks.as_subclass(Tensor)[index, y0:y1, x0:x1]
@@ -209,8 +208,8 @@ def copy_paste(sample: Sample, partner: Sample) -> Sample:
     return _uncovered(_joined(image, [sample, pasted]), covers)
 
 
-def _free_place(boxes: np.ndarray, across: int, down: int, height: int, width: int) -> tuple[int, int] | None:
-    """Return a random top and left of a box where it covers no other box too much, or None if none was found."""
+def _free_position(boxes: np.ndarray, across: int, down: int, height: int, width: int) -> tuple[int, int] | None:
+    """Return a random top and left at which a box covers at most :data:`COVERED` of each other box; None: not found."""
     for _ in range(TRIES):
         top, left = int(np.random.randint(height - down + 1)), int(np.random.randint(width - across + 1))
         covered = intersection(boxes, np.array([left, top, left + across, top + down]))

@@ -29,8 +29,8 @@ def add_mapper_config(cfg: CfgNode) -> None:
     cfg.INPUT.AUGMENT.ROTATION = 0.0  # maximum angle of a rotation to either side, degrees
     cfg.INPUT.AUGMENT.ERASING = 0.0  # probability of an erased rectangle of 2 to 33 % of the image
     cfg.INPUT.AUGMENT.BRIGHTNESS = 0.0  # maximum change of the brightness factor from 1, up or down
-    cfg.INPUT.AUGMENT.CONTRAST = 0.0  # the same of the contrast
-    cfg.INPUT.AUGMENT.SATURATION = 0.0  # the same of the saturation
+    cfg.INPUT.AUGMENT.CONTRAST = 0.0  # maximum change of the contrast factor from 1, up or down
+    cfg.INPUT.AUGMENT.SATURATION = 0.0  # maximum change of the saturation factor from 1, up or down
     cfg.INPUT.AUGMENT.HUE = 0.0  # maximum shift of the hue to either side, a fraction of the colour circle; at most 0.5
 
 
