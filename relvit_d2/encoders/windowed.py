@@ -69,19 +69,23 @@ def windowed_attention(attention: Attention, x: Tensor, grid: Grid, window: int)
         attention: the weights.
         x: normed tokens ``(B, prefix + rows * cols, C)``.
         grid: rows and columns of patches.
-        window: side of a window in patches; 0: one window, the whole grid.
+        window: side of a window in patches; 0: global attention, with relative positions.
 
     Returns:
         ``(B, prefix + rows * cols, C)``.
     """
-    rows, cols = grid
-    prefix = x.shape[1] - rows * cols
-    sides = grid
-    if window:
-        sides = (window if rows > window else rows), (window if cols > window else cols)
     qkv = attention.qkv(x)
+    out = _within_windows(attention, qkv, grid, window) if window else _everywhere(attention, qkv, grid)
+    return attention.proj_drop(attention.proj(attention.norm(out)))
+
+
+def _within_windows(attention: Attention, qkv: Tensor, grid: Grid, window: int) -> Tensor:
+    """Map projected tokens ``(B, prefix + rows * cols, 3 * C)`` to outputs ``(B, prefix + rows * cols, C)``."""
+    rows, cols = grid
+    prefix = qkv.shape[1] - rows * cols
+    sides = (window if rows > window else rows), (window if cols > window else cols)
     windows = partition(qkv[:, prefix:].unflatten(1, grid), sides, attention.qkv.bias)
-    count = windows.shape[0] // x.shape[0]
+    count = windows.shape[0] // qkv.shape[0]
     before = qkv[:, :prefix]
     if prefix:
         # repeat_interleave would need a constant count in ONNX.
@@ -94,7 +98,15 @@ def windowed_attention(attention: Attention, x: Tensor, grid: Grid, window: int)
         _, keys, values = _heads(attention, qkv)
         queries, _, _ = _heads(attention, before)
         out = torch.cat((_attend(attention, queries, keys, values, 0), out), dim=1)
-    return attention.proj_drop(attention.proj(attention.norm(out)))
+    return out
+
+
+def _everywhere(attention: Attention, qkv: Tensor, grid: Grid) -> Tensor:
+    """As :func:`_within_windows`, with global attention and relative positions."""
+    queries, keys, values = _heads(attention, qkv)
+    prefix = qkv.shape[1] - grid[0] * grid[1]
+    bias = _relative_bias(attention, queries[:, :, prefix:], grid, 0)
+    return _attend(attention, queries, keys, values, 0, F.pad(bias, (prefix, 0, prefix, 0)))
 
 
 def partition(x: Tensor, sides: Grid, fill: Tensor | None) -> Tensor:
