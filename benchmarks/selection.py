@@ -10,6 +10,7 @@ An interrupted command continues where it stopped.
 import argparse
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ KEYS = ["TEST.EVAL_PERIOD", "0", "SOLVER.CHECKPOINT_PERIOD", "0"]
 
 
 def write_set(splits: dict[str, list[dict[str, Any]]], classes: list[str], output: Path) -> None:
-    """Write records in COCO format, with links to their images."""
+    """Write records in COCO format, with copies of their images."""
     for split, records in splits.items():
         images = output / split
         images.mkdir(parents=True, exist_ok=True)
@@ -33,8 +34,7 @@ def write_set(splits: dict[str, list[dict[str, Any]]], classes: list[str], outpu
         for image in truth["images"]:
             path = Path(image["file_name"]).resolve()
             image["file_name"] = path.name
-            (images / path.name).unlink(missing_ok=True)
-            (images / path.name).symlink_to(path)
+            shutil.copyfile(path, images / path.name)
         (images / "_annotations.coco.json").write_text(json.dumps(truth), encoding="utf-8")
 
 
