@@ -12,6 +12,7 @@ from tests.support.runs import rows
 from tests.support.scripts import command, run
 
 
+@pytest.mark.slow
 def test_training_needs_nothing_that_windows_lacks(root: Path, tmp_path: Path) -> None:
     """Without these modules, signals, fork and descriptors over sockets; pre-training's worker process is spawned."""
     short = ("SOLVER.MAX_ITER", 2, "SOLVER.CHECKPOINT_PERIOD", 0, "DATALOADER.NUM_WORKERS")

@@ -128,6 +128,7 @@ def test_paths_are_relative_to_the_data_root(folder: Path, tmp_path: Path, monke
     assert lines[0] == lines[1]
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_with_changed_images_unless_allowed(folder: Path, tmp_path: Path) -> None:
     data = ("DATASETS.TRAIN", f"('{folder}',)", "DATASETS.TEST", "()", "SOLVER.MAX_ITER")
     for contents in (False, True):

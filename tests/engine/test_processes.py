@@ -144,7 +144,8 @@ def test_the_failing_process_reports_once_and_nothing_hangs(
     assert time.monotonic() - began < 120
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_is_reported(rank: int, root: Path, tmp_path: Path) -> None:
     arguments = command("train_net.py", tmp_path, "SOLVER.MAX_ITER", 10_000, flags=TWO)
     sentence = fails(root, *arguments, fault=f"step:2:{rank}")

@@ -56,7 +56,9 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert not list(other.rglob("*.part"))
 
 
-@pytest.mark.parametrize(("script", "workers"), [("pretrain_ssl.py", 2), ("train_net.py", 0)])
+@pytest.mark.parametrize(
+    ("script", "workers"), [("pretrain_ssl.py", 2), pytest.param("train_net.py", 0, marks=pytest.mark.slow)]
+)
 def test_killed_anywhere_and_resumed(
     script: str, workers: int, root: Path, uninterrupted: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -295,11 +295,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
             (("--data", root, *words), f"{words[0]} needs a config: give --config-file with the recipe.yaml")
             for words in (
                 ("--resume",),
-                ("--allow-changes",),
-                ("--eval-only",),
-                ("--num-gpus", 2),
                 ("--machine-rank", 1),
-                ("--dist-url", "tcp://localhost:1"),
             )
         ),
         (("--data", root, "--weights", "timm:vit_nonexist"), "timm .* has no model 'vit_nonexist'"),

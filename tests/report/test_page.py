@@ -78,7 +78,7 @@ class Page(html.parser.HTMLParser):
         self.words += data
 
 
-@pytest.mark.parametrize("names", [("ssl",), ("a",), ("a", "b", "ssl")])
+@pytest.mark.parametrize("names", [pytest.param(("ssl",), marks=pytest.mark.slow), ("a",), ("a", "b", "ssl")])
 def test_a_page_is_sound_and_holds_all_it_shows(runs: dict[str, Path], names: tuple[str, ...], tmp_path: Path) -> None:
     write_report([runs[name] for name in names], tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
@@ -350,6 +350,7 @@ def overlap(a: np.ndarray, b: np.ndarray) -> float:
     return inner / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inner)
 
 
+@pytest.mark.slow
 def test_a_model_of_any_script_is_analysed(root: Path) -> None:
     cases = {
         "demo/streets.yaml": ("encoder", "pyramid", "proposals", "heads"),
