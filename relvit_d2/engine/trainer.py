@@ -121,7 +121,7 @@ class Trainer(TrainerBase):
         self.interrupt, self.stopped = 0, False
         in_turn = self.scaler.is_enabled() or cfg.TASK == "detection"
         self.reads_late = torch.device(cfg.MODEL.DEVICE).type == "cuda" and not in_turn
-        self._signal = 0  # its number, from the values of the last iteration that was read
+        self._signal = 0  # number of a signal in the values read last; ends the run after the iteration launched last
         self.metadata: dict[str, Any] = {}
         self._data: DataList | None = None
         self._list_data = list_data if comm.is_main_process() else None
