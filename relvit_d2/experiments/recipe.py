@@ -25,8 +25,7 @@ EPOCHS = 30  # of the training images, as few as a model is chosen for
 MIN_IMAGES, MAX_IMAGES = 6_000, 40_000  # limits of the number of images that EPOCHS stands for
 UPDATES = 800  # iterations that the batch is chosen for
 PRETRAINING = 0.3  # share of the time
-ITERATING = 0.8  # of that share, the rest is for starts, evaluations and optimizer steps
-MIN_PRETRAINING = 1000  # iterations; shorter ones gained nothing (docs/evidence.md)
+MIN_PRETRAINING = 500  # iterations; with fewer, the time is better spent on training (docs/benchmarks.md)
 USABLE_MEMORY = 0.5  # share of the free memory that the activations of a batch may fill
 WINDOWED = 400  # patches of an image from which attention is in windows
 WINDOWS = range(8, 15)  # sides of windows to choose from, patches
@@ -218,7 +217,7 @@ def choose_pretraining(
     """Return whether the time, of pre-training and training, is enough for a pre-training that is worth it."""
     encoder, _ = choose_model(data, machine, seconds * (1 - PRETRAINING), given, encoders)
     _, batch = pretraining_views(encoder, machine.device)
-    count = int(ITERATING * PRETRAINING * seconds / (machine.costs[encoder.name].view * batch))
+    count = int(PRETRAINING * seconds / (machine.costs[encoder.name].view * batch))
     enough = count >= MIN_PRETRAINING
     limit = f"{'at least' if enough else 'fewer than'} the {MIN_PRETRAINING:,} that are needed"
     return Choice(enough, f"{PRETRAINING:.0%} of the time is enough for about {count:,} iterations, {limit}")
