@@ -88,9 +88,9 @@ def test_invalid_files_are_reported_in_one_sentence(root: Path, folder: Path, tm
         target = ("--from", "detectron2", "--to", tmp_path / "out/a.pth")
         assert message in fails(root, "relvit-d2", "convert", tmp_path / name, *flags, *target)
     assert not (tmp_path / "out").exists()
-    for name, message in {"a.txt": "does not end in .pth", "cut.pth/a.pth": "cannot be created"}.items():
-        error = fails(root, "relvit-d2", "convert", folder / "a.pth", "--from", "detectron2", "--to", tmp_path / name)
-        assert message in error
+    to = ("relvit-d2", "convert", folder / "a.pth", "--from", "detectron2", "--to")
+    assert "does not end in .pth" in fails(root, *to, tmp_path / "a.txt")
+    assert "cannot be created" in fails(root, *to, tmp_path / "cut.pth/a.pth")
     assert "add --from detectron2" in fails(
         root, "relvit-d2", "convert", folder / "a.pkl", "--allow-pickle", "--to", tmp_path / "a.safetensors"
     )

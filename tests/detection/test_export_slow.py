@@ -23,17 +23,24 @@ SIZES = ("INPUT.MIN_SIZE_TEST", 128, "INPUT.MAX_SIZE_TEST", 288)  # maps of a Sw
 
 
 @pytest.mark.parametrize("masks", [True, False])
-@pytest.mark.parametrize("name", ["vit_small", "swin_tiny", "t2t_vit_14", "windowed"])
+@pytest.mark.parametrize("name", ["vit_small", "swin_tiny", "t2t_vit_14", "windowed", "relative"])
 def test_every_encoder_is_exported_for_any_size(
     name: str, masks: bool, samples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The command compares detections in crops of photographs, so of different sizes."""
-    windows = ("MODEL.ENCODER.WINDOW", 3, "MODEL.ENCODER.GLOBAL_BLOCKS", 2) if name == "windowed" else ()
-    encoder = "vit_nano" if name == "windowed" else name
-    patch = 16 if name == "windowed" else build_encoder(name).arguments["patch_size"]
+    variant = name in ("windowed", "relative")
+    windows = ("MODEL.ENCODER.WINDOW", 3, "MODEL.ENCODER.GLOBAL_BLOCKS", 2) if variant else ()
+    encoder = "vit_nano" if variant else name
+    patch = 16 if variant else build_encoder(name).arguments["patch_size"]
     keys = ("MODEL.ENCODER.NAME", encoder, "MODEL.ENCODER.PATCH_SIZE", patch, "MODEL.MASK_ON", masks, *windows)
+    keys += ("MODEL.ENCODER.REL_POS", name == "relative")
     strides = ("MODEL.PYRAMID.STRIDES", [4, 8, 16, 32], "MODEL.ENCODER.IMG_SIZE", 128)
     detector = write_run(tmp_path / "run", tiny_config(*keys, *strides, *SMALL, *LEVELS, *SIZES))
+    if name == "relative":  # zero at the start
+        content = torch.load(detector / "model_final.pth", weights_only=True)
+        for table in (value for key, value in content["model"].items() if "rel_pos" in key):
+            table.normal_(std=0.3)
+        torch.save(content, detector / "model_final.pth")
     words = ["export-model", "--weights", detector, "--output", tmp_path / "x.onnx"]
     assert main([*map(str, words), "--images", str(samples / "VOC2007/JPEGImages")]) == 0
     printed = capsys.readouterr().out
