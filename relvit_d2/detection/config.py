@@ -51,7 +51,7 @@ def add_relvit_config(cfg: CfgNode) -> None:
     cfg.MODEL.PYRAMID.OUT_CHANNELS = 256  # channels of every level
     cfg.MODEL.PYRAMID.NORM = "LN"  # LN, GN, FrozenBN, or "" for none
     # Sides of images are padded to multiples of this many pixels, a multiple of the coarsest stride, 0: of that stride.
-    # From INPUT.MAX_SIZE_TEST on, images are padded to squares, as ViTDet does
+    # With INPUT.MAX_SIZE_TEST or more pixels, images are padded to squares, as in ViTDet
     cfg.MODEL.PYRAMID.SIZE_DIVISIBILITY = 0
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 0  # 0: the number of classes of the data set
     cfg.MODEL.RELVIT.GRID = [7, 7]  # joint training: rows and columns of the position grid for any image size

@@ -133,7 +133,7 @@ def reference_pyramid(found: Detectron2Checkpoint, keys: dict[str, Any]) -> Back
 
     Args:
         found: the checkpoint.
-        keys: its config keys, of :func:`relvit_d2.conversion.detectron2_detector.config_keys`.
+        keys: its config keys, of :func:`relvit_d2.conversion.detectron2_checkpoint.config_keys`.
     """
     tensors = {n.removeprefix("backbone."): v for n, v in found.tensors.items() if n.startswith("backbone.")}
     simple = keys["MODEL.PYRAMID.NAME"] == "simple"

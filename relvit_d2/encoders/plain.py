@@ -79,7 +79,7 @@ class PlainEncoder(Encoder):
 
     @property
     def supports_subsets(self) -> bool:
-        """Whether all blocks have global attention; windows need the whole grid."""
+        """Whether no block has windows or relative positions, which need the whole grid."""
         return not self._windows
 
     def _sequences(self, images: Tensor, kept: Tensor | None = None) -> list[Tensor]:

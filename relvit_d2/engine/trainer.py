@@ -52,8 +52,8 @@ class Trainer(TrainerBase):
     a resumed run equals an uninterrupted one.
 
     On a GPU an iteration is launched before the values of the previous one are read, so that the GPU does not wait for
-    the host, unless that one is saved or evaluated. Not in float16, which reads the gradients before each step, nor in
-    detection, where Detectron2's heads read values and log them.
+    the host, unless that one is saved or evaluated. This is not done in float16, which reads the gradients before each
+    step, nor in detection, where Detectron2's heads read values and log them.
 
     Custom hooks, such as a ``detectron2.engine.hooks.PeriodicWriter`` with an ``EventWriter``, are registered with
     ``register_hooks`` before :meth:`train` and run after the trainer's. They see the logged values of their iteration,

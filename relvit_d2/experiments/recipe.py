@@ -21,7 +21,7 @@ SIDES = (128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 
 PATCHES = 2  # patches along an object that the smallest tenth of the objects gets at least
 SMALL_OBJECT = 32  # pixels beyond which smaller objects need no larger images
-EPOCHS = 30  # of the training images, as few as a model is chosen for
+EPOCHS = 30  # of the training images; the model is chosen so that the time is enough for at least these
 MIN_IMAGES, MAX_IMAGES = 6_000, 40_000  # limits of the number of images that EPOCHS stands for
 UPDATES = 800  # iterations that the batch is chosen for
 PRETRAINING = 0.3  # share of the time
@@ -280,7 +280,7 @@ def _encoder_and_side(
 
 
 def window_choices(encoder: Encoder, height: int, width: int) -> Choices:
-    """Choose attention in windows, which the patches of an image fill with the least padding, for a known encoder."""
+    """Choose the attention windows that need the least padding, for the ViTs of this package; nothing for others."""
     if encoder.name not in SIZES:
         return {}
     rows, cols = -(-height // encoder.patch), -(-width // encoder.patch)
