@@ -103,6 +103,8 @@ def train(
         keys = ({"MODEL.WEIGHTS": weights} if weights else {}) | keys
         _run("train", str(config), data, keys, *["--overwrite"] * overwrite)
         return Path(output)
+    if weights and pretrain is not None:
+        raise UserError("weights replace the pre-training: leave out pretrain, or leave out weights")
     args = parser_of("train").parse_args([f"--data={data}", f"--weights={weights}", *_words(keys)])
     args.hours, args.pretrain, args.overwrite = hours, pretrain, overwrite
     run_recipe(args, _run_command)

@@ -167,6 +167,7 @@ def test_errors_are_exceptions_and_leave_the_next_call_unharmed(
         (relvit_d2.train, (data, new), {"hours": 0}, "hours 0: give a number above 0"),
         (relvit_d2.train, (data, new), {"weights": nothing}, "weights '.*nothing' does not exist"),
         (relvit_d2.train, (data, new), {"config": CONFIG, "hours": 1}, "hours and pretrain belong to the recipe"),
+        (relvit_d2.train, (data, new), {"weights": encoder, "pretrain": True}, "weights replace the pre-training"),
         (relvit_d2.train, (data, new), {"config": CONFIG, "weights": nothing} | TRAIN, "nothing' does not exist"),
         (relvit_d2.train, (data, encoder.parents[1] / "run/log.txt"), {"config": CONFIG} | TRAIN, "OUTPUT_DIR"),
         (relvit_d2.evaluate, (nothing,), {}, "'.*nothing' is not the folder of a run"),

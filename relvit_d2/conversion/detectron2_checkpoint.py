@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from relvit_d2.encoders.plain import evenly_spaced
 from relvit_d2.encoders.swin import SWIN_SIZES, WINDOW
 from relvit_d2.encoders.vit import VITDET_SIZES
 from relvit_d2.utils.errors import UserError
@@ -133,7 +134,7 @@ def _vit_keys(found: Detectron2Checkpoint) -> dict[str, Any]:
             "convolutions, some of them with windows: give another checkpoint"
         )
     across = [index for index, length in enumerate(lengths) if length == max(lengths)]
-    if across != [depth * (i + 1) // len(across) - 1 for i in range(len(across))]:
+    if across != evenly_spaced(len(across), depth):
         raise UserError(
             f"'{found.path}' has global attention in the blocks {across} of {depth}, which are not evenly spaced: this "
             "is not supported; give another checkpoint"

@@ -165,7 +165,8 @@ def adapt_checkpoint(
         names: class names of the detector; None: the classes must be those of the checkpoint.
 
     Returns:
-        A report of the loaded and the other tensors; empty if the checkpoint was not changed.
+        A report of the loaded and the other tensors; empty for a checkpoint of this package without
+        class names.
 
     Raises:
         UserError: the checkpoint does not fit the config.

@@ -179,7 +179,7 @@ def load_encoder_weights(encoder: Encoder, source: str | Path) -> MatchReport:
             )
     if config.get("rel_pos"):
         for key in ("window", "global_blocks"):
-            if encoder.arguments[key] != config[key]:
+            if encoder.arguments[key] != config[key] and (key == "window" or config["window"]):
                 raise UserError(
                     f"'{source}' contains relative positions for {key} {config[key]}, this encoder has "
                     f"{encoder.arguments[key]}: set MODEL.ENCODER.{key.upper()} {config[key]} or give other weights"

@@ -19,6 +19,7 @@ from relvit_d2.conversion.detectron2_detector import adapt_checkpoint
 from relvit_d2.data.detection import catalog
 from relvit_d2.detection.config import DETECTION
 from relvit_d2.detection.model import build_detector
+from relvit_d2.encoders.plain import evenly_spaced
 from relvit_d2.encoders.swin import SWIN_SIZES
 from relvit_d2.encoders.vit import VITDET_SIZES
 from relvit_d2.engine.checkpoint import Checkpointer
@@ -172,7 +173,7 @@ def set_vit(backbone: Any, keys: dict[str, Any]) -> None:
     net.img_size, net.patch_size, net.drop_path_rate = encoder["IMG_SIZE"], encoder["PATCH_SIZE"], 0.0
     net.use_abs_pos, net.window_size = encoder["POS_EMBED"], encoder["WINDOW"]
     count, depth = encoder["GLOBAL_BLOCKS"], size[1]
-    across = {depth * (i + 1) // count - 1 for i in range(count)}
+    across = evenly_spaced(count, depth)
     net.window_block_indexes = [index for index in range(depth) if index not in across]
     backbone.square_pad = encoder["IMG_SIZE"]
     backbone.out_channels = keys["MODEL.PYRAMID.OUT_CHANNELS"]

@@ -176,6 +176,11 @@ def min_side(backbone: Any) -> int:
 def check_classes(detector: Detector) -> None:
     """Raise a :class:`UserError` for heads whose inference :class:`DetectorProgram` does not reproduce."""
     keys = detector.cfg.MODEL
+    if keys.PYRAMID.SIZE_DIVISIBILITY:
+        raise UserError(
+            "a detector that pads images to squares cannot be exported: add MODEL.PYRAMID.SIZE_DIVISIBILITY 0, with "
+            "which detections differ slightly"
+        )
     known = {
         "META_ARCHITECTURE": "GeneralizedRCNN",
         "BACKBONE.NAME": "build_encoder_pyramid_backbone",

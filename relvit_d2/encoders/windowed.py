@@ -33,9 +33,14 @@ def fused_is_faster(tokens: int, device: torch.device) -> bool:
 
 def global_block(block: nn.Module, x: Tensor) -> Tensor:
     """Run a block on ``(B, N, C)``, timm's with the faster kind of attention; the shape is kept."""
-    if isinstance(attention := getattr(block, "attn", None), Attention):
-        attention.fused_attn = fused_is_faster(x.shape[1], x.device)  # type: ignore[misc]
-    return block(x)
+    attention = getattr(block, "attn", None)
+    if not isinstance(attention, Attention) or not attention.fused_attn or fused_is_faster(x.shape[1], x.device):
+        return block(x)
+    attention.fused_attn = False  # type: ignore[misc]
+    try:
+        return block(x)
+    finally:
+        attention.fused_attn = True  # type: ignore[misc]
 
 
 def add_relative_positions(attention: Attention, side: int) -> None:

@@ -92,13 +92,14 @@ def data_facts(records: Records, evaluated: int, classes: tuple[str, ...]) -> Da
     )
 
 
-def measure_machine(cfg: CfgNode, pairs: Sequence[Any], encoders: Sequence[Encoder]) -> Machine:
+def measure_machine(cfg: CfgNode, pairs: Sequence[Any], encoders: Sequence[Encoder], pretraining: bool) -> Machine:
     """Return the machine, with the cost of a training step of each encoder on random images.
 
     Args:
         cfg: config with the device.
         pairs: keys and values in turn of the data set and of the user; anchors and levels are left out.
         encoders: those to measure.
+        pretraining: measure pre-training too.
     """
     device, side = cfg.MODEL.DEVICE, recipe.REFERENCE_SIDE
     costs = {}
@@ -117,14 +118,25 @@ def measure_machine(cfg: CfgNode, pairs: Sequence[Any], encoders: Sequence[Encod
             keys |= {key: choice.value for key, choice in ONE_ANCHOR.items()}
             keys["MODEL.PYRAMID.STRIDES"] = list(encoder.strides)
         subject = detector_subject(load_config(CONFIG, override_words(windows | shared | keys)))
-        views, _ = recipe.pretraining_views(encoder, device)
-        keys = {key: keys[key] for key in ("MODEL.ENCODER.NAME", "MODEL.ENCODER.PATCH_SIZE")}
-        keys |= {"MODEL.ENCODER.IMG_SIZE": views, "PRETEXT.IMAGE_SIZE": views, "MODEL.DEVICE": device}
-        pretraining = pretraining_subject(load_config(PRETRAINING_CONFIG, override_words(keys)))
-        costs[encoder.name] = recipe.Cost(*step_cost(subject, 2), step_cost(pretraining, 16)[0])
+        view = _seconds_per_view(cfg, encoder) if pretraining else 0.0
+        costs[encoder.name] = recipe.Cost(*step_cost(subject, 2), view)
     precision = choose_precision(cfg.SOLVER.PRECISION, torch.device(device))
     memory = free_memory(device), free_memory("cpu")
     return Machine(device, cores(), *memory, (precision.name, precision.reason), costs)
+
+
+def _seconds_per_view(cfg: CfgNode, encoder: Encoder) -> float:
+    """Return the seconds of a step of the pre-training per view, with device and precision of a config."""
+    side, _ = recipe.pretraining_views(encoder, cfg.MODEL.DEVICE)
+    keys = {
+        "MODEL.ENCODER.NAME": encoder.name,
+        "MODEL.ENCODER.PATCH_SIZE": encoder.patch,
+        "MODEL.ENCODER.IMG_SIZE": side,
+        "PRETEXT.IMAGE_SIZE": side,
+        "MODEL.DEVICE": cfg.MODEL.DEVICE,
+        "SOLVER.PRECISION": cfg.SOLVER.PRECISION,
+    }
+    return step_cost(pretraining_subject(load_config(PRETRAINING_CONFIG, override_words(keys))), 16)[0]
 
 
 def anchor_choices(data: Data, cfg: CfgNode) -> Choices:

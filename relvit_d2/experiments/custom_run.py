@@ -110,9 +110,10 @@ def train_custom(request: Request, dry_run: bool, run: Runner) -> None:
     data = check_data(cfg, output)
     seconds = request.seconds or (3600.0 if cfg.MODEL.DEVICE.startswith("cuda") else 1800.0)
     encoders = [_with_strides(encoder, cfg, known) for encoder in recipe.candidates(known)]
-    machine = measure_machine(cfg, [*pairs, *request.opts], encoders)
+    undecided = request.pretrain is None and not request.weights
+    machine = measure_machine(cfg, [*pairs, *request.opts], encoders, undecided)
     no_pretraining = ""
-    if request.pretrain is None and not request.weights:
+    if undecided:
         enough, reason = recipe.choose_pretraining(data, machine, seconds, known, encoders)
         request, no_pretraining = dataclasses.replace(request, pretrain=enough), "" if enough else reason
     share = recipe.PRETRAINING if request.pretrain and not request.weights else 0.0
@@ -156,6 +157,9 @@ def weights_choices(cfg: CfgNode, weights: str) -> Choices:
     choices = {"MODEL.ENCODER.NAME": recipe.Choice(encoder["name"], reason)}
     if "patch_size" in encoder:
         choices["MODEL.ENCODER.PATCH_SIZE"] = recipe.Choice(encoder["patch_size"], reason)
+    if encoder.get("rel_pos"):  # the tables of relative positions depend on the windows
+        for name in ("rel_pos", "window", "global_blocks"):
+            choices[f"MODEL.ENCODER.{name.upper()}"] = recipe.Choice(encoder[name], reason)
     for key, name in (("MODEL.PIXEL_MEAN", "pixel_mean"), ("MODEL.PIXEL_STD", "pixel_std")):
         if name in metadata:
             choices[key] = recipe.Choice(list(metadata[name]), reason)

@@ -118,10 +118,11 @@ def _check_subset(cfg: CfgNode, encoder: Encoder) -> None:
     if keep < 1 and cfg.PRETEXT.POOL > 1:
         raise UserError(f"PRETEXT.KEEP {keep} drops tokens that PRETEXT.POOL needs: set one of the two to 1")
     if keep < 1 and not encoder.supports_subsets:
-        windows = " or MODEL.ENCODER.WINDOW 0" if cfg.MODEL.ENCODER.WINDOW else ""
+        given = {"WINDOW 0": cfg.MODEL.ENCODER.WINDOW, "REL_POS False": cfg.MODEL.ENCODER.REL_POS}
+        others = " and ".join(f"MODEL.ENCODER.{key}" for key, value in given.items() if value)
         raise UserError(
-            f"PRETEXT.KEEP {keep} is not supported by encoder '{encoder.name}', whose windows or convolutions need all "
-            f"tokens: set PRETEXT.KEEP 1.0{windows}"
+            f"PRETEXT.KEEP {keep} is not supported by encoder '{encoder.name}', whose windows, relative positions or "
+            f"convolutions need all tokens: set PRETEXT.KEEP 1.0{f' or {others}' if others else ''}"
         )
 
 

@@ -24,7 +24,7 @@ from relvit_d2.data.detection.mapper import DetectionMapper
 from relvit_d2.detection import backbone as backbones
 from relvit_d2.detection.comparison import compare, matched
 from relvit_d2.detection.detections import Detections
-from relvit_d2.detection.export import file_resizing, preprocessing
+from relvit_d2.detection.export import file_resizing, preprocessing, to_onnx
 from relvit_d2.detection.onnx_detector import OnnxDetector, paste_masks
 from relvit_d2.detection.predictor import load_detector
 from relvit_d2.detection.quantization import quantize
@@ -221,6 +221,12 @@ def test_other_detections_are_refused() -> None:
             compare(found(0.9, 0.5), other, image, *limits)
     with pytest.raises(UserError, match="finds nothing"):
         compare(found(), found(), image, *limits)
+
+
+def test_padding_to_squares_is_refused(detector_run: Path) -> None:
+    detector = load_detector(str(detector_run), "", ["MODEL.PYRAMID.SIZE_DIVISIBILITY", "256"])
+    with pytest.raises(UserError, match=r"cannot be exported: add MODEL\.PYRAMID\.SIZE_DIVISIBILITY 0"):
+        to_onnx(detector)
 
 
 def test_each_detection_has_at_most_one_partner() -> None:

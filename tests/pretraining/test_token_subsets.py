@@ -211,6 +211,7 @@ def test_mega_patches_and_pieces_of_a_batch_work_with_subsets() -> None:
             ("PRETEXT.KEEP", 0.5, "MODEL.ENCODER.WINDOW", 2, "MODEL.ENCODER.GLOBAL_BLOCKS", 1),
             r"set PRETEXT\.KEEP 1\.0 or MODEL\.ENCODER\.WINDOW 0$",
         ),
+        (("PRETEXT.KEEP", 0.5, "MODEL.ENCODER.REL_POS", True), r"1\.0 or MODEL\.ENCODER\.REL_POS False$"),
     ],
 )
 def test_unsupported_subsets_are_rejected(overrides: tuple[object, ...], message: str) -> None:

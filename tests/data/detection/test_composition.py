@@ -101,7 +101,8 @@ def test_mixup_is_the_mean_where_images_overlap(size: tuple[int, int]) -> None:
         assert torch.equal(result.image, torch.where(mask, mean, first.image))
         x0, y0, x1, y1 = result.boxes[-1].int().tolist()
         assert mask[y0:y1, x0:x1].all() and mask.sum() == (y1 - y0) * (x1 - x0)
-        assert torch.equal(result.boxes[:-1], first.boxes) and torch.equal(result.masks[:-1], first.masks)  # type: ignore[index,arg-type]
+        assert torch.equal(result.boxes[:-1], first.boxes)
+        assert torch.equal(result.masks[:-1], first.masks)  # type: ignore[index,arg-type]
         assert result.regions.tolist() == [*first.regions.tolist(), result.boxes[-1].tolist()]
         positions.add((x0, y0))
     assert len(positions) > 1 or size == (60, 80) or size == (100, 130)
@@ -129,7 +130,8 @@ def test_erased_objects_are_dropped_and_others_unchanged() -> None:
         result = erase(sample, [7, 7, 7])
         classes = result.classes.tolist()
         assert classes == [number for number in range(PER_IMAGE) if pixels_of(result.image, number).any()]
-        assert torch.equal(result.boxes, sample.boxes[classes]) and torch.equal(result.masks, sample.masks[classes])  # type: ignore[index,arg-type]
+        assert torch.equal(result.boxes, sample.boxes[classes])
+        assert torch.equal(result.masks, sample.masks[classes])  # type: ignore[index,arg-type]
         hole = (result.image == 7).all(0)
         assert torch.equal(result.image[:, ~hole], sample.image[:, ~hole])
         rows, columns = (hole.any(dim).nonzero() for dim in (1, 0))
