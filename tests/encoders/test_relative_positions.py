@@ -163,13 +163,13 @@ def test_sizes_are_those_of_detectron2s_vit(size: str, monkeypatch: pytest.Monke
     last = [depth * (i + 1) // 4 - 1 for i in range(4)]
     others = [index for index in range(depth) if index not in last]
     rates = torch.zeros(depth)  # Detectron2 reads them, which is impossible on the meta device
-    monkeypatch.setattr(torch, "linspace", lambda *arguments: rates)
+    monkeypatch.setattr(torch, "linspace", lambda *arguments, **options: rates)
     with torch.device("meta"):
         ours: Any = build_encoder(f"vitdet:{size}", window=14, rel_pos=True)
         theirs = ViT(224, 16, 3, dim, depth, heads, use_rel_pos=True, window_size=14, window_block_indexes=others)
     shapes = {name: value.shape for name, value in theirs.state_dict().items() if name != "pos_embed"}
     assert {name: v.shape for name, v in ours.vit.state_dict().items() if name != "pos_embed"} == shapes
-    published = {"base": 86, "large": 304, "huge": 631}  # without the classifier of the table
+    published = {"base": 86, "large": 303, "huge": 631}  # without the classifier of the table
     if size in published:
         assert round(sum(value.numel() for value in ours.parameters()) / 1e6) == published[size]
 

@@ -68,7 +68,8 @@ def test_both_kinds_of_attention_agree_in_bfloat16(window: int, monkeypatch: pyt
         pairs = zip(run(True), exact, strict=True)
         return torch.stack([(found - expected).norm() / expected.norm() for found, expected in pairs])
 
-    exact, plain = run(False), errors()
+    exact = run(False)
+    plain = errors()
     monkeypatch.setattr("relvit_d2.encoders.windowed.FUSED_FROM", 0)
     fused = errors()
     assert all(map(torch.equal, run(False), exact))
