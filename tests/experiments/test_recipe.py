@@ -333,6 +333,19 @@ def test_a_folder_becomes_a_detector(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_recipe_names_why_it_does_not_pretrain(tmp_path: Path) -> None:
+    root = yolo_folder(tmp_path / "cells", *(f"train/{number}" for number in range(6)), "val/6")
+    words = ("relvit-d2", "train", "--data", root, "--hours", 0.03, "--dry-run", "OUTPUT_DIR", tmp_path / "run")
+    keys = ("MODEL.ENCODER.NAME", "vit_nano", "SOLVER.MAX_ITER", 2)
+    printed = run(tmp_path, *words, *keys).stdout
+    assert re.search(
+        r"pre-training +none +30% of the time is enough for about \d+ iterations, fewer than the 500", printed
+    )
+    assert not (tmp_path / "run/pretraining.yaml").exists()
+    assert not re.search("^pre-training", run(tmp_path, *words, "--no-pretrain", *keys).stdout, re.MULTILINE)
+
+
+@pytest.mark.slow
 def test_the_runs_of_a_folder_are_replaced_on_request(tmp_path: Path) -> None:
     root = yolo_folder(tmp_path / "cells", *(f"train/{number}" for number in range(6)), "val/6")
     pretraining, detector = tmp_path / "run/pretraining", tmp_path / "run/detector"
