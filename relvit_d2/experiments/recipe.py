@@ -287,13 +287,13 @@ def window_choices(encoder: Encoder, height: int, width: int) -> Choices:
     depth = SIZES[encoder.name][1]
     if rows * cols < WINDOWED:
         return {
-            "MODEL.ENCODER.WINDOW": Choice(0, f"attention among all {rows} x {cols} patches: fewer than {WINDOWED}")
+            "MODEL.ENCODER.WINDOW": Choice(0, f"global attention: {rows} x {cols} patches are fewer than {WINDOWED}")
         }
     side = min(reversed(WINDOWS), key=lambda side: -(-rows // side) * -(-cols // side) * side**2)
-    count = max(depth // 3, 1)
+    why = f"of {WINDOWS[0]} to {WINDOWS[-1]}, the side that pads {rows} x {cols} patches least"
     return {
-        "MODEL.ENCODER.WINDOW": Choice(side, f"pads {rows} x {cols} patches least of {WINDOWS[0]} to {WINDOWS[-1]}"),
-        "MODEL.ENCODER.GLOBAL_BLOCKS": Choice(count, f"a third of the {depth} blocks exchange between windows"),
+        "MODEL.ENCODER.WINDOW": Choice(side, why),
+        "MODEL.ENCODER.GLOBAL_BLOCKS": Choice(max(depth // 3, 1), f"a third of the {depth} blocks"),
     }
 
 
