@@ -110,7 +110,7 @@ def check_line(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     elif words[:2] == ["python", "-m"]:
         benchmark = import_module(words[2])
         if hasattr(benchmark, "build_parser"):
-            benchmark.build_parser().parse_args(words[3:])
+            benchmark.build_parser().parse_intermixed_args(words[3:])
         else:
             monkeypatch.setattr(sys, "argv", words[2:])
             benchmark_arguments("", words[2])
