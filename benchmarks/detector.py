@@ -108,7 +108,9 @@ def config(encoder: dict[str, object], backbone: str | None, args: argparse.Name
     values: dict[str, Any] = {f"MODEL.ENCODER.{key}": value for key, value in encoder.items()}
     values |= {"MODEL.DEVICE": args.device, "MODEL.ROI_HEADS.NUM_CLASSES": 20}
     if backbone:
-        values |= {"MODEL.BACKBONE.NAME": backbone}
+        levels = [f"p{level}" for level in range(2, 7)]
+        values |= {"MODEL.BACKBONE.NAME": backbone, "MODEL.RPN.IN_FEATURES": levels}
+        values |= {"MODEL.ROI_HEADS.IN_FEATURES": levels[:-1]}
     if args.device == "cpu":
         values |= {
             "MODEL.RPN.POST_NMS_TOPK_TRAIN": 200,

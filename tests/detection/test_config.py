@@ -1,7 +1,10 @@
 """Detector configs: values that Detectron2 would fail on, and errors while a detector is built."""
 
+import argparse
+
 import pytest
 
+from benchmarks.detector import PAIRS, VIT, config
 from relvit_d2.detection.backbone import SimplePyramid
 from relvit_d2.detection.model import build_detector
 from relvit_d2.tasks import load_config
@@ -128,3 +131,12 @@ def test_a_defect_while_building_is_not_put_on_the_config(
     more = ["MODEL.ROI_HEADS.NUM_CLASSES", "2", "MODEL.DEVICE", "cpu"]
     with pytest.raises(kind, match="defect"):
         build_detector(load_config("configs/demo/streets.yaml", more))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_detectors_of_the_benchmark_have_the_same_levels(name: str) -> None:
+    args, (keys, backbone) = argparse.Namespace(device="cpu"), PAIRS[name]
+    ours, theirs = config(keys, None, args).MODEL, config(VIT, backbone, args).MODEL
+    for part in ("RPN", "ROI_HEADS"):
+        assert ours[part].IN_FEATURES == theirs[part].IN_FEATURES
+    assert backbone == theirs.BACKBONE.NAME
