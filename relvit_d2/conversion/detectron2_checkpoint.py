@@ -122,7 +122,7 @@ def config_keys(found: Detectron2Checkpoint) -> dict[str, Any]:
 
 def _vit_keys(found: Detectron2Checkpoint) -> dict[str, Any]:
     tensors = found.tensors
-    weight = tensors[f"{VIT}patch_embed.proj.weight"]
+    weight = tensors[f"{VIT}{EMBEDDING}"]
     width, patch = int(weight.shape[0]), int(weight.shape[-1])
     depth = 1 + max(int(m[1]) for name in tensors if (m := re.match(rf"{re.escape(VIT)}blocks\.(\d+)\.", name)))
     tables = [tensors.get(f"{VIT}blocks.{index}.attn.rel_pos_h") for index in range(depth)]

@@ -100,6 +100,8 @@ def train_custom(request: Request, dry_run: bool, run: Runner) -> None:
     given = {key: get_key(cfg, key) for key in request.given}
     if "MODEL.WEIGHTS" in given:
         request = dataclasses.replace(request, weights=cfg.MODEL.WEIGHTS, pretrain=False)
+    elif request.weights:
+        request = dataclasses.replace(request, pretrain=False)
     name = Path(request.data).expanduser().resolve().name
     output = Path(cfg.OUTPUT_DIR) if "OUTPUT_DIR" in given else Path("output") / name
     if not request.overwrite:
@@ -110,13 +112,13 @@ def train_custom(request: Request, dry_run: bool, run: Runner) -> None:
     data = check_data(cfg, output)
     seconds = request.seconds or (3600.0 if cfg.MODEL.DEVICE.startswith("cuda") else 1800.0)
     encoders = [_with_strides(encoder, cfg, known) for encoder in recipe.candidates(known)]
-    undecided = request.pretrain is None and not request.weights
+    undecided = request.pretrain is None
     machine = measure_machine(cfg, [*pairs, *request.opts], encoders, undecided)
     no_pretraining = ""
     if undecided:
         enough, reason = recipe.choose_pretraining(data, machine, seconds, known, encoders)
         request, no_pretraining = dataclasses.replace(request, pretrain=enough), "" if enough else reason
-    share = recipe.PRETRAINING if request.pretrain and not request.weights else 0.0
+    share = recipe.PRETRAINING if request.pretrain else 0.0
     encoder, choices = recipe.choose_model(data, machine, seconds * (1 - share), known, encoders)
     choices |= pinned
     files = Files(request, given, pairs, output, recipe.pretraining_choices(data, encoder, machine), run)
@@ -226,7 +228,7 @@ class Files:
     @property
     def pretrains(self) -> bool:
         """Whether there is a pre-training."""
-        return bool(self.request.pretrain) and not self.request.weights
+        return bool(self.request.pretrain)
 
     def detector(self, choices: Choices) -> CfgNode:
         """Return the config of the training."""

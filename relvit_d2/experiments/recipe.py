@@ -7,6 +7,7 @@ values of the rules, and the rules of other keys take them into account.
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,12 +86,16 @@ class Data:
 
         All classes have the same weight in it, however many objects they have, as in AP.
         """
+        return self._small_fraction * side
+
+    @cached_property
+    def _small_fraction(self) -> float:
         areas = (self.boxes[:, 2:] - self.boxes[:, :2]).prod(1)
         sides = np.sqrt(areas) / self.sizes.max(1)
         weights = 1 / np.bincount(self.labels)[self.labels]
         order = sides.argsort()
         share = weights[order].cumsum() / weights.sum()
-        return float(sides[order][share.searchsorted(0.1)]) * side
+        return float(sides[order][share.searchsorted(0.1)])
 
 
 class Cost(NamedTuple):
