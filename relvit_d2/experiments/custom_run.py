@@ -263,6 +263,8 @@ class Files:
         trial = dataclasses.replace(self, output=self.output / "trial")
         try:
             return self._measure(trial, choices)
+        except UserError as error:  # names the folders that the user will see
+            raise UserError(str(error).replace(str(trial.output), str(self.output))) from error
         finally:
             shutil.rmtree(trial.output, ignore_errors=True)
 

@@ -346,6 +346,15 @@ def test_the_recipe_names_why_it_does_not_pretrain(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_disk_that_fills_during_the_measurement_is_reported_with_the_folder_of_the_run(tmp_path: Path) -> None:
+    root = yolo_folder(tmp_path / "cells", *(f"train/{number}" for number in range(6)), "val/6")
+    words = ("relvit-d2", "train", "--data", root, "--hours", 0.05, "--no-pretrain", "OUTPUT_DIR", tmp_path / "run")
+    sentence = fails(tmp_path, *words, "MODEL.ENCODER.NAME", "vit_nano", fault="full:1000000")
+    assert "free disk space" in sentence and f"{tmp_path}/run/detector/model_" in sentence
+    assert [path.name for path in (tmp_path / "run").iterdir() if path.is_dir()] == []
+
+
+@pytest.mark.slow
 def test_the_runs_of_a_folder_are_replaced_on_request(tmp_path: Path) -> None:
     root = yolo_folder(tmp_path / "cells", *(f"train/{number}" for number in range(6)), "val/6")
     pretraining, detector = tmp_path / "run/pretraining", tmp_path / "run/detector"
