@@ -6,7 +6,8 @@ compared with Detectron2's ViT-S as in ViTDet (windows of 14, global blocks 2, 5
 ViT-S too. P is fp32, and bf16 if the hardware supports it natively.
 
 ``batch_of_one_size`` and ``batch_of_mixed_sizes`` compare our detector with the default ViT-S, which runs the backbone
-once per image size, with the same detector that runs it once on the padded batch, in float32.
+once per image size, with the same detector that runs it once on the padded batch, in float32. ``crowded_images``
+compares a detector of ViT-Nano/8 at 320 x 320 with the same one that matches anchors by Detectron2's function.
 
 The ratio is the speed-up of a forward and backward pass. ``memory_ratio`` is our peak memory over theirs, without
 model, gradients and images. Both sides have the same heads, batch size and precision, and the images have enough
@@ -31,6 +32,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from benchmarks.harness import Row, arguments, in_turn, peak_bytes, print_rows
+from relvit_d2.config.config_file import override_words
 from relvit_d2.detection.model import build_detector
 from relvit_d2.engine.precision import choose_precision
 from relvit_d2.tasks import load_config
@@ -40,10 +42,6 @@ SIDE = 512  # pixels
 WINDOW, GLOBAL_BLOCKS = 14, (2, 5, 8, 11)  # detectron2/model_zoo/configs/common/models/mask_rcnn_vitdet.py
 OBJECTS = 64  # per image, enough for the positive regions, 0.25 of 64
 BATCHES = {"cpu": 2, "cuda": 8}
-SIZES = {
-    "batch_of_one_size": [(384, 512)] * 2,
-    "batch_of_mixed_sizes": [(384, 512), (512, 384)],
-}
 VIT: dict[str, object] = {"NAME": "vit_small", "PATCH_SIZE": 16, "IMG_SIZE": SIDE, "DROP_PATH": 0.0}
 # name: (keys of MODEL.ENCODER, builder of Detectron2's backbone)
 PAIRS = {
@@ -52,6 +50,22 @@ PAIRS = {
     "swin_tiny": (VIT | {"NAME": "swin_tiny", "PATCH_SIZE": 4}, "build_swin_fpn"),
     "t2t_vit_14": (VIT | {"NAME": "t2t_vit_14"}, "build_vitdet"),
 }
+CROWDED = {
+    "MODEL.ENCODER.IMG_SIZE": 320,
+    "MODEL.PYRAMID.STRIDES": [4, 8, 16],
+    "MODEL.ANCHOR_GENERATOR.SIZES": [[8, 12], [16, 24], [32, 48]],
+}
+
+
+def padded_batch(model: Any) -> None:
+    """Run the backbone of a detector once on the padded batch."""
+    model.features = lambda images: model.backbone(images.tensor)
+    model.proposal_generator.forward = partial(RPN.forward, model.proposal_generator)
+
+
+def dense_matching(model: Any) -> None:
+    """Match anchors by Detectron2's function."""
+    model.proposal_generator.label_and_sample_anchors = partial(RPN.label_and_sample_anchors, model.proposal_generator)
 
 
 def main() -> None:
@@ -61,7 +75,14 @@ def main() -> None:
     if choose_precision("auto", torch.device(args.device)).dtype == torch.bfloat16:
         precisions["bf16"] = "bfloat16"
     backbones = (measure(name, *precision, args) for precision in precisions.items() for name in PAIRS)
-    print_rows(chain(backbones, (batches(name, args) for name in SIZES)), args)
+    images, cfg = 1 if args.device == "cpu" else 4, config(VIT, None, args)
+    crowded = override_words(CROWDED | {"MODEL.DEVICE": args.device, "MODEL.ROI_HEADS.NUM_CLASSES": 20})
+    changes = (
+        changed("batch_of_one_size", cfg, [(384, 512)] * 2 * images, padded_batch, args),
+        changed("batch_of_mixed_sizes", cfg, [(384, 512), (512, 384)] * images, padded_batch, args),
+        changed("crowded_images", load_config("configs/custom.yaml", crowded), [(320, 320)] * 8, dense_matching, args),
+    )
+    print_rows(chain(backbones, changes), args)
 
 
 def measure(name: str, short: str, precision: str, args: argparse.Namespace) -> Row:
@@ -85,11 +106,11 @@ def measure(name: str, short: str, precision: str, args: argparse.Namespace) -> 
     }
 
 
-def batches(name: str, args: argparse.Namespace) -> Row:
-    """Compare a batch whose images pass the backbone by size with the padded batch."""
-    sizes = SIZES[name] * (1 if args.device == "cpu" else 4)
-    cfg = config(VIT, None, args)
-    ours, theirs = training_pass(cfg, "float32", sizes), training_pass(cfg, "float32", sizes, padded=True)
+def changed(
+    name: str, cfg: CfgNode, sizes: list[tuple[int, int]], change: Callable[[Any], None], args: argparse.Namespace
+) -> Row:
+    """Compare a detector with the one that ``change`` makes of it, in float32."""
+    ours, theirs = training_pass(cfg, "float32", sizes), training_pass(cfg, "float32", sizes, change)
     pair = in_turn(ours, theirs, args.device, budget=20 if args.quick else 60)
     return {
         "name": name,
@@ -121,14 +142,13 @@ def config(encoder: dict[str, object], backbone: str | None, args: argparse.Name
 
 
 def training_pass(
-    cfg: CfgNode, precision: str, sizes: list[tuple[int, int]], padded: bool = False
+    cfg: CfgNode, precision: str, sizes: list[tuple[int, int]], change: Callable[[Any], None] | None = None
 ) -> Callable[[], None]:
-    """Return a function that runs forward and backward on images of ``sizes``, with ``padded`` as one padded batch."""
+    """Return a function that runs forward and backward on images of ``sizes``, with the model that ``change`` makes."""
     seed_everything(0, "model")
     model = build_detector(cfg).train()
-    if padded:
-        model.features = lambda images: model.backbone(images.tensor)
-        model.proposal_generator.forward = partial(RPN.forward, model.proposal_generator)
+    if change:
+        change(model)
     autocast = choose_precision(precision, torch.device(cfg.MODEL.DEVICE)).autocast
     inputs = [image_with_objects(seed, *size) for seed, size in enumerate(sizes)]
     for parameter in model.parameters():

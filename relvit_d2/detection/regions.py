@@ -16,6 +16,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor
 
 from relvit_d2.data.detection.regions import InstancesWithIgnoreRegions
+from relvit_d2.detection.matching import match_anchors
 
 INSIDE = 0.5
 OUTSIDE_LOGIT = -1e8  # of anchors outside of their image; finite, as Detectron2 reports infinities as divergence
@@ -44,7 +45,6 @@ class RelViTRPN(RPN):
         super().__init__(**parts)
         self.divisibility = divisibility
         self._sizes: list[tuple[int, int]] = []  # padded sizes of the images of the batch, unless all are equal
-        self._ignored: Tensor | None = None  # whether each anchor is in an ignore region of the image being labelled
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
@@ -103,19 +103,20 @@ class RelViTRPN(RPN):
         inside = ~torch.cat(self._outside(anchors), 1) if self._sizes else [slice(None)] * len(gt_instances)
         labels, boxes = [], []
         for kept, instances in zip(inside, gt_instances, strict=True):
-            self._ignored = inside_regions(every[kept], instances)
-            (kept_labels,), (kept_boxes,) = super().label_and_sample_anchors([every[kept]], [instances])
-            image_labels, image_boxes = kept_labels.new_full((len(every),), -1), torch.zeros_like(every.tensor)
-            image_labels[kept], image_boxes[kept] = kept_labels, kept_boxes
+            objects, candidates = instances.gt_boxes.tensor, every[kept]
+            matches, found = match_anchors(objects, candidates.tensor, self.anchor_matcher)
+            if self.anchor_boundary_thresh >= 0:
+                found[~candidates.inside_box(instances.image_size, self.anchor_boundary_thresh)] = -1
+            ignored = inside_regions(candidates, instances)
+            if ignored is not None:
+                found[(found == 0) & ignored] = -1
+            image_labels, image_boxes = found.new_full((len(every),), -1), torch.zeros_like(every.tensor)
+            image_labels[kept] = self._subsample_labels(found)
+            if len(objects):
+                image_boxes[kept] = objects[matches]
             labels.append(image_labels)
             boxes.append(image_boxes)
-        self._ignored = None
         return labels, boxes
-
-    def _subsample_labels(self, label: Tensor) -> Tensor:
-        if self._ignored is not None:
-            label[(label == 0) & self._ignored] = -1
-        return super()._subsample_labels(label)
 
 
 @ROI_HEADS_REGISTRY.register()
