@@ -62,6 +62,8 @@ HAND: dict[str, dict[str, Any]] = {
         "MODEL.ANCHOR_GENERATOR.SIZES": [[10, 16], [24, 36], [56, 80]],
         "SOLVER.BASE_LR": 7e-4,
         "TEST.DETECTIONS_PER_IMAGE": 200,
+        "MODEL.RPN.POST_NMS_TOPK_TRAIN": 200,
+        "MODEL.RPN.POST_NMS_TOPK_TEST": 200,
     },
 }
 

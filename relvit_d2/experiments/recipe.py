@@ -182,7 +182,6 @@ def choose_model(
     batch = given.get("SOLVER.IMS_PER_BATCH") or int(np.clip(2 ** round(np.log2(max(planned / UPDATES, 1))), 4, 16))
     parts = next(parts for parts in range(1, batch + 1) if batch % parts == 0 and batch // parts <= fits)
     flip, why_flip = _flip(data.classes)
-    limit = int(np.clip(100 * np.ceil(data.most_objects / 100), 100, 1000))
     reference = Choice(16, "batch that BASE_LR is for; other batches scale it")
     if "SOLVER.BASE_LR" in given:
         reference = Choice(0, "a given learning rate is not scaled with the batch")
@@ -209,7 +208,7 @@ def choose_model(
         "SOLVER.GRAD_ACCUM_STEPS": Choice(parts, f"{fits} images fit into half of the free memory"),
         "SOLVER.BASE_LR": Choice(encoder.rate, f"for {encoder.name} and 16 images"),
         "SOLVER.PRECISION": Choice(*machine.precision),
-        "TEST.DETECTIONS_PER_IMAGE": Choice(limit, f"the fullest image has {data.most_objects} objects"),
+        **_regions(data),
         **_loader(data, machine),
         **_sampler(data),
     }
@@ -309,6 +308,29 @@ def _levels(encoder: Encoder, small: float) -> Choice:
     finest = next((stride for stride in (8, 4) if 2 * stride <= small), 4)
     strides = [2**power for power in range(2, 7) if finest <= 2**power <= 2 * encoder.patch]
     return Choice(strides, f"from {finest} px (8, or 4 for objects under 16 px) to twice the patch")
+
+
+def _regions(data: Data) -> Choices:
+    """Choose the numbers of anchors and regions of an image that are trained on, proposed and detected."""
+    fullest, mean = data.most_objects, len(data.boxes) / data.images
+    proposals = Choice(_hundreds(2 * fullest), f"twice the {fullest} objects of the fullest image")
+    before = Choice(2 * proposals.value, "of each level, twice the proposals")
+
+    def sampled(factor: int, least: int, most: int) -> Choice:
+        number = int(np.clip(2 ** np.ceil(np.log2(factor * mean)), least, most))
+        return Choice(number, f"a power of 2 from {least} to {most}, for {factor} times the mean of {mean:.1f} objects")
+
+    return {
+        "MODEL.RPN.BATCH_SIZE_PER_IMAGE": sampled(4, 64, 256),
+        **{f"MODEL.RPN.PRE_NMS_TOPK_{part}": before for part in ("TRAIN", "TEST")},
+        **{f"MODEL.RPN.POST_NMS_TOPK_{part}": proposals for part in ("TRAIN", "TEST")},
+        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": sampled(2, 32, 256),
+        "TEST.DETECTIONS_PER_IMAGE": Choice(_hundreds(fullest), f"the fullest image has {fullest} objects"),
+    }
+
+
+def _hundreds(count: int) -> int:
+    return int(np.clip(100 * np.ceil(count / 100), 100, 1000))
 
 
 def _flip(classes: Iterable[str]) -> tuple[str, str]:

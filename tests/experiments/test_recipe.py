@@ -102,6 +102,20 @@ def test_each_class_has_the_same_weight_in_the_size_of_small_objects() -> None:
     assert dataclasses.replace(data, labels=rare.astype(int)).small_object(640) == pytest.approx(10)
 
 
+@pytest.mark.parametrize(
+    ("objects", "fullest", "proposals", "anchors", "regions"),
+    [(1, 3, 100, 64, 32), (13, 30, 100, 64, 32), (20, 60, 200, 128, 64), (125, 158, 400, 256, 256)],
+)
+def test_crowded_images_get_more_proposals_and_regions(
+    objects: int, fullest: int, proposals: int, anchors: int, regions: int
+) -> None:
+    crowded = dataclasses.replace(data_of(40, 10 * objects), images=10, most_objects=fullest)
+    chosen = values(choose_model(crowded, CPU, 1800, {})[1])
+    assert chosen["MODEL.RPN.POST_NMS_TOPK_TEST"] == chosen["MODEL.RPN.POST_NMS_TOPK_TRAIN"] == proposals
+    assert chosen["MODEL.RPN.BATCH_SIZE_PER_IMAGE"] == anchors
+    assert chosen["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE"] == regions
+
+
 def test_a_pretraining_needs_time_for_five_hundred_iterations() -> None:
     for seconds, enough in ((1000, False), (1100, True)):  # 0.3 of it, 0.64 s for an iteration of 64 views
         given = {"MODEL.ENCODER.NAME": "vit_nano"}
