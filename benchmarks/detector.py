@@ -1,9 +1,10 @@
-"""Training speed and memory of Mask R-CNN at 512 x 512 with each encoder, compared with Detectron2's backbones.
+"""Training speed and memory of Mask R-CNN with each encoder, compared with Detectron2's backbones.
 
 ``vit_small_P`` (attention in windows of 14 patches) and ``vit_small_global_P`` (the default: global attention) are
 compared with Detectron2's ViT-S as in ViTDet (windows of 14, global blocks 2, 5, 8 and 11) on its SimpleFeaturePyramid;
 ``swin_tiny_P`` with Detectron2's Swin-T on its FPN. Detectron2 has no T2T-ViT, so ``t2t_vit_14_P`` is compared with its
-ViT-S too. P is fp32, and bf16 if the hardware supports it natively.
+ViT-S too. P is fp32, and bf16 if the hardware supports it natively. The images have 512 x 512 pixels; on a GPU, the
+rows ``..._1024`` follow with a quarter of the batch.
 
 ``batch_of_one_size`` and ``batch_of_mixed_sizes`` compare our detector with the default ViT-S, which runs the backbone
 once per image size, with the same detector that runs it once on the padded batch, in float32. ``crowded_images``
@@ -16,9 +17,9 @@ slow it down.
 """
 
 import argparse
+import itertools
 from collections.abc import Callable
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -74,7 +75,9 @@ def main() -> None:
     precisions = {"fp32": "float32"}
     if choose_precision("auto", torch.device(args.device)).dtype == torch.bfloat16:
         precisions["bf16"] = "bfloat16"
-    backbones = (measure(name, *precision, args) for precision in precisions.items() for name in PAIRS)
+    sides = (SIDE,) if args.device == "cpu" else (SIDE, 2 * SIDE)
+    settings = itertools.product(sides, precisions.items(), PAIRS)
+    backbones = (measure(name, *precision, side, args) for side, precision, name in settings)
     images, cfg = 1 if args.device == "cpu" else 4, config(VIT, None, args)
     crowded = override_words(CROWDED | {"MODEL.DEVICE": args.device, "MODEL.ROI_HEADS.NUM_CLASSES": 20})
     changes = (
@@ -82,20 +85,20 @@ def main() -> None:
         changed("batch_of_mixed_sizes", cfg, [(384, 512), (512, 384)] * images, padded_batch, args),
         changed("crowded_images", load_config("configs/custom.yaml", crowded), [(320, 320)] * 8, dense_matching, args),
     )
-    print_rows(chain(backbones, changes), args)
+    print_rows(itertools.chain(backbones, changes), args)
 
 
-def measure(name: str, short: str, precision: str, args: argparse.Namespace) -> Row:
-    """Measure an encoder in a precision."""
-    batch = 1 if args.quick and args.device == "cpu" else BATCHES[args.device]
+def measure(name: str, short: str, precision: str, side: int, args: argparse.Namespace) -> Row:
+    """Measure an encoder in a precision on square images."""
+    batch = 1 if args.quick and args.device == "cpu" else BATCHES[args.device] * SIDE**2 // side**2
     keys, backbone = PAIRS[name]
-    sizes = [(SIDE, SIDE)] * batch
+    sizes = [(side, side)] * batch
     ours = training_pass(config(keys, None, args), precision, sizes)
     theirs = training_pass(config(VIT, backbone, args), precision, sizes)
     pair = in_turn(ours, theirs, args.device, budget=10 if args.quick else 60)
     mine, others = (peak_bytes(run, args.device) for run in (ours, theirs))
     return {
-        "name": f"{name}_{short}",
+        "name": f"{name}_{short}" + (f"_{side}" if side != SIDE else ""),
         "ratio": pair.ratio,
         "memory_ratio": mine / others,
         "batch": batch,
@@ -190,7 +193,7 @@ def build_vitdet(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
         window_block_indexes=windowed,
     )
     channels = cfg.MODEL.PYRAMID.OUT_CHANNELS
-    return SimpleFeaturePyramid(net, "last_feat", channels, (4.0, 2.0, 1.0, 0.5), LastLevelMaxPool(), "LN", SIDE)
+    return SimpleFeaturePyramid(net, "last_feat", channels, (4.0, 2.0, 1.0, 0.5), LastLevelMaxPool(), "LN")
 
 
 @BACKBONE_REGISTRY.register()

@@ -3,8 +3,9 @@
 ``pretrain_S`` is the speed-up over a plain pipeline: loader workers that loop over patches, all pair scores in memory,
 attention without the fused kernel, float32. ``pretrain_S_of_ceiling`` is the FLOP rate of the model's matrix products
 over that of one large product on the same hardware in the same precision. ``pretrain_S_data`` is the fraction of the
-time spent waiting for data. ``pretrain_S_keep_K`` is the speed-up of ``PRETEXT.KEEP`` K over all tokens, in the fastest
-precision. The images are JPEGs of smoothed noise.
+time spent waiting for data. On a GPU, the rows ``..._compiled`` have ``MODEL.COMPILE``, and ``peak_MiB`` is the memory
+of the model and the iterations. ``pretrain_S_keep_K`` is the speed-up of ``PRETEXT.KEEP`` K over all tokens, in the
+fastest precision. The images are JPEGs of smoothed noise.
 """
 
 import argparse
@@ -78,22 +79,27 @@ def draw_images(folder: Path, size: tuple[int, int], count: int = IMAGES, seed: 
 def measure(name: str, side: int, patch: int, batch: int, folder: Path, args: argparse.Namespace) -> list[Row]:
     """Measure one setting."""
     device = torch.device(args.device)
-    precisions = ["float32"]
+    settings = [("float32", False)]
     if choose_precision("auto", device).dtype == torch.bfloat16:
-        precisions.append("bfloat16")
+        settings.append(("bfloat16", False))
+    if device.type == "cuda":
+        settings.append((settings[-1][0], True))
     rows: list[Row] = []
     more = {"batch": batch}
     fastest = float("inf")
-    for precision in precisions:
+    for precision, compiled in settings:
         cfg = config(side, patch, batch, folder, args.device, precision)
+        cfg.MODEL.COMPILE, cfg.OUTPUT_DIR = compiled, f"{cfg.OUTPUT_DIR}_{compiled}"
         dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
         rate = matrix_rate(args.device, dtype)
         took, waiting = trained(cfg, folder, TIMED)
         fastest = min(fastest, took)
         rate = max(rate, matrix_rate(args.device, dtype))
         share = flops(cfg) / took / rate
-        suffix = "" if precision == "float32" else "_bf16"
+        suffix = ("" if precision == "float32" else "_bf16") + ("_compiled" if compiled else "")
         speed = {"images_per_s": batch / took, "matrix_GFLOP_per_s": rate / 1e9}
+        if device.type == "cuda":
+            speed["peak_MiB"] = torch.cuda.max_memory_allocated() / 2**20
         rows.append({"name": f"pretrain_{name}{suffix}_of_ceiling", "ratio": share, **more, **speed})
         rows.append({"name": f"pretrain_{name}{suffix}_data", "ratio": waiting, **more})
     cfg = config(side, patch, batch, folder, args.device, "float32")
@@ -137,6 +143,8 @@ def trained(cfg: CfgNode, folder: Path, iterations: int) -> tuple[float, float]:
     cfg.SOLVER.MAX_ITER, cfg.SOLVER.WARMUP_ITERS = WARM + iterations, 1
     files = sorted((folder / "images").glob("*.jpg"))
     seed_everything(cfg.SEED, "model")
+    if cfg.MODEL.DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     trainer = build_trainer(cfg, build_pretraining_model(cfg), files, files[:1])
     trainer.train()
     rows = [
