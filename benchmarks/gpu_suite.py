@@ -34,7 +34,18 @@ def steps(device: str, quick: bool, output: Path) -> dict[str, list[str]]:
         short = [*keys, "SOLVER.PRECISION", precision, "SOLVER.MAX_ITER", "10", "SOLVER.WARMUP_ITERS", "0"]
         found[f"ten_iterations_detection_{precision}"] = ["relvit_d2", "demo", *short]
         classify = ["relvit_d2", "classify", "--config-file", "configs/cls/cifar10_vit_s4.yaml", *short]
-        sets = ["DATASETS.TRAIN", images, "DATASETS.TEST", "()", "DATASETS.VALIDATION", "", "MODEL.WEIGHTS", ""]
+        sets = [
+            "SOLVER.IMS_PER_BATCH",
+            "32",
+            "DATASETS.TRAIN",
+            images,
+            "DATASETS.TEST",
+            "()",
+            "DATASETS.VALIDATION",
+            "",
+            "MODEL.WEIGHTS",
+            "",
+        ]
         folder = ["OUTPUT_DIR", str(output / f"classify_{precision}")]
         found[f"ten_iterations_classification_{precision}"] = [*classify, *sets, *folder]
     if device == "cuda":
