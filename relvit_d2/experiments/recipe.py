@@ -24,6 +24,7 @@ PATCHES = 2  # patches along an object that the smallest tenth of the objects ge
 SMALL_OBJECT = 32  # pixels beyond which smaller objects need no larger images
 EPOCHS = 30  # of the training images; the model is chosen so that the time is enough for at least these
 MIN_IMAGES, MAX_IMAGES = 6_000, 40_000  # limits of the number of images that EPOCHS stands for
+LARGER = 40_000  # training images from which on larger encoders are chosen; 11,000 were too few (docs/benchmarks.md)
 UPDATES = 800  # iterations that the batch is chosen for
 PRETRAINING = 0.3  # share of the time
 MIN_PRETRAINING = 500  # iterations; with fewer, the time is better spent on training (docs/benchmarks.md)
@@ -257,12 +258,13 @@ def _sides(data: Data, given: Given) -> list[int]:
 def _encoder_and_side(
     data: Data, machine: Machine, seconds: float, seen: int, given: Given, encoders: Sequence[Encoder]
 ) -> tuple[Encoder, int, str]:
-    """Return the strongest encoder that resolves small objects and trains on ``seen`` images in the time, and a side.
+    """Return the strongest encoder that resolves small objects and trains on enough images in the time, a side, and why.
 
-    The reason, a text, is the third value.
+    The last encoder trains on ``seen`` images, the others on at least ``LARGER``.
     """
-    sides = _sides(data, given)
+    sides, least = _sides(data, given), seen
     for encoder in encoders:
+        seen = least if encoder == encoders[-1] else max(least, LARGER)
         fitting = [side for side in sides if _fits(machine, encoder, side)]
         resolved = [side for side in sides if data.small_object(side) >= PATCHES * encoder.patch] or sides[-1:]
         affordable = [side for side in fitting if _seconds(machine, encoder, side) * seen <= seconds]

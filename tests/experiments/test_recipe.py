@@ -13,6 +13,7 @@ from relvit_d2.experiments.custom_measurements import CONFIG, anchor_choices
 from relvit_d2.experiments.custom_run import recipe_yaml
 from relvit_d2.experiments.recipe import (
     ENCODERS,
+    LARGER,
     Choice,
     Choices,
     Cost,
@@ -70,6 +71,8 @@ def test_more_time_never_gives_a_weaker_encoder_or_a_smaller_image_for_it() -> N
     before = (len(ENCODERS), 0)
     for seconds in (60, 300, 900, 1800, 3600, 10_000, 100_000):
         encoder, choices = choose_model(data_of(80), CPU, seconds, {})
+        cost = COSTS[encoder.name].seconds * (choices["INPUT.MAX_SIZE_TRAIN"].value / 192) ** 2
+        assert encoder == ENCODERS[-1] or seconds / cost >= LARGER
         now = (ENCODERS.index(encoder), choices["INPUT.MAX_SIZE_TRAIN"].value)
         assert now[0] < before[0] or (now[0] == before[0] and now[1] >= before[1])
         before = now
