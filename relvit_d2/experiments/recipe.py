@@ -258,10 +258,7 @@ def _sides(data: Data, given: Given) -> list[int]:
 def _encoder_and_side(
     data: Data, machine: Machine, seconds: float, seen: int, given: Given, encoders: Sequence[Encoder]
 ) -> tuple[Encoder, int, str]:
-    """Return the strongest encoder that resolves small objects and trains on enough images in the time, a side, and why.
-
-    The last encoder trains on ``seen`` images, the others on at least ``LARGER``.
-    """
+    """Return the strongest encoder that resolves small objects and trains on enough images, an image side, and why."""
     sides, least = _sides(data, given), seen
     for encoder in encoders:
         seen = least if encoder == encoders[-1] else max(least, LARGER)
