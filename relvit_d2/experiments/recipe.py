@@ -268,6 +268,7 @@ def _encoder_and_side(
         if both := [side for side in affordable if side in resolved]:
             side = next((side for side in both if data.small_object(side) >= SMALL_OBJECT), both[-1])
             why = f"the largest of {len(encoders)} that can see {seen:,} training images of {side} px in the time"
+            why += f"; larger ones need {LARGER:,}" if seen < LARGER and len(encoders) > 1 else ""
             return encoder, side, why
     if not fitting:
         needed = machine.costs[encoder.name].memory * _pixels(sides[0]) / USABLE_MEMORY
