@@ -50,9 +50,10 @@ def steps(device: str, quick: bool, output: Path) -> dict[str, list[str]]:
         found[f"ten_iterations_classification_{precision}"] = [*classify, *sets, *folder]
     if device == "cuda":
         found["gpu_sync_check"] = ["benchmarks.gpu_sync_check"]
-    for name in ("pretrain", "relation_loss", "detector"):
+    for name in ("pretrain", "relation_loss"):
         found[name] = [f"benchmarks.{name}", *measured]
-    row = ["table1", "--row", "cifar10_vit_s4", "--output", str(output / "cifar10")]
+    found["detector"] = ["benchmarks.detector", "--quick", "--json", "--device", device]
+    row = ["table1", "--row", "cifar10", "--output", str(output / "cifar10")]
     found["cifar10"] = ["relvit_d2", "reproduce", *row, *(["--scale", "0.0001"] if quick else []), *keys]
     return found
 
