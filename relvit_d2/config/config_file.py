@@ -5,7 +5,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ COMMANDS = {"pretrain": "pretrain", "detection": "train", "classification": "cla
 
 FRACTIONS = ("SOLVER.WARMUP_ITERS",)  # integers that may be fractions below 1 too
 
+_CONFIGS = (ROOT / "configs").resolve()
 _NOT_IN_PATHS = re.compile(r"[\0\ud800-\udc7f\udd00-\udfff]")  # other surrogates are bytes that are not UTF-8
 
 
@@ -39,6 +40,8 @@ class Task:
         without_effect: unused keys of Detectron2, and the replacement of each.
         alternatives: keys that are 0 by default, and the key that each replaces; a file or a command line gives one of
             the two, which sets the other to 0.
+        factors_with_weights: factors of the defaults of keys where ``MODEL.WEIGHTS`` is set. Defaults are the values in
+            the code and in the project's ``configs/``; a value in another file or on the command line is unchanged.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Task:
     finish: Callable[[CfgNode], None]
     without_effect: Mapping[str, str]
     alternatives: Mapping[str, str]
+    factors_with_weights: Mapping[str, float] = field(default_factory=dict)
 
     def defaults(self) -> CfgNode:
         """Return a new config with the defaults."""
@@ -91,9 +95,12 @@ def read_config(config_file: str, overrides: list[str], tasks: Mapping[str, Task
 
     defaults = flat(cfg.clone())
     explain = partial(_explain_unknown, cfg=cfg, chosen=chosen, tasks=tasks)
+    users = set[str]()  # keys that are not given by a config of the project
     for file, content, text in files:
         _merge(cfg, content, text, f"config file '{file}'", defaults, explain)
         _choose_alternatives(cfg, flat(content), f"config file '{file}'", chosen.alternatives)
+        if not file.resolve().is_relative_to(_CONFIGS):
+            users |= flat(content).keys()
     if len(overrides) % 2:
         raise UserError(f"'{overrides[-1]}' has no value: give KEY VALUE pairs")
     given = dict[str, Any]()
@@ -107,6 +114,9 @@ def read_config(config_file: str, overrides: list[str], tasks: Mapping[str, Task
         _merge(cfg, content, text, where, defaults, explain)
         given |= flat(content)
     _choose_alternatives(cfg, given, "the command line", chosen.alternatives)
+    for key, factor in chosen.factors_with_weights.items() if cfg.MODEL.WEIGHTS else ():
+        if key not in users | given.keys():
+            _multiply(cfg, key, factor)
     if chosen.name != cfg.TASK:
         raise UserError(f"override 'TASK {cfg.TASK}': the config is of the task {chosen.name}; give another config")
     return cfg
@@ -119,8 +129,12 @@ def _choose_alternatives(cfg: CfgNode, given: dict[str, Any], where: str, altern
             if get_key(cfg, key) and get_key(cfg, other):
                 raise UserError(f"{where} gives both {key} and {other}: remove one")
         elif other in given or (key in given and get_key(cfg, key)):
-            *groups, name = (key if other in given else other).split(".")
-            get_key(cfg, ".".join(groups))[name] *= 0  # keeps the type
+            _multiply(cfg, key if other in given else other, 0)  # keeps the type
+
+
+def _multiply(cfg: CfgNode, key: str, factor: float) -> None:
+    *groups, name = key.split(".")
+    get_key(cfg, ".".join(groups))[name] *= factor
 
 
 def override_words(pairs: Mapping[str, object]) -> list[str]:
@@ -232,7 +246,7 @@ def _base_path(path: Path, base: Any) -> Path:
     if (given := Path(os.path.expanduser(base))).is_absolute():  # noqa: PTH111
         return given
     folder = path.parent.resolve()
-    folders = {folder, (ROOT / "configs").resolve()}
+    folders = {folder, _CONFIGS}
     if folder.is_relative_to(Path.cwd()):
         folders.add(Path.cwd())
     target = path.parent / given

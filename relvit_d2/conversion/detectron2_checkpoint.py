@@ -90,27 +90,30 @@ def _tensor(path: str, name: str, value: Any) -> Tensor:
     return value.float()
 
 
-def config_keys(found: Detectron2Checkpoint) -> dict[str, Any]:
-    """Return the config keys, by full name, with which a detector of this package has the parts of the checkpoint.
+def config_keys(found: Detectron2Checkpoint, whole: bool = True) -> dict[str, Any]:
+    """Return the config keys, by full name, with which a model of this package has the parts of the checkpoint.
+
+    Args:
+        found: the checkpoint.
+        whole: whether the model is the detector; False: its encoder alone, with the pixel statistics.
 
     Raises:
         UserError: parts are missing or not supported.
     """
     try:
-        if found.kind == "ViTDet":
-            encoder, pyramid = _vit_keys(found), _simple_keys(found.tensors)
-            side = encoder["MODEL.ENCODER.IMG_SIZE"]
-        else:
-            encoder, pyramid, side = _swin_keys(found), _fpn_keys(found.tensors), _SWIN_SIDE
-        keys = encoder | pyramid | _head_keys(found)
+        is_vit = found.kind == "ViTDet"
+        keys = _vit_keys(found) if is_vit else _swin_keys(found)
+        keys |= {"MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53], "MODEL.PIXEL_STD": [58.395, 57.12, 57.375]}
+        if not whole:
+            return keys
+        side = keys["MODEL.ENCODER.IMG_SIZE"] if is_vit else _SWIN_SIDE
+        keys |= (_simple_keys if is_vit else _fpn_keys)(found.tensors) | _head_keys(found)
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(
             f"'{found.path}' contains an incomplete {found.kind} ({error}): give a checkpoint of the whole detector"
         ) from error
     return keys | {
         "MODEL.PYRAMID.TOP_BLOCK": True,
-        "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
-        "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
         "INPUT.FORMAT": "RGB",
         "MODEL.PYRAMID.SIZE_DIVISIBILITY": side,  # square_pad, for images of at most that side
         "INPUT.MIN_SIZE_TRAIN": [side],

@@ -34,17 +34,18 @@ _FREE = re.compile(
 )
 
 
-def check_keys(found: Detectron2Checkpoint, key: Callable[[str], Any]) -> None:
+def check_keys(found: Detectron2Checkpoint, key: Callable[[str], Any], whole: bool = True) -> None:
     """Raise a :class:`UserError` that names the keys of a config with which the checkpoint does not fit.
 
     Args:
         found: the checkpoint.
         key: returns the value of a key in the config.
+        whole: as for :func:`relvit_d2.conversion.detectron2_checkpoint.config_keys`.
     """
-    masks = key("MODEL.MASK_ON")
+    masks = whole and key("MODEL.MASK_ON")
     different = {
         name: value
-        for name, value in config_keys(found).items()
+        for name, value in config_keys(found, whole).items()
         if not (_FREE.match(name) or ("ROI_MASK_HEAD" in name and not masks))
         and _plain(key(name)) != value
         and (name, key(name)) != ("MODEL.PYRAMID.NAME", "auto")
@@ -189,6 +190,38 @@ def adapt_checkpoint(
     if kept:
         lines.append(f"  classes of the same name keep their values: {printable(', '.join(kept))}")
     return "\n".join(lines)
+
+
+def adapt_encoder(
+    path: str, checkpoint: dict[str, Any], current: Mapping[str, Tensor], key: Callable[[str], Any]
+) -> str:
+    """Convert the entry ``model`` of a checkpoint of Detectron2's detectors for its encoder alone, in place.
+
+    Args:
+        path, checkpoint, key: as for :func:`adapt_checkpoint`.
+        current: the state of the encoder.
+
+    Returns:
+        A report of the loaded and the other tensors.
+
+    Raises:
+        UserError: the checkpoint is not one of Detectron2's detectors, or does not fit the config.
+    """
+    found = find_detector(path, checkpoint["model"])
+    if found is None:
+        raise UserError(
+            f"'{path}' is neither an encoder.safetensors nor a ViTDet or R-CNN on Swin of Detectron2: convert weights "
+            "of other projects with relvit-d2 convert, or set MODEL.WEIGHTS to an encoder.safetensors or timm:NAME"
+        )
+    check_keys(found, key, whole=False)
+    checkpoint.pop("matching_heuristics", None)
+    prefix = f"{VIT if found.kind == 'ViTDet' else SWIN}encoder."
+    tensors, resized = renamed(found, {f"{prefix}{name}": value for name, value in current.items()})
+    inside = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    checkpoint["model"] = inside
+    resized = [name.removeprefix(prefix) for name in resized]
+    others = [name for name in tensors if not name.startswith(prefix)]
+    return f"encoder of '{path}':\n{_report(inside, current, resized, [*found.left_out, *others], [])}"
 
 
 def _report(

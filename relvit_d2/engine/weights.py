@@ -13,7 +13,7 @@ from torch import nn
 
 from relvit_d2.config.config_file import Task, adapt_to_machine, load_config
 from relvit_d2.conversion.converted import TOLERANCE
-from relvit_d2.conversion.detectron2_detector import adapt_checkpoint
+from relvit_d2.conversion.detectron2_detector import adapt_checkpoint, adapt_encoder
 from relvit_d2.conversion.encoder_file import (
     ENOUGH,
     MatchReport,
@@ -58,6 +58,27 @@ def load_weights(
     if holds_encoder(weights):
         return load_verified(cfg, encoder, weights, input_format)
     return _load_checkpoint(cfg, model, weights, ENOUGH, class_names).get("metadata", {})
+
+
+def load_encoder(cfg: CfgNode, encoder: Encoder, weights: str) -> dict[str, Any]:
+    """Load the encoder, for RGB images, from encoder weights or from a detector of Detectron2.
+
+    Returns:
+        Metadata of the encoder's file; empty for a detector.
+
+    Raises:
+        UserError: the weights are missing, do not fit, or are of another kind.
+    """
+    if holds_encoder(weights):
+        return load_verified(cfg, encoder, weights, "RGB")
+
+    def convert(checkpoint: dict[str, Any]) -> None:
+        logger.info(adapt_encoder(weights, checkpoint, encoder.state_dict(), partial(get_key, cfg)))
+
+    checkpointer = Checkpointer(encoder, min_match=ENOUGH, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
+    checkpointer.validate = convert
+    checkpointer.load(weights, checkpointables=[])
+    return {}
 
 
 def best_or_last(output: str | Path) -> str:

@@ -35,4 +35,16 @@ def finish_config(cfg: CfgNode) -> None:
     check_pixel_format_config(cfg)
 
 
-PRETRAINING = Task("pretrain", CfgNode, add_pretraining_config, finish_config, WITHOUT_EFFECT, EPOCH_KEYS)
+# With MODEL.WEIGHTS: a fifth of the learning rate, this project's choice, and a layer-wise decay of 0.75, as in the
+# fine-tuning of K. He et al., "Masked Autoencoders Are Scalable Vision Learners", 2021 (table 9).
+FACTORS_WITH_WEIGHTS = {"SOLVER.BASE_LR": 0.2, "SOLVER.LAYER_DECAY": 0.75}
+
+PRETRAINING = Task(
+    "pretrain",
+    CfgNode,
+    add_pretraining_config,
+    finish_config,
+    WITHOUT_EFFECT,
+    EPOCH_KEYS,
+    FACTORS_WITH_WEIGHTS,
+)

@@ -26,9 +26,10 @@ from relvit_d2.engine.precision import choose_precision
 from relvit_d2.engine.run_setup import save_config, start_run
 from relvit_d2.engine.trainer import Trainer
 from relvit_d2.engine.weight_average import SUFFIX, WeightAverage, build_average
-from relvit_d2.engine.weights import export_encoder, holds_encoder, load_trained, load_verified
+from relvit_d2.engine.weights import export_encoder, load_encoder, load_trained
 from relvit_d2.evaluation.base import UNREADABLE
 from relvit_d2.pretext.monitor import knn_accuracy
+from relvit_d2.pretraining.config import FACTORS_WITH_WEIGHTS
 from relvit_d2.pretraining.model import (
     PretrainingModel,
     build_pretraining_model,
@@ -279,12 +280,12 @@ def run_process(cfg: CfgNode, args: argparse.Namespace, end: Callable[[Path, str
     trainer = build_trainer(cfg, model, files, tests)
     resumed = args.resume and trainer.resume(args.allow_changes)
     if weights and not resumed:
-        if not holds_encoder(weights):
-            raise UserError(
-                f"MODEL.WEIGHTS '{weights}' is not an encoder.safetensors or timm:NAME: give one of them, or '' to "
-                "train from scratch"
-            )
-        trainer.metadata = seen_metadata(load_verified(cfg, model.encoder, weights, "RGB"))
+        trainer.metadata = seen_metadata(load_encoder(cfg, model.encoder, weights))
+        defaults = ", ".join(f"{factor:g} x {key}" for key, factor in FACTORS_WITH_WEIGHTS.items())
+        logger.info(
+            f"pre-training from MODEL.WEIGHTS with SOLVER.BASE_LR {cfg.SOLVER.BASE_LR:g} and SOLVER.LAYER_DECAY "
+            f"{cfg.SOLVER.LAYER_DECAY:g} (default: {defaults} of training from scratch): set both keys to change it"
+        )
     trainer.train()
     if comm.is_main_process():
         size = cfg.PRETEXT.IMAGE_SIZE

@@ -140,6 +140,9 @@ def test_weights_are_loaded_by_their_arm_or_its_pretraining(crops: Path, tmp_pat
     assert sorted(starts.values())[0] == "" and native in starts.values()
     (pretraining,) = (planned for planned in runs.values() if planned.config.TASK == "pretrain")
     assert weights[f"{other}+pretrained"] == pretraining.config.MODEL.WEIGHTS
+    scratch = compared.config_of(compared.pretraining(mega=False), pretraining=True).SOLVER
+    solver = pretraining.config.SOLVER
+    assert pytest.approx(scratch.BASE_LR / 5) == solver.BASE_LR and solver.LAYER_DECAY == 0.75
     assert str(pretraining.folder / "encoder.safetensors") in starts.values()
 
 
