@@ -72,12 +72,15 @@ def run_process(args: argparse.Namespace) -> None:
     """Run one of the processes."""
     logging.raiseExceptions = False  # a failing log handler must not hide the original error
     from relvit_d2.data.detection.custom import config_pairs
+    from relvit_d2.engine.loggers import check_loggers
     from relvit_d2.engine.run_lock import run_lock
     from relvit_d2.report.run_summary import end_run
     from relvit_d2.tasks import load_config
 
     cfg = load_config(args.config_file, [*config_pairs(args.data, args.task), *args.opts], args.task)
     trains = not args.eval_only and not getattr(args, "eval", None)
+    if trains:
+        check_loggers(cfg.LOGGERS)
     try:
         # The start of the run refuses an empty name, which would lock the working directory.
         with run_lock(Path(cfg.OUTPUT_DIR)) if trains and cfg.OUTPUT_DIR.strip() else nullcontext():

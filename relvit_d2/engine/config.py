@@ -54,6 +54,7 @@ def add_engine_config(cfg: CfgNode, task: str) -> None:
     cfg.VERSION = VERSION  # version of Detectron2's config format
     cfg.SEED = 0  # seed of all random numbers
     cfg.OUTPUT_DIR = "./output"  # folder of all files that a run writes
+    cfg.LOGGERS = ()  # experiment trackers that receive the metrics: "wandb", "mlflow"
     cfg.CUDNN_BENCHMARK = False  # let cuDNN benchmark its algorithms
     cfg.MODEL.DEVICE = default_device()  # torch device: cuda, mps (untested) or cpu
     cfg.MODEL.WEIGHTS = ""  # encoder.safetensors, model_*.pth or timm:NAME; empty: train from scratch

@@ -18,6 +18,7 @@ from relvit_d2.utils.files import write_text
 FREE_ON_RESUME = (
     "VERSION",
     "OUTPUT_DIR",
+    "LOGGERS",
     "MODEL.DEVICE",
     "MODEL.ALLOW_PICKLE",
     "MODEL.ACTIVATION_CHECKPOINT",

@@ -1,4 +1,4 @@
-"""Logging of metrics: console, metrics.json, TensorBoard."""
+"""Logging of metrics: console, metrics.json, TensorBoard, experiment trackers."""
 
 import datetime
 import logging
@@ -12,6 +12,7 @@ from detectron2.utils.events import EventStorage, EventWriter, JSONWriter, Tenso
 from fvcore.common.config import CfgNode
 from tqdm.auto import tqdm as notebook_bar
 
+from relvit_d2.engine.loggers import build_loggers
 from relvit_d2.engine.running import RunningTrainer
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import appearing, write_text
@@ -20,7 +21,7 @@ from relvit_d2.utils.loader_workers import loader_workers
 from relvit_d2.utils.metrics import Metric, from_scalars, parse_row
 from relvit_d2.utils.progress import Progress
 
-PERIOD = 20  # iterations between lines on the console and points in TensorBoard
+PERIOD = 20  # iterations between lines on the console and points in TensorBoard and trackers
 SLOW_DATA = 0.5  # fraction of the time spent waiting for data from which on a warning is logged
 
 bar_title: ContextVar[str] = ContextVar("bar_title", default="")
@@ -30,7 +31,9 @@ logger = logging.getLogger(__name__)
 
 
 class WriterHook(HookBase):
-    """Runs Detectron2's writers: ``metrics.json`` every iteration, console and TensorBoard every ``PERIOD``.
+    """Runs Detectron2's writers: ``metrics.json`` every iteration, the others every ``PERIOD``.
+
+    Experiment trackers also get the results of each evaluation at once.
 
     On resumption, later entries of both files are removed. The row of the checkpoint's iteration keeps values that are
     not computed again.
@@ -41,6 +44,7 @@ class WriterHook(HookBase):
     def __init__(self) -> None:
         self._every_step: list[EventWriter] = []
         self._periodic: list[EventWriter] = []
+        self._loggers: list[EventWriter] = []
         self._row: dict[str, float] = {}
 
     def before_train(self) -> None:
@@ -57,6 +61,7 @@ class WriterHook(HookBase):
             ProgressPrinter(trainer.cfg),
             _Board(str(output), window_size=1, purge_step=trainer.first_row),
         ]
+        self._loggers = build_loggers(trainer.cfg, trainer.run_id)
 
     def after_step(self) -> None:
         """Write the metrics of the iteration."""
@@ -68,15 +73,16 @@ class WriterHook(HookBase):
         self._row = {}
         for writer in self._every_step:
             writer.write()
-        if done % PERIOD == 0 or done == self.trainer.max_iter or self.trainer.stopped:
-            for writer in self._periodic:
-                writer.write()
+        periodic = done % PERIOD == 0 or done == self.trainer.max_iter or self.trainer.stopped
+        loggers = self._loggers if periodic or self.trainer.evaluates_after(done) else []
+        for writer in (*(self._periodic if periodic else []), *loggers):
+            writer.write()
 
     def after_train(self) -> None:
         """Write the metrics of an interrupted iteration and close the files."""
         for writer in self._every_step:
             writer.write()
-        for writer in (*self._every_step, *self._periodic):
+        for writer in (*self._every_step, *self._periodic, *self._loggers):
             writer.close()
 
 
