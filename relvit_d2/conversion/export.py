@@ -19,6 +19,7 @@ from relvit_d2.conversion.converted import checked_difference, random_image, rel
 from relvit_d2.conversion.encoder_file import build_described, read_encoder
 from relvit_d2.conversion.reference_models import TIMM_NAMES
 from relvit_d2.encoders import Encoder
+from relvit_d2.encoders.eva import EvaViT
 from relvit_d2.encoders.swin import Swin
 from relvit_d2.encoders.vit import ViT
 from relvit_d2.utils.errors import UserError
@@ -89,8 +90,12 @@ def to_timm(encoder: Encoder) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     arguments = {"num_classes": 0, "in_chans": config["in_chans"], **arguments}
     if isinstance(encoder, ViT):
         arguments |= {"img_size": config["img_size"], "patch_size": config["patch_size"], "global_pool": ""}
-        arguments |= {} if config["pos_embed"] else {"pos_embed": "none"}
-        arguments |= {"final_norm": False} if isinstance(encoder.vit.norm, nn.Identity) else {}
+        rotary = isinstance(encoder, EvaViT)
+        without: dict[str, Any] = {"use_abs_pos_emb": False} if rotary else {"pos_embed": "none"}
+        arguments |= {} if config["pos_embed"] else without
+        if isinstance(encoder.vit.norm, nn.Identity):
+            arguments["use_post_transformer_norm" if rotary else "final_norm"] = False
+        arguments |= {"use_fc_norm": False} if rotary else {}
         tensors = encoder.vit.state_dict()
     else:
         assert isinstance(encoder, Swin)
@@ -143,7 +148,7 @@ def to_detectron2(encoder: Encoder) -> Detectron2Export:
         UserError: if Detectron2 has no such backbone, or features differ that should be equal.
     """
     encoder.eval()
-    if isinstance(encoder, ViT):
+    if isinstance(encoder, ViT) and not isinstance(encoder, EvaViT):
         return _vit(encoder)
     if isinstance(encoder, Swin):
         return _swin(encoder)

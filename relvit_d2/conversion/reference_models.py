@@ -7,11 +7,11 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models import swin_transformer, vision_transformer
+from timm.models import eva, swin_transformer, vision_transformer
 from torch import Tensor
 
 from relvit_d2.encoders.swin import SWIN_SIZES
-from relvit_d2.encoders.timm_vit import entry, without_head
+from relvit_d2.encoders.timm_vit import has_rotary_positions, without_head
 
 # Maps images (B, C, H, W) to features of the last map (B, N, D).
 Reference = Callable[[Tensor], Tensor]
@@ -33,9 +33,13 @@ def timm_vit_reference(model: str, tensors: Mapping[str, Tensor], **arguments: A
     Raises:
         RuntimeError: if a tensor of the model is missing or a tensor is unexpected.
     """
-    vit = without_head(entry(model)(**arguments)).eval()
+    vit = without_head(model, **arguments).eval()
     # strict loading of the names as translated by timm
-    vit.load_state_dict(vision_transformer.checkpoint_filter_fn(dict(tensors), vit, adapt_layer_scale=True))
+    if has_rotary_positions(model):
+        translated = eva.checkpoint_filter_fn(dict(tensors), vit)
+    else:
+        translated = vision_transformer.checkpoint_filter_fn(dict(tensors), vit, adapt_layer_scale=True)
+    vit.load_state_dict(translated)
     return lambda images: vit.forward_features(images)[:, vit.num_prefix_tokens :]
 
 

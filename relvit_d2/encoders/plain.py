@@ -1,5 +1,6 @@
 """Encoders that consist of equal blocks over one sequence of tokens."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -35,7 +36,7 @@ class PlainEncoder(Encoder):
         self._recomputes = False
 
     @property
-    def sequence_blocks(self) -> nn.Sequential:
+    def sequence_blocks(self) -> nn.Sequential | nn.ModuleList:
         """The blocks, in order."""
         raise NotImplementedError
 
@@ -58,20 +59,31 @@ class PlainEncoder(Encoder):
         """Embed images ``(B, in_chans, H, W)`` as ``(B, prefix + h * w, C)``, with prefix and positions."""
         raise NotImplementedError
 
-    def forward_blocks(self, x: Tensor, grid: tuple[int, int]) -> list[Tensor]:
-        """Run embedded tokens ``(B, prefix + h * w, C)`` of a grid ``(h, w)`` through the blocks.
+    def block_functions(self, grid: tuple[int, int], kept: Tensor | None) -> list[Callable[[Tensor], Tensor]]:
+        """Return the function of each block, which maps tokens ``(B, prefix + N, C)`` to tokens of the same shape.
+
+        Args:
+            grid: rows and columns of patches of the image.
+            kept: indices of the patches, see :meth:`tokens`; None: all patches.
+        """
+        functions: list[Callable[[Tensor], Tensor]] = []
+        for index, block in enumerate(self.sequence_blocks):
+            window = self._windows.get(index)
+            functions.append(
+                partial(global_block, block)
+                if window is None
+                else partial(windowed_block, block, grid=grid, window=window)
+            )
+        return functions
+
+    def forward_blocks(self, x: Tensor, grid: tuple[int, int], kept: Tensor | None = None) -> list[Tensor]:
+        """Run embedded tokens ``(B, prefix + N, C)`` through the blocks; see :meth:`block_functions`.
 
         Returns:
             The normed outputs of the selected blocks and of the last one, shaped like ``x``.
         """
         outputs = []
-        for index, block in enumerate(self.sequence_blocks):
-            window = self._windows.get(index)
-            run = (
-                partial(global_block, block)
-                if window is None
-                else partial(windowed_block, block, grid=grid, window=window)
-            )
+        for index, run in enumerate(self.block_functions(grid, kept)):
             x = checkpoint(run, x, use_reentrant=False) if self._recomputes else run(x)
             if index in self._selected:
                 outputs.append(self.final_norm(x))
@@ -87,7 +99,7 @@ class PlainEncoder(Encoder):
         if kept is not None:
             patches = x[:, self.prefix :].gather(1, kept[:, :, None].expand(-1, -1, x.shape[2]))
             x = torch.cat((x[:, : self.prefix], patches), dim=1)
-        return self.forward_blocks(x, self.grid(*images.shape[-2:]))
+        return self.forward_blocks(x, self.grid(*images.shape[-2:]), kept)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """As :meth:`Encoder.forward`; a side that is not a multiple of the stride is padded with zeros at its end."""

@@ -1,22 +1,30 @@
 """Every plain Vision Transformer of timm, by its timm name."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import timm
-from timm.models import deit, model_entrypoint, vision_transformer
+from timm.models import deit, eva, model_entrypoint, vision_transformer
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from relvit_d2.encoders.base import FAMILIES, Encoder
-from relvit_d2.encoders.vit import vit_builder
+from relvit_d2.encoders.eva import EvaViT
+from relvit_d2.encoders.vit import ViT, vit_builder
 from relvit_d2.utils.errors import UserError, nearest
 
+# timm's modules whose models of the class have a plain patch embedding; those of other modules do not.
+_CLASSES = {
+    vision_transformer.__name__: VisionTransformer,
+    deit.__name__: VisionTransformer,
+    eva.__name__: Eva,
+}
 
-def entry(model: str) -> Callable[..., VisionTransformer]:
+
+def entry(model: str) -> Callable[..., VisionTransformer | Eva]:
     """Return timm's function that builds ``model``, a name without a weights tag.
-
-    Models that timm's modules ``vision_transformer`` and ``deit`` build as a ``VisionTransformer`` have a plain patch
-    embedding; those of other modules do not.
 
     Raises:
         UserError: timm has no such model, or it is not a plain Vision Transformer.
@@ -26,17 +34,35 @@ def entry(model: str) -> Callable[..., VisionTransformer]:
         raise UserError(f"timm {timm.__version__} has no model '{model}'{close or '; timm.list_models() lists them'}")
     function = model_entrypoint(model)
     module, made = function.__module__, function.__annotations__.get("return")
-    if module not in (vision_transformer.__name__, deit.__name__) or made is not VisionTransformer:
+    if module not in _CLASSES or made is not _CLASSES[module]:
         kind = getattr(made, "__name__", made)
         raise UserError(
-            f"timm's '{model}' is a {kind} of {module}, not a VisionTransformer with a plain patch embedding; choose a "
-            "vit_*, deit_* or deit3_* of timm, or an encoder of this package"
+            f"timm's '{model}' is a {kind} of {module}, not a VisionTransformer or Eva with a plain patch embedding; "
+            "choose a vit_*, deit_*, deit3_* or eva* of timm, or an encoder of this package"
         )
     return function
 
 
-def without_head(vit: VisionTransformer) -> VisionTransformer:
-    """Remove pooling, the norm of the pooled features and the classifier, in place."""
+def has_rotary_positions(model: str) -> bool:
+    """Whether timm's ``model`` is of the class ``Eva``, whose models have rotary positions, with few exceptions."""
+    return timm.is_model(model) and model_entrypoint(model).__module__ == eva.__name__
+
+
+def without_head(model: str, **arguments: Any) -> Any:
+    """Build timm's ``model`` without pooling, norm of the pooled features and classifier.
+
+    Args:
+        model: see :func:`entry`.
+        arguments: keyword arguments of a ``VisionTransformer``, which an ``Eva`` has too; its ``pos_embed`` is
+            translated.
+    """
+    function = entry(model)
+    if has_rotary_positions(model):
+        # Positions that are scaled at random in training would depend on how a batch is divided among processes.
+        arguments["rope_rescale_coords"] = None
+        if arguments.pop("pos_embed", "") == "none":
+            arguments["use_abs_pos_emb"] = False
+    vit: Any = function(**arguments)
     vit.reset_classifier(0, "")
     vit.fc_norm = nn.Identity()
     return vit
@@ -47,7 +73,7 @@ def timm_vit(model: str) -> Callable[..., Encoder]:
     """Return the builder of timm's ``model`` with random weights; nothing is downloaded.
 
     The arguments of the builder override the patch and image size in the name. Features are the patch tokens of timm's
-    ``forward_features``, which are not normed in models that norm the pooled features only (``*_gap_*``).
+    ``forward_features``, which are not normed in models that norm the pooled features only (``*_gap_*``, ``eva02_*``).
     """
-    function = entry(model)
-    return vit_builder(lambda **arguments: without_head(function(**arguments)))
+    entry(model)
+    return vit_builder(partial(without_head, model), EvaViT if has_rotary_positions(model) else ViT)

@@ -43,14 +43,13 @@ class ViT(PlainEncoder):
                 f"MODEL.ENCODER.WINDOW {window} and GLOBAL_BLOCKS {global_blocks}: give a window of 0 (none) or more "
                 f"patches, and 0 to {depth} blocks"
             )
-        attentions = [block.attn for block in vit.blocks if isinstance(block, Block)]
-        plain = [attention for attention in attentions if isinstance(attention, Attention)]
+        self.vit = vit
+        plain = self._plain_attentions()
         if (window or rel_pos) and len(plain) < depth:
             raise UserError(
                 "the attention of this encoder supports neither windows nor relative positions: set "
                 "MODEL.ENCODER.WINDOW 0 and REL_POS False"
             )
-        self.vit = vit
         if window:
             self._windows = dict.fromkeys(set(range(depth)) - {*evenly_spaced(global_blocks, depth)}, window)
         if rel_pos:
@@ -58,8 +57,13 @@ class ViT(PlainEncoder):
                 side = self._windows.setdefault(index, 0) or vit.patch_embed.grid_size[0]
                 add_relative_positions(attention, side)
 
+    def _plain_attentions(self) -> list[Any]:
+        """Return the attention of those blocks that support windows."""
+        attentions = [block.attn for block in self.vit.blocks if isinstance(block, Block)]
+        return [attention for attention in attentions if isinstance(attention, Attention)]
+
     @property
-    def sequence_blocks(self) -> nn.Sequential:
+    def sequence_blocks(self) -> nn.Sequential | nn.ModuleList:
         return self.vit.blocks
 
     @property
@@ -123,8 +127,8 @@ class ViT(PlainEncoder):
         return {f"vit.blocks.{i}.attn.rel_pos_{axis}" for i in range(self.depth) for axis in "hw"}
 
 
-def vit_builder(make: Callable[..., VisionTransformer]) -> Callable[..., Encoder]:
-    """Return the builder of a :class:`ViT`; ``make`` maps timm's keyword arguments to a model without a head."""
+def vit_builder(make: Callable[..., VisionTransformer], encoder: type[ViT] = ViT) -> Callable[..., Encoder]:
+    """Return the builder of an ``encoder``; ``make`` maps timm's keyword arguments to a model without a head."""
 
     def build(
         patch_size: int = 16,
@@ -167,7 +171,7 @@ def vit_builder(make: Callable[..., VisionTransformer]) -> Callable[..., Encoder
             dynamic_img_pad=True,  # pad sides to whole patches
             **({} if pos_embed else {"pos_embed": "none"}),
         )
-        return ViT(vit, window, global_blocks, rel_pos)
+        return encoder(vit, window, global_blocks, rel_pos)
 
     return build
 

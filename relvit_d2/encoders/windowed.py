@@ -9,9 +9,12 @@ columns as in "MViTv2" (Li et al., 2022), section 4.1: between query q at (i, j)
 q k / sqrt(d) becomes q k / sqrt(d) + q R_h[i - i'] + q R_w[j - j'].
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention
+from timm.layers import Attention, AttentionRope
+from timm.models.eva import EvaAttention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -31,16 +34,20 @@ def fused_is_faster(tokens: int, device: torch.device) -> bool:
     return not (trained_on_cpu and bfloat16 and tokens < FUSED_FROM)
 
 
-def global_block(block: nn.Module, x: Tensor) -> Tensor:
-    """Run a block on ``(B, N, C)``, timm's with the faster kind of attention; the shape is kept."""
-    attention = getattr(block, "attn", None)
-    if not isinstance(attention, Attention) or not attention.fused_attn or fused_is_faster(x.shape[1], x.device):
-        return block(x)
-    attention.fused_attn = False  # type: ignore[misc]
+def global_block(block: nn.Module, x: Tensor, **arguments: Tensor | None) -> Tensor:
+    """Run a block on ``(B, N, C)``, timm's with the faster kind of attention; the shape is kept.
+
+    ``arguments`` are further arguments of the block.
+    """
+    attention: Any = getattr(block, "attn", None)
+    switchable = isinstance(attention, Attention | AttentionRope | EvaAttention)
+    if not switchable or not attention.fused_attn or fused_is_faster(x.shape[1], x.device):
+        return block(x, **arguments)
+    attention.fused_attn = False
     try:
-        return block(x)
+        return block(x, **arguments)
     finally:
-        attention.fused_attn = True  # type: ignore[misc]
+        attention.fused_attn = True
 
 
 def add_relative_positions(attention: Attention, side: int) -> None:
@@ -80,16 +87,22 @@ def windowed_attention(attention: Attention, x: Tensor, grid: Grid, window: int)
         ``(B, prefix + rows * cols, C)``.
     """
     qkv = attention.qkv(x)
-    out = _within_windows(attention, qkv, grid, window) if window else _everywhere(attention, qkv, grid)
+    if window:
+        out = within_windows(attention, qkv, grid, window, attention.qkv.bias)
+    else:
+        out = _everywhere(attention, qkv, grid)
     return attention.proj_drop(attention.proj(attention.norm(out)))
 
 
-def _within_windows(attention: Attention, qkv: Tensor, grid: Grid, window: int) -> Tensor:
-    """Map projected tokens ``(B, prefix + rows * cols, 3 * C)`` to outputs ``(B, prefix + rows * cols, C)``."""
+def within_windows(attention: Attention, qkv: Tensor, grid: Grid, window: int, fill: Tensor | None) -> Tensor:
+    """Map projected tokens ``(B, prefix + rows * cols, 3 * C)`` to outputs ``(B, prefix + rows * cols, C)``.
+
+    Padded tokens are projected to ``fill`` of shape ``(3 * C,)``, or zero.
+    """
     rows, cols = grid
     prefix = qkv.shape[1] - rows * cols
     sides = (window if rows > window else rows), (window if cols > window else cols)
-    windows = partition(qkv[:, prefix:].unflatten(1, grid), sides, attention.qkv.bias)
+    windows = partition(qkv[:, prefix:].unflatten(1, grid), sides, fill)
     count = windows.shape[0] // qkv.shape[0]
     before = qkv[:, :prefix]
     if prefix:
@@ -107,7 +120,7 @@ def _within_windows(attention: Attention, qkv: Tensor, grid: Grid, window: int) 
 
 
 def _everywhere(attention: Attention, qkv: Tensor, grid: Grid) -> Tensor:
-    """As :func:`_within_windows`, with global attention and relative positions."""
+    """As :func:`within_windows`, with global attention and relative positions."""
     queries, keys, values = _heads(attention, qkv)
     prefix = qkv.shape[1] - grid[0] * grid[1]
     bias = _relative_bias(attention, queries[:, :, prefix:], grid, 0)

@@ -12,8 +12,8 @@ from relvit_d2.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# As no_weight_decay of timm's VisionTransformer and SwinTransformer.
-_WITHOUT_DECAY = ("pos_embed", "cls_token", "relative_position_bias_table")
+# As no_weight_decay of timm's VisionTransformer and SwinTransformer; frequencies of learnt rotary positions.
+_WITHOUT_DECAY = ("pos_embed", "cls_token", "relative_position_bias_table", "freqs")
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.AdamW:
@@ -40,7 +40,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.AdamW:
                 decay = 0.0
             elif _is_norm(module):
                 decay = solver.WEIGHT_DECAY_NORM
-            elif name == "bias":
+            elif name.endswith("bias"):
                 decay = bias_decay
             else:
                 decay = solver.WEIGHT_DECAY

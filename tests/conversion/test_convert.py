@@ -224,6 +224,16 @@ def test_config_json_names_models_that_only_timm_has(tmp_path: Path) -> None:
     assert {name.split(".")[0] for name in found.dropped} == {"fc_norm", "head"}
 
 
+def test_rotary_positions_are_not_taken_for_no_positions(tmp_path: Path) -> None:
+    """Names and shapes of the tensors are those of a ``vit_small`` without position embedding."""
+    model = scattered(timm.create_model("vit_small_patch16_rope_224"))
+    save_file(model.state_dict(), str(tmp_path / "model.safetensors"))
+    with pytest.raises(UserError, match=r"may have rotary positions: put timm's config.json"):
+        convert(find_encoder(tmp_path / "model.safetensors"))
+    (tmp_path / "config.json").write_text('{"architecture": "vit_small_patch16_rope_224"}')
+    assert convert(find_encoder(tmp_path / "model.safetensors")).encoder.name == "timm:vit_small_patch16_rope_224"
+
+
 def test_patches_of_14_pixels_are_resized_to_16(tmp_path: Path) -> None:
     path = tmp_path / "encoder.safetensors"
     save_encoder(converted(dinov2_tensors(img_size=56), tmp_path).encoder, path, {})

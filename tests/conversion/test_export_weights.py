@@ -44,6 +44,9 @@ def scattered(name: str, **arguments: Any) -> Encoder:
         ("timm:test_vit", {"img_size": 64}),
         ("timm:test_vit2", {"img_size": 64}),
         ("timm:test_vit3", {"img_size": 64}),
+        ("timm:vit_tiny_patch16_dinov3_qkvb", {"img_size": 48, "pos_embed": False}),
+        ("timm:eva02_tiny_patch14_224", {"img_size": 48, "in_chans": 2}),
+        ("timm:eva02_tiny_patch14_224", {"img_size": 48, "pos_embed": False}),
         pytest.param("swin_tiny", {}, marks=pytest.mark.slow),
     ],
 )
@@ -108,6 +111,8 @@ def test_encoders_without_counterpart_are_rejected() -> None:
         to_detectron2(t2t)
     with pytest.raises(UserError, match=r"do not have the same tensors .*: its weights cannot be exported"):
         to_detectron2(build_encoder("timm:test_vit4", img_size=32))
+    with pytest.raises(UserError, match="Detectron2 has no backbone like encoder 'timm:vit_tiny_patch16_dinov3_qkvb'"):
+        to_detectron2(build_encoder("timm:vit_tiny_patch16_dinov3_qkvb", img_size=32))
 
 
 @pytest.mark.slow
@@ -158,7 +163,7 @@ import sys, torch
 from relvit_d2.encoders import build_encoder
 from relvit_d2.conversion.encoder_file import feature_difference, load_encoder_weights
 from relvit_d2.utils.errors import UserError
-for name, patch in (("timm:test_vit", 16), ("timm:test_vit3", 16)):
+for name, patch in (("timm:test_vit", 16), ("timm:test_vit3", 16), ("timm:vit_tiny_patch16_dinov3_qkvb", 16)):
     encoder = build_encoder(name, patch_size=patch, img_size=96)
     report = load_encoder_weights(encoder, "timm:test_vit.r160_in1k" if name == "timm:test_vit" else name)
     print(report.share, report.resized, report.metadata["pixel_mean"], feature_difference(encoder, report.path) < 1e-5)
@@ -173,15 +178,17 @@ for weights in ("timm:test_vit2", "timm:vit_small_patch99", "timm:test_vit.none"
 def test_timm_weights_are_read_from_the_cache(tmp_path: Path) -> None:
     cached(tmp_path, "test_vit", "test_vit.r160_in1k")
     cached(tmp_path, "test_vit3", "test_vit3.r160_in1k")
+    cached(tmp_path, "vit_tiny_patch16_dinov3_qkvb", "vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m")
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     code = [sys.executable, "-c", OFFLINE]
     done = subprocess.run(code, env=environment, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     assert lines[0] == "1.0 ['vit.pos_embed'] [127.5, 127.5, 127.5] True"
     assert lines[1] == "1.0 ['vit.pos_embed'] [127.5, 127.5, 127.5] True"
-    assert lines[2].startswith("'timm:test_vit2' is not in timm's cache and could not be downloaded (")
-    assert lines[3].startswith("'timm:vit_small_patch99': timm 1.0.31 has no model 'vit_small_patch99'; did you mean")
-    assert lines[4] == "'timm:test_vit.none': timm has no such weights; it has test_vit.r160_in1k"
+    assert lines[2] == "1.0 [] [123.675, 116.28, 103.53] True"
+    assert lines[3].startswith("'timm:test_vit2' is not in timm's cache and could not be downloaded (")
+    assert lines[4].startswith("'timm:vit_small_patch99': timm 1.0.31 has no model 'vit_small_patch99'; did you mean")
+    assert lines[5] == "'timm:test_vit.none': timm has no such weights; it has test_vit.r160_in1k"
 
 
 def test_failed_downloads_are_reported_in_one_sentence(

@@ -31,14 +31,14 @@ SIZES = ("INPUT.MIN_SIZE_TEST", 128, "INPUT.MAX_SIZE_TEST", 288)  # maps of a Sw
 
 
 @pytest.mark.parametrize("masks", [True, False])
-@pytest.mark.parametrize("name", ["vit_small", "swin_tiny", "t2t_vit_14", "windowed", "relative"])
+@pytest.mark.parametrize("name", ["vit_small", "swin_tiny", "t2t_vit_14", "windowed", "relative", "rotary"])
 def test_every_encoder_is_exported_for_any_size(
     name: str, masks: bool, samples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The command compares detections in crops of photographs, so of different sizes."""
-    variant = name in ("windowed", "relative")
+    variant = name in ("windowed", "relative", "rotary")
     windows = ("MODEL.ENCODER.WINDOW", 3, "MODEL.ENCODER.GLOBAL_BLOCKS", 2) if variant else ()
-    encoder = "vit_nano" if variant else name
+    encoder = {"rotary": "timm:vit_tiny_patch16_dinov3_qkvb"}.get(name, "vit_nano" if variant else name)
     patch = 16 if variant else build_encoder(name).arguments["patch_size"]
     keys = ("MODEL.ENCODER.NAME", encoder, "MODEL.ENCODER.PATCH_SIZE", patch, "MODEL.MASK_ON", masks, *windows)
     keys += ("MODEL.ENCODER.REL_POS", name == "relative")

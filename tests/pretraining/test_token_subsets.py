@@ -36,7 +36,7 @@ from tests.support.runs import equal, rows
 from tests.support.scripts import command, run
 
 GRID, DIM, KEPT = (3, 5), 20, 6
-SUBSETS = ["vit_nano", "t2t_vit_14", "timm:test_vit"]
+SUBSETS = ["vit_nano", "t2t_vit_14", "timm:test_vit", "timm:vit_tiny_patch16_dinov3_qkvb"]
 
 
 @pytest.fixture(autouse=True)
