@@ -128,6 +128,7 @@ def build_classifier(cfg: CfgNode, classes: int) -> ClassificationModel:
     network = Classifier(encoder_from_keys(cfg.MODEL), classes, cfg.MODEL.CLASSIFIER.POOL)
     pretext = None
     if cfg.MODEL.RELVIT.JOINT:
+        network.encoder.check_pretext()
         network.encoder.warn_position_leak()
         rows, cols = (-(-side // pooling(cfg.PRETEXT)) for side in network.encoder.grid(view.SIZE, view.SIZE))
         pretext = PretextTask.from_keys(network.encoder.dim, (rows, cols), cfg.PRETEXT)

@@ -20,7 +20,13 @@ from torch import Tensor
 
 from relvit_d2.conversion.checkpoint_file import FoundEncoder, read_file
 from relvit_d2.conversion.converted import IMAGENET_PIXELS, Converted, pixel_metadata, verify
-from relvit_d2.conversion.reference_models import TIMM_NAMES, t2t_reference, timm_swin_reference, timm_vit_reference
+from relvit_d2.conversion.reference_models import (
+    TIMM_NAMES,
+    convnext_reference,
+    t2t_reference,
+    timm_swin_reference,
+    timm_vit_reference,
+)
 from relvit_d2.encoders.base import Encoder, build_encoder
 from relvit_d2.encoders.t2t import HEADS, sinusoid
 from relvit_d2.encoders.timm_vit import has_rotary_positions
@@ -268,6 +274,17 @@ def swin(found: FoundEncoder) -> Converted:
     encoder = _encoder("swin_tiny", {renamed(k): v for k, v in tensors.items()}, patch_size=4, in_chans=in_chans)
     reference = timm_swin_reference(tensors, in_chans)
     return Converted(encoder, "swin", reference, 224, dropped, pixels=IMAGENET_PIXELS)
+
+
+def convnext(found: FoundEncoder, architecture: str) -> Converted:
+    """Convert a ConvNeXt of timm to ``timm:ARCHITECTURE``, whose final norm is timm's ``norm_pre`` or ``head.norm``."""
+    tensors, dropped = _split(found.tensors, r"head\.(?!norm\.)")
+    renamed = {}
+    for name, value in tensors.items():
+        norm = re.fullmatch(r"(norm_pre|head\.norm)\.(\w+)", name)
+        renamed[f"norm.{norm[2]}" if norm else f"net.{name}"] = value
+    encoder = _encoder(f"timm:{architecture}", renamed, in_chans=int(tensors["stem.0.weight"].shape[1]))
+    return Converted(encoder, "timm", convnext_reference(architecture, found.tensors), 224, dropped)
 
 
 def t2t(found: FoundEncoder) -> Converted:

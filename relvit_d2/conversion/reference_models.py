@@ -8,7 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.models import eva, swin_transformer, vision_transformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from relvit_d2.encoders.swin import SWIN_SIZES
 from relvit_d2.encoders.timm_vit import has_rotary_positions, without_head
@@ -49,6 +49,20 @@ def timm_swin_reference(tensors: Mapping[str, Tensor], in_chans: int) -> Referen
     swin.load_state_dict(swin_transformer.checkpoint_filter_fn(dict(tensors), swin))
 
     return lambda images: swin.forward_features(images).flatten(1, 2)
+
+
+def convnext_reference(model: str, tensors: Mapping[str, Tensor]) -> Reference:
+    """Return timm's ConvNeXt ``model`` with all its tensors, like :func:`timm_vit_reference`."""
+    arguments: dict[str, Any] = {
+        "num_classes": len(tensors.get("head.fc.bias", ())),
+        "in_chans": tensors["stem.0.weight"].shape[1],
+    }
+    net: Any = timm.create_model(model, **arguments).eval()
+    net.load_state_dict(dict(tensors))
+    # The norm before pooling is part of the features.
+    norm = net.head.norm if isinstance(net.norm_pre, nn.Identity) else nn.Identity()
+
+    return lambda images: norm(net.forward_features(images)).flatten(2).mT
 
 
 def t2t_reference(tensors: Mapping[str, Tensor], heads: int) -> Reference:

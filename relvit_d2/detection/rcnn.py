@@ -119,6 +119,7 @@ def _pretext(cfg: CfgNode, encoder: Encoder) -> PretextTask:
     grid = tuple(cfg.MODEL.RELVIT.GRID)
     if len(grid) != 2 or min(grid) < 1:
         raise UserError(f"MODEL.RELVIT.GRID {list(grid)} is not a grid: give rows and columns, such as [7, 7]")
+    encoder.check_pretext()
     encoder.warn_position_leak()
     return PretextTask.from_keys(encoder.dim, grid, cfg.PRETEXT)
 

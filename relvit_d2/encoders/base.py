@@ -75,6 +75,9 @@ class Encoder(nn.Module):
         """
         return True
 
+    def check_pretext(self) -> None:
+        """Raise a :class:`UserError` if the pretext tasks do not support the encoder."""
+
     def warn_position_leak(self) -> None:
         """Warn that accuracies of pretext tasks without permuted patches are uninformative, if they are."""
         if self.has_position_information:

@@ -1,16 +1,18 @@
-"""Every plain Vision Transformer of timm, by its timm name."""
+"""Models of timm as encoders, by their timm names: plain Vision Transformers, those with rotary positions, ConvNeXt."""
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import timm
-from timm.models import deit, eva, model_entrypoint, vision_transformer
+from timm.models import convnext, deit, eva, model_entrypoint, vision_transformer
+from timm.models.convnext import ConvNeXt
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from relvit_d2.encoders.base import FAMILIES, Encoder
+from relvit_d2.encoders.convnext import convnext_builder
 from relvit_d2.encoders.eva import EvaViT
 from relvit_d2.encoders.vit import ViT, vit_builder
 from relvit_d2.utils.errors import UserError, nearest
@@ -20,14 +22,15 @@ _CLASSES = {
     vision_transformer.__name__: VisionTransformer,
     deit.__name__: VisionTransformer,
     eva.__name__: Eva,
+    convnext.__name__: ConvNeXt,
 }
 
 
-def entry(model: str) -> Callable[..., VisionTransformer | Eva]:
+def entry(model: str) -> Callable[..., Any]:
     """Return timm's function that builds ``model``, a name without a weights tag.
 
     Raises:
-        UserError: timm has no such model, or it is not a plain Vision Transformer.
+        UserError: timm has no such model, or it is of another class.
     """
     if not timm.is_model(model):
         close = nearest(model, timm.list_models())
@@ -37,15 +40,24 @@ def entry(model: str) -> Callable[..., VisionTransformer | Eva]:
     if module not in _CLASSES or made is not _CLASSES[module]:
         kind = getattr(made, "__name__", made)
         raise UserError(
-            f"timm's '{model}' is a {kind} of {module}, not a VisionTransformer or Eva with a plain patch embedding; "
-            "choose a vit_*, deit_*, deit3_* or eva* of timm, or an encoder of this package"
+            f"timm's '{model}' is a {kind} of {module}, not a VisionTransformer or Eva with a plain patch embedding or "
+            "a ConvNeXt; choose a vit_*, deit_*, deit3_*, eva* or convnext* of timm, or an encoder of this package"
         )
     return function
 
 
 def has_rotary_positions(model: str) -> bool:
     """Whether timm's ``model`` is of the class ``Eva``, whose models have rotary positions, with few exceptions."""
-    return timm.is_model(model) and model_entrypoint(model).__module__ == eva.__name__
+    return _module(model) == eva.__name__
+
+
+def is_convnext(model: str) -> bool:
+    """Whether timm's ``model`` is a ConvNeXt."""
+    return _module(model) == convnext.__name__
+
+
+def _module(model: str) -> str:
+    return model_entrypoint(model).__module__ if timm.is_model(model) else ""
 
 
 def without_head(model: str, **arguments: Any) -> Any:
@@ -69,11 +81,14 @@ def without_head(model: str, **arguments: Any) -> Any:
 
 
 @FAMILIES.register("timm")
-def timm_vit(model: str) -> Callable[..., Encoder]:
+def timm_model(model: str) -> Callable[..., Encoder]:
     """Return the builder of timm's ``model`` with random weights; nothing is downloaded.
 
-    The arguments of the builder override the patch and image size in the name. Features are the patch tokens of timm's
-    ``forward_features``, which are not normed in models that norm the pooled features only (``*_gap_*``, ``eva02_*``).
+    The arguments of the builder override the patch and image size in the name of a ViT. Its features are the patch
+    tokens of timm's ``forward_features``, which are not normed in models that norm the pooled features only
+    (``*_gap_*``, ``eva02_*``).
     """
-    entry(model)
+    function = entry(model)
+    if is_convnext(model):
+        return convnext_builder(function)
     return vit_builder(partial(without_head, model), EvaViT if has_rotary_positions(model) else ViT)

@@ -71,6 +71,7 @@ class PretrainingModel(nn.Module):
 def build_pretraining_model(cfg: CfgNode) -> PretrainingModel:
     """Build the model from the keys ``MODEL.ENCODER`` and ``PRETEXT``, on ``MODEL.DEVICE``."""
     encoder = encoder_from_keys(cfg.MODEL)
+    encoder.check_pretext()
     pretext = cfg.PRETEXT
     for key, count in (("CROP_SCALE", 2), ("JITTER", 4)):
         if len(pretext[key]) != count:

@@ -163,7 +163,8 @@ import sys, torch
 from relvit_d2.encoders import build_encoder
 from relvit_d2.conversion.encoder_file import feature_difference, load_encoder_weights
 from relvit_d2.utils.errors import UserError
-for name, patch in (("timm:test_vit", 16), ("timm:test_vit3", 16), ("timm:vit_tiny_patch16_dinov3_qkvb", 16)):
+models = {"timm:test_vit": 16, "timm:test_vit3": 16, "timm:vit_tiny_patch16_dinov3_qkvb": 16, "timm:test_convnext": 4}
+for name, patch in models.items():
     encoder = build_encoder(name, patch_size=patch, img_size=96)
     report = load_encoder_weights(encoder, "timm:test_vit.r160_in1k" if name == "timm:test_vit" else name)
     print(report.share, report.resized, report.metadata["pixel_mean"], feature_difference(encoder, report.path) < 1e-5)
@@ -179,6 +180,7 @@ def test_timm_weights_are_read_from_the_cache(tmp_path: Path) -> None:
     cached(tmp_path, "test_vit", "test_vit.r160_in1k")
     cached(tmp_path, "test_vit3", "test_vit3.r160_in1k")
     cached(tmp_path, "vit_tiny_patch16_dinov3_qkvb", "vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m")
+    cached(tmp_path, "test_convnext", "test_convnext.r160_in1k")
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     code = [sys.executable, "-c", OFFLINE]
     done = subprocess.run(code, env=environment, capture_output=True, text=True, check=True)
@@ -186,9 +188,10 @@ def test_timm_weights_are_read_from_the_cache(tmp_path: Path) -> None:
     assert lines[0] == "1.0 ['vit.pos_embed'] [127.5, 127.5, 127.5] True"
     assert lines[1] == "1.0 ['vit.pos_embed'] [127.5, 127.5, 127.5] True"
     assert lines[2] == "1.0 [] [123.675, 116.28, 103.53] True"
-    assert lines[3].startswith("'timm:test_vit2' is not in timm's cache and could not be downloaded (")
-    assert lines[4].startswith("'timm:vit_small_patch99': timm 1.0.31 has no model 'vit_small_patch99'; did you mean")
-    assert lines[5] == "'timm:test_vit.none': timm has no such weights; it has test_vit.r160_in1k"
+    assert lines[3] == "1.0 [] [127.5, 127.5, 127.5] True"
+    assert lines[4].startswith("'timm:test_vit2' is not in timm's cache and could not be downloaded (")
+    assert lines[5].startswith("'timm:vit_small_patch99': timm 1.0.31 has no model 'vit_small_patch99'; did you mean")
+    assert lines[6] == "'timm:test_vit.none': timm has no such weights; it has test_vit.r160_in1k"
 
 
 def test_failed_downloads_are_reported_in_one_sentence(

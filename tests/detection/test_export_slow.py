@@ -29,9 +29,11 @@ SMALL = ("MODEL.PYRAMID.OUT_CHANNELS", 32, "MODEL.ROI_MASK_HEAD.CONV_DIM", 16)
 LEVELS = ("MODEL.RPN.IN_FEATURES", ["p3", "p4"], "MODEL.ROI_HEADS.IN_FEATURES", ["p3", "p4"])
 SIZES = ("INPUT.MIN_SIZE_TEST", 128, "INPUT.MAX_SIZE_TEST", 288)  # maps of a Swin with and without shifted windows
 
+KINDS = ("vit_small", "swin_tiny", "t2t_vit_14", "windowed", "relative", "rotary")
+
 
 @pytest.mark.parametrize("masks", [True, False])
-@pytest.mark.parametrize("name", ["vit_small", "swin_tiny", "t2t_vit_14", "windowed", "relative", "rotary"])
+@pytest.mark.parametrize("name", [*KINDS, "timm:test_convnext"])
 def test_every_encoder_is_exported_for_any_size(
     name: str, masks: bool, samples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

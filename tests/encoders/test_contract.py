@@ -19,7 +19,7 @@ ROTARY = ("timm:vit_tiny_patch16_dinov3_qkvb", "timm:eva02_tiny_patch14_224")
 
 def names(slow: tuple[str, ...]) -> list[Any]:
     """All encoders and one of each family; the larger ViTs run the code of the smallest one."""
-    members = (*ENCODERS, "timm:test_vit", "vitdet:nano", *ROTARY)
+    members = (*ENCODERS, "timm:test_vit", "vitdet:nano", "timm:test_convnext", *ROTARY)
     return [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in members]
 
 
