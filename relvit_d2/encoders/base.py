@@ -30,6 +30,7 @@ class Encoder(nn.Module):
         channels: channels of each map, by the map's name.
         position_embedding: state dict name of what ``pos_embed`` adds, or ``sinusoid``; empty if nothing.
         patch_embedding: state dict name of the convolution weight over the channels of the images; empty if none.
+        stage_depths: blocks of each stage; empty if the blocks are not divided into stages.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Encoder(nn.Module):
     channels: dict[str, int]
     position_embedding = ""
     patch_embedding = ""
+    stage_depths: tuple[int, ...] = ()
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Map normalised images ``(B, in_chans, H, W)`` to maps ``(B, C, ceil(H / stride), ceil(W / stride))``."""
@@ -97,7 +99,13 @@ class Encoder(nn.Module):
         return self.channels[self.last]
 
     def depth_of(self, name: str) -> int:
-        """Return the layer index of a parameter: 0 for the embedding, i for the i-th block, depth + 1 after them."""
+        """Return the layer index of a parameter: 0 for the embedding, i for the i-th block, depth + 1 after them.
+
+        A downsampling layer between stages belongs to the block after it.
+        """
+        stage = re.search(r"\b(?:layers|stages)\.(\d+)\.(?:blocks\.(\d+))?", name) if self.stage_depths else None
+        if stage:
+            return sum(self.stage_depths[: int(stage[1])]) + int(stage[2] or 0) + 1
         if block := re.search(r"\bblocks\.(\d+)\.", name):
             return int(block[1]) + 1
         return self.depth + 1 if re.match(r"(\w+\.)?norm\.", name) else 0
@@ -105,6 +113,8 @@ class Encoder(nn.Module):
     @property
     def depth(self) -> int:
         """Number of blocks."""
+        if self.stage_depths:
+            return sum(self.stage_depths)
         return 1 + max(int(b[1]) for n, _ in self.named_parameters() if (b := re.search(r"\bblocks\.(\d+)\.", n)))
 
     def compile_passes(self) -> None:

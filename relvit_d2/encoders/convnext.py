@@ -1,6 +1,5 @@
 """ConvNeXt, implemented by timm (``timm/models/convnext.py``), for detection and classification."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +34,7 @@ class ConvNeXt(Encoder):
         self.strides = {f"s{info['reduction']}": info["reduction"] for info in net.feature_info}
         channels = [info["num_chs"] for info in net.feature_info]
         self.channels = dict(zip(self.strides, channels, strict=True))
-        self._depths = [len(stage.blocks) for stage in self._stages()]
+        self.stage_depths = tuple(len(stage.blocks) for stage in self._stages())
 
     def _stages(self) -> list[Any]:
         return list(self.net.stages)
@@ -53,16 +52,6 @@ class ConvNeXt(Encoder):
             return maps
         sizes = {name: (-(-height // stride), -(-width // stride)) for name, stride in self.strides.items()}
         return {name: maps[name][..., :rows, :cols] for name, (rows, cols) in sizes.items()}
-
-    @property
-    def depth(self) -> int:
-        return sum(self._depths)
-
-    def depth_of(self, name: str) -> int:
-        """As :meth:`Encoder.depth_of`; a downsampling layer belongs to the block after it."""
-        if not (match := re.search(r"\bstages\.(\d+)\.(?:blocks\.(\d+))?", name)):
-            return super().depth_of(name)
-        return sum(self._depths[: int(match[1])]) + int(match[2] or 0) + 1
 
     def checkpoint_blocks(self) -> None:
         self.net.set_grad_checkpointing()

@@ -1,6 +1,5 @@
 """Swin Transformers, built from timm's modules with timm's parameter names."""
 
-import re
 from collections.abc import Callable
 from functools import partial
 
@@ -65,7 +64,7 @@ class Swin(Encoder):
         super().__init__()
         if patch_size != PATCH:
             raise UserError(f"MODEL.ENCODER.PATCH_SIZE {patch_size} is not supported by a Swin; set it to {PATCH}")
-        self._depths = depths
+        self.stage_depths = depths
         self.swin = SwinTransformer(
             patch_size=patch_size,
             in_chans=in_chans,
@@ -92,16 +91,6 @@ class Swin(Encoder):
             x = maps[name] = _stage(stage, x)
         maps[self.last] = self.swin.norm(x)
         return {name: x.permute(0, 3, 1, 2) for name, x in maps.items()}
-
-    @property
-    def depth(self) -> int:
-        return sum(self._depths)
-
-    def depth_of(self, name: str) -> int:
-        """As :meth:`Encoder.depth_of`; a downsampling layer belongs to the block after it."""
-        if not (match := re.search(r"\blayers\.(\d+)\.(?:blocks\.(\d+))?", name)):
-            return super().depth_of(name)
-        return sum(self._depths[: int(match[1])]) + int(match[2] or 0) + 1
 
     def checkpoint_blocks(self) -> None:
         self.swin.set_grad_checkpointing()
