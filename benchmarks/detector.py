@@ -112,7 +112,7 @@ def measure(name: str, short: str, precision: str, side: int, args: argparse.Nam
 def changed(
     name: str, cfg: CfgNode, sizes: list[tuple[int, int]], change: Callable[[Any], None], args: argparse.Namespace
 ) -> Row:
-    """Compare a detector with the one that ``change`` makes of it, in float32."""
+    """Compare a detector with the same one after ``change`` was applied to it, in float32."""
     ours, theirs = training_pass(cfg, "float32", sizes), training_pass(cfg, "float32", sizes, change)
     pair = in_turn(ours, theirs, args.device, budget=20 if args.quick else 60)
     return {
@@ -147,7 +147,7 @@ def config(encoder: dict[str, object], backbone: str | None, args: argparse.Name
 def training_pass(
     cfg: CfgNode, precision: str, sizes: list[tuple[int, int]], change: Callable[[Any], None] | None = None
 ) -> Callable[[], None]:
-    """Return a function that runs forward and backward on images of ``sizes``, with the model that ``change`` makes."""
+    """Return a function that runs forward and backward on images of ``sizes``, after ``change``."""
     seed_everything(0, "model")
     model = build_detector(cfg).train()
     if change:

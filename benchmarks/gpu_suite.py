@@ -1,4 +1,4 @@
-"""All measurements of a GPU in one command, each in a process of its own, and one table of their results.
+"""All measurements of a GPU in one command, each in a separate process, and one table of their results.
 
     python -m benchmarks.gpu_suite --minutes 9
 
@@ -97,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--minutes", type=float, default=9.0, help="time after which the step is stopped (default 9)")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu is for a rehearsal")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu tests the command")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions and smaller batches")
     parser.add_argument("--output", type=Path, default=Path("output/gpu_suite"), help="folder of the results")
     return parser

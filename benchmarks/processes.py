@@ -1,7 +1,7 @@
 """Training with two processes on the CPU (gloo): speed, bytes that are exchanged, and options of DDP.
 
-``processes_2`` is the images per second of two processes of one thread over those of one process of one thread, each
-process with a batch of its own: pre-training of ViT-S on generated views. ``processes_2_O`` is the speed-up of an
+``processes_2`` is the images per second of two processes of one thread over those of one process of one thread:
+pre-training of ViT-S on generated views, as many in each process. ``processes_2_O`` is the speed-up of an
 option O of ``DistributedDataParallel`` over the default. ``sent_MiB`` is the data that both processes send in a step,
 by the counters of Linux's loopback interface, and ``gradients_MiB`` the size of the gradients in float32. Rows
 ``exchange_MODEL`` have the gradients of other models: a process of N sends and receives 2 (N - 1) / N of them in a step

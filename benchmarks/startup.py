@@ -3,9 +3,9 @@
 ``startup_help`` is the time of ``python -c "import torch, torchvision"`` over that of ``python -m relvit_d2 --help``,
 which imports the arguments of every command. Each runs in a new process, alternately, after one warm-up run.
 
-``startup_pretrain`` and ``startup_train`` are the time of the same import and of an iteration over that from the
-command to the end of the first iteration, for 50,000 images of 32 px and for 5,000 of 160 x 120 px with labels in YOLO
-format (a tenth of them with ``--quick``). The aim is 0.67. The rows ``..._again`` are for a second start.
+``startup_pretrain`` and ``startup_train`` are (import + one iteration) / (time from the command to the end of the first
+iteration), for 50,000 images of 32 px and for 5,000 of 160 x 120 px with labels in YOLO format (a tenth of them with
+``--quick``). The aim is 0.67. The rows ``..._again`` are for a second start on the same images.
 """
 
 import argparse

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.gpu_suite import rows_of, run, steps
 from benchmarks.harness import arguments
-from tests.test_docs import check_command
+from tests.support.commands import check_command
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

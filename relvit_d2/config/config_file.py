@@ -95,12 +95,12 @@ def read_config(config_file: str, overrides: list[str], tasks: Mapping[str, Task
 
     defaults = flat(cfg.clone())
     explain = partial(_explain_unknown, cfg=cfg, chosen=chosen, tasks=tasks)
-    users = set[str]()  # keys that are not given by a config of the project
+    user_keys = set[str]()  # keys that are not given by a config of the project
     for file, content, text in files:
         _merge(cfg, content, text, f"config file '{file}'", defaults, explain)
         _choose_alternatives(cfg, flat(content), f"config file '{file}'", chosen.alternatives)
         if not file.resolve().is_relative_to(_CONFIGS):
-            users |= flat(content).keys()
+            user_keys |= flat(content).keys()
     if len(overrides) % 2:
         raise UserError(f"'{overrides[-1]}' has no value: give KEY VALUE pairs")
     given = dict[str, Any]()
@@ -115,7 +115,7 @@ def read_config(config_file: str, overrides: list[str], tasks: Mapping[str, Task
         given |= flat(content)
     _choose_alternatives(cfg, given, "the command line", chosen.alternatives)
     for key, factor in chosen.factors_with_weights.items() if cfg.MODEL.WEIGHTS else ():
-        if key not in users | given.keys():
+        if key not in user_keys | given.keys():
             _multiply(cfg, key, factor)
     if chosen.name != cfg.TASK:
         raise UserError(f"override 'TASK {cfg.TASK}': the config is of the task {chosen.name}; give another config")

@@ -29,7 +29,7 @@ from relvit_d2.conversion.reference_models import (
 )
 from relvit_d2.encoders.base import Encoder, build_encoder
 from relvit_d2.encoders.t2t import HEADS, sinusoid
-from relvit_d2.encoders.timm_vit import has_rotary_positions
+from relvit_d2.encoders.timm_vit import is_eva
 from relvit_d2.encoders.vit import SIZES
 from relvit_d2.utils.errors import UserError
 
@@ -168,12 +168,12 @@ def timm_vit(
     registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
     positions = "pos_embed" in tensors
     if architecture:
-        keep = keep or has_rotary_positions(architecture)
+        keep = keep or is_eva(architecture)
     elif not positions and any(name.endswith(".gamma_1") for name in tensors):
         # Rotary positions are not in the file, so it would be read as a ViT without positions.
         raise UserError(
-            f"'{found.path}' contains a ViT that may have rotary positions: put timm's config.json into its folder, or "
-            "load it with MODEL.WEIGHTS timm:NAME"
+            f"'{found.path}' contains a ViT that may have rotary positions: put timm's config.json, from its page "
+            "on the Hugging Face Hub, into its folder, or load it with MODEL.WEIGHTS timm:NAME"
         )
     pixels = pixel_metadata(config.get("pretrained_cfg", {})) if pixels is None else pixels
     arguments: dict[str, Any] = {"patch_size": patch, "in_chans": in_chans, "pos_embed": positions}

@@ -11,7 +11,7 @@ from timm.models import eva, swin_transformer, vision_transformer
 from torch import Tensor, nn
 
 from relvit_d2.encoders.swin import SWIN_SIZES
-from relvit_d2.encoders.timm_vit import has_rotary_positions, without_head
+from relvit_d2.encoders.timm_vit import is_eva, without_head
 
 # Maps images (B, C, H, W) to features of the last map (B, N, D).
 Reference = Callable[[Tensor], Tensor]
@@ -35,7 +35,7 @@ def timm_vit_reference(model: str, tensors: Mapping[str, Tensor], **arguments: A
     """
     vit = without_head(model, **arguments).eval()
     # strict loading of the names as translated by timm
-    if has_rotary_positions(model):
+    if is_eva(model):
         translated = eva.checkpoint_filter_fn(dict(tensors), vit)
     else:
         translated = vision_transformer.checkpoint_filter_fn(dict(tensors), vit, adapt_layer_scale=True)

@@ -1,22 +1,23 @@
-"""Matching of anchors with objects in blocks of objects, with little memory."""
+"""Matching of anchors with objects in blocks of objects."""
 
 import torch
 from detectron2.modeling.matcher import Matcher
 from torch import Tensor
 
-# IoUs that are computed at once. On a CPU, they fit into the cache; on other devices, few large blocks are faster.
-BLOCK_CPU, BLOCK = 2**18, 2**26
+# IoUs that are computed at once: on a CPU, they fit into the cache; other devices need fewer, larger operations, in
+# arrays of 64 MiB.
+BLOCK_CPU, BLOCK = 2**18, 2**24
 
 
 def match_anchors(objects: Tensor, anchors: Tensor, matcher: Matcher, block: int = 0) -> tuple[Tensor, Tensor]:
-    """Return what ``matcher`` returns for the IoU of all objects and anchors, bit for bit.
+    """Return what ``matcher`` returns for the IoU of all objects and anchors, bitwise identical.
 
-    Detectron2 computes several arrays of all objects by all anchors, which takes half of a training step of a small
-    detector on a CPU if images have a hundred objects.
+    Detectron2 computes several arrays of all objects by all anchors, which takes more than a third of a training step
+    of a small detector on a CPU if images have a hundred objects (docs/benchmarks.md).
 
     Args:
         objects: boxes ``(M, 4)`` XYXY.
-        anchors: boxes ``(N, 4)`` XYXY with an area above 0.
+        anchors: boxes ``(N, 4)`` XYXY with an area above 0; N >= 1.
         matcher: of Detectron2.
         block: number of IoUs that are computed at once; 0: suits the device.
 
@@ -25,7 +26,7 @@ def match_anchors(objects: Tensor, anchors: Tensor, matcher: Matcher, block: int
         anchor, ``(N,)`` int8.
     """
     block = block or (BLOCK_CPU if anchors.device.type == "cpu" else BLOCK)
-    count = max(block // max(len(anchors), 1), 1)
+    count = max(block // len(anchors), 1)
     highest = anchors.new_full((len(anchors),), -1.0)
     matches = torch.zeros_like(highest, dtype=torch.int64)
     closest = torch.zeros_like(highest, dtype=torch.bool)  # no anchor has a higher IoU with some object

@@ -59,7 +59,7 @@ class ConvNeXt(Encoder):
     def check_pretext(self) -> None:
         raise UserError(
             f"encoder '{self.name}' does not support the pretext tasks, only detection and classification without "
-            "them: choose a ViT, T2T-ViT or Swin"
+            "them: choose a ViT, T2T-ViT or Swin, or train without them (MODEL.RELVIT.JOINT False; --no-pretrain)"
         )
 
 

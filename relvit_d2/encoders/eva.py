@@ -45,8 +45,10 @@ class EvaViT(ViT):
                 "MODEL.ENCODER.REL_POS: this encoder of timm has no option for relative positions; set it to False"
             )
         super().__init__(vit, window, global_blocks, rel_pos=False)
-        if isinstance(vit.rope, RotaryEmbeddingDinoV3):
-            vit.rope = CentredRotations(vit.rope.dim, vit.rope.temperature, rotate_half=vit.rope.rotate_half)
+        if isinstance(rope := vit.rope, RotaryEmbeddingDinoV3):
+            settings = (rope.grid_indexing, rope.grid_offset, rope.normalize_coords, rope.min_period, rope.max_period)
+            assert settings == ("ij", 0.0, "separate", None, None), f"rotary positions with {settings}"
+            vit.rope = CentredRotations(rope.dim, rope.temperature, rotate_half=rope.rotate_half)
 
     def _plain_attentions(self) -> list[Any]:
         blocks = [block for block in self.vit.blocks if isinstance(block, EvaBlock)]

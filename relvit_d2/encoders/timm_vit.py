@@ -46,8 +46,8 @@ def entry(model: str) -> Callable[..., Any]:
     return function
 
 
-def has_rotary_positions(model: str) -> bool:
-    """Whether timm's ``model`` is of the class ``Eva``, whose models have rotary positions, with few exceptions."""
+def is_eva(model: str) -> bool:
+    """Whether timm's ``model`` is of the class ``Eva``; with few exceptions, these have rotary positions."""
     return _module(model) == eva.__name__
 
 
@@ -69,7 +69,7 @@ def without_head(model: str, **arguments: Any) -> Any:
             translated.
     """
     function = entry(model)
-    if has_rotary_positions(model):
+    if is_eva(model):
         # Positions that are scaled at random in training would depend on how a batch is divided among processes.
         arguments["rope_rescale_coords"] = None
         if arguments.pop("pos_embed", "") == "none":
@@ -91,4 +91,4 @@ def timm_model(model: str) -> Callable[..., Encoder]:
     function = entry(model)
     if is_convnext(model):
         return convnext_builder(function)
-    return vit_builder(partial(without_head, model), EvaViT if has_rotary_positions(model) else ViT)
+    return vit_builder(partial(without_head, model), EvaViT if is_eva(model) else ViT)

@@ -72,7 +72,15 @@ def load_encoder(cfg: CfgNode, encoder: Encoder, weights: str) -> dict[str, Any]
     if holds_encoder(weights):
         return load_verified(cfg, encoder, weights, "RGB")
 
+    if os.path.isdir(weights):  # noqa: PTH112  (False for a long name)
+        raise UserError(
+            f"MODEL.WEIGHTS '{weights}' has no encoder.safetensors: complete its pre-training with --resume, or give "
+            "another file"
+        )
+
     def convert(checkpoint: dict[str, Any]) -> None:
+        if _task_of(str(checkpoint.get("config"))):
+            raise UserError(f"'{weights}' is a checkpoint of a run: set MODEL.WEIGHTS to {_encoder_beside(weights)}")
         logger.info(adapt_encoder(weights, checkpoint, encoder.state_dict(), partial(get_key, cfg)))
 
     checkpointer = Checkpointer(encoder, min_match=ENOUGH, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
@@ -179,12 +187,15 @@ def _check_task(task: str, source: str, checkpoint: dict[str, Any]) -> None:
     """Raise a :class:`UserError` if a checkpoint was written by another task of this package."""
     saved = _task_of(str(checkpoint.get("config")))
     if saved not in (None, task):
-        beside = Path(source).with_name("encoder.safetensors")
-        instead = f"'{beside}'" if beside.is_file() else "its encoder.safetensors"
         raise UserError(
             f"'{source}' is a checkpoint of the task {saved}, which has an encoder but not the heads of the task "
-            f"{task}: set MODEL.WEIGHTS to {instead}"
+            f"{task}: set MODEL.WEIGHTS to {_encoder_beside(source)}"
         )
+
+
+def _encoder_beside(checkpoint: str) -> str:
+    beside = Path(checkpoint).with_name("encoder.safetensors")
+    return f"'{beside}'" if beside.is_file() else "its encoder.safetensors"
 
 
 def export_encoder(

@@ -23,7 +23,7 @@ from relvit_d2.utils.progress import Progress
 TRIAL = 8  # iterations of a run that is timed
 TRIAL_SECONDS = 30.0  # of the iterations of such a run, after which it is stopped
 TRIAL_KEYS = {
-    **{"SOLVER.MAX_ITER": TRIAL, "SOLVER.WARMUP_ITERS": 0, "SOLVER.CHECKPOINT_PERIOD": 0},
+    **{"SOLVER.MAX_ITER": TRIAL, "SOLVER.WARMUP_ITERS": 0, "SOLVER.CHECKPOINT_PERIOD": 0, "LOGGERS": ()},
     **dict.fromkeys(EPOCH_KEYS, 0.0),
 }
 

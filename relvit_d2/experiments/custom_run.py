@@ -22,6 +22,7 @@ from relvit_d2.detection.evaluation import evaluation_sets
 from relvit_d2.detection.run import training_records
 from relvit_d2.encoders import encoder_from_keys, map_strides
 from relvit_d2.engine.checkpoint import check_space, download
+from relvit_d2.engine.loggers import check_loggers
 from relvit_d2.engine.run_lock import run_lock
 from relvit_d2.engine.run_setup import move_earlier_run, silence_warnings
 from relvit_d2.engine.weights import best_or_last, holds_encoder
@@ -51,7 +52,7 @@ SHOWN = 3  # pictures of detections
 # Keys of the user that hold for the pre-training too.
 SHARED = (
     *("MODEL.DEVICE", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "DATASETS.TEST"),
-    *("SEED", "DATALOADER.NUM_WORKERS", "SOLVER.PRECISION"),
+    *("SEED", "DATALOADER.NUM_WORKERS", "SOLVER.PRECISION", "LOGGERS"),
 )
 CHECKPOINTS = 5  # of a run at the same time: two numbered ones, one being written, the last and the best
 
@@ -97,6 +98,7 @@ def train_custom(request: Request, dry_run: bool, run: Runner) -> None:
     silence_warnings()
     pairs = config_pairs(request.data, "detection")
     cfg = load_config(CONFIG, [*pairs, *request.opts], "detection")
+    check_loggers(cfg.LOGGERS)
     given = {key: get_key(cfg, key) for key in request.given}
     if "MODEL.WEIGHTS" in given:
         request = dataclasses.replace(request, weights=cfg.MODEL.WEIGHTS, pretrain=False)

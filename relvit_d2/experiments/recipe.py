@@ -24,7 +24,7 @@ PATCHES = 2  # patches along an object that the smallest tenth of the objects ge
 SMALL_OBJECT = 32  # pixels beyond which smaller objects need no larger images
 EPOCHS = 30  # of the training images; the model is chosen so that the time is enough for at least these
 MIN_IMAGES, MAX_IMAGES = 6_000, 40_000  # limits of the number of images that EPOCHS stands for
-LARGER = 40_000  # training images from which on larger encoders are chosen; 11,000 were too few (docs/benchmarks.md)
+LARGER = 40_000  # training images from which larger encoders are chosen; 11,000 are too few (docs/benchmarks.md)
 UPDATES = 800  # iterations that the batch is chosen for
 PRETRAINING = 0.3  # share of the time
 MIN_PRETRAINING = 500  # iterations; with fewer, the time is better spent on training (docs/benchmarks.md)
@@ -209,7 +209,7 @@ def choose_model(
         "SOLVER.GRAD_ACCUM_STEPS": Choice(parts, f"{fits} images fit into half of the free memory"),
         "SOLVER.BASE_LR": Choice(encoder.rate, f"for {encoder.name} and 16 images"),
         "SOLVER.PRECISION": Choice(*machine.precision),
-        **_regions(data),
+        **_regions(data, given),
         **_loader(data, machine),
         **_sampler(data),
     }
@@ -261,14 +261,14 @@ def _encoder_and_side(
     """Return the strongest encoder that resolves small objects and trains on enough images, an image side, and why."""
     sides, least = _sides(data, given), seen
     for encoder in encoders:
-        seen = least if encoder == encoders[-1] else max(least, LARGER)
+        seen = least if encoder == encoders[-1] else LARGER
         fitting = [side for side in sides if _fits(machine, encoder, side)]
         resolved = [side for side in sides if data.small_object(side) >= PATCHES * encoder.patch] or sides[-1:]
         affordable = [side for side in fitting if _seconds(machine, encoder, side) * seen <= seconds]
         if both := [side for side in affordable if side in resolved]:
             side = next((side for side in both if data.small_object(side) >= SMALL_OBJECT), both[-1])
-            why = f"the largest of {len(encoders)} that can see {seen:,} training images of {side} px in the time"
-            why += f"; larger ones need {LARGER:,}" if seen < LARGER and len(encoders) > 1 else ""
+            why = f"the time is enough for {seen:,} training images of {side} px"
+            why += f"; larger encoders need {LARGER:,}" if encoder != encoders[0] else ""
             return encoder, side, why
     if not fitting:
         needed = machine.costs[encoder.name].memory * _pixels(sides[0]) / USABLE_MEMORY
@@ -310,27 +310,22 @@ def _levels(encoder: Encoder, small: float) -> Choice:
     return Choice(strides, f"from {finest} px (8, or 4 for objects under 16 px) to twice the patch")
 
 
-def _regions(data: Data) -> Choices:
+def _regions(data: Data, given: Given) -> Choices:
     """Choose the numbers of anchors and regions of an image that are trained on, proposed and detected."""
     fullest, mean = data.most_objects, len(data.boxes) / data.images
-    proposals = Choice(_hundreds(2 * fullest), f"twice the {fullest} objects of the fullest image")
-    before = Choice(2 * proposals.value, "of each level, twice the proposals")
-
-    def sampled(factor: int, least: int, most: int) -> Choice:
-        number = int(np.clip(2 ** np.ceil(np.log2(factor * mean)), least, most))
-        return Choice(number, f"a power of 2 from {least} to {most}, for {factor} times the mean of {mean:.1f} objects")
-
-    return {
-        "MODEL.RPN.BATCH_SIZE_PER_IMAGE": sampled(4, 64, 256),
-        **{f"MODEL.RPN.PRE_NMS_TOPK_{part}": before for part in ("TRAIN", "TEST")},
-        **{f"MODEL.RPN.POST_NMS_TOPK_{part}": proposals for part in ("TRAIN", "TEST")},
-        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": sampled(2, 32, 256),
-        "TEST.DETECTIONS_PER_IMAGE": Choice(_hundreds(fullest), f"the fullest image has {fullest} objects"),
-    }
-
-
-def _hundreds(count: int) -> int:
-    return int(np.clip(100 * np.ceil(count / 100), 100, 1000))
+    detected, twice = (int(np.clip(100 * np.ceil(count / 100), 100, 1000)) for count in (fullest, 2 * fullest))
+    proposed = max(twice, given.get("TEST.DETECTIONS_PER_IMAGE", 0))
+    objects = f"the {fullest} objects of the fullest image, in hundreds up to 1,000"
+    choices = {"TEST.DETECTIONS_PER_IMAGE": Choice(detected, f"at least {objects}")}
+    for part in ("TRAIN", "TEST"):
+        after, before = f"MODEL.RPN.POST_NMS_TOPK_{part}", f"MODEL.RPN.PRE_NMS_TOPK_{part}"
+        choices[after] = Choice(proposed, f"at least twice {objects}")
+        choices[before] = Choice(2 * given.get(after, proposed), "of each level, twice the proposals")
+    for key, factor, least in (("MODEL.RPN", 4, 64), ("MODEL.ROI_HEADS", 2, 32)):
+        number = int(np.clip(2 ** np.ceil(np.log2(factor * mean)), least, 256))
+        reason = f"a power of 2 from {least} to 256, for {factor} times the mean of {mean:.1f} objects"
+        choices[f"{key}.BATCH_SIZE_PER_IMAGE"] = Choice(number, reason)
+    return choices
 
 
 def _flip(classes: Iterable[str]) -> tuple[str, str]:

@@ -10,8 +10,7 @@ import torch
 
 from relvit_d2.detection.predictor import load_detector
 from relvit_d2.utils.files import write_text
-from tests.detection.test_detectron2_import import encoder_keys, fields
-from tests.support.detectron2_models import detectron2_model
+from tests.support.detectron2_models import detectron2_model, encoder_keys, fields
 from tests.support.runs import equal
 from tests.support.scripts import command, fails, run
 

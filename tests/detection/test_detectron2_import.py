@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from detectron2.config import CfgNode
-from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from relvit_d2.config.config_file import override_words
@@ -20,15 +19,7 @@ from relvit_d2.engine.weights import load_trained, load_weights
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.config_keys import get_key
 from relvit_d2.utils.errors import UserError
-from tests.support.detectron2_models import detectron2_model
-
-PATCH, SIDE = 16, 128
-
-
-def encoder_keys(size: str = "nano", side: int = SIDE, window: int = 3, blocks: int = 2) -> dict[str, Any]:
-    encoder = {"NAME": f"vitdet:{size}", "PATCH_SIZE": PATCH, "IMG_SIZE": side, "POS_EMBED": True}
-    windows = {"WINDOW": window, "GLOBAL_BLOCKS": blocks, "REL_POS": True}
-    return {f"MODEL.ENCODER.{name}": value for name, value in (encoder | windows).items()}
+from tests.support.detectron2_models import SIDE, detectron2_model, encoder_keys, fields
 
 
 def config(tensors: dict[str, Tensor], *overrides: Any) -> CfgNode:
@@ -47,11 +38,6 @@ def ours(theirs: nn.Module, *overrides: Any) -> Any:
     assert "loaded" in report
     model.load_state_dict(checkpoint["model"])
     return model
-
-
-def fields(instances: Instances) -> dict[str, Tensor]:
-    values = {"scores": instances.scores, "classes": instances.pred_classes, "boxes": instances.pred_boxes.tensor}
-    return values | ({"masks": instances.pred_masks} if instances.has("pred_masks") else {})
 
 
 def check_equal(mine: Any, theirs: Any, sizes: list[tuple[int, int]]) -> None:

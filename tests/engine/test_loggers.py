@@ -3,11 +3,16 @@
 import importlib.util
 import signal
 import sqlite3
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from detectron2.utils.events import EventStorage
 
+from relvit_d2.engine.loggers import Tracker
+from relvit_d2.engine.signals import Interrupted
 from tests.support.runs import equal, rows
 from tests.support.scripts import command, fails, run
 
@@ -24,6 +29,65 @@ def test_unknown_loggers_and_missing_packages_are_reported_before_anything_is_wr
             error = fails(root, *command("train_net.py", tmp_path / "out", "LOGGERS", f"('{name}',)"))
             assert f"needs the package {name}: run pip install 'relvit_d2[loggers]'" in error
     assert not (tmp_path / "out").exists()
+
+
+class Recorder(Tracker):
+    """A tracker that records, and fails at some iteration or at the end."""
+
+    name = "recorder"
+
+    def __init__(self, failing: int | str = "") -> None:
+        super().__init__()
+        self.failing = failing
+        self.calls: list[tuple[object, object]] = []
+
+    def send(self, metrics: Mapping[str, float], iteration: int) -> None:
+        self.calls.append((iteration, dict(metrics)))
+        if iteration == self.failing:
+            raise ConnectionError("no server")
+
+    def end(self, status: str) -> None:
+        self.calls.append(("end", status))
+        if self.failing == "end":
+            raise ConnectionError("no server")
+
+
+def record(tracker: Recorder, first: int = 0) -> None:
+    """Write the loss of four iterations from ``first`` on, and in the third one an accuracy."""
+    with EventStorage(first) as storage:
+        for iteration in range(first, first + 4):
+            storage.put_scalar("loss", float(iteration))
+            if iteration == first + 2:
+                storage.put_scalar("accuracy", 0.5)
+            tracker.write()
+            storage.step()
+    tracker.close()
+
+
+def test_each_metric_is_sent_once_with_its_iteration() -> None:
+    tracker = Recorder()
+    tracker.sent = 0  # as of a resumed run
+    record(tracker)
+    assert tracker.calls == [(1, {"loss": 1}), (2, {"loss": 2, "accuracy": 0.5}), (3, {"loss": 3}), ("end", "FINISHED")]
+
+
+def test_a_failing_tracker_is_reported_and_not_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+    for failing, count, lost in ((1, 2, "the metrics of iteration 1 were"), ("end", 5, "the end of the run was")):
+        tracker = Recorder(failing)
+        record(tracker)
+        assert len(tracker.calls) == count
+        assert caplog.records[-1].getMessage().startswith(f"LOGGERS recorder: {lost} not sent (no server): no more")
+
+
+def test_the_end_of_a_run_has_its_status() -> None:
+    for error, status in ((Interrupted(signal.SIGTERM), "KILLED"), (ValueError(), "FAILED")):
+        tracker = Recorder()
+        with suppress(Interrupted, ValueError):
+            try:
+                raise error
+            finally:
+                tracker.close()
+        assert tracker.calls == [("end", status)]
 
 
 @pytest.fixture()

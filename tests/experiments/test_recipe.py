@@ -117,6 +117,10 @@ def test_crowded_images_get_more_proposals_and_regions(
     assert chosen["MODEL.RPN.POST_NMS_TOPK_TEST"] == chosen["MODEL.RPN.POST_NMS_TOPK_TRAIN"] == proposals
     assert chosen["MODEL.RPN.BATCH_SIZE_PER_IMAGE"] == anchors
     assert chosen["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE"] == regions
+    given = {"TEST.DETECTIONS_PER_IMAGE": 500, "MODEL.RPN.POST_NMS_TOPK_TEST": 700}
+    chosen = values(choose_model(crowded, CPU, 1800, given)[1])
+    assert chosen["MODEL.RPN.POST_NMS_TOPK_TRAIN"] == 500
+    assert (chosen["MODEL.RPN.PRE_NMS_TOPK_TRAIN"], chosen["MODEL.RPN.PRE_NMS_TOPK_TEST"]) == (1000, 1400)
 
 
 def test_a_pretraining_needs_time_for_five_hundred_iterations() -> None:

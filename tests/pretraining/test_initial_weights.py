@@ -14,8 +14,7 @@ from relvit_d2.encoders import build_encoder
 from relvit_d2.engine.optimizer import build_optimizer
 from relvit_d2.pretraining.model import build_pretraining_model
 from relvit_d2.tasks import load_config
-from tests.detection.test_detectron2_import import encoder_keys
-from tests.support.detectron2_models import detectron2_model
+from tests.support.detectron2_models import detectron2_model, encoder_keys
 from tests.support.runs import equal, rows
 from tests.support.scripts import command, fails, run
 

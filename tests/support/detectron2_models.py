@@ -6,11 +6,13 @@ from typing import Any
 import detectron2
 import torch
 from detectron2.config import LazyConfig, instantiate
-from torch import nn
+from detectron2.structures import Instances
+from torch import Tensor, nn
 
 from relvit_d2.detection.detectron2_import import set_swin, set_vit
 
 COMMON = Path(detectron2.__file__).parent / "model_zoo/configs/common/models"
+PATCH, SIDE = 16, 128  # of a small ViTDet, pixels
 SMALL = 32  # channels of the pyramid and of the heads of small models
 
 
@@ -89,3 +91,16 @@ def scattered(model: Any, by: float) -> Any:
         for value in model.parameters():
             value.data.add_(by * torch.randn_like(value))
     return model.eval()
+
+
+def encoder_keys(size: str = "nano", side: int = SIDE, window: int = 3, blocks: int = 2) -> dict[str, Any]:
+    """Return the keys of a ViTDet's encoder."""
+    encoder = {"NAME": f"vitdet:{size}", "PATCH_SIZE": PATCH, "IMG_SIZE": side, "POS_EMBED": True}
+    windows = {"WINDOW": window, "GLOBAL_BLOCKS": blocks, "REL_POS": True}
+    return {f"MODEL.ENCODER.{name}": value for name, value in (encoder | windows).items()}
+
+
+def fields(instances: Instances) -> dict[str, Tensor]:
+    """Return the tensors of detections by name."""
+    values = {"scores": instances.scores, "classes": instances.pred_classes, "boxes": instances.pred_boxes.tensor}
+    return values | ({"masks": instances.pred_masks} if instances.has("pred_masks") else {})
