@@ -20,6 +20,7 @@ import torch
 from tabulate import tabulate  # type: ignore[import-untyped]
 
 from benchmarks.pretrain import draw_images
+from relvit_d2.config.config_file import override_words
 
 GRACE = 60  # seconds that a stopped training has to save a checkpoint
 
@@ -27,34 +28,22 @@ GRACE = 60  # seconds that a stopped training has to save a checkpoint
 def steps(device: str, quick: bool, output: Path) -> dict[str, list[str]]:
     """Return the steps by name: modules and their arguments."""
     measured = ["--json", "--device", device, *(["--quick"] if quick else [])]
-    keys = ["MODEL.DEVICE", device]
-    images = f"('{output}/images',)"
+    keys: dict[str, object] = {"MODEL.DEVICE": device}
     found = {"doctor": ["relvit_d2", "doctor"]}
     for precision in ("bfloat16", "float16"):
-        short = [*keys, "SOLVER.PRECISION", precision, "SOLVER.MAX_ITER", "10", "SOLVER.WARMUP_ITERS", "0"]
-        found[f"ten_iterations_detection_{precision}"] = ["relvit_d2", "demo", *short]
-        classify = ["relvit_d2", "classify", "--config-file", "configs/cls/cifar10_vit_s4.yaml", *short]
-        sets = [
-            "SOLVER.IMS_PER_BATCH",
-            "32",
-            "DATASETS.TRAIN",
-            images,
-            "DATASETS.TEST",
-            "()",
-            "DATASETS.VALIDATION",
-            "",
-            "MODEL.WEIGHTS",
-            "",
-        ]
-        folder = ["OUTPUT_DIR", str(output / f"classify_{precision}")]
-        found[f"ten_iterations_classification_{precision}"] = [*classify, *sets, *folder]
+        short = keys | {"SOLVER.PRECISION": precision, "SOLVER.MAX_ITER": 10, "SOLVER.WARMUP_ITERS": 0}
+        found[f"ten_iterations_detection_{precision}"] = ["relvit_d2", "demo", *override_words(short)]
+        short |= {"SOLVER.IMS_PER_BATCH": 32, "DATASETS.TRAIN": (str(output / "images"),), "DATASETS.TEST": ()}
+        short |= {"DATASETS.VALIDATION": "", "MODEL.WEIGHTS": "", "OUTPUT_DIR": output / f"classify_{precision}"}
+        classify = ["relvit_d2", "classify", "--config-file", "configs/cls/cifar10_vit_s4.yaml"]
+        found[f"ten_iterations_classification_{precision}"] = [*classify, *override_words(short)]
     if device == "cuda":
         found["gpu_sync_check"] = ["benchmarks.gpu_sync_check"]
     for name in ("pretrain", "relation_loss"):
         found[name] = [f"benchmarks.{name}", *measured]
     found["detector"] = ["benchmarks.detector", "--quick", "--json", "--device", device]
-    row = ["table1", "--row", "cifar10", "--output", str(output / "cifar10")]
-    found["cifar10"] = ["relvit_d2", "reproduce", *row, *(["--scale", "0.0001"] if quick else []), *keys]
+    row = ["relvit_d2", "reproduce", "table1", "--row", "cifar10", "--output", str(output / "cifar10")]
+    found["cifar10"] = [*row, *(["--scale", "0.0001"] if quick else []), *override_words(keys)]
     return found
 
 

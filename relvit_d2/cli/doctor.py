@@ -20,6 +20,7 @@ from pathlib import Path
 
 from relvit_d2 import __version__
 from relvit_d2.utils.detectron2_installer import REQUIREMENTS, ensure
+from relvit_d2.utils.errors import UserError, one_line
 from relvit_d2.utils.printing import print_text
 
 EXAMPLE = "relvit-d2 doctor"
@@ -121,7 +122,7 @@ def try_import(name: str) -> str | None:
     except Exception as error:  # a broken binary raises OSError, RuntimeError, AttributeError, ...
         if isinstance(error, ModuleNotFoundError) and error.name == name.partition(".")[0]:
             return "missing"
-        return f"does not import: {type(error).__name__}: {' '.join(str(error).split())}"
+        return f"does not import: {type(error).__name__}: {one_line(error)}"
     return None
 
 
@@ -204,7 +205,6 @@ def check_device() -> None:
 def check_data() -> None:
     """Print the number of images of each data set of the catalog that is present, and how to get others."""
     from relvit_d2.data.detection import catalog
-    from relvit_d2.utils.errors import UserError
 
     state = "is set" if os.environ.get("DETECTRON2_DATASETS") else "is not set"
     row("data root", f"{catalog.dataset_root()}   ($DETECTRON2_DATASETS {state})")

@@ -16,7 +16,7 @@ from fvcore.common.config import CfgNode
 
 from relvit_d2.utils.config_keys import get_key
 from relvit_d2.utils.config_paths import ROOT, find_config
-from relvit_d2.utils.errors import UserError, nearest
+from relvit_d2.utils.errors import UserError, nearest, one_line
 from relvit_d2.utils.hardware import default_device
 
 COMMANDS = {"pretrain": "pretrain", "detection": "train", "classification": "classify"}
@@ -216,7 +216,7 @@ def _parse(text: str, where: str) -> tuple[Any, Any]:
         loader.name = where
         return loader.get_single_data(), yaml.load(text, yaml.BaseLoader)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-01
-        raise UserError(f"{where} is not valid yaml: {' '.join(str(error).split())}") from error
+        raise UserError(f"{where} is not valid yaml: {one_line(error)}") from error
 
 
 def _files(path: Path, above: tuple[Path, ...]) -> Iterator[tuple[Path, dict[str, Any], Any]]:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from relvit_d2.utils.digest import content_digest
-from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.errors import UserError, one_line
 
 # Every encoder has one of these tensors; the part of the name before it is the prefix of the encoder.
 _ANCHORS = ("patch_embed.proj.weight", "tokens_to_token.project.weight")
@@ -87,7 +87,7 @@ def read_file(path: Path) -> dict[str, Any]:
     except UNREADABLE as error:
         if is_damaged(path):
             raise UserError(damaged(path)) from error
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error, 120)
         raise UserError(
             f"'{path}' cannot be read without executing code in it ({reason}); save the model's state_dict() with "
             "torch.save or safetensors"

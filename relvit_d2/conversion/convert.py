@@ -31,7 +31,7 @@ from relvit_d2.encoders.base import Encoder, build_encoder
 from relvit_d2.encoders.t2t import HEADS, sinusoid
 from relvit_d2.encoders.timm_vit import is_eva
 from relvit_d2.encoders.vit import SIZES
-from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.errors import UserError, one_line
 
 Tensors = dict[str, Tensor]
 
@@ -69,7 +69,7 @@ def convert(found: FoundEncoder, kind: str | None = None) -> Converted:
     try:
         converted = CONVERTERS[kind](found)
     except (RuntimeError, LookupError, ValueError) as error:  # raised for missing or unexpected tensors
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise UserError(
             f"'{found.path}' does not contain the tensors of a {kind} model ({reason}); give --from with the project "
             "that the file is from"

@@ -10,7 +10,7 @@ from relvit_d2.conversion.convert import convnext, swin, timm_vit
 from relvit_d2.conversion.converted import pixel_metadata, verify
 from relvit_d2.encoders.base import Encoder
 from relvit_d2.encoders.timm_vit import is_convnext
-from relvit_d2.utils.errors import UserError, nearest
+from relvit_d2.utils.errors import UserError, nearest, one_line
 
 PREFIX = "timm:"
 
@@ -41,7 +41,7 @@ def read_published(source: str, encoder: Encoder) -> tuple[dict[str, Tensor], di
     try:
         model = timm.create_model(name, pretrained=True).eval()
     except Exception as error:  # timm's ways of downloading raise different exceptions
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, 160)
         raise UserError(
             f"'{source}' is not in timm's cache and could not be downloaded ({reason}); connect to the "
             "network once, or convert a file with relvit-d2 convert"

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from relvit_d2.data.images.archive import ARCHIVE_DAMAGE, each_member
-from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.errors import UserError, one_line
 
 ATTEMPTS = 5
 """Maximum number of consecutive connections without any received data."""
@@ -206,7 +206,7 @@ def unpack(path: Path, folder: Path) -> None:
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())
+    reason = one_line(error)
     return UserError(f"the archive '{path}' is damaged ({reason}): remove it and download it again")
 
 

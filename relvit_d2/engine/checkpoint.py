@@ -19,7 +19,7 @@ from torch import nn
 from relvit_d2.conversion.checkpoint_file import UNREADABLE, damaged, is_damaged, is_pickle, verify_digest
 from relvit_d2.engine.weight_average import SUFFIX
 from relvit_d2.utils.digest import content_digest
-from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.errors import UserError, one_line
 from relvit_d2.utils.files import appearing, write_text
 
 # Messages of a RuntimeError by which torch.save reports a full disk.
@@ -40,7 +40,7 @@ def download(url: str) -> str:
     try:
         path = PathManager.get_local_path(urlparse(url)._replace(query="").geturl())
     except Exception as error:  # the exceptions depend on the protocol
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        reason = one_line(error, 160) or type(error).__name__
         raise UserError(
             f"'{url}' could not be downloaded ({reason}): check the address and the network, or download the file "
             "elsewhere and set MODEL.WEIGHTS to its path"

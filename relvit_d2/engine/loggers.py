@@ -14,7 +14,7 @@ from fvcore.common.config import CfgNode
 
 from relvit_d2.config.config_file import flat
 from relvit_d2.engine.signals import Interrupted
-from relvit_d2.utils.errors import UserError, nearest
+from relvit_d2.utils.errors import UserError, nearest, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def build_loggers(cfg: CfgNode, run_id: str | None) -> list[EventWriter]:
         try:
             loggers.append(TRACKERS[name](cfg, run_id))
         except Exception as error:  # the packages have no common base class of their errors
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise UserError(
                 f"LOGGERS {name}: the run cannot be started ({reason}): correct the settings of {name}, or remove it "
                 "from LOGGERS"
@@ -94,7 +94,7 @@ class Tracker(EventWriter):
             action()
         except Exception as error:
             self._has_failed = True
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             logger.warning(f"LOGGERS {self.name}: {consequence} ({reason}): no more is sent until the run is resumed")
 
     def send(self, metrics: Mapping[str, float], iteration: int) -> None:
@@ -156,4 +156,6 @@ class Mlflow(Tracker):
         self._mlflow.end_run(status)
 
 
-TRACKERS: dict[str, Callable[[CfgNode, str | None], EventWriter]] = {"wandb": Wandb, "mlflow": Mlflow}
+TRACKERS: dict[str, Callable[[CfgNode, str | None], EventWriter]] = {
+    tracker.name: tracker for tracker in (Wandb, Mlflow)
+}

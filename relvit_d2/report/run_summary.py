@@ -12,7 +12,7 @@ from relvit_d2.engine.writers import PERIOD
 from relvit_d2.report.page import write_report
 from relvit_d2.report.results import summary
 from relvit_d2.report.runs import Run, read_runs
-from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.errors import UserError, one_line
 from relvit_d2.utils.files import write_json
 
 _MODELS = ("model_best{}.pth", "model_final{}.pth", "encoder{}.safetensors")
@@ -40,7 +40,7 @@ def end_run(folder: Path, command: str) -> None:
         finally:
             table = summary_table(read_runs([folder])[0], command)
     except Exception as error:
-        message = " ".join(str(error).split())
+        message = one_line(error)
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         logger.warning(f"the report could not be written: {kind}{message}")
     logger.info(f"run finished\n{table}")

@@ -35,6 +35,11 @@ class NotWrittenError(ResumableError):
     """A file could not be written."""
 
 
+def one_line(error: BaseException, length: int | None = None) -> str:
+    """Return the message of an exception without line breaks, cut to ``length`` characters if given."""
+    return " ".join(str(error).split())[:length]
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether Python, the operating system, or torch on a CPU or a GPU reported a lack of memory."""
     if isinstance(error, OSError):

@@ -16,7 +16,7 @@ import yaml  # type: ignore[import-untyped]
 
 from relvit_d2.data.detection.records import check_unique, parse_integer
 from relvit_d2.data.images.folder import EXTENSIONS
-from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.errors import UserError, one_line
 from relvit_d2.utils.paths import DataRoot, normal_form
 from relvit_d2.utils.printing import first_few
 
@@ -151,7 +151,7 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
     try:
         document = yaml.load(text, yaml.BaseLoader)  # creates only text, lists and mappings
     except (ValueError, TypeError, LookupError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is not valid YAML ({' '.join(str(error).split())}): correct it") from error
+        raise UserError(f"{path} is not valid YAML ({one_line(error)}): correct it") from error
     return document if isinstance(document, dict) else {}
 
 
