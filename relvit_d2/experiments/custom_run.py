@@ -142,7 +142,15 @@ def train_custom(request: Request, dry_run: bool, run: Runner) -> None:
         if folder.exists():
             with run_lock(folder):
                 move_earlier_run(folder)
-    files.run(data)
+    if files.pretrains:
+        files.pretrain()
+        left, planned = seconds - (time.monotonic() - started), choices["SOLVER.MAX_ITER"].value
+        again = choose_schedules(data, timing._replace(pretraining=0.0, view=0.0), left, given, batch, planned)
+        files.write(choices | again.training, schedules.pretraining)
+        expected = seconds - left + again.seconds
+        count = again.training["SOLVER.MAX_ITER"].value
+        print_text(f"training: {count} iterations in the time that is left, instead of the planned {planned}")
+    files.train(data)
     print_text(f"{time.monotonic() - started:.0f} s of the planned {expected:.0f} s")
 
 
@@ -331,14 +339,19 @@ class Files:
         ]
         return "\n\n".join(lines)
 
-    def run(self, data: Data) -> None:
-        """Run pre-training and training, and draw detections."""
-        steps = [("pretrain", "pretraining", "pretraining.yaml")] if self.pretrains else []
-        for command, folder, config in [*steps, ("train", "detector", "recipe.yaml")]:
-            path = self.output / config
-            total = load_config(str(path), []).SOLVER.MAX_ITER
-            flag = "--overwrite" if self.request.overwrite else "--resume"
-            self.run_command(command, [command, "--config-file", str(path), flag], self.output / folder, total)
+    def pretrain(self) -> None:
+        """Run the pre-training."""
+        self._run("pretrain", "pretraining", "pretraining.yaml")
+
+    def _run(self, command: str, folder: str, config: str) -> None:
+        path = self.output / config
+        total = load_config(str(path), []).SOLVER.MAX_ITER
+        flag = "--overwrite" if self.request.overwrite else "--resume"
+        self.run_command(command, [command, "--config-file", str(path), flag], self.output / folder, total)
+
+    def train(self, data: Data) -> None:
+        """Run the training and draw detections."""
+        self._run("train", "detector", "recipe.yaml")
         detector, pictures = self.output / "detector", self.output / "predictions"
         cfg = load_config(str(self.output / "recipe.yaml"), [])
         records = next(iter(evaluation_sets(cfg).values()), None) or training_records(cfg)

@@ -14,6 +14,7 @@ EVALUATING = 0.1  # share of the time that evaluations during the training take 
 PRETEXT_EVALUATIONS = 4  # during the pre-training
 PATIENT = 0.75  # share of the evaluations without a better AP after which the training ends
 MARGIN = 0.95  # share of the time that is planned
+LEAST = 20  # iterations of the training
 
 
 class Timing(NamedTuple):
@@ -48,7 +49,7 @@ class Schedules(NamedTuple):
 
 
 def choose_schedules(
-    data: Data, timing: Timing, seconds: float, given: Given, batch: int, least: int = 20
+    data: Data, timing: Timing, seconds: float, given: Given, batch: int, planned: int = 0
 ) -> Schedules:
     """Choose the schedules of pre-training and training.
 
@@ -58,10 +59,11 @@ def choose_schedules(
         seconds: for everything that is still to be done.
         given: keys of the user.
         batch: images per iteration of the training.
-        least: iterations of the training at least, unless they are given.
+        planned: iterations of the training in an earlier plan, of which half are done however short the time is;
+            0 if this is the first plan.
 
     Raises:
-        UserError: the time is too short for ``least`` iterations.
+        UserError: the time is too short for ``LEAST`` iterations, in the first plan.
     """
     for key, replaced in EPOCH_KEYS.items():
         if given.get(key):
@@ -80,12 +82,14 @@ def choose_schedules(
     if not iterations:
         iterations = int((rest - before) / timing.training)
         why = f"in the time that pre-training, evaluations and starts leave, {timing.training:.2g} s each"
-        if iterations < least:
+        if planned:
+            iterations = max(iterations, -(-planned // 2))
+        elif iterations < LEAST:
             share = PRETRAINING if timing.pretraining else 0.0
-            more = (least * timing.training / (1 - share) + other) / (MARGIN - EVALUATING) - seconds
+            more = (LEAST * timing.training / (1 - share) + other) / (MARGIN - EVALUATING) - seconds
             raise UserError(
                 f"the time is too short: {max(iterations, 0)} iterations of {timing.training:.2g} s fit in beside "
-                f"{other:.0f} s for starts and evaluations, but {least} are needed: add {more / 3600 + 0.005:.2f} or "
+                f"{other:.0f} s for starts and evaluations, but {LEAST} are needed: add {more / 3600 + 0.005:.2f} or "
                 "more to --hours"
             )
     pretraining = _pretraining_schedule(timing, before)
