@@ -2,21 +2,27 @@
 
 Reads requests from its standard input, a JSON object a line: ``argv`` (``relvit-d2`` or a script, and arguments),
 ``env`` (the whole environment), ``out`` and ``err`` (output files). Prints the exit status of each, negative for a
-signal. Before a fork the server only imports, so forks share no threads and no random state. Environment variables that
+signal. A fork ends without freeing its memory: to free what it shares with the server takes longer than most commands.
+Before a fork the server only imports, so forks share no threads and no random state. Environment variables that
 libraries read during imports are those of the server.
 """
 
+import atexit
+import gc
 import json
 import os
 import runpy
 import signal
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 # Imports of the commands.
+import torch.utils.tensorboard  # noqa: F401
+
 import relvit_d2.classification.run
 import relvit_d2.detection.run
 import relvit_d2.engine.distributed
@@ -26,6 +32,8 @@ import relvit_d2.pretraining.run
 import relvit_d2.report.prediction_files
 import relvit_d2.report.run_summary  # noqa: F401
 from relvit_d2.cli import main
+
+gc.freeze()  # a collection in a fork would copy the objects of the server
 
 for line in sys.stdin:
     request = json.loads(line)
@@ -46,7 +54,20 @@ for stream, name in ((1, request["out"]), (2, request["err"])):
 os.environ.clear()
 os.environ.update(request["env"])
 sys.argv = request["argv"]
-if sys.argv[0] == "relvit-d2":
-    sys.exit(main())
-sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
-runpy.run_path(sys.argv[0], run_name="__main__")
+try:
+    if sys.argv[0] == "relvit-d2":
+        sys.exit(main())
+    sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    if not isinstance(end.code, int | None):
+        raise
+    status = end.code or 0
+else:
+    status = 0
+# What the interpreter does before it frees the memory.
+threading._shutdown()  # type: ignore[attr-defined]
+atexit._run_exitfuncs()
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(status)
