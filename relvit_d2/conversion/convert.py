@@ -22,8 +22,8 @@ from relvit_d2.conversion.checkpoint_file import FoundEncoder, read_file
 from relvit_d2.conversion.converted import IMAGENET_PIXELS, Converted, pixel_metadata, verify
 from relvit_d2.conversion.reference_models import (
     TIMM_NAMES,
-    convnext_reference,
     t2t_reference,
+    timm_pyramid_reference,
     timm_swin_reference,
     timm_vit_reference,
 )
@@ -276,15 +276,16 @@ def swin(found: FoundEncoder) -> Converted:
     return Converted(encoder, "swin", reference, 224, dropped, pixels=IMAGENET_PIXELS)
 
 
-def convnext(found: FoundEncoder, architecture: str) -> Converted:
-    """Convert a ConvNeXt of timm to ``timm:ARCHITECTURE``, whose final norm is timm's ``norm_pre`` or ``head.norm``."""
-    tensors, dropped = _split(found.tensors, r"head\.(?!norm\.)")
-    renamed = {}
-    for name, value in tensors.items():
-        norm = re.fullmatch(r"(norm_pre|head\.norm)\.(\w+)", name)
-        renamed[f"norm.{norm[2]}" if norm else f"net.{name}"] = value
-    encoder = _encoder(f"timm:{architecture}", renamed, in_chans=int(tensors["stem.0.weight"].shape[1]))
-    return Converted(encoder, "timm", convnext_reference(architecture, found.tensors), 224, dropped)
+def timm_pyramid(found: FoundEncoder, architecture: str) -> Converted:
+    """Convert a model of timm with maps of several strides, for images of three channels, to ``timm:ARCHITECTURE``."""
+    ours = build_encoder(f"timm:{architecture}").state_dict()
+    names = {name: f"net.{name}" for name in found.tensors}
+    if "norm.weight" in ours:  # a ConvNeXt that norms the mean over the map
+        names |= {f"head.norm.{part}": f"norm.{part}" for part in ("weight", "bias")}
+    renamed = {names[name]: value for name, value in found.tensors.items() if names[name] in ours}
+    dropped = [name for name in found.tensors if names[name] not in ours]
+    encoder = _encoder(f"timm:{architecture}", renamed)
+    return Converted(encoder, "timm", timm_pyramid_reference(architecture, found.tensors), 224, dropped)
 
 
 def t2t(found: FoundEncoder) -> Converted:

@@ -19,9 +19,9 @@ from relvit_d2.conversion.converted import checked_difference, random_image, rel
 from relvit_d2.conversion.encoder_file import build_described, read_encoder
 from relvit_d2.conversion.reference_models import TIMM_NAMES
 from relvit_d2.encoders import Encoder
-from relvit_d2.encoders.convnext import ConvNeXt
 from relvit_d2.encoders.eva import EvaViT
 from relvit_d2.encoders.swin import Swin
+from relvit_d2.encoders.timm_pyramid import TimmPyramid
 from relvit_d2.encoders.vit import ViT
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import appearing, check_target
@@ -82,7 +82,7 @@ def to_timm(encoder: Encoder) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     family, _, member = encoder.name.partition(":")
     name, arguments = (member, {}) if family == "timm" else TIMM_NAMES.get(encoder.name, ("", {}))
     relative = encoder.arguments.get("rel_pos")
-    if isinstance(encoder, ConvNeXt):
+    if isinstance(encoder, TimmPyramid):
         raise UserError(f"the weights of encoder '{encoder.name}' cannot be exported: export a ViT or a Swin")
     if not name or relative:
         raise UserError(

@@ -8,6 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.models import eva, swin_transformer, vision_transformer
+from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
 from relvit_d2.encoders.swin import SWIN_SIZES
@@ -51,18 +52,20 @@ def timm_swin_reference(tensors: Mapping[str, Tensor], in_chans: int) -> Referen
     return lambda images: swin.forward_features(images).flatten(1, 2)
 
 
-def convnext_reference(model: str, tensors: Mapping[str, Tensor]) -> Reference:
-    """Return timm's ConvNeXt ``model`` with all its tensors, like :func:`timm_vit_reference`."""
-    arguments: dict[str, Any] = {
-        "num_classes": len(tensors.get("head.fc.bias", ())),
-        "in_chans": tensors["stem.0.weight"].shape[1],
-    }
-    net: Any = timm.create_model(model, **arguments).eval()
-    net.load_state_dict(dict(tensors))
-    # The norm before pooling is part of the features.
-    norm = net.head.norm if isinstance(net.norm_pre, nn.Identity) else nn.Identity()
+def timm_pyramid_reference(model: str, tensors: Mapping[str, Tensor]) -> Reference:
+    """Return timm's ``model`` with maps of several strides with its tensors, like :func:`timm_vit_reference`."""
+    net: Any = timm.create_model(model).eval()
+    net.reset_classifier(0, "")
+    net.load_state_dict({name: tensors[name] for name in net.state_dict()})
+    # The norm of the mean over the map of a ConvNeXt is part of the features.
+    last = isinstance(net, ConvNeXt) and isinstance(net.norm_pre, nn.Identity)
+    norm = net.head.norm if last else nn.Identity()
 
-    return lambda images: norm(net.forward_features(images)).flatten(2).mT
+    def features(images: Tensor) -> Tensor:
+        maps = net.forward_intermediates(images, norm=True, intermediates_only=True)
+        return norm(maps[-1]).flatten(2).mT
+
+    return features
 
 
 def t2t_reference(tensors: Mapping[str, Tensor], heads: int) -> Reference:

@@ -6,10 +6,10 @@ import timm
 from torch import Tensor
 
 from relvit_d2.conversion.checkpoint_file import FoundEncoder
-from relvit_d2.conversion.convert import convnext, swin, timm_vit
+from relvit_d2.conversion.convert import swin, timm_pyramid, timm_vit
 from relvit_d2.conversion.converted import pixel_metadata, verify
 from relvit_d2.encoders.base import Encoder
-from relvit_d2.encoders.timm_vit import is_convnext
+from relvit_d2.encoders.timm_vit import is_pyramid
 from relvit_d2.utils.errors import UserError, nearest, one_line
 
 PREFIX = "timm:"
@@ -24,7 +24,7 @@ def read_published(source: str, encoder: Encoder) -> tuple[dict[str, Tensor], di
     """Read timm's weights in the form of the tensors and the metadata of an encoder file.
 
     Args:
-        source: ``timm:NAME`` or ``timm:NAME.TAG``, a ViT, ConvNeXt or Swin-T of timm.
+        source: ``timm:NAME`` or ``timm:NAME.TAG``, a model of timm that is an encoder, or a Swin-T.
         encoder: the encoder to load them into. Unless it is a ``timm:NAME``, they are converted to one of this package.
 
     Raises:
@@ -51,8 +51,8 @@ def read_published(source: str, encoder: Encoder) -> tuple[dict[str, Tensor], di
     found = FoundEncoder(source, dict(model.state_dict()))
     if architecture.startswith("swin_"):
         converted = swin(found)
-    elif is_convnext(architecture):
-        converted = convnext(found, architecture)
+    elif is_pyramid(architecture):
+        converted = timm_pyramid(found, architecture)
     else:
         converted = timm_vit(found, architecture=architecture, keep=encoder.name.startswith(PREFIX))
     verify(converted, source)

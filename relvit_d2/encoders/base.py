@@ -31,6 +31,7 @@ class Encoder(nn.Module):
         position_embedding: state dict name of what ``pos_embed`` adds, or ``sinusoid``; empty if nothing.
         patch_embedding: state dict name of the convolution weight over the channels of the images; empty if none.
         stage_depths: blocks of each stage; empty if the blocks are not divided into stages.
+        frozen_statistics: whether there is batch norm with the statistics of the loaded weights.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Encoder(nn.Module):
     position_embedding = ""
     patch_embedding = ""
     stage_depths: tuple[int, ...] = ()
+    frozen_statistics = False
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Map normalised images ``(B, in_chans, H, W)`` to maps ``(B, C, ceil(H / stride), ceil(W / stride))``."""

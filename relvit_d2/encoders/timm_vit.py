@@ -1,19 +1,18 @@
-"""Models of timm as encoders, by their timm names: plain Vision Transformers, those with rotary positions, ConvNeXt."""
+"""Models of timm as encoders, by their timm names: Vision Transformers, also with rotary positions, and pyramids."""
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import timm
-from timm.models import convnext, deit, eva, model_entrypoint, vision_transformer
-from timm.models.convnext import ConvNeXt
+from timm.models import deit, eva, model_entrypoint, vision_transformer
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from relvit_d2.encoders.base import FAMILIES, Encoder
-from relvit_d2.encoders.convnext import convnext_builder
 from relvit_d2.encoders.eva import EvaViT
+from relvit_d2.encoders.timm_pyramid import PYRAMIDS, pyramid_builder
 from relvit_d2.encoders.vit import ViT, vit_builder
 from relvit_d2.utils.errors import UserError, nearest
 
@@ -22,7 +21,6 @@ _CLASSES = {
     vision_transformer.__name__: VisionTransformer,
     deit.__name__: VisionTransformer,
     eva.__name__: Eva,
-    convnext.__name__: ConvNeXt,
 }
 
 
@@ -37,11 +35,11 @@ def entry(model: str) -> Callable[..., Any]:
         raise UserError(f"timm {timm.__version__} has no model '{model}'{close or '; timm.list_models() lists them'}")
     function = model_entrypoint(model)
     module, made = function.__module__, function.__annotations__.get("return")
-    if module not in _CLASSES or made is not _CLASSES[module]:
+    if module not in PYRAMIDS and (module not in _CLASSES or made is not _CLASSES[module]):
         kind = getattr(made, "__name__", made)
         raise UserError(
-            f"timm's '{model}' is a {kind} of {module}, not a VisionTransformer or Eva with a plain patch embedding or "
-            "a ConvNeXt; choose a vit_*, deit_*, deit3_*, eva* or convnext* of timm, or an encoder of this package"
+            f"timm's '{model}' is a {kind} of {module}, which is not supported: choose a vit_*, deit_*, deit3_*, eva*, "
+            "resnet* or convnext* of timm, one of the others in docs/weights.md, or an encoder of this package"
         )
     return function
 
@@ -51,9 +49,9 @@ def is_eva(model: str) -> bool:
     return _module(model) == eva.__name__
 
 
-def is_convnext(model: str) -> bool:
-    """Whether timm's ``model`` is a ConvNeXt."""
-    return _module(model) == convnext.__name__
+def is_pyramid(model: str) -> bool:
+    """Whether timm's ``model`` is one of those with maps of several strides."""
+    return _module(model) in PYRAMIDS
 
 
 def _module(model: str) -> str:
@@ -89,6 +87,6 @@ def timm_model(model: str) -> Callable[..., Encoder]:
     (``*_gap_*``, ``eva02_*``).
     """
     function = entry(model)
-    if is_convnext(model):
-        return convnext_builder(function)
+    if is_pyramid(model):
+        return pyramid_builder(model, function)
     return vit_builder(partial(without_head, model), EvaViT if is_eva(model) else ViT)

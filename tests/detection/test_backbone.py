@@ -243,7 +243,7 @@ CASES = [
     for pyramid in (("simple", "fpn") if name == "swin_tiny" else ("simple", "multitap"))
     for keys in [(), *[("MODEL.ENCODER.WINDOW", 3, "MODEL.ENCODER.GLOBAL_BLOCKS", 1)] * name.startswith("vit")]
 ]
-CASES += [pytest.param("timm:test_convnext", "fpn", ())]
+CASES += [pytest.param(name, "fpn", ()) for name in ("timm:test_convnext", "timm:test_resnet")]
 CASES += [
     pytest.param(name, "simple", keys, marks=pytest.mark.slow)
     for name in ("timm:vit_tiny_patch16_dinov3_qkvb", "timm:eva02_tiny_patch14_224")

@@ -33,7 +33,7 @@ KINDS = ("vit_small", "swin_tiny", "t2t_vit_14", "windowed", "relative", "rotary
 
 
 @pytest.mark.parametrize("masks", [True, False])
-@pytest.mark.parametrize("name", [*KINDS, "timm:test_convnext"])
+@pytest.mark.parametrize("name", [*KINDS, "timm:test_convnext", "timm:test_resnet"])
 def test_every_encoder_is_exported_for_any_size(
     name: str, masks: bool, samples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""ConvNeXt, compared with timm's features."""
+"""Models of timm with maps of several strides, compared with timm's features."""
 
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,18 @@ from torch import Tensor
 
 from relvit_d2.classification.model import build_classifier
 from relvit_d2.conversion.checkpoint_file import FoundEncoder
-from relvit_d2.conversion.convert import convnext
-from relvit_d2.conversion.converted import verify
-from relvit_d2.conversion.encoder_file import feature_difference, load_encoder_weights, save_encoder
+from relvit_d2.conversion.convert import timm_pyramid
+from relvit_d2.conversion.converted import TOLERANCE, relative_difference, verify
+from relvit_d2.conversion.encoder_file import feature_difference, load_encoder_weights, read_encoder, save_encoder
 from relvit_d2.conversion.export import to_detectron2, to_timm
 from relvit_d2.detection.model import build_detector
 from relvit_d2.encoders import build_encoder
+from relvit_d2.encoders.timm_pyramid import PYRAMIDS
 from relvit_d2.pretraining.model import build_pretraining_model
 from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
 from tests.support.detectors import fitting, tiny_config
-from tests.support.scripts import command, fails
+from tests.support.scripts import command, fails, run
 
 NAME = "timm:test_convnext"
 KEYS = ("MODEL.ENCODER.NAME", NAME, "MODEL.ENCODER.PATCH_SIZE", "4")
@@ -32,9 +33,12 @@ def seeded() -> None:
 
 
 def scattered(model: Any) -> Any:
-    """Change all parameters, so that no scale is 1 or nearly 0."""
-    for value in model.parameters():
-        value.data.add_(0.1 * torch.randn_like(value))
+    """Change all parameters and statistics, so that no scale is 1 or nearly 0."""
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith("running_var"):
+            value.data.mul_(1 + torch.rand_like(value))
+        elif value.is_floating_point():
+            value.data.add_(0.1 * torch.randn_like(value))
     return model.eval()
 
 
@@ -42,27 +46,35 @@ def found(model: Any) -> FoundEncoder:
     return FoundEncoder("test", dict(model.state_dict()))
 
 
-# The second has a norm before pooling, the third an overlapping stem, the fourth global response normalisation.
-@pytest.mark.parametrize("name", ["test_convnext", "convnext_tiny_hnf", "convnext_atto_ols", "test_convnext3"])
+# The second has a norm before pooling, the third an overlapping stem, the fourth global response normalisation; the
+# others have batch norm, EfficientNet and MobileNet layers between the last map and the classifier, RegNet none.
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("test_convnext", "convnext_tiny_hnf", "convnext_atto_ols", "test_convnext3"),
+        *("test_resnet", "test_efficientnet", "mobilenetv3_small_050", "regnetx_002", "resnetv2_18"),
+    ],
+)
 def test_maps_of_converted_weights_equal_timms(name: str) -> None:
     model = scattered(timm.create_model(name, num_classes=3))
-    converted = convnext(found(model), name)
+    converted = timm_pyramid(found(model), name)
     verify(converted, name)
-    assert converted.encoder.name == f"timm:{name}" and {"head.fc.weight", "head.fc.bias"} == {*converted.dropped}
+    classifier = model.default_cfg["classifier"]
+    assert converted.encoder.name == f"timm:{name}" and f"{classifier}.weight" in converted.dropped
     images = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
-        expected = model.forward_intermediates(images, norm=True, intermediates_only=True)
-        if name != "convnext_tiny_hnf":
+        expected = model.forward_intermediates(images, norm=True, intermediates_only=True)[-4:]
+        if name.endswith(("convnext", "atto_ols", "convnext3")):
             expected[-1] = model.head.norm(expected[-1])
         for level, theirs in zip(converted.encoder(images).values(), expected, strict=True):
-            torch.testing.assert_close(level, theirs, rtol=1e-4, atol=1e-4)
+            assert relative_difference(level, theirs) <= TOLERANCE
         pooled, _ = converted.encoder.pooled_features(images)
-        torch.testing.assert_close(pooled, expected[-1].mean((2, 3)), rtol=1e-4, atol=1e-4)
+        assert relative_difference(pooled, expected[-1].mean((2, 3))) <= TOLERANCE
 
 
 def test_a_wrong_conversion_is_refused() -> None:
     model = scattered(timm.create_model("test_convnext"))
-    converted = convnext(found(model), "test_convnext")
+    converted = timm_pyramid(found(model), "test_convnext")
     converted.encoder.get_parameter("norm.weight").data.mul_(1.01)
     with pytest.raises(UserError, match="differ from those of the original"):
         verify(converted, "test")
@@ -74,6 +86,46 @@ def test_padding_does_not_extend_the_maps() -> None:
     with torch.no_grad():
         for level, padded in zip(encoder(image).values(), encoder(whole).values(), strict=True):
             assert torch.equal(level, padded[..., : level.shape[2], : level.shape[3]])
+
+
+# The smallest model of each of timm's modules.
+@pytest.mark.slow
+@pytest.mark.parametrize("module", sorted(PYRAMIDS))
+def test_every_supported_module_has_four_maps_of_any_image(module: str) -> None:
+    with torch.device("meta"):
+        sizes = {name: sum(p.numel() for p in timm.create_model(name).parameters()) for name in models_of(module)}
+    encoder = build_encoder(f"timm:{min(sizes, key=sizes.__getitem__)}").eval()
+    images = torch.randn(2, 3, 50, 70)
+    maps = encoder(images)
+    assert list(encoder.strides.values()) == [4, 8, 16, 32]
+    for name, stride in encoder.strides.items():
+        assert maps[name].shape == (2, encoder.channels[name], -(-50 // stride), -(-70 // stride))
+        torch.testing.assert_close(maps[name][:1], encoder(images[:1])[name], rtol=1e-4, atol=1e-4)
+    assert {encoder.depth_of(name) for name, _ in encoder.named_parameters()} <= {*range(encoder.depth + 2)}
+    sum(level.sum() for level in maps.values()).backward()
+    assert [name for name, p in encoder.named_parameters() if p.grad is None] == []
+
+
+def models_of(module: str) -> list[str]:
+    return [name for name in timm.list_models() if timm.models.model_entrypoint(name).__module__ == module]
+
+
+def test_batch_norm_is_frozen_and_needs_weights(root: Path, tmp_path: Path) -> None:
+    words = (*fitting("timm:test_resnet", (2, 1)), "SOLVER.MAX_ITER", 1)
+    error = fails(root, *command("train_net.py", tmp_path / "out", *words))
+    assert "'timm:test_resnet' has frozen batch norm, which needs the statistics of trained weights: set MODEL" in error
+    save_encoder(scattered(build_encoder("timm:test_resnet")), tmp_path / "encoder.safetensors", {})
+    run(root, *command("train_net.py", tmp_path / "out", *words, "MODEL.WEIGHTS", tmp_path / "encoder.safetensors"))
+    before = read_encoder(tmp_path)[0]
+    after = torch.load(tmp_path / "out/model_final.pth", weights_only=True)["model"]
+    changed = {name for name in before if not torch.equal(before[name], after[f"backbone.net.encoder.{name}"])}
+    assert "net.layer4.0.conv1.weight" in changed and "net.layer4.0.bn1.running_var" in before
+    assert not any(".bn1." in name for name in changed)
+
+
+def test_a_model_without_drop_path_is_reported() -> None:
+    with pytest.raises(UserError, match=r"DROP_PATH 0.1: encoder 'timm:hrnet_w18_small' has no drop path; set it to 0"):
+        build_encoder("timm:hrnet_w18_small", drop_path=0.1)
 
 
 def test_gray_images_load_colour_weights(tmp_path: Path) -> None:
@@ -111,7 +163,7 @@ def test_pretext_tasks_and_other_options_are_refused(root: Path, tmp_path: Path)
     joint = load_config("configs/cls/cifar10_vit_s4.yaml", [*KEYS, "MODEL.RELVIT.JOINT", "True"], "classification")
     with pytest.raises(UserError, match=refused):
         build_classifier(joint, 3)
-    with pytest.raises(UserError, match="PATCH_SIZE 16 is not supported by a ConvNeXt; set it to 4"):
+    with pytest.raises(UserError, match=r"PATCH_SIZE 16 is not supported by encoder .*; set it to 4"):
         build_encoder(NAME, patch_size=16)
     with pytest.raises(UserError, match=r"weights of encoder 'timm:test_convnext' cannot be exported"):
         to_timm(build_encoder(NAME))
