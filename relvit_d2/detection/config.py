@@ -1,5 +1,7 @@
 """Config keys of detection, in addition to those of Detectron2."""
 
+from math import inf
+
 from detectron2.config import get_cfg
 from fvcore.common.config import CfgNode
 
@@ -19,7 +21,7 @@ from relvit_d2.encoders import map_strides
 from relvit_d2.encoders.config import add_encoder_config, check_encoder_config
 from relvit_d2.engine.config import EPOCH_KEYS, WITHOUT_EFFECT, add_engine_config, finish_engine_config
 from relvit_d2.pretext.config import add_joint_config
-from relvit_d2.utils.config_keys import add_groups
+from relvit_d2.utils.config_keys import add_groups, check_ranges
 from relvit_d2.utils.errors import UserError
 
 BACKBONE = "build_encoder_pyramid_backbone"  # registered in relvit_d2.detection.backbone
@@ -38,7 +40,7 @@ def add_relvit_config(cfg: CfgNode) -> None:
     add_pixel_format_config(cfg)
     add_custom_data_config(cfg)
     add_mapper_config(cfg)
-    add_groups(cfg, "MODEL.PYRAMID")
+    add_groups(cfg, "MODEL.PYRAMID", "SEMI")
     cfg.MODEL.BACKBONE.NAME = BACKBONE  # MODEL.ENCODER with MODEL.PYRAMID
     cfg.MODEL.BACKBONE.FREEZE_AT = 0  # 0: train all; 1: freeze the patch embedding; 2: the first block too, ...
     # simple: simple feature pyramid on the encoder's last map; fpn: FPN on its maps of several strides; multitap: FPN
@@ -61,6 +63,12 @@ def add_relvit_config(cfg: CfgNode) -> None:
     cfg.TEST.TILE_OVERLAP = 0.2  # minimum overlap of neighbouring tiles, a fraction of their shorter side
     cfg.DATASETS.TRAIN_DIFFICULT = True  # train on VOC's difficult objects, as Detectron2 does
     cfg.DATASETS.IGNORE_DIFFICULT = True  # ignore difficult objects in evaluation, as VOC does
+    # Semi-supervised training: folder, pattern, archive or list of images without labels, which the moving average of
+    # the weights labels (SOLVER.EMA, which it switches on); empty: off
+    cfg.SEMI.UNLABELLED = ""
+    cfg.SEMI.BURN_IN = 0.3  # iterations on labelled images only at first; below 1: fraction of all iterations
+    cfg.SEMI.THRESHOLD = 0.7  # score above which a detection is a pseudo-label, 0..1
+    cfg.SEMI.WEIGHT = 1.0  # weight of the losses on unlabelled images
 
 
 def derive_levels(cfg: CfgNode) -> None:
@@ -100,6 +108,8 @@ def finish_config(cfg: CfgNode) -> None:
     check_evaluation_batch_config(cfg)
     check_pixel_format_config(cfg)
     check_mapper_config(cfg)
+    check_ranges(cfg, {"SEMI.BURN_IN": (0, inf), "SEMI.THRESHOLD": (0, 1), "SEMI.WEIGHT": (0, inf)})
+    cfg.SOLVER.EMA.ENABLED |= bool(cfg.SEMI.UNLABELLED)
     if cfg.TEST.AUG.ENABLED and cfg.INPUT.CHANNELS not in (1, 3):
         raise UserError(
             f"TEST.AUG.ENABLED needs images of 1 or 3 channels, but INPUT.CHANNELS is {cfg.INPUT.CHANNELS}: set "

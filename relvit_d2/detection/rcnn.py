@@ -12,6 +12,7 @@ from detectron2.structures import ImageList, Instances
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
+from relvit_d2.detection.mean_teacher import Teacher
 from relvit_d2.detection.regions import padded_size
 from relvit_d2.encoders import Encoder
 from relvit_d2.pretext.task import PretextTask
@@ -29,12 +30,15 @@ class RelViTRCNN(GeneralizedRCNN):
 
     With ``pretext``, the pretext losses on the encoder's last map are added in training, on unpermuted images. Tokens
     that contain only padding are left out.
+
+    With a ``teacher``, a training batch may have unlabelled images too (:mod:`relvit_d2.detection.mean_teacher`).
     """
 
     @configurable
     def __init__(self, *, pretext: PretextTask | None, **parts: Any) -> None:
         super().__init__(**parts)
         self.pretext = pretext
+        self.teacher: Teacher | None = None
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -46,13 +50,16 @@ class RelViTRCNN(GeneralizedRCNN):
         """Return the losses in training (joint training adds pretext losses and metrics), else the detections."""
         if not self.training:
             return self.inference(batched_inputs)
-        images = self.preprocess_image(batched_inputs)
-        instances = [entry["instances"].to(self.device) for entry in batched_inputs]
+        # First of all, since it replaces the weights for a while.
+        labelled, unlabelled = self.teacher.label(batched_inputs) if self.teacher else (batched_inputs, [])
+        images = self.preprocess_image(labelled)
+        instances = [entry["instances"].to(self.device) for entry in labelled]
         with self._last_maps() as last_maps:
             features = self.features(images)
         proposals, proposal_losses = self.proposal_generator(images, features, instances)
         _, losses = self.roi_heads(images, features, proposals, instances)
-        return losses | proposal_losses | self._pretext_losses(images, last_maps)
+        losses |= proposal_losses | self._pretext_losses(images, last_maps)
+        return losses | (self.teacher.losses(unlabelled) if self.teacher and unlabelled else {})
 
     def inference(
         self,

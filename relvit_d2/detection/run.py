@@ -2,7 +2,7 @@
 
 import argparse
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +20,7 @@ from relvit_d2.data.detection.catalog import get_metadata, save_splits
 from relvit_d2.data.detection.config import augments, changes_objects
 from relvit_d2.data.detection.custom import register_custom
 from relvit_d2.data.detection.mapper import DetectionMapper
+from relvit_d2.data.images.archive import ImageFile
 from relvit_d2.data.images.seen import seen_metadata
 from relvit_d2.data.listing import data_lines
 from relvit_d2.data.loader import Batches, EndlessOrder
@@ -35,6 +36,7 @@ from relvit_d2.detection.evaluation import (
     evaluation_sets,
     list_shared_images,
 )
+from relvit_d2.detection.mean_teacher import MixedBatches, Teacher, first_iteration, unlabelled_images
 from relvit_d2.detection.model import build_detector
 from relvit_d2.detection.training_sizes import read_training_sizes, training_sizes, write_training_sizes
 from relvit_d2.engine.run_setup import save_config, start_run
@@ -42,6 +44,7 @@ from relvit_d2.engine.trainer import Trainer
 from relvit_d2.engine.weight_average import build_average
 from relvit_d2.engine.weights import best_or_last, load_trained, load_weights
 from relvit_d2.evaluation.coco import without_mask
+from relvit_d2.utils.batch_source import BatchSource
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import write_json
 from relvit_d2.utils.loader_workers import loader_workers
@@ -147,17 +150,30 @@ def training_batches(cfg: CfgNode, records: Records, start: int) -> Batches:
     return Batches(records, mapper, list, order, cfg.SEED, workers, timeout, cfg.DATASETS.SKIP_UNREADABLE)
 
 
-def build_trainer(cfg: CfgNode, model: GeneralizedRCNN, records: Records, tests: dict[str, Records]) -> Trainer:
-    """Return the trainer of a detector on ``records``, with evaluation on ``tests`` (records by name)."""
+def build_trainer(
+    cfg: CfgNode,
+    model: GeneralizedRCNN,
+    records: Records,
+    tests: dict[str, Records],
+    unlabelled: Sequence[ImageFile] = (),
+) -> Trainer:
+    """Return the trainer of a detector on ``records``, with evaluation on ``tests`` (records by name).
+
+    ``unlabelled`` are the images of ``SEMI.UNLABELLED``, on which it is trained too.
+    """
     logger.info(f"{sum(not a.get('iscrowd') for r in records for a in r['annotations'])} training objects")
     if comm.is_main_process():
         classes = list(catalog.get_metadata(cfg.DATASETS.TRAIN[0]).thing_classes)
         write_json(Path(cfg.OUTPUT_DIR) / "classes.json", classes)  # for prediction without the data set
         write_training_sizes(cfg, records)
     average = build_average(cfg, model)
-    batches, measure = partial(training_batches, cfg, records), partial(evaluate, cfg, model, tests, average)
-    list_data = partial(data_lines, records, hash_contents=cfg.DATASETS.HASH_CONTENTS)
-    return Trainer(cfg, model, len(records), batches, measure if tests else None, list_data, average)
+    make_batches: Callable[[int], BatchSource] = partial(training_batches, cfg, records)
+    if unlabelled and average:
+        model.teacher = Teacher(cfg, model, average)
+        make_batches = partial(MixedBatches, cfg, make_batches, unlabelled, first_iteration(cfg, len(records)))
+    measure = partial(evaluate, cfg, model, tests, average)
+    list_data = partial(data_lines, [*records, *unlabelled], hash_contents=cfg.DATASETS.HASH_CONTENTS)
+    return Trainer(cfg, model, len(records), make_batches, measure if tests else None, list_data, average)
 
 
 def run_process(requested: CfgNode, args: argparse.Namespace, end: Callable[[Path, str], None]) -> None:
@@ -180,6 +196,7 @@ def run_process(requested: CfgNode, args: argparse.Namespace, end: Callable[[Pat
         logger.info(note)
     if not args.eval_only:
         before_training(cfg, records, tests, get_metadata(cfg.DATASETS.TRAIN[0]).thing_classes)
+    unlabelled = [] if args.eval_only else unlabelled_images(cfg)
     model = build_detector(cfg)
     if args.eval_only:
         save_config(cfg)
@@ -190,7 +207,7 @@ def run_process(requested: CfgNode, args: argparse.Namespace, end: Callable[[Pat
         add_seen(cfg, tests, checkpoint.get("metadata", {}))
         check_expected_results(cfg, results)
         return
-    trainer = build_trainer(cfg, model, records, tests)
+    trainer = build_trainer(cfg, model, records, tests, unlabelled)
     if not (args.resume and trainer.resume(args.allow_changes)):
         classes = get_metadata(cfg.DATASETS.TRAIN[0]).thing_classes
         loaded = load_weights(cfg, model, model.backbone.encoder, cfg.INPUT.FORMAT, classes)

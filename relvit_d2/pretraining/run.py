@@ -17,9 +17,9 @@ from relvit_d2.data.classification.datasets import get_class_set, is_class_set, 
 from relvit_d2.data.detection import catalog
 from relvit_d2.data.detection.catalog import save_splits
 from relvit_d2.data.detection.custom import register_custom
-from relvit_d2.data.images.batches import Images, TrainingBatches, count_left_out, fixed_batches, joined, take
+from relvit_d2.data.images.batches import Images, TrainingBatches, count_left_out, fixed_batches, joined
 from relvit_d2.data.images.folder import is_image_source, readable
-from relvit_d2.data.images.seen import SeenImages, fingerprints_of, seen_metadata, training_metadata
+from relvit_d2.data.images.seen import SeenImages, exclude_images, seen_metadata, training_metadata
 from relvit_d2.data.listing import data_lines
 from relvit_d2.data.subsets import subset
 from relvit_d2.engine.precision import choose_precision
@@ -41,7 +41,6 @@ from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import write_json
 from relvit_d2.utils.metrics import Metric, as_scalars, from_scalars
 from relvit_d2.utils.printing import shell_command
-from relvit_d2.utils.processes import first_process_first
 
 EVALUATED_TRAINING_IMAGES = 256  # without test images
 LEAK_ACCURACY = 0.95  # accuracy in the first epoch that only leaked positions can explain
@@ -87,38 +86,6 @@ def image_files(
 def _has_classes(name: str) -> bool:
     """Whether a name is a classification set and not an archive of class folders."""
     return is_class_set(name) and not is_image_source(subset(name)[0])
-
-
-def exclude_images(files: Images, name: str, excluded: Images, excluded_name: str) -> Images:
-    """Return the training images without duplicates and near-duplicates of excluded images, whose number is logged.
-
-    Args:
-        files: training images.
-        name: name of their data set.
-        excluded: images of ``DATASETS.EXCLUDE``.
-        excluded_name: name of their data set.
-
-    Raises:
-        UserError: no image remains.
-    """
-    found = None
-    with first_process_first() as is_first:
-        if is_first:
-            seen = SeenImages.of(fingerprints_of(excluded, excluded_name))
-            found = seen.indices(fingerprints_of(files, name))
-    removed = torch.tensor(comm.all_gather(found)[0], dtype=torch.int64)
-    remaining = torch.ones(len(files), dtype=torch.bool)
-    remaining[removed] = False
-    logger.info(
-        f"{len(removed)} of {len(files)} images of {name} are left out: duplicates or near-duplicates of images of "
-        f"{excluded_name}"
-    )
-    if not remaining.any():
-        raise UserError(
-            f"DATASETS.EXCLUDE: every image of {name} is a duplicate or near-duplicate of one of {excluded_name}: set "
-            "another DATASETS.TRAIN or EXCLUDE"
-        )
-    return take(files, remaining.nonzero()[:, 0])
 
 
 def next_command(args: argparse.Namespace, cfg: CfgNode, encoder: Path) -> str:
@@ -268,7 +235,7 @@ def run_process(cfg: CfgNode, args: argparse.Namespace, end: Callable[[Path, str
     name = ", ".join(data.TRAIN)
     if data.EXCLUDE and not args.eval_only:
         excluded = image_files("DATASETS.EXCLUDE", data.EXCLUDE, *options)
-        files = exclude_images(files, name, excluded, ", ".join(data.EXCLUDE))
+        files = exclude_images(files, name, excluded, ", ".join(data.EXCLUDE), "DATASETS.TRAIN or EXCLUDE")
     save_splits(data.TEST if args.eval_only else (*data.TRAIN, *data.TEST), Path(cfg.OUTPUT_DIR))
     model = build_pretraining_model(cfg)
     weights = cfg.MODEL.WEIGHTS

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
-FORMATS = {"accuracy": ".1%", "error": ".3f"}
+FORMATS = {"accuracy": ".1%", "error": ".3f", "count": ".1f"}
 
 T = TypeVar("T")
 
@@ -21,7 +21,7 @@ class Metric(Generic[T]):
     Attributes:
         value: its value.
         chance: chance level, the value of the best constant prediction; None if unknown.
-        kind: ``accuracy`` (0..1, higher is better) or ``error`` (lower is better).
+        kind: ``accuracy`` (0..1, higher is better), ``error`` (lower is better) or ``count`` (a mean number).
     """
 
     value: T

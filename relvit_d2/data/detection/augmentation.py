@@ -1,6 +1,6 @@
 """Augmentation of a detector's training samples by the keys of ``INPUT.AUGMENT``."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,24 +10,24 @@ from torchvision.transforms.v2 import functional as F
 
 from relvit_d2.data.detection.composition import Sample, copy_paste, erase, mixup, mosaic, rotate
 from relvit_d2.data.detection.config import COLORS, changes_objects
-from relvit_d2.data.detection.mapper import DetectionMapper
 from relvit_d2.data.detection.records import Record
 from relvit_d2.data.images.decode import UnreadableImageError
 from relvit_d2.data.loader import MAX_REPLACEMENTS
 
 
 class AugmentedMapper:
-    """Maps a training record with a :class:`DetectionMapper` and augments the result.
+    """Maps a training record and augments the result.
 
     The other images of mosaic, copy-paste and mixup are random records, mapped alike. All draws come from NumPy's
     global generator, after those of the mapper, so that they are a function of the sample's seed.
 
     Args:
-        mapper: mapper of the record and of the other images.
+        mapper: mapper of the record and of the other images, such as a
+            :class:`relvit_d2.data.detection.mapper.DetectionMapper`.
         records: the training records.
     """
 
-    def __init__(self, cfg: CfgNode, mapper: DetectionMapper, records: Sequence[Record]) -> None:
+    def __init__(self, cfg: CfgNode, mapper: Callable[[Record], dict[str, Any]], records: Sequence[Record]) -> None:
         self._mapper, self._records = mapper, records
         self._keys: dict[str, float] = dict(cfg.INPUT.AUGMENT)
         self._changes_objects, self._masks = changes_objects(cfg), cfg.MODEL.MASK_ON

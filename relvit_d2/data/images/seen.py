@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from detectron2.utils import comm
 
-from relvit_d2.data.images.batches import Images, ImageStack
+from relvit_d2.data.images.batches import Images, ImageStack, take
 from relvit_d2.data.images.similarity import MAX_COMPARED, NEAR, VERSION, Fingerprint, fingerprint, fingerprints
 from relvit_d2.utils.errors import UserError
+from relvit_d2.utils.processes import first_process_first
 
 KEY = "seen_images"
 SEEN = "seen_in_pretraining"  # key of a SeenCount in the results on a test set
@@ -110,6 +113,38 @@ class SeenImages:
 
 def _hashes(values: Sequence[int]) -> np.ndarray:
     return np.frombuffer(b"".join(value.to_bytes(16, "little") for value in values), "<u8").reshape(-1, 2)
+
+
+def exclude_images(files: Images, name: str, excluded: Images, excluded_name: str, keys: str) -> Images:
+    """Return the training images without duplicates and near-duplicates of excluded images, whose number is logged.
+
+    Args:
+        files: training images.
+        name: name of their data set.
+        excluded: images to keep out of training.
+        excluded_name: name of their data set.
+        keys: the config keys to change if no image remains.
+
+    Raises:
+        UserError: no image remains.
+    """
+    found = None
+    with first_process_first() as is_first:
+        if is_first:
+            seen = SeenImages.of(fingerprints_of(excluded, excluded_name))
+            found = seen.indices(fingerprints_of(files, name))
+    removed = torch.tensor(comm.all_gather(found)[0], dtype=torch.int64)
+    remaining = torch.ones(len(files), dtype=torch.bool)
+    remaining[removed] = False
+    logger.info(
+        f"{len(removed)} of {len(files)} images of {name} are left out: duplicates or near-duplicates of images of "
+        f"{excluded_name}"
+    )
+    if not remaining.any():
+        raise UserError(
+            f"every image of {name} is a duplicate or near-duplicate of one of {excluded_name}: set another {keys}"
+        )
+    return take(files, remaining.nonzero()[:, 0])
 
 
 def training_metadata(sets: Mapping[str, Images], before: SeenImages | None = None) -> dict[str, Any]:
