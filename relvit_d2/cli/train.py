@@ -34,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pretrain", action=argparse.BooleanOptionalAction, help="whether to pre-train (default: if the time allows)"
     )
     start.add_argument("--weights", default="", help="start from timm:NAME, a file or a run's folder")
+    parser.add_argument(
+        "--unlabelled",
+        default="",
+        metavar="DIR",
+        help="train on images without labels too (SEMI.UNLABELLED); see docs/custom_data.md",
+    )
     recipe.add_argument("--dry-run", action="store_true", help="only write and print the recipe and the expected time")
     add_training_arguments(parser, task="detection")
     parser.set_defaults(defaults={name: parser.get_default(name) for name in CONFIG_ONLY})
@@ -41,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the recipe or the config."""
+    if args.unlabelled:
+        args.opts = ["SEMI.UNLABELLED", args.unlabelled, *args.opts]
     asked = args.hours is not None or args.pretrain is not None or args.weights or args.dry_run
     if args.config_file or not args.data:
         if asked:

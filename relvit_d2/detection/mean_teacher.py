@@ -6,6 +6,9 @@ images as labelled ones. The teacher's confident detections in a weakly augmente
 crop, flip) are the pseudo-labels of the same image with changed colours and an erased rectangle, on which the student
 is trained. Scores say nothing about the accuracy of a box, so only the classification losses of RPN and box head are
 trained on pseudo-labels, and no masks (section 3.3).
+
+Background inside of uncertain detections is not trained on. M. Xu et al., "End-to-End Semi-Supervised Object Detection
+with Soft Teacher", 2021 (arXiv:2106.09018, section 3.2), weight background by the teacher's score of it instead.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -26,6 +29,7 @@ from relvit_d2.data.detection.augmentation import AugmentedMapper
 from relvit_d2.data.detection.config import COLORS
 from relvit_d2.data.detection.custom import register_custom
 from relvit_d2.data.detection.mapper import DetectionMapper
+from relvit_d2.data.detection.regions import InstancesWithIgnoreRegions
 from relvit_d2.data.images import folder
 from relvit_d2.data.images.archive import ImageFile
 from relvit_d2.data.images.seen import exclude_images
@@ -205,7 +209,13 @@ def _evaluating(model: GeneralizedRCNN) -> Generator[None, None, None]:
         torch.clear_autocast_cache()  # which has the weights of the teacher in lower precision
 
 
-def pseudo_labels(detections: Instances, threshold: float) -> Instances:
-    """Return the detections with a score above ``threshold`` as objects, ``gt_boxes`` and ``gt_classes``."""
-    kept = detections[detections.scores > threshold]
-    return filter_empty_instances(Instances(kept.image_size, gt_boxes=kept.pred_boxes, gt_classes=kept.pred_classes))
+def pseudo_labels(detections: Instances, threshold: float) -> InstancesWithIgnoreRegions:
+    """Return the detections with a score above ``threshold`` as objects, ``gt_boxes`` and ``gt_classes``.
+
+    The boxes of the others are ignore regions: they may be objects or not. Without that, the objects that a teacher
+    finds without confidence, in a short training most of them, would be learned as background.
+    """
+    confident = detections.scores > threshold
+    kept = detections[confident]
+    objects = Instances(kept.image_size, gt_boxes=kept.pred_boxes, gt_classes=kept.pred_classes)
+    return InstancesWithIgnoreRegions(filter_empty_instances(objects), detections[~confident].pred_boxes)

@@ -19,6 +19,7 @@ from relvit_d2.conversion.checkpoint_file import read_file
 from relvit_d2.conversion.encoder_file import read_weights
 from relvit_d2.data.detection.custom import config_pairs
 from relvit_d2.detection.evaluation import evaluation_sets
+from relvit_d2.detection.mean_teacher import first_iteration
 from relvit_d2.detection.run import training_records
 from relvit_d2.encoders import encoder_from_keys, map_strides
 from relvit_d2.engine.checkpoint import check_space, download
@@ -32,6 +33,7 @@ from relvit_d2.experiments.custom_measurements import (
     CONFIG,
     ONE_ANCHOR,
     PRETRAINING_CONFIG,
+    SEMI_STEP,
     anchor_choices,
     check_data,
     measure_machine,
@@ -130,6 +132,8 @@ def train_custom(request: Request, dry_run: bool, run: Runner) -> None:
     left = seconds - (time.monotonic() - started)
     schedules = choose_schedules(data, timing, left, given, batch)
     choices |= schedules.training
+    if cfg.SEMI.UNLABELLED:
+        first_iteration(files.detector(choices), data.images)  # checks SEMI.BURN_IN
     files.write(choices, schedules.pretraining)
     expected = seconds - left + schedules.seconds
     print_text(files.describe(choices, schedules.pretraining, no_pretraining, data, machine, expected))
@@ -288,6 +292,12 @@ class Files:
             folder = Path(cfg.OUTPUT_DIR)
             make_folder(folder)
             cfg.DATASETS.TEST = ()
+            mean = 1.0  # of all iterations, in those of the trial
+            if command == "train" and cfg.SEMI.UNLABELLED:
+                alone = (
+                    cfg.SEMI.BURN_IN if cfg.SEMI.BURN_IN < 1 else 0.0
+                )  # share of iterations without unlabelled images
+                mean, cfg.SEMI.BURN_IN = 1 - alone * (1 - 1 / SEMI_STEP), 0.0
             if self.pretrains:
                 cfg.MODEL.WEIGHTS = ""  # a pre-training that takes long is stopped before it writes the encoder
             cfg.merge_from_list([part for pair in short.items() for part in pair])  # whatever schedule the user gave
@@ -296,7 +306,7 @@ class Files:
             console = self.output / f"measuring_{command}.txt"  # outlives the trial if it fails
             found = run_trial(f"measuring {command}", words, folder, self.run_command, console)
             console.unlink(missing_ok=True)
-            seconds[command == "train"], start = found.iteration, max(start, found.rest)
+            seconds[command == "train"], start = mean * found.iteration, max(start, found.rest)
             needed += CHECKPOINTS * max(file.stat().st_size for file in folder.glob("model_*.pth"))
         check_space(self.output, needed)
         image, view = (
