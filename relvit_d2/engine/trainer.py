@@ -164,8 +164,8 @@ class Trainer(TrainerBase):
 
     def save(self, name: str) -> None:
         """Write the checkpoint ``NAME.pth`` for :meth:`resume`."""
-        smooth = self.storage.smoothing_hints()
-        scalars = {key: [value, smooth[key]] for key, (value, at) in self.storage.latest().items() if at == self.iter}
+        smooth, found = self.storage.smoothing_hints(), self.storage.latest_with_smoothing_hint(1)  # over all parts
+        scalars = {key: [float(value), smooth[key]] for key, (value, at) in found.items() if at == self.iter}
         self.checkpointer.save(
             name,
             iteration=self.iter,
