@@ -46,7 +46,7 @@ Batch = list[dict[str, Any]]
 
 WEAK = "weak_image"  # key of the teacher's input; only unlabelled images have it
 STRONG = {"BRIGHTNESS": 0.4, "CONTRAST": 0.4, "SATURATION": 0.4, "HUE": 0.1, "ERASING": 0.7}
-"""Minimum values of ``INPUT.AUGMENT`` for the student's images, those of the paper (table 7 of its appendix)."""
+"""Minimum values of ``INPUT.AUGMENT`` for the student's images: colour jitter and erasing of the paper (appendix)."""
 TRAINED = ("loss_rpn_cls", "loss_cls")  # losses of pseudo-labels
 HELD_OUT = ("val", "test")  # splits
 
