@@ -292,11 +292,9 @@ class Files:
             folder = Path(cfg.OUTPUT_DIR)
             make_folder(folder)
             cfg.DATASETS.TEST = ()
-            mean = 1.0  # of all iterations, in those of the trial
+            mean = 1.0  # time of an iteration of the run, in those of the trial, which all have unlabelled images
             if command == "train" and cfg.SEMI.UNLABELLED:
-                alone = (
-                    cfg.SEMI.BURN_IN if cfg.SEMI.BURN_IN < 1 else 0.0
-                )  # share of iterations without unlabelled images
+                alone = cfg.SEMI.BURN_IN if cfg.SEMI.BURN_IN < 1 else 0.0
                 mean, cfg.SEMI.BURN_IN = 1 - alone * (1 - 1 / SEMI_STEP), 0.0
             if self.pretrains:
                 cfg.MODEL.WEIGHTS = ""  # a pre-training that takes long is stopped before it writes the encoder
