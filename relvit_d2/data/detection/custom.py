@@ -26,6 +26,8 @@ KEYS = ("ROOT", "FORMAT", "SPLIT", "CLASSES", "JSON", "IMAGES")
 
 logger = logging.getLogger(__name__)
 
+_opened: "dict[tuple[Path, str], tuple[str, LabelledFolder]]" = {}  # by folder and FORMAT, until sets are registered
+
 
 class LabelledFolder(Protocol):
     """A folder in one of ``FORMATS``.
@@ -83,6 +85,7 @@ def detect_format(root: Path, form: str = "") -> tuple[str, LabelledFolder] | No
         DataRoot(root).check_links(linked_folders(root))
         for name in [form] if form else FORMATS:
             if found := FORMATS[name](root):
+                _opened[root, form] = _opened[root, name] = name, found
                 return name, found
     except OSError as error:
         raise UserError(
@@ -215,7 +218,14 @@ def register_custom(keys: Mapping[str, Any], labels: bool = True) -> None:
         UserError: a key is unknown or missing, or the labels cannot be read.
     """
     used = {subset(name)[0] for name in (*keys["TRAIN"], *keys["TEST"], *keys.get("EXCLUDE", ()))}
-    for name, entry in keys["CUSTOM"].items():
+    try:
+        _register_used(keys["CUSTOM"], used, labels)
+    finally:
+        _opened.clear()  # their files may change until the next call
+
+
+def _register_used(custom: Mapping[str, Any], used: set[str], labels: bool) -> None:
+    for name, entry in custom.items():
         where = f"DATASETS.CUSTOM.{name}"
         if not isinstance(entry, Mapping):
             raise UserError(f"{where} is {entry!r}: set ROOT: path/to/folder, and optionally {', '.join(KEYS[1:])}")
@@ -266,7 +276,8 @@ def _register(name: str, where: str, keys: Mapping[str, Any], labels: bool) -> N
 def _folder(root: Path, where: str, keys: Mapping[str, Any]) -> tuple[str, LabelledFolder]:
     json_file, images = keys.get("JSON", ""), keys.get("IMAGES", "")
     if not json_file and not images:
-        return open_folder(root, keys.get("FORMAT", ""))
+        form = keys.get("FORMAT", "")
+        return _opened.get((root, form)) or open_folder(root, form)
     if keys.get("FORMAT", "coco") not in ("", "coco"):
         raise UserError(
             f"{where} has JSON or IMAGES, which require FORMAT coco, and FORMAT {keys['FORMAT']}: remove one"

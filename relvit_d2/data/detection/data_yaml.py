@@ -9,13 +9,13 @@ import posixpath
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
 from relvit_d2.data.detection.records import check_unique, parse_integer
-from relvit_d2.data.images.folder import EXTENSIONS
+from relvit_d2.data.images.folder import is_image
 from relvit_d2.utils.errors import UserError, one_line
 from relvit_d2.utils.paths import DataRoot, normal_form
 from relvit_d2.utils.printing import first_few
@@ -37,17 +37,17 @@ class Description:
     Attributes:
         names: class names by class number, in ascending order; {} if no file gives them.
         keypoints: count of numbers that follow the box on a line of a label file.
-        sets: images of each split; {} if no file gives them.
+        sets: images of each split, relative to the folder of the data set; {} if no file gives them.
         sources: the files that were read.
     """
 
     names: dict[int, str] = field(default_factory=dict)
     keypoints: int = 0
-    sets: dict[str, list[Path]] = field(default_factory=dict)
+    sets: dict[str, list[str]] = field(default_factory=dict)
     sources: list[Path] = field(default_factory=list)
 
 
-def read_description(root: Path, files: Sequence[Path]) -> Description:
+def read_description(root: Path, files: Sequence[str]) -> Description:
     """Read the description of a data set.
 
     Class names are searched for from the root downwards, since the file may be beside the labels and an archive may
@@ -58,7 +58,7 @@ def read_description(root: Path, files: Sequence[Path]) -> Description:
 
     Args:
         root: the folder of the data set.
-        files: all files below it.
+        files: all files below it, relative to it.
 
     Raises:
         UserError: a file is damaged, two files name different classes or may both be the description, or a split
@@ -71,7 +71,8 @@ def read_description(root: Path, files: Sequence[Path]) -> Description:
     sources: list[Path] = []
     errors: list[UserError] = []
     names_depth = None
-    for depth, folder, _, path in sorted(filter(None, (_sort_key(path, root) for path in files))):
+    candidates = [root / name for name in files if name.lower().endswith((*YAML, *NAME_LISTS))]
+    for depth, folder, _, path in sorted(filter(None, (_sort_key(path, root) for path in candidates))):
         if names and depth != names_depth:
             break
         if names_file and names_file.parent == folder:
@@ -108,8 +109,8 @@ def read_description(root: Path, files: Sequence[Path]) -> Description:
     keypoints = {_keypoints(document, path) for path, document in documents.items() if "kpt_shape" in document}
     if len(keypoints) > 1:
         raise UserError(f"{first_few(list(documents))} have different kpt_shape: make them agree")
-    index = _FileIndex(root, files)
-    sets: dict[str, list[Path]] = {}
+    index = _FileIndex(root, files if documents else ())
+    sets: dict[str, list[str]] = {}
     for path, document in documents.items():
         for split, images in index.sets(document, path.parent).items():
             sets.setdefault(split, []).extend(images)
@@ -185,20 +186,24 @@ def _keypoints(document: dict[str, Any], path: Path) -> int:
 
 
 class _FileIndex:
-    """Finds the folders and files of a data set by paths that may have been written on another machine."""
+    """Finds the folders and files of a data set by paths that may have been written on another machine.
 
-    def __init__(self, root: Path, files: Sequence[Path]) -> None:
+    All paths are relative to ``root``, which is ``.``.
+    """
+
+    def __init__(self, root: Path, files: Sequence[str]) -> None:
         self._root = root
-        self._images = [path for path in files if path.suffix.lower() in EXTENSIONS]
-        folders = {folder for path in files for folder in path.parents if folder.is_relative_to(root)}
-        self._known = {normal_form(path.relative_to(root).as_posix()): path for path in (*folders, *files)}
+        self._images = [name for name in files if is_image(name)]
+        parents = map(PurePosixPath, {posixpath.dirname(name) for name in files})
+        folders = {str(folder) for path in parents for folder in (path, *path.parents)}
+        self._known = {normal_form(name): name for name in (*folders, *files)}
 
-    def sets(self, document: dict[str, Any], folder: Path) -> dict[str, list[Path]]:
+    def sets(self, document: dict[str, Any], folder: Path) -> dict[str, list[str]]:
         """Return the images of the splits in the description of ``folder``."""
-        bases = [folder]
+        bases = [folder.relative_to(self._root).as_posix()]
         if isinstance(base := document.get("path"), str) and (found := self._find(base, bases)):
-            bases = [found, folder]
-        sets: dict[str, list[Path]] = {}
+            bases = [found, *bases]
+        sets: dict[str, list[str]] = {}
         for key, split in KEYS.items():
             given = document.get(key)
             for text in given if isinstance(given, list) else [given]:
@@ -207,7 +212,7 @@ class _FileIndex:
                 if not isinstance(text, str) or not text.isprintable():
                     raise UserError(f"'{key}' in {folder} is {str(text)[:60]!r}: set it to a path")
                 where = f"'{key}: {text}' of the description in {folder}"
-                images = self._images_at(text, where, [*bases, self._root])
+                images = self._images_at(text, where, [*bases, "."])
                 if images:
                     sets[split] = list(dict.fromkeys([*sets.get(split, []), *images]))
                 elif key == "test":
@@ -219,35 +224,34 @@ class _FileIndex:
                     )
         return sets
 
-    def _images_at(self, text: str, where: str, bases: Sequence[Path]) -> list[Path]:
-        path = self._find(text, bases)
-        if path is None:
+    def _images_at(self, text: str, where: str, bases: Sequence[str]) -> list[str]:
+        found = self._find(text, bases)
+        if found is None:
             return []
-        if path.suffix.lower() != ".txt":
-            return [image for image in self._images if path in (image, *image.parents)]
+        if not found.lower().endswith(".txt"):
+            return [image for image in self._images if found in (".", image) or image.startswith(f"{found}/")]
+        path, bases = self._root / found, [posixpath.dirname(found), *bases]
         return [
-            self._listed_image(line.strip(), f"{path} ({where})", [path.parent, *bases])
+            self._listed_image(line.strip(), f"{path} ({where})", bases)
             for line in DataRoot(self._root).read_text(path).splitlines()
             if line.strip()
         ]
 
-    def _listed_image(self, line: str, where: str, bases: Sequence[Path]) -> Path:
+    def _listed_image(self, line: str, where: str, bases: Sequence[str]) -> str:
         """Return the image that a line of a list names; it is below the root, but may be missing."""
-        path = self._find(line, bases)
-        if path is None and not re.match(r"/|\.\.|[A-Za-z]:", posixpath.normpath(line.replace("\\", "/"))):
-            path = next(self._candidates(line, bases), None)
-        if path is None or not line.isprintable() or path.suffix.lower() not in EXTENSIONS:
+        name = self._find(line, bases)
+        if name is None and not re.match(r"/|\.\.|[A-Za-z]:", posixpath.normpath(line.replace("\\", "/"))):
+            name = next(self._candidates(line, bases), None)
+        if name is None or not line.isprintable() or not is_image(name):
             raise UserError(f"{where} names {line!r}, which is not an image inside '{self._root}': correct it")
-        return path
+        return name
 
-    def _find(self, text: str, bases: Sequence[Path]) -> Path | None:
-        for path in self._candidates(text, bases):
-            if found := self._known.get(normal_form(path.relative_to(self._root).as_posix())):
-                return found
-        return None
+    def _find(self, text: str, bases: Sequence[str]) -> str | None:
+        names = map(normal_form, self._candidates(text, bases))
+        return next((self._known[name] for name in names if name in self._known), None)
 
-    def _candidates(self, text: str, bases: Sequence[Path]) -> Iterator[Path]:
-        """Yield the paths below the root that ``text`` may refer to, the most likely first.
+    def _candidates(self, text: str, bases: Sequence[str]) -> Iterator[str]:
+        """Yield the paths that ``text`` may refer to, the most likely first.
 
         Data sets are moved: leading ``..`` are dropped, as Ultralytics does, and so are the first folders of an
         absolute path outside the root.
@@ -257,13 +261,13 @@ class _FileIndex:
         if text.startswith("/") or re.match(r"[A-Za-z]:/", text):
             for root in (os.path.abspath(self._root), os.path.realpath(self._root)):  # noqa: PTH100
                 if posixpath.normpath(text).startswith(f"{root}/"):
-                    yield self._root / posixpath.relpath(text, root)
+                    yield posixpath.relpath(text, root)
             tails = [parts[count:] for count in range(len(parts))]
         else:
             ups = next((count for count, part in enumerate(parts) if part != ".."), len(parts))
             tails = [parts, parts[ups:]]
         for tail in tails:
             for base in bases:
-                path = posixpath.normpath(posixpath.join(base.relative_to(self._root).as_posix(), *tail))
+                path = posixpath.normpath(posixpath.join(base, *tail))
                 if path.split("/")[0] != "..":
-                    yield self._root / path
+                    yield path

@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from operator import attrgetter
 from pathlib import Path
 
 from relvit_d2.data.images.archive import ImageFile, is_archive, list_members
@@ -19,6 +20,11 @@ LIST = ".txt"
 THREADS = 8  # that read headers, which mostly wait for the disk
 
 logger = logging.getLogger(__name__)
+
+
+def is_image(name: str, extensions: Collection[str] = EXTENSIONS) -> bool:
+    """Whether the name of a file has the extension of an image, or another one of ``extensions``."""
+    return os.path.splitext(name)[1].lower() in extensions  # noqa: PTH122
 
 
 def is_image_source(name: str) -> bool:
@@ -63,13 +69,13 @@ def list_images(folder: Path, extensions: Collection[str] = EXTENSIONS) -> list[
         raise UserError(f"the image folder {folder} does not exist: correct the path")
     found: list[str] = []
     try:
-        images = _images(files_below(str(folder), found), extensions)
+        images = _images(files_below(folder, found), extensions)
     except OSError as error:
         raise UserError(
             f"the folder '{error.filename}' cannot be read ({error.strerror}): check its permissions"
         ) from error
     check_printable(found)
-    links = sorted(map(Path, found))
+    links = list(map(Path, found))
     not_followed = f"links to folders are not followed: {first_few(links)}" if links else ""
     if not images:
         raise UserError(
@@ -87,16 +93,16 @@ def matching_files(pattern: Path, extensions: Collection[str] = EXTENSIONS) -> l
     Existing parts of the pattern, such as a folder with ``[`` in its name, are taken literally.
     """
     found = glob.glob(_escape_existing_parts(pattern), recursive=True)  # noqa: PTH207  (takes absolute patterns)
-    return _images(filter(os.path.isfile, found), extensions)
+    return sorted(_images(filter(os.path.isfile, found), extensions))
 
 
 def linked_folders(folder: Path) -> list[Path]:
     """Return the links to folders below ``folder``, which are not followed, sorted by path."""
     links: list[str] = []
-    for _ in files_below(str(folder), links):
+    for _ in files_below(folder, links):
         pass
     check_printable(links)
-    return sorted(map(Path, links))
+    return list(map(Path, links))
 
 
 def readable(images: Sequence[ImageFile], skip: bool = True) -> list[ImageFile]:
@@ -143,13 +149,13 @@ def _escape_existing_parts(pattern: Path) -> str:
     return os.path.join(glob.escape(str(start)), *parts[count:])  # noqa: PTH118
 
 
-def files_below(folder: str, links: list[str]) -> Iterator[str]:
-    """Yield the files below a folder, without hidden ones.
+def files_below(folder: str | Path, links: list[str]) -> Iterator[str]:
+    """Yield the files below a folder, without hidden ones, in the order of sorted paths.
 
     Links to folders are not followed, since they may form a cycle; they are appended to ``links``.
     """
     with os.scandir(folder) as entries:
-        for entry in entries:
+        for entry in sorted(entries, key=attrgetter("name")):
             if entry.name[0] == ".":
                 continue
             if entry.is_dir(follow_symlinks=False):
@@ -161,10 +167,10 @@ def files_below(folder: str, links: list[str]) -> Iterator[str]:
 
 
 def _images(paths: Iterable[str], extensions: Collection[str] = EXTENSIONS) -> list[Path]:
-    """Return the images among paths of files, sorted by path."""
-    images = [path for path in paths if os.path.splitext(path)[1].lower() in extensions]  # noqa: PTH122
+    """Return the images among paths of files, in their order."""
+    images = [path for path in paths if is_image(path, extensions)]
     check_printable(images)
-    return sorted(map(Path, images))
+    return list(map(Path, images))
 
 
 def _listed(path: Path) -> list[Path]:

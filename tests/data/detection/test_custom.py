@@ -69,6 +69,24 @@ def test_data_option_gives_a_config_that_can_be_saved(kind: str, tmp_path: Path)
     assert "DATASETS" in config_pairs(str(tmp_path / "My cells"), "pretrain")[0]
 
 
+def test_a_folder_is_opened_once_for_all_its_sets(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = WRITERS["yolo"][1](tmp_path / "cells")
+    left_out = root / "images" / "more.png"
+    shutil.copy(next(root.glob("images/train/*")), left_out)
+    caplog.set_level("INFO")
+
+    def log_lines() -> int:
+        return sum("are left out" in message for message in caplog.messages)  # one each time the folder is opened
+
+    cfg = load_config("configs/demo/streets.yaml", config_pairs(str(root), "detection"), "detection")
+    register_custom(cfg.DATASETS)
+    assert log_lines() == 1
+    left_out.rename(root / "images/train/more.png")  # a later registration sees the files of its time
+    register_custom(cfg.DATASETS)
+    assert log_lines() == 1
+    assert len(catalog.get_records("cells_train")) == 3
+
+
 def test_json_and_images_keys(tmp_path: Path) -> None:
     root = write_coco(tmp_path / "cells")
     keys = {"ROOT": str(root), "JSON": "annotations/val.json", "IMAGES": "images/val"}
