@@ -333,7 +333,7 @@ def check_seen(sets: Mapping[str, Sequence[Record | ImageFile]], weights: Path) 
     found: Report = {"seen": {}, "warnings": []}
     for name, items in sets.items():
         files = [Path(file) if isinstance(file := file_of(item), str) else file for item in items]
-        shared = [str(files[index]) for index in seen.indices(fingerprints_of(files, name))]
+        shared = [str(files[index]) for index in seen.indices(fingerprints_of(files))]
         found["seen"][name] = shared
         if shared:
             what = f"images on which, or on near-duplicates of which, '{weights}' was trained"

@@ -13,7 +13,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from relvit_d2.analysis.features import ImageEncoder
-from relvit_d2.data.images.similarity import file_state
+from relvit_d2.data.images.file_cache import file_state
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import appearing
 from relvit_d2.utils.hardware import cores

@@ -231,11 +231,11 @@ def list_shared_images(cfg: CfgNode, records: Records, tests: dict[str, Records]
     names = set(files)
     seen = None
     if len(files) + sum(map(len, tests.values())) <= COMPARED:
-        seen = SeenImages.of(fingerprints_of(files, cfg.DATASETS.TRAIN[0]))
+        seen = SeenImages.of(fingerprints_of(files))
     shared = {}
     for name, test in tests.items():
         tested = [Path(record["file_name"]) for record in test]
-        equal = set(seen.indices(fingerprints_of(tested, name))) if seen else set()
+        equal = set(seen.indices(fingerprints_of(tested))) if seen else set()
         shared[name] = [str(file) for index, file in enumerate(tested) if index in equal or file in names]
     write_json(Path(cfg.OUTPUT_DIR) / "inference/shared_images.json", shared)
 

@@ -49,7 +49,7 @@ def select(features: Path, count: int, labelled: Sequence[str], detector: str, o
             if (index := known.get(Path(str(image)).resolve())) is None:
                 raise UserError(f"the labelled image '{image}' is not in '{features}': add it with relvit-d2 embed")
             centres.append(index)
-    groups = groups_of(fingerprints(images, Path(features)))
+    groups = groups_of(fingerprints(images))
     doubt = uncertainties(detector, images) if detector else None
     chosen = k_centre(values, count, centres, groups, doubt)
     if not chosen:

@@ -10,8 +10,9 @@ from relvit_d2.data.cache import cache_root, load, store
 from relvit_d2.data.classification.image_folder import LabelledImages, rank_in_class
 from relvit_d2.data.detection.splits import hold_out, warn_once
 from relvit_d2.data.images.batches import ImageStack
+from relvit_d2.data.images.file_cache import file_state
 from relvit_d2.data.images.seen import fingerprints_of
-from relvit_d2.data.images.similarity import MAX_COMPARED, NEAR, VERSION, file_state
+from relvit_d2.data.images.similarity import MAX_COMPARED, NEAR, VERSION
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.processes import first_process_first
 from relvit_d2.utils.randomness import generator
@@ -71,7 +72,7 @@ def _hold_out_groups(data: LabelledImages, order: torch.Tensor, count: int) -> l
                 pass
             case _:
                 ranks = order.argsort().tolist()
-                prints = fingerprints_of(images, data.name)
+                prints = fingerprints_of(images)
                 found, warning = hold_out(prints, count, lambda group: min(ranks[i] for i in group), f"'{data.name}'")
                 held = sorted(found)
                 store(path, [held, warning], f"the duplicates in '{data.name}'")

@@ -29,7 +29,7 @@ from relvit_d2.data.detection.svhn import CLASS_NAMES as DIGITS
 from relvit_d2.data.detection.svhn import load_svhn, svhn_images
 from relvit_d2.data.detection.voc import load_voc, voc_images
 from relvit_d2.data.images.archive import ImageFile
-from relvit_d2.data.images.decode import check_header
+from relvit_d2.data.images.decode import image_size
 from relvit_d2.data.images.folder import is_image_source, list_images, readable, unlabelled_images
 from relvit_d2.data.subsets import subset, without_seed
 from relvit_d2.utils.errors import UserError, nearest
@@ -101,7 +101,7 @@ def _strict_records(entry: DatasetEntry) -> list[Record]:
     records = entry.records(False)
     for record in records:
         if not record["width"]:
-            check_header(record["file_name"])
+            image_size(record["file_name"])
     return records
 
 

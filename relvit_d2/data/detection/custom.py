@@ -255,7 +255,7 @@ def _register(name: str, where: str, keys: Mapping[str, Any], labels: bool) -> N
         raise UserError(f"'{root}' has no objects, so no classes: label some, or set {where}.CLASSES")
 
     def part(items: list[Any], files: list[Path]) -> list[Any]:
-        return divide(items, split, fingerprints(files, root), f"'{root}'") if divided else items
+        return divide(items, split, fingerprints(files), f"'{root}'") if divided else items
 
     def records(skip_missing: bool) -> list[Record]:
         stored_records = folder.records(stored, classes, skip_missing)

@@ -29,8 +29,7 @@ from relvit_d2.data.detection.records import (
     renumber_classes,
 )
 from relvit_d2.data.detection.splits import ALL, merge_single_split, splits_of_folders
-from relvit_d2.data.images.decode import size_if_readable
-from relvit_d2.data.images.folder import files_below, is_image
+from relvit_d2.data.images.folder import files_below, image_sizes, is_image
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.paths import DataRoot, normal_form, relative_names
 
@@ -118,9 +117,10 @@ class YoloFolder:
             names = dict(enumerate(classes))
         category_ids = {number: index for index, number in enumerate(names)}
         validator = BoxValidator(str(self.root))
+        ids = map(_stem, relative_names(images, self.root))
         records = [
-            _record(image, _stem(name), label, category_ids, keypoints, validator)
-            for image, name, label in zip(images, relative_names(images, self.root), labels, strict=True)
+            make_record(image, image_id, size, _annotations(label, size, category_ids, keypoints, validator))
+            for image, image_id, size, label in zip(images, ids, image_sizes(images), labels, strict=True)
         ]
         for warning in validator.warnings():
             logger.warning(warning)
@@ -197,13 +197,12 @@ def _class_number(fields: list[str], where: str) -> int:
     return number
 
 
-def _record(
-    image: Path, image_id: str, label: Path, category_ids: dict[int, int], keypoints: int, validator: BoxValidator
-) -> Record:
-    size = size_if_readable(image)
+def _annotations(
+    label: Path, size: tuple[int, int], category_ids: dict[int, int], keypoints: int, validator: BoxValidator
+) -> list[Record]:
     lines = _lines(label) if size[0] else []
     objects = [_annotation(*line, size, category_ids, keypoints, validator) for line in lines]
-    return make_record(image, image_id, size, [annotation for annotation in objects if annotation])
+    return [annotation for annotation in objects if annotation]
 
 
 def _annotation(

@@ -208,6 +208,8 @@ def read_rgb(path: ImageFile | str, longest: int = 0) -> np.ndarray:
 def image_size(path: ImageFile | str) -> tuple[int, int]:
     """Return ``(width, height)`` in pixels from the file's header, upright; no pixel is decoded.
 
+    Of a member of an archive, only its first bytes are read if they suffice.
+
     Raises:
         UnreadableImageError: the file is missing or not an image.
     """
@@ -215,8 +217,16 @@ def image_size(path: ImageFile | str) -> tuple[int, int]:
         if str(path).lower().endswith(".npy"):
             height, width = _load_array(path).shape[:2]
             return width, height
+        if isinstance(path, Member) and path.size > HEADER:
+            with suppress(*DAMAGE), open_image(path.open(HEADER).getvalue()) as image:  # metadata may be longer
+                if image.format != "PNG":  # whose orientation may follow the pixels
+                    return _upright_size(image)
         with open_image(path) as image:
-            return (image.height, image.width) if orientation(image) in SWAPPED else image.size
+            return _upright_size(image)
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    return (image.height, image.width) if orientation(image) in SWAPPED else image.size
 
 
 def size_if_readable(path: ImageFile | str) -> tuple[int, int]:
@@ -225,23 +235,6 @@ def size_if_readable(path: ImageFile | str) -> tuple[int, int]:
         return image_size(path)
     except UnreadableImageError:
         return 0, 0
-
-
-def check_header(path: ImageFile | str) -> None:
-    """Read an image's header; of a member of an archive, only its first bytes if they suffice.
-
-    Raises:
-        UnreadableImageError: the file is missing or not an image.
-    """
-    with reading(path):
-        if str(path).lower().endswith(".npy"):
-            _load_array(path)
-            return
-        if isinstance(path, Member) and path.size > HEADER:
-            with suppress(*DAMAGE), open_image(path.open(HEADER).getvalue()):  # metadata may be longer
-                return
-        with open_image(path):
-            pass
 
 
 def channels_and_max_value(path: ImageFile | str) -> tuple[int, float]:

@@ -4,12 +4,13 @@ import glob
 import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from relvit_d2.data.images.archive import ImageFile, is_archive, list_members
-from relvit_d2.data.images.decode import UnreadableImageError, check_header
+from relvit_d2.data.images.decode import UnreadableImageError, image_size
+from relvit_d2.data.images.file_cache import read_changed
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.paths import check_printable, names_on_disk
 from relvit_d2.utils.printing import first_few
@@ -17,6 +18,7 @@ from relvit_d2.utils.printing import first_few
 EXTENSIONS = frozenset({".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".npy", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 """Extensions of image files, in lower case; of an animation the first frame is used."""
 LIST = ".txt"
+VERSION = 1  # of the sizes in the cache
 THREADS = 8  # that read headers, which mostly wait for the disk
 
 logger = logging.getLogger(__name__)
@@ -112,18 +114,10 @@ def readable(images: Sequence[ImageFile], skip: bool = True) -> list[ImageFile]:
         UserError: none can be read, or without ``skip`` one cannot.
     """
 
-    def header_error(image: ImageFile) -> UnreadableImageError | None:
-        try:
-            check_header(image)
-        except UnreadableImageError as error:
-            return error
-        return None
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        errors = list(pool.map(header_error, images))
-    bad = [image for image, error in zip(images, errors, strict=True) if error]
+    headers = _headers(images)
+    bad = [image for image, header in zip(images, headers, strict=True) if isinstance(header, Exception)]
     if bad:
-        reason = next(filter(None, errors))
+        reason = next(header for header in headers if isinstance(header, Exception))
         if not skip:
             raise reason
         if len(bad) == len(images):
@@ -131,7 +125,24 @@ def readable(images: Sequence[ImageFile], skip: bool = True) -> list[ImageFile]:
         logger.warning(
             f"{len(bad)} of {len(images)} images cannot be read and are left out: {first_few(bad)} ({reason})"
         )
-    return [image for image, error in zip(images, errors, strict=True) if not error]
+    return [image for image, header in zip(images, headers, strict=True) if not isinstance(header, Exception)]
+
+
+def image_sizes(images: Sequence[ImageFile]) -> list[tuple[int, int]]:
+    """Return :func:`relvit_d2.data.images.decode.image_size` of each image, (0, 0) where it cannot be read."""
+    return [(0, 0) if isinstance(header, Exception) else (header[0], header[1]) for header in _headers(images)]
+
+
+def _headers(images: Sequence[ImageFile]) -> list[Any]:
+    """Return width and height of each image, or an ``UnreadableImageError``; unchanged files are not read again."""
+
+    def read(image: ImageFile) -> Sequence[int] | UnreadableImageError:
+        try:
+            return image_size(image)
+        except UnreadableImageError as error:
+            return error
+
+    return read_changed("headers", VERSION, images, read, THREADS, "checked: their headers are read once")
 
 
 def _is_pattern(name: str) -> bool:

@@ -8,7 +8,6 @@ import base64
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,11 +32,11 @@ class SeenCount(NamedTuple):
     images: int
 
 
-def fingerprints_of(images: Images, name: str) -> list[Fingerprint]:
-    """Return the fingerprints of the images of the data set ``name``; those of files are cached."""
+def fingerprints_of(images: Images) -> list[Fingerprint]:
+    """Return the fingerprints of images; those of files are cached."""
     if isinstance(images, ImageStack):
         return [fingerprint(image.permute(1, 2, 0).contiguous().cpu().numpy()) for image in images]
-    return fingerprints(images, Path(name))
+    return fingerprints(images)
 
 
 @dataclass(frozen=True)
@@ -131,8 +130,8 @@ def exclude_images(files: Images, name: str, excluded: Images, excluded_name: st
     found = None
     with first_process_first() as is_first:
         if is_first:
-            seen = SeenImages.of(fingerprints_of(excluded, excluded_name))
-            found = seen.indices(fingerprints_of(files, name))
+            seen = SeenImages.of(fingerprints_of(excluded))
+            found = seen.indices(fingerprints_of(files))
     removed = torch.tensor(comm.all_gather(found)[0], dtype=torch.int64)
     remaining = torch.ones(len(files), dtype=torch.bool)
     remaining[removed] = False
@@ -159,7 +158,7 @@ def training_metadata(sets: Mapping[str, Images], before: SeenImages | None = No
             f"({count:,}): evaluations cannot report test images among them"
         )
         return {}
-    seen = SeenImages.of(one for name, images in sets.items() for one in fingerprints_of(images, name))
+    seen = SeenImages.of(one for images in sets.values() for one in fingerprints_of(images))
     return (seen | before).metadata()
 
 
@@ -177,7 +176,7 @@ def count_seen(metadata: Mapping[str, Any], sets: Mapping[str, Images]) -> dict[
             logger.info("the weights have no fingerprints of their training images: test images may be among them")
         return counts
     for name, images in sets.items():
-        counts[name] = count = SeenCount(len(seen.indices(fingerprints_of(images, name))), len(images))
+        counts[name] = count = SeenCount(len(seen.indices(fingerprints_of(images))), len(images))
         log = logger.warning if count.seen else logger.info
         log(seen_sentence(name, *count))
     return counts

@@ -5,20 +5,17 @@ Two images are equal if their pixels are. They are nearly equal if their differe
 """
 
 import hashlib
-import logging
-import os
 from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from relvit_d2.data.cache import cache_root, load, store
 from relvit_d2.data.images.archive import ImageFile, Member
 from relvit_d2.data.images.decode import PixelFormat, channels_and_max_value
+from relvit_d2.data.images.file_cache import read_changed
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.hardware import cores
 
@@ -36,8 +33,6 @@ MAX_COMPARED = 200_000  # maximum number of images that are decoded to find dupl
 GRID = 8  # rows and columns of the hash
 MIN_BITS = 4  # minimum number of zeros and of ones in a hash that distinguishes images
 BLOCK = 2**20  # pairs of hashes that are compared at once
-
-logger = logging.getLogger(__name__)
 
 
 class Fingerprint(NamedTuple):
@@ -103,47 +98,15 @@ def fingerprint_file(image: ImageFile | str) -> Fingerprint:
         return Fingerprint(hashlib.blake2b(content, digest_size=16).digest(), None)
 
 
-def fingerprints(images: Sequence[ImageFile], root: Path) -> list[Fingerprint]:
-    """Return the fingerprints of image files, decoding only those that have changed since the last call.
+def fingerprints(images: Sequence[ImageFile]) -> list[Fingerprint]:
+    """Return the fingerprints of image files, decoding only those that have changed since an earlier call."""
 
-    They are stored in the user's cache, in one file for each ``root``: the folder or archive of the images. If that is
-    not writable, every image is decoded each time.
-    """
-    real = os.path.realpath(root)
-    path = cache_root() / "fingerprints" / f"{hashlib.blake2b(os.fsencode(real), digest_size=8).hexdigest()}.json"
-    known = _load(path)
-    states = [file_state(image) for image in images]
-    new = [index for index, state in enumerate(states) if state not in known]
-    if new:
-        logger.info(f"{len(new)} images of '{root}' are decoded once to find equal ones")
-        with ThreadPoolExecutor(cores()) as pool:
-            found = pool.map(fingerprint_file, [images[index] for index in new])
-            known |= {states[index]: one for index, one in zip(new, found, strict=True)}
-        entries = {state: [known[state].exact.hex(), known[state].near] for state in states}
-        store(path, {"version": VERSION, "root": real, "images": entries}, f"the fingerprints of '{root}'")
-    return [known[state] for state in states]
+    def read(image: ImageFile) -> list[Any]:
+        found = fingerprint_file(image)
+        return [found.exact.hex(), found.near]
 
-
-def file_state(image: ImageFile) -> str:
-    """Return path, size and times of a file as text; for a member of an archive, those of the archive."""
-    file = image.archive if isinstance(image, Member) else image
-    try:
-        state = file.stat()
-        return f"{image}\0{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"
-    except OSError:
-        return f"{image}\0absent"
-
-
-def _load(path: Path) -> dict[str, Fingerprint]:
-    try:
-        document = load(path)
-        if document["version"] == VERSION:
-            return {
-                state: Fingerprint(bytes.fromhex(exact), near) for state, (exact, near) in document["images"].items()
-            }
-    except (ValueError, LookupError, TypeError, AttributeError):
-        pass  # missing or damaged
-    return {}
+    found = read_changed("fingerprints", VERSION, images, read, cores(), "decoded once to find equal ones")
+    return [Fingerprint(bytes.fromhex(exact), near) for exact, near in found]
 
 
 def groups_of(prints: Sequence[Fingerprint], near: bool = True) -> list[list[int]]:

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from relvit_d2.data.images.archive import ImageFile, list_members
-from relvit_d2.data.images.decode import PixelFormat, channels_and_max_value, check_header, image_size
+from relvit_d2.data.images.decode import PixelFormat, channels_and_max_value, image_size
 from relvit_d2.data.images.folder import EXTENSIONS
 from relvit_d2.data.images.limits import MAX_PIXELS
 from relvit_d2.utils.errors import UserError
@@ -26,7 +26,7 @@ from tests.support.scripts import run
 
 MiB = 2**20
 READERS: tuple[Callable[[ImageFile], object], ...] = (
-    *(check_header, image_size, channels_and_max_value),
+    *(image_size, channels_and_max_value),
     *(PixelFormat(channels, 255).read for channels in (3, 1, 5)),
 )
 

@@ -152,15 +152,15 @@ def test_cache_is_updated_after_a_change(tmp_path: Path, monkeypatch: pytest.Mon
         return fingerprint_file(file)
 
     monkeypatch.setattr(similarity, "fingerprint_file", counted)
-    first = fingerprints(files, folder)
-    assert fingerprints(files[::-1], folder) == first[::-1] and sorted(read) == files
+    first = fingerprints(files)
+    assert fingerprints(files[::-1]) == first[::-1] and sorted(read) == files
     photo(9).save(files[1])
-    second = fingerprints(files, folder)
+    second = fingerprints(files)
     assert [a == b for a, b in zip(first, second, strict=True)] == [True, False, True] and read[3:] == [files[1]]
     (path,) = (tmp_path / "cache/relvit_d2/fingerprints").iterdir()
-    for damaged in ("", "[]", '{"version": 1, "images": {"a": 3}}', path.read_text()[:90]):
+    for damaged in ("", "[]", '{"version": 1, "files": {"a": 3}}', path.read_text()[:90]):
         path.write_text(damaged)
-        assert fingerprints(files, folder) == second
+        assert fingerprints(files) == second
 
 
 @settings(max_examples=40, deadline=None)

@@ -16,9 +16,9 @@ from PIL import Image
 from relvit_d2.data.classification.image_folder import read_tree
 from relvit_d2.data.detection.catalog import get_images
 from relvit_d2.data.detection.mapper import ImageReader
-from relvit_d2.data.images.archive import Member, list_members
+from relvit_d2.data.images.archive import ImageFile, Member, list_members
 from relvit_d2.data.images.decode import image_size, read_rgb
-from relvit_d2.data.images.folder import EXTENSIONS, list_images, readable
+from relvit_d2.data.images.folder import EXTENSIONS, image_sizes, list_images, readable
 from relvit_d2.data.images.pixel_cache import PixelCache
 from relvit_d2.data.loader import Batches, EndlessOrder, ordered_batches
 from relvit_d2.utils.errors import UserError
@@ -223,6 +223,32 @@ def test_unreadable_images_are_counted_and_logged(folder: Path, caplog: pytest.L
     assert "a/1.png" in caplog.text
     with pytest.raises(UserError, match="none of the 1 images can be read"):
         readable([folder / "a/1.png"])
+
+
+def test_headers_of_unchanged_images_are_read_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    images = list_images(folder)
+    read: list[ImageFile] = []
+
+    def counted(image: ImageFile) -> tuple[int, int]:
+        read.append(image)
+        return image_size(image)
+
+    monkeypatch.setattr("relvit_d2.data.images.folder.image_size", counted)
+    monkeypatch.chdir(folder)
+    assert readable(images) == images and sorted(map(str, read)) == list(map(str, images))
+    relative = [image.relative_to(folder) for image in images if isinstance(image, Path)]
+    assert image_sizes(relative) == list(map(image_size, images)) and len(read) == 3
+    content = relative[0].read_bytes()
+    relative[0].write_bytes(b"")  # an unreadable image is read each time
+    for reads in (4, 5):
+        assert readable(images) == images[1:] and len(read) == reads
+    relative[0].write_bytes(content)
+    for _ in range(2):
+        assert readable(images[:1]) == images[:1] and len(read) == 6
+    assert readable(images) == images and len(read) == 6  # results for other images were kept
 
 
 @pytest.mark.parametrize("workers", [0, 2])
