@@ -27,7 +27,7 @@ from torch import Tensor
 from relvit_d2.data.detection import catalog
 from relvit_d2.data.detection.augmentation import AugmentedMapper
 from relvit_d2.data.detection.config import COLORS
-from relvit_d2.data.detection.custom import register_custom
+from relvit_d2.data.detection.custom import held_out_sets, register_custom
 from relvit_d2.data.detection.mapper import DetectionMapper
 from relvit_d2.data.detection.regions import InstancesWithIgnoreRegions
 from relvit_d2.data.images import folder
@@ -48,7 +48,6 @@ WEAK = "weak_image"  # key of the teacher's input; only unlabelled images have i
 STRONG = {"BRIGHTNESS": 0.4, "CONTRAST": 0.4, "SATURATION": 0.4, "HUE": 0.1, "ERASING": 0.7}
 """Minimum values of ``INPUT.AUGMENT`` for the student's images: colour jitter and erasing of the paper (appendix)."""
 TRAINED = ("loss_rpn_cls", "loss_cls")  # losses of pseudo-labels
-HELD_OUT = ("val", "test")  # splits
 
 
 def unlabelled_images(cfg: CfgNode) -> list[ImageFile]:
@@ -64,9 +63,10 @@ def unlabelled_images(cfg: CfgNode) -> list[ImageFile]:
     if not name:
         return []
     found = folder.readable(folder.unlabelled_images(name), data.SKIP_UNREADABLE)
-    others = [other for other, keys in data.CUSTOM.items() if keys.get("SPLIT") in HELD_OUT and other not in data.TEST]
+    tests = held_out_sets(data)
+    others = [test for test in tests if test not in data.TEST]
     register_custom({"TRAIN": (), "TEST": others, "CUSTOM": data.CUSTOM}, labels=False)
-    for test in (*data.TEST, *others):
+    for test in tests:
         images = catalog.get_images(test, data.SKIP_MISSING)
         found = list(exclude_images(found, name, images, test, "SEMI.UNLABELLED"))
     return found

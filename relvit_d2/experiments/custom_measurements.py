@@ -1,7 +1,7 @@
-"""Facts on a custom data set and the machine, from which the recipe is made."""
+"""Facts on a custom data set, the machine and given weights, from which the recipe is made."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,17 @@ from relvit_d2.analysis.anchors import SAMPLE, Anchors, proposal, training_boxes
 from relvit_d2.analysis.data_checks import check_images, check_labels, raise_first_error
 from relvit_d2.analysis.model_cost import step_cost
 from relvit_d2.config.config_file import override_words
+from relvit_d2.conversion.encoder_file import read_weights
 from relvit_d2.data.detection.catalog import get_metadata
 from relvit_d2.data.detection.custom import register_custom
 from relvit_d2.detection.cost import detector_subject
 from relvit_d2.detection.evaluation import evaluation_sets
 from relvit_d2.detection.mean_teacher import unlabelled_images
 from relvit_d2.detection.run import training_records
+from relvit_d2.encoders import encoder_from_keys, map_strides
+from relvit_d2.engine.checkpoint import download
 from relvit_d2.engine.precision import choose_precision
+from relvit_d2.engine.weights import holds_encoder
 from relvit_d2.evaluation.coco import without_mask
 from relvit_d2.experiments import recipe
 from relvit_d2.experiments.recipe import Choices, Data, Encoder, Machine
@@ -172,3 +176,48 @@ def anchor_choices(data: Data, cfg: CfgNode) -> Choices:
         "MODEL.ANCHOR_GENERATOR.SIZES": recipe.Choice([list(level) for level in best.sizes], reason),
         "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": recipe.Choice([list(best.ratios[0])], "of the same clusters"),
     }
+
+
+def weights_choices(cfg: CfgNode, weights: str) -> Choices:
+    """Return the keys of the encoder that published or exported weights determine; read them to find errors early.
+
+    Raises:
+        UserError: the weights are missing, damaged, or not published under that name.
+    """
+    if not holds_encoder(weights):
+        return {}
+    path = download(weights) if "://" in weights else weights
+    metadata = read_weights(path, encoder_from_keys(cfg.MODEL))[1]
+    reason = f"of {weights}"
+    encoder = metadata["encoder"]
+    choices = {"MODEL.ENCODER.NAME": recipe.Choice(encoder["name"], reason)}
+    if "patch_size" in encoder:
+        choices["MODEL.ENCODER.PATCH_SIZE"] = recipe.Choice(encoder["patch_size"], reason)
+    if encoder.get("rel_pos"):  # the tables of relative positions depend on the windows
+        for name in ("rel_pos", "window", "global_blocks"):
+            choices[f"MODEL.ENCODER.{name.upper()}"] = recipe.Choice(encoder[name], reason)
+    for key, name in (("MODEL.PIXEL_MEAN", "pixel_mean"), ("MODEL.PIXEL_STD", "pixel_std")):
+        if name in metadata:
+            choices[key] = recipe.Choice(list(metadata[name]), reason)
+    if metadata.get("input_format", cfg.INPUT.FORMAT) != cfg.INPUT.FORMAT:
+        choices["INPUT.FORMAT"] = recipe.Choice(metadata["input_format"], reason)
+    return choices
+
+
+def with_strides(encoder: Encoder, cfg: CfgNode, known: Mapping[str, Any]) -> Encoder:
+    """Return an encoder with the strides of its maps and, unless one is given, the patch that it has."""
+    if encoder.name in {known.name for known in recipe.ENCODERS}:
+        return encoder
+    keys = cfg.MODEL.clone()
+    keys.ENCODER.NAME = encoder.name
+    patches = [encoder.patch] if "MODEL.ENCODER.PATCH_SIZE" in known else [16, 14, 8, 4]
+    for patch in patches:
+        keys.ENCODER.PATCH_SIZE, keys.ENCODER.IMG_SIZE = patch, 14 * patch
+        try:
+            strides = map_strides(keys)
+        except UserError:
+            if patch == patches[-1]:
+                raise
+        else:
+            return encoder._replace(patch=patch, strides=tuple(strides) if len(strides) > 1 else ())
+    raise AssertionError("one of the patches is the last")

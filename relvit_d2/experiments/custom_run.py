@@ -16,17 +16,15 @@ from tabulate import tabulate  # type: ignore[import-untyped]
 
 from relvit_d2.config.config_file import override_words
 from relvit_d2.conversion.checkpoint_file import read_file
-from relvit_d2.conversion.encoder_file import read_weights
-from relvit_d2.data.detection.custom import config_pairs
+from relvit_d2.data.detection.custom import config_pairs, held_out_sets
 from relvit_d2.detection.evaluation import evaluation_sets
 from relvit_d2.detection.mean_teacher import first_iteration
 from relvit_d2.detection.run import training_records
-from relvit_d2.encoders import encoder_from_keys, map_strides
-from relvit_d2.engine.checkpoint import check_space, download
+from relvit_d2.engine.checkpoint import check_space
 from relvit_d2.engine.loggers import check_loggers
 from relvit_d2.engine.run_lock import run_lock
 from relvit_d2.engine.run_setup import move_earlier_run, silence_warnings
-from relvit_d2.engine.weights import best_or_last, holds_encoder
+from relvit_d2.engine.weights import best_or_last
 from relvit_d2.experiments import recipe
 from relvit_d2.experiments.commands import TRIAL_KEYS, Runner, run_trial
 from relvit_d2.experiments.custom_measurements import (
@@ -37,8 +35,10 @@ from relvit_d2.experiments.custom_measurements import (
     anchor_choices,
     check_data,
     measure_machine,
+    weights_choices,
+    with_strides,
 )
-from relvit_d2.experiments.recipe import Choices, Data, Encoder, Machine
+from relvit_d2.experiments.recipe import Choices, Data, Machine
 from relvit_d2.experiments.recipe_schedule import Timing, choose_schedules
 from relvit_d2.report.detections import analyze_detections
 from relvit_d2.tasks import load_config
@@ -115,7 +115,7 @@ def train_custom(request: Request, dry_run: bool, run: Runner) -> None:
     make_folder(output)
     data = check_data(cfg, output)
     seconds = request.seconds or (3600.0 if cfg.MODEL.DEVICE.startswith("cuda") else 1800.0)
-    encoders = [_with_strides(encoder, cfg, known) for encoder in recipe.candidates(known)]
+    encoders = [with_strides(encoder, cfg, known) for encoder in recipe.candidates(known)]
     undecided = request.pretrain is None
     machine = measure_machine(cfg, [*pairs, *request.opts], encoders, undecided)
     no_pretraining = ""
@@ -156,51 +156,6 @@ def train_custom(request: Request, dry_run: bool, run: Runner) -> None:
         print_text(f"training: {count} iterations in the time that is left, instead of the planned {planned}")
     files.train(data)
     print_text(f"{time.monotonic() - started:.0f} s of the planned {expected:.0f} s")
-
-
-def weights_choices(cfg: CfgNode, weights: str) -> Choices:
-    """Return the keys of the encoder that published or exported weights determine; read them to find errors early.
-
-    Raises:
-        UserError: the weights are missing, damaged, or not published under that name.
-    """
-    if not holds_encoder(weights):
-        return {}
-    path = download(weights) if "://" in weights else weights
-    metadata = read_weights(path, encoder_from_keys(cfg.MODEL))[1]
-    reason = f"of {weights}"
-    encoder = metadata["encoder"]
-    choices = {"MODEL.ENCODER.NAME": recipe.Choice(encoder["name"], reason)}
-    if "patch_size" in encoder:
-        choices["MODEL.ENCODER.PATCH_SIZE"] = recipe.Choice(encoder["patch_size"], reason)
-    if encoder.get("rel_pos"):  # the tables of relative positions depend on the windows
-        for name in ("rel_pos", "window", "global_blocks"):
-            choices[f"MODEL.ENCODER.{name.upper()}"] = recipe.Choice(encoder[name], reason)
-    for key, name in (("MODEL.PIXEL_MEAN", "pixel_mean"), ("MODEL.PIXEL_STD", "pixel_std")):
-        if name in metadata:
-            choices[key] = recipe.Choice(list(metadata[name]), reason)
-    if metadata.get("input_format", cfg.INPUT.FORMAT) != cfg.INPUT.FORMAT:
-        choices["INPUT.FORMAT"] = recipe.Choice(metadata["input_format"], reason)
-    return choices
-
-
-def _with_strides(encoder: Encoder, cfg: CfgNode, known: Mapping[str, Any]) -> Encoder:
-    """Return an encoder with the strides of its maps and, unless one is given, the patch that it has."""
-    if encoder.name in {known.name for known in recipe.ENCODERS}:
-        return encoder
-    keys = cfg.MODEL.clone()
-    keys.ENCODER.NAME = encoder.name
-    patches = [encoder.patch] if "MODEL.ENCODER.PATCH_SIZE" in known else [16, 14, 8, 4]
-    for patch in patches:
-        keys.ENCODER.PATCH_SIZE, keys.ENCODER.IMG_SIZE = patch, 14 * patch
-        try:
-            strides = map_strides(keys)
-        except UserError:
-            if patch == patches[-1]:
-                raise
-        else:
-            return encoder._replace(patch=patch, strides=tuple(strides) if len(strides) > 1 else ())
-    raise AssertionError("one of the patches is the last")
 
 
 def _check_unused(output: Path) -> None:
@@ -261,12 +216,20 @@ class Files:
         return ["OUTPUT_DIR", str(self.output / folder)]
 
     def pretraining(self, choices: Choices) -> CfgNode:
-        """Return the config of the pre-training, which has the data, encoder and device of the training."""
+        """Return the config of the pre-training, which has the data, encoder and device of the training.
+
+        It has the unlabelled images too, without those of validation and test sets.
+        """
         given = self.request.given
         keys: dict[str, Any] = {key: choice.value for key, choice in {**self.model, **choices}.items()}
         keys |= {key: given[key] for key in SHARED if key in given}
         pairs = config_pairs(self.request.data, "pretrain")
-        return load_config(PRETRAINING_CONFIG, [*pairs, *override_words(keys), *self._output_keys("pretraining")])
+        cfg = load_config(PRETRAINING_CONFIG, [*pairs, *override_words(keys), *self._output_keys("pretraining")])
+        if unlabelled := self.given.get("SEMI.UNLABELLED"):
+            # A folder is known by its slash.
+            cfg.DATASETS.TRAIN += (f"{unlabelled}/" if Path(unlabelled).is_dir() else unlabelled,)
+            cfg.DATASETS.EXCLUDE = tuple(held_out_sets(cfg.DATASETS))
+        return cfg
 
     def measure(self, choices: Choices) -> Timing:
         """Run a few iterations of each command in the folder ``trial``, which is removed, and return their times.
@@ -325,6 +288,7 @@ class Files:
         if self.pretrains:
             given = {key: recipe.Choice(None, "given") for key in SHARED if key in self.given}
             keys = {**shared, **self.model, **before, **given}
+            keys["DATASETS.EXCLUDE"] = recipe.Choice(None, "images that pre-training must not see")
             text = recipe_yaml(PRETRAINING_CONFIG, self.pretraining(before), keys)
             write_text(self.output / "pretraining.yaml", text)
 

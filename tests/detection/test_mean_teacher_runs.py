@@ -116,10 +116,12 @@ def test_the_recipe_includes_unlabelled_images(photos: Path, tmp_path: Path) -> 
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
     shutil.copy(next(root.rglob("6.*g")), folder / "of_val.png")
-    words = ("relvit-d2", "train", "--data", root, "--unlabelled", folder, "--hours", 0.05, "--no-pretrain")
+    words = ("relvit-d2", "train", "--data", root, "--unlabelled", folder, "--hours", 0.05, "--pretrain")
     keys = ("MODEL.ENCODER.NAME", "vit_nano", "SOLVER.MAX_ITER", 6, "SEMI.THRESHOLD", 0.1)
     run(tmp_path, *words, *keys, "OUTPUT_DIR", tmp_path / "run")
     assert f"UNLABELLED: {folder}" in (tmp_path / "run/recipe.yaml").read_text()
+    seen = (tmp_path / "run/pretraining/training_data.jsonl").read_text()
+    assert "photos/4.png" in seen and "of_val.png" not in seen
     run(tmp_path, "train_net.py", "--config-file", tmp_path / "run/recipe.yaml", "OUTPUT_DIR", tmp_path / "again")
     first, again = (rows(tmp_path / name) for name in ("run/detector", "again"))
     assert first == again

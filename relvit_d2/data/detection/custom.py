@@ -206,6 +206,12 @@ def config_pairs_of_inputs(inputs: list[str]) -> list[Any]:
     return ["DATASETS.CUSTOM", custom, "DATASETS.TRAIN", tuple(train), "DATASETS.TEST", tuple(test)]
 
 
+def held_out_sets(keys: Mapping[str, Any]) -> list[str]:
+    """Return ``TEST`` of the config node ``DATASETS``, and the other validation and test sets in ``CUSTOM``."""
+    others = [name for name, entry in keys["CUSTOM"].items() if entry.get("SPLIT") in ("val", "test")]
+    return list(dict.fromkeys((*keys["TEST"], *others)))
+
+
 def register_custom(keys: Mapping[str, Any], labels: bool = True) -> None:
     """Register the sets of ``CUSTOM`` that ``TRAIN``, ``TEST`` or ``EXCLUDE`` contains.
 
