@@ -22,7 +22,6 @@ from detectron2.structures import Instances
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from fvcore.common.config import CfgNode
-from torch import Tensor
 
 from relvit_d2.data.detection import catalog
 from relvit_d2.data.detection.augmentation import AugmentedMapper
@@ -183,7 +182,7 @@ class Teacher:
             proposals, _ = model.proposal_generator(images, features, None)
             return model.roi_heads._forward_box(features, proposals)  # without masks
 
-    def losses(self, batch: Batch) -> dict[str, Tensor | Metric[Any]]:
+    def losses(self, batch: Batch) -> dict[str, Any]:
         """Return the weighted losses on images with pseudo-labels, and the number of these labels per image."""
         model = self._student
         images = model.preprocess_image(batch)

@@ -13,9 +13,11 @@ from tests.support.custom_data import picture, yolo_folder
 from tests.support.runs import equal, rows
 from tests.support.scripts import command, fails, run
 
-# Iterations 0 to 2 have labelled images only.
-KEYS = ("SOLVER.MAX_ITER", 8, "SEMI.BURN_IN", 3, "SOLVER.GRAD_ACCUM_STEPS", 2)
-KEYS += ("SEMI.THRESHOLD", 0.01, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.001)  # of a detector that is hardly trained
+# Iterations 0 to 2 have labelled images only; the detector is hardly trained, so that its scores are low.
+KEYS = (
+    *("SOLVER.MAX_ITER", 8, "SEMI.BURN_IN", 3, "SOLVER.GRAD_ACCUM_STEPS", 2),
+    *("SEMI.THRESHOLD", 0.01, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.001),
+)
 
 
 @pytest.fixture(scope="module")
