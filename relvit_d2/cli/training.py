@@ -1,6 +1,7 @@
 """The commands that train: Detectron2's arguments, and the start of their processes."""
 
 import argparse
+import gc
 import logging
 from contextlib import nullcontext, suppress
 from importlib import import_module
@@ -74,9 +75,9 @@ def run_process(args: argparse.Namespace) -> None:
     from relvit_d2.data.detection.custom import config_pairs
     from relvit_d2.engine.loggers import check_loggers
     from relvit_d2.engine.run_lock import run_lock
-    from relvit_d2.report.run_summary import end_run
     from relvit_d2.tasks import load_config
 
+    gc.freeze()  # a collection would visit all imported modules again and again while records are read
     cfg = load_config(args.config_file, [*config_pairs(args.data, args.task), *args.opts], args.task)
     trains = not args.eval_only and not getattr(args, "eval", None)
     if trains:
@@ -84,7 +85,7 @@ def run_process(args: argparse.Namespace) -> None:
     try:
         # The start of the run refuses an empty name, which would lock the working directory.
         with run_lock(Path(cfg.OUTPUT_DIR)) if trains and cfg.OUTPUT_DIR.strip() else nullcontext():
-            import_module(f"relvit_d2.{_PACKAGES[args.task]}.run").run_process(cfg, args, end_run)
+            import_module(f"relvit_d2.{_PACKAGES[args.task]}.run").run_process(cfg, args, _end_run)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -96,6 +97,12 @@ def run_process(args: argparse.Namespace) -> None:
             f"{cfg.SOLVER.GRAD_ACCUM_STEPS}) or lower SOLVER.IMS_PER_BATCH (now {cfg.SOLVER.IMS_PER_BATCH}; "
             f"{_fitting_batch(cfg)})"
         ) from error
+
+
+def _end_run(folder: Path, command: str) -> None:
+    from relvit_d2.report.run_summary import end_run  # draws with matplotlib, which is not needed before
+
+    end_run(folder, command)
 
 
 def _fitting_batch(cfg: "CfgNode") -> str:

@@ -27,7 +27,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.AdamW:
     solver = cfg.SOLVER
     if not 0 < solver.LAYER_DECAY <= 1:
         raise UserError(f"SOLVER.LAYER_DECAY {solver.LAYER_DECAY} is out of range; give more than 0, at most 1")
-    layers_above = _layers_above(model)
+    layers_above = _layers_above(model) if solver.LAYER_DECAY < 1 else {}
     bias_decay = solver.WEIGHT_DECAY if solver.WEIGHT_DECAY_BIAS is None else solver.WEIGHT_DECAY_BIAS
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     seen: set[int] = set()

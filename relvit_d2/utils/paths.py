@@ -99,8 +99,9 @@ class DataRoot:
     def check_links(self, paths: Iterable[Path]) -> None:
         """Raise a ``UserError`` for the first of ``paths`` that leads out of the data set."""
         for path in paths:
-            links = self._links(path.parent)
-            if path.is_symlink() if links is None else path.name in links:
+            folder, name = os.path.split(path)
+            links = self._links(folder)
+            if path.is_symlink() if links is None else name in links:
                 _check_target(path, *([self._folder] if self._folder else [path.parent, dataset_root()]))
 
     def read_text(self, path: Path, encoding: str = "utf-8-sig") -> str:
@@ -118,11 +119,11 @@ class DataRoot:
             kind = encoding.removesuffix("-sig").upper()
             raise UserError(f"{path} cannot be read ({type(error).__name__}): replace it by {kind} text") from error
 
-    def _list_links(self, folder: Path) -> set[str] | None:
+    def _list_links(self, folder: str) -> set[str] | None:
         if self._folder:
-            _check_target(folder, self._folder)
+            _check_target(Path(folder), self._folder)
         try:  # one listing: a query for each of 100,000 files takes minutes on a network disk
-            with os.scandir(folder) as entries:
+            with os.scandir(folder or ".") as entries:
                 return {entry.name for entry in entries if entry.is_symlink()}
         except OSError:
             return None

@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -254,13 +255,15 @@ def existing_images(images: Sequence[Path], where: str, skip_missing: bool, root
         UserError: an image is missing and ``skip_missing`` is not set, none exists, or one leads out of the data set.
     """
     # One listing a folder: a query for each of 100,000 files takes minutes on a network disk.
-    folders = {image.parent for image in images}
-    names = {folder: set(os.listdir(folder)) if folder.is_dir() else set() for folder in folders}  # noqa: PTH208
-    found = [image for image in images if image.name in names[image.parent]]
+    split = [os.path.split(image) for image in images]
+    folders = {folder for folder, _ in split}
+    names = {folder: set(os.listdir(folder or ".")) if Path(folder).is_dir() else set() for folder in folders}  # noqa: PTH208
+    exists = [name in names[folder] for folder, name in split]
+    found = list(compress(images, exists))
     root.check_links(found)
     if len(found) == len(images):
         return found
-    missing = [image for image in images if image.name not in names[image.parent]]
+    missing = [image for image, present in zip(images, exists, strict=True) if not present]
     if not skip_missing or not found:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         skip = "" if skip_missing else ", or set DATASETS.SKIP_MISSING True to leave out missing images"

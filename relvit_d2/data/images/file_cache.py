@@ -49,7 +49,7 @@ def read_changed(
     if not images:
         return []
     names = [os.path.split(str(image)) for image in images]
-    real = {folder: os.path.realpath(folder) for folder, _ in names}
+    real = {folder: os.path.realpath(folder) for folder in {folder for folder, _ in names}}
     root = os.path.commonpath(real.values())
     below = {folder: os.path.relpath(target, root) for folder, target in real.items()}
     keys = [f"{below[folder]}/{name}" for folder, name in names]
