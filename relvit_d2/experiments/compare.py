@@ -24,14 +24,14 @@ from relvit_d2.experiments.compare_budget import (
 )
 from relvit_d2.experiments.compare_data import check_labels, find_data
 from relvit_d2.experiments.compare_results import collect, page, write_page
+from relvit_d2.experiments.custom_measurements import CONFIG, PRETRAINING_CONFIG
 from relvit_d2.experiments.runs import run_unfinished
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.files import make_folder, write_json, write_text
 from relvit_d2.utils.hardware import device_name
 from relvit_d2.utils.printing import print_text
 
-CONFIGS = {"detection": "configs/custom.yaml", "classification": "configs/cls/custom.yaml"}
-PRETRAINING_CONFIG = "configs/ssl/custom.yaml"
+CONFIGS = {"detection": CONFIG, "classification": "configs/cls/custom.yaml"}
 
 
 def compare(
