@@ -30,6 +30,7 @@ from relvit_d2.detection.mean_teacher import (
 from relvit_d2.detection.model import build_detector
 from relvit_d2.detection.run import training_batches
 from relvit_d2.engine.weight_average import WeightAverage
+from relvit_d2.tasks import load_config
 from relvit_d2.utils.errors import UserError
 from tests.support.custom_data import picture
 from tests.support.detectors import tiny_config
@@ -269,6 +270,14 @@ def test_the_burn_in_is_a_number_or_a_share_of_the_iterations() -> None:
     for share in (100.0, 0.999):
         with pytest.raises(UserError, match=r"SEMI.BURN_IN \S+ leaves none of the 100 iterations for unlabelled"):
             first_iteration(config("SOLVER.MAX_ITER", 100, "SEMI.BURN_IN", share), 12)
+
+
+def test_the_key_switches_the_average_on() -> None:
+    assert not load_config("configs/custom.yaml", []).SOLVER.EMA.ENABLED
+    assert load_config("configs/custom.yaml", ["SEMI.UNLABELLED", "photos"]).SOLVER.EMA.ENABLED
+    for key, value in (("THRESHOLD", "1.5"), ("THRESHOLD", "-0.1"), ("WEIGHT", "-1"), ("BURN_IN", "-1")):
+        with pytest.raises(UserError, match=rf"SEMI.{key} {float(value)} is too "):
+            load_config("configs/custom.yaml", [f"SEMI.{key}", value])
 
 
 def test_orders_of_labelled_and_unlabelled_images_differ() -> None:
