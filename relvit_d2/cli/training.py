@@ -66,7 +66,17 @@ def run_training(args: argparse.Namespace, example: str) -> int:
     find_config(args.config_file)
     from relvit_d2.engine import distributed
 
-    return guard(lambda: distributed.run(run_process, args), resumes=not args.eval_only)
+    return guard(lambda: distributed.run(_run_command, args), resumes=not args.eval_only)
+
+
+def _run_command(args: argparse.Namespace) -> None:
+    import relvit_d2.data.detection.custom
+    import relvit_d2.tasks  # noqa: F401
+
+    # A collection would visit all imported modules again and again while records are read. Not in run_process, which a
+    # user's own process may call.
+    gc.freeze()
+    run_process(args)
 
 
 def run_process(args: argparse.Namespace) -> None:
@@ -77,7 +87,6 @@ def run_process(args: argparse.Namespace) -> None:
     from relvit_d2.engine.run_lock import run_lock
     from relvit_d2.tasks import load_config
 
-    gc.freeze()  # a collection would visit all imported modules again and again while records are read
     cfg = load_config(args.config_file, [*config_pairs(args.data, args.task), *args.opts], args.task)
     trains = not args.eval_only and not getattr(args, "eval", None)
     if trains:
