@@ -51,10 +51,12 @@ def peak_memory(device: str) -> float:
     """Return the peak memory in GiB: on the GPU for a CUDA device, else of this process; NaN if it is not known."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, where ru_maxrss includes the memory of the process that started this one
+        return float(status.read_text(encoding="utf-8").partition("VmHWM:")[2].split()[0]) / 2**20
     if not resource:
         return math.nan
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def free_memory(device: str) -> float:
