@@ -4,7 +4,7 @@ Y.-C. Liu et al., "Unbiased Teacher for Semi-Supervised Object Detection", 2021 
 moving average of the student's weights. After iterations on labelled images only, each iteration has as many unlabelled
 images as labelled ones. The teacher's confident detections in a weakly augmented image (geometry of the training: size,
 crop, flip) are the pseudo-labels of the same image with changed colours and an erased rectangle, on which the student
-is trained. Scores say nothing about the accuracy of a box, so only the classification losses of RPN and box head are
+is trained. Scores do not measure the accuracy of a box, so only the classification losses of RPN and box head are
 trained on pseudo-labels, and no masks (section 3.3).
 
 Background inside of uncertain detections is not trained on. M. Xu et al., "End-to-End Semi-Supervised Object Detection
