@@ -1,7 +1,6 @@
-"""Cache of records and other results that take long to compute, as JSON files in the user's cache."""
+"""Cache of the records of data sets."""
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Callable, Iterable
@@ -12,8 +11,7 @@ from detectron2.structures import BoxMode
 
 from relvit_d2.data.detection.records import Record
 from relvit_d2.data.images.decode import size_if_readable
-from relvit_d2.utils.errors import UserError
-from relvit_d2.utils.files import write_text
+from relvit_d2.data.user_cache import cache_root, load, store
 
 VERSION = 4  # version of the readers; files of another version are not used
 
@@ -22,28 +20,6 @@ Labels = tuple[list[str], list[Record], list[str]]  # class names, records, warn
 _logged: set[str] = set()
 
 logger = logging.getLogger(__name__)
-
-
-def cache_root() -> Path:
-    """Return the user's cache of this project: ``$XDG_CACHE_HOME/relvit_d2``, or ``~/.cache/relvit_d2``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "relvit_d2"
-
-
-def load(path: Path) -> Any:
-    """Return the JSON value of a file in the cache, None if it is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def store(path: Path, value: Any, what: str) -> None:
-    """Write a JSON value into the cache; if it cannot be written, log that ``what`` is computed at every start."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(value))
-    except (OSError, UserError, ValueError) as error:
-        logger.info(f"{what} are computed again at every start: the cache cannot be written ({error})")
 
 
 def cached(name: str, root: Path, sources: Iterable[Path], read: Callable[[], Labels]) -> Labels:

@@ -249,8 +249,8 @@ def test_invalid_arguments_are_rejected() -> None:
         build_encoder("vit_base_patch16_224")
     with pytest.raises(UserError, match="did you mean 'vit_base_patch16_224'"):
         build_encoder("timm:vit_bas_patch16_224")
-    with pytest.raises(UserError, match=r"resnet18.*ResNet.*choose a vit_"):
-        build_encoder("timm:resnet18")
+    with pytest.raises(UserError, match=r"maxvit_tiny_rw_224.*MaxxVit.*choose a vit_"):
+        build_encoder("timm:maxvit_tiny_rw_224")
     with pytest.raises(UserError, match=r"vit_base_r50_s16_224.*hybrid"):
         build_encoder("timm:vit_base_r50_s16_224")
     with pytest.raises(UserError, match="family of encoders 'tim'"):

@@ -205,5 +205,5 @@ def test_unsupported_options_are_refused() -> None:
         small("vit_small_patch16_dinov3", rel_pos=True)
     with pytest.raises(UserError, match=r"supports neither windows .*WINDOW 0"):
         small("vit_base_patch16_sapiens2", window=3)
-    with pytest.raises(UserError, match=r"vit_relpos_base_patch16_224.*not a VisionTransformer or Eva"):
+    with pytest.raises(UserError, match=r"vit_relpos_base_patch16_224.*VisionTransformerRelPos.*not supported"):
         build_encoder("timm:vit_relpos_base_patch16_224")

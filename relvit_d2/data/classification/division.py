@@ -6,13 +6,13 @@ import logging
 import numpy as np
 import torch
 
-from relvit_d2.data.cache import cache_root, load, store
 from relvit_d2.data.classification.image_folder import LabelledImages, rank_in_class
 from relvit_d2.data.detection.splits import hold_out, warn_once
 from relvit_d2.data.images.batches import ImageStack
 from relvit_d2.data.images.file_cache import file_state
 from relvit_d2.data.images.seen import fingerprints_of
 from relvit_d2.data.images.similarity import MAX_COMPARED, NEAR, VERSION
+from relvit_d2.data.user_cache import cache_root, load, store
 from relvit_d2.utils.errors import UserError
 from relvit_d2.utils.processes import first_process_first
 from relvit_d2.utils.randomness import generator

@@ -20,7 +20,6 @@ from detectron2.data.datasets.builtin_meta import _get_builtin_metadata
 from detectron2.data.datasets.pascal_voc import CLASS_NAMES as VOC_CLASSES
 from detectron2.utils import comm
 
-from relvit_d2.data.cache import cache_root
 from relvit_d2.data.detection.coco import coco_images, load_coco
 from relvit_d2.data.detection.kitti import CLASS_SETS, kitti_ids, kitti_images, load_kitti, random_split, sequence_split
 from relvit_d2.data.detection.records import Record, existing_images
@@ -32,6 +31,7 @@ from relvit_d2.data.images.archive import ImageFile
 from relvit_d2.data.images.decode import image_size
 from relvit_d2.data.images.folder import is_image_source, list_images, readable, unlabelled_images
 from relvit_d2.data.subsets import subset, without_seed
+from relvit_d2.data.user_cache import cache_root
 from relvit_d2.utils.errors import UserError, nearest
 from relvit_d2.utils.files import write_text
 from relvit_d2.utils.paths import DataRoot, dataset_root

@@ -15,10 +15,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from relvit_d2.data.cache import cache_root
 from relvit_d2.data.detection.converted import LabelFormat, LabelledImage
 from relvit_d2.data.detection.records import files_with, folders_below
 from relvit_d2.data.images.folder import EXTENSIONS, files_below
+from relvit_d2.data.user_cache import cache_root
 from relvit_d2.utils.errors import UserError, resource_error
 from relvit_d2.utils.processes import first_process_first
 

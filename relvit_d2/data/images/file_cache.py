@@ -9,8 +9,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from relvit_d2.data.cache import cache_root, load, store
 from relvit_d2.data.images.archive import ImageFile, Member
+from relvit_d2.data.user_cache import cache_root, load, store
 
 CHUNK = 64  # images; a task for each image takes longer than reading a header
 

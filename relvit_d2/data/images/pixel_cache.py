@@ -17,10 +17,10 @@ import torchvision
 from detectron2.utils import comm
 from fvcore.common.config import CfgNode
 
-from relvit_d2.data.cache import cache_root
 from relvit_d2.data.images.archive import ImageFile
 from relvit_d2.data.images.decode import PixelFormat
 from relvit_d2.data.images.file_cache import file_state
+from relvit_d2.data.user_cache import cache_root
 from relvit_d2.utils.files import is_other_process
 from relvit_d2.utils.hardware import free_memory
 from relvit_d2.utils.loader_workers import loader_workers

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from relvit_d2.data.cache import cache_root
 from relvit_d2.data.detection.converted import _read_file
 from relvit_d2.data.detection.custom import config_pairs, open_folder
 from relvit_d2.data.detection.label_programs import Points, ellipse, rotated
 from relvit_d2.data.listing import data_lines
+from relvit_d2.data.user_cache import cache_root
 from relvit_d2.utils.errors import UserError
 from tests.support.custom_data import (
     IMAGES,
