@@ -25,6 +25,7 @@ def names(slow: tuple[str, ...]) -> list[Any]:
 
 NAMES = names(slow=("vit_base",))
 FAST_NAMES = names(slow=("vit_tiny", "vit_small", "vit_base", *ROTARY))
+COMPILED = names(slow=("vit_tiny", "vit_small", "vit_base", "swin_tiny", "t2t_vit_14", *ROTARY))  # takes long
 PLAIN = {"ACTIVATION_CHECKPOINT": False, "COMPILE": False}  # keys of MODEL
 
 
@@ -198,7 +199,7 @@ def test_an_exported_vit_takes_images_of_every_size_beyond_one_patch() -> None:
             torch.testing.assert_close(exported(images), encoder(images))
 
 
-@pytest.mark.parametrize("name", FAST_NAMES)
+@pytest.mark.parametrize("name", COMPILED)
 def test_a_compiled_encoder_gives_the_same_maps(name: str) -> None:
     torch._dynamo.reset()
     encoder, images = built(name), torch.randn(1, 3, 40, 72)
