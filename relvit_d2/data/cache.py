@@ -11,6 +11,7 @@ from detectron2.structures import BoxMode
 
 from relvit_d2.data.detection.records import Record
 from relvit_d2.data.images.decode import size_if_readable
+from relvit_d2.data.images.file_cache import size_and_times
 from relvit_d2.data.user_cache import cache_root, load, store
 
 VERSION = 4  # version of the readers; files of another version are not used
@@ -63,10 +64,5 @@ def _digest(real: Path, sources: Iterable[Path]) -> str:
     """Return a digest of the names, sizes and times of files; missing files are allowed."""
     total = hashlib.blake2b(f"{VERSION}".encode(), digest_size=16)
     for source in sources:
-        try:
-            state = source.stat()
-            known = f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"
-        except OSError:
-            known = "missing"
-        total.update(f"{source.name}\0{known}\n".encode(errors="surrogateescape"))
+        total.update(f"{source.name}\0{size_and_times(source)}\n".encode(errors="surrogateescape"))
     return total.hexdigest()

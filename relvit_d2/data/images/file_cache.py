@@ -19,10 +19,11 @@ logger = logging.getLogger(__name__)
 
 def file_state(image: ImageFile) -> str:
     """Return path, size and times of a file as text; for a member of an archive, those of the archive."""
-    return f"{image}\0{_state(image)}"
+    return f"{image}\0{size_and_times(image)}"
 
 
-def _state(image: ImageFile) -> str:
+def size_and_times(image: ImageFile) -> str:
+    """Return size and times of a file as text, ``absent`` if there is none; for a member, those of its archive."""
     try:
         state = os.stat(image.archive if isinstance(image, Member) else image)  # noqa: PTH116  (half the time)
         return f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"
@@ -53,7 +54,7 @@ def read_changed(
     root = os.path.commonpath(real.values())
     below = {folder: os.path.relpath(target, root) for folder, target in real.items()}
     keys = [f"{below[folder]}/{name}" for folder, name in names]
-    states = list(map(_state, images))
+    states = list(map(size_and_times, images))
     path = cache_root() / kind / f"{hashlib.blake2b(os.fsencode(root), digest_size=8).hexdigest()}.json"
     known = _load(path, version)
     new = [index for index, key in enumerate(keys) if known.get(key, ("",))[0] != states[index]]
