@@ -56,7 +56,7 @@ def unlabelled_images(cfg: CfgNode) -> list[ImageFile]:
     ``DATASETS.CUSTOM``, are left out, and their number is logged.
 
     Raises:
-        UserError: there is no such folder, or no image in it can be used.
+        UserError: the folder does not exist, or none of its images can be used.
     """
     name, data = cfg.SEMI.UNLABELLED, cfg.DATASETS
     if not name:

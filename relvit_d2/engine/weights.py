@@ -55,12 +55,13 @@ def load_weights(
         UserError: the weights are missing, do not fit, or are of another kind.
     """
     weights = cfg.MODEL.WEIGHTS
-    if not weights and encoder.frozen_statistics:
-        raise UserError(
-            f"MODEL.WEIGHTS is empty, but encoder '{encoder.name}' has frozen batch norm, which needs the statistics "
-            f"of trained weights: set MODEL.WEIGHTS {encoder.name}, or choose an encoder without batch norm"
-        )
     if not weights:
+        if encoder.frozen_statistics:
+            raise UserError(
+                f"MODEL.WEIGHTS is empty, but encoder '{encoder.name}' has frozen batch norm, which needs the "
+                f"statistics of trained weights: set MODEL.WEIGHTS {encoder.name}, or choose an encoder without batch "
+                "norm"
+            )
         logger.info("MODEL.WEIGHTS is empty: training from scratch")
         return {}
     if holds_encoder(weights):
