@@ -269,13 +269,17 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     """Return paragraphs on data, protocol, machine and command."""
     data, machine = results["data"], results["machine"]
     chosen = f"The checkpoint is selected on {data['validation']}" if data["validation"] else "The last model is tested"
+    schedules = f"All schedules are those of the configs times {results['scale']:.3g}"
+    if results["longer"] > 1:
+        schedules += (
+            f"; that of scratch-longer is further multiplied by {results['longer']:.3g}, so that it takes as many "
+            "seconds as pre-training and training together"
+        )
     return [
         f"Trained on {data['train']}; pre-training uses all its images without labels. {chosen}. Differences are "
         "means over seeds, between runs with the same labelled images, ± half a 95 % interval (paired t). Seconds are "
         "those of the iterations, the mean over the runs.",
-        f"All schedules are those of the configs times {results['scale']:.3g}; that of scratch-longer is "
-        f"further multiplied by {results['longer']:.3g}, so that it takes as many seconds as pre-training and training "
-        "together.",
+        f"{schedules}.",
         f"Measured on {machine['device']}, {machine['precision']}, torch {machine['torch']}, relvit_d2 "
         f"{machine['version']}: {results['command']}",
     ]

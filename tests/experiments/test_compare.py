@@ -214,7 +214,7 @@ def test_results_are_paired_and_the_verdict_follows_them(yolo: Path, tmp_path: P
     assert results["saved"]["pretrained"] == {"10": pytest.approx(10 ** (1 + (65 / 3 - 11) / 30))}
     about = {
         "scale": 1.0,
-        "longer": 1.0,
+        "longer": 2.5,
         "command": "c",
         "machine": dict.fromkeys(("device", "precision", "torch", "version"), "x"),
     }
@@ -222,9 +222,11 @@ def test_results_are_paired_and_the_verdict_follows_them(yolo: Path, tmp_path: P
     assert "| 10 % | pretrained | 21.67 | 1.53 | 3 | +10.67 ± 1.43 | +9.50 ± 1.24 |" in markdown
     assert "pretrained with 10 % of the labels is as good as scratch with 22.7 %." in markdown
     assert "pretrained: 2 of 6 images of cells_test were seen in pre-training" in markdown
+    assert "configs times 1; that of scratch-longer is further multiplied by 2.5, so that it takes" in markdown
     write_page(results | about, tmp_path / "report.html")
     html = (tmp_path / "report.html").read_text()
     assert html.count('class="chart"') == 2 and "were seen in pre-training" in html and "+10.67 ± 1.43" in html
+    assert "All schedules are those of the configs times 1." in page(results | about | {"longer": 1.0})
 
 
 def test_one_seed_has_no_interval_and_unfinished_runs_no_result(yolo: Path, tmp_path: Path) -> None:
