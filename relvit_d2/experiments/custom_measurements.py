@@ -139,12 +139,10 @@ def measure_machine(cfg: CfgNode, pairs: Sequence[Any], encoders: Sequence[Encod
 
 def _seconds_per_view(cfg: CfgNode, encoder: Encoder) -> float:
     """Return the seconds of a step of the pre-training per view, with device and precision of a config."""
-    side, _ = recipe.pretraining_views(encoder, cfg.MODEL.DEVICE)
-    keys = {
+    keys = {key: choice.value for key, choice in recipe.pretraining_views(encoder, cfg.MODEL.DEVICE).items()}
+    keys |= {
         "MODEL.ENCODER.NAME": encoder.name,
         "MODEL.ENCODER.PATCH_SIZE": encoder.patch,
-        "MODEL.ENCODER.IMG_SIZE": side,
-        "PRETEXT.IMAGE_SIZE": side,
         "MODEL.DEVICE": cfg.MODEL.DEVICE,
         "SOLVER.PRECISION": cfg.SOLVER.PRECISION,
     }

@@ -221,17 +221,23 @@ def choose_pretraining(
 ) -> Choice:
     """Return whether the time, of pre-training and training, is enough for a pre-training that is worth it."""
     encoder, _ = choose_model(data, machine, seconds * (1 - PRETRAINING), given, encoders)
-    _, batch = pretraining_views(encoder, machine.device)
+    batch = pretraining_views(encoder, machine.device)["SOLVER.IMS_PER_BATCH"].value
     count = int(PRETRAINING * seconds / (machine.costs[encoder.name].view * batch))
     enough = count >= MIN_PRETRAINING
     limit = f"{'at least' if enough else 'fewer than'} the {MIN_PRETRAINING:,} that are needed"
     return Choice(enough, f"{PRETRAINING:.0%} of the time is enough for about {count:,} iterations, {limit}")
 
 
-def pretraining_views(encoder: Encoder, device: str) -> tuple[int, int]:
-    """Return the side of the views of the pre-training, pixels, and their number per iteration."""
+def pretraining_views(encoder: Encoder, device: str) -> Choices:
+    """Choose size and number of the views of the pre-training."""
     on_gpu = device.startswith("cuda")
-    return max(encoder.strides, default=encoder.patch) * (14 if on_gpu else 8), 256 if on_gpu else 64
+    count = 14 if on_gpu else 8
+    side = max(encoder.strides, default=encoder.patch) * count
+    return {
+        "MODEL.ENCODER.IMG_SIZE": Choice(side, "grid of the position embedding"),
+        "PRETEXT.IMAGE_SIZE": Choice(side, f"{count} x {count} patches"),
+        "SOLVER.IMS_PER_BATCH": Choice(256 if on_gpu else 64, "256 on a GPU, 64 on a CPU"),
+    }
 
 
 def _pixels(side: int) -> float:
@@ -379,14 +385,10 @@ def with_given(choices: Choices, given: Given) -> Choices:
 
 def pretraining_choices(data: Data, encoder: Encoder, machine: Machine) -> Choices:
     """Choose views and batch of the pre-training."""
-    side, batch = pretraining_views(encoder, machine.device)
-    count = side // max(encoder.strides, default=encoder.patch)
     return {
         "MODEL.ENCODER.NAME": Choice(encoder.name, "the detector's"),
         "MODEL.ENCODER.PATCH_SIZE": Choice(encoder.patch, "the detector's"),
-        "MODEL.ENCODER.IMG_SIZE": Choice(side, "grid of the position embedding"),
-        "PRETEXT.IMAGE_SIZE": Choice(side, f"{count} x {count} patches"),
-        "SOLVER.IMS_PER_BATCH": Choice(batch, "256 on a GPU, 64 on a CPU"),
+        **pretraining_views(encoder, machine.device),
         "SOLVER.REFERENCE_BATCH": Choice(64, "batch of the learning rate"),
         "SOLVER.BASE_LR": Choice(encoder.rate, f"of {encoder.name}"),
         "SOLVER.PRECISION": Choice(*machine.precision),

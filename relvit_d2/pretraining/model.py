@@ -83,7 +83,7 @@ def build_pretraining_model(cfg: CfgNode) -> PretrainingModel:
             f"PRETEXT.IMAGE_SIZE {pretext.IMAGE_SIZE} is not a multiple of {stride}, the encoder's stride times "
             f"PRETEXT.POOL: set it to {below} or {below + stride}"
         )
-    _check_subset(cfg, encoder)
+    keep = _kept_tokens(cfg, encoder)
     views = Views(
         ViewConfig(
             size=pretext.IMAGE_SIZE,
@@ -108,23 +108,23 @@ def build_pretraining_model(cfg: CfgNode) -> PretrainingModel:
     if cfg.INPUT.CHANNELS != 3 and (any(pretext.JITTER[2:]) or pretext.GRAY_PROB):
         logger.info("PRETEXT.GRAY_PROB and JITTER of saturation and hue have no effect: INPUT.CHANNELS is not 3")
     task = PretextTask.from_keys(encoder.dim, views.config.grid, pretext)
-    return PretrainingModel(encoder, task, views, pretext.KEEP).to(cfg.MODEL.DEVICE)
+    return PretrainingModel(encoder, task, views, keep).to(cfg.MODEL.DEVICE)
 
 
-def _check_subset(cfg: CfgNode, encoder: Encoder) -> None:
-    """Check ``PRETEXT.KEEP``."""
-    keep = cfg.PRETEXT.KEEP
+def _kept_tokens(cfg: CfgNode, encoder: Encoder) -> float:
+    """Return ``PRETEXT.KEEP``; 1, with a warning, where all tokens are needed."""
+    keep: float = cfg.PRETEXT.KEEP
     if not 0 < keep <= 1:
         raise UserError(f"PRETEXT.KEEP {keep} is out of range: give more than 0, at most 1")
-    if keep < 1 and cfg.PRETEXT.POOL > 1:
-        raise UserError(f"PRETEXT.KEEP {keep} drops tokens that PRETEXT.POOL needs: set one of the two to 1")
-    if keep < 1 and not encoder.supports_subsets:
-        given = {"WINDOW 0": cfg.MODEL.ENCODER.WINDOW, "REL_POS False": cfg.MODEL.ENCODER.REL_POS}
-        others = " and ".join(f"MODEL.ENCODER.{key}" for key, value in given.items() if value)
-        raise UserError(
-            f"PRETEXT.KEEP {keep} is not supported by encoder '{encoder.name}', whose windows, relative positions or "
-            f"convolutions need all tokens: set PRETEXT.KEEP 1.0{f' or {others}' if others else ''}"
-        )
+    needs_all = f"PRETEXT.POOL {cfg.PRETEXT.POOL}" if cfg.PRETEXT.POOL > 1 else ""
+    if not encoder.supports_subsets:
+        keys = {f"MODEL.ENCODER.{key}": cfg.MODEL.ENCODER[key] for key in ("WINDOW", "REL_POS")}
+        given = " and ".join(f"{key} {value}" for key, value in keys.items() if value)
+        needs_all = f"encoder '{encoder.name}'{f' with {given}' if given else ''}"
+    if keep < 1 and needs_all:
+        logger.warning(f"PRETEXT.KEEP {keep} has no effect: {needs_all} needs all tokens")
+        return 1.0
+    return keep
 
 
 def _mega_patches(keys: CfgNode) -> MegaPatches | None:
