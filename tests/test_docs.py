@@ -209,6 +209,7 @@ def test_the_guide_for_custom_data_runs(tmp_path: Path) -> None:
     shutil.copytree(data / "images", tmp_path / "NEW")
     for number in range(10, 14):
         noise(tmp_path / f"photos/{number}.jpg", number, (64, 64))
+    noise(tmp_path / "large.tif", 14, (64, 64))
     guide = ROOT / "docs/custom_data.md"
     lines = [
         line for line in all_lines(guide, ROOT / "README.md") if re.search("DATA( |/|$)|custom|photos", " ".join(line))
@@ -218,7 +219,7 @@ def test_the_guide_for_custom_data_runs(tmp_path: Path) -> None:
         run_line(tmp_path, ["0.04" if word == "0.5" else word for word in line], SHORT)
     for _, code in fences(guide, "python"):
         run_python(tmp_path, "-c", code)
-    assert len(list((tmp_path / "predictions").rglob("*.png"))) == 10
+    assert len(list((tmp_path / "predictions").rglob("*.png"))) == 10 + 1  # large.tif
     assert len(list((tmp_path / "predictions_new/labels_yolo").glob("*.txt"))) == 11
     assert (tmp_path / "output/custom/finetune/report.html").is_file()
     assert (tmp_path / "output/DATA/detector/report.html").is_file()
