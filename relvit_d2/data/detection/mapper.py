@@ -133,7 +133,8 @@ def _transformed(image: Tensor, step: T.Transform) -> Tensor:
         if step.new_h < step.h:
             image = _resampled(image, step.new_h, step.w)
         return _resampled(image, step.new_h, step.new_w)
-    return torch.from_numpy(np.ascontiguousarray(step.apply_image(image.numpy())))
+    # A copy if the augmentation returns a view or a read-only array.
+    return torch.from_numpy(np.require(step.apply_image(image.numpy()), requirements=("C", "W")))
 
 
 def _resampled(image: Tensor, height: int, width: int) -> Tensor:

@@ -105,6 +105,7 @@ def voc(samples: Path) -> list[Record]:
     return load_voc(samples / "VOC2007", "trainval", VOC_CLASSES, False)
 
 
+@pytest.mark.filterwarnings("error:The given NumPy array is not writable")
 def test_custom_augmentations(voc: list[Record]) -> None:
     own = [T.RandomExtent((0.8, 1.2), (0.2, 0.2)), T.RandomFlip()]
     cfg = config()
