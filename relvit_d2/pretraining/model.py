@@ -116,15 +116,15 @@ def _kept_tokens(cfg: CfgNode, encoder: Encoder) -> float:
     keep: float = cfg.PRETEXT.KEEP
     if not 0 < keep <= 1:
         raise UserError(f"PRETEXT.KEEP {keep} is out of range: give more than 0, at most 1")
-    needs_all = f"PRETEXT.POOL {cfg.PRETEXT.POOL}" if cfg.PRETEXT.POOL > 1 else ""
+    if keep == 1 or (encoder.supports_subsets and cfg.PRETEXT.POOL == 1):
+        return keep
+    needs_all = f"PRETEXT.POOL {cfg.PRETEXT.POOL}"
     if not encoder.supports_subsets:
         keys = {f"MODEL.ENCODER.{key}": cfg.MODEL.ENCODER[key] for key in ("WINDOW", "REL_POS")}
         given = " and ".join(f"{key} {value}" for key, value in keys.items() if value)
         needs_all = f"encoder '{encoder.name}'{f' with {given}' if given else ''}"
-    if keep < 1 and needs_all:
-        logger.warning(f"PRETEXT.KEEP {keep} has no effect: {needs_all} needs all tokens")
-        return 1.0
-    return keep
+    logger.warning(f"PRETEXT.KEEP {keep} has no effect: {needs_all} needs all tokens")
+    return 1.0
 
 
 def _mega_patches(keys: CfgNode) -> MegaPatches | None:
